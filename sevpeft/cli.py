@@ -1,0 +1,114 @@
+"""The verbs of the command line. Imports of heavy libraries stand inside the verbs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sevpeft.errors import SevpeftError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Turns Arabic medical consultations into a small LoRA adapter trained to care most about the severe cases.",
+)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/quickstart.yaml", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder; by default a new one under runs/", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+) -> None:
+    """Train a recipe's adapter.
+
+    Example: sevpeft train recipes/qwen2.5-0.5b.yaml data.path=consultations.csv training.num_train_epochs=1
+    """
+    from rich.console import Console
+
+    from sevpeft.recipe import load_recipe
+    from sevpeft.runs import check_output
+
+    console = Console()
+    loaded = load_recipe(recipe, overrides or [])
+    if resume and output is None:
+        raise typer.BadParameter("--resume needs --output RUN, the folder of the run to continue.")
+    if output is not None and int(os.environ.get("RANK", "0")) == 0:
+        check_output(output, resume=resume)
+    console.print(f"[bold]Recipe[/bold]      {recipe}", highlight=False) if _is_main_process() else None
+
+    from sevpeft.sharing.card import write_card
+    from sevpeft.training.run import train as train_recipe
+    from sevpeft.training.summary import run_summary
+
+    run = train_recipe(loaded, output, resume=resume, console=console)
+    if _is_main_process():
+        write_card(run)
+        console.print(run_summary(run))
+        console.print(f"\nNext: sevpeft chat {run.folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def recipes(
+    folder: Annotated[Path, typer.Argument(help="Folder of recipes")] = Path("recipes"),
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List the recipes, or print their JSON Schema for an editor.
+
+    Example: sevpeft recipes --schema > recipe.schema.json
+    """
+    from sevpeft.recipe import recipe_schema
+
+    if schema:
+        print(json.dumps(recipe_schema(), ensure_ascii=False, indent=2))
+        return
+    from sevpeft.recipe.listing import list_recipes, recipes_table
+
+    found = list_recipes(folder)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(recipes_table(found))
+
+
+def main() -> None:
+    """Runs the command line; a refusal is one plain sentence, and SEVPEFT_DEBUG=1 shows where it came from."""
+    try:
+        app(standalone_mode=True)
+    except SevpeftError as error:
+        if os.environ.get("SEVPEFT_DEBUG"):
+            raise
+        _say(str(error))
+        _leave(error.exit_code)
+    except KeyboardInterrupt:
+        _say("Interrupted.")
+        _leave(130)
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _say(sentence: str) -> None:
+    if _is_main_process():
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> None:
+    sys.exit(code)

@@ -1,0 +1,38 @@
+"""What can go wrong, as one plain sentence and an exit code.
+
+Every refusal that a user can meet is one of these classes; the command line prints its text without a traceback and
+leaves with `exit_code`. A text names the setting, the reason and the remedy, and never quotes a consultation: rows are
+named by their number, because errors are copied into tickets.
+"""
+
+
+class SevpeftError(Exception):
+    """Refused or failed: the command was understood, but what it met does not allow it."""
+
+    exit_code = 1
+
+
+class UsageError(SevpeftError):
+    """Wrong usage: the command or the recipe has to be written differently."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """The recipe cannot be read or holds keys or values that do not exist. May list several mistakes, one a line."""
+
+
+class DataError(SevpeftError):
+    """The consultations cannot be read, or lack what the recipe asks of them."""
+
+
+class WeightError(SevpeftError, ValueError):
+    """Severity probabilities or weights are absent, not finite, negative, or do not form a distribution."""
+
+
+class ModelError(SevpeftError):
+    """The base model, its tokenizer or its adapter cannot be loaded, or cannot do what the recipe asks."""
+
+
+class RunError(SevpeftError):
+    """The run folder exists already, cannot be written, or does not fit what is asked of it."""

@@ -1,0 +1,1 @@
+"""Base models: loading, adapters, prompts, and what their attention can do."""

@@ -1,0 +1,246 @@
+"""Turns the `model` and `quantization` sections into a tokenizer and a frozen base model on this machine.
+
+Only safetensors weights are read and no code from the Hub is run: both rules are passed to transformers explicitly,
+because a hospital's machine should not depend on a library's default. Precision follows the device: bfloat16 where
+the GPU computes in it, float16 on older GPUs, float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sevpeft.errors import ModelError
+from sevpeft.modeling.prompts import choose_pad_token
+from sevpeft.modeling.tiny import TINY, tiny_model_folder
+from sevpeft.recipe import Recipe
+
+# A model of this size takes about a second for one step on two cores in 4 bit; a larger one takes hours per epoch.
+LARGEST_4BIT_ON_CPU = 1_500_000_000
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats of a run: `dtype` of the frozen weights, and which mixed precision the trainer uses."""
+
+    dtype: torch.dtype
+    bf16: bool
+    fp16: bool
+
+
+def uses_gpu(recipe: Recipe) -> bool:
+    """Whether the run computes on a CUDA device (one is there, and neither recipe nor launcher asks for the CPU)."""
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return torch.cuda.is_available() and not recipe.training.settings().get("use_cpu") and not forced
+
+
+def choose_precision(recipe: Recipe) -> Precision:
+    """Number formats for this recipe on this machine.
+
+    Raises:
+        ModelError: float16 training asked for on a CPU, or bfloat16 on a GPU that does not compute in it.
+    """
+    gpu = uses_gpu(recipe)
+    settings = recipe.training.settings()
+    asked_bf16, asked_fp16 = settings.get("bf16"), settings.get("fp16")
+    native_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked_fp16 and not gpu:
+        raise ModelError(
+            "training.fp16=true needs a CUDA GPU and this run has none; leave it out (a CPU run uses float32)."
+        )
+    if asked_bf16 and gpu and not native_bf16:
+        raise ModelError(
+            f"training.bf16=true, but {torch.cuda.get_device_name()} does not compute in bfloat16; "
+            "leave it out and float16 is used."
+        )
+    half = torch.bfloat16 if native_bf16 else torch.float16
+    if recipe.model.dtype != "auto":
+        dtype = getattr(torch, recipe.model.dtype)
+    elif asked_bf16:
+        dtype = torch.bfloat16
+    else:
+        dtype = half if gpu else torch.float32
+    if asked_bf16 is None and asked_fp16 is None:
+        return Precision(dtype, bf16=gpu and dtype == torch.bfloat16, fp16=gpu and dtype == torch.float16)
+    return Precision(dtype, bf16=bool(asked_bf16), fp16=bool(asked_fp16))
+
+
+def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings of the recipe, with `auto` compute dtype resolved; None when nothing is quantised."""
+    asked = recipe.quantization
+    if asked.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not asked.load_in_4bit:
+        return None
+    compute = asked.bnb_4bit_compute_dtype
+    compute_dtype = precision.dtype if compute == "auto" else getattr(torch, compute)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=asked.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_config(recipe: Recipe) -> PretrainedConfig:
+    """Configuration of the base model, from a folder, the Hub or `builtin:tiny`."""
+    with _plain_errors(recipe):
+        return AutoConfig.from_pretrained(resolved_name(recipe), **_origin(recipe))
+
+
+def load_tokenizer(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """Tokenizer of the base model, with a pad token that lies within the vocabulary."""
+    with _plain_errors(recipe):
+        tokenizer = AutoTokenizer.from_pretrained(resolved_name(recipe), **_origin(recipe))
+    choose_pad_token(tokenizer, config.get_text_config().vocab_size)
+    return tokenizer
+
+
+def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> PreTrainedModel:
+    """The base model, quantised if the recipe says so, on the device of this process.
+
+    Args:
+        device_index: of the CUDA device of this process; a quantised model is placed there while it is read.
+
+    Raises:
+        ModelError: folder without config or with pickle weights only, id not reachable, attention not supported.
+    """
+    quantization = quantization_config(recipe, precision)
+    arguments: dict[str, Any] = {"dtype": precision.dtype, "use_safetensors": True, **_origin(recipe)}
+    if recipe.model.attn_implementation:
+        arguments["attn_implementation"] = recipe.model.attn_implementation
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+        arguments["device_map"] = {"": device_index if uses_gpu(recipe) else "cpu"}
+    name = resolved_name(recipe)
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
+        if pickled:
+            raise ModelError(
+                f"{name} holds its weights as pickle files only, which can run code when they are read; convert it "
+                "once, where that is no danger, with model.save_pretrained(FOLDER), which writes safetensors."
+            )
+        raise ModelError(f"{name} holds no *.safetensors weights; copy them there, or name another folder.")
+    with _plain_errors(recipe):
+        model = AutoModelForCausalLM.from_pretrained(name, **arguments)
+    model.config.use_cache = False
+    keep_4bit_weights_as_they_are(model)
+    return model
+
+
+def keep_4bit_weights_as_they_are(model: torch.nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights on a CPU.
+
+    On CPUs with AVX512-BF16 the first forward without gradients (any evaluation) repacks them, and every later
+    gradient and merge is wrong without an error (bitsandbytes 0.50.2, `Linear4bit.forward`); this switch prevents it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (not an attribute of nn.Module)
+
+
+def refuse_hopeless_start(recipe: Recipe) -> None:
+    """Refuses a 4- or 8-bit model on a CPU when its size says that it was meant for a GPU.
+
+    The size is the recipe's own statement where the model is still the recipe's, so that nothing is downloaded only
+    to be refused; a folder's model is counted.
+    """
+    quantised = recipe.quantization.load_in_4bit or recipe.quantization.load_in_8bit
+    if uses_gpu(recipe) or not quantised:
+        return
+    name = recipe.model.name_or_path
+    local = name == TINY or Path(os.path.expanduser(name)).is_dir()
+    stated = None if local else recipe.about.parameter_count()
+    parameters = count_parameters(load_config(recipe)) if stated is None else stated
+    if parameters > LARGEST_4BIT_ON_CPU:
+        raise ModelError(
+            f"{name} has {parameters / 1e9:.1f} billion parameters in "
+            f"{4 if recipe.quantization.load_in_4bit else 8} bit, which needs a CUDA GPU, and this machine shows none; "
+            "run it where `nvidia-smi` lists a GPU, or try the recipe here with model.name_or_path=builtin:tiny."
+        )
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Number of parameters of the model that a configuration describes, without allocating it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def resolved_name(recipe: Recipe) -> str:
+    """Folder or Hub id of the base model; `builtin:tiny` is made if it is not there yet."""
+    name = recipe.model.name_or_path
+    return str(tiny_model_folder()) if name == TINY else os.path.expanduser(name)
+
+
+def _origin(recipe: Recipe) -> dict[str, Any]:
+    revision = recipe.model.revision
+    return {"trust_remote_code": recipe.model.trust_remote_code, **({"revision": revision} if revision else {})}
+
+
+class _plain_errors:
+    """Turns what transformers and the Hub raise while loading into one sentence."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.name = recipe.model.name_or_path
+        self.revision = recipe.model.revision
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, OSError | ValueError | ImportError | KeyError):
+            return
+        raise ModelError(self._sentence(error)) from error
+
+    def _sentence(self, error: BaseException) -> str:
+        causes = list(_causes(error))
+        folder = Path(os.path.expanduser(self.name))
+        if any(isinstance(cause, GatedRepoError) for cause in causes):
+            return (
+                f"{self.name} is gated: accept its licence at https://huggingface.co/{self.name} with your account, "
+                "then run `hf auth login` here."
+            )
+        if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+            return f"{self.name} has no revision {self.revision!r}; correct model.revision or leave it out."
+        if folder.is_dir() and not (folder / "config.json").exists():
+            return (
+                f"{self.name} is a folder without config.json, so it holds no transformers model; name one that does."
+            )
+        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            return (
+                f"There is no model {self.name} on the Hub and no folder of that name here; correct "
+                "model.name_or_path or, if it is private, run `hf auth login`."
+            )
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason or "custom code" in reason:
+            return (
+                f"{self.name} wants to run code of its own, which is off; read that code, then set "
+                "model.trust_remote_code=true."
+            )
+        if not folder.exists() and isinstance(error, OSError):
+            return (
+                f"{self.name} is no folder here and could not be fetched from the Hub; check the name in "
+                "model.name_or_path and the connection, or name a folder that holds the model."
+            )
+        return f"{self.name} could not be loaded: {reason[:300]}"
+
+
+def _causes(error: BaseException | None) -> Any:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,177 @@
+"""Turns a question into the prompt that the model is trained on and later asked with, and an answer into what follows.
+
+One template serves both: training and generation call the same `prompt_ids`, so the two prompts are the same tokens
+up to the answer. A plain template suits base models; instruct models use the chat template of their own tokenizer,
+from which the text around the answer and the token that ends it are read off once, on a probe conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from sevpeft.data.cleaning import strip_marks
+from sevpeft.errors import ModelError
+
+_PROBE = "جواب"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompt of one tokenizer and one recipe.
+
+    Attributes:
+        tokenizer: of the base model.
+        chat: use the tokenizer's chat template instead of `template`.
+        template: plain text with {question} and {answer_cue}.
+        answer_cue: the words after which the answer begins.
+        system: system message (chat) or opening paragraph (plain); None for none.
+        dialect_prefixes: text put before the prompt for each dialect, for models trained with such prefixes.
+        dialect: dialect of rows that name none; a key of `dialect_prefixes`.
+        strip_marks: take vowel marks and elongation out of questions and answers, and write digits as 0 to 9.
+        before_answer: blank or text between prompt and answer, read off the tokenizer.
+        end_id: token that ends an answer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool
+    template: str
+    answer_cue: str
+    system: str | None = None
+    dialect_prefixes: dict[str, str] | None = None
+    dialect: str | None = None
+    strip_marks: bool = False
+    before_answer: str = ""
+    end_id: int = -1
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat: bool,
+        template: str,
+        answer_cue: str,
+        system: str | None = None,
+        dialect_prefixes: dict[str, str] | None = None,
+        dialect: str | None = None,
+        strip_marks: bool = False,
+    ) -> Prompt:
+        """The prompt for a tokenizer.
+
+        Raises:
+            ModelError: no chat template, a chat template that takes no system message, no end-of-sequence token, or a
+                `dialect` without a prefix.
+        """
+        if dialect_prefixes and dialect not in dialect_prefixes:
+            raise ModelError(
+                f"prompt.dialect is {dialect!r}, but prompt.dialect_prefixes knows {', '.join(dialect_prefixes)}; "
+                "name one of them for the rows without a dialect."
+            )
+        prompt = cls(tokenizer, chat, template, answer_cue, system, dialect_prefixes, dialect, strip_marks)
+        before_answer, end_id = prompt._chat_frame() if chat else prompt._plain_frame()
+        return replace(prompt, before_answer=before_answer, end_id=end_id)
+
+    def text(self, question: str, dialect: str | None = None) -> str:
+        """The prompt up to the answer, as text."""
+        question = self._cleaned(question)
+        if self.chat:
+            return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
+        body = self.template.replace("{answer_cue}", self.answer_cue).replace("{question}", question)
+        opening = f"{self.system}\n\n" if self.system else ""
+        return self._prefix(dialect) + opening + body
+
+    def prompt_ids(self, questions: Sequence[str], dialects: Sequence[str | None] | None = None) -> list[list[int]]:
+        """Token ids of the prompts, special tokens included, no padding, not shortened."""
+        known = dialects or [None] * len(questions)
+        texts = [self.text(question, dialect) for question, dialect in zip(questions, known, strict=True)]
+        ids = self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]
+        # Some tokenizers are set to end every text with EOS; after a prompt it would end the answer before it begins.
+        eos = self.tokenizer.eos_token_id
+        return [row[:-1] if not self.chat and len(row) > 1 and row[-1] == eos else row for row in ids]
+
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Token ids of the answers, each closed by the token that ends a turn (`end_id`)."""
+        texts = [self.before_answer + self._cleaned(answer) for answer in answers]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [[*row, self.end_id] for row in ids]
+
+    def _cleaned(self, text: str) -> str:
+        """The text without the tokenizer's own control tokens: a post that holds `</s>` must not end the answer."""
+        for token in self.tokenizer.all_special_tokens:
+            if token in text:
+                text = text.replace(token, " ")
+        return (strip_marks(text) if self.strip_marks else text).strip()
+
+    def _prefix(self, dialect: str | None) -> str:
+        if not self.dialect_prefixes:
+            return ""
+        return self.dialect_prefixes.get(dialect or "", self.dialect_prefixes[self.dialect or ""])
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if self.system:
+            messages = [{"role": "system", "content": self.system}, *messages]
+        # enable_thinking is read by Qwen3's template and ignored by the others: an answer starts at once.
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _plain_frame(self) -> tuple[str, int]:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ModelError(
+                f"The tokenizer of {self.tokenizer.name_or_path} has no end-of-sequence token, so an answer could not "
+                "be ended; add eos_token to its tokenizer_config.json."
+            )
+        # The space belongs to the answer: byte-level BPE merges it with the first word, and a prompt that ended with
+        # it would be cut into other tokens. SentencePiece tokenizers put it there themselves.
+        first = self.tokenizer.convert_ids_to_tokens(self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])[0]
+        return ("" if first.startswith("▁") else " "), eos
+
+    def _chat_frame(self) -> tuple[str, int]:
+        name = self.tokenizer.name_or_path
+        if not self.tokenizer.chat_template:
+            raise ModelError(f"{name} has no chat template; set prompt.chat=false to use prompt.template.")
+        user = {"role": "user", "content": "سؤال"}
+        try:
+            prompt = self._render([user], add_generation_prompt=True)
+            whole = self._render([user, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
+        except TemplateError as error:
+            remedy = "set prompt.system=null" if self.system else "set prompt.chat=false"
+            raise ModelError(f"The chat template of {name} refuses the conversation ({error}); {remedy}.") from error
+        before, _, after = whole.rpartition(_PROBE)
+        # Templates differ in the blanks between cue and answer; where the two renderings differ in more than that,
+        # the generation prompt is what the model will see, so nothing is added to it.
+        before_answer = before[len(prompt) :] if before.startswith(prompt) else ""
+        special = set(self.tokenizer.all_special_ids)
+        ends = [i for i in self.tokenizer(after, add_special_tokens=False)["input_ids"] if i in special]
+        end_id = ends[0] if ends else self.tokenizer.eos_token_id
+        if end_id is None:
+            raise ModelError(f"The chat template of {name} ends a turn without a special token, and it has no EOS.")
+        return before_answer, end_id
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> str:
+    """Gives the tokenizer a pad token without adding one to the vocabulary, and returns it.
+
+    A pad token of its own if the model has one (or a reserved one of a known name), else EOS: that is safe here
+    because labels and attention mask are written explicitly and never derived from the pad id.
+
+    Args:
+        tokenizer: changed in place (`pad_token`).
+        vocabulary_size: rows of the embedding; a token beyond them would be a crash on a GPU.
+    """
+    reserved = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
+    for token in (tokenizer.pad_token, *reserved, tokenizer.eos_token):
+        if token is None:
+            continue
+        index = tokenizer.convert_tokens_to_ids(token)
+        if isinstance(index, int) and index < vocabulary_size and index in tokenizer.get_vocab().values():
+            tokenizer.pad_token = token
+            return token
+    raise ModelError(f"The tokenizer of {tokenizer.name_or_path} has no pad and no EOS token within the vocabulary.")

@@ -1,0 +1,172 @@
+"""A run folder: what a training leaves behind, written so that a kill at any moment leaves no half file.
+
+RUN/ holds recipe.yaml, environment.json, metrics.json, log.jsonl, adapter/ and checkpoints/. Files are written under a
+temporary name and moved into place; an existing run is continued or refused, never overwritten.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sevpeft.errors import RunError
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths of one run folder."""
+
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        return (self.adapter / "adapter_model.safetensors").exists() and "after" in self.metrics()
+
+    def metrics(self) -> dict[str, Any]:
+        """Contents of metrics.json; empty while there is none."""
+        path = self.folder / "metrics.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def environment(self) -> dict[str, Any]:
+        """Contents of environment.json; empty while there is none."""
+        path = self.folder / "environment.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomically(self.folder / name, text)
+
+    def update_metrics(self, **parts: Any) -> None:
+        self.write_json("metrics.json", {**self.metrics(), **parts})
+
+    def append_log(self, entry: dict[str, Any]) -> None:
+        """Adds one line to log.jsonl and hands it to the operating system."""
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def default_output(recipe_name: str) -> Path:
+    """runs/NAME-DATE-TIME: a new folder for every start, so that the README's command can be repeated."""
+    return Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_output(folder: Path, *, resume: bool) -> None:
+    """Refuses an output folder that cannot be used, before anything slow happens.
+
+    Raises:
+        RunError: exists already (without resume), holds something else, does not exist (with resume), not writable.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; give --output a folder that does not exist yet.")
+    is_run = (folder / "recipe.yaml").exists()
+    if resume and not is_run:
+        raise RunError(f"There is no run in {folder} to resume; leave --resume out to start one.")
+    if not resume and is_run:
+        raise RunError(f"{folder} holds a run already; continue it with --resume, or choose another --output.")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} exists and is not empty; choose an --output folder that does not exist yet.")
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RunError(f"{folder} cannot be made: {parent} is not writable; choose another --output.")
+
+
+def create_run(folder: Path) -> Run:
+    """Makes the folder of a run."""
+    with plain_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return Run(folder)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name beside its place and moves it there."""
+    with plain_disk_errors(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def plain_disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk or a missing permission into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"No space is left for {path}; free some, then go on with --resume (finished checkpoints are kept)."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise RunError(f"{path} cannot be written: {error.strerror}; choose another --output.") from error
+        raise
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, platform and commit, for environment.json. No user name, host name or path: a card may quote it."""
+    versions = {}
+    for package in ("sevpeft", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": sys.version.split()[0],
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that sevpeft is imported from, with a mark when it was changed; None outside git."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,149 @@
+"""Turns the severity columns of a table into probabilities (n, 3), or says why that cannot be done.
+
+Either the three columns `p_non_critical, p_neutral, p_critical` are there, as `annotate` or another classifier wrote
+them, or one column of names (`severity`), which becomes one-hot probabilities. Nothing is filled in: a row without a
+severity would be trained with a weight that nobody chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+
+from sevpeft.errors import WeightError
+
+SEVERITIES = ("non_critical", "neutral", "critical")
+PROBABILITY_COLUMNS = tuple(f"p_{name}" for name in SEVERITIES)
+
+# Rounding to two decimals by a spreadsheet leaves sums of .99 or 1.01; anything wider is another kind of number.
+SUM_TOLERANCE = 0.011
+
+_NAMES = {
+    "non_critical": (
+        "non_critical",
+        "noncritical",
+        "not_critical",
+        "mild",
+        "low",
+        "غير حرج",
+        "غير حرجة",
+        "غير خطير",
+        "غير خطيرة",
+        "بسيط",
+        "بسيطة",
+        "خفيف",
+        "خفيفة",
+    ),
+    "neutral": ("neutral", "moderate", "medium", "محايد", "محايدة", "متوسط", "متوسطة", "معتدل", "معتدلة"),
+    "critical": (
+        "critical",
+        "severe",
+        "high",
+        "emergency",
+        "حرج",
+        "حرجة",
+        "خطير",
+        "خطيرة",
+        "شديد",
+        "شديدة",
+        "طارئ",
+        "طارئة",
+    ),
+}
+
+
+def _key(name: str) -> str:
+    return "_".join(name.strip().lower().replace("-", " ").replace("_", " ").split())
+
+
+_INDEX = {_key(name): index for index, names in enumerate(_NAMES.values()) for name in names}
+
+
+def severity_index(name: str) -> int | None:
+    """Position in `SEVERITIES` of an English or Arabic severity name; None when the name is not known."""
+    return _INDEX.get(_key(name))
+
+
+def has_severity(rows: Dataset) -> bool:
+    """Whether the table says anything about severity, rightly or wrongly."""
+    return any(name in rows.column_names for name in ("severity", *PROBABILITY_COLUMNS))
+
+
+def severity_probabilities(rows: Dataset) -> np.ndarray:
+    """Severity probabilities of every row.
+
+    Args:
+        rows: table with the three probability columns, or with a `severity` column of names.
+
+    Returns:
+        Array (n, 3), float64, each row summing to one, in the order of `SEVERITIES`.
+
+    Raises:
+        WeightError: no severity column, a missing, negative or non-finite value, a sum that is not one, or an
+            unknown name. The message gives row numbers, never the text of a row.
+    """
+    present = [name for name in PROBABILITY_COLUMNS if name in rows.column_names]
+    if len(present) == len(PROBABILITY_COLUMNS):
+        return _from_columns(rows)
+    if present:
+        missing = ", ".join(name for name in PROBABILITY_COLUMNS if name not in present)
+        raise WeightError(
+            f"The data has {', '.join(present)} but not {missing}; "
+            "severity weights need all three probabilities, each under its own name."
+        )
+    if "severity" in rows.column_names:
+        return _from_names(rows)
+    raise WeightError(
+        "The recipe asks for severity weights (severity.source=columns), but the data has neither a severity column "
+        "nor p_non_critical, p_neutral and p_critical. Add one of them, name it with data.severity_column=NAME, or "
+        "train without severity on purpose with severity.control=uniform."
+    )
+
+
+def _from_columns(rows: Dataset) -> np.ndarray:
+    columns = [np.asarray(rows.with_format("numpy")[name][:], dtype=np.float64) for name in PROBABILITY_COLUMNS]
+    probabilities: np.ndarray = np.stack(columns, axis=1)
+    finite = np.all(np.isfinite(probabilities), axis=1)
+    if not finite.all():
+        raise WeightError(
+            f"{_rows(rows, ~finite)}: a severity probability is missing or not finite; "
+            "remove the rows or annotate them again."
+        )
+    negative = np.any(probabilities < 0, axis=1)
+    if negative.any():
+        raise WeightError(
+            f"{_rows(rows, negative)}: a severity probability is negative; "
+            "p_non_critical, p_neutral and p_critical must be probabilities, not scores or logits."
+        )
+    sums = probabilities.sum(axis=1)
+    off = np.asarray(np.abs(sums - 1) > SUM_TOLERANCE)
+    if off.any():
+        raise WeightError(
+            f"{_rows(rows, off)}: p_non_critical + p_neutral + p_critical is {sums[off][0]:.3g}, not 1; "
+            "write probabilities (percentages divided by 100, scores through a softmax)."
+        )
+    return probabilities / sums[:, None]
+
+
+def _from_names(rows: Dataset) -> np.ndarray:
+    names: Sequence[str | None] = rows["severity"][:]
+    kinds = {name: severity_index(name or "") for name in set(names)}
+    unknown = sorted(name or "(empty)" for name, index in kinds.items() if index is None)
+    if unknown:
+        shown = ", ".join(repr(name[:30]) for name in unknown[:5])
+        where = _rows(rows, np.array([kinds[name] is None for name in names]))
+        raise WeightError(
+            f"{where}: {len(unknown)} severity name{'s' * (len(unknown) > 1)} not known ({shown}); "
+            "use non_critical, neutral and critical (or غير حرج, متوسط, حرج)."
+        )
+    return np.eye(len(SEVERITIES))[np.array([kinds[name] for name in names], dtype=np.int64)]
+
+
+def _rows(rows: Dataset, bad: np.ndarray) -> str:
+    """`row 3` or `3 rows (first: row 17)`, counted as in the user's file."""
+    positions = np.flatnonzero(bad)
+    first = int(positions[0])
+    number = rows[first]["row"] if "row" in rows.column_names else first + 1
+    return f"Row {number}" if len(positions) == 1 else f"{len(positions)} rows (the first is row {number})"

@@ -1,0 +1,170 @@
+"""Turns a finished run folder into the model card that travels with its adapter.
+
+Written from the run's own files, so that a figure on the card is one that was measured. No row of the data, no path
+and no name of a person or machine is quoted: a card is published.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.runs import Run, write_atomically
+from sevpeft.severity.probabilities import SEVERITIES
+
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A LoRA adapter for `{{ base }}`, trained with [sevpeft](https://pypi.org/project/sevpeft/) on Arabic medical
+consultations with a loss that is weighted by severity.
+
+> **Not a medical device.** The adapter continues text. It has not been tested on patients, it can be wrong in ways that
+> harm, and no advice of it may reach a patient without a clinician who has read it.
+
+## Training data
+
+{{ data }}
+
+## Severity weights
+
+{{ weights }}
+
+## Validation loss
+
+Nats per answer token, unweighted, on {{ validation_rows }} held-out consultations; lower is better. A lower loss is not
+a better answer, and nothing here was compared with a run without severity weights (`severity.control: uniform`) or
+with shuffled ones (`severity.control: shuffled`).
+
+{{ losses }}
+
+## Use
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("ADAPTER")
+tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
+```
+
+{{ prompt }}
+
+## How it was made
+
+{{ made }}
+
+The whole recipe:
+
+```yaml
+{{ recipe }}
+```
+"""
+
+
+def write_card(run: Run) -> Path:
+    """Writes RUN/adapter/README.md and returns its path."""
+    recipe = load_recipe(run.folder / "recipe.yaml")
+    metrics, environment = run.metrics(), run.environment()
+    base = _public_name(metrics["model"]["name_or_path"])
+    data = ModelCardData(
+        language="ar",
+        library_name="peft",
+        pipeline_tag="text-generation",
+        base_model=base if "/" in base else None,
+        tags=["lora", "sft", "trl", "medical", "arabic", "severity-weighted-loss"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=f"{base.split('/')[-1]}: severity-weighted adapter",
+        base=base,
+        data=_data(metrics),
+        weights=_weights(recipe, metrics["weights"]),
+        validation_rows=f"{metrics['data']['rows']['validation']:,}",
+        losses=_losses(metrics),
+        prompt=_prompt(recipe),
+        made=_made(metrics, environment),
+        recipe=_without_paths(recipe).to_yaml().strip(),
+    )
+    path = run.adapter / "README.md"
+    write_atomically(path, str(card))
+    return path
+
+
+def _data(metrics: dict[str, Any]) -> str:
+    data, weights = metrics["data"], metrics["weights"]
+    train = data["encoding"]["train"]
+    counts = ", ".join(f"{count:,} {name}" for name, count in reversed(weights["severities"].items()))
+    lines = [
+        f"- {weights['consultations']:,} consultations ({counts or 'severity not known'}), "
+        f"{train['answer_tokens']:,} answer tokens; fingerprint `{data['fingerprint']}`",
+        f"- split by {data['split_by']}; questions that stand in two splits: {data['questions_in_two_splits']:,}",
+        f"- questions shortened to fit: {train['shortened']:,}; "
+        f"rows refused because their answer did not: {train['refused']:,}",
+    ]
+    lines += [f"- rows rejected ({reason}): {count:,}" for reason, count in data["rejected"].items()]
+    return "\n".join(lines)
+
+
+def _weights(recipe: Recipe, weights: dict[str, Any]) -> str:
+    alpha, beta, gamma = recipe.severity.coefficients()
+    control = recipe.severity.control
+    lines = [
+        f"- w = {alpha:g} · p_non_critical + {beta:g} · p_neutral + {gamma:g} · p_critical, "
+        f"normalize: {recipe.severity.normalize}, reduction: {recipe.severity.reduction}",
+        f"- from {weights['minimum']:.3f} to {weights['maximum']:.3f}, mean {weights['mean']:.3f}, "
+        f"effective sample size {weights['effective_sample_size']:,.0f} of {weights['consultations']:,}",
+    ]
+    if control != "none":
+        lines.append(f"- **control run**: {control} weights, so severity did not steer this adapter")
+    return "\n".join(lines)
+
+
+def _losses(metrics: dict[str, Any]) -> str:
+    rows = ["| severity | before | after |", "|---|---|---|"]
+    for key, label in [("loss", "all"), *((f"loss_{name}", name) for name in reversed(SEVERITIES))]:
+        if key in metrics["after"]:
+            rows.append(f"| {label} | {metrics['before'][key]:.4f} | {metrics['after'][key]:.4f} |")
+    return "\n".join(rows)
+
+
+def _prompt(recipe: Recipe) -> str:
+    if recipe.prompt.chat:
+        return "Ask it through the tokenizer's chat template (`enable_thinking=False` where the template knows it)."
+    text = recipe.prompt.template.replace("{answer_cue}", recipe.prompt.answer_cue)
+    system = f"{recipe.prompt.system}\n\n" if recipe.prompt.system else ""
+    return f"Ask it with exactly this prompt, nothing after the last character:\n\n```text\n{system}{text}\n```"
+
+
+def _made(metrics: dict[str, Any], environment: dict[str, Any]) -> str:
+    model, training = metrics["model"], metrics["training"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    bits = f", base in {model['bits']} bit" if model["bits"] else ""
+    return "\n".join(
+        [
+            f"- {model['trainable_parameters']:,} trainable parameters on {model['parameters']:,}, "
+            f"{model['dtype']}{bits}",
+            f"- {training['steps']:,} steps, {training['epochs']:.3g} epochs, seed {environment['seed']}, "
+            f"{environment['processes']} process{'es' * (environment['processes'] > 1)} on {environment['device']}",
+            f"- {versions}, Python {environment['python']}, commit {environment['commit'] or 'unknown'}",
+        ]
+    )
+
+
+def _public_name(name: str) -> str:
+    """A Hub id as it is; of a local folder only its last part, since a path can name a person or a hospital."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def _without_paths(recipe: Recipe) -> Recipe:
+    content = recipe.model_dump()
+    for section, key in (("model", "name_or_path"), ("data", "path")):
+        content[section][key] = _public_name(content[section][key])
+    return Recipe.model_validate(content)

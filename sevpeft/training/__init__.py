@@ -1,0 +1,1 @@
+"""From rows, weights and a base model to a trained adapter in a run folder."""

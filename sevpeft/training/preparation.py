@@ -1,0 +1,167 @@
+"""Turns a recipe into what the trainer reads: weighted training rows and validation rows with their severity.
+
+This is the whole way of one consultation, read from top to bottom: source → probabilities → split → tokens → weight.
+Everything that was lost on it is counted in `Prepared.summary`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from sevpeft.data.sources import Consultations, load_consultations
+from sevpeft.data.splits import Splits, split_rows
+from sevpeft.modeling.prompts import Prompt
+from sevpeft.recipe import Recipe
+from sevpeft.severity.probabilities import has_severity, severity_probabilities
+from sevpeft.severity.weighting import WeightSummary, severity_weights
+from sevpeft.training.encoding import add_token_weights, encode_rows, pack_rows
+
+# Below this, progress bars of the single steps flash by and only hide what matters.
+ROWS_WORTH_A_BAR = 20_000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows ready for `SeveritySFTTrainer`, and the counts of how they came about."""
+
+    train: Dataset
+    validation: Dataset
+    weights: WeightSummary
+    summary: dict[str, Any]
+
+
+def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, np.ndarray | None]:
+    """Reads the recipe's data and divides it.
+
+    Returns:
+        The table, its parts, and the severity probabilities (n, 3) of the table's rows, None when there are none and
+        the recipe asks for plain cross-entropy.
+    """
+    data = recipe.data
+    table = load_consultations(
+        data.path,
+        name=data.name,
+        revision=data.revision,
+        split=data.split,
+        encoding=data.encoding,
+        question_column=data.question_column,
+        answer_column=data.answer_column,
+        severity_column=data.severity_column,
+        id_column=data.id_column,
+        dialect_column=data.dialect_column,
+        split_column=data.split_column,
+        max_rows=data.max_rows,
+    )
+    plain = recipe.severity.control == "uniform" and not has_severity(table.rows)
+    probabilities = None if plain else severity_probabilities(table.rows)
+    rows = table.rows.add_column("source_index", np.arange(len(table.rows)))
+    splits = split_rows(
+        rows,
+        validation_size=data.validation_size,
+        test_size=data.test_size,
+        seed=data.seed,
+        strata=None if probabilities is None else probabilities.argmax(axis=1),
+    )
+    return table, splits, probabilities
+
+
+def prompt_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The recipe's prompt for this tokenizer; training and generation both use it."""
+    return Prompt.build(tokenizer, **recipe.prompt.model_dump())
+
+
+def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
+    """Everything up to the trainer.
+
+    Args:
+        prompt: of the base model's tokenizer.
+        scratch: folder for memory-mapped Arrow files, to be removed after training.
+    """
+    table, splits, probabilities = load_splits(recipe)
+    with _bars(len(table.rows)):
+        return _encode_and_weight(recipe, prompt, scratch, table, splits, probabilities)
+
+
+def _encode_and_weight(
+    recipe: Recipe,
+    prompt: Prompt,
+    scratch: Path,
+    table: Consultations,
+    splits: Splits,
+    probabilities: np.ndarray | None,
+) -> Prepared:
+    settings = recipe.training.settings()
+    max_length, num_proc = settings["max_length"], settings.get("dataset_num_proc")
+    encoded, reports = {}, {}
+    for name, rows in (("train", splits.train), ("validation", splits.validation)):
+        encoded[name], reports[name] = encode_rows(
+            rows,
+            prompt,
+            max_length,
+            strata=None if probabilities is None else probabilities.argmax(axis=1)[_column(rows, "source_index")],
+            cache_file=scratch / f"{name}.arrow",
+            num_proc=num_proc,
+        )
+    kept = _column(splits.train, "source_index")[_column(encoded["train"], "source_index")]
+    weights, summary = _weights(recipe, probabilities, kept)
+    train = add_token_weights(
+        encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
+    )
+    train = train.remove_columns(["severity", "source_index"])
+    if settings.get("packing"):
+        train = pack_rows(train, max_length, cache_file=scratch / "packed.arrow")
+    return Prepared(
+        train=train,
+        validation=encoded["validation"].remove_columns("source_index"),
+        weights=summary,
+        summary={
+            "source": table.source,
+            "fingerprint": table.fingerprint,
+            "columns": table.columns,
+            "rejected": table.rejected,
+            "split_by": splits.by,
+            "questions_in_two_splits": splits.leaks,
+            "rows": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
+            "encoding": {name: report.as_dict() for name, report in reports.items()},
+        },
+    )
+
+
+def _weights(recipe: Recipe, probabilities: np.ndarray | None, kept: np.ndarray) -> tuple[np.ndarray, WeightSummary]:
+    """Weights (n,) of the training rows that were kept, and what they amount to."""
+    if probabilities is None:
+        ones = np.ones(len(kept))
+        return ones, WeightSummary.of(ones, None)
+    severity = recipe.severity
+    weights = severity_weights(
+        probabilities[kept],
+        severity.coefficients(),
+        normalize=severity.normalize,
+        control=severity.control,
+        seed=recipe.training.settings()["seed"],
+    )
+    return weights, WeightSummary.of(weights, probabilities[kept].argmax(axis=1))
+
+
+def _column(rows: Dataset, name: str) -> np.ndarray:
+    return np.asarray(rows.with_format("numpy")[name][:])
+
+
+@contextmanager
+def _bars(rows: int) -> Iterator[None]:
+    """Progress bars of `datasets` where a step takes long enough to need one."""
+    if rows >= ROWS_WORTH_A_BAR:
+        datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()

@@ -1,0 +1,109 @@
+"""Shows a training on the screen and writes it to log.jsonl: steps, loss, tokens per second, time left.
+
+Trainer's own callbacks print dictionaries between two progress bars. Here a terminal gets one line that is rewritten,
+and a file or a cluster log gets a line now and then.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sevpeft.errors import RunError
+from sevpeft.runs import Run
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class RunProgress(TrainerCallback):
+    """Callback that reports on the main process only.
+
+    Args:
+        run: its log.jsonl gets every entry.
+        console: where the screen is.
+    """
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run = run
+        self.console = console
+        self.bar: Progress | None = None
+        self.last_line = 0.0
+        self.last_tokens: tuple[float, float] | None = None
+        self.text = ""
+
+    def __enter__(self) -> RunProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A failure must not leave a live bar on the screen that swallows its message.
+        self._close()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.last_line = time.monotonic()
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("Training"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, text="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, text=self.text)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            self.console.print(f"  step {state.global_step}/{state.max_steps}  {self.text}", highlight=False)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs:
+            return
+        if state.is_world_process_zero:
+            self.run.append_log({"step": state.global_step, "time": round(time.time(), 1), **logs})
+        loss = logs.get("loss")
+        if loss is not None:
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"The training loss is {loss} at step {state.global_step}; lower training.learning_rate, or use "
+                    "bfloat16 or float32 instead of float16. Checkpoints before it are kept."
+                )
+            self.text = f"loss {loss:.3f}{self._speed(logs)}"
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _speed(self, logs: dict[str, Any]) -> str:
+        tokens = logs.get("num_tokens")
+        if tokens is None:
+            return ""
+        now = time.monotonic()
+        before, self.last_tokens = self.last_tokens, (now, tokens)
+        if before is None or now <= before[0]:
+            return ""
+        return f"  {(tokens - before[1]) / (now - before[0]):,.0f} tokens/s"

@@ -1,0 +1,257 @@
+"""Turns a recipe into a run folder with a trained adapter: the main job, from top to bottom.
+
+Whatever can be refused is refused before the run folder is made; from then on everything is written so that a kill
+leaves a run that `--resume` continues.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from sevpeft.errors import RunError
+from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters
+from sevpeft.modeling.loading import (
+    choose_precision,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_hopeless_start,
+    resolved_name,
+)
+from sevpeft.modeling.packing import refuse_contaminated_packing
+from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.runs import Run, check_output, create_run, default_output, describe_environment, plain_disk_errors
+from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.training.launch import check_processes
+from sevpeft.training.preparation import Prepared, prepare, prompt_of
+from sevpeft.training.progress import RunProgress
+from sevpeft.training.settings import sft_config
+from sevpeft.training.trainer import SeveritySFTTrainer
+
+
+def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console: Console | None = None) -> Run:
+    """Trains the recipe's adapter.
+
+    Args:
+        recipe: resolved recipe.
+        output: run folder; None for a new one under runs/.
+        resume: continue the run that is in `output`.
+        console: where progress is shown; on the main process only.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        SevpeftError: in one plain sentence, whatever is refused or fails in a foreseeable way.
+    """
+    check_processes()
+    state = PartialState()
+    console = console if console is not None and state.is_main_process else Console(quiet=True)
+    _quiet_libraries()
+    folder = _same_on_all_processes(output or default_output(recipe.name))
+    if state.is_main_process:
+        check_output(folder, resume=resume)
+    run = Run(folder)
+    if resume:
+        _refuse_other_recipe(recipe, run)
+        if run.finished:
+            console.print(f"The run in {folder} is finished; nothing is left to do.")
+            return run
+
+    precision = choose_precision(recipe)
+    arguments = sft_config(recipe, precision, run.checkpoints)
+    refuse_hopeless_start(recipe)
+    with state.main_process_first():
+        config = load_config(recipe)
+    tokenizer = load_tokenizer(recipe, config)
+    prompt = prompt_of(recipe, tokenizer)
+    console.print(f"[bold]Base model[/bold]  {recipe.model.name_or_path} ({config.model_type})")
+    with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch, plain_disk_errors(Path(scratch)):
+        with state.main_process_first():
+            prepared = prepare(recipe, prompt, Path(scratch))
+        _announce_data(prepared, recipe, console)
+        model = load_model(recipe, precision, state.local_process_index)
+        for setting in ("packing", "padding_free"):
+            if getattr(arguments, setting):
+                refuse_contaminated_packing(model, f"training.{setting}")
+        if state.is_main_process:
+            create_run(folder)
+        state.wait_for_everyone()
+        progress = RunProgress(run, console)
+        trainer = SeveritySFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.validation,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe, model),
+            reduction=recipe.severity.reduction,
+            callbacks=[progress],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if state.is_main_process and not resume:
+            _write_origin(run, recipe, prepared, trainer)
+        with progress, plain_disk_errors(folder):
+            _train_and_measure(trainer, run, resume=resume, console=console)
+    return run
+
+
+def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, *, resume: bool, console: Console) -> None:
+    main = trainer.is_world_process_zero()
+    checkpoint = get_last_checkpoint(str(run.checkpoints)) if resume and run.checkpoints.is_dir() else None
+    # Asked of the file by the main process alone: the other ones may look at it while it is being written.
+    measured = _same_on_all_processes("before" in run.metrics())
+    if not (checkpoint and measured):
+        console.print("[bold]Validation[/bold]  before training …")
+        before = trainer.evaluate(metric_key_prefix="before")
+        if main:
+            run.update_metrics(before=_losses(before, "before"))
+    started = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.monotonic() - started
+    after = trainer.evaluate(metric_key_prefix="after")
+    _save_adapter(trainer, run)
+    if main:
+        run.update_metrics(
+            training={
+                "steps": trainer.state.global_step,
+                "epochs": trainer.state.epoch,
+                "train_loss": result.training_loss,
+                "seconds": round(seconds, 1),
+                "resumed_from": Path(checkpoint).name if checkpoint else None,
+                **_peak_memory(),
+            },
+            after=_losses(after, "after"),
+        )
+
+
+def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
+    """Writes the adapter beside its place and moves it there whole."""
+    unfinished = run.folder / ".adapter.unfinished"
+    trainer.save_model(str(unfinished))
+    if trainer.is_world_process_zero():
+        # A pickle of the training arguments; the recipe says the same and can be read.
+        (unfinished / "training_args.bin").unlink(missing_ok=True)
+        sort_target_modules(unfinished)
+        shutil.rmtree(run.adapter, ignore_errors=True)
+        unfinished.replace(run.adapter)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write_origin(run: Run, recipe: Recipe, prepared: Prepared, trainer: SeveritySFTTrainer) -> None:
+    """recipe.yaml, environment.json and the first part of metrics.json."""
+    trainable, total = trainable_parameters(trainer.model)
+    arguments = trainer.args
+    run.write_json(
+        "environment.json",
+        {
+            **describe_environment(),
+            "device": torch.cuda.get_device_name() if arguments.device.type == "cuda" else arguments.device.type,
+            "processes": arguments.world_size,
+            "seed": arguments.seed,
+            "data_fingerprint": prepared.summary["fingerprint"],
+        },
+    )
+    base = trainer.model.get_base_model()
+    run.update_metrics(
+        model={
+            "name_or_path": recipe.model.name_or_path,
+            "resolved": resolved_name(recipe),
+            "model_type": base.config.model_type,
+            "parameters": total - trainable,
+            "trainable_parameters": trainable,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "bits": 4 if recipe.quantization.load_in_4bit else 8 if recipe.quantization.load_in_8bit else None,
+            "attention": base.config._attn_implementation,
+        },
+        data=prepared.summary,
+        weights=prepared.weights.as_dict(),
+    )
+    # Last, because it is what makes the folder a run that can be resumed.
+    run.write_text("recipe.yaml", recipe.to_yaml())
+
+
+def _announce_data(prepared: Prepared, recipe: Recipe, console: Console) -> None:
+    summary = prepared.summary
+    columns = ", ".join(f"{found} → {name}" for name, found in summary["columns"].items() if found != name)
+    rows = summary["rows"]
+    console.print(
+        f"[bold]Data[/bold]        {summary['source']}{f' ({columns})' if columns else ''}: {rows['train']:,} train, "
+        f"{rows['validation']:,} validation, {rows['test']:,} test, by {summary['split_by']}"
+    )
+    for reason, count in summary["rejected"].items():
+        console.print(f"            {count:,} rows rejected: {reason}")
+    if summary["questions_in_two_splits"]:
+        console.print(
+            f"[yellow]            {summary['questions_in_two_splits']:,} questions stand in two of the given splits; "
+            "validation and test figures are flattered by them.[/yellow]"
+        )
+    limit = recipe.training.settings()["max_length"]
+    for name, report in summary["encoding"].items():
+        if report["shortened"] or report["refused"]:
+            console.print(
+                f"            {name}: {report['shortened']:,} questions shortened to fit {limit} tokens "
+                f"({report['lost_words']:,} words, at most {report['most_lost_words']} from one), "
+                f"{report['refused']:,} rows refused because their answer leaves no room"
+            )
+    if prepared.weights.too_small_to_matter and recipe.severity.control == "none":
+        console.print(
+            "[yellow]Weights     lie within "
+            f"{prepared.weights.minimum:.2f} to {prepared.weights.maximum:.2f}, too close together to matter; "
+            "use severity.weights=strong, or sharper probabilities.[/yellow]"
+        )
+
+
+def _losses(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """Validation loss in nats per answer token, overall and per severity."""
+    names = ("loss", *(f"loss_{severity}" for severity in SEVERITIES))
+    return {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
+
+
+def _peak_memory() -> dict[str, float]:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return {"peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
+    return {"resident_gib": round(psutil.Process().memory_info().rss / 2**30, 3)}
+
+
+def _refuse_other_recipe(recipe: Recipe, run: Run) -> None:
+    stored = load_recipe(run.folder / "recipe.yaml")
+    if stored == recipe:
+        return
+    old, new = stored.model_dump(), recipe.model_dump()
+    changed = [
+        f"{section}.{key}"
+        for section in new
+        for key in {**(old.get(section) or {}), **(new[section] or {})}
+        if (old.get(section) or {}).get(key) != (new[section] or {}).get(key)
+    ]
+    raise RunError(
+        f"The recipe is not the one that {run.folder} was started with ({', '.join(changed)} differ); "
+        "resume with the same settings, or start another run."
+    )
+
+
+def _same_on_all_processes(value: Any) -> Any:
+    """What the main process has, on every process."""
+    return broadcast_object_list([value])[0]
+
+
+def _quiet_libraries() -> None:
+    """Leaves the screen to this run: errors of the libraries are shown, their advice to programmers is not."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

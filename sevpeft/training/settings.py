@@ -1,0 +1,37 @@
+"""Turns the `training` section into TRL's SFTConfig for this machine and this run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trl import SFTConfig
+
+from sevpeft.errors import RecipeError
+from sevpeft.modeling.loading import Precision, uses_gpu
+from sevpeft.recipe import Recipe
+
+
+def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTConfig:
+    """SFTConfig of a recipe.
+
+    Args:
+        recipe: its `training` section was checked by name and type; values are checked here, by TRL.
+        precision: number formats chosen for the device.
+        checkpoints: folder of the trainer's own state.
+
+    Raises:
+        RecipeError: a value that TRL or transformers refuse.
+    """
+    settings = recipe.training.settings()
+    settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints))
+    settings.setdefault("use_cpu", not uses_gpu(recipe))
+    # The filter replaces a NaN loss by the last good one in the log, and nobody notices.
+    settings.setdefault("logging_nan_inf_filter", False)
+    settings["disable_tqdm"] = True
+    if settings.get("padding_free") and not settings.get("packing"):
+        # Rows are cut to max_length while they are encoded; TRL refuses a limit that it would not enforce itself.
+        settings["max_length"] = None
+    try:
+        return SFTConfig(**settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"The training section is refused: {' '.join(str(error).split())}") from error

@@ -1,0 +1,429 @@
+"""Measures what a training step costs here, beside stock TRL and beside the published loop, and prints one table.
+
+    python -m tests.benchmarks.training [--quick] [--repetitions N] [--rows NAME ...] [--layers N] [--threads N]
+
+Every row of the table is one pair of processes: a reference and this project's trainer, with the same model, rows,
+seed and settings. The reference is (a) stock TRL's SFTTrainer, or (b) the published loop of arXiv 2604.06346: every
+row padded to 512, full logits, log-softmax, prompt and pads in the loss, batch 1 x accumulation 8. Both processes
+are alive together and take turns, one optimiser step each, so that whatever else the machine does weighs on both; a
+repetition is one such pair of steps on the same rows, and who goes first alternates. The first pair warms up and is
+not timed.
+
+What the figures mean:
+- s/step, and ratio: median seconds of one optimiser step (data loading and logging included) of reference and ours;
+  median of ours / reference over the pairs, with the lowest and the highest pair. Below 1 ours is faster.
+- peak MB, and ratio: highest resident memory over all steps, less what the process held once the model, its adapter
+  and the data were loaded. Activations, logits, gradients and optimiser state are in it; the code that a first step
+  imports is not, since a toy model trains before. The kernel's own high-water mark is read where it can be reset
+  (Linux), a thread samples elsewhere.
+- answer tok/s: answer tokens learnt per second of ours, whatever else was in the loss.
+- loss: the largest relative difference between the losses of (a) and of ours, all weights being one.
+
+Rows have the lengths of real consultations: words of question and answer are lognormal with medians 24 and 12 and
+95th percentiles 75 and 50, 1.6 tokens a word. Token ids are random and so are the weights of the model: a llama of
+vocabulary 64,000 and hidden size 512 in float32, LoRA r 16 on all linear layers. Its LM head weighs as much as ten of
+its layers; with more layers (--layers) less is to be gained from scoring fewer positions. A time is never asserted:
+the exit code is 0 and the table tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import math
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+# torch and what builds on it are imported in the children only: the parent has to stay out of their way.
+
+VOCABULARY, HIDDEN, EOS, PAD = 64_000, 512, 0, 1
+MAX_LENGTH = 512
+TOKENS_PER_WORD = 1.6
+PROMPT_TOKENS = 6  # the template around a question
+LOSS_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table: what both processes of its pair run."""
+
+    says: str
+    reference: str = "trl"
+    labels: str = "answer"
+    batch: int = 8
+    accumulation: int = 1
+    layout: str = "padded"
+    gradient_checkpointing: bool = False
+
+    def targets(self) -> dict[str, float]:
+        """Highest ratio ours / reference that is wanted, by measure."""
+        if self.reference == "published":
+            return {"time": 1 / 8, "memory": 1 / 4}
+        return {"time": 0.6, "memory": 0.5} if self.labels == "answer" else {"time": 1.03}
+
+
+SETTINGS = {
+    "answer": Setting("answer loss, 8 x 1"),
+    "answer-1x8": Setting("answer loss, 1 x 8", batch=1, accumulation=8),
+    "answer-checkpointing": Setting("answer loss, 8 x 1, gradient checkpointing", gradient_checkpointing=True),
+    "answer-padding-free": Setting("answer loss, 8 x 1, padding-free", layout="padding-free"),
+    "answer-packed": Setting("answer loss, 2 x 1, bfd packed to 512", layout="packed", batch=2),
+    "sequence": Setting("full-sequence loss, 8 x 1", labels="sequence"),
+    "sequence-1x8": Setting("full-sequence loss, 1 x 8", labels="sequence", batch=1, accumulation=8),
+    "sequence-packed": Setting("full-sequence loss, 2 x 1, bfd packed to 512", "trl", "sequence", 2, 1, "packed"),
+    "published": Setting("answer loss, 1 x 8, against the published loop", "published", batch=1, accumulation=8),
+}
+QUICK = ("answer", "sequence-packed", "published")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a child reports after one optimiser step; `peak` is in bytes, above the loaded model."""
+
+    seconds: float
+    peak: int
+    loss: float
+    answer_tokens: int
+
+
+# ---- What is trained on
+
+
+def make_rows(count: int, labels: str, vocabulary: int, seed: int = 0) -> dict[str, list[Any]]:
+    """`input_ids`, `labels` and `token_weights` (all one) of `count` rows, none longer than 512 tokens."""
+    generator = random.Random(seed)
+
+    def tokens(median: float, upper: float) -> list[int]:
+        sigma = math.log(upper / median) / statistics.NormalDist().inv_cdf(0.95)
+        length = round(TOKENS_PER_WORD * generator.lognormvariate(math.log(median), sigma))
+        return [generator.randrange(PAD + 1, vocabulary) for _ in range(max(1, length))]
+
+    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "token_weights": []}
+    for _ in range(count):
+        prompt = [PAD + 1] * PROMPT_TOKENS + tokens(24, 75)
+        answer = [*tokens(12, 50)[: MAX_LENGTH // 2], EOS]
+        prompt = prompt[: MAX_LENGTH - len(answer)]
+        first = len(prompt) if labels == "answer" else 1
+        ids = prompt + answer
+        rows["input_ids"].append(ids)
+        rows["labels"].append([-100] * first + ids[first:])
+        rows["token_weights"].append([1.0] * len(ids))
+    return rows
+
+
+def make_model(vocabulary: int, hidden: int, layers: int) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def make_lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+# ---- The two sides of a pair
+
+
+class Meter:
+    """Peak resident memory and time of this process, told to the parent step by step, when the parent gives the turn."""
+
+    def __init__(self, channel: Connection | None, answer_tokens: list[int]) -> None:
+        self.channel = channel
+        self.answer_tokens = iter(answer_tokens)
+        self.sampled = 0
+
+    def begin(self) -> None:
+        """The model is loaded: memory is counted from here."""
+        if self.channel is None:
+            return
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what glibc kept from loading would be filled first, and not be seen
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+        except OSError:
+            threading.Thread(target=self._sample, daemon=True).start()
+        self.loaded = psutil.Process().memory_info().rss
+        self.channel.send("loaded")
+        self._wait()
+
+    def end_of_step(self, loss: float) -> None:
+        if self.channel is None:
+            return
+        seconds = time.perf_counter() - self.started
+        self.channel.send(Step(seconds, self._peak() - self.loaded, loss, next(self.answer_tokens)))
+        self._wait()
+
+    def _wait(self) -> None:
+        assert self.channel is not None
+        with contextlib.suppress(EOFError):  # the parent hangs up after the last step
+            self.channel.recv()
+        self.started = time.perf_counter()
+
+    def _peak(self) -> int:
+        if self.sampled:
+            return self.sampled
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.sampled = max(self.sampled, process.memory_info().rss)
+            time.sleep(0.002)
+
+
+def run_trainer(
+    stock: bool, setting: Setting, rows: dict[str, list[Any]], steps: int, model: Any, channel: Connection | None
+) -> None:
+    """Trains with stock TRL or with this project's trainer, everything else being the same."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+    from trl import SFTConfig, SFTTrainer, pack_dataset
+
+    from sevpeft.training.trainer import SeveritySFTTrainer
+
+    data = Dataset.from_dict(rows)
+    if stock:
+        data = data.remove_columns("token_weights")
+    if setting.layout == "packed":
+        data = pack_dataset(data, seq_length=MAX_LENGTH, strategy="bfd")
+    meter = Meter(channel, labels_by_step(data["labels"], setting))
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            meter.begin()
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                meter.end_of_step(logs["loss"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            max_steps=steps,
+            per_device_train_batch_size=setting.batch,
+            gradient_accumulation_steps=setting.accumulation,
+            gradient_checkpointing=setting.gradient_checkpointing,
+            packing=setting.layout == "packed",
+            padding_free=setting.layout == "padding-free",
+            max_length=MAX_LENGTH if setting.layout == "packed" else None,
+            learning_rate=2e-4,
+            train_sampling_strategy="sequential",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        tokenizer = Tokenizer(models.WordLevel({"<eos>": EOS, "<pad>": PAD}, unk_token="<eos>"))
+        trainer = (SFTTrainer if stock else SeveritySFTTrainer)(
+            model=model,
+            args=config,
+            train_dataset=data,
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"),
+            peft_config=make_lora(),
+            callbacks=[Turns()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def run_published_loop(
+    setting: Setting, rows: dict[str, list[Any]], steps: int, model: Any, channel: Connection | None
+) -> None:
+    """The published loop as it is described, on the same rows: what it pays for is 512 positions for every row.
+
+    Its weight is (B, 1, 1) against a loss of (B, T), and its micro-batches are summed, not averaged; neither costs
+    time, both are kept so that this is that loop.
+    """
+    import torch
+    from peft import get_peft_model
+
+    model = get_peft_model(model, make_lora())
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
+    meter = Meter(channel, labels_by_step(rows["labels"], setting))
+    data = iter(rows["input_ids"])
+    meter.begin()
+    for _ in range(steps):
+        total = 0.0
+        for _ in range(setting.accumulation):
+            ids = next(data)
+            padding = MAX_LENGTH - len(ids)
+            input_ids = torch.tensor([ids + [PAD] * padding])
+            attention_mask = torch.tensor([[1] * len(ids) + [0] * padding])
+            severity_weight = torch.ones(1)
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            log_probs = torch.log_softmax(logits[:, :-1], dim=-1)
+            token_loss = -log_probs.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+            loss = (severity_weight.view(-1, 1, 1) * token_loss).mean()
+            loss.backward()
+            total += loss.item()
+            del logits, log_probs, token_loss, loss
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.end_of_step(total)
+
+
+def labels_by_step(labels: Any, setting: Setting) -> list[int]:
+    """Number of labelled tokens in each optimiser step, rows being taken in order."""
+    size = setting.batch * setting.accumulation
+    counts = [sum(label != -100 for label in row) for row in labels]
+    return [sum(counts[start : start + size]) for start in range(0, len(counts), size)]
+
+
+def child(variant: str, setting: Setting, steps: int, layers: int, threads: int, channel: Connection) -> None:
+    """One process of a pair."""
+    warnings.filterwarnings("ignore")
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+
+    # A packed row of 512 holds six or seven consultations; twelve each are enough for every step.
+    count = setting.batch * setting.accumulation * (12 if setting.layout == "packed" else 1)
+    run: Callable[..., None]
+    run = run_published_loop if variant == "published" else run_trainer
+    first = () if variant == "published" else (variant == "trl",)
+    run(*first, setting, make_rows(2 * count, setting.labels, 64), 2, make_model(64, 64, 1), None)
+    rows = make_rows(steps * count, setting.labels, VOCABULARY)
+    run(*first, setting, rows, steps, make_model(VOCABULARY, HIDDEN, layers), channel)
+
+
+# ---- The parent
+
+
+def measure(setting: Setting, repetitions: int, layers: int, threads: int) -> list[tuple[Step, Step]]:
+    """Pairs of steps (reference, ours) of one row, the warm-up first."""
+    context = multiprocessing.get_context("spawn")
+    channels: list[Connection] = []
+    children = []
+    for variant in (setting.reference, "ours"):
+        here, there = context.Pipe()
+        arguments = (variant, setting, repetitions + 1, layers, threads, there)
+        children.append(context.Process(target=child, args=arguments, daemon=True))
+        children[-1].start()
+        there.close()
+        channels.append(here)
+    try:
+        for channel in channels:
+            channel.recv()
+        pairs = []
+        for number in range(repetitions + 1):
+            steps = {}
+            for side in (0, 1) if number % 2 else (1, 0):
+                channels[side].send("go")
+                steps[side] = channels[side].recv()
+            pairs.append((steps[0], steps[1]))
+        return pairs
+    finally:
+        for channel, process in zip(channels, children, strict=True):
+            channel.close()
+            process.join(timeout=30)
+            process.kill()
+
+
+def add_row(table: Table, setting: Setting, pairs: list[tuple[Step, Step]]) -> None:
+    timed = pairs[1:]
+    ratios = [ours.seconds / theirs.seconds for theirs, ours in timed]
+    peaks = [max(pair[side].peak for pair in pairs) for side in (0, 1)]
+    reached = {"time": statistics.median(ratios), "memory": peaks[1] / peaks[0]}
+    seconds = [statistics.median(pair[side].seconds for pair in timed) for side in (0, 1)]
+    lines = []
+    for name, most in setting.targets().items():
+        verdict = "[green]met[/]" if reached[name] <= most else "[red]not met[/]"
+        lines.append(f"{name} ≤ {most:.3g} {verdict}")
+    if setting.reference == "published":
+        lines[0] = lines[0].replace("time ≤ 0.125", "answer tok/s ≥ 8x")
+        loss = ""
+    else:
+        worst = max(abs(theirs.loss / ours.loss - 1) for theirs, ours in pairs)
+        loss = f"\nloss {'same' if worst <= LOSS_TOLERANCE else '[red]DIFFERS[/]'} ({worst:.0e})"
+    speed = statistics.median(ours.answer_tokens / ours.seconds for _, ours in timed)
+    table.add_row(
+        f"{setting.says}{loss}",
+        f"{seconds[0]:.3f}\n→ {seconds[1]:.3f}",
+        f"{reached['time']:.3f}\n({min(ratios):.2f}–{max(ratios):.2f})",
+        f"{peaks[0] / 1e6:.0f}\n→ {peaks[1] / 1e6:.0f}",
+        f"{reached['memory']:.2f}",
+        f"{speed:.0f}" if setting.labels == "answer" else "",
+        "\n".join(lines),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.training", description=__doc__.split("\n")[0])
+    parser.add_argument("--repetitions", type=int, help="pairs of steps in a row (default 9; 4 with --quick)")
+    parser.add_argument("--rows", nargs="+", choices=SETTINGS, metavar="NAME", help=", ".join(SETTINGS))
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, and fewer pairs")
+    parser.add_argument("--layers", type=int, default=4, help="depth of the model (default 4)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
+    options = parser.parse_args()
+    repetitions = options.repetitions or (4 if options.quick else 9)
+    names = options.rows or (QUICK if options.quick else tuple(SETTINGS))
+
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(variable, {"HF_HUB_OFFLINE": "1"}.get(variable, "error"))
+    progress = Console(stderr=True)
+    table = Table(
+        title="Training step: reference → this trainer",
+        caption=f"{repetitions} pairs of steps a row; {options.layers} layers; {options.threads} threads; "
+        f"load {os.getloadavg()[0]:.1f} at the start",
+        show_lines=True,
+    )
+    table.add_column("setting (batch x accumulation)", ratio=1)
+    for heading in ("s/step", "ratio", "peak MB", "ratio", "answer tok/s"):
+        table.add_column(heading, justify="right", min_width=5)
+    table.add_column("targets")
+    for name in names:
+        progress.print(f"{name} …")
+        try:
+            add_row(table, SETTINGS[name], measure(SETTINGS[name], repetitions, options.layers, options.threads))
+        except EOFError:
+            table.add_row(SETTINGS[name].says, *[""] * 5, "[red]failed[/]: see above")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Small models of the real architectures with random weights, and a tokenizer trained here: no test needs the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "السلام عليكم عندي صداع شديد من امبارح ومش قادر انام",
+    "ابني عمره سنتين وحرارته مرتفعة منذ يومين ولا يأكل",
+    "بحس بألم في صدري لما اطلع السلم وضيق في التنفس",
+    "راجع طبيب القلب اليوم ولا تبذل مجهودا حتى الفحص",
+    "أعطه سوائل كثيرة واعرضه على طبيب الأطفال إن استمرت الحرارة",
+    "اذهب إلى الطوارئ الآن ولا تنتظر",
+    "السؤال: شو الحل لحكة الجلد؟ الجواب: مرطب خفيف وراجع طبيب الجلدية",
+    "وش افضل وقت للتطعيم؟ حسب جدول التطعيمات في بلدك",
+]
+
+VOCABULARY = 512
+
+# Real configuration classes at the smallest sizes at which every layer kind of the architecture is there.
+ARCHITECTURES = {
+    "gpt2": dict(n_embd=48, n_layer=2, n_head=4, n_positions=256),
+    "bloom": dict(hidden_size=48, n_layer=2, n_head=4),
+    "lfm2": dict(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+    ),
+    **{
+        name: dict(
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+        )
+        for name in ("qwen2", "qwen3", "llama", "mistral")
+    },
+}
+
+
+# As the tokenizers of these models bring them, reduced to what a system-less single exchange uses.
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' and thinking_blank %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thinking_blank and enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+CHAT_TEMPLATES = {
+    "lfm2-350m": _CHATML,
+    "lfm2-700m": _CHATML,
+    "qwen3-0.6b": "{% set thinking_blank = true %}" + _CHATML,
+    "mistral-7b-instruct-v0.2": (
+        "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+        "{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+        "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_and_repeatable() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tables of one test must not answer another one; the toy model is made once for all."""
+    monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path_factory.getbasetemp() / "sevpeft-cache"))
+    yield
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+def build_model(architecture: str, seed: int = 0) -> torch.nn.Module:
+    config = transformers.AutoConfig.for_model(
+        architecture,
+        vocab_size=VOCABULARY,
+        eos_token_id=0,
+        pad_token_id=1,
+        bos_token_id=None,
+        **ARCHITECTURES[architecture],
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder with a small model of an architecture and its tokenizer, as a user would have it."""
+
+    def make(architecture: str = "llama", chat_template: str | None = None) -> Path:
+        folder = tmp_path / f"tiny-{architecture}"
+        build_model(architecture).save_pretrained(folder)
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
