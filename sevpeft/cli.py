@@ -42,23 +42,54 @@ def train(
     from sevpeft.recipe import load_recipe
     from sevpeft.runs import check_output
 
-    console = Console()
     loaded = load_recipe(recipe, overrides or [])
     if resume and output is None:
         raise typer.BadParameter("--resume needs --output RUN, the folder of the run to continue.")
     if output is not None and int(os.environ.get("RANK", "0")) == 0:
         check_output(output, resume=resume)
-    console.print(f"[bold]Recipe[/bold]      {recipe}", highlight=False) if _is_main_process() else None
-
-    from sevpeft.sharing.card import write_card
-    from sevpeft.training.run import train as train_recipe
+    console = Console(highlight=False, quiet=not _is_main_process())
+    with console.status(f"Reading {recipe} and loading the libraries"):
+        _quiet_libraries()
+        from sevpeft.sharing.card import write_card
+        from sevpeft.training.run import train as train_recipe
     from sevpeft.training.summary import run_summary
 
     run = train_recipe(loaded, output, resume=resume, console=console)
     if _is_main_process():
         write_card(run)
         console.print(run_summary(run))
-        console.print(f"\nNext: sevpeft chat {run.folder}", highlight=False, soft_wrap=True)
+        console.print(f"Next: sevpeft chat {run.folder}", soft_wrap=True)
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run", show_default=False)],
+    question: Annotated[
+        str | None, typer.Option(help="Ask this and leave; else questions are read line by line.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+) -> None:
+    """Ask a trained adapter. What it says is no medical advice.
+
+    Example: sevpeft chat runs/quickstart-20260101-120000 --question "عندي صداع من امبارح"
+    """
+    from rich.console import Console
+
+    from sevpeft.runs import Run, check_run
+
+    check_run(run)
+    with Console(stderr=True).status(f"Loading the adapter of {run}"):
+        _quiet_libraries()
+        from sevpeft.sharing.chat import Chat
+
+        adapter = Chat(Run(run))
+    if question is not None:
+        print(adapter.answer(question, max_new_tokens))
+        return
+    if sys.stdin.isatty():
+        print("Every question stands alone; an empty line leaves. Not medical advice.", file=sys.stderr)
+    while line := _read_line():
+        print(adapter.answer(line, max_new_tokens), end="\n\n", flush=True)
 
 
 @app.command()
@@ -99,6 +130,33 @@ def main() -> None:
     except KeyboardInterrupt:
         _say("Interrupted.")
         _leave(130)
+
+
+def _read_line() -> str:
+    """A line from the keyboard or a pipe; empty at its end."""
+    try:
+        return input("? " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _quiet_libraries() -> None:
+    """Leaves the screen to the verb: errors of the libraries are shown, their advice to programmers is not."""
+    import logging
+    import warnings
+
+    # Asked for before bitsandbytes is imported, because it speaks while it is.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def _is_main_process() -> bool:

@@ -96,6 +96,14 @@ def check_output(folder: Path, *, resume: bool) -> None:
         raise RunError(f"{folder} cannot be made: {parent} is not writable; choose another --output.")
 
 
+def check_run(folder: Path) -> None:
+    """Raises RunError when a folder holds no run."""
+    if not (folder / "recipe.yaml").is_file():
+        raise RunError(
+            f"There is no run in {folder}; name the folder that `sevpeft train` made, such as runs/NAME-DATE."
+        )
+
+
 def create_run(folder: Path) -> Run:
     """Makes the folder of a run."""
     with plain_disk_errors(folder):

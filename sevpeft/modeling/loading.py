@@ -160,8 +160,7 @@ def refuse_hopeless_start(recipe: Recipe) -> None:
     The size is the recipe's own statement where the model is still the recipe's, so that nothing is downloaded only
     to be refused; a folder's model is counted.
     """
-    quantised = recipe.quantization.load_in_4bit or recipe.quantization.load_in_8bit
-    if uses_gpu(recipe) or not quantised:
+    if uses_gpu(recipe) or not recipe.quantization.quantised():
         return
     name = recipe.model.name_or_path
     local = name == TINY or Path(os.path.expanduser(name)).is_dir()

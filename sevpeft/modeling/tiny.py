@@ -23,10 +23,10 @@ from sevpeft.data.sources import cache_folder, load_consultations
 TINY = "builtin:tiny"
 # Part of the folder's name: a changed recipe for the toy is another toy.
 VERSION = "1"
-VOCABULARY = 4096
+VOCABULARY = 2048
 CONTEXT = 128
-STEPS = 220
-BATCH = 16
+STEPS = 500
+BATCH = 8
 
 
 def tiny_model_folder() -> Path:
@@ -37,7 +37,7 @@ def tiny_model_folder() -> Path:
     with FileLock(str(folder) + ".lock"):
         if not (folder / "model.safetensors").exists():
             print(
-                f"Making {TINY} in {folder}: a toy of 3 million parameters that has read 300 consultations. "
+                f"Making {TINY} in {folder}: a toy of 0.8 million parameters that has read 300 consultations. "
                 "It shows the way from recipe to adapter; never take its answers for advice.",
                 file=sys.stderr,
                 flush=True,
@@ -94,10 +94,10 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def _pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -106,8 +106,8 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int) 
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.1)
     stream = _token_stream(tokenizer, texts, steps)
     for step in range(steps):
         batch = stream[step * BATCH * CONTEXT : (step + 1) * BATCH * CONTEXT].view(BATCH, CONTEXT)

@@ -29,7 +29,7 @@ def list_recipes(folder: Path) -> list[dict[str, Any]]:
             "recipe": str(path),
             "model": recipe.model.name_or_path,
             "parameters": recipe.about.parameters,
-            "adapter": "QLoRA" if recipe.quantization.load_in_4bit or recipe.quantization.load_in_8bit else "LoRA",
+            "adapter": "QLoRA" if recipe.quantization.quantised() else "LoRA",
             "licence": recipe.about.licence,
             "gated": recipe.about.gated,
             "vram_gib": recipe.about.vram_gib,

@@ -146,6 +146,10 @@ class QuantizationSection(Section):
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type in which the 4-bit weights are multiplied; auto takes bfloat16 where the device has it."""
 
+    def quantised(self) -> bool:
+        """Whether the base model is compressed at all."""
+        return self.load_in_4bit or self.load_in_8bit
+
 
 class DataSection(Section):
     """Where the consultations come from and how they are split."""

@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from sevpeft.errors import RunError
 
 
-def check_processes() -> None:
-    """Raises RunError when `accelerate launch` was asked for more processes than are running."""
+def check_processes(running: int) -> None:
+    """Raises RunError when `accelerate launch` was asked for another number of processes than are running."""
     asked = next(filter(None, (asked_processes(line) for line in _ancestors())), None)
-    running = PartialState().num_processes
     if asked is not None and asked != running:
         raise RunError(
             f"accelerate launch was asked for {asked} processes, but {running} run{'s' if running == 1 else ''}; "

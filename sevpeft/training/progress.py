@@ -12,12 +12,25 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sevpeft.errors import RunError
 from sevpeft.runs import Run
 
 SECONDS_BETWEEN_LINES = 15.0
+
+LABEL_WIDTH = 18
+
+
+def say(console: Console, label: str, text: str, style: str = "") -> None:
+    """Prints `label  text`, the text in a column of its own, so that a long line stays readable in 80 columns."""
+    line = Table.grid(padding=0)
+    line.add_column(width=LABEL_WIDTH, style="bold")
+    line.add_column(overflow="fold", style=style)
+    line.add_row(label, Text(text))
+    console.print(line)
 
 
 class RunProgress(TrainerCallback):
@@ -67,7 +80,7 @@ class RunProgress(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step, text=self.text)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            self.console.print(f"  step {state.global_step}/{state.max_steps}  {self.text}", highlight=False)
+            say(self.console, "Training", f"step {state.global_step:,} of {state.max_steps:,}  {self.text}")
 
     def on_log(
         self,

@@ -12,10 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import psutil
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -31,6 +29,7 @@ from sevpeft.modeling.loading import (
     load_tokenizer,
     refuse_hopeless_start,
     resolved_name,
+    uses_gpu,
 )
 from sevpeft.modeling.packing import refuse_contaminated_packing
 from sevpeft.recipe import Recipe, load_recipe
@@ -38,7 +37,7 @@ from sevpeft.runs import Run, check_output, create_run, default_output, describe
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.launch import check_processes
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
-from sevpeft.training.progress import RunProgress
+from sevpeft.training.progress import RunProgress, say
 from sevpeft.training.settings import sft_config
 from sevpeft.training.trainer import SeveritySFTTrainer
 
@@ -58,10 +57,10 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     Raises:
         SevpeftError: in one plain sentence, whatever is refused or fails in a foreseeable way.
     """
-    check_processes()
-    state = PartialState()
+    # Without being told so, accelerate sets up a single process where it finds no GPU.
+    state = PartialState(cpu=not uses_gpu(recipe))
+    check_processes(state.num_processes)
     console = console if console is not None and state.is_main_process else Console(quiet=True)
-    _quiet_libraries()
     folder = _same_on_all_processes(output or default_output(recipe.name))
     if state.is_main_process:
         check_output(folder, resume=resume)
@@ -79,7 +78,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         config = load_config(recipe)
     tokenizer = load_tokenizer(recipe, config)
     prompt = prompt_of(recipe, tokenizer)
-    console.print(f"[bold]Base model[/bold]  {recipe.model.name_or_path} ({config.model_type})")
+    say(console, "Base model", f"{recipe.model.name_or_path} ({config.model_type})")
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch, plain_disk_errors(Path(scratch)):
         with state.main_process_first():
             prepared = prepare(recipe, prompt, Path(scratch))
@@ -88,6 +87,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         for setting in ("packing", "padding_free"):
             if getattr(arguments, setting):
                 refuse_contaminated_packing(model, f"training.{setting}")
+        adapter = lora_config(recipe, model)
         if state.is_main_process:
             create_run(folder)
         state.wait_for_everyone()
@@ -98,7 +98,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
             train_dataset=prepared.train,
             eval_dataset=prepared.validation,
             processing_class=tokenizer,
-            peft_config=lora_config(recipe, model),
+            peft_config=adapter,
             reduction=recipe.severity.reduction,
             callbacks=[progress],
         )
@@ -116,7 +116,7 @@ def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, *, resume: bool, c
     # Asked of the file by the main process alone: the other ones may look at it while it is being written.
     measured = _same_on_all_processes("before" in run.metrics())
     if not (checkpoint and measured):
-        console.print("[bold]Validation[/bold]  before training …")
+        say(console, "Validation", f"before training, {len(trainer.eval_dataset):,} consultations")
         before = trainer.evaluate(metric_key_prefix="before")
         if main:
             run.update_metrics(before=_losses(before, "before"))
@@ -175,7 +175,7 @@ def _write_origin(run: Run, recipe: Recipe, prepared: Prepared, trainer: Severit
             "parameters": total - trainable,
             "trainable_parameters": trainable,
             "dtype": str(base.dtype).removeprefix("torch."),
-            "bits": 4 if recipe.quantization.load_in_4bit else 8 if recipe.quantization.load_in_8bit else None,
+            "bits": next((bits for bits in (4, 8) if getattr(base, f"is_loaded_in_{bits}bit", False)), None),
             "attention": base.config._attn_implementation,
         },
         data=prepared.summary,
@@ -189,30 +189,49 @@ def _announce_data(prepared: Prepared, recipe: Recipe, console: Console) -> None
     summary = prepared.summary
     columns = ", ".join(f"{found} → {name}" for name, found in summary["columns"].items() if found != name)
     rows = summary["rows"]
-    console.print(
-        f"[bold]Data[/bold]        {summary['source']}{f' ({columns})' if columns else ''}: {rows['train']:,} train, "
-        f"{rows['validation']:,} validation, {rows['test']:,} test, by {summary['split_by']}"
+    by = "its own split column" if summary["split_by"] == "column split" else "random groups of equal questions"
+    say(console, "Data", f"{summary['source']}{f' ({columns})' if columns else ''}")
+    say(
+        console,
+        "Split",
+        f"{rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test, by {by}",
     )
     for reason, count in summary["rejected"].items():
-        console.print(f"            {count:,} rows rejected: {reason}")
+        say(console, "Rejected", f"{count:,} rows: {reason}", style="yellow")
     if summary["questions_in_two_splits"]:
-        console.print(
-            f"[yellow]            {summary['questions_in_two_splits']:,} questions stand in two of the given splits; "
-            "validation and test figures are flattered by them.[/yellow]"
+        say(
+            console,
+            "Leak",
+            f"{summary['questions_in_two_splits']:,} questions stand in two of the given splits; "
+            "validation and test figures are flattered by them",
+            style="yellow",
         )
     limit = recipe.training.settings()["max_length"]
     for name, report in summary["encoding"].items():
-        if report["shortened"] or report["refused"]:
-            console.print(
-                f"            {name}: {report['shortened']:,} questions shortened to fit {limit} tokens "
-                f"({report['lost_words']:,} words, at most {report['most_lost_words']} from one), "
-                f"{report['refused']:,} rows refused because their answer leaves no room"
+        if report["shortened"]:
+            say(
+                console,
+                "Shortened",
+                f"{report['shortened']:,} {name} questions to fit {limit} tokens: {report['lost_words']:,} words lost, "
+                f"at most {report['most_lost_words']} from one",
+                style="yellow",
             )
-    if prepared.weights.too_small_to_matter and recipe.severity.control == "none":
-        console.print(
-            "[yellow]Weights     lie within "
-            f"{prepared.weights.minimum:.2f} to {prepared.weights.maximum:.2f}, too close together to matter; "
-            "use severity.weights=strong, or sharper probabilities.[/yellow]"
+        if report["refused"]:
+            say(
+                console,
+                "Refused",
+                f"{report['refused']:,} {name} rows whose answer leaves no room for a question in {limit} tokens; "
+                "raise training.max_length to keep them",
+                style="yellow",
+            )
+    weights = prepared.weights
+    if weights.too_small_to_matter and recipe.severity.control == "none" and weights.severities:
+        say(
+            console,
+            "Weights",
+            f"lie within {weights.minimum:.3f} to {weights.maximum:.3f}, too close together to matter; "
+            "use severity.weights=strong, or sharper probabilities",
+            style="yellow",
         )
 
 
@@ -248,10 +267,3 @@ def _refuse_other_recipe(recipe: Recipe, run: Run) -> None:
 def _same_on_all_processes(value: Any) -> Any:
     """What the main process has, on every process."""
     return broadcast_object_list([value])[0]
-
-
-def _quiet_libraries() -> None:
-    """Leaves the screen to this run: errors of the libraries are shown, their advice to programmers is not."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.training.progress import LABEL_WIDTH
 
 
 def run_summary(run: Run) -> Group:
@@ -18,14 +20,15 @@ def run_summary(run: Run) -> Group:
     Everything is read from the run folder, so that the table can be shown again at any time.
     """
     metrics = run.metrics()
-    return Group(Text(), _facts(run, metrics), Text(), _losses(metrics))
+    title = Text("Validation loss, nats per answer token, unweighted", style="bold")
+    return Group(Text(), _facts(run, metrics), Text(), title, _losses(metrics))
 
 
 def _facts(run: Run, metrics: dict[str, Any]) -> Table:
     model, data, weights, training = (metrics[name] for name in ("model", "data", "weights", "training"))
     bits = f", {model['bits']} bit" if model["bits"] else ""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
+    table = Table.grid(padding=0)
+    table.add_column(width=LABEL_WIDTH, style="bold")
     table.add_column(overflow="fold")
     table.add_row(
         "Trained",
@@ -51,7 +54,7 @@ def _facts(run: Run, metrics: dict[str, Any]) -> Table:
 
 
 def _losses(metrics: dict[str, Any]) -> Table:
-    table = Table(title="Validation loss (nats per answer token, unweighted)", title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in ("severity", "before", "after", "change"):
         table.add_column(name, justify="left" if name == "severity" else "right")
     before, after = metrics["before"], metrics["after"]
