@@ -87,7 +87,7 @@ def write_card(run: Run) -> Path:
         base=base,
         data=_data(metrics),
         weights=_weights(recipe, metrics["weights"]),
-        validation_rows=f"{metrics['data']['rows']['validation']:,}",
+        validation_rows=f"{metrics['data']['encoding']['validation']['rows']:,}",
         losses=_losses(metrics),
         prompt=_prompt(recipe),
         made=_made(metrics, environment),

@@ -106,26 +106,23 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         if state.is_main_process and not resume:
             _write_origin(run, recipe, prepared, trainer)
         with progress, plain_disk_errors(folder):
-            _train_and_measure(trainer, run, resume=resume, console=console)
+            _train_and_measure(trainer, run, resume=resume)
     return run
 
 
-def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, *, resume: bool, console: Console) -> None:
-    main = trainer.is_world_process_zero()
+def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, *, resume: bool) -> None:
     checkpoint = get_last_checkpoint(str(run.checkpoints)) if resume and run.checkpoints.is_dir() else None
-    # Asked of the file by the main process alone: the other ones may look at it while it is being written.
-    measured = _same_on_all_processes("before" in run.metrics())
-    if not (checkpoint and measured):
-        say(console, "Validation", f"before training, {len(trainer.eval_dataset):,} consultations")
-        before = trainer.evaluate(metric_key_prefix="before")
-        if main:
-            run.update_metrics(before=_losses(before, "before"))
+    # The figure before training is taken by the training loop itself: accelerate takes a model that was evaluated
+    # first for one that is ready to train, and several processes would then train without exchanging gradients.
+    # A resumed run has that figure in its checkpoint, and another evaluation would change its random numbers.
+    trainer.args.eval_on_start = checkpoint is None
     started = time.monotonic()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - started
-    after = trainer.evaluate(metric_key_prefix="after")
+    before = next(entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry)
+    after = trainer.evaluate()
     _save_adapter(trainer, run)
-    if main:
+    if trainer.is_world_process_zero():
         run.update_metrics(
             training={
                 "steps": trainer.state.global_step,
@@ -135,7 +132,8 @@ def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, *, resume: bool, c
                 "resumed_from": Path(checkpoint).name if checkpoint else None,
                 **_peak_memory(),
             },
-            after=_losses(after, "after"),
+            before=_losses(before),
+            after=_losses(after),
         )
 
 
@@ -235,10 +233,10 @@ def _announce_data(prepared: Prepared, recipe: Recipe, console: Console) -> None
         )
 
 
-def _losses(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+def _losses(metrics: dict[str, float]) -> dict[str, float]:
     """Validation loss in nats per answer token, overall and per severity."""
     names = ("loss", *(f"loss_{severity}" for severity in SEVERITIES))
-    return {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
+    return {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
 
 
 def _peak_memory() -> dict[str, float]:

@@ -19,13 +19,15 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from sevpeft.errors import WeightError
+from sevpeft.errors import RunError, WeightError
 from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.collator import SeverityCollator
@@ -145,6 +147,16 @@ class SeveritySFTTrainer(SFTTrainer):
     def _causal_lm(self) -> PreTrainedModel:
         model = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        several = self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        if several and not isinstance(model, DistributedDataParallel):
+            # accelerate 1.15 skips DDP for a model that evaluate() prepared first (Accelerator.prepare_model).
+            raise RunError(
+                "Several processes would train without exchanging gradients, because evaluate() was called before "
+                "train(); set eval_on_start=True instead."
+            )
+        return super().training_step(model, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with loss (nats per answer token), per-severity loss and accuracy from sums over tokens."""

@@ -1,0 +1,200 @@
+"""A run folder from start to end: complete, repeatable, resumable after a kill, equal on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+
+from sevpeft.errors import RunError
+from sevpeft.recipe import load_recipe
+from sevpeft.runs import Run
+from sevpeft.sharing.card import write_card
+from sevpeft.training.run import train
+from tests.conftest import SENTENCES
+
+ROOT = Path(__file__).parent.parent.parent
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+
+
+@pytest.fixture
+def settings(model_folder: Callable[..., Path]) -> list[str]:
+    """A training of about 20 steps on the bundled sample that takes a second or two."""
+    return [
+        f"model.name_or_path={model_folder('llama')}",
+        "data.max_rows=100",
+        "training.max_length=160",
+        "training.max_steps=12",
+        "training.logging_steps=1",
+        "training.save_strategy=steps",
+        "training.save_steps=4",
+        "training.eval_strategy=steps",
+        "training.eval_steps=4",
+    ]
+
+
+def weights_of(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def assert_same_bits(one: Run, other: Run) -> None:
+    first, second = weights_of(one), weights_of(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "sevpeft", "train", str(QUICKSTART), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_a_run_folder_is_complete_and_says_what_happened(tmp_path: Path, settings: list[str]) -> None:
+    recipe = load_recipe(QUICKSTART, settings)
+    run = train(recipe, tmp_path / "run")
+    write_card(run)
+    assert load_recipe(run.folder / "recipe.yaml") == recipe
+    environment = run.environment()
+    assert environment["versions"]["trl"] and environment["seed"] == 42 and environment["processes"] == 1
+    assert environment["data_fingerprint"].startswith("sha256:")
+    metrics = run.metrics()
+    assert set(metrics) == {"model", "data", "weights", "training", "before", "after"}
+    assert set(metrics["after"]) == {"loss", "loss_non_critical", "loss_neutral", "loss_critical"}
+    assert metrics["after"]["loss"] < metrics["before"]["loss"]
+    refused = metrics["data"]["encoding"]["train"]["refused"]
+    assert metrics["weights"]["consultations"] == metrics["data"]["rows"]["train"] - refused
+    assert sum(metrics["weights"]["severities"].values()) == metrics["weights"]["consultations"]
+    log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 13))
+    assert [entry["step"] for entry in log if "eval_loss_critical" in entry] == [0, 4, 8, 12, 12]
+    assert AutoPeftModelForCausalLM.from_pretrained(run.adapter)
+
+
+def test_neither_card_nor_log_nor_figures_hold_a_word_of_a_consultation_or_a_path(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    data = tmp_path / "patients_of_dr_x.csv"
+    rows = [
+        f"سؤال فريد رقم {index} {sentence},جواب فريد {index},critical" for index, sentence in enumerate(SENTENCES * 4)
+    ]
+    data.write_text("question,answer,severity\n" + "\n".join(rows), encoding="utf-8")
+    run = train(load_recipe(QUICKSTART, [*settings, f"data.path={data}"]), tmp_path / "run")
+    write_card(run)
+    published = [run.adapter / "README.md", run.folder / "log.jsonl", run.folder / "environment.json"]
+    for path in [*published, run.folder / "metrics.json"]:
+        text = path.read_text(encoding="utf-8")
+        assert "فريد" not in text, path
+    assert str(tmp_path) not in published[0].read_text(encoding="utf-8")
+
+
+def test_a_run_repeats_to_the_bit(tmp_path: Path, settings: list[str]) -> None:
+    runs = [train(load_recipe(QUICKSTART, settings), tmp_path / name) for name in ("one", "two")]
+    assert_same_bits(*runs)
+    assert (runs[0].adapter / "adapter_config.json").read_bytes() == (
+        runs[1].adapter / "adapter_config.json"
+    ).read_bytes()
+
+
+def test_severity_weights_change_the_adapter_and_uniform_ones_do_not_need_severity(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    def run(name: str, *more: str) -> dict[str, torch.Tensor]:
+        return weights_of(train(load_recipe(QUICKSTART, [*settings, *more]), tmp_path / name))
+
+    balanced, shuffled = run("balanced"), run("shuffled", "severity.control=shuffled")
+    uniform = run("uniform", "severity.control=uniform")
+    ones = run("ones", "severity.weights={non_critical: 1, neutral: 1, critical: 1}")
+    assert any(not torch.equal(balanced[name], uniform[name]) for name in balanced)
+    assert any(not torch.equal(balanced[name], shuffled[name]) for name in balanced)
+    assert all(torch.equal(uniform[name], ones[name]) for name in uniform)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, settings: list[str]) -> None:
+    whole = train(load_recipe(QUICKSTART, settings), tmp_path / "whole")
+    killed = Run(tmp_path / "killed")
+    process = subprocess.Popen(
+        command(*settings, "--output", str(killed.folder)), env=environment(), stdout=subprocess.DEVNULL, cwd=tmp_path
+    )
+    wait_for_step(killed, 6, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not killed.finished
+    resumed = train(load_recipe(QUICKSTART, settings), killed.folder, resume=True)
+    assert resumed.metrics()["training"]["resumed_from"] == "checkpoint-4"
+    assert_same_bits(whole, resumed)
+    assert resumed.metrics()["before"] == whole.metrics()["before"]
+    assert resumed.metrics()["after"] == whole.metrics()["after"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, settings: list[str]) -> None:
+    whole = train(load_recipe(QUICKSTART, settings), tmp_path / "whole")
+    killed = Run(tmp_path / "killed")
+    killed.folder.mkdir()
+    for name in ("recipe.yaml", "environment.json"):
+        (killed.folder / name).write_bytes((whole.folder / name).read_bytes())
+    killed.write_json("metrics.json", {k: v for k, v in whole.metrics().items() if k not in ("training", "before", "after")})
+    assert_same_bits(whole, train(load_recipe(QUICKSTART, settings), killed.folder, resume=True))
+
+
+def wait_for_step(run: Run, step: int, process: subprocess.Popen) -> None:
+    log = run.folder / "log.jsonl"
+    while process.poll() is None:
+        if log.exists() and any(json.loads(line)["step"] >= step for line in log.read_text().splitlines() if line):
+            return
+        time.sleep(0.005)
+    raise AssertionError("the run ended before it could be killed")
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, settings: list[str]) -> None:
+    recipe = load_recipe(QUICKSTART, settings)
+    run = train(recipe, tmp_path / "run")
+    before = (run.adapter / "adapter_model.safetensors").stat().st_mtime_ns
+    train(recipe, run.folder, resume=True)
+    assert (run.adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(RunError, match="--resume"):
+        train(recipe, run.folder)
+
+
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, settings: list[str]) -> None:
+    run = train(load_recipe(QUICKSTART, settings), tmp_path / "run")
+    (run.adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"training\.learning_rate"):
+        train(load_recipe(QUICKSTART, [*settings, "training.learning_rate=1e-5"]), run.folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["severity.reduction=examples", "training.packing=true"]], ids=["padded", "packed"]
+)
+def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, settings: list[str], more: list[str]) -> None:
+    common = [*settings, *more, "lora.lora_dropout=0", "training.learning_rate=1e-3", "data.validation_size=13"]
+    one = train(load_recipe(QUICKSTART, [*common, "training.per_device_train_batch_size=4"]), tmp_path / "one")
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_configs/cpu_2.yaml"),
+    ]
+    words = command(*common, "training.per_device_train_batch_size=2", "--output", str(tmp_path / "two"))
+    subprocess.run([*launch, *words[1:]], env=environment(), check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    two = Run(tmp_path / "two")
+    assert two.environment()["processes"] == 2
+    first, second = weights_of(one), weights_of(two)
+    for name in first:
+        assert float((first[name] - second[name]).abs().max()) <= 1e-5, name
+    for moment in ("before", "after"):
+        for name, value in one.metrics()[moment].items():
+            assert two.metrics()[moment][name] == pytest.approx(value, rel=1e-5), (moment, name)
