@@ -7,9 +7,8 @@ severity would be trained with a weight that nobody chose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from sevpeft.errors import WeightError
@@ -128,17 +127,21 @@ def _from_columns(rows: Dataset) -> np.ndarray:
 
 
 def _from_names(rows: Dataset) -> np.ndarray:
-    names: Sequence[str | None] = rows["severity"][:]
-    kinds = {name: severity_index(name or "") for name in set(names)}
-    unknown = sorted(name or "(empty)" for name, index in kinds.items() if index is None)
+    # Encoded in Arrow, so that 430,000 names are a handful of strings and an array of numbers.
+    column = rows.select_columns(["severity"]).with_format("arrow")[:]["severity"].combine_chunks()
+    encoded = pc.fill_null(column, "").dictionary_encode()
+    names: list[str] = encoded.dictionary.to_pylist()
+    kinds = [severity_index(name) for name in names]
+    positions = encoded.indices.to_numpy(zero_copy_only=False)
+    unknown = sorted(name or "(empty)" for name, kind in zip(names, kinds, strict=True) if kind is None)
     if unknown:
         shown = ", ".join(repr(name[:30]) for name in unknown[:5])
-        where = _rows(rows, np.array([kinds[name] is None for name in names]))
+        where = _rows(rows, np.array([kind is None for kind in kinds])[positions])
         raise WeightError(
             f"{where}: {len(unknown)} severity name{'s' * (len(unknown) > 1)} not known ({shown}); "
             "use non_critical, neutral and critical (or غير حرج, متوسط, حرج)."
         )
-    return np.eye(len(SEVERITIES))[np.array([kinds[name] for name in names], dtype=np.int64)]
+    return np.eye(len(SEVERITIES))[np.array(kinds, dtype=np.int64)[positions]]
 
 
 def _rows(rows: Dataset, bad: np.ndarray) -> str:

@@ -29,6 +29,8 @@ _FEATURES = Features(
         "severity": Value("int8"),
         "source_index": Value("int64"),
         "lost_words": Value("int32"),
+        "length": Value("int32"),
+        "answer_length": Value("int32"),
     }
 )
 
@@ -93,7 +95,8 @@ def encode_rows(
         raise DataError(
             f"None of {len(rows)} consultations fits training.max_length={max_length} with its answer; raise it."
         )
-    lengths, answers, lost = _lengths(encoded)
+    counts = encoded.select_columns(["length", "answer_length", "lost_words"]).with_format("numpy")[:]
+    lengths, lost = counts["length"], counts["lost_words"]
     report = EncodingReport(
         rows=len(encoded),
         refused=len(rows) - len(encoded),
@@ -102,9 +105,9 @@ def encode_rows(
         most_lost_words=int(lost.max()),
         median_length=int(np.median(lengths)),
         longest=int(lengths.max()),
-        answer_tokens=int(answers.sum()),
+        answer_tokens=int(counts["answer_length"].sum()),
     )
-    return encoded.remove_columns("lost_words"), report
+    return encoded.remove_columns(["length", "answer_length", "lost_words"]), report
 
 
 def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, cache_file: Path) -> Dataset:
@@ -163,6 +166,8 @@ def _encode_batch(
         columns["severity"].append(int(strata[index]))
         columns["source_index"].append(index)
         columns["lost_words"].append(lost)
+        columns["length"].append(len(prompt_ids) + len(answer_ids))
+        columns["answer_length"].append(len(answer_ids))
     return columns
 
 
@@ -190,14 +195,3 @@ def _weight_batch(
         weight = weights[index] / labelled.sum() if per_example else weights[index]
         columns.append(np.where(labelled, weight, 0.0).astype(np.float32).tolist())
     return {"token_weights": columns}
-
-
-def _lengths(encoded: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, answer tokens, lost words) of every row, read batch by batch."""
-    lengths: list[int] = []
-    answers: list[int] = []
-    for batch in encoded.select_columns(["labels"]).iter(batch_size=1000):
-        lengths += [len(labels) for labels in batch["labels"]]
-        answers += [sum(label != IGNORED for label in labels) for labels in batch["labels"]]
-    lost = np.asarray(encoded.with_format("numpy")["lost_words"][:])
-    return np.asarray(lengths), np.asarray(answers), lost

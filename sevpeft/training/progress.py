@@ -82,6 +82,12 @@ class RunProgress(TrainerCallback):
             self.last_line = time.monotonic()
             say(self.console, "Training", f"step {state.global_step:,} of {state.max_steps:,}  {self.text}")
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, text="validating")
+
     def on_log(
         self,
         args: TrainingArguments,
