@@ -5,6 +5,8 @@ leaves with `exit_code`. A text names the setting, the reason and the remedy, an
 named by their number, because errors are copied into tickets.
 """
 
+import re
+
 
 class SevpeftError(Exception):
     """Refused or failed: the command was understood, but what it met does not allow it."""
@@ -36,3 +38,12 @@ class ModelError(SevpeftError):
 
 class RunError(SevpeftError):
     """The run folder exists already, cannot be written, or does not fit what is asked of it."""
+
+
+def first_sentence(error: BaseException, longest: int = 200) -> str:
+    """What a library's error says, on one line and without the advice to programmers that follows.
+
+    Never for errors about consultations: they may quote one.
+    """
+    text = re.split(r"(?<=[\w)`'\"])[.!] ", " ".join(str(error).split()) + " ", maxsplit=1)[0].strip().rstrip(".")
+    return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 :]}"

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,11 +105,17 @@ def check_run(folder: Path) -> None:
         )
 
 
-def create_run(folder: Path) -> Run:
-    """Makes the folder of a run."""
-    with plain_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return Run(folder)
+@contextmanager
+def new_run(run: Run) -> Iterator[None]:
+    """Makes the folder of a run, and takes it away again when the run fails before it has a recipe to resume from."""
+    with plain_disk_errors(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not (run.folder / "recipe.yaml").exists():
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sevpeft.errors import ModelError
+from sevpeft.errors import ModelError, first_sentence
 from sevpeft.recipe import Recipe
 
 
@@ -16,7 +18,7 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
     """LoRA settings of the recipe for a causal language model.
 
     Raises:
-        ModelError: PEFT refuses the combination, or `target_modules` names no module of this model.
+        ModelError: PEFT refuses the combination, alone or with this model, or a module that is named does not exist.
     """
     settings = recipe.lora.settings()
     start = settings.get("init_lora_weights")
@@ -27,25 +29,38 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
         )
     try:
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ModelError(f"PEFT refuses the lora section: {' '.join(str(error).split())}") from error
-    _refuse_absent_targets(config, model)
+        for setting in ("target_modules", "modules_to_save"):
+            _refuse_absent(setting, getattr(config, setting), model)
+        _try_on_paper(config, model)
+    except (ValueError, TypeError, ImportError, IndexError) as error:
+        raise ModelError(
+            f"PEFT refuses the lora section for {model.config.model_type}: {first_sentence(error)}."
+        ) from error
     return config
 
 
-def _refuse_absent_targets(config: LoraConfig, model: PreTrainedModel) -> None:
-    targets = config.target_modules
-    if not isinstance(targets, set | list):
+def _refuse_absent(setting: str, wanted: str | list[str] | set[str] | None, model: PreTrainedModel) -> None:
+    """PEFT is content when one of the names exists, so that a slip of the pen trains a part in silence."""
+    if wanted is None or isinstance(wanted, str):
         return
     names = [name for name, _ in model.named_modules()]
-    absent = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+    absent = sorted(t for t in wanted if not any(name == t or name.endswith(f".{t}") for name in names))
     if absent:
         matrices = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
-        linear = sorted({name.rsplit(".", 1)[-1] for name in matrices})
+        existing = sorted({name.rsplit(".", 1)[-1] for name in matrices})
         raise ModelError(
-            f"lora.target_modules names {', '.join(absent)}, which {model.config.model_type} does not have; "
-            f"it has {', '.join(linear)}, or use all-linear."
+            f"lora.{setting} names {', '.join(absent)}, which {model.config.model_type} does not have; "
+            f"it has {', '.join(existing)}{', or use all-linear' if setting == 'target_modules' else ''}."
         )
+
+
+def _try_on_paper(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Puts the adapter on a copy of the model without weights, so that PEFT refuses here and not inside the trainer."""
+    config = copy.deepcopy(config)
+    if config.init_lora_weights != "orthogonal":
+        config.init_lora_weights = False  # what starts from the base weights would need them
+    with torch.device("meta"):
+        get_peft_model(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)), config)
 
 
 def trainable_parameters(model: PeftModel) -> tuple[int, int]:

@@ -8,12 +8,14 @@ the GPU computes in it, float16 on older GPUs, float32 on a CPU.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sevpeft.errors import ModelError
+from sevpeft.errors import ModelError, SevpeftError, first_sentence
 from sevpeft.modeling.prompts import choose_pad_token
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
@@ -72,6 +74,8 @@ def choose_precision(recipe: Recipe) -> Precision:
         dtype = getattr(torch, recipe.model.dtype)
     elif asked_bf16:
         dtype = torch.bfloat16
+    elif asked_fp16:
+        dtype = torch.float16
     else:
         dtype = half if gpu else torch.float32
     if asked_bf16 is None and asked_fp16 is None:
@@ -103,9 +107,15 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
 
 
 def load_tokenizer(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base model, with a pad token that lies within the vocabulary."""
+    """Tokenizer of the base model, with a pad token that lies within the vocabulary.
+
+    Raises:
+        ModelError: it cannot be read, or it knows no words (transformers makes up an empty one without files).
+    """
     with _plain_errors(recipe):
         tokenizer = AutoTokenizer.from_pretrained(resolved_name(recipe), **_origin(recipe))
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(_no_tokenizer(recipe.model.name_or_path))
     choose_pad_token(tokenizer, config.get_text_config().vocab_size)
     return tokenizer
 
@@ -117,10 +127,16 @@ def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> P
         device_index: of the CUDA device of this process; a quantised model is placed there while it is read.
 
     Raises:
-        ModelError: folder without config or with pickle weights only, id not reachable, attention not supported.
+        ModelError: folder without config or with pickle weights only, id not reachable, attention not supported,
+            weights damaged or missing.
     """
     quantization = quantization_config(recipe, precision)
-    arguments: dict[str, Any] = {"dtype": precision.dtype, "use_safetensors": True, **_origin(recipe)}
+    arguments: dict[str, Any] = {
+        "dtype": precision.dtype,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        **_origin(recipe),
+    }
     if recipe.model.attn_implementation:
         arguments["attn_implementation"] = recipe.model.attn_implementation
     if quantization is not None:
@@ -137,7 +153,14 @@ def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> P
             )
         raise ModelError(f"{name} holds no *.safetensors weights; copy them there, or name another folder.")
     with _plain_errors(recipe):
-        model = AutoModelForCausalLM.from_pretrained(name, **arguments)
+        model, loading = AutoModelForCausalLM.from_pretrained(name, **arguments)
+    absent = sorted(loading["missing_keys"])
+    if absent:
+        # transformers fills them with random numbers and goes on; the adapter would be trained on noise.
+        raise ModelError(
+            f"{recipe.model.name_or_path} lacks {len(absent)} of the weights that its config.json asks for, such as "
+            f"{absent[0]}; fetch it again, or name a model that is complete."
+        )
     model.config.use_cache = False
     keep_4bit_weights_as_they_are(model)
     return model
@@ -198,11 +221,13 @@ class _plain_errors:
     def __init__(self, recipe: Recipe) -> None:
         self.name = recipe.model.name_or_path
         self.revision = recipe.model.revision
+        self.attention = recipe.model.attn_implementation
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, OSError | ValueError | ImportError | KeyError):
+        # Whatever a library raises on files that others wrote, the Exception of `tokenizers` included.
+        if not isinstance(error, Exception) or isinstance(error, SevpeftError):
             return
         raise ModelError(self._sentence(error)) from error
 
@@ -231,12 +256,34 @@ class _plain_errors:
                 f"{self.name} wants to run code of its own, which is off; read that code, then set "
                 "model.trust_remote_code=true."
             )
+        if isinstance(error, torch.OutOfMemoryError):
+            return (
+                f"{self.name} does not fit in the free memory of the GPU; set quantization.load_in_4bit=true, close "
+                "what else uses the GPU, or choose a smaller model."
+            )
+        if isinstance(error, SafetensorError):
+            return f"{self.name} has damaged weights ({first_sentence(error)}); fetch or copy them again."
+        if "ignore_mismatched_sizes" in reason:
+            return (
+                f"{self.name} has weights of other shapes than its config.json says; fetch both again, from one place."
+            )
+        if "backend tokenizer" in reason:
+            return _no_tokenizer(self.name)
+        if self.attention and re.search("attn_implementation|attention implementation|FlashAttention", reason):
+            return (
+                f"model.attn_implementation={self.attention} does not work for {self.name} here "
+                f"({first_sentence(error)}); write eager, or leave it out."
+            )
         if not folder.exists() and isinstance(error, OSError):
             return (
                 f"{self.name} is no folder here and could not be fetched from the Hub; check the name in "
                 "model.name_or_path and the connection, or name a folder that holds the model."
             )
-        return f"{self.name} could not be loaded: {reason[:300]}"
+        return f"{self.name} could not be loaded ({first_sentence(error)}); name a causal language model that can."
+
+
+def _no_tokenizer(name: str) -> str:
+    return f"{name} has no tokenizer that can be read; put its tokenizer.json and tokenizer_config.json there."
 
 
 def _causes(error: BaseException | None) -> Any:

@@ -7,6 +7,7 @@ from which the text around the answer and the token that ends it are read off on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,7 @@ class Prompt:
         strip_marks: take vowel marks and elongation out of questions and answers, and write digits as 0 to 9.
         before_answer: blank or text between prompt and answer, read off the tokenizer.
         end_id: token that ends an answer.
+        control: matches every control token of the tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,6 +48,7 @@ class Prompt:
     strip_marks: bool = False
     before_answer: str = ""
     end_id: int = -1
+    control: re.Pattern[str] = re.compile(r"(?!)")
 
     @classmethod
     def build(
@@ -63,15 +66,21 @@ class Prompt:
         """The prompt for a tokenizer.
 
         Raises:
-            ModelError: no chat template, a chat template that takes no system message, no end-of-sequence token, or a
-                `dialect` without a prefix.
+            ModelError: no chat template, a chat template that takes no system message, no end-of-sequence token, a
+                `dialect` without a prefix, or prefixes together with a chat template.
         """
+        if dialect_prefixes and chat:
+            raise ModelError(
+                "prompt.dialect_prefixes stand before a plain prompt, and prompt.chat=true uses the chat template "
+                "instead; leave one of them out."
+            )
         if dialect_prefixes and dialect not in dialect_prefixes:
             raise ModelError(
                 f"prompt.dialect is {dialect!r}, but prompt.dialect_prefixes knows {', '.join(dialect_prefixes)}; "
                 "name one of them for the rows without a dialect."
             )
         prompt = cls(tokenizer, chat, template, answer_cue, system, dialect_prefixes, dialect, strip_marks)
+        prompt = replace(prompt, control=_any_of(_control_tokens(tokenizer)))
         before_answer, end_id = prompt._chat_frame() if chat else prompt._plain_frame()
         return replace(prompt, before_answer=before_answer, end_id=end_id)
 
@@ -101,10 +110,8 @@ class Prompt:
 
     def _cleaned(self, text: str) -> str:
         """The text without the tokenizer's own control tokens: a post that holds `</s>` must not end the answer."""
-        for token in self.tokenizer.all_special_tokens:
-            if token in text:
-                text = text.replace(token, " ")
-        return (strip_marks(text) if self.strip_marks else text).strip()
+        # Marks go first: one inside a control token hides it, and taking it out afterwards would make the token.
+        return self.control.sub(" ", strip_marks(text) if self.strip_marks else text).strip()
 
     def _prefix(self, dialect: str | None) -> str:
         if not self.dialect_prefixes:
@@ -129,9 +136,14 @@ class Prompt:
                 "be ended; add eos_token to its tokenizer_config.json."
             )
         # The space belongs to the answer: byte-level BPE merges it with the first word, and a prompt that ended with
-        # it would be cut into other tokens. SentencePiece tokenizers put it there themselves.
-        first = self.tokenizer.convert_ids_to_tokens(self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])[0]
-        return ("" if first.startswith("▁") else " "), eos
+        # it would be cut into other tokens.
+        return ("" if self._begins_with_a_blank() else " "), eos
+
+    def _begins_with_a_blank(self) -> bool:
+        """Whether the tokenizer puts a blank before every text itself, as most SentencePiece models do."""
+        ids = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        first: str = self.tokenizer.convert_ids_to_tokens(ids)[0]
+        return first.startswith("▁")
 
     def _chat_frame(self) -> tuple[str, int]:
         name = self.tokenizer.name_or_path
@@ -148,12 +160,24 @@ class Prompt:
         # Templates differ in the blanks between cue and answer; where the two renderings differ in more than that,
         # the generation prompt is what the model will see, so nothing is added to it.
         before_answer = before[len(prompt) :] if before.startswith(prompt) else ""
-        special = set(self.tokenizer.all_special_ids)
-        ends = [i for i in self.tokenizer(after, add_special_tokens=False)["input_ids"] if i in special]
-        end_id = ends[0] if ends else self.tokenizer.eos_token_id
+        if self._begins_with_a_blank():
+            before_answer = before_answer.removeprefix(" ")
+        end = self.control.search(after)
+        end_id = self.tokenizer.convert_tokens_to_ids(end.group()) if end else self.tokenizer.eos_token_id
         if end_id is None:
             raise ModelError(f"The chat template of {name} ends a turn without a special token, and it has no EOS.")
         return before_answer, end_id
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Control tokens of a tokenizer, those included that have no role in it (Llama 3's `<|eot_id|>`)."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> str:
@@ -167,11 +191,10 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -
         vocabulary_size: rows of the embedding; a token beyond them would be a crash on a GPU.
     """
     reserved = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
+    # Asked of the vocabulary itself: `convert_tokens_to_ids` gives the id of <unk> for a token that is not there.
+    vocabulary = tokenizer.get_vocab()
     for token in (tokenizer.pad_token, *reserved, tokenizer.eos_token):
-        if token is None:
-            continue
-        index = tokenizer.convert_tokens_to_ids(token)
-        if isinstance(index, int) and index < vocabulary_size and index in tokenizer.get_vocab().values():
+        if token is not None and vocabulary.get(token, vocabulary_size) < vocabulary_size:
             tokenizer.pad_token = token
             return token
     raise ModelError(f"The tokenizer of {tokenizer.name_or_path} has no pad and no EOS token within the vocabulary.")

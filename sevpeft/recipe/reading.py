@@ -94,6 +94,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         mistake = _apply(override, values, overridden)
         lines += [f"{_OVERRIDE}: {mistake}"] if mistake else []
+    if {("model",), ("model", "name_or_path")} & overridden and not any(key[0] == "about" for key in overridden):
+        values.pop("about", None)  # facts about the file's own base model, its size among them
     recipe, found = _checked(values)
     found = [mistake for mistake in found if mistake[0] not in {place for place, _ in mistakes}]
     for place, sentence in found:

@@ -77,6 +77,7 @@ TRAINING_MANAGED: dict[str, tuple[Refused, str]] = {
         _unless(True),
         "the loss would change with the number of processes; leave it out",
     ),
+    "eval_on_start": (_unless(True), "the loss before training is always measured, to be compared with; leave it out"),
     "push_to_hub": (_unless(False), _UPLOAD),
     "hub_token": (_always, _TOKEN),
     "do_train": (_always, _VERBS),
@@ -176,6 +177,9 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
             if rule and rule[0](value):
                 yield (section, str(key)), rule[1]
     yield from _exclusive(values)
+    training = _section(values, "training")
+    if training.get("packing") is True and "max_length" in training and training["max_length"] is None:
+        yield ("training", "max_length"), "is null, and packing fills rows up to a length; write one, such as 512"
     yield from _splits(_section(values, "data"))
     for key, sentence in _adapter(_section(values, "lora"), _section(values, "quantization")):
         yield ("lora", key), sentence

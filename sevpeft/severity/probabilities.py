@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from sevpeft.data.cleaning import fold_for_matching
 from sevpeft.errors import WeightError
 
 SEVERITIES = ("non_critical", "neutral", "critical")
@@ -53,16 +54,12 @@ _NAMES = {
 }
 
 
-def _key(name: str) -> str:
-    return "_".join(name.strip().lower().replace("-", " ").replace("_", " ").split())
-
-
-_INDEX = {_key(name): index for index, names in enumerate(_NAMES.values()) for name in names}
+_INDEX = {fold_for_matching(name): index for index, names in enumerate(_NAMES.values()) for name in names}
 
 
 def severity_index(name: str) -> int | None:
-    """Position in `SEVERITIES` of an English or Arabic severity name; None when the name is not known."""
-    return _INDEX.get(_key(name))
+    """Position in `SEVERITIES` of an English or Arabic severity name, however it is spelt; None when not known."""
+    return _INDEX.get(fold_for_matching(name))
 
 
 def has_severity(rows: Dataset) -> bool:
@@ -102,7 +99,9 @@ def severity_probabilities(rows: Dataset) -> np.ndarray:
 
 
 def _from_columns(rows: Dataset) -> np.ndarray:
-    columns = [np.asarray(rows.with_format("numpy")[name][:], dtype=np.float64) for name in PROBABILITY_COLUMNS]
+    # From Arrow, because the numpy format of `datasets` would round to float32. A missing value becomes NaN.
+    table = rows.select_columns(list(PROBABILITY_COLUMNS)).with_format("arrow")[:]
+    columns = [table[name].cast("float64").to_numpy() for name in PROBABILITY_COLUMNS]
     probabilities: np.ndarray = np.stack(columns, axis=1)
     finite = np.all(np.isfinite(probabilities), axis=1)
     if not finite.all():
@@ -133,12 +132,11 @@ def _from_names(rows: Dataset) -> np.ndarray:
     names: list[str] = encoded.dictionary.to_pylist()
     kinds = [severity_index(name) for name in names]
     positions = encoded.indices.to_numpy(zero_copy_only=False)
-    unknown = sorted(name or "(empty)" for name, kind in zip(names, kinds, strict=True) if kind is None)
-    if unknown:
-        shown = ", ".join(repr(name[:30]) for name in unknown[:5])
-        where = _rows(rows, np.array([kind is None for kind in kinds])[positions])
+    unknown = np.array([kind is None for kind in kinds], dtype=bool)[positions]
+    if unknown.any():
+        # The names are not shown: a column that was chosen wrongly holds the patients' words.
         raise WeightError(
-            f"{where}: {len(unknown)} severity name{'s' * (len(unknown) > 1)} not known ({shown}); "
+            f"{_rows(rows, unknown)}: the severity is missing or not known; "
             "use non_critical, neutral and critical (or غير حرج, متوسط, حرج)."
         )
     return np.eye(len(SEVERITIES))[np.array(kinds, dtype=np.int64)[positions]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from sevpeft.modeling.loading import (
 )
 from sevpeft.modeling.packing import refuse_contaminated_packing
 from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.runs import Run, check_output, create_run, default_output, describe_environment, plain_disk_errors
+from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.launch import check_processes
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
@@ -88,23 +89,22 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
             if getattr(arguments, setting):
                 refuse_contaminated_packing(model, f"training.{setting}")
         adapter = lora_config(recipe, model)
-        if state.is_main_process:
-            create_run(folder)
-        state.wait_for_everyone()
         progress = RunProgress(run, console)
-        trainer = SeveritySFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=prepared.train,
-            eval_dataset=prepared.validation,
-            processing_class=tokenizer,
-            peft_config=adapter,
-            reduction=recipe.severity.reduction,
-            callbacks=[progress],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if state.is_main_process and not resume:
-            _write_origin(run, recipe, prepared, trainer)
+        with new_run(run) if state.is_main_process and not resume else nullcontext():
+            trainer = SeveritySFTTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=prepared.train,
+                eval_dataset=prepared.validation,
+                processing_class=tokenizer,
+                peft_config=adapter,
+                reduction=recipe.severity.reduction,
+                callbacks=[progress],
+            )
+            trainer.remove_callback(PrinterCallback)
+            if state.is_main_process and not resume:
+                _write_origin(run, recipe, prepared, trainer)
+        state.wait_for_everyone()
         with progress, plain_disk_errors(folder):
             _train_and_measure(trainer, run, resume=resume)
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from sevpeft.errors import RecipeError
@@ -31,7 +32,17 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     if settings.get("padding_free") and not settings.get("packing"):
         # Rows are cut to max_length while they are encoded; TRL refuses a limit that it would not enforce itself.
         settings["max_length"] = None
+    if settings.get("activation_offloading") and not uses_gpu(recipe):
+        raise RecipeError(
+            "training.activation_offloading moves activations from a GPU, and this run has none; leave it out."
+        )
     try:
-        return SFTConfig(**settings)
+        config = SFTConfig(**settings)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"The training section is refused: {' '.join(str(error).split())}") from error
+    absent = sorted(set(config.report_to) - set(get_available_reporting_integrations()))
+    if absent:
+        raise RecipeError(
+            f"training.report_to names {', '.join(absent)}, which is not installed: pip install {absent[0]}."
+        )
+    return config

@@ -397,7 +397,9 @@ def add_row(table: Table, setting: Setting, pairs: list[tuple[Step, Step]]) -> N
         memory += verdict(f"≤ {setting.most_memory:g}", peaks[1] <= setting.most_memory * peaks[0])
     throughput = f"{speed[0]:.0f} → {speed[1]:.0f}" if setting.labels == "answer" else "–"
     if setting.least_throughput:
-        throughput += f"\n× {1 / ratio:.1f}" + verdict(f"≥ {setting.least_throughput:g}", 1 / ratio >= setting.least_throughput)
+        throughput += f"\n× {1 / ratio:.1f}" + verdict(
+            f"≥ {setting.least_throughput:g}", 1 / ratio >= setting.least_throughput
+        )
     table.add_row(says, times, memory, throughput)
 
 

@@ -145,7 +145,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, s
     killed.folder.mkdir()
     for name in ("recipe.yaml", "environment.json"):
         (killed.folder / name).write_bytes((whole.folder / name).read_bytes())
-    killed.write_json("metrics.json", {k: v for k, v in whole.metrics().items() if k not in ("training", "before", "after")})
+    killed.write_json(
+        "metrics.json", {k: v for k, v in whole.metrics().items() if k not in ("training", "before", "after")}
+    )
     assert_same_bits(whole, train(load_recipe(QUICKSTART, settings), killed.folder, resume=True))
 
 
@@ -176,7 +178,9 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, settings: list
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["severity.reduction=examples", "training.packing=true"]], ids=["padded", "packed"]
+    "more",
+    [[], ["severity.reduction=examples", "training.packing=true", "training.gradient_checkpointing=true"]],
+    ids=["padded", "packed"],
 )
 def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, settings: list[str], more: list[str]) -> None:
     common = [*settings, *more, "lora.lora_dropout=0", "training.learning_rate=1e-3", "data.validation_size=13"]
@@ -198,3 +202,26 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, settings: l
     for moment in ("before", "after"):
         for name, value in one.metrics()[moment].items():
             assert two.metrics()[moment][name] == pytest.approx(value, rel=1e-5), (moment, name)
+
+
+UNSYNCHRONISED = """
+from pathlib import Path
+from sevpeft.errors import RunError
+from tests.training.test_trainer import make_rows, make_trainer
+
+trainer = make_trainer(Path("unused"), make_rows(), eval_dataset=make_rows(4, seed=1))
+trainer.evaluate()
+try:
+    trainer.train()
+except RunError as error:
+    assert "without exchanging gradients" in str(error)
+else:
+    raise SystemExit("two processes trained apart in silence")
+"""
+
+
+def test_two_processes_that_would_train_apart_are_stopped(tmp_path: Path) -> None:
+    script = tmp_path / "evaluate_first.py"
+    script.write_text(UNSYNCHRONISED, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    subprocess.run([*launch, str(script)], env=environment(), check=True, cwd=tmp_path)

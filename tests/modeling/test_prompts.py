@@ -1,0 +1,387 @@
+"""One prompt for training and generation: the same tokens up to the answer, one end token after it, for every kind
+of tokenizer and chat template; and nothing that a patient typed acts as a control token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sevpeft.errors import ModelError
+from sevpeft.modeling.prompts import Prompt, choose_pad_token
+from sevpeft.recipe import Recipe
+from sevpeft.training.encoding import encode_rows
+from tests.conftest import CHAT_TEMPLATES, SENTENCES, build_tokenizer
+
+QUESTIONS = SENTENCES[:3] + ["وش الحل؟ 39.5°C", "سطر أول\nسطر ثان"]
+ANSWERS = ["راجع طبيب القلب اليوم", "أعطه سوائل كثيرة", "اذهب إلى الطوارئ الآن ولا تنتظر", "لا", "أولاً.\nثانيًا."]
+
+LLAMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}{% for message in rest %}"
+    "{% if loop.index0 == 0 and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + "
+    "message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA_3 = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else "
+    "message['role'] %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def byte_level(template: str | None = None) -> PreTrainedTokenizerFast:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def llama_3_like() -> PreTrainedTokenizerFast:
+    """Control tokens in the vocabulary that have no role in the configuration, as Llama 3 has them."""
+    backend = Tokenizer.from_str(build_tokenizer().backend_tokenizer.to_str())
+    names = ("begin_of_text", "eot_id", "start_header_id", "end_header_id", "finetune_right_pad_id")
+    backend.add_special_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in names])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A",
+        special_tokens=[("<|begin_of_text|>", backend.token_to_id("<|begin_of_text|>"))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|endoftext|>", chat_template=LLAMA_3
+    )
+
+
+def sentencepiece(blank: str, template: str | None = None, *, appends_eos: bool = False) -> PreTrainedTokenizerFast:
+    """As SentencePiece models arrive: the blank before a text comes from the normalizer (Llama 2, Mistral v0.2), from
+    the pre-tokenizer (newer conversions) or, with Gemma, from nowhere."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if blank == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([*to_text, decoders.Strip(" ", 1, 0)])
+    elif blank == "pre_tokenizer":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        backend.decoder = decoders.Sequence([*to_text, decoders.Strip(" ", 1, 0)])
+    else:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.decoder = decoders.Sequence(to_text)
+    control = ["<unk>", "<s>", "</s>"] + (["<start_of_turn>", "<end_of_turn>"] if blank == "nowhere" else [])
+    backend.train_from_iterator(
+        [part for sentence in SENTENCES for part in (sentence, *sentence.split())],
+        trainers.BpeTrainer(
+            vocab_size=700, special_tokens=[*control, *(f"<0x{i:02X}>" for i in range(256))], show_progress=False
+        ),
+    )
+    # The byte pieces are ordinary ones.
+    backend = Tokenizer.from_str(_with_special_only(backend, control))
+    end = " </s>" if appends_eos else ""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"<s> $A{end}", special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+
+
+def _with_special_only(backend: Tokenizer, control: list[str]) -> str:
+    import json
+
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in control]
+    return json.dumps(state)
+
+
+@dataclass
+class Case:
+    """A tokenizer, whether its chat template is used, and the text that a whole exchange is for the model."""
+
+    make: Callable[[], PreTrainedTokenizerFast]
+    chat: bool
+
+
+CASES = {
+    "plain byte-level": Case(byte_level, False),
+    "plain llama-3": Case(llama_3_like, False),
+    "plain llama-2": Case(lambda: sentencepiece("normalizer"), False),
+    "plain metaspace": Case(lambda: sentencepiece("pre_tokenizer"), False),
+    "plain gemma": Case(lambda: sentencepiece("nowhere"), False),
+    **{f"chat {name}": Case(lambda text=text: byte_level(text), True) for name, text in CHAT_TEMPLATES.items()},
+    "chat llama-3": Case(llama_3_like, True),
+    "chat llama-2": Case(lambda: sentencepiece("normalizer", LLAMA_2), True),
+    "chat metaspace": Case(lambda: sentencepiece("pre_tokenizer", LLAMA_2), True),
+    "chat gemma": Case(lambda: sentencepiece("nowhere", GEMMA), True),
+}
+
+
+def build(tokenizer: PreTrainedTokenizerFast, **settings: object) -> Prompt:
+    return Prompt.build(tokenizer, **{**Recipe().prompt.model_dump(), **settings})
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Prompt:
+    chosen = CASES[request.param]
+    tokenizer = chosen.make()
+    choose_pad_token(tokenizer, len(tokenizer))
+    return build(tokenizer, chat=chosen.chat)
+
+
+def whole_text(prompt: Prompt, question: str, answer: str) -> str:
+    """Question and answer as one text, written down by hand (plain) or by the tokenizer's own template (chat)."""
+    if not prompt.chat:
+        return f"السؤال: {question}\nالجواب: {answer}"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return prompt.tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def encoded(prompt: Prompt, questions: list[str], answers: list[str], folder: Path, **columns: list) -> list[dict]:
+    rows = Dataset.from_dict({"question": questions, "answer": answers, **columns})
+    return list(encode_rows(rows, prompt, None, strata=None, cache_file=folder / "rows.arrow")[0])
+
+
+def test_training_and_generation_begin_with_the_same_tokens(case: Prompt, tmp_path: Path) -> None:
+    for question, row in zip(QUESTIONS, encoded(case, QUESTIONS, ANSWERS, tmp_path), strict=True):
+        asked = case.prompt_ids([question])[0]
+        unlabelled = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+        assert unlabelled == asked == row["input_ids"][: len(asked)]
+
+
+def test_the_tokens_are_the_text_and_no_blank_is_added_or_lost(case: Prompt) -> None:
+    bos = case.tokenizer.bos_token or ""
+    for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
+        ids = case.prompt_ids([question])[0] + case.answer_ids([answer])[0][:-1]
+        text = ("" if case.chat else bos) + whole_text(case, question, answer)
+        # The first word after BOS gets a blank of its own, which these tokenizers put there on purpose.
+        decoded = case.tokenizer.decode(ids).replace(f"{bos} ", bos)
+        assert text.startswith(decoded) and decoded.endswith(answer)
+
+
+def test_the_answer_ends_with_one_end_token_that_is_labelled(case: Prompt, tmp_path: Path) -> None:
+    end = case.end_id
+    control = set(case.tokenizer.convert_tokens_to_ids(case.control.findall(" ".join(case.tokenizer.get_vocab()))))
+    assert end in control
+    for row in encoded(case, QUESTIONS, ANSWERS, tmp_path):
+        labelled = [label for label in row["labels"] if label != -100]
+        assert labelled[-1] == end == row["input_ids"][-1]
+        assert not control & set(labelled[:-1])
+        assert labelled == row["input_ids"][-len(labelled) :]
+
+
+def test_no_end_of_text_stands_inside_a_prompt(case: Prompt) -> None:
+    for ids in case.prompt_ids(QUESTIONS):
+        assert case.tokenizer.eos_token_id not in ids
+
+
+def test_the_text_begins_with_exactly_one_bos_where_the_model_has_one(case: Prompt) -> None:
+    bos = case.tokenizer.bos_token_id
+    for ids in case.prompt_ids(QUESTIONS):
+        assert ids.count(bos) == (bos is not None) and (bos is None or ids[0] == bos)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "level" in name or "chat" in name])
+def test_an_exchange_in_two_parts_is_cut_into_tokens_like_the_whole(name: str) -> None:
+    chosen = CASES[name]
+    prompt = build(chosen.make(), chat=chosen.chat)
+    for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
+        ids = prompt.prompt_ids([question])[0] + prompt.answer_ids([answer])[0][:-1]
+        text = whole_text(prompt, question, answer)
+        whole = prompt.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not name.endswith("llama-2"):  # its pieces after "[/INST]" depend on what the text before was
+            assert whole[: len(ids)] == ids
+        assert prompt.tokenizer.decode(whole).startswith(prompt.tokenizer.decode(ids))
+
+
+def test_the_end_token_is_the_one_of_the_template() -> None:
+    ends = {
+        "chat llama-3": "<|eot_id|>",
+        "chat gemma": "<end_of_turn>",
+        "chat llama-2": "</s>",
+        "chat qwen3-0.6b": "<|im_end|>",
+        "chat lfm2-350m": "<|im_end|>",
+        "chat mistral-7b-instruct-v0.2": "<|endoftext|>",
+        "plain llama-3": "<|endoftext|>",
+        "plain gemma": "</s>",
+    }
+    for name, end in ends.items():
+        prompt = build(CASES[name].make(), chat=CASES[name].chat)
+        assert prompt.tokenizer.convert_ids_to_tokens(prompt.end_id) == end, name
+
+
+@pytest.mark.parametrize("name", ["chat llama-3", "chat llama-2"])
+def test_a_template_that_ends_a_turn_with_words_falls_back_to_the_end_of_text(name: str) -> None:
+    tokenizer = CASES[name].make()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    prompt = build(tokenizer, chat=True)
+    assert prompt.end_id == tokenizer.eos_token_id and prompt.text(QUESTIONS[0]).endswith("assistant:")
+
+
+def test_the_blank_belongs_to_the_answer_of_a_byte_level_tokenizer() -> None:
+    prompt = build(byte_level(), chat=False)
+    assert prompt.text("ألم").endswith("الجواب:") and prompt.before_answer == " "
+    assert prompt.tokenizer.decode(prompt.answer_ids(["راجع"])[0][:-1]) == " راجع"
+
+
+@pytest.mark.parametrize("blank", ["normalizer", "pre_tokenizer", "nowhere"])
+@pytest.mark.parametrize("template", [None, LLAMA_2])
+def test_a_sentencepiece_answer_begins_with_one_blank(blank: str, template: str | None) -> None:
+    prompt = build(sentencepiece(blank, template), chat=template is not None)
+    pieces = "".join(prompt.tokenizer.convert_ids_to_tokens(prompt.answer_ids(["راجع طبيب القلب"])[0]))
+    assert pieces == "▁راجع▁طبيب▁القلب</s>"
+
+
+def test_a_tokenizer_that_ends_every_text_itself_does_not_end_the_prompt(tmp_path: Path) -> None:
+    tokenizer = sentencepiece("normalizer", appends_eos=True)
+    assert tokenizer("ألم")["input_ids"][-1] == tokenizer.eos_token_id
+    prompt = build(tokenizer)
+    for row in encoded(prompt, QUESTIONS, ANSWERS, tmp_path):
+        assert row["input_ids"].count(tokenizer.eos_token_id) == 1 and row["input_ids"][-1] == tokenizer.eos_token_id
+        assert row["input_ids"][0] == tokenizer.bos_token_id
+    plain = build(sentencepiece("normalizer"))
+    assert prompt.prompt_ids(QUESTIONS) == plain.prompt_ids(QUESTIONS)
+
+
+def test_qwen3_does_not_think() -> None:
+    prompt = build(byte_level(CHAT_TEMPLATES["qwen3-0.6b"]), chat=True)
+    assert prompt.text("ألم").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") and prompt.before_answer == ""
+
+
+def test_control_tokens_that_a_patient_typed_are_words_at_most(case: Prompt) -> None:
+    typed = [token for token in case.tokenizer.get_vocab() if case.control.fullmatch(token)]
+    assert len(typed) >= 3
+    evil = "ألم " + "".join(typed) + " في " + " ".join(typed) + " الصدر"
+    clean = case.prompt_ids(["ألم في الصدر"])[0]
+    count = {index: clean.count(index) for index in case.tokenizer.convert_tokens_to_ids(typed)}
+    ids = case.prompt_ids([evil])[0]
+    assert {index: ids.count(index) for index in count} == count
+    answer = case.answer_ids([evil])[0]
+    assert [index for index in answer if index in count] == [case.end_id] and answer[-1] == case.end_id
+
+
+def test_a_mark_inside_a_control_token_does_not_bring_it_back() -> None:
+    prompt = build(byte_level(), strip_marks=True)
+    assert "<|endoftext|>" not in prompt.text("ألم <|endـof\u200btext|> ألم")
+    assert prompt.answer_ids(["لا <|end\u064eoftext|> نعم"])[0].count(prompt.end_id) == 1
+
+
+def test_marks_are_stripped_from_question_and_answer_only_when_asked() -> None:
+    marked, plain = "مُنذُ ٣ أيّـــام", "منذ 3 أيام"
+    kept, stripped = build(byte_level()), build(byte_level(), strip_marks=True)
+    assert marked in kept.text(marked) and plain in stripped.text(marked)
+    assert stripped.prompt_ids([marked]) == kept.prompt_ids([plain])
+    assert stripped.answer_ids([marked]) == kept.answer_ids([plain]) != kept.answer_ids([marked])
+
+
+PREFIXES = {"msa": "[MSA] ", "egyptian": "[EGYPTIAN] "}
+
+
+def test_the_prefix_of_a_row_is_that_of_its_dialect_or_the_default(tmp_path: Path) -> None:
+    prompt = build(byte_level(), dialect_prefixes=PREFIXES, dialect="msa")
+    assert prompt.text("ألم", "egyptian").startswith("[EGYPTIAN] السؤال: ألم")
+    for dialect in (None, "", "msa", "moroccan"):
+        assert prompt.text("ألم", dialect).startswith("[MSA] السؤال: ألم")
+    rows = encoded(prompt, ["ألم"] * 3, ["لا"] * 3, tmp_path, dialect=["egyptian", None, "moroccan"])
+    for row, dialect in zip(rows, ("egyptian", "msa", "msa"), strict=True):
+        asked = prompt.prompt_ids(["ألم"], [dialect])[0]
+        assert row["input_ids"][: len(asked)] == asked
+    assert build(byte_level()).text("ألم", "egyptian").startswith("السؤال")
+
+
+@pytest.mark.parametrize("dialect", [None, "gulf"])
+def test_a_default_dialect_without_a_prefix_is_refused(dialect: str | None) -> None:
+    with pytest.raises(ModelError, match=r"prompt\.dialect is .*msa, egyptian; name one"):
+        build(byte_level(), dialect_prefixes=PREFIXES, dialect=dialect)
+
+
+def test_prefixes_that_a_chat_template_would_swallow_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"prompt\.dialect_prefixes .* prompt\.chat=true"):
+        build(byte_level(CHAT_TEMPLATES["lfm2-350m"]), chat=True, dialect_prefixes=PREFIXES, dialect="msa")
+
+
+def test_a_system_message_stands_where_the_format_has_it() -> None:
+    system = "أنت طبيب"
+    assert build(byte_level(), system=system).text("ألم").startswith("أنت طبيب\n\nالسؤال: ألم")
+    chatml = build(byte_level(CHAT_TEMPLATES["lfm2-350m"]), chat=True, system=system).text("ألم")
+    assert chatml.startswith("<|im_start|>system\nأنت طبيب<|im_end|>\n<|im_start|>user\nألم<|im_end|>")
+    assert "<<SYS>>\nأنت طبيب\n" in build(sentencepiece("normalizer", LLAMA_2), chat=True, system=system).text("ألم")
+
+
+@pytest.mark.parametrize("template", [GEMMA, CHAT_TEMPLATES["mistral-7b-instruct-v0.2"]])
+def test_a_template_that_takes_no_system_message_says_so(template: str) -> None:
+    with pytest.raises(ModelError, match=r"refuses the conversation .*; set prompt\.system=null\."):
+        build(sentencepiece("nowhere", template), chat=True, system="أنت طبيب")
+
+
+def test_chat_without_a_chat_template_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"no chat template; set prompt\.chat=false"):
+        build(byte_level(), chat=True)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused() -> None:
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        build(tokenizer)
+
+
+def test_placeholders_that_a_patient_typed_stay_as_they_are() -> None:
+    assert "{answer_cue} {question}" in build(byte_level()).text("{answer_cue} {question}")
+
+
+# The pad token
+
+
+def without_pad(*added: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer.from_str(build_tokenizer().backend_tokenizer.to_str())
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+def test_a_model_keeps_its_own_pad_token() -> None:
+    tokenizer = build_tokenizer()
+    assert choose_pad_token(tokenizer, len(tokenizer)) == "<|pad|>" == tokenizer.pad_token
+
+
+@pytest.mark.parametrize("reserved", ["<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|padding|>"])
+def test_a_reserved_pad_token_comes_before_the_end_of_text(reserved: str) -> None:
+    tokenizer = without_pad(reserved)
+    if reserved == "<|padding|>":
+        assert choose_pad_token(tokenizer, len(tokenizer)) == "<|pad|>"  # the tokenizer's, first in the list
+    else:
+        assert choose_pad_token(tokenizer, len(tokenizer)) == reserved == tokenizer.pad_token
+
+
+def test_a_pad_token_beyond_the_embedding_is_passed_over() -> None:
+    tokenizer = without_pad("<pad>")
+    tokenizer.pad_token = "<pad>"
+    rows = tokenizer.pad_token_id
+    chosen = choose_pad_token(tokenizer, rows)
+    assert chosen != "<pad>" and tokenizer.pad_token_id < rows
+
+
+@pytest.mark.parametrize("blank", ["normalizer", "pre_tokenizer", "nowhere"])
+def test_without_a_pad_token_the_end_of_text_pads_and_no_token_is_added(blank: str, tmp_path: Path) -> None:
+    # With an unknown token, every name has an id: that of <unk>.
+    tokenizer = sentencepiece(blank)
+    size = len(tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>") == tokenizer.unk_token_id
+    assert choose_pad_token(tokenizer, size) == "</s>" and tokenizer.pad_token_id == tokenizer.eos_token_id
+    tokenizer.save_pretrained(tmp_path)
+    assert len(tokenizer) == size == len(AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_a_tokenizer_with_neither_pad_nor_end_is_refused() -> None:
+    with pytest.raises(ModelError, match="no pad and no EOS token"):
+        choose_pad_token(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), 100)

@@ -1,0 +1,75 @@
+"""A run answers with the prompt that it was trained with, and a card says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from sevpeft.errors import RunError
+from sevpeft.recipe import load_recipe
+from sevpeft.runs import Run
+from sevpeft.sharing.card import write_card
+from sevpeft.sharing.chat import Chat
+from sevpeft.training.run import train
+
+QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
+
+
+@pytest.fixture
+def run(tmp_path: Path, model_folder: Callable[..., Path]) -> Run:
+    settings = [f"model.name_or_path={model_folder('llama')}", "data.max_rows=60", "training.max_steps=2"]
+    return train(load_recipe(QUICKSTART, settings), tmp_path / "run")
+
+
+def test_an_answer_is_the_greedy_continuation_of_the_training_prompt(run: Run) -> None:
+    chat = Chat(run)
+    ids = chat.prompt.prompt_ids(["عندي صداع"])[0]
+    expected: list[int] = []
+    with torch.no_grad():
+        while len(expected) < 12:
+            logits = chat.model(input_ids=torch.tensor([ids + expected])).logits[0, -1]
+            expected.append(int(logits.argmax()))
+            if expected[-1] == chat.prompt.end_id:
+                break
+    said = chat.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert chat.answer("عندي صداع", max_new_tokens=12) == said
+
+
+def test_an_answer_depends_on_the_adapter(run: Run) -> None:
+    chat = Chat(run)
+    ids = torch.tensor(chat.prompt.prompt_ids(["عندي صداع"]))
+    with torch.no_grad():
+        adapted = chat.model(input_ids=ids).logits
+        with chat.model.disable_adapter():
+            base = chat.model(input_ids=ids).logits
+    assert not torch.equal(adapted, base)
+
+
+def test_a_run_without_an_adapter_cannot_be_asked(run: Run) -> None:
+    (run.adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match="no adapter"):
+        Chat(run)
+
+
+def test_the_card_is_read_by_the_hub_and_holds_the_measured_figures(run: Run) -> None:
+    card = ModelCard.load(write_card(run))
+    assert card.data.library_name == "peft" and card.data.language == "ar"
+    assert "Not a medical device" in card.text
+    metrics = run.metrics()
+    assert (
+        f"| critical | {metrics['before']['loss_critical']:.4f} | {metrics['after']['loss_critical']:.4f} |"
+        in card.text
+    )
+    assert metrics["data"]["fingerprint"] in card.text
+
+
+def test_the_card_of_a_control_run_says_so(tmp_path: Path, run: Run) -> None:
+    recipe = run.folder / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text(encoding="utf-8").replace("control: none", "control: shuffled"), encoding="utf-8"
+    )
+    assert "control run" in write_card(run).read_text(encoding="utf-8")

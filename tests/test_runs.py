@@ -1,0 +1,119 @@
+"""The run folder: nothing overwritten, nothing half-written, and a plain sentence when the disk refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sevpeft import runs
+from sevpeft.errors import RunError
+from sevpeft.runs import Run, check_output, check_run, default_output, describe_environment, new_run, write_atomically
+
+
+def make_run(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("{}\n", encoding="utf-8")
+    return folder
+
+
+def test_a_new_folder_below_folders_that_do_not_exist_is_accepted(tmp_path: Path) -> None:
+    check_output(tmp_path / "a" / "b" / "run", resume=False)
+
+
+def test_an_empty_folder_is_accepted(tmp_path: Path) -> None:
+    check_output(tmp_path, resume=False)
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with pytest.raises(RunError, match="--resume"):
+        check_output(folder, resume=False)
+    check_output(folder, resume=True)
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.docx").write_text("x")
+    with pytest.raises(RunError, match="not empty"):
+        check_output(tmp_path, resume=False)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.write_text("x")
+    with pytest.raises(RunError, match="is a file"):
+        check_output(path, resume=False)
+
+
+def test_resuming_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run"):
+        check_output(tmp_path, resume=True)
+    with pytest.raises(RunError, match="no run"):
+        check_run(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(RunError, match="not writable"):
+        check_output(tmp_path / "run", resume=False)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.json"
+    write_atomically(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="No space is left"):
+        write_atomically(path, "new")
+    assert path.read_text(encoding="utf-8") == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_parts_of_the_metrics_are_added_and_replaced(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.metrics() == {} and not run.finished
+    run.update_metrics(data={"rows": 3})
+    run.update_metrics(after={"loss": 1.5}, data={"rows": 4})
+    assert run.metrics() == {"data": {"rows": 4}, "after": {"loss": 1.5}}
+
+
+def test_the_log_is_one_json_object_a_line(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.append_log({"step": 1, "loss": 2.5})
+    run.append_log({"step": 2, "note": "سطر\nجديد"})
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_a_run_that_fails_before_its_recipe_leaves_no_folder(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with pytest.raises(RuntimeError), new_run(run):
+        (run.folder / "checkpoints").mkdir()
+        raise RuntimeError
+    assert not run.folder.exists()
+
+
+def test_a_run_that_fails_after_its_recipe_is_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with pytest.raises(RuntimeError), new_run(run):
+        run.write_text("recipe.yaml", "{}\n")
+        raise RuntimeError
+    assert (run.folder / "recipe.yaml").exists()
+
+
+def test_the_environment_names_versions_and_no_person_or_machine() -> None:
+    environment = describe_environment()
+    assert all(environment["versions"][package] != "not installed" for package in runs.PACKAGES)
+    said = json.dumps(environment)
+    assert os.uname().nodename not in said
+    assert str(Path.home()) not in said
+
+
+def test_the_default_output_is_named_after_the_recipe() -> None:
+    assert str(default_output("quickstart")).startswith("runs/quickstart-")

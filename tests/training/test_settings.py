@@ -1,0 +1,56 @@
+"""From the training section to SFTConfig: every setting arrives, and what cannot work is refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sevpeft.errors import RecipeError
+from sevpeft.modeling.loading import Precision
+from sevpeft.recipe import recipe_from_values
+from sevpeft.training.settings import sft_config
+
+FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
+
+
+def config(folder: Path, **training: object):
+    return sft_config(recipe_from_values({"training": training}), FLOAT32, folder)
+
+
+def test_settings_arrive_under_their_own_names(tmp_path: Path) -> None:
+    made = config(tmp_path, learning_rate=3e-4, max_length=77, weight_decay=0.1, warmup_steps=0.05)
+    assert (made.learning_rate, made.max_length, made.weight_decay, made.warmup_steps) == (3e-4, 77, 0.1, 0.05)
+
+
+def test_the_defaults_are_those_of_the_paper_and_not_of_the_library(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    assert (made.learning_rate, made.max_length, made.num_train_epochs) == (2e-4, 512, 3)
+    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (1, 8)
+    assert made.lr_scheduler_type == "linear" and made.warmup_steps == 0 and made.max_grad_norm == 1.0
+
+
+def test_a_cpu_run_computes_in_float32_and_hides_no_nan(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    assert made.use_cpu and not made.bf16 and not made.fp16
+    assert made.logging_nan_inf_filter is False
+
+
+def test_padding_free_without_packing_leaves_the_length_to_the_encoding(tmp_path: Path) -> None:
+    assert config(tmp_path, padding_free=True).max_length is None
+    assert config(tmp_path, padding_free=True, packing=True).max_length == 512
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"load_best_model_at_end": True, "eval_strategy": "no"}, "training section is refused"),
+        ({"activation_offloading": True}, "activation_offloading"),
+        ({"report_to": ["comet_ml"]}, "pip install comet_ml"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_in_one_sentence(tmp_path: Path, training: dict, said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as caught:
+        config(tmp_path, **training)
+    assert "\n" not in str(caught.value)
