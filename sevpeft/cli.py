@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
-from sevpeft.errors import SevpeftError
+from sevpeft.errors import SevpeftError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +45,7 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     if resume and output is None:
-        raise typer.BadParameter("--resume needs --output RUN, the folder of the run to continue.")
+        raise UsageError("--resume needs --output RUN, the folder of the run to continue.")
     if output is not None and int(os.environ.get("RANK", "0")) == 0:
         check_output(output, resume=resume)
     console = Console(highlight=False, quiet=not _is_main_process())
@@ -121,15 +122,33 @@ def recipes(
 def main() -> None:
     """Runs the command line; a refusal is one plain sentence, and SEVPEFT_DEBUG=1 shows where it came from."""
     try:
-        app(standalone_mode=True)
-    except SevpeftError as error:
+        # Typer's own handling would draw a box around an error and say nothing about Ctrl-C, for which it returns 130.
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except (SevpeftError, TyperException, OSError) as error:
         if os.environ.get("SEVPEFT_DEBUG"):
             raise
-        _say(str(error))
-        _leave(error.exit_code)
+        if isinstance(error, BrokenPipeError):
+            # The reader, such as `head`, has had enough; Python would complain once more while it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        if str(error):  # without a verb, typer has shown the help already and has nothing to add
+            _say(_sentence(error))
+        sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
+        code = 130
+    if code == 130:
         _say("Interrupted.")
-        _leave(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'The output'}: {error.strerror or error}."
+    if isinstance(error, SevpeftError):
+        return str(error)
+    said = str(error.format_message()) if isinstance(error, TyperException) else str(error)
+    return f"{said}{'' if said.endswith(('.', '?')) else '.'} See `sevpeft --help`."
 
 
 def _read_line() -> str:
@@ -152,11 +171,14 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
 
     import datasets
+    import huggingface_hub
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # It repeats each failed request five times and tells every time; what became of it is said in the end.
+    huggingface_hub.logging.set_verbosity_error()
 
 
 def _is_main_process() -> bool:
@@ -166,7 +188,3 @@ def _is_main_process() -> bool:
 def _say(sentence: str) -> None:
     if _is_main_process():
         print(sentence, file=sys.stderr, flush=True)
-
-
-def _leave(code: int) -> None:
-    sys.exit(code)

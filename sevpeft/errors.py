@@ -40,6 +40,12 @@ class RunError(SevpeftError):
     """The run folder exists already, cannot be written, or does not fit what is asked of it."""
 
 
+class Interrupted(SevpeftError):
+    """Ctrl-C, in a place where there is more to say than that."""
+
+    exit_code = 130
+
+
 def first_sentence(error: BaseException, longest: int = 200) -> str:
     """What a library's error says, on one line and without the advice to programmers that follows.
 

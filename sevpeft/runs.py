@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sevpeft.errors import RunError
+from sevpeft.errors import RunError, SevpeftError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
@@ -36,6 +36,10 @@ class Run:
     @property
     def adapter(self) -> Path:
         return self.folder / "adapter"
+
+    @property
+    def unfinished_adapter(self) -> Path:
+        return self.folder / ".adapter.unfinished"
 
     @property
     def checkpoints(self) -> Path:
@@ -64,6 +68,16 @@ class Run:
     def update_metrics(self, **parts: Any) -> None:
         self.write_json("metrics.json", {**self.metrics(), **parts})
 
+    def remove_unfinished(self) -> None:
+        """Takes away what a kill or a full disk cut off: it would be resumed from, and it holds the space."""
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            try:
+                # The trainer writes this file last.
+                json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.rmtree(self.unfinished_adapter, ignore_errors=True)
+
     def append_log(self, entry: dict[str, Any]) -> None:
         """Adds one line to log.jsonl and hands it to the operating system."""
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -81,20 +95,21 @@ def check_output(folder: Path, *, resume: bool) -> None:
     Raises:
         RunError: exists already (without resume), holds something else, does not exist (with resume), not writable.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; give --output a folder that does not exist yet.")
-    is_run = (folder / "recipe.yaml").exists()
-    if resume and not is_run:
-        raise RunError(f"There is no run in {folder} to resume; leave --resume out to start one.")
-    if not resume and is_run:
-        raise RunError(f"{folder} holds a run already; continue it with --resume, or choose another --output.")
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} exists and is not empty; choose an --output folder that does not exist yet.")
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RunError(f"{folder} cannot be made: {parent} is not writable; choose another --output.")
+    with plain_disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"{folder} is a file; give --output a folder that does not exist yet.")
+        is_run = (folder / "recipe.yaml").exists()
+        if resume and not is_run:
+            raise RunError(f"There is no run in {folder} to resume; leave --resume out to start one.")
+        if not resume and is_run:
+            raise RunError(f"{folder} holds a run already; continue it with --resume, or choose another --output.")
+        if not resume and folder.exists() and any(folder.iterdir()):
+            raise RunError(f"{folder} exists and is not empty; choose an --output folder that does not exist yet.")
+        parent = folder
+        while not parent.exists():
+            parent = parent.parent
+        # Rights do not say it: for root everything is writable, a read-only disk and /proc included.
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".sevpeft-"))
 
 
 def check_run(folder: Path) -> None:
@@ -120,7 +135,7 @@ def new_run(run: Run) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file under a temporary name beside its place and moves it there."""
-    with plain_disk_errors(path):
+    with plain_disk_errors(path, when_full="free some, then run this again"):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -135,18 +150,31 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def plain_disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk or a missing permission into one sentence."""
+def plain_disk_errors(
+    path: Path,
+    *,
+    when_full: str = "free some, then go on with --resume (finished checkpoints are kept)",
+    remedy: str = "choose another --output",
+) -> Iterator[None]:
+    """Turns a full disk, a missing permission or a path that cannot be into one sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(
-                f"No space is left for {path}; free some, then go on with --resume (finished checkpoints are kept)."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise RunError(f"{path} cannot be written: {error.strerror}; choose another --output.") from error
+    except SevpeftError:
         raise
+    except Exception as error:
+        if _disk_is_full(error):
+            raise RunError(f"No space is left for {path}; {when_full}.") from error
+        if isinstance(error, OSError) and error.errno and error.strerror:
+            raise RunError(f"{path} cannot be written: {os.strerror(error.errno)}; {remedy}.") from error
+        raise
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Also as the libraries say it: safetensors and Arrow in words of their own, torch.save by a wrong position."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    said = str(error)
+    return "No space left" in said or ("inline_container" in said and "pos" in said)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -56,9 +56,13 @@ def test_resuming_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(RunError, match="not writable"):
-        check_output(tmp_path / "run", resume=False)
+    def refused(path: str, mode: int = 0o777) -> None:  # root may write everywhere
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "mkdir", refused)
+        with pytest.raises(RunError, match="cannot be written: Read-only file system"):
+            check_output(tmp_path / "run", resume=False)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from datasets.utils import tqdm
 
 from sevpeft.data.columns import LateColumn, canonical_rows, map_columns, schema
 from sevpeft.data.files import Row, Table, file_format, open_table
+from sevpeft.data.hub import look_for_hub
 from sevpeft.errors import DataError
 
 BUILTIN = "builtin:consultations"
@@ -121,7 +122,9 @@ def cache_folder(kind: str) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
     except OSError as error:
-        raise DataError(f"The cache folder {folder} cannot be made ({error.strerror}): set SEVPEFT_CACHE.") from None
+        raise DataError(
+            f"The cache folder {folder} cannot be made ({error.strerror}): set SEVPEFT_CACHE to another one."
+        ) from None
     return folder
 
 
@@ -182,11 +185,13 @@ def _from_hub(
     chosen: Mapping[str, str | None],
     max_rows: int | None,
 ) -> Consultations:
+    look_for_hub()
     try:
         loaded = datasets.load_dataset(path, name, revision=revision, split=split)
     except ConnectionError:
         raise DataError(
-            f"data.path={path} is no file here, and the Hub cannot be reached{_alike(Path(path))}."
+            f"data.path={path} is no file here, and the Hub cannot be reached{_alike(Path(path))}: "
+            "correct the name, or check the connection."
         ) from None
     except FileNotFoundError:
         raise DataError(
@@ -258,7 +263,10 @@ def _built(
             shutil.rmtree(tables / key)
             partial.rename(tables / key)
     except OSError as error:
-        raise DataError(f"The cache folder {tables} cannot be written ({error.strerror}): set SEVPEFT_CACHE.") from None
+        said = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(
+            f"The cache folder {tables} cannot be written ({said}): set SEVPEFT_CACHE to another one."
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     finished = _finished(key)

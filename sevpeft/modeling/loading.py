@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sevpeft.data.hub import look_for_hub
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
 from sevpeft.modeling.prompts import choose_pad_token
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
@@ -102,8 +103,11 @@ def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesCon
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
     """Configuration of the base model, from a folder, the Hub or `builtin:tiny`."""
+    name = resolved_name(recipe)
+    if not Path(name).is_dir():
+        look_for_hub()
     with _plain_errors(recipe):
-        return AutoConfig.from_pretrained(resolved_name(recipe), **_origin(recipe))
+        return AutoConfig.from_pretrained(name, **_origin(recipe))
 
 
 def load_tokenizer(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -279,7 +283,10 @@ class _plain_errors:
                 f"{self.name} is no folder here and could not be fetched from the Hub; check the name in "
                 "model.name_or_path and the connection, or name a folder that holds the model."
             )
-        return f"{self.name} could not be loaded ({first_sentence(error)}); name a causal language model that can."
+        return (
+            f"{self.name} could not be loaded ({first_sentence(error)}); fetch it again, or name another causal "
+            "language model."
+        )
 
 
 def _no_tokenizer(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sevpeft.errors import ModelError
+from sevpeft.errors import ModelError, first_sentence
 
 # Scores of the same document in another batch differ by rounding; contamination was measured at .3 to 1.3 nats.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -39,7 +39,7 @@ def documents_stay_apart(model: PreTrainedModel, length: int = 24) -> tuple[bool
         exchanged = _scores(model, collate([{"input_ids": other}, {"input_ids": second}]))
         alone = _scores(model, {"input_ids": torch.tensor([second])})
     except (ImportError, ValueError, NotImplementedError, RuntimeError, TypeError) as error:
-        return False, f"the model does not accept packed rows ({' '.join(str(error).split())[:200]})"
+        return False, f"the model does not accept packed rows ({first_sentence(error)})"
     finally:
         model.train(was_training)
     leak = float((packed[length:] - exchanged[length:]).abs().max())

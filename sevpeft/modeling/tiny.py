@@ -19,13 +19,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sevpeft.data.sources import cache_folder, load_consultations
+from sevpeft.runs import plain_disk_errors
 
 TINY = "builtin:tiny"
 # Part of the folder's name: a changed recipe for the toy is another toy.
 VERSION = "1"
 VOCABULARY = 2048
 CONTEXT = 128
-STEPS = 500
+STEPS = 400
 BATCH = 8
 
 
@@ -42,7 +43,14 @@ def tiny_model_folder() -> Path:
                 file=sys.stderr,
                 flush=True,
             )
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            with (
+                plain_disk_errors(
+                    folder.parent,
+                    when_full="free some, or set SEVPEFT_CACHE to a folder on another disk",
+                    remedy="set SEVPEFT_CACHE to another folder",
+                ),
+                tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
+            ):
                 made = Path(scratch) / "tiny"
                 make_tiny_model(made)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -62,7 +70,7 @@ def make_tiny_model(folder: Path, steps: int = STEPS) -> None:
     threads = torch.get_num_threads()
     state = torch.random.get_rng_state()
     try:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         torch.manual_seed(0)
         model = _pretrain(tokenizer, texts, steps)
     finally:

@@ -29,7 +29,10 @@ class Chat:
 
     def __init__(self, run: Run) -> None:
         if not (run.adapter / "adapter_model.safetensors").exists():
-            raise RunError(f"There is no adapter in {run.folder}; name the folder of a finished run.")
+            raise RunError(
+                f"There is no adapter in {run.folder} yet; finish the run with `sevpeft train` and --resume, or name "
+                "another one."
+            )
         recipe = load_recipe(run.folder / "recipe.yaml")
         self.tokenizer = load_tokenizer(recipe, load_config(recipe))
         self.prompt = Prompt.build(self.tokenizer, **recipe.prompt.model_dump())

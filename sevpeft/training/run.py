@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from sevpeft.errors import RunError
+from sevpeft.errors import Interrupted, RunError
 from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters
 from sevpeft.modeling.loading import (
     choose_precision,
@@ -69,7 +69,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     if resume:
         _refuse_other_recipe(recipe, run)
         if run.finished:
-            console.print(f"The run in {folder} is finished; nothing is left to do.")
+            console.print(f"The run in {folder} is finished; nothing is left to do.", soft_wrap=True)
             return run
 
     precision = choose_precision(recipe)
@@ -80,9 +80,18 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     tokenizer = load_tokenizer(recipe, config)
     prompt = prompt_of(recipe, tokenizer)
     say(console, "Base model", f"{recipe.model.name_or_path} ({config.model_type})")
-    with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch, plain_disk_errors(Path(scratch)):
-        with state.main_process_first():
+    with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
+        with (
+            state.main_process_first(),
+            plain_disk_errors(
+                Path(scratch).parent,
+                when_full="free some, or set TMPDIR to a folder on another disk",
+                remedy="set TMPDIR to another folder",
+            ),
+        ):
             prepared = prepare(recipe, prompt, Path(scratch))
+        if resume:
+            _refuse_other_data(prepared, run)
         _announce_data(prepared, recipe, console)
         model = load_model(recipe, precision, state.local_process_index)
         for setting in ("packing", "padding_free"):
@@ -105,12 +114,30 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
             if state.is_main_process and not resume:
                 _write_origin(run, recipe, prepared, trainer)
         state.wait_for_everyone()
-        with progress, plain_disk_errors(folder):
-            _train_and_measure(trainer, run, resume=resume)
+        try:
+            with progress, plain_disk_errors(folder):
+                _train_and_measure(trainer, run, resume=resume)
+        except BaseException as error:
+            if state.is_main_process:
+                run.remove_unfinished()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise RunError(
+                    "The GPU's memory is full; set training.gradient_checkpointing=true, then lower "
+                    "training.per_device_train_batch_size (and raise gradient_accumulation_steps by the same factor), "
+                    "then training.max_length, and start another run."
+                ) from error
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(
+                    f"Interrupted; go on with the same command and --output {folder} --resume."
+                ) from error
+            raise
     return run
 
 
 def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, *, resume: bool) -> None:
+    if trainer.is_world_process_zero():
+        run.remove_unfinished()
+    trainer.accelerator.wait_for_everyone()
     checkpoint = get_last_checkpoint(str(run.checkpoints)) if resume and run.checkpoints.is_dir() else None
     # The figure before training is taken by the training loop itself: accelerate takes a model that was evaluated
     # first for one that is ready to train, and several processes would then train without exchanging gradients.
@@ -139,7 +166,7 @@ def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, *, resume: bool) -
 
 def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
     """Writes the adapter beside its place and moves it there whole."""
-    unfinished = run.folder / ".adapter.unfinished"
+    unfinished = run.unfinished_adapter
     trainer.save_model(str(unfinished))
     if trainer.is_world_process_zero():
         # A pickle of the training arguments; the recipe says the same and can be read.
@@ -195,7 +222,7 @@ def _announce_data(prepared: Prepared, recipe: Recipe, console: Console) -> None
         f"{rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test, by {by}",
     )
     for reason, count in summary["rejected"].items():
-        say(console, "Rejected", f"{count:,} rows: {reason}", style="yellow")
+        say(console, "Rejected", f"rows with {reason}: {count:,}", style="yellow")
     if summary["questions_in_two_splits"]:
         say(
             console,
@@ -210,15 +237,15 @@ def _announce_data(prepared: Prepared, recipe: Recipe, console: Console) -> None
             say(
                 console,
                 "Shortened",
-                f"{report['shortened']:,} {name} questions to fit {limit} tokens: {report['lost_words']:,} words lost, "
-                f"at most {report['most_lost_words']} from one",
+                f"{name} questions to fit {limit} tokens: {report['shortened']:,} "
+                f"(words lost: {report['lost_words']:,}, at most {report['most_lost_words']} from one)",
                 style="yellow",
             )
         if report["refused"]:
             say(
                 console,
                 "Refused",
-                f"{report['refused']:,} {name} rows whose answer leaves no room for a question in {limit} tokens; "
+                f"{name} rows whose answer leaves no room for a question in {limit} tokens: {report['refused']:,}; "
                 "raise training.max_length to keep them",
                 style="yellow",
             )
@@ -257,9 +284,19 @@ def _refuse_other_recipe(recipe: Recipe, run: Run) -> None:
         if (old.get(section) or {}).get(key) != (new[section] or {}).get(key)
     ]
     raise RunError(
-        f"The recipe is not the one that {run.folder} was started with ({', '.join(changed)} differ); "
+        f"The recipe differs from the one that {run.folder} was started with, in {', '.join(changed)}; "
         "resume with the same settings, or start another run."
     )
+
+
+def _refuse_other_data(prepared: Prepared, run: Run) -> None:
+    # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
+    found, stored = prepared.summary["fingerprint"], run.environment().get("data_fingerprint")
+    if found != stored and found.startswith("sha256:"):
+        raise RunError(
+            f"{prepared.summary['source']} is not the data that {run.folder} was started with: its content has "
+            "changed; bring that content back, or start another run."
+        )
 
 
 def _same_on_all_processes(value: Any) -> Any:

@@ -1,29 +1,31 @@
 """Measures what a training step costs here, beside stock TRL and beside the published loop, and prints one table.
 
-    python -m tests.benchmarks.training [--quick] [--repetitions N] [--rows NAME ...] [--layers N] [--threads N]
+    python -m tests.benchmarks.training [--quick] [--repetitions N] [--rows NAME ...]
+                                        [--layers N] [--threads N] [--clock wall|cpu]
 
 Every row of the table is one pair of processes: a reference and this project's trainer, with the same model, rows,
 seed and settings. The reference is (a) stock TRL's SFTTrainer, or (b) the published loop of arXiv 2604.06346: every
-row padded to 512, full logits, log-softmax, prompt and pads in the loss, batch 1 x accumulation 8. Both processes
-are alive together and take turns, one optimiser step each, so that whatever else the machine does weighs on both; a
-repetition is one such pair of steps on the same rows, and who goes first alternates. The first pair warms up and is
-not timed.
+row padded to 512, full logits, log-softmax, prompt and pads in the loss, batch 1 x accumulation 8 (in float32 here,
+in float16 on a 4-bit model there). Both processes are alive together and take turns, one optimiser step each, so that
+whatever else the machine does weighs on both; a repetition is one such pair of steps on the same rows, and who goes
+first alternates. The first pair warms up and is not timed.
 
-What the figures mean:
-- s/step, and ratio: median seconds of one optimiser step (data loading and logging included) of reference and ours;
-  median of ours / reference over the pairs, with the lowest and the highest pair. Below 1 ours is faster.
-- peak MB, and ratio: highest resident memory over all steps, less what the process held once the model, its adapter
-  and the data were loaded. Activations, logits, gradients and optimiser state are in it; the code that a first step
-  imports is not, since a toy model trains before. The kernel's own high-water mark is read where it can be reset
-  (Linux), a thread samples elsewhere.
-- answer tok/s: answer tokens learnt per second of ours, whatever else was in the loss.
-- loss: the largest relative difference between the losses of (a) and of ours, all weights being one.
+What the figures mean, always "reference → ours" and below it "× ours / reference":
+- s/step: median seconds of one optimiser step, data loading and logging included; the ratio is the median of the
+  pairs' ratios, with the lowest and the highest. Other work on the same cores makes it swing by a third: the clock
+  "cpu", with one thread, counts processor time instead and swings less.
+- peak MB: highest resident memory over all steps, the warm-up too, less what the process held once the model, its
+  adapter and the data were loaded. Activations, logits, gradients and optimiser state are in it; the code that a
+  first step imports is not, since a toy model trains before. The kernel's own high-water mark is read where it can be
+  reset (Linux); elsewhere a thread samples.
+- answer tok/s: answer tokens learnt per second. Prompt and pads are no progress, whatever the loss made of them.
+- loss: the largest relative difference between the losses of (a) and of ours, all weights being one; "same" is 1e-6.
 
 Rows have the lengths of real consultations: words of question and answer are lognormal with medians 24 and 12 and
 95th percentiles 75 and 50, 1.6 tokens a word. Token ids are random and so are the weights of the model: a llama of
 vocabulary 64,000 and hidden size 512 in float32, LoRA r 16 on all linear layers. Its LM head weighs as much as ten of
-its layers; with more layers (--layers) less is to be gained from scoring fewer positions. A time is never asserted:
-the exit code is 0 and the table tells.
+its layers; the more layers (--layers), the less is gained by scoring fewer positions. A time is never asserted: the
+exit code is 0 and the table tells.
 """
 
 from __future__ import annotations
@@ -42,7 +44,6 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -167,33 +168,37 @@ def make_lora() -> Any:
 
 
 class Meter:
-    """Peak resident memory and time of this process, told to the parent step by step, when the parent gives the turn."""
+    """Time and peak memory of this process, told to the parent step by step; the parent says when a step begins.
 
-    def __init__(self, channel: Connection | None, answer_tokens: list[int]) -> None:
+    Without a channel it does nothing: a toy model is training.
+    """
+
+    def __init__(self, channel: Connection | None = None, clock: str = "wall") -> None:
         self.channel = channel
-        self.answer_tokens = iter(answer_tokens)
+        self.clock = time.process_time if clock == "cpu" else time.perf_counter
         self.sampled = 0
 
-    def begin(self) -> None:
-        """The model is loaded: memory is counted from here."""
+    def begin(self, answer_tokens: list[int]) -> None:
+        """The model is loaded: memory is counted from here. `answer_tokens` has one number for every step."""
         if self.channel is None:
             return
+        self.answer_tokens = iter(answer_tokens)
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # what glibc kept from loading would be filled first, and not be seen
+        self.loaded = psutil.Process().memory_info().rss
         try:
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
         except OSError:
-            self.sampled = psutil.Process().memory_info().rss
+            self.sampled = self.loaded
             threading.Thread(target=self._sample, daemon=True).start()
-        self.loaded = psutil.Process().memory_info().rss
         self.channel.send("loaded")
         self._wait()
 
-    def end_of_step(self, loss: float) -> None:
+    def end_step(self, loss: float) -> None:
         if self.channel is None:
             return
-        seconds = time.perf_counter() - self.started
+        seconds = self.clock() - self.started
         self.channel.send(Step(seconds, self._peak() - self.loaded, loss, next(self.answer_tokens)))
         self._wait()
 
@@ -201,7 +206,7 @@ class Meter:
         assert self.channel is not None
         with contextlib.suppress(EOFError):  # the parent hangs up after the last step
             self.channel.recv()
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def _peak(self) -> int:
         if self.sampled:
@@ -217,9 +222,9 @@ class Meter:
 
 
 def run_trainer(
-    stock: bool, setting: Setting, rows: dict[str, list[Any]], steps: int, model: Any, channel: Connection | None
+    variant: str, setting: Setting, rows: dict[str, list[Any]], steps: int, model: Any, meter: Meter
 ) -> None:
-    """Trains with stock TRL or with this project's trainer, everything else being the same."""
+    """Trains with stock TRL ("trl") or with this project's trainer ("ours"), everything else being the same."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
@@ -227,20 +232,20 @@ def run_trainer(
 
     from sevpeft.training.trainer import SeveritySFTTrainer
 
+    stock = variant == "trl"
     data = Dataset.from_dict(rows)
     if stock:
         data = data.remove_columns("token_weights")
     if setting.layout == "packed":
         data = pack_dataset(data, seq_length=MAX_LENGTH, strategy="bfd")
-    meter = Meter(channel, labels_by_step(data["labels"], setting))
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            meter.begin()
+            meter.begin(labels_by_step(data["labels"], setting))
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             if "loss" in logs:
-                meter.end_of_step(logs["loss"])
+                meter.end_step(logs["loss"])
 
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
@@ -275,9 +280,7 @@ def run_trainer(
         trainer.train()
 
 
-def run_published_loop(
-    setting: Setting, rows: dict[str, list[Any]], steps: int, model: Any, channel: Connection | None
-) -> None:
+def run_published_loop(setting: Setting, rows: dict[str, list[Any]], steps: int, model: Any, meter: Meter) -> None:
     """The published loop as it is described, on the same rows: what it pays for is 512 positions for every row.
 
     Its weight is (B, 1, 1) against a loss of (B, T), and its micro-batches are summed, not averaged; neither costs
@@ -290,9 +293,8 @@ def run_published_loop(
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
-    meter = Meter(channel, labels_by_step(rows["labels"], setting))
     data = iter(rows["input_ids"])
-    meter.begin()
+    meter.begin(labels_by_step(rows["labels"], setting))
     for _ in range(steps):
         total = 0.0
         for _ in range(setting.accumulation):
@@ -311,7 +313,7 @@ def run_published_loop(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        meter.end_of_step(total)
+        meter.end_step(total)
 
 
 def labels_by_step(labels: Any, setting: Setting) -> list[int]:
@@ -321,37 +323,42 @@ def labels_by_step(labels: Any, setting: Setting) -> list[int]:
     return [sum(counts[start : start + size]) for start in range(0, len(counts), size)]
 
 
-def child(variant: str, setting: Setting, steps: int, layers: int, threads: int, channel: Connection) -> None:
+def child(variant: str, setting: Setting, steps: int, options: argparse.Namespace, channel: Connection) -> None:
     """One process of a pair."""
-    warnings.filterwarnings("ignore")
+    import datasets
     import torch
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(options.threads)
+
+    def run(rows: dict[str, list[Any]], steps: int, model: Any, meter: Meter) -> None:
+        if variant == "published":
+            run_published_loop(setting, rows, steps, model, meter)
+        else:
+            run_trainer(variant, setting, rows, steps, model, meter)
 
     # A packed row of 512 holds six or seven consultations, so sixteen for each are enough for every step.
     count = setting.batch * setting.accumulation * (16 if setting.layout == "packed" else 1)
-    run: Callable[..., None]
-    run = run_published_loop if variant == "published" else run_trainer
-    first = () if variant == "published" else (variant == "trl",)
-    run(*first, setting, make_rows(2 * count, setting.labels, 64), 2, make_model(64, 64, 1), None)
+    run(make_rows(2 * count, setting.labels, 64), 2, make_model(64, 64, 1), Meter())
     rows = make_rows(steps * count, setting.labels, VOCABULARY)
-    run(*first, setting, rows, steps, make_model(VOCABULARY, HIDDEN, layers), channel)
+    run(rows, steps, make_model(VOCABULARY, HIDDEN, options.layers), Meter(channel, options.clock))
 
 
 # ---- The parent
 
 
-def measure(setting: Setting, repetitions: int, layers: int, threads: int) -> list[tuple[Step, Step]]:
+def measure(setting: Setting, repetitions: int, options: argparse.Namespace) -> list[tuple[Step, Step]]:
     """Pairs of steps (reference, ours) of one row, the warm-up first."""
     context = multiprocessing.get_context("spawn")
     channels: list[Connection] = []
     children = []
     for variant in (setting.reference, "ours"):
         here, there = context.Pipe()
-        arguments = (variant, setting, repetitions + 1, layers, threads, there)
+        arguments = (variant, setting, repetitions + 1, options, there)
         children.append(context.Process(target=child, args=arguments, daemon=True))
         children[-1].start()
         there.close()
@@ -405,21 +412,22 @@ def add_row(table: Table, setting: Setting, pairs: list[tuple[Step, Step]]) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.training", description=__doc__.split("\n")[0])
-    parser.add_argument("--repetitions", type=int, help="pairs of steps in a row (default 9; 4 with --quick)")
+    parser.add_argument("--repetitions", type=int, help="pairs of steps in a row (default 7; 3 with --quick)")
     parser.add_argument("--rows", nargs="+", choices=SETTINGS, metavar="NAME", help=", ".join(SETTINGS))
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, and fewer pairs")
     parser.add_argument("--layers", type=int, default=4, help="depth of the model (default 4)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what a step's seconds are")
     options = parser.parse_args()
-    repetitions = options.repetitions or (4 if options.quick else 9)
+    repetitions = options.repetitions or (3 if options.quick else 7)
     names = options.rows or (QUICK if options.quick else tuple(SETTINGS))
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     progress = Console(stderr=True)
     table = Table(
         title="Training step: reference → this trainer",
-        caption=f"{repetitions} pairs of steps a row; {options.layers} layers; {options.threads} threads; "
-        f"load {os.getloadavg()[0]:.1f} at the start",
+        caption=f"{repetitions} pairs of steps a row, {options.layers} layers, {options.threads} threads, "
+        f"{options.clock} clock, load {os.getloadavg()[0]:.1f} at the start",
         show_lines=True,
     )
     for heading in ("setting", "s/step", "peak MB", "answer tok/s"):
@@ -427,8 +435,8 @@ def main() -> None:
     for name in names:
         progress.print(f"{name} …")
         try:
-            add_row(table, SETTINGS[name], measure(SETTINGS[name], repetitions, options.layers, options.threads))
-        except EOFError:
+            add_row(table, SETTINGS[name], measure(SETTINGS[name], repetitions, options))
+        except (EOFError, OSError):
             table.add_row(SETTINGS[name].says, "[red]failed[/]: see above")
     Console().print(table)
 

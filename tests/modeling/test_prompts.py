@@ -3,6 +3,7 @@ of tokenizer and chat template; and nothing that a patient typed acts as a contr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from sevpeft.recipe import Recipe
 from sevpeft.training.encoding import encode_rows
 from tests.conftest import CHAT_TEMPLATES, SENTENCES, build_tokenizer
 
-QUESTIONS = SENTENCES[:3] + ["وش الحل؟ 39.5°C", "سطر أول\nسطر ثان"]
+QUESTIONS = [*SENTENCES[:3], "وش الحل؟ 39.5°C", "سطر أول\nسطر ثان"]
 ANSWERS = ["راجع طبيب القلب اليوم", "أعطه سوائل كثيرة", "اذهب إلى الطوارئ الآن ولا تنتظر", "لا", "أولاً.\nثانيًا."]
 
 LLAMA_2 = (
@@ -87,7 +88,8 @@ def sentencepiece(blank: str, template: str | None = None, *, appends_eos: bool 
     backend = Tokenizer.from_str(_with_special_only(backend, control))
     end = " </s>" if appends_eos else ""
     backend.post_processor = processors.TemplateProcessing(
-        single=f"<s> $A{end}", special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))]
+        single=f"<s> $A{end}",
+        special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
@@ -95,8 +97,6 @@ def sentencepiece(blank: str, template: str | None = None, *, appends_eos: bool 
 
 
 def _with_special_only(backend: Tokenizer, control: list[str]) -> str:
-    import json
-
     state = json.loads(backend.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in control]
     return json.dumps(state)
@@ -104,7 +104,7 @@ def _with_special_only(backend: Tokenizer, control: list[str]) -> str:
 
 @dataclass
 class Case:
-    """A tokenizer, whether its chat template is used, and the text that a whole exchange is for the model."""
+    """A tokenizer, and whether its chat template is used."""
 
     make: Callable[[], PreTrainedTokenizerFast]
     chat: bool
@@ -162,7 +162,7 @@ def test_the_tokens_are_the_text_and_no_blank_is_added_or_lost(case: Prompt) -> 
         ids = case.prompt_ids([question])[0] + case.answer_ids([answer])[0][:-1]
         text = ("" if case.chat else bos) + whole_text(case, question, answer)
         # The first word after BOS gets a blank of its own, which these tokenizers put there on purpose.
-        decoded = case.tokenizer.decode(ids).replace(f"{bos} ", bos)
+        decoded = case.tokenizer.decode(ids).replace(f"{bos} ", bos) if bos else case.tokenizer.decode(ids)
         assert text.startswith(decoded) and decoded.endswith(answer)
 
 
@@ -352,6 +352,8 @@ def without_pad(*added: str) -> PreTrainedTokenizerFast:
 def test_a_model_keeps_its_own_pad_token() -> None:
     tokenizer = build_tokenizer()
     assert choose_pad_token(tokenizer, len(tokenizer)) == "<|pad|>" == tokenizer.pad_token
+    tokenizer.pad_token = "<|im_start|>"  # of a name that we do not know; <|pad|> stands ready
+    assert choose_pad_token(tokenizer, len(tokenizer)) == "<|im_start|>" == tokenizer.pad_token
 
 
 @pytest.mark.parametrize("reserved", ["<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|padding|>"])

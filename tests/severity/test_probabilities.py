@@ -107,6 +107,12 @@ def test_without_a_severity_column_the_error_says_what_to_do() -> None:
         assert word in text
 
 
+def test_names_that_repeat_are_read_row_by_row() -> None:
+    found = severity_probabilities(named("mild", "critical", "mild", "neutral", "critical"))
+    assert found.argmax(axis=1).tolist() == [0, 2, 0, 1, 2]
+    assert refusal(named("mild", "mild", "critical", "mild", "?", "critical")).startswith("Row 5: ")
+
+
 def test_half_a_severity_is_not_taken_for_none() -> None:
     assert has_severity(named("critical")) and has_severity(Dataset.from_dict({"p_neutral": [1.0]}))
 

@@ -223,5 +223,5 @@ else:
 def test_two_processes_that_would_train_apart_are_stopped(tmp_path: Path) -> None:
     script = tmp_path / "evaluate_first.py"
     script.write_text(UNSYNCHRONISED, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, str(script)], env=environment(), check=True, cwd=tmp_path)

@@ -1,0 +1,204 @@
+"""The adapter that a recipe asks for is the one that is trained, or PEFT's refusal in one sentence; and what is saved
+gives the same logits when it is read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from sevpeft.errors import ModelError
+from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters
+from sevpeft.modeling.loading import Precision, load_model
+from sevpeft.recipe import Recipe, recipe_from_values
+from tests.conftest import ARCHITECTURES, build_model
+
+
+def recipe_with(**lora: Any) -> Recipe:
+    return recipe_from_values({"lora": lora})
+
+
+def refusal(model: PreTrainedModel, **lora: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        lora_config(recipe_with(**lora), model)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 400
+    return text
+
+
+def test_the_settings_of_the_recipe_arrive() -> None:
+    config = lora_config(recipe_with(r=4, lora_alpha=8, use_rslora=True, bias="lora_only"), build_model("llama"))
+    assert (config.r, config.lora_alpha, config.use_rslora, config.bias) == (4, 8, True, "lora_only")
+    assert (config.lora_dropout, config.target_modules, config.task_type) == (0.05, "all-linear", "CAUSAL_LM")
+
+
+LINEAR = {
+    "gpt2": {"c_attn", "c_proj", "c_fc"},
+    "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "lfm2": {"q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"},
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3"),
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_linear_takes_every_matrix_but_the_head(architecture: str) -> None:
+    model = build_model(architecture)
+    adapter = get_peft_model(model, lora_config(recipe_with(r=2), model))
+    found = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in adapter.named_parameters() if "lora_A" in name}
+    assert found == LINEAR[architecture]
+
+
+def test_asking_changes_neither_the_model_nor_the_random_numbers() -> None:
+    model = build_model("llama")
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    settings = json.dumps(model.config.to_dict(), default=str)
+    lora_config(recipe_with(), model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert settings == json.dumps(model.config.to_dict(), default=str)
+
+
+def test_a_target_that_does_not_exist_is_named_beside_those_that_do() -> None:
+    text = refusal(build_model("gpt2"), target_modules=["c_attn", "q_proj", "v_proj"])
+    assert text.startswith("lora.target_modules names q_proj, v_proj, which gpt2 does not have; it has c_attn, c_fc")
+    assert "all-linear" in text
+    assert "names k" in refusal(build_model("llama"), target_modules=["k", "v_proj"])  # not a part of k_proj
+
+
+def test_targets_may_be_full_names_and_regular_expressions() -> None:
+    model = build_model("llama")
+    for targets, count in ((["model.layers.0.self_attn.q_proj"], 1), (r".*layers\.1.*\.[qkv]_proj", 3)):
+        adapter = get_peft_model(build_model("llama"), lora_config(recipe_with(target_modules=targets), model))
+        assert sum("lora_A" in name for name, _ in adapter.named_parameters()) == count
+
+
+def test_modules_to_save_that_do_not_exist_are_named() -> None:
+    assert "lora.modules_to_save names wte, which llama does not have" in refusal(
+        build_model("llama"), modules_to_save=["wte", "embed_tokens"]
+    )
+    assert lora_config(recipe_with(modules_to_save=["embed_tokens"]), build_model("llama")).modules_to_save
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
+def test_a_start_that_would_silently_be_plain_lora_is_refused(start: str) -> None:
+    text = refusal(build_model("llama"), init_lora_weights=start)
+    assert f"lora.init_lora_weights={start} needs a pass over the data" in text and "olora" in text
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"init_lora_weights": "loftq"}, "loftq_config"),
+        ({"use_dora": True, "lora_bias": True}, "DoRA"),
+        ({"target_modules": "nothing.*"}, "nothing.* not found"),
+        ({"target_modules": []}, "No `target_modules` passed"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, "not found"),
+        ({"target_modules": ["self_attn"]}, "is not supported"),
+        ({"exclude_modules": ".*"}, "All modules were excluded"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "even"),
+    ],
+)
+def test_what_peft_refuses_is_one_sentence(lora: dict[str, Any], words: str) -> None:
+    text = refusal(build_model("llama"), **lora)
+    assert text.startswith("PEFT refuses the lora section for llama: ") and words in text
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "gaussian", "use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
+        {"trainable_token_indices": [5]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    ],
+)
+def test_variants_that_work_are_not_refused(lora: dict[str, Any]) -> None:
+    model = build_model("llama")
+    get_peft_model(model, lora_config(recipe_with(**lora), model))
+
+
+@pytest.mark.parametrize("quantization", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_quantised_weight_counts_as_the_numbers_it_stands_for(
+    model_folder: Callable[..., Path], quantization: dict[str, bool]
+) -> None:
+    recipe = recipe_from_values(
+        {"model": {"name_or_path": str(model_folder("llama"))}, "quantization": quantization, "lora": {"r": 2}}
+    )
+    model = load_model(recipe, Precision(torch.float32, bf16=False, fp16=False))
+    trainable, total = trainable_parameters(get_peft_model(model, lora_config(recipe, model)))
+    plain = sum(parameter.numel() for parameter in build_model("llama").parameters())
+    matrices = [m for n, m in build_model("llama").named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert trainable == sum(2 * (m.in_features + m.out_features) for m in matrices)
+    assert total == plain + trainable
+
+
+# Saved and read again
+
+
+def test_target_modules_are_written_in_one_order(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    names = ["v_proj", "down_proj", "q_proj", "up_proj"]
+    written = []
+    for order in (names, names[::-1], names[2:] + names[:2]):
+        path.write_text(json.dumps({"target_modules": order, "r": 4, "قلب": "نعم"}), encoding="utf-8")
+        sort_target_modules(tmp_path)
+        written.append(path.read_bytes())
+    assert len(set(written)) == 1
+    assert json.loads(written[0]) == {"target_modules": sorted(names), "r": 4, "قلب": "نعم"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_a_regular_expression_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text('{"target_modules": ".*_proj"}')
+    sort_target_modules(tmp_path)
+    assert json.loads(path.read_text()) == {"target_modules": ".*_proj"}
+
+
+@pytest.mark.parametrize("quantization", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_saved_adapter_gives_the_same_logits_when_it_is_read_again(
+    model_folder: Callable[..., Path], tmp_path: Path, architecture: str, quantization: dict[str, bool]
+) -> None:
+    recipe = recipe_from_values(
+        {
+            "model": {"name_or_path": str(model_folder(architecture))},
+            "quantization": quantization,
+            "lora": {"r": 4, "use_rslora": True},
+        }
+    )
+
+    def base() -> PreTrainedModel:
+        return load_model(recipe, Precision(torch.float32, bf16=False, fp16=False))
+
+    ids = torch.arange(4, 60)[None]
+    model = base()
+    trained = get_peft_model(model, lora_config(recipe, model))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+        expected = trained.eval()(input_ids=ids).logits
+        trained.save_pretrained(tmp_path / "adapter")
+        sort_target_modules(tmp_path / "adapter")
+        read = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()(input_ids=ids).logits
+        without = base()(input_ids=ids).logits
+    assert torch.equal(read, expected)
+    assert float((without - expected).abs().max()) > 1e-2
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not list((tmp_path / "adapter").glob("*.bin"))
