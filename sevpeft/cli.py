@@ -27,7 +27,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/quickstart.yaml", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's", show_default=False),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Run folder; by default a new one under runs/", show_default=False)

@@ -5,6 +5,7 @@ recognised without regard to case, spelling and punctuation; where two columns c
 asked.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -163,7 +164,7 @@ def as_text(cell: Any, column: str, place: str) -> str:
 
 def as_probability(cell: Any, column: str, place: str) -> float:
     """Return a cell as a float, NaN where it is empty; whether it is a probability, the weighting judges."""
-    try:
+    with contextlib.suppress(ValueError):
         if isinstance(cell, str):
             text = as_text(cell, column, place).strip().replace("٫", ".").replace(",", ".")
             return float(text) if text else math.nan
@@ -171,8 +172,6 @@ def as_probability(cell: Any, column: str, place: str) -> float:
             return float(cell)
         if cell is None:
             return math.nan
-    except ValueError:
-        pass
     raise DataError(f"{place}: column '{column}' is not a number.") from None
 
 

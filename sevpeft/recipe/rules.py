@@ -180,6 +180,9 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
     training = _section(values, "training")
     if training.get("packing") is True and "max_length" in training and training["max_length"] is None:
         yield ("training", "max_length"), "is null, and packing fills rows up to a length; write one, such as 512"
+    prompt = _section(values, "prompt")
+    if prompt.get("dialect") and not prompt.get("dialect_prefixes"):
+        yield ("prompt", "dialect"), "chooses among dialect_prefixes, and there are none; add them or leave it out"
     yield from _splits(_section(values, "data"))
     for key, sentence in _adapter(_section(values, "lora"), _section(values, "quantization")):
         yield ("lora", key), sentence

@@ -42,10 +42,10 @@ LINEAR = {
     "gpt2": {"c_attn", "c_proj", "c_fc"},
     "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     "lfm2": {"q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"},
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3"),
-        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
-    ),
+    **{
+        name: {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        for name in ("llama", "mistral", "qwen2", "qwen3")
+    },
 }
 
 

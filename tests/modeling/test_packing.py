@@ -63,13 +63,26 @@ def test_a_document_that_sees_only_the_last_token_before_it_is_found_out() -> No
     assert not documents_stay_apart(model)[0]
 
 
+def test_a_document_that_is_scored_at_other_positions_is_found_out() -> None:
+    """Nothing leaks, but the second document of a row is not read as it would be alone."""
+    model = model_with("gpt2")
+
+    def count_on(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (torch.arange(inputs[0].shape[-1])[None],)
+
+    model.transformer.wpe.register_forward_pre_hook(count_on)
+    assert not documents_stay_apart(model)[0]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "lfm2"])
 def test_asking_leaves_the_model_as_it_was(architecture: str, training: bool) -> None:
     model = model_with(architecture).train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = torch.get_rng_state()
+    state, recording = torch.get_rng_state(), []
+    model.register_forward_pre_hook(lambda *_: recording.append(torch.is_grad_enabled()))
     documents_stay_apart(model)
+    assert recording and not any(recording)
     assert model.training is training and all(m.training is training for m in model.modules())
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +21,36 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_two_makings_give_the_same_bytes_and_leave_no_trace(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy that was made while the random numbers stood elsewhere."""
+    folder = tmp_path_factory.mktemp("toy") / "toy"
     torch.manual_seed(5)
+    random.seed(5)
+    make_tiny_model(folder, steps=2)
+    return folder
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
     torch.set_num_threads(1)
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    make_tiny_model(tmp_path / "one", steps=2)
-    assert torch.equal(states[0], torch.get_rng_state()) and torch.get_num_threads() == 1
-    assert np.array_equal(states[1], np.random.get_state()[1]) and states[2] == random.getstate()
+
+
+def test_two_makings_give_the_same_bytes_and_leave_no_trace(toy: Path, tmp_path: Path, two_threads: None) -> None:
     torch.manual_seed(6)
     random.seed(6)
-    make_tiny_model(tmp_path / "two", steps=2)
-    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    make_tiny_model(tmp_path / "other", steps=2)
+    assert torch.equal(states[0], torch.get_rng_state()) and torch.get_num_threads() == 2
+    assert np.array_equal(states[1], np.random.get_state()[1]) and states[2] == random.getstate()
+    one, two = files(toy), files(tmp_path / "other")
     assert one == two and {"model.safetensors", "config.json", "tokenizer.json"} <= one.keys()
 
 
 def test_threads_and_random_numbers_are_given_back_when_making_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_threads: None
 ) -> None:
     def fail(*_: object) -> None:
         torch.rand(3)
@@ -46,7 +60,7 @@ def test_threads_and_random_numbers_are_given_back_when_making_fails(
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError):
         make_tiny_model(tmp_path / "toy")
-    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == 1
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == 2
 
 
 def test_only_the_training_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,10 +88,9 @@ def test_only_the_training_part_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(read) == 2 * 2 * 300 and all(text.endswith(" trainmark") for text in read)
 
 
-def test_the_toy_is_a_model_with_a_tokenizer_that_fits_it(tmp_path: Path) -> None:
-    make_tiny_model(tmp_path / "toy", steps=1)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "toy")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "toy")
+def test_the_toy_is_a_model_with_a_tokenizer_that_fits_it(toy: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(toy)
+    tokenizer = AutoTokenizer.from_pretrained(toy)
     assert len(tokenizer) == model.config.vocab_size == tiny.VOCABULARY
     assert tokenizer.eos_token_id == model.config.eos_token_id != tokenizer.pad_token_id == model.config.pad_token_id
     text = "عندي صداع 39.5°C منذ يومين 😷"
