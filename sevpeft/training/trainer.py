@@ -33,6 +33,10 @@ from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.collator import SeverityCollator
 
 IGNORED = -100
+# Where Triton runs, TRL's own LM head passes over the positions without a label.
+SKIPPED_BY_TRL = ("cuda", "xpu")
+# When nearly every position has a label, picking them out costs more than it saves.
+WORTH_SKIPPING_BELOW = 0.9
 
 
 class SeveritySFTTrainer(SFTTrainer):
@@ -116,6 +120,9 @@ class SeveritySFTTrainer(SFTTrainer):
         """Calls the model so that only labelled positions reach its LM head; fields come back as (B, T-1)."""
         labels = kwargs["labels"][:, 1:]
         mask = labels != IGNORED
+        if labels.device.type in SKIPPED_BY_TRL or mask.float().mean() > WORTH_SKIPPING_BELOW:
+            outputs: FusedCausalLMOutput = model(**kwargs)
+            return outputs
         with self._only(mask):
             outputs = model(**{**kwargs, "labels": None}, shift_labels=labels[mask][None])
 

@@ -162,6 +162,21 @@ def test_weights_of_one_are_stock_trl_to_the_bit_when_packed(tmp_path: Path) -> 
     assert_equal(runs[0][1], runs[1][1])
 
 
+def test_a_loss_over_the_whole_sequence_is_stock_trl_to_the_bit(tmp_path: Path) -> None:
+    """Nearly every position has a label then, and the road without skipping is taken."""
+    rows = make_rows(ones=True)
+    ids = rows["input_ids"][:]
+    rows = rows.remove_columns(["labels", "token_weights"]).add_column("labels", ids)
+    rows = rows.add_column("token_weights", [[1.0] * len(row) for row in ids])
+    runs = []
+    for stock in (True, False):
+        trainer = make_trainer(tmp_path, rows, stock=stock, per_device_train_batch_size=1)
+        trainer.train()
+        runs.append((losses_of(trainer), adapter_of(trainer)))
+    assert runs[0][0] == runs[1][0]
+    assert_equal(runs[0][1], runs[1][1])
+
+
 @pytest.mark.parametrize("reduction", ["tokens", "examples"])
 @pytest.mark.parametrize("layout", ["padded", "padding-free", "packed"])
 def test_loss_is_the_formula(tmp_path: Path, reduction: str, layout: str) -> None:
