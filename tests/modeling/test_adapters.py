@@ -98,7 +98,6 @@ def test_a_start_that_would_silently_be_plain_lora_is_refused(start: str) -> Non
 @pytest.mark.parametrize(
     ("lora", "words"),
     [
-        ({"init_lora_weights": "loftq"}, "loftq_config"),
         ({"use_dora": True, "lora_bias": True}, "DoRA"),
         ({"target_modules": "nothing.*"}, "nothing.* not found"),
         ({"target_modules": []}, "No `target_modules` passed"),
