@@ -121,7 +121,7 @@ def recipes(
 
 def main() -> None:
     """Runs the command line; a refusal is one plain sentence, and SEVPEFT_DEBUG=1 shows where it came from."""
-    # Read when torch loads OpenMP: threads that spin while they wait made a training ten times slower on a busy machine.
+    # Read when torch loads OpenMP: threads that spin while they wait make a busy machine ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         # Typer's own handling would draw a box around an error and say nothing about Ctrl-C, for which it returns 130.
