@@ -131,6 +131,9 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
                     f"Interrupted; go on with the same command and --output {folder} --resume."
                 ) from error
             raise
+    # A process that exits while gloo's threads live is now and then aborted, after all its work is done.
+    state.wait_for_everyone()
+    state.destroy_process_group()
     return run
 
 

@@ -217,6 +217,9 @@ except RunError as error:
     assert "without exchanging gradients" in str(error)
 else:
     raise SystemExit("two processes trained apart in silence")
+# A process that exits while gloo's threads live is now and then aborted.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.state.destroy_process_group()
 """
 
 
