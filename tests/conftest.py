@@ -113,10 +113,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
-def build_model(architecture: str, seed: int = 0) -> torch.nn.Module:
+def build_model(architecture: str, seed: int = 0, vocab_size: int = VOCABULARY) -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(
         architecture,
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         eos_token_id=0,
         pad_token_id=1,
         bos_token_id=None,

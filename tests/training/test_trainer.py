@@ -11,9 +11,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer import utils as trl_utils
 
 from sevpeft.errors import WeightError
-from sevpeft.training.trainer import SeveritySFTTrainer
+from sevpeft.training.trainer import CPU_VOCABULARY_TILE, SeveritySFTTrainer
 from tests.conftest import ARCHITECTURES, VOCABULARY, build_model
 
 EXAMPLES = 16
@@ -138,6 +139,38 @@ def test_weights_of_one_are_stock_trl_to_the_bit(tmp_path: Path, architecture: s
         runs.append((losses_of(trainer), adapter_of(trainer)))
     assert runs[0][0] == runs[1][0]
     assert_equal(runs[0][1], runs[1][1])
+
+
+def test_with_a_vocabulary_of_several_tiles_weights_of_one_are_stock_trl_but_for_rounding(tmp_path: Path) -> None:
+    """Scored in narrower tiles than TRL's on a CPU: sums are taken in another order, and nothing else changes."""
+    rows = make_rows(ones=True)
+    losses = []
+    for stock in (True, False):
+        model = build_model("llama", vocab_size=3 * CPU_VOCABULARY_TILE + 100)
+        trainer = make_trainer(tmp_path, rows, stock=stock, model=model, learning_rate=1e-3)
+        trainer.train()
+        losses.append(losses_of(trainer))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_the_narrower_tiles_are_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock TRL in the same process keeps its own width, and a tile that is narrower already stays so."""
+    seen = []
+    scored = trl_utils._ChunkedLogProbFunction.apply
+
+    def apply(*arguments: Any) -> Any:
+        seen.append(arguments[5])
+        return scored(*arguments)
+
+    monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", apply)
+    stock_width = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    for stock, width in ((False, CPU_VOCABULARY_TILE), (True, stock_width)):
+        make_trainer(tmp_path, make_rows(), stock=stock, max_steps=1).train()
+        assert set(seen) == {width}
+        seen.clear()
+    monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 100)
+    make_trainer(tmp_path, make_rows(), max_steps=1).train()
+    assert set(seen) == {100}
 
 
 def test_weights_of_one_are_stock_trl_to_the_bit_when_packed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs of the command line. Imports of heavy libraries stand inside the verbs, so that --help answers at once."""
+"""The verbs around one training: train, chat, recipes. Heavy imports stand inside, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.exceptions import TyperException
 
-from sevpeft.errors import SevpeftError, UsageError
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Turns Arabic medical consultations into a small LoRA adapter trained to care most about the severe cases.",
-)
+from sevpeft.cli.application import app, is_main_process, quiet_libraries
+from sevpeft.errors import UsageError
 
 
 @app.command()
@@ -48,15 +40,15 @@ def train(
         raise UsageError("--resume needs --output RUN, the folder of the run to continue.")
     if output is not None and int(os.environ.get("RANK", "0")) == 0:
         check_output(output, resume=resume)
-    console = Console(highlight=False, quiet=not _is_main_process())
+    console = Console(highlight=False, quiet=not is_main_process())
     with console.status(f"Reading {recipe} and loading the libraries"):
-        _quiet_libraries()
+        quiet_libraries()
         from sevpeft.sharing.card import write_card
         from sevpeft.training.run import train as train_recipe
     from sevpeft.training.summary import run_summary
 
     run = train_recipe(loaded, output, resume=resume, console=console)
-    if _is_main_process():
+    if is_main_process():
         write_card(run)
         console.print(run_summary(run))
         console.print(f"Next: sevpeft chat {run.folder}", soft_wrap=True)
@@ -80,7 +72,7 @@ def chat(
 
     check_run(run)
     with Console(stderr=True).status(f"Loading the adapter of {run}"):
-        _quiet_libraries()
+        quiet_libraries()
         from sevpeft.sharing.chat import Chat
 
         adapter = Chat(Run(run))
@@ -119,74 +111,9 @@ def recipes(
     Console().print(recipes_table(found))
 
 
-def main() -> None:
-    """Runs the command line; a refusal is one plain sentence, and SEVPEFT_DEBUG=1 shows where it came from."""
-    # Read when torch loads OpenMP: threads that spin while they wait make a busy machine ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        # Typer's own handling would draw a box around an error and say nothing about Ctrl-C, for which it returns 130.
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
-    except (SevpeftError, TyperException, OSError) as error:
-        if os.environ.get("SEVPEFT_DEBUG"):
-            raise
-        if isinstance(error, BrokenPipeError):
-            # The reader, such as `head`, has had enough; Python would complain once more while it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        if str(error):  # without a verb, typer has shown the help already and has nothing to add
-            _say(_sentence(error))
-        sys.exit(getattr(error, "exit_code", 1))
-    except KeyboardInterrupt:
-        code = 130
-    if code == 130:
-        _say("Interrupted.")
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"{error.filename or 'The output'}: {error.strerror or error}."
-    if isinstance(error, SevpeftError):
-        return str(error)
-    said = str(error.format_message()) if isinstance(error, TyperException) else str(error)
-    return f"{said}{'' if said.endswith(('.', '?')) else '.'} See `sevpeft --help`."
-
-
 def _read_line() -> str:
     """A line from the keyboard or a pipe; empty at its end."""
     try:
         return input("? " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
-
-
-def _quiet_libraries() -> None:
-    """Leaves the screen to the verb: errors of the libraries are shown, their advice to programmers is not."""
-    import logging
-    import warnings
-
-    # Asked for before bitsandbytes is imported, because it speaks while it is.
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    # It repeats each failed request five times and tells every time; what became of it is said in the end.
-    huggingface_hub.logging.set_verbosity_error()
-
-
-def _is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _say(sentence: str) -> None:
-    if _is_main_process():
-        print(sentence, file=sys.stderr, flush=True)
