@@ -1,0 +1,450 @@
+"""What a question says in its dialect is found, and what it denies, remembers, fears or tells of others counts less."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sevpeft.severity.lexicon import PACKAGE_LEXICON
+from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.rules import COUNTS, PRIOR, STRENGTH, Match, Rules, probabilities_of
+
+RULES = Rules.load()
+CRITICAL = SEVERITIES.index("critical")
+
+STATED = [
+    # Modern Standard Arabic
+    ("أعاني من ألم شديد في الصدر منذ ساعة", "chest_pain"),
+    ("أشعر بضغط في منتصف الصدر", "chest_pain"),
+    ("والدي أصيب بنوبة قلبية الآن", "chest_pain"),
+    ("لدي ضيق في التنفس منذ الصباح", "breathing"),
+    ("لا أستطيع التنفس", "breathing"),
+    ("طفلي شفتاه زرقاء ويتنفس بصعوبة", "breathing"),
+    ("فقدت الوعي لدقيقة وأنا أمشي", "loss_of_consciousness"),
+    ("ابني لا يستجيب لنا", "loss_of_consciousness"),
+    ("أصيب بإغماء مرتين اليوم", "loss_of_consciousness"),
+    ("أتقيأ دما منذ الليل", "bleeding"),
+    ("لون البراز أسود كالقطران", "bleeding"),
+    ("النزيف لا يتوقف منذ ساعة", "bleeding"),
+    ("لا يتوقف النزيف من الجرح", "bleeding"),
+    ("أصابه شلل نصفي مفاجئ", "stroke"),
+    ("ثقل في اللسان واعوجاج في الفم", "stroke"),
+    ("جدتي عندها جلطة في الدماغ", "stroke"),
+    ("أصيب بتشنجات مع ارتفاع الحرارة", "convulsions"),
+    ("أفكر في الانتحار", "suicidal"),
+    ("أتمنى الموت كل ليلة", "suicidal"),
+    ("لا أريد الحياة", "suicidal"),
+    ("ابتلع طفلي بطارية صغيرة", "choking_foreign_body"),
+    ("شرب ابني من مادة الكلور", "poisoning_bites"),
+    ("لدغته أفعى في الحقل", "poisoning_bites"),
+    ("صداع مفاجئ ورهيب", "neuro_emergency"),
+    ("تيبس في الرقبة مع حرارة", "neuro_emergency"),
+    ("سقط على رأسه من السرير", "neuro_emergency"),
+    ("حادث سيارة قبل ساعة", "trauma_burns"),
+    ("عندي حروق من الدرجة الثانية", "trauma_burns"),
+    ("أنا حامل ولدي نزيف", "pregnancy"),
+    ("حركة الجنين قلت اليوم", "pregnancy"),
+    ("رضيعي عمره 12 يوما وحرارته مرتفعة", "fever_infant"),
+    ("حرارته 40 منذ الليل", "fever_infant"),
+    ("تورم في اللسان والشفاه بعد الدواء", "anaphylaxis"),
+    ("احتباس البول منذ أمس", "acute_abdomen_uro"),
+    ("التهاب الزائدة الدودية", "acute_abdomen_uro"),
+    ("ضغطي 190 على 110", "metabolic_bp"),
+    ("السكر عندي 480", "metabolic_bp"),
+    ("جلطة في الساق اليسرى", "limb_vascular"),
+    ("فقدت البصر في عيني فجأة", "neuro_emergency"),
+    ("انفصال في الشبكية", "eye_emergency"),
+    # Egyptian
+    ("صدري بيوجعني أوي ونفسي مكتوم", "chest_pain"),
+    ("عندي وجع في صدري ودراعي الشمال", "chest_pain"),
+    ("مش قادر اتنفس الحقوني", "breathing"),
+    ("مش عارفة آخد نفسي خالص", "breathing"),
+    ("عندي كرشة نفس من امبارح", "breathing"),
+    ("مبقدرش اخد نفسي", "breathing"),
+    ("امي اغمى عليها من شوية", "loss_of_consciousness"),
+    ("بابا وقع من طوله ومش بيرد علينا", "loss_of_consciousness"),
+    ("بقه اتعوج وكلامه تقيل", "stroke"),
+    ("مش قادر يحرك ايده اليمين", "stroke"),
+    ("بيرجع دم من الصبح", "bleeding"),
+    ("عايزة أموت نفسي", "suicidal"),
+    ("كرهت حياتي ومش عايز اعيش", "suicidal"),
+    ("قطة خربشتني في ايدي", "poisoning_bites"),
+    ("ابني شرب كلور بالغلط", "poisoning_bites"),
+    ("البت خدت شريط برشام كامل", "poisoning_bites"),
+    ("ابني بلع عملة معدنية", "choking_foreign_body"),
+    ("سخونيته وصلت ٤٠ ومش بتنزل", "fever_infant"),
+    ("البيبي مبيرضعش من امبارح", "fever_infant"),
+    ("مش عارف اتبول من الصبح", "acute_abdomen_uro"),
+    ("حاسة ان حركة البيبي قلت", "pregnancy"),
+    ("وقعت على دماغها ورجعت", "neuro_emergency"),
+    # Levantine
+    ("مو قادر آخد نفس من الصبح", "breathing"),
+    ("ضاق نفسي كتير هلق", "breathing"),
+    ("صدري عم يوجعني وعم بعرق", "chest_pain"),
+    ("غابت عن الوعي من شوي", "loss_of_consciousness"),
+    ("ما عم ترد علينا منيح", "loss_of_consciousness"),
+    ("ما بدي عيش خلص", "suicidal"),
+    ("عضو كلب الجيران", "poisoning_bites"),
+    ("ما عم اقدر احكي وتمي مايل", "stroke"),
+    ("شفافو انتفخو بعد الاكل", "anaphylaxis"),
+    ("حرارتها ٣٩.٥ وما عم تنزل", "fever_infant"),
+    ("عم ينزف من خشمو", "bleeding"),
+    # Gulf
+    ("صدري يعورني من الصبح", "chest_pain"),
+    ("ماني قادر اتنفس زين", "breathing"),
+    ("احس بكتمة في نفسي", "breathing"),
+    ("طاح علينا وغمي عليه", "loss_of_consciousness"),
+    ("ابوي ما يستجيب لنا", "loss_of_consciousness"),
+    ("ابي اموت ما ابي اعيش", "suicidal"),
+    ("لدغته عقرب بالبر", "poisoning_bites"),
+    ("خشمه ينزف والدم ما وقف", "bleeding"),
+    ("طاح على راسه من الدرج", "neuro_emergency"),
+    ("السكر عنده ٥٢٠", "metabolic_bp"),
+    # Maghrebi
+    ("صدري كيضرني بزاف", "chest_pain"),
+    ("قلبي كيضرب بالزربة", "chest_pain"),
+    ("ما قدرتش نتنفس", "breathing"),
+    ("ما نجمتش ناخذ نفسي", "breathing"),
+    ("كيرد الدم من البارح", "bleeding"),
+    ("الدم ما بغاش يحبس", "bleeding"),
+    ("بغيت نقتل روحي", "suicidal"),
+    ("لسعاتو عقرب البارح", "poisoning_bites"),
+    ("طاحت على راسها فالدروج", "neuro_emergency"),
+    ("السخانة 40 وما بغاتش تنزل", "fever_infant"),
+    ("ما يرضعش من الصباح", "fever_infant"),
+    # Spelling, elongation, marks, digits
+    ("ضـــيـــق تنفــس", "breathing"),
+    ("ضِيقُ تَنَفُّسٍ", "breathing"),
+    ("نززززيف شديييييد", "bleeding"),
+    ("وبضيق التنفس وبالاختناق", "breathing"),
+    ("حرارة ٤١٫٥", "fever_infant"),
+    # Moderate
+    ("عندي حرارة منذ يومين", "fever_infection"),
+    ("ابني بيستفرغ واسهال", "gastro"),
+    ("وجع بطني من اسبوع", "gastro"),
+    ("حرقان في البول", "fever_infection"),
+    ("ضرسي وارم وبيوجعني", "pain_persistent"),
+    ("كحة بقالها اسبوعين", "test_followup"),
+    ("ضغطي عالي ١٥٠ على ٩٥", "heart_bp_sugar"),
+    ("كرشي كتوجعني", "gastro"),
+    ("عيني حمرا وملزقة", "skin_eye_ent"),
+    # Mild
+    ("عندي زكام وعطاس", "cold"),
+    ("تساقط الشعر عندي كثير", "skin_cosmetic"),
+    ("حب الشباب في وجهي", "skin_cosmetic"),
+    ("افضل فيتامين للبشرة", "nutrition_weight"),
+    ("صداع خفيف", "mild_pain"),
+    ("بدي اعمل رجيم", "nutrition_weight"),
+    ("تبييض الاسنان", "dental_mild"),
+    ("شعري يطيح وايد", "skin_cosmetic"),
+]
+
+NEGATED = [
+    ("لا أعاني من ضيق تنفس", "breathing"),
+    ("لا أعاني من حرارة أو ضيق تنفس", "breathing"),
+    ("لا حرارة أو ضيق تنفس", "breathing"),
+    ("لا أشكو من ألم في الصدر", "chest_pain"),
+    ("ليس عندي ضيق في التنفس", "breathing"),
+    ("ليس لدي نزيف", "bleeding"),
+    ("لم أفقد الوعي", "loss_of_consciousness"),
+    ("لم يحدث لي إغماء", "loss_of_consciousness"),
+    ("بدون نزيف", "bleeding"),
+    ("بلا ضيق تنفس", "breathing"),
+    ("من دون ألم في الصدر", "chest_pain"),
+    ("لا توجد تشنجات", "convulsions"),
+    ("لا يوجد نزيف ولا إغماء", "loss_of_consciousness"),
+    ("لا حرارة ولا كحة ولا ضيق تنفس", "breathing"),
+    ("لا حرارة، ولا ضيق تنفس", "breathing"),
+    ("صداع دون اغماء", "loss_of_consciousness"),
+    ("لا أفكر في الانتحار", "suicidal"),
+    ("لا أفكر في إيذاء نفسي", "suicidal"),
+    ("مفيش نزيف الحمد لله", "bleeding"),
+    ("مفيش ضيق نفس ولا وجع صدر", "chest_pain"),
+    ("من غير نزيف", "bleeding"),
+    ("معنديش ضيق تنفس", "breathing"),
+    ("ماعندوش تشنجات", "convulsions"),
+    ("ماكانش فيه نزيف", "bleeding"),
+    ("ماكان عندي نزيف", "bleeding"),
+    ("مش عندي ضيق تنفس", "breathing"),
+    ("محصلش اغماء", "loss_of_consciousness"),
+    ("مبينزفش دلوقتي", "bleeding"),
+    ("ضيق نفس مفيش", "breathing"),
+    ("ما عندي ضيق نفس", "breathing"),
+    ("ما في نزيف", "bleeding"),
+    ("ما في ضيقة نفس ابدا", "breathing"),
+    ("ما معو تشنج", "convulsions"),
+    ("مافيني ضيق تنفس", "breathing"),
+    ("ما فيه نزيف ولا اغماء", "loss_of_consciousness"),
+    ("ماعندي ضيق نفس", "breathing"),
+    ("لا فيني كتمة ولا الم بالصدر", "chest_pain"),
+    ("ما عنديش ضيق تنفس", "breathing"),
+    ("ما كاينش نزيف", "bleeding"),
+    ("ما كاش نزيف", "bleeding"),
+    ("ما فماش نزيف", "bleeding"),
+    ("لايوجد نزيف", "bleeding"),
+    ("ما نخممش نقتل روحي", "suicidal"),
+    ("عندي صداع لكن لا يوجد تشنج", "convulsions"),
+    ("نزيف لا يوجد", "bleeding"),
+]
+
+PAST = [
+    ("كان عندي نزيف من سنة وخف", "bleeding"),
+    ("كان عندي ضيق تنفس زمان وراح", "breathing"),
+    ("أصبت بجلطة قبل سنتين", "stroke"),
+    ("قبل ثلاث سنوات أصبت بإغماء", "loss_of_consciousness"),
+    ("جالي تشنج من ٥ سنين", "convulsions"),
+    ("تعافيت من الجلطة", "stroke"),
+    ("أصيب بجلطة وتعافى منها تماما", "stroke"),
+    ("العام الماضي دخلت المستشفى بسبب جلطة", "stroke"),
+    ("صار معي نزيف قبل سنة", "bleeding"),
+    ("جاني ضيق تنفس قبل شهرين", "breathing"),
+    ("كان عندي اختناق وزال", "breathing"),
+    ("حاولت الانتحار العام الماضي", "suicidal"),
+    ("عملت حادث من سنتين", "trauma_burns"),
+    ("كنت اعاني من صرع سابقا", "convulsions"),
+    ("كان عندي نزيف واختفى", "bleeding"),
+    ("جاني تشنج العام اللي فات", "convulsions"),
+]
+
+OTHER = [
+    ("والدي توفي بجلطة", "stroke"),
+    ("ابويا مات بسكتة قلبية", "chest_pain"),
+    ("ابوي الله يرحمه توفى بجلطة بالقلب", "chest_pain"),
+    ("عندنا تاريخ عائلي للجلطات", "stroke"),
+    ("الصرع وراثي في العيلة", "convulsions"),
+    ("عمي كان معو جلطة", "stroke"),
+    ("خالتي كان عندها صرع", "convulsions"),
+    ("رفيقتي صار معها جلطة برجلها", "limb_vascular"),
+    ("جدي مات بنزيف في المخ", "stroke"),
+    ("جارتنا جالها جلطة", "stroke"),
+    ("خويا مات بجلطة", "stroke"),
+    ("ابويا اتوفى بجلطه فالمخ", "stroke"),
+    ("صديقتي كانت عندها افكار انتحارية", "suicidal"),
+]
+
+HYPOTHETICAL = [
+    ("هل ممكن يسبب جلطة؟", "stroke"),
+    ("هل يسبب هذا الدواء نزيف", "bleeding"),
+    ("خايف من الجلطة", "stroke"),
+    ("خايفة يكون عندي جلطة", "stroke"),
+    ("أخاف أن تكون ذبحة صدرية", "chest_pain"),
+    ("قلقي كله أن تكون جلطة", "stroke"),
+    ("هل ممكن تكون جلطة", "stroke"),
+    ("كيف اتجنب الجلطات", "stroke"),
+    ("قريت ان ده بيسبب تشنجات", "convulsions"),
+    ("مضاعفات الجلطة", "stroke"),
+    ("وسواس من الجلطة", "stroke"),
+    ("زوجتي تخشى أن يكون صرعا", "convulsions"),
+    ("مرعوب من التسمم", "poisoning_bites"),
+    ("ظننته نزيفا", "bleeding"),
+]
+
+# Words of denial or of another time and person that take nothing away.
+STILL_STATED = [
+    ("مش قادر اتنفس", "breathing"),
+    ("ما بيتحرك ولا يستجيب", "loss_of_consciousness"),
+    ("ما عم يطلع معي ولا نقطة بول", "acute_abdomen_uro"),
+    ("لا أعاني من السكري لكن عندي ضيق تنفس", "breathing"),
+    ("مفيش سخونية بس عندي ضيق تنفس", "breathing"),
+    ("ما عندي حرارة وعندي ضيق تنفس", "breathing"),
+    ("مفيش امراض مزمنه وجع في صدري شديد", "chest_pain"),
+    ("لا توجد أمراض مزمنة. ألم في الصدر منذ ساعة", "chest_pain"),
+    ("لا أشكو إلا من ضيق التنفس", "breathing"),
+    ("كل ما اطلع السلم يجيني ضيق تنفس", "breathing"),
+    ("بعد ما اكل يجيني ضيق تنفس", "breathing"),
+    ("ما سبب ضيق التنفس عندي", "breathing"),
+    ("ابني مش قادر ياخد نفسه", "breathing"),
+    ("والدتي عندها ضيق تنفس", "breathing"),
+    ("زوجتي اغمي عليها اليوم", "loss_of_consciousness"),
+    ("كان عندي ضيق تنفس وخف ورجع تاني", "breathing"),
+    ("من سنتين وانا عندي ضيق تنفس", "breathing"),
+    ("عندي ضيق تنفس من امبارح", "breathing"),
+    ("قبل ساعة جاني الم في الصدر", "chest_pain"),
+    ("بابا كان بيصلي ووقع من طوله", "loss_of_consciousness"),
+    ("امي كان عندها نزيف", "bleeding"),
+    ("انا وعايلتي عندنا تسمم", "poisoning_bites"),
+    ("كنت في الجيم وفجاه صداع رهيب وخف شويه", "neuro_emergency"),
+    ("كنت ماشي وفجاه صداع رهيب واختفى", "neuro_emergency"),
+    ("كنت في الشغل وفجاه صداع رهيب واختفى", "neuro_emergency"),
+    ("كان عندي الم في الصدر وراح المستشفى", "chest_pain"),
+    ("عندي ضيق تنفس بعد ما تعافيت من كورونا", "breathing"),
+    ("قبل سنتين عملت عملية وعندي ضيق تنفس", "breathing"),
+    ("عندي ضيق تنفس شديد لا...", "breathing"),
+    ("خايفة اقتل نفسي", "suicidal"),
+    ("أخاف أن أقتل نفسي", "suicidal"),
+    ("خايف من الانتحار", "suicidal"),
+    ("كل ما يجيني ضيق تنفس اخاف", "breathing"),
+    ("عملت عملية من سنتين ودلوقتي عندي نزيف", "bleeding"),
+    ("لا حرارة. لكن ضيق التنفس شديد", "breathing"),
+    ("صداع عمري ما حسيت زيه ومعه اغماء", "loss_of_consciousness"),
+]
+
+
+def of_category(question: str, category: str) -> list[Match]:
+    return [match for match in RULES.matches(question) if match.category == category]
+
+
+@pytest.mark.parametrize(("question", "category"), STATED + STILL_STATED)
+def test_a_stated_expression_counts_in_full(question: str, category: str) -> None:
+    contexts = [match.context for match in of_category(question, category)]
+    assert "stated" in contexts, RULES.matches(question)
+
+
+@pytest.mark.parametrize(
+    ("question", "category", "context"),
+    [
+        *((*case, "negated") for case in NEGATED),
+        *((*case, "past") for case in PAST),
+        *((*case, "other") for case in OTHER),
+        *((*case, "hypothetical") for case in HYPOTHETICAL),
+    ],
+)
+def test_what_is_not_so_now_is_discounted(question: str, category: str, context: str) -> None:
+    found = of_category(question, category)
+    assert found and {match.context for match in found} == {context}
+    assert all(match.discounted for match in found)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "كدمة صغيرة في قدمي",
+        "عدم انتظام النوم",
+        "المهم بقالي فترة كده",
+        "ارجو الرد",
+        "بقي الوضع كما هو",
+        "عندي سكر من 20 سنة",
+        "عندي سكر والسن 45",
+        "باخد للضغط حبة 200 مجم",
+        "في الاسبوع 40 من الحمل",
+        "مستشفى الصدر",
+        "",
+        "؟!…",
+        "hello doctor",
+    ],
+)
+def test_a_look_alike_is_no_red_flag(question: str) -> None:
+    assert [match.words for match in RULES.matches(question) if match.level == "critical"] == []
+
+
+def test_there_are_sentences_enough() -> None:
+    assert len(STATED) + len(NEGATED) + len(PAST) + len(OTHER) + len(HYPOTHETICAL) + len(STILL_STATED) >= 200
+
+
+# Probabilities
+
+
+def test_nothing_matched_is_the_prior() -> None:
+    np.testing.assert_allclose(RULES.probabilities(["", "xyz"]), [PRIOR, PRIOR])
+    assert math.isclose(sum(PRIOR), 1)
+    assert RULES.probabilities([]).shape == (0, 3)
+
+
+def test_rows_are_distributions_without_zeros() -> None:
+    questions = [question for question, _ in STATED] + ["، ".join(question for question, _ in STATED)]
+    found = RULES.probabilities(questions)
+    assert found.dtype == np.float64 and found.shape == (len(questions), 3)
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-12)
+    assert found.min() > 0 and found.max() < 1
+
+
+def test_the_formula_on_numbers() -> None:
+    # Critical 4, neutral 1.2, mild 0.5: counted 4, 1.2/5, 0.5/6.2.
+    odds = np.array([0.43 * (1 + 0.5 / 6.2), 0.39 * 1.24, 0.18 * 5**1.7])
+    np.testing.assert_allclose(probabilities_of(np.array([[0.5, 1.2, 4.0]])), [odds / odds.sum()])
+
+
+@pytest.mark.parametrize(("question", "category"), STATED + NEGATED + PAST + OTHER + HYPOTHETICAL)
+def test_one_more_stated_red_flag_never_lowers_critical(question: str, category: str) -> None:
+    less, more = RULES.probabilities([question, question + ". عندي نزيف شديد"])[:, CRITICAL]
+    assert more >= less
+
+
+def test_more_critical_evidence_raises_critical_and_mild_evidence_lowers_it() -> None:
+    grid = np.array(
+        [[m, n, c] for m in (0, 0.5, 4, 20) for n in (0, 1.2, 8) for c in (0, 0.1, 1.2, 4, 40)], dtype=float
+    )
+    base = probabilities_of(grid)[:, CRITICAL]
+    assert (probabilities_of(grid + np.array([0, 0, 0.7]))[:, CRITICAL] > base).all()
+    assert (probabilities_of(grid + np.array([0.7, 0, 0]))[:, CRITICAL] <= base).all()
+
+
+def test_worse_takes_priority_over_milder() -> None:
+    found = RULES.probabilities(["عندي زكام وصداع خفيف وحرارة وضيق تنفس"])[0]
+    assert found.argmax() == CRITICAL
+    assert RULES.probabilities(["عندي زكام وحرارة 38.5 والتهاب رئوي"])[0].argmax() == SEVERITIES.index("neutral")
+    assert RULES.probabilities(["تساقط الشعر عندي كثير"])[0].argmax() == SEVERITIES.index("non_critical")
+
+
+def test_a_denied_red_flag_is_no_evidence_and_others_are_little() -> None:
+    said = ["عندي جلطة", "هل ممكن تكون جلطة", "والدي توفي بجلطة", "ليس عندي جلطة"]
+    stated, possible, other, denied = RULES.probabilities(said)[:, CRITICAL]
+    assert stated > possible > other > denied == pytest.approx(PRIOR[CRITICAL])
+    assert COUNTS["negated"] == 0 and STRENGTH["H"] > STRENGTH["M"] > STRENGTH["L"]
+
+
+def test_one_complaint_said_twice_counts_once() -> None:
+    once, twice = RULES.probabilities(["عندي ضيق تنفس", "عندي ضيق تنفس، ضيق في التنفس وضيق نفس"])
+    np.testing.assert_allclose(once, twice)
+    terms = {match.term for match in of_category("عندي ضيق تنفس واختناق وكرشة نفس", "breathing")}
+    assert len(terms) >= 3
+    np.testing.assert_allclose(RULES.probabilities(["عندي ضيق تنفس واختناق وكرشة نفس"])[0], once)
+
+
+def test_the_stated_occurrence_counts_when_another_is_denied() -> None:
+    found = of_category("لا أعاني من ضيق تنفس في الليل. اليوم عندي ضيق تنفس", "breathing")
+    assert "stated" in {match.context for match in found}
+
+
+def test_probabilities_do_not_depend_on_the_company() -> None:
+    questions = [question for question, _ in STATED + NEGATED]
+    alone = np.vstack([Rules.load().probabilities([question]) for question in questions[:5]])
+    np.testing.assert_array_equal(RULES.probabilities(questions)[:5], alone)
+    np.testing.assert_array_equal(RULES.probabilities(questions[::-1])[::-1], RULES.probabilities(questions))
+
+
+# What it says about itself
+
+
+def test_the_evidence_names_words_levels_and_discounts() -> None:
+    said = RULES.evidence("عندي ضيق تنفس وحرارة. مفيش نزيف")
+    assert said == "critical: ضيق تنفس; neutral: وحراره; negated: نزيف"
+    assert RULES.evidence("xyz") == ""
+    assert "حرارته 39.7" in RULES.evidence("حرارته ٣٩٫٧")
+
+
+def test_a_match_points_at_its_words() -> None:
+    question = "من الصبح عندي الم قوي في الصدر"
+    match = next(m for m in RULES.matches(question) if m.category == "chest_pain" and len(m.positions) == 2)
+    assert match.words == "الم الصدر" and match.positions == (3, 6)
+    assert (match.level, match.strength, match.context) == ("critical", "H", "stated")
+
+
+def test_a_milder_word_inside_a_worse_match_is_left_out() -> None:
+    assert {match.level for match in RULES.matches("حرارته 40")} == {"critical"}
+
+
+def test_the_worst_comes_first() -> None:
+    levels = [SEVERITIES.index(match.level) for match in RULES.matches("زكام، حرارة، ضيق تنفس، نزيف")]
+    assert levels == sorted(levels, reverse=True) and len(set(levels)) == 3
+
+
+def test_the_version_follows_the_content(tmp_path: Path) -> None:
+    text = PACKAGE_LEXICON.read_text(encoding="utf-8")
+    same, other = tmp_path / "same.tsv", tmp_path / "other.tsv"
+    same.write_bytes(PACKAGE_LEXICON.read_bytes())
+    other.write_text(text + "كلمهجديده\tcritical\tnew\t\tH\t\n", encoding="utf-8")
+    assert Rules.load(same).version == RULES.version != Rules.load(other).version
+    assert RULES.kind == "rules"
+
+
+def test_another_lexicon_may_be_brought(tmp_path: Path) -> None:
+    path = tmp_path / "mine.tsv"
+    path.write_text(
+        "term\tlevel\tcategory\tdialect\tstrength\tnote\nطنين\tcritical\tear\t\tH\tmine\n", encoding="utf-8"
+    )
+    mine = Rules.load(path)
+    assert mine.evidence("عندي طنين ونزيف") == "critical: طنين"
