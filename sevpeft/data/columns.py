@@ -2,16 +2,17 @@
 
 Public sets of consultations name their columns in a dozen ways, in Arabic and in English. Names are
 recognised without regard to case, spelling and punctuation; where two columns could be meant, the user is
-asked.
+asked. Columns that mean nothing here can be carried along, as text.
 """
 
+import base64
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import pyarrow as pa
@@ -144,6 +145,60 @@ def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: s
     return columns
 
 
+def carried_columns(
+    names: Sequence[str],
+    columns: Mapping[str, str],
+    keep: Literal["mapped", "all"] | Collection[str],
+    label: str,
+) -> dict[str, str]:
+    """Return name in the table -> column of `names` for what is carried beside the canonical `columns`.
+
+    A carried column has its own name, after "original_" where a column of the table is called so already.
+
+    Raises:
+        DataError: `keep` names a column that does not exist.
+    """
+    if keep == "mapped":
+        return {}
+    if keep == "all":
+        wanted = [name for name in names if name not in columns.values()]
+    else:
+        asked = [keep] if isinstance(keep, str) else keep
+        wanted = [_named(name, "keep", names, label) for name in dict.fromkeys(asked)]
+        wanted = [name for name in wanted if columns.get(name) != name]
+    carried: dict[str, str] = {}
+    for column in wanted:
+        carried[free_name(column, {*FIELDS, "row", *carried, *(name for name in wanted if name != column)})] = column
+    return carried
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """Return `name`, with "original_" before it as often as it takes not to be `taken`."""
+    while name in taken:
+        name = f"original_{name}"
+    return name
+
+
+def carried_text(cell: Any) -> str:
+    """Return a cell of a carried column as text: words as they stand, nested values as JSON, bytes in base64."""
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, list | dict | bytes):
+        return _json_of(cell)
+    return as_text(cell, "", "") if isinstance(cell, float | date | time | bool | int | Decimal | None) else str(cell)
+
+
+def as_json_value(cell: Any) -> Any:
+    """Return what JSON holds in place of a cell that it has no form for; for `json.dumps(default=...)`."""
+    return base64.b64encode(cell).decode() if isinstance(cell, bytes) else str(cell)
+
+
+def _json_of(cell: Any) -> str:
+    return (
+        as_json_value(cell) if isinstance(cell, bytes) else json.dumps(cell, ensure_ascii=False, default=as_json_value)
+    )
+
+
 def as_text(cell: Any, column: str, place: str) -> str:
     """Return a cell as text, "" where it is empty; lists, objects and bytes are refused, naming `place`."""
     if isinstance(cell, str):
@@ -203,7 +258,9 @@ def as_exchange(cell: Any, column: str, place: str) -> tuple[str, str]:
     return question, answer
 
 
-def canonical_row(cells: Mapping[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any] | str:
+def canonical_row(
+    cells: Mapping[str, Any], columns: Mapping[str, str], place: str, carried: Mapping[str, str] | None = None
+) -> dict[str, Any] | str:
     """Return the row under its canonical names, or the reason why it is none ("empty question", ...)."""
     if columns["question"] == columns["answer"]:
         question, answer = as_exchange(cells.get(columns["question"]), columns["question"], place)
@@ -217,6 +274,8 @@ def canonical_row(cells: Mapping[str, Any], columns: Mapping[str, str], place: s
             row[field] = as_probability(cells.get(column), column, place)
         elif field not in ("question", "answer"):
             row[field] = as_text(cells.get(column), column, place)
+    for name, column in (carried or {}).items():
+        row[name] = carried_text(cells.get(column))
     for field in ("question", "answer"):
         if not row[field].strip():
             return f"empty {field}"
@@ -240,9 +299,10 @@ def canonical_rows(
     chosen: Mapping[str, str | None],
     label: str,
     unit: str,
-    rejected: dict[str, int],
+    refuse: Callable[[str, int, Mapping[str, Any]], None],
+    carried: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the consultations among numbered rows of cells, and count the others by reason in `rejected`.
+    """Yield the consultations among numbered rows of cells, and give the others to `refuse` with the reason.
 
     `names` grows by the columns that turn up on the way, as they do in JSON; where one of them would have
     been mapped, LateColumn is raised.
@@ -254,17 +314,17 @@ def canonical_rows(
             known.update(cells)
             if map_columns(names, chosen, label) != columns:
                 raise LateColumn
-        row = canonical_row(cells, columns, f"{label}, {unit} {number}")
+        row = canonical_row(cells, columns, f"{label}, {unit} {number}", carried)
         if isinstance(row, str):
-            rejected[row] = rejected.get(row, 0) + 1
+            refuse(row, number, cells)
             continue
         row["id"] = row.get("id", "").strip() or f"row-{ordinal:07d}"
         row["row"] = number
         yield row
 
 
-def schema(columns: Mapping[str, str]) -> pa.Schema:
+def schema(columns: Mapping[str, str], carried: Iterable[str] = ()) -> pa.Schema:
     """Return the Arrow schema of the rows of `canonical_rows`, with what `datasets` reads back from it."""
-    fields = ["id", "question", "answer", *(field for field in FIELDS if field in columns), "row"]
+    fields = ["id", "question", "answer", *(field for field in FIELDS if field in columns), *carried, "row"]
     kinds = {"row": "int64", **dict.fromkeys(PROBABILITIES, "float64")}
     return datasets.Features({name: datasets.Value(kinds.get(name, "string")) for name in fields}).arrow_schema

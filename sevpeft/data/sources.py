@@ -1,41 +1,33 @@
-"""From what `data.path` names (a file, a Hub data set, the bundled sample) to rows in memory-mapped Arrow.
+"""From what `data.path` names to rows in memory-mapped Arrow, with where they come from.
 
-Rows go through a batch at a time into a table under the cache folder, so that memory does not grow with the
-set. The table's key holds the SHA-256 of the input's bytes and every setting that shaped it: a changed file
-is never answered from an old table. A table is built under another name and moved into place whole, and its
-folder is for its owner alone, because it holds patient text.
+It may name a file, a folder that `sevpeft prepare` made, a Hub data set or the bundled sample. The rows stand in a
+table of `tables`, whose key holds the SHA-256 of the input's bytes.
 """
 
-import contextlib
 import difflib
 import hashlib
 import json
 import os
 import re
-import shutil
-import time
-import uuid
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from importlib import resources
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets.utils import tqdm
 
-from sevpeft.data.columns import LateColumn, canonical_rows, map_columns, schema
 from sevpeft.data.files import Row, Table, file_format, open_table
 from sevpeft.data.hub import look_for_hub
+from sevpeft.data.tables import BATCH, Kept, Reading, build_table, cache_folder, finished_table, forget_table, table_key
 from sevpeft.errors import DataError
 
-BUILTIN = "builtin:consultations"
+__all__ = ["BUILTIN", "PREPARED_ABOUT", "PREPARED_ROWS", "Consultations", "cache_folder", "load_consultations"]
 
-_TABLE_VERSION = 1  # counts up when the same input gives another table
-_BATCH = 1000
+BUILTIN = "builtin:consultations"
+# What a folder that `sevpeft prepare` made holds: its description and its rows.
+PREPARED_ABOUT, PREPARED_ROWS = "dataset.json", "consultations.parquet"
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -50,7 +42,9 @@ class Consultations:
         name -> name in the input; question and answer share one where it holds messages. rejected: reason ->
         number of rows that are no consultation ("empty question", "empty answer", "broken characters").
         fingerprint: "sha256:..." of the file's bytes, or "hub:..." with the revision. source: where the rows
-        come from, for people.
+        come from, for people. carried: name in `rows` -> name in the input of the other columns that were asked
+        for. rejected_rows: JSON lines with what was rejected, where others were asked for. provenance: what
+        dataset.json says of a prepared folder, empty for anything else.
     """
 
     rows: datasets.Dataset
@@ -58,6 +52,9 @@ class Consultations:
     rejected: dict[str, int]
     fingerprint: str
     source: str
+    carried: dict[str, str] = field(default_factory=dict)
+    rejected_rows: Path | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def load_consultations(
@@ -74,11 +71,14 @@ def load_consultations(
     dialect_column: str | None = None,
     split_column: str | None = None,
     max_rows: int | None = None,
+    keep: Literal["mapped", "all"] | Collection[str] = "mapped",
 ) -> Consultations:
-    """Read the consultations that `path` names: a file, a Hub data set id, or "builtin:consultations".
+    """Read the consultations that `path` names: a file, a prepared folder, a Hub data set, or the bundled sample.
 
     Columns that are None are recognised by their names; `id_column="row"` numbers the rows. `name`,
     `revision` and `split` choose within a Hub data set. `max_rows` keeps the first so many consultations.
+    `keep` carries other columns too, as text: "all", or those that it names; one that is called like a column
+    of the rows is carried as "original_NAME". The `row` of a prepared folder's rows is that of its own input.
 
     Raises:
         DataError: the input is absent, unreadable or damaged, or has no question and answer; in one sentence.
@@ -93,39 +93,29 @@ def load_consultations(
         "dialect": dialect_column,
         "split": split_column,
     }
+    reading = Reading(chosen, max_rows, keep)
     given = os.fspath(path)
     if given.startswith("builtin:"):
         if given != BUILTIN:
             raise DataError(f"data.path={given} is not bundled: the sample is {BUILTIN}.")
         sample = resources.files("sevpeft.data").joinpath("samples", "consultations.jsonl")
         with resources.as_file(sample) as file:
-            return _from_file(file, given, None, chosen, max_rows)
+            return _from_file(file, given, None, reading)
 
     file = Path(given).expanduser()
-    if not _is_file(file):
+    prepared = _is_prepared(file)
+    if not prepared and not _is_file(file):
         if file_format(file) is not None or not _HUB_ID.fullmatch(given):
             raise DataError(f"data.path={given}: there is no such file{_alike(file)}.")
-        return _from_hub(given, name, revision, split, chosen, max_rows)
+        return _from_hub(given, name, revision, split, reading)
     hub_only = {"name": name, "revision": revision, "split": None if split == "train" else split}
     for setting, value in hub_only.items():
         if value is not None:
+            kind = "folder" if prepared else "file"
             raise DataError(
-                f"data.{setting}={value} chooses within a Hub data set, but {file.name} is a file: remove it."
+                f"data.{setting}={value} chooses within a Hub data set, but {file.name} is a {kind}: remove it."
             )
-    return _from_file(file, given, encoding, chosen, max_rows)
-
-
-def cache_folder(kind: str) -> Path:
-    """Return the folder `kind` under SEVPEFT_CACHE (~/.cache/sevpeft), made for its owner alone."""
-    folder = Path(os.environ.get("SEVPEFT_CACHE") or "~/.cache/sevpeft").expanduser() / kind
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    except OSError as error:
-        raise DataError(
-            f"The cache folder {folder} cannot be made ({error.strerror}): set SEVPEFT_CACHE to another one."
-        ) from None
-    return folder
+    return _from_prepared(file, given, reading) if prepared else _from_file(file, given, encoding, reading)
 
 
 def _is_file(file: Path) -> bool:
@@ -151,10 +141,30 @@ def _alike(file: Path) -> str:
 
 
 def _from_file(
-    file: Path, source: str, encoding: str | None, chosen: Mapping[str, str | None], max_rows: int | None
+    file: Path, source: str, encoding: str | None, reading: Reading, ids: str | None = None
 ) -> Consultations:
+    """Read one file; `ids` is the column that numbers its rows, where they are not to be counted."""
+    before = _stat(file)
+    fingerprint = file_fingerprint(file)
+    key = table_key(reading, fingerprint, file_format(file), encoding, ids)
+    finished = finished_table(key)
+    if finished is None:
+        table = open_table(file, encoding)
+        finished = build_table(key, _numbered_by(ids, table) if ids else table, file.name, reading)
+        after = _stat(file)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            forget_table(key)
+            raise DataError(f"{file.name} changed while it was read: run this again when nobody writes to it.")
+    return _consultations(finished, fingerprint, source)
+
+
+def file_fingerprint(file: Path) -> str:
+    """Return "sha256:..." of a file's bytes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
-        before = file.stat()
         digest = hashlib.sha256()
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
@@ -163,18 +173,57 @@ def _from_file(
         raise DataError(f"{file.name} may not be read by this user: change its permissions.") from None
     except OSError as error:
         raise DataError(f"{file.name} cannot be read ({error.strerror or type(error).__name__}).") from None
+    return f"sha256:{digest.hexdigest()}"
 
-    fingerprint = f"sha256:{digest.hexdigest()}"
-    key = _key(fingerprint, file_format(file), encoding, chosen, max_rows)
-    finished = _finished(key)
-    if finished is None:
-        finished = _built(key, open_table(file, encoding), file.name, chosen, max_rows)
-        after = file.stat()
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            shutil.rmtree(cache_folder("tables") / key, ignore_errors=True)
-            raise DataError(f"{file.name} changed while it was read: run this again when nobody writes to it.")
-    rows, about = finished
-    return Consultations(rows, about["columns"], about["rejected"], fingerprint, source)
+
+def _stat(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise DataError(f"{file.name} cannot be read ({error.strerror or type(error).__name__}).") from None
+
+
+def _consultations(kept: Kept, fingerprint: str, source: str) -> Consultations:
+    return Consultations(kept.rows, kept.columns, kept.rejected, fingerprint, source, kept.carried, kept.rejected_rows)
+
+
+def _is_prepared(folder: Path) -> bool:
+    try:
+        return (folder / PREPARED_ABOUT).is_file()
+    except (OSError, ValueError):  # what is wrong with the path is said where it is read as a file
+        return False
+
+
+def _from_prepared(folder: Path, source: str, reading: Reading) -> Consultations:
+    """Read a folder that `sevpeft prepare` made, if its rows are those that it wrote."""
+    try:
+        about = json.loads((folder / PREPARED_ABOUT).read_text(encoding="utf-8"))
+        recorded, names = about["fingerprint"], about["columns"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{folder / PREPARED_ABOUT} cannot be read or is none that `sevpeft prepare` wrote: prepare the data again."
+        ) from None
+    file = folder / PREPARED_ROWS
+    if file_fingerprint(file) != recorded:
+        raise DataError(
+            f"{file} is not as `sevpeft prepare` wrote it, so that what {PREPARED_ABOUT} says is no longer true of it: "
+            "prepare the data again, or name the Parquet file itself as data.path."
+        )
+    # A prepared column has the canonical name already; a carried one that is named alike must not be guessed for it.
+    own = {name: name for name in reading.chosen if name in names}
+    chosen = own | {name: column for name, column in reading.chosen.items() if column is not None}
+    read = _from_file(file, source, None, replace(reading, chosen={**reading.chosen, **chosen}), "row")
+    return replace(read, provenance=about)
+
+
+def _numbered_by(column: str, table: Table) -> Table:
+    """Return `table` with the numbers that its own column holds."""
+
+    def read(columns: Collection[str]) -> Iterator[Row]:
+        for _, cells in table.read({*columns, column}):
+            yield cells.pop(column), cells
+
+    return Table([name for name in table.names or () if name != column], table.unit, read)
 
 
 def _from_hub(
@@ -182,8 +231,7 @@ def _from_hub(
     name: str | None,
     revision: str | None,
     split: str,
-    chosen: Mapping[str, str | None],
-    max_rows: int | None,
+    reading: Reading,
 ) -> Consultations:
     look_for_hub()
     try:
@@ -209,7 +257,7 @@ def _from_hub(
         wanted = loaded.select_columns([column for column in loaded.column_names if column in columns])
         labels = {column: f.names for column, f in wanted.features.items() if isinstance(f, datasets.ClassLabel)}
         number = 0
-        for batch in wanted.iter(batch_size=_BATCH):
+        for batch in wanted.iter(batch_size=BATCH):
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 cells = dict(zip(batch, values, strict=True))
@@ -220,106 +268,6 @@ def _from_hub(
 
     fingerprint = f"hub:{path}@{revision or 'main'}:{loaded._fingerprint}"
     source = f"{path} ({', '.join(part for part in (name, split, revision) if part)}) on the Hub"
-    key = _key(fingerprint, name, split, chosen, max_rows)
-    finished = _finished(key)
-    rows, about = finished or _built(key, Table(loaded.column_names, "row", read), path, chosen, max_rows)
-    return Consultations(rows, about["columns"], about["rejected"], fingerprint, source)
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps([_TABLE_VERSION, *parts]).encode()).hexdigest()[:32]
-
-
-def _finished(key: str) -> tuple[datasets.Dataset, dict[str, Any]] | None:
-    """Return the table `key`, or None where there is none or the disk has lost a part of it."""
-    folder = cache_folder("tables") / key
-    try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        if (folder / "rows.arrow").stat().st_size != about["bytes"]:
-            return None
-        mapped = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-        # From the content, not the path and time: what later steps keep in their caches then stays valid.
-        return datasets.Dataset(mapped.data, info=mapped.info, fingerprint=key), about
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _built(
-    key: str, table: Table, label: str, chosen: Mapping[str, str | None], max_rows: int | None
-) -> tuple[datasets.Dataset, dict[str, Any]]:
-    tables = cache_folder("tables")
-    for abandoned in tables.glob("*.partial-*"):  # a killed process leaves patient text behind
-        with contextlib.suppress(OSError):
-            if time.time() - abandoned.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(abandoned)
-    partial = tables / f"{key}.partial-{uuid.uuid4().hex}"
-    try:
-        partial.mkdir(mode=0o700)
-        about = _write(partial / "rows.arrow", table, label, chosen, max_rows)
-        (partial / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
-        with contextlib.suppress(OSError):  # refused where another process was quicker with the same table
-            partial.rename(tables / key)
-        if partial.exists() and _finished(key) is None:
-            shutil.rmtree(tables / key)
-            partial.rename(tables / key)
-    except OSError as error:
-        said = os.strerror(error.errno) if error.errno else str(error)
-        raise DataError(
-            f"The cache folder {tables} cannot be written ({said}): set SEVPEFT_CACHE to another one."
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    finished = _finished(key)
-    if finished is None:
-        raise DataError(f"The table of {label} is not in {tables} after writing it: look at that disk.")
-    return finished
-
-
-def _write(
-    file: Path, table: Table, label: str, chosen: Mapping[str, str | None], max_rows: int | None
-) -> dict[str, Any]:
-    names = table.names
-    if names is None:
-        names = list(dict.fromkeys(name for _, cells in islice(table.read(()), _BATCH) for name in cells))
-        if not names:
-            raise DataError(f"{label} holds no rows.")
-    while True:
-        columns = map_columns(names, chosen, label)
-        rejected: dict[str, int] = {}
-        read = tqdm(table.read(set(columns.values())), f"Reading {label}", unit=" rows", disable=None, delay=2)
-        rows = canonical_rows(read, names, columns, chosen, label, table.unit, rejected)
-        try:
-            kept = _write_rows(file, schema(columns), islice(rows, max_rows))
-        except LateColumn:
-            continue  # `names` has grown by the column, so this ends
-        break
-    if not kept:
-        counts = ", ".join(f"{count} with {reason}" for reason, count in rejected.items())
-        raise DataError(
-            f"{label} has no row with both question and answer ({counts})." if counts else f"{label} holds no rows."
-        )
-    if "id" in columns:
-        _refuse_same_ids(file, columns["id"], label, table.unit)
-    return {"columns": columns, "rejected": rejected, "bytes": file.stat().st_size}
-
-
-def _write_rows(file: Path, kinds: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:
-    kept = 0
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, kinds) as writer:
-        while batch := list(islice(rows, _BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=kinds))
-            kept += len(batch)
-    return kept
-
-
-def _refuse_same_ids(file: Path, column: str, label: str, unit: str) -> None:
-    with pa.memory_map(str(file)) as source:
-        written = pa.ipc.open_stream(source).read_all()
-        counts = pc.value_counts(written["id"])
-        several = counts.filter(pc.greater(counts.field("counts"), 1))
-        if len(several):
-            same = written["row"].filter(pc.equal(written["id"], several.field("values")[0])).to_pylist()
-            raise DataError(
-                f"{label}: {len(several)} ids of column '{column}' stand on several rows, such as {unit}s "
-                f"{same[0]} and {same[1]}: make them unique, or set data.id_column=row to number the rows."
-            )
+    key = table_key(reading, fingerprint, name, split)
+    finished = finished_table(key) or build_table(key, Table(loaded.column_names, "row", read), path, reading)
+    return _consultations(finished, fingerprint, source)

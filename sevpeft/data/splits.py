@@ -1,9 +1,9 @@
 """From all rows to train, validation and test, with every question on one side only.
 
 Forum questions are posted again and again; a question that stands in train and in test turns the test into
-one of memory. So not rows but groups of rows with the same folded question are dealt out, stratum by stratum,
-in the order of a seeded hash: the same on every machine, with every version of every library, and in whatever
-order the rows come.
+one of memory. So not rows but groups of rows with the same folded question, or with nearly the same one
+(`duplicates`), are dealt out, stratum by stratum, in the order of a seeded hash: the same on every machine,
+with every version of every library, and in whatever order the rows come.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ from sevpeft.data.cleaning import fold_for_matching
 from sevpeft.errors import DataError
 
 TRAIN, VALIDATION, TEST = range(3)
+SIDES = ("train", "validation", "test")
 
-_SIDES = {
+_SPELT = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
     "test": TEST,
@@ -32,9 +33,9 @@ class Splits:
     """Three parts of the rows, each in the rows' order; `test` may have none.
 
     Attributes:
-        groups: number of distinct questions, by their folded form.
+        groups: number of distinct questions, by their folded form, or of the groups that were given.
         by: "column split" where the rows say it themselves, else "random".
-        leaks: number of distinct questions that the rows' own splits have on more than one side.
+        leaks: number of those that the rows' own splits have on more than one side.
     """
 
     train: datasets.Dataset
@@ -51,31 +52,49 @@ def split_rows(
     validation_size: float | int,
     test_size: float | int,
     seed: int,
-    strata: Sequence[int] | None = None,
+    strata: Sequence[int] | NDArray[np.int64] | None = None,
+    keys: NDArray[np.uint64] | None = None,
 ) -> Splits:
     """Split `rows` (with `question`, perhaps `split` and `row`) so that equal questions stay together.
 
     A `split` column of train/validation/test is used as it is; what it lacks is carved from its train rows,
     unless `test_size` is 0. Sizes are fractions below 1 (of all rows, or of the train rows that are carved)
-    or numbers of rows. `strata` gives one integer a row; a group has the stratum of its first row.
+    or numbers of rows. `strata` gives one integer a row; a group has the stratum of its first row. `keys` (n,)
+    are equal where rows have to stay together, by default where the folded questions are.
 
     Raises:
         DataError: a size cannot be met, validation or train would be empty, or the column has other values
         too.
     """
-    if strata is not None and len(strata) != len(rows):
-        raise DataError(f"There are {len(strata)} strata for {len(rows)} rows: give one for every row.")
-    keys = question_keys(rows, seed)
-    layers = np.zeros(len(rows), np.int64) if strata is None else np.asarray(strata, np.int64)
+    given = given_sides(rows)
+    keys = question_keys(rows, seed) if keys is None else keys
+    sides = dealt_sides(keys, validation_size=validation_size, test_size=test_size, strata=strata, given=given)
+    train, validation, test = (rows.select(np.flatnonzero(sides == side)) for side in (TRAIN, VALIDATION, TEST))
+    groups, leaks = len(np.unique(keys)), 0 if given is None else len(np.unique(keys[crossing(sides, keys)]))
+    return Splits(train, validation, test, groups, "random" if given is None else "column split", leaks)
+
+
+def dealt_sides(
+    keys: NDArray[np.uint64],
+    *,
+    validation_size: float | int,
+    test_size: float | int,
+    strata: Sequence[int] | NDArray[np.int64] | None = None,
+    given: NDArray[np.int8] | None = None,
+) -> NDArray[np.int8]:
+    """Return the side (n,) of every row, rows with equal `keys` (n,) together; see `split_rows`.
+
+    `given` (n,) are sides that stay as they are; what they lack is carved from those that are TRAIN.
+
+    Raises:
+        DataError: as `split_rows`.
+    """
+    if strata is not None and len(strata) != len(keys):
+        raise DataError(f"There are {len(strata)} strata for {len(keys)} rows: give one for every row.")
+    layers = np.zeros(len(keys), np.int64) if strata is None else np.asarray(strata, np.int64)
     sizes = {VALIDATION: ("validation", validation_size), TEST: ("test", test_size)}
-    sides = _given_sides(rows)
-    by = "random" if sides is None else "column split"
-    groups, leaks = len(np.unique(keys)), 0
-    if sides is None:
-        sides = np.full(len(rows), TRAIN, np.int8)
-    else:
-        pairs = np.unique(np.stack([keys, sides.astype(np.uint64)], axis=1), axis=0)
-        leaks = int((np.unique(pairs[:, 0], return_counts=True)[1] > 1).sum())
+    sides = np.full(len(keys), TRAIN, np.int8) if given is None else given.copy()
+    if given is not None:
         if not (sides == TRAIN).any():
             raise DataError("The column split has no train rows: name some of its rows train.")
         sizes = {side: size for side, size in sizes.items() if not (sides == side).any()}
@@ -83,7 +102,7 @@ def split_rows(
     # A question that the rows' own test holds already must not be carved into validation as well.
     free = np.flatnonzero((sides == TRAIN) & ~np.isin(keys, keys[sides != TRAIN]))
     pool = int((sides == TRAIN).sum())
-    wanted = {side: _row_count(name, size, pool) for side, (name, size) in sizes.items()}
+    wanted = {side: row_count(name, size, pool) for side, (name, size) in sizes.items()}
     if sum(wanted.values()) >= pool:
         asked = " and ".join(f"data.{name}_size={size}" for name, size in sizes.values())
         raise DataError(f"{asked} of {pool} rows leave none to train on: make them smaller or bring more rows.")
@@ -97,24 +116,35 @@ def split_rows(
                 else f"because each question that may go there stands on over {wanted[side]} rows: raise it"
             )
             raise DataError(f"data.{name}_size={size} gives no {name} rows, {why}.")
-    train, validation, test = (rows.select(np.flatnonzero(sides == side)) for side in (TRAIN, VALIDATION, TEST))
-    return Splits(train, validation, test, groups, by, leaks)
+    return sides
+
+
+def crossing(sides: NDArray[np.int8], keys: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """Return which rows (n,) have to go so that no key stands on two sides: test keeps its rows, train gives way."""
+    _, group = np.unique(keys, return_inverse=True)
+    strictest = np.zeros(len(keys), np.int8)
+    np.maximum.at(strictest, group, sides)
+    return np.asarray(sides < strictest[group])
 
 
 def question_keys(rows: datasets.Dataset, seed: int = 0) -> NDArray[np.uint64]:
     """Return 64 bits for every row, equal where the folded questions are, in an order that `seed` sets."""
-    salt = f"sevpeft {seed}".encode()
     keys = np.empty(len(rows), np.uint64)
     at = 0
     for batch in rows.select_columns(["question"]).with_format("arrow").iter(batch_size=1000):
         for question in batch["question"].to_pylist():
-            digest = hashlib.blake2b(fold_for_matching(question).encode(), digest_size=8, key=salt).digest()
-            keys[at] = int.from_bytes(digest, "big")
+            keys[at] = question_key(fold_for_matching(question), seed)
             at += 1
     return keys
 
 
-def _given_sides(rows: datasets.Dataset) -> NDArray[np.int8] | None:
+def question_key(folded: str, seed: int) -> int:
+    """Return 64 bits that stand for a folded question, in an order that `seed` sets."""
+    digest = hashlib.blake2b(folded.encode(), digest_size=8, key=f"sevpeft {seed}".encode()).digest()
+    return int.from_bytes(digest, "big")
+
+
+def given_sides(rows: datasets.Dataset) -> NDArray[np.int8] | None:
     """Return every row's side as its column split says it, None where that is absent or says other things."""
     if "split" not in rows.column_names:
         return None
@@ -122,7 +152,7 @@ def _given_sides(rows: datasets.Dataset) -> NDArray[np.int8] | None:
     at = 0
     for batch in rows.select_columns(["split"]).with_format("arrow").iter(batch_size=1000):
         for value in batch["split"].to_pylist():
-            sides[at] = _SIDES.get((value or "").strip().lower(), -1)
+            sides[at] = _SPELT.get((value or "").strip().lower(), -1)
             at += 1
     unknown = np.flatnonzero(sides < 0)
     if len(unknown) == len(rows):
@@ -137,7 +167,7 @@ def _given_sides(rows: datasets.Dataset) -> NDArray[np.int8] | None:
     return sides
 
 
-def _row_count(name: str, size: float | int, rows: int) -> int:
+def row_count(name: str, size: float | int, rows: int) -> int:
     if isinstance(size, Integral) and not isinstance(size, bool) and size >= 0:
         return int(size)
     if isinstance(size, float) and 0 <= size < 1:

@@ -322,3 +322,138 @@ def test_a_hub_id_that_gives_nothing_is_refused_in_one_sentence(hub: Hub, outcom
 
 def test_without_a_connection_the_hub_is_said_to_be_out_of_reach() -> None:
     assert "data.path=org/name is" in refusal("org/name")
+
+
+def test_other_columns_are_left_behind_unless_asked_for(tmp_path: Path) -> None:
+    file = csv_file(tmp_path, "question,answer,Clinic,year", "q,a,القاهرة,2020")
+    assert load_consultations(file).rows.column_names == ["id", "question", "answer", "row"]
+    loaded = load_consultations(file, keep="all")
+    assert loaded.rows[0] == {
+        **{"id": "row-0000001", "question": "q", "answer": "a", "Clinic": "القاهرة", "year": "2020", "row": 2}
+    }
+    assert loaded.carried == {"Clinic": "Clinic", "year": "year"}
+    assert load_consultations(file, keep=("year",)).rows.column_names == ["id", "question", "answer", "year", "row"]
+    assert "has no column 'month'" in refusal(file, keep=["month"])
+
+
+def test_carried_values_are_text_and_lose_nothing(tmp_path: Path) -> None:
+    cells = {"n": 3.0, "nothing": None, "list": ["ا", 1], "object": {"k": [True]}, "word": "NaN ", "line": "a\r\nb"}
+    row = load_consultations(jsonl_file(tmp_path, {"question": "q", "answer": "a"} | cells), keep="all").rows[0]
+    assert {name: row[name] for name in cells} == {
+        **{"n": "3", "nothing": "", "list": '["ا", 1]', "object": '{"k": [true]}', "word": "NaN ", "line": "a\r\nb"}
+    }
+
+
+def test_bytes_are_carried_in_base64(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"question": ["q"], "answer": ["a"], "scan": [b"\xff\x00"]}), tmp_path / "x.parquet")
+    assert load_consultations(tmp_path / "x.parquet", keep="all").rows["scan"][:] == ["/wA="]
+
+
+def test_a_carried_column_that_is_called_like_one_of_ours_gets_another_name(tmp_path: Path) -> None:
+    file = csv_file(tmp_path, "question,answer,row,original_row,severity,label", "q,a,77,5,critical,x")
+    loaded = load_consultations(file, keep="all", severity_column="label")
+    assert loaded.carried == {
+        **{"original_original_row": "row", "original_row": "original_row", "original_severity": "severity"}
+    }
+    assert loaded.rows[0]["row"] == 2 and loaded.rows[0]["original_original_row"] == "77"
+    assert loaded.rows[0]["severity"] == "x" and loaded.rows[0]["original_severity"] == "critical"
+
+
+def test_a_carried_column_that_only_the_last_row_has_is_there_from_the_first(tmp_path: Path) -> None:
+    rows: list[object] = [{"question": f"q{i}", "answer": "a"} for i in range(2500)]
+    rows[2499] = {"question": "q", "answer": "a", "late": "x"}
+    loaded = load_consultations(jsonl_file(tmp_path, *rows), keep="all")
+    assert loaded.rows["late"][:] == [""] * 2499 + ["x"]
+
+
+def test_rows_that_are_no_consultation_are_kept_aside_as_they_were_read(tmp_path: Path) -> None:
+    file = jsonl_file(
+        tmp_path,
+        *({"question": "q", "answer": "a", "reason": "r"}, {"question": None, "answer": "a", "n": [1]}),
+        {"question": "\ud83d", "answer": "a", "row": 9},
+    )
+    aside = load_consultations(file, keep="all").rejected_rows
+    assert aside is not None
+    assert [json.loads(line) for line in aside.read_text(encoding="utf-8").splitlines()] == [
+        {"row": 2, "reason": "empty question", "question": None, "answer": "a", "n": [1]},
+        {"row": 3, "reason": "broken characters", "question": "\ud83d", "answer": "a", "original_row": 9},
+    ]
+    assert load_consultations(file).rejected_rows is None
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    columns = {
+        **{"id": ["u7", "u9"], "question": ["q", "r"], "answer": ["a", "b"], "prompt": ["x", "y"]},
+        **{"original_row": ["1", "2"], "row": [7, 9], "group": [0, 1], "split": ["train", "test"]},
+    }
+    pq.write_table(pa.table(columns), folder / "consultations.parquet")
+    about = {
+        "fingerprint": sources.file_fingerprint(folder / "consultations.parquet"),
+        **{"columns": list(columns), "input": {"fingerprint": "sha256:0"}},
+    }
+    (folder / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
+    return folder
+
+
+def test_a_prepared_folder_is_read_with_its_fingerprint_and_what_it_says_of_itself(prepared: Path) -> None:
+    loaded = load_consultations(prepared)
+    assert loaded.rows.column_names == ["id", "question", "answer", "split", "row"]
+    assert loaded.rows["row"][:] == [7, 9] and loaded.rows["split"][:] == ["train", "test"]
+    assert loaded.provenance["input"] == {"fingerprint": "sha256:0"}
+    assert loaded.fingerprint == loaded.provenance["fingerprint"] and loaded.source == str(prepared)
+    assert load_consultations(prepared / "consultations.parquet", question_column="question").provenance == {}
+
+
+def test_a_prepared_folder_carries_its_groups_and_its_own_names(prepared: Path) -> None:
+    loaded = load_consultations(prepared, keep="all")
+    assert loaded.rows[1] == {
+        **{"id": "u9", "question": "r", "answer": "b", "prompt": "y", "original_row": "2", "group": "1"},
+        **{"split": "test", "row": 9},
+    }
+    assert load_consultations(prepared, question_column="prompt").rows["question"][:] == ["x", "y"]
+
+
+def test_a_prepared_folder_that_was_changed_is_refused(prepared: Path) -> None:
+    with (prepared / "consultations.parquet").open("ab") as file:
+        file.write(b"x")
+    assert "is not as `sevpeft prepare` wrote it" in refusal(prepared)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"fingerprint": "sha256:0"}'])
+def test_a_description_that_is_none_is_refused(prepared: Path, text: str) -> None:
+    (prepared / "dataset.json").write_text(text, encoding="utf-8")
+    assert "dataset.json cannot be read or is none" in refusal(prepared)
+
+
+def test_settings_of_the_hub_are_refused_for_a_prepared_folder(prepared: Path) -> None:
+    assert "prepared is a folder: remove it" in refusal(prepared, revision="main")
+
+
+MAQA = ["q_body,a_body,category", '"عندي صداع\nمن امبارح","راجع الطبيب, اليوم",أعصاب']
+AHQAD = ["Question, Answer, Category", "عندي صداع, راجع الطبيب, Neurology"]
+
+
+@pytest.mark.parametrize(("lines", "column"), [(MAQA, "category"), (AHQAD, "Category")])
+def test_the_shapes_of_maqa_and_ahqad_are_read(tmp_path: Path, lines: list[str], column: str) -> None:
+    loaded = load_consultations(csv_file(tmp_path, *lines))
+    (row,) = loaded.rows
+    assert row["question"].startswith("عندي صداع") and row["answer"].strip().startswith("راجع الطبيب")
+    assert loaded.columns["specialty"] == column
+
+
+def test_the_workbook_of_maqa_is_read(tmp_path: Path) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for line in (["q_body", "a_body", "category", None], ["عندي صداع", "راجع الطبيب", "أعصاب"], ["سعال", None, "صدر"]):
+        book.active.append(line)
+    book.save(tmp_path / "MAQA.xlsx")
+    loaded = load_consultations(tmp_path / "MAQA.xlsx", keep="all")
+    assert loaded.rows["specialty"][:] == ["أعصاب"] and loaded.rejected == {"empty answer": 1}

@@ -1,0 +1,57 @@
+"""A folder of results that appears whole or not at all, for its owner alone, because it holds patient text.
+
+It is built beside its place under a hidden name and moved there in the end. A failure takes it away; what a kill
+leaves behind is taken away when the same folder is made the next time: whoever builds one holds a lock on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sevpeft.errors import RunError
+from sevpeft.runs import plain_disk_errors
+
+_LOCK = ".building"
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """Yield a new folder, mode 0700, which becomes `output` when the block ends without an error.
+
+    Raises:
+        RunError: `output` exists, before the block or at its end, or the disk refuses.
+    """
+    output = Path(os.path.abspath(output))
+    with plain_disk_errors(output, when_full="free some, then run this again", remedy="choose another OUTPUT"):
+        refuse_existing(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(output)
+        partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        lock = FileLock(partial / _LOCK)
+        try:
+            with lock:
+                yield partial
+                refuse_existing(output)
+                (partial / _LOCK).unlink()
+                partial.rename(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise RunError where something stands at `output`: nothing is overwritten."""
+    if os.path.lexists(output):
+        raise RunError(f"{output} exists already; choose an OUTPUT that does not exist yet, or remove it first.")
+
+
+def _remove_abandoned(output: Path) -> None:
+    for lock in output.parent.glob(f".{output.name}.*/{_LOCK}"):
+        with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
+            shutil.rmtree(lock.parent, ignore_errors=True)

@@ -1,0 +1,352 @@
+"""What goes in comes out, kept or rejected with a reason; nothing crosses the split; and it is the same every time."""
+
+import errno
+import gzip
+import json
+import os
+import random
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from sevpeft.data import preparing
+from sevpeft.data.masking import MASKS
+from sevpeft.data.preparing import ALL_REASONS, Preparation, prepare
+from sevpeft.data.sources import load_consultations
+from sevpeft.errors import DataError, RunError, UsageError
+
+ANSWER = "راجع طبيب الأعصاب اليوم ولا تتناول مسكنا قبل الفحص"
+WORDS = (
+    *("صداع", "حمى", "سعال", "دوخة", "غثيان", "ألم", "حرقة", "حكة", "طفح", "نزيف"),
+    *("إسهال", "إمساك", "ضيق", "خفقان", "تعب", "أرق", "تورم", "جرح", "حساسية", "زكام"),
+    *("التهاب", "قرحة", "صدري", "بطني", "ظهري", "رأسي", "كتفي", "ركبتي", "عيني", "أذني"),
+    *("أنفي", "حلقي", "معدتي", "قدمي", "يدي", "رقبتي", "جلدي", "لثتي", "كبدي", "كليتي"),
+)
+
+
+def question(number: int) -> str:
+    """A question that resembles no other one."""
+    return "أشكو من " + " ".join(random.Random(number).sample(WORDS, 12)) + f" منذ {number} يوما فما العمل"
+
+
+def consultations(count: int, **more: Callable[[int], object]) -> list[dict[str, object]]:
+    return [
+        {"question": question(number), "answer": f"{ANSWER} {number}"} | {key: of(number) for key, of in more.items()}
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Callable[..., Any]:
+    """Prepares rows: (dataset.json, rows kept, rows rejected)."""
+
+    def run(
+        rows: list[dict[str, object]],
+        *,
+        name: str = "out",
+        num_proc: int | None = 1,
+        source: Any = None,
+        **settings: Any,
+    ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        about = prepare(file, tmp_path / name, Preparation(**settings), num_proc=num_proc, **(source or {}))
+        kept = pq.read_table(tmp_path / name / "consultations.parquet").to_pylist()
+        rejected = (tmp_path / name / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+        return about, kept, [json.loads(line) for line in rejected]
+
+    return run
+
+
+def test_every_row_is_kept_or_rejected_with_its_reason_and_all_that_it_held(
+    prepared: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sevpeft.data.prepared_files._BATCH", 5)
+    rows = consultations(60, clinic=lambda n: f"c{n}", reason=lambda n: "note", row=lambda n: n * 10)
+    rows[3]["answer"] = "نعم"
+    rows[5]["question"] = None
+    rows[7]["question"] = "\ud83d"
+    rows[9] |= {"question": rows[8]["question"], "answer": rows[8]["answer"]}
+    about, kept, rejected = prepared(rows)
+    assert [(row["row"], row["reason"]) for row in rejected] == [
+        *((4, "short_answer"), (6, "empty"), (8, "encoding_damage"), (10, "duplicate"))
+    ]
+    assert rejected[0] == {
+        **{"row": 4, "reason": "short_answer", "question": question(3), "answer": "نعم"},
+        **{"clinic": "c3", "original_reason": "note", "original_row": "30"},
+    }
+    assert sorted([row["row"] for row in kept] + [row["row"] for row in rejected]) == list(range(1, 61))
+    assert about["rows"] == {
+        **{"read": 60, "kept": 56},
+        "rejected": {"duplicate": 1, "empty": 1, "encoding_damage": 1, "short_answer": 1},
+    }
+    assert set(kept[0]) == {
+        *("id", "question", "answer", "clinic", "reason", "original_row", "row", "group", "split"),
+    }
+    assert (kept[0]["clinic"], kept[0]["original_row"], kept[0]["row"]) == ("c0", "0", 1)
+    assert set(about["rows"]["rejected"]) <= set(ALL_REASONS)
+
+
+def test_texts_are_cleaned_and_masked_and_the_changes_counted(prepared: Callable[..., Any]) -> None:
+    rows = consultations(30)
+    rows[0]["answer"] = f"{ANSWER} واتصل على 01012345678"
+    rows[1]["question"] = question(1).replace("أشكو", "أشكـــو")
+    about, kept, _ = prepared(rows)
+    assert kept[0]["answer"] == f"{ANSWER} واتصل على {MASKS['phone']}" and kept[1]["question"] == question(1)
+    assert about["masked"]["phone"] == {"masks": 1, "rows": 1} and set(about["masked"]) == set(MASKS)
+    assert sum(about["cleaned"].values()) >= 1
+    about, kept, _ = prepared(rows, name="unmasked", masks=("email",))
+    assert "01012345678" in kept[0]["answer"] and set(about["masked"]) == {"email"}
+
+
+def test_an_allowed_reason_rejects_no_row(prepared: Callable[..., Any]) -> None:
+    rows = consultations(30)
+    rows[3]["answer"] = "نعم"
+    assert prepared(rows, allow=("short_answer",))[0]["rows"]["kept"] == 30
+
+
+def groups_across(kept: list[dict[str, Any]]) -> int:
+    sides: dict[int, set[str]] = {}
+    for row in kept:
+        sides.setdefault(row["group"], set()).add(row["split"])
+    return sum(len(side) > 1 for side in sides.values())
+
+
+def test_near_duplicates_stay_together_and_severities_are_spread_evenly(prepared: Callable[..., Any]) -> None:
+    rows = consultations(200, severity=lambda n: ("critical", "neutral", "non_critical")[n % 3 if n < 180 else 0])
+    rows += [row | {"question": f"السلام عليكم {row['question']}", "answer": f"{ANSWER} جدا"} for row in rows[::5]]
+    about, kept, _ = prepared(rows)
+    assert about["duplicates"]["near_questions"] + about["duplicates"]["equal_questions"] == 40
+    assert about["duplicates"]["groups"] == 200 and groups_across(kept) == 0
+    assert about["splits"]["by"] == "random" and about["splits"]["rows"] == {"train": 192, "validation": 24, "test": 24}
+    for counts in about["splits"]["severity"].values():
+        assert counts["test"] == pytest.approx(sum(counts.values()) / 10, abs=1)
+    assert about["warnings"] == []
+
+
+def test_the_rows_own_split_is_kept_and_what_would_cross_it_leaves_train(prepared: Callable[..., Any]) -> None:
+    rows = consultations(60, split=lambda n: "test" if n % 3 == 0 else "train")
+    rows[1]["question"] = str(rows[0]["question"]) + " الآن"
+    about, kept, rejected = prepared(rows)
+    assert about["splits"]["by"] == "column split" and groups_across(kept) == 0
+    assert [(row["row"], row["reason"], row["split"]) for row in rejected] == [(2, "crosses_split", "train")]
+    assert about["splits"]["rows"] == {"train": 35, "validation": 4, "test": 20}
+    about, kept, _ = prepared(rows, name="resplit", resplit=True)
+    assert about["splits"]["by"] == "random" and about["splits"]["rows"]["test"] == 6
+    assert kept[0]["original_split"] == "test"
+
+
+def test_whole_values_are_held_out_and_no_near_duplicate_of_them_is_trained_on(prepared: Callable[..., Any]) -> None:
+    rows = consultations(100, year=lambda n: 2010 + n // 10)
+    rows[0]["question"] = f"{rows[99]['question']} الآن"
+    rows[85]["question"] = f"{rows[98]['question']} الآن"
+    about, kept, rejected = prepared(rows, split_by="year")
+    assert [(row["row"], row["year"]) for row in rejected] == [(1, "2010"), (86, "2018")]
+    assert {row["year"] for row in kept if row["split"] == "test"} == {"2019"} and groups_across(kept) == 0
+    assert about["splits"]["rows"] == {"train": 79, "validation": 9, "test": 10} and about["splits"]["crossed"] == 2
+    assert about["splits"]["held_out"]["values"] == {
+        **{"train": "2010 to 2017 (8 values)", "validation": "'2018'", "test": "'2019'"}
+    }
+
+
+def test_of_two_sources_one_is_the_test_and_the_validation_comes_from_the_other(prepared: Callable[..., Any]) -> None:
+    about, kept, _ = prepared(consultations(60, Source=lambda n: "ab"[n % 2]), split_by="Source")
+    assert len({row["Source"] for row in kept if row["split"] == "test"}) == 1
+    assert about["splits"]["rows"] == {"train": 27, "validation": 3, "test": 30}
+    assert "drawn from the training rows" in about["warnings"][0]
+
+
+def test_the_column_to_split_by_may_be_mapped_or_the_row_number(prepared: Callable[..., Any]) -> None:
+    rows = consultations(40, Category=lambda n: "abcd"[n // 10])
+    assert prepared(rows, split_by="Category")[0]["splits"]["by"] == "column Category"
+    kept = prepared(rows, name="row", split_by="row")[1]
+    assert [row["row"] for row in kept if row["split"] == "test"] == [37, 38, 39, 40]
+
+
+@pytest.mark.parametrize(
+    ("drop", "kept", "reason"), [("none", 34, {}), ("exact", 33, {"duplicate": 1}), ("near", 30, {"near_duplicate": 4})]
+)
+def test_repeated_rows_are_dropped_as_asked(
+    prepared: Callable[..., Any], drop: str, kept: int, reason: dict[str, int]
+) -> None:
+    rows = consultations(30, severity=lambda n: "neutral")
+    rows += [
+        *(dict(rows[0]), rows[1] | {"severity": "critical"}, rows[2] | {"answer": f"{ANSWER} فورا وبلا تأخير"}),
+        rows[3] | {"question": f"{rows[3]['question']} الآن"},
+    ]
+    about = prepared(rows, drop_duplicates=drop)[0]
+    assert about["rows"]["kept"] == kept and about["rows"]["rejected"] == reason
+
+
+def test_conflicting_severities_are_listed_by_row_and_without_text(
+    prepared: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = consultations(30, severity=lambda n: "neutral")
+    rows += [rows[1] | {"severity": "critical"}, rows[2] | {"question": f"{question(2)} الآن", "severity": "critical"}]
+    about, kept, _ = prepared(rows)
+    assert about["duplicates"]["conflicting_groups"] == 2
+    assert about["duplicates"]["conflicting_equal_questions"] == 1
+    lines = (tmp_path / "out" / "conflicts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0]) == {
+        **{"group": kept[1]["group"], "rows": [2, 31], "severities": ["neutral", "critical"]}
+    }
+    assert len(lines) == 2 and "2 groups of near-duplicate questions" in about["warnings"][0]
+
+
+def test_probabilities_are_kept_as_numbers_and_stratify(prepared: Callable[..., Any]) -> None:
+    rows = consultations(60, p_non_critical=lambda n: 0.7 if n % 2 else 0.1, p_neutral=lambda n: 0.1)
+    rows = [row | {"p_critical": 0.9 - float(str(row["p_non_critical"]))} for row in rows]
+    about, kept, _ = prepared(rows)
+    assert kept[1]["p_non_critical"] == 0.7 and kept[0]["p_critical"] == 0.8
+    assert set(about["splits"]["severity"]) == {"non_critical", "critical"}
+    assert about["splits"]["severity"]["critical"] == {"train": 24, "validation": 3, "test": 3}
+
+
+def test_a_severity_column_of_free_text_is_not_shown_and_does_not_stratify(prepared: Callable[..., Any]) -> None:
+    rows = consultations(60, label=lambda n: f"المريض رقم {n}")
+    about, _, _ = prepared(rows, source={"severity_column": "label"})
+    assert about["splits"]["severity"] == {} and "too many different values" in about["warnings"][0]
+    assert "المريض" not in json.dumps(about, ensure_ascii=False)
+
+
+def test_the_result_is_the_same_for_any_number_of_processes(
+    prepared: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_SMALL", 10)
+    monkeypatch.setattr("sevpeft.data.duplicates._SMALL", 10)
+    rows = consultations(300, severity=lambda n: "critical" if n % 4 else "neutral")
+    rows += [row | {"question": f"{row['question']} الآن"} for row in rows[::3]]
+    one, two, other = prepared(rows), prepared(rows, name="two", num_proc=2), prepared(rows, name="other", seed=1)
+    assert one[0]["fingerprint"] == two[0]["fingerprint"] != other[0]["fingerprint"]
+    assert one[1] == two[1]
+
+
+def test_the_folder_is_for_its_owner_alone_and_holds_nothing_else(prepared: Callable[..., Any], tmp_path: Path) -> None:
+    about, _, _ = prepared(consultations(30))
+    folder = tmp_path / "out"
+    assert {file.name for file in folder.iterdir()} == {
+        *("README.md", "conflicts.jsonl", "consultations.parquet", "dataset.json", "rejected.jsonl"),
+    }
+    assert json.loads((folder / "dataset.json").read_text(encoding="utf-8")) == json.loads(json.dumps(about))
+    if os.name == "posix":
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_the_card_tells_every_count_and_no_words_of_a_patient(prepared: Callable[..., Any], tmp_path: Path) -> None:
+    rows = consultations(40, severity=lambda n: "critical" if n % 2 else "neutral", year=lambda n: 2000 + n % 5)
+    rows[0]["answer"] = "نعم"
+    rows.append(rows[1] | {"severity": "neutral"})
+    prepared(rows, split_by="year")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlanguage:\n- ar\n") and "data_files: consultations.parquet" in card
+    for said in (
+        *(
+            "| short_answer | 1 |",
+            "| phone | 0 | 0 |",
+            "no guarantee of anonymity",
+            "several severities",
+            "`out.jsonl`",
+        ),
+        *("By whole values of the column `year`", "- test: '2004'", "| all |", "sha256:"),
+    ):
+        assert said in card, said
+    assert str(tmp_path) not in card and not any(word in card for word in WORDS)
+
+
+def test_a_prepared_folder_is_trained_on_as_it_was_split(prepared: Callable[..., Any], tmp_path: Path) -> None:
+    about, kept, _ = prepared(consultations(60, severity=lambda n: "critical"))
+    loaded = load_consultations(tmp_path / "out")
+    assert loaded.fingerprint == about["fingerprint"] and loaded.provenance["input"] == about["input"]
+    assert loaded.rows["split"][:] == [row["split"] for row in kept]
+    assert loaded.rows["severity"][:] == ["critical"] * len(kept)
+
+
+def test_a_prepared_folder_can_be_prepared_again(prepared: Callable[..., Any], tmp_path: Path) -> None:
+    first, kept, _ = prepared(consultations(60))
+    again = prepare(tmp_path / "out", tmp_path / "again")
+    rows = pq.read_table(tmp_path / "again" / "consultations.parquet").to_pylist()
+    assert [(row["question"], row["split"], row["row"]) for row in rows] == [
+        (row["question"], row["split"], row["row"]) for row in kept
+    ]
+    assert again["input"]["provenance"]["fingerprint"] == first["fingerprint"]
+
+
+MAQA = "q_body,a_body,category"
+AHQAD = "Question, Answer, Category"
+
+
+@pytest.mark.parametrize("header", [MAQA, AHQAD])
+def test_the_shapes_of_maqa_and_ahqad_are_prepared(tmp_path: Path, header: str) -> None:
+    lines = [header, *(f'"{question(n)}\nوشكرا", "{ANSWER}, {n}",أعصاب'.replace('", "', '","') for n in range(40))]
+    with gzip.open(tmp_path / "x.csv.gz", "wt", encoding="utf-8-sig") as file:
+        file.write("\n".join(lines))
+    about = prepare(tmp_path / "x.csv.gz", tmp_path / "out")
+    assert about["rows"]["kept"] == 40 and "specialty" in about["columns"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"allow": ("shortanswer",)}, "There is no reason 'shortanswer': there are "),
+        ({"allow": ("empty",)}, "cannot be allowed"),
+        ({"masks": ("fax",)}, "There is no mask 'fax': there are "),
+        ({"drop_duplicates": "all"}, "give none or exact or near"),
+    ],
+)
+def test_settings_that_name_nothing_are_wrong_usage(
+    prepared: Callable[..., Any], tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        prepared(consultations(5), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "said"),
+    [
+        ({"answer": "نعم"}, {}, r"None of 30 rows is left \(30 short_answer\)"),
+        ({"question": None}, {}, "no row with both question and answer"),
+        ({}, {"split_by": "month"}, "no column 'month' to split by: there are 'question', 'answer', 'year', 'row'"),
+        ({}, {"split_by": "question"}, "Column 'question' is the question"),
+        ({}, {"split_by": "year"}, "Column 'year' has one value in all 30 rows"),
+        ({}, {"near_duplicates": 0.2}, "give 0.5 to 1"),
+        ({}, {"validation_size": 0.5, "test_size": 0.5}, "leave none to train on"),
+        ({"question": "سؤال واحد للجميع"}, {"drop_duplicates": "none"}, "gives no validation rows"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused_in_one_sentence_and_leaves_nothing(
+    prepared: Callable[..., Any], tmp_path: Path, change: dict[str, Any], settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DataError, match=said) as refused:
+        prepared([row | change for row in consultations(30, year=lambda n: 2020)], **settings)
+    assert "\n" not in str(refused.value) and "واحد" not in str(refused.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.jsonl"]
+
+
+def test_a_side_that_would_lose_all_its_rows_is_refused(prepared: Callable[..., Any]) -> None:
+    rows = consultations(20, split=lambda n: "train" if n < 10 else "test" if n < 15 else "dev")
+    for number in range(5):
+        rows[15 + number]["question"] = f"{rows[10 + number]['question']} الآن"
+    with pytest.raises(DataError, match="Each of the 5 validation rows has a near-duplicate on another side"):
+        prepared(rows)
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="exists already"):
+        prepare(tmp_path / "absent.csv", tmp_path)
+
+
+def test_a_full_disk_leaves_neither_a_folder_nor_a_part_of_one(
+    prepared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preparing, "write_rejected", full)
+    with pytest.raises(RunError, match="No space is left"):
+        prepared(consultations(30))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.jsonl"]
