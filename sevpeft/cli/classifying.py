@@ -58,6 +58,15 @@ Calibrate = Annotated[
         show_default=False,
     ),
 ]
+CalibrationSize = Annotated[
+    float | None,
+    typer.Option(
+        "--calibration-size",
+        help="Share of the training rows that calibrates and does not train. 0: all calibrate, each by a fit without "
+        "it (the default; 0.2 for the transformer, where it takes six trainings).",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the splits, the fit and the intervals.")]
 Balance = Annotated[
     str, typer.Option("--balance", help="Of the transformer's severities: weights, resampling or none.")
@@ -95,9 +104,7 @@ def fit(
     kind: Annotated[Kind, typer.Option("--kind", help="What to fit.")] = Kind.linear,
     calibration: Calibrate = None,
     test_size: Annotated[float, typer.Option(min=0.05, max=0.5, help="Share of the rows to judge on.")] = 0.2,
-    calibration_size: Annotated[
-        float, typer.Option(min=0.05, max=0.5, help="Share of the other rows to calibrate on.")
-    ] = 0.2,
+    calibration_size: CalibrationSize = None,
     seed: Seed = 0,
     block_column: BlockColumn = None,
     judge_blocks: JudgeBlocks = None,
@@ -172,6 +179,7 @@ def evaluate(
         Kind | None, typer.Option("--kind", help="Judge this way of fitting by cross-validation.", show_default=False)
     ] = None,
     calibration: Calibrate = None,
+    calibration_size: CalibrationSize = None,
     folds: Annotated[int, typer.Option(min=2, max=20, help="Of the random-grouped cross-validation.")] = 5,
     seed: Seed = 0,
     block_column: BlockColumn = None,
@@ -210,7 +218,7 @@ def evaluate(
     judge, train = _names(judge_blocks, block_column), _names(train_blocks, block_column)
     with _working(as_json) as (console, progress):
         from sevpeft.severity.classifier.examples import binary_examples, labelled_examples
-        from sevpeft.severity.classifier.fitting import cross_validate, within
+        from sevpeft.severity.classifier.fitting import calibration_on, cross_validate, within
         from sevpeft.severity.classifier.results import Result
         from sevpeft.severity.classifier.storage import check_new, new_folder
 
@@ -221,7 +229,7 @@ def evaluate(
         about: dict[str, Any] = {"data": consultations.fingerprint}
         if fitted is None:
             options = {"balance": balance, "lora_r": lora_r, "num_train_epochs": num_train_epochs}
-            way = _way(Kind(kind), calibration, 0.2, seed, lexicon, encoder, options)
+            way = _way(Kind(kind), calibration, calibration_size, seed, lexicon, encoder, options)
             found = cross_validate(
                 labelled_examples(consultations, block_column),
                 way,
@@ -230,7 +238,7 @@ def evaluate(
                 train_blocks=train,
                 progress=progress,
             )
-            about |= {"kind": way.kind, "calibration": way.method, "seed": seed}
+            about |= {"kind": way.kind, "calibration": way.method, "seed": seed, "calibration_on": calibration_on(way)}
             result = Result({name.capitalize(): evaluation for name, evaluation in found.items()}, None)
         elif positive_column is None:
             from sevpeft.severity.classifier.crossvalidation import evaluate_elsewhere
@@ -294,7 +302,7 @@ def _read(
 def _way(
     kind: Kind,
     calibration: Method | None,
-    calibration_size: float,
+    calibration_size: float | None,
     seed: int,
     lexicon: Path | None,
     encoder: str | None,
@@ -308,6 +316,8 @@ def _way(
         raise UsageError("--encoder is for --kind transformer.")
     if options["balance"] not in ("weights", "resampling", "none"):
         raise UsageError("--balance is weights, resampling or none.")
+    if calibration_size and not 0.05 <= calibration_size <= 0.5:
+        raise UsageError("--calibration-size is 0, or a share from 0.05 to 0.5.")
     own = options if kind is Kind.transformer else {}
     return Way(kind.value, calibration and calibration.value, calibration_size, seed, lexicon, encoder, own)
 

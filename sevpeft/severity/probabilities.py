@@ -93,9 +93,30 @@ def severity_probabilities(rows: Dataset) -> np.ndarray:
         return _from_names(rows)
     raise WeightError(
         "The recipe asks for severity weights (severity.source=columns), but the data has neither a severity column "
-        "nor p_non_critical, p_neutral and p_critical. Add one of them, name it with data.severity_column=NAME, or "
-        "train without severity on purpose with severity.control=uniform."
+        "nor p_non_critical, p_neutral and p_critical (columns numbered class1 to class3 do not say which severity is "
+        "which: rename them). Add one, name it with data.severity_column=NAME, take severity.source=rules, or train "
+        "without severity on purpose with severity.control=uniform."
     )
+
+
+def sharpened(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities (n, 3) with another contrast: p_k^(1/T) / Σ_j p_j^(1/T), which is softmax(log p / T).
+
+    T = 1 changes nothing, T < 1 sharpens (T → 0 gives one-hot rows), T > 1 flattens (T → ∞ gives a third each). The
+    order of the severities in a row stays, and so does its most probable one. A probability of zero stays zero.
+
+    Args:
+        probabilities: (n, 3), each row summing to one.
+        temperature: T > 0.
+    """
+    if not (np.isfinite(temperature) and temperature > 0):
+        raise WeightError(f"severity.temperature is {temperature}; it must be a number above 0, and 1 changes nothing.")
+    if temperature == 1:
+        return probabilities
+    with np.errstate(divide="ignore"):
+        scores = np.log(probabilities) / temperature
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
 def _from_columns(rows: Dataset) -> np.ndarray:

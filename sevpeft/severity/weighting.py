@@ -83,6 +83,8 @@ class WeightSummary:
 
     `effective_sample_size` is Kish's (Σw)² / Σw²: how many equally weighted consultations carry as much information.
     `coefficient_of_variation` is the standard deviation over the mean. `severities` counts the most probable severity.
+    `histogram` holds (from, to, consultations) with both ends included: one bar for each weight where there are few,
+    else bars of equal width.
     """
 
     consultations: int
@@ -93,6 +95,7 @@ class WeightSummary:
     coefficient_of_variation: float
     effective_sample_size: float
     quantiles: dict[str, float]
+    histogram: list[tuple[float, float, int]]
 
     @classmethod
     def of(cls, weights: np.ndarray, strata: np.ndarray | None) -> WeightSummary:
@@ -108,6 +111,7 @@ class WeightSummary:
             coefficient_of_variation=float(weights.std() / weights.mean()),
             effective_sample_size=float(weights.sum() ** 2 / np.square(weights).sum()),
             quantiles={f"{level:g}": float(np.quantile(weights, level)) for level in levels},
+            histogram=histogram_of(weights),
         )
 
     @property
@@ -116,3 +120,14 @@ class WeightSummary:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def histogram_of(weights: np.ndarray, bars: int = 10) -> list[tuple[float, float, int]]:
+    """(from, to, count) of every bar, lowest first; no more than `bars` of them, and no weight is left out."""
+    values, counts = np.unique(np.round(weights, 6), return_counts=True)
+    if len(values) <= bars:
+        return [(float(value), float(value), int(count)) for value, count in zip(values, counts, strict=True)]
+    counts, edges = np.histogram(weights, bins=bars)
+    return [
+        (float(low), float(high), int(count)) for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]

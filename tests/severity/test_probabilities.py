@@ -16,6 +16,7 @@ from sevpeft.severity.probabilities import (
     has_severity,
     severity_index,
     severity_probabilities,
+    sharpened,
 )
 
 SECRET = "عندي ألم في صدري"
@@ -179,3 +180,50 @@ def test_every_refusal_of_a_row_begins_with_its_number() -> None:
 def test_a_refusal_is_a_value_error_too() -> None:
     with pytest.raises(ValueError):
         severity_probabilities(named("?"))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    [
+        (1.0, [0.2, 0.3, 0.5]),
+        (0.5, [0.04 / 0.38, 0.09 / 0.38, 0.25 / 0.38]),
+        (2.0, np.sqrt([0.2, 0.3, 0.5]) / np.sqrt([0.2, 0.3, 0.5]).sum()),
+    ],
+)
+def test_sharpening_is_a_power_divided_by_its_sum(temperature: float, expected: list[float]) -> None:
+    np.testing.assert_allclose(sharpened(np.array([[0.2, 0.3, 0.5]]), temperature), [expected], rtol=1e-12)
+
+
+def test_sharpening_keeps_the_order_goes_to_one_hot_and_flattening_to_a_third_each() -> None:
+    probabilities = np.random.default_rng(0).dirichlet([1, 1, 1], size=200)
+    for temperature in (0.01, 0.3, 3, 1000):
+        changed = sharpened(probabilities, temperature)
+        np.testing.assert_allclose(changed.sum(axis=1), 1, rtol=1e-12)
+        np.testing.assert_array_equal(changed.argmax(axis=1), probabilities.argmax(axis=1))
+    assert np.isfinite(sharpened(probabilities, 1e-4)).all()
+    np.testing.assert_allclose(sharpened(probabilities, 1e-4).max(axis=1), 1, atol=0.2)
+    np.testing.assert_allclose(sharpened(probabilities, 1e6), 1 / 3, atol=1e-4)
+
+
+def test_sharpening_twice_is_sharpening_by_the_product() -> None:
+    probabilities = np.random.default_rng(1).dirichlet([2, 1, 1], size=50)
+    np.testing.assert_allclose(
+        sharpened(sharpened(probabilities, 0.5), 0.4), sharpened(probabilities, 0.2), rtol=1e-9, atol=1e-300
+    )
+
+
+def test_human_labels_and_probabilities_of_zero_stay_what_they_are() -> None:
+    for temperature in (0.1, 7.0):
+        np.testing.assert_array_equal(sharpened(np.eye(3), temperature), np.eye(3))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
+    with pytest.raises(WeightError, match="above 0"):
+        sharpened(np.eye(3), temperature)
+
+
+def test_numbered_columns_are_not_taken_for_severities() -> None:
+    rows = Dataset.from_dict({"question": [SECRET], "class1": [0.2], "class2": [0.3], "class3": [0.5]})
+    assert not has_severity(rows)
+    assert "rename them" in refusal(rows)

@@ -71,12 +71,18 @@ def _data(training: Mapping[str, Any]) -> str:
     lines = [
         "## Data\n",
         f"- {training['rows']:,} rows, {training['questions']:,} distinct questions: {counts}",
-        "- dealt by question into rows to fit on, to calibrate on and to judge on; seed " + str(training["seed"]),
+        f"- dealt by question into rows to {_parts(training['calibration_on'])}; seed {training['seed']}",
         *(f"- fingerprint `{fingerprint}`" for fingerprint in training["fingerprints"]),
     ]
     if training.get("encoder"):
         lines.append(f"- encoder `{training['encoder']}`")
     return "\n".join(lines) + "\n"
+
+
+def _parts(calibration_on: str) -> str:
+    if calibration_on == "folds":
+        return "fit on and to judge on; calibrated on the former, each by a fit that did not see its question"
+    return f"fit on, to calibrate on ({calibration_on}) and to judge on"
 
 
 def _evaluation(heading: str, evaluation: Evaluation) -> str:

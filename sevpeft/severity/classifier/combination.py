@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from sevpeft.errors import DataError
 from sevpeft.runs import write_atomically
 from sevpeft.severity.classifier.calibration import fit_log_linear, log_linear
-from sevpeft.severity.classifier.crossvalidation import grouped_folds
+from sevpeft.severity.classifier.crossvalidation import Fold, grouped_folds
 from sevpeft.severity.classifier.examples import Examples, complete_rows
 from sevpeft.severity.classifier.linear import LinearClassifier, fit_linear, read_linear, write_linear
 from sevpeft.severity.probabilities import SEVERITIES
@@ -55,22 +56,49 @@ class CombinedClassifier:
         return self.rules.evidence(question)
 
 
-def fit_combined(examples: Examples, rules: Rules, seed: int = 0) -> CombinedClassifier:
+@dataclass(frozen=True)
+class FitCombined:
     """Fits the linear part to all examples, and the weights by its probabilities out of fold.
 
     Raises:
         DataError: a severity has fewer groups than the five folds.
     """
-    out_of_fold = np.empty((len(examples), len(SEVERITIES)))
-    for fold in grouped_folds(examples, seed=seed):
-        train = examples.take(fold.train)
-        part = fit_linear(train, seed)
-        out_of_fold[fold.test] = part.probabilities([examples.questions[i] for i in fold.test])
-    complete = complete_rows(examples.labels, examples.blocks)
-    rows = complete if complete.any() else ~complete
-    sources = [rules.probabilities(examples.questions)[rows], out_of_fold[rows]]
-    weights, bias = fit_log_linear(sources, examples.labels[rows])
-    return CombinedClassifier(rules, fit_linear(examples, seed), weights, bias)
+
+    rules: Rules
+
+    def __call__(self, examples: Examples, seed: int = 0) -> CombinedClassifier:
+        sources, _, rows = self._sources(examples, seed)
+        return self._pooled(examples, sources, rows, seed)
+
+    def cross_fitted(self, examples: Examples, seed: int = 0) -> tuple[CombinedClassifier, np.ndarray]:
+        """The same, and (n, 3) probabilities of each row by a linear part and weights fitted without its fold.
+
+        The folds are those of the weights, so that six fits do for both. The weights rest on linear parts of other
+        folds, most of which saw the row; four numbers carry little of that.
+        """
+        sources, folds, rows = self._sources(examples, seed)
+        unseen = np.empty((len(examples), len(SEVERITIES)))
+        for fold in folds:
+            others = rows.copy()
+            others[fold.test] = False
+            found = fit_log_linear([s[others] for s in sources], examples.labels[others])
+            unseen[fold.test] = log_linear([s[fold.test] for s in sources], *found)
+        return self._pooled(examples, sources, rows, seed), unseen
+
+    def _sources(self, examples: Examples, seed: int) -> tuple[list[np.ndarray], list[Fold], np.ndarray]:
+        """Probabilities of the rules and, out of fold, of the linear part; the folds; which rows weigh the two."""
+        linear = np.empty((len(examples), len(SEVERITIES)))
+        folds = grouped_folds(examples, seed=seed)
+        for fold in folds:
+            part = fit_linear(examples.take(fold.train), seed)
+            linear[fold.test] = part.probabilities([examples.questions[i] for i in fold.test])
+        complete = complete_rows(examples.labels, examples.blocks)
+        rows = complete if complete.any() else ~complete
+        return [self.rules.probabilities(examples.questions), linear], folds, rows
+
+    def _pooled(self, examples: Examples, sources: list[np.ndarray], rows: np.ndarray, seed: int) -> CombinedClassifier:
+        weights, bias = fit_log_linear([source[rows] for source in sources], examples.labels[rows])
+        return CombinedClassifier(self.rules, fit_linear(examples, seed), weights, bias)
 
 
 def write_combined(classifier: CombinedClassifier, folder: Path) -> list[Path]:

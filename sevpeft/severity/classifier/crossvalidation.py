@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from sevpeft.errors import DataError
+from sevpeft.severity.classifier.baselines import by_row_number, majority
 from sevpeft.severity.classifier.calibration import FITS, Calibrated
 from sevpeft.severity.classifier.examples import Examples, complete_rows
 from sevpeft.severity.classifier.judging import Judgement, judge
@@ -24,9 +26,17 @@ from sevpeft.severity.source import SeverityClassifier
 Fit = Callable[[Examples, int], SeverityClassifier]
 """From training rows and a seed to a classifier that is not calibrated yet."""
 
+
+@runtime_checkable
+class CrossFitting(Protocol):
+    """A `Fit` that has out-of-fold probabilities anyway, and need not be repeated for them."""
+
+    def cross_fitted(self, examples: Examples, seed: int) -> tuple[SeverityClassifier, np.ndarray]:
+        """Fitted to all examples, and (n, 3) probabilities of each from a fit without its group."""
+
+
 FOLDS = 5
-# Fewer rows in a leaf would let the tree on the row number learn single rows.
-_LEAF = 20
+_SHUFFLED_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ def out_of_fold(
     fit: Fit,
     *,
     calibration: str = "temperature",
-    calibration_share: float = 0.2,
+    calibration_share: float | None = None,
     seed: int = 0,
     shuffled: bool = True,
     judged: np.ndarray | None = None,
@@ -165,8 +175,8 @@ def out_of_fold(
         examples: all rows.
         folds: of `grouped_folds`, `block_folds` or `hold_out`.
         fit: makes a classifier of training rows.
-        calibration: "temperature" or "isotonic", fitted on a grouped part of the training rows that `fit` does not see.
-        calibration_share: share of the training rows that calibrate.
+        calibration: a method of `FITS`, fitted within the training rows.
+        calibration_share: share of them that calibrates and does not train; None for all, out of folds.
         seed: of the inner split, the fit and the shuffling.
         shuffled: whether to fit once more on shuffled labels, for a baseline.
         judged: (n,) bool, rows that are judged; None for all.
@@ -187,14 +197,13 @@ def out_of_fold(
         raws.append(raw)
         calibrateds.append(last.calibration.apply(raw))
         names += [fold.name] * len(test)
-        baselines.setdefault("majority", []).append(_majority(train, len(test)))
-        baselines.setdefault("row number", []).append(_by_row_number(train, asked))
+        baselines.setdefault("majority", []).append(majority(train, len(test)))
+        baselines.setdefault("row number", []).append(by_row_number(train, asked))
         if shuffled:
             order = np.random.default_rng([seed, number]).permutation(len(train))
             wrong = replace(train, labels=train.labels[order])
-            mixed = fit_calibrated(
-                wrong, fit, calibration=calibration, share=calibration_share, seed=seed, checked=False
-            )
+            # Chance needs no careful calibration, and six fits would make the baseline the dearest part.
+            mixed = fit_calibrated(wrong, fit, calibration=calibration, share=_SHUFFLED_SHARE, seed=seed, checked=False)
             baselines.setdefault("shuffled", []).append(mixed.probabilities(asked.questions))
     if last is None:
         raise DataError("No row is left to judge: name other blocks.")
@@ -214,19 +223,38 @@ def fit_calibrated(
     fit: Fit,
     *,
     calibration: str = "temperature",
-    share: float = 0.2,
+    share: float | None = None,
     seed: int = 0,
     checked: bool = True,
 ) -> Calibrated:
-    """A classifier fitted on part of `train` and calibrated on the rest, of other groups.
+    """A classifier, calibrated by probabilities of rows from fits that saw neither them nor their groups.
+
+    Without a `share` every row is in one of `FOLDS` such parts, and the classifier itself is fitted on all rows
+    (scikit-learn's CalibratedClassifierCV(ensemble=False)): six fits, and no row is lost to calibration. With one,
+    that share of the groups calibrates and does not train.
 
     Rows of blocks that lack a severity do not calibrate: their shares are not those of other rows.
     """
-    part = hold_out(train, share, seed=seed) if checked else _unchecked(train, share, seed)
-    fitted = fit(train.take(part.train), seed)
-    complete = complete_rows(train.labels, train.blocks)
-    held = train.take(part.test[complete[part.test]] if complete[part.test].any() else part.test)
-    return Calibrated(fitted, FITS[calibration](fitted.probabilities(held.questions), held.labels))
+    if share is None:
+        fitted, unseen = _cross_fitted(train, fit, seed)
+        held = np.arange(len(train))
+    else:
+        part = hold_out(train, share, seed=seed) if checked else _unchecked(train, share, seed)
+        fitted, held = fit(train.take(part.train), seed), part.test
+        unseen = fitted.probabilities([train.questions[i] for i in held])
+    complete = complete_rows(train.labels, train.blocks)[held]
+    rows = complete if complete.any() else ~complete
+    return Calibrated(fitted, FITS[calibration](unseen[rows], train.labels[held[rows]]))
+
+
+def _cross_fitted(train: Examples, fit: Fit, seed: int) -> tuple[SeverityClassifier, np.ndarray]:
+    if isinstance(fit, CrossFitting):
+        return fit.cross_fitted(train, seed)
+    unseen = np.empty((len(train), len(SEVERITIES)))
+    for part in grouped_folds(train, seed=seed):
+        fitted = fit(train.take(part.train), seed)
+        unseen[part.test] = fitted.probabilities([train.questions[i] for i in part.test])
+    return fit(train, seed), unseen
 
 
 def evaluated(result: OutOfFold, protocol: str, *, seed: int = 0) -> Evaluation:
@@ -282,24 +310,7 @@ def _row_number_out_of_fold(examples: Examples, seed: int) -> np.ndarray:
     folds = grouped_folds(examples, folds=max(2, min(FOLDS, *groups)), seed=seed)
     probabilities = np.empty((len(examples), len(SEVERITIES)))
     for fold in folds:
-        probabilities[fold.test] = _by_row_number(examples.take(fold.train), examples.take(fold.test))
-    return probabilities
-
-
-def _majority(train: Examples, count: int) -> np.ndarray:
-    # Of the rows whose shares count for the classifier too: a majority that only odd blocks have is too easy to beat.
-    complete = complete_rows(train.labels, train.blocks)
-    labels = train.labels[complete] if complete.any() else train.labels
-    return np.tile(np.bincount(labels, minlength=len(SEVERITIES)) / len(labels), (count, 1))
-
-
-def _by_row_number(train: Examples, test: Examples) -> np.ndarray:
-    from sklearn.tree import DecisionTreeClassifier
-
-    leaf = max(1, min(_LEAF, len(train) // 4))
-    tree = DecisionTreeClassifier(min_samples_leaf=leaf, random_state=0).fit(train.rows[:, None], train.labels)
-    probabilities = np.zeros((len(test), len(SEVERITIES)))
-    probabilities[:, tree.classes_] = tree.predict_proba(test.rows[:, None])
+        probabilities[fold.test] = by_row_number(examples.take(fold.train), examples.take(fold.test))
     return probabilities
 
 

@@ -33,6 +33,10 @@ CALIBRATIONS = {
 }
 
 
+TRANSFORMER_SHARE = 0.2
+"""Of the rows, to calibrate a transformer on: fitting it six times costs too much."""
+
+
 @dataclass(frozen=True)
 class Way:
     """How a classifier is fitted.
@@ -40,7 +44,8 @@ class Way:
     Attributes:
         kind: "rules", "linear", "rules+linear" or "transformer".
         calibration: "temperature", "bias_corrected" or "isotonic"; None for the kind's own (`CALIBRATIONS`).
-        calibration_share: share of the rows outside the test that calibrate and do not train.
+        calibration_share: share of the rows outside the test that calibrate and do not train; 0 for all of them, each
+            by a fit that did not see it; None for the kind's own: 0, of the transformer `TRANSFORMER_SHARE`.
         seed: of the splits, the fit and the shuffling.
         lexicon: of the rules; None for the package's.
         encoder: of the transformer, a Hub id or a folder; None for its default.
@@ -49,7 +54,7 @@ class Way:
 
     kind: str
     calibration: str | None = None
-    calibration_share: float = 0.2
+    calibration_share: float | None = None
     seed: int = 0
     lexicon: Path | None = None
     encoder: str | None = None
@@ -60,7 +65,7 @@ class Way:
         """For `out_of_fold`. Only what is fitted in seconds is fitted on shuffled labels too."""
         return {
             "calibration": self.method,
-            "calibration_share": self.calibration_share,
+            "calibration_share": self.share,
             "seed": self.seed,
             "shuffled": self.kind == "linear",
         }
@@ -70,6 +75,13 @@ class Way:
         """Of calibration."""
         return self.calibration or CALIBRATIONS[self.kind]
 
+    @property
+    def share(self) -> float | None:
+        """Of the rows, that calibrate and do not train; None where all do, out of folds."""
+        if self.calibration_share is None:
+            return TRANSFORMER_SHARE if self.kind == "transformer" else None
+        return self.calibration_share or None
+
 
 def fit_of(way: Way, progress: Callable[[str], None] = lambda said: None) -> Fit:
     """The function that fits one classifier, not calibrated. The rules learn nothing; their lexicon is read once."""
@@ -78,13 +90,13 @@ def fit_of(way: Way, progress: Callable[[str], None] = lambda said: None) -> Fit
 
         return fit_linear
     if way.kind in ("rules", "rules+linear"):
-        from sevpeft.severity.classifier.combination import fit_combined
+        from sevpeft.severity.classifier.combination import FitCombined
         from sevpeft.severity.rules import Rules
 
         rules = Rules.load(way.lexicon)
         if way.kind == "rules":
             return lambda examples, seed: rules
-        return lambda examples, seed: fit_combined(examples, rules, seed)
+        return FitCombined(rules)
     from sevpeft.severity.classifier.transformer import fit_transformer
 
     chosen = way.options | ({"encoder": way.encoder} if way.encoder else {})
@@ -101,7 +113,7 @@ def fit_and_judge(
     judge_blocks: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda said: None,
 ) -> tuple[Calibrated, Evaluation]:
-    """Fits, calibrates and judges on three parts of the rows that share no question; returns what was judged.
+    """Fits and calibrates on rows that share no question with those it is judged on; returns what was judged.
 
     Where blocks are known, only rows of `judge_blocks` (None for all) that have every severity are judged: the shares
     of the others are no aim.
@@ -159,12 +171,18 @@ def training_record(consultations: Consultations, examples: Examples, way: Way) 
         "questions": len(np.unique(examples.groups)),
         "labels": examples.counts(),
         "calibration": way.method,
+        "calibration_on": calibration_on(way),
         "seed": way.seed,
     }
     if way.kind == "transformer":
         record["encoder"] = Path(way.encoder).name if way.encoder and Path(way.encoder).exists() else way.encoder
         record["options"] = way.options
     return record
+
+
+def calibration_on(way: Way) -> str:
+    """Which rows calibrated it: "folds" (all, each by a fit that did not see it), or a share of their own."""
+    return "folds" if way.share is None else f"a share of {way.share:g}"
 
 
 def fingerprints(consultations: Consultations) -> set[str]:

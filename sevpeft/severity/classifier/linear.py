@@ -1,9 +1,8 @@
 """A severity classifier on character and word n-grams: logistic regression over TF-IDF, fitted in seconds on one core.
 
-N-grams inside words see through spelling, clitics and dialect endings; whole words and pairs of them keep what a word
-says. They are counted on the folded text of `fold_for_matching`. Where the rows come in blocks that were labelled under
-different conditions, each block gets an intercept of its own while fitting, so that the words need not explain it, and
-blocks that lack a severity count little. Answers and specialties help to fit (see `privileged`).
+The n-grams are parts of words, and light stems with pairs of them (see `ngrams`). Where the rows come in blocks that
+were labelled under different conditions, each block gets an intercept of its own while fitting, so that the words need
+not explain it, and blocks that lack a severity count little. Answers and specialties help to fit (see `privileged`).
 
 A fitted classifier is three arrays and a list of n-grams, and is stored as such (safetensors and JSON, no pickle);
 fresh or loaded it goes through the same code.
@@ -11,31 +10,23 @@ fresh or loaded it goes through the same code.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from sevpeft.data.cleaning import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.runs import plain_disk_errors, write_atomically
 from sevpeft.severity.classifier.examples import Examples, complete_rows
+from sevpeft.severity.classifier.ngrams import FEATURES, even, features, views_of
 from sevpeft.severity.classifier.privileged import foretold
 from sevpeft.severity.probabilities import SEVERITIES
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
-
 ARRAYS, VOCABULARY = "linear.safetensors", "vocabulary.json"
 
-# Counts up when `features` or the weighting change: the same arrays would then mean something else.
-FEATURES = 1
-CHARACTERS = (2, 3, 4, 5)
 C = 1.0
 """Inverse of the penalty, as scikit-learn has it."""
 BLOCK_SCALE = 3.0
@@ -63,8 +54,9 @@ class LinearClassifier:
         self.vocabulary = list(vocabulary)
         # In C order: safetensors writes the memory of an array as it lies, and scikit-learn leaves `coef_` transposed.
         self.idf, self.coef, self.intercept = (np.ascontiguousarray(a, dtype="<f8") for a in (idf, coef, intercept))
-        self._weighting = TfidfVectorizer(analyzer=features, sublinear_tf=True, vocabulary=self.vocabulary)
+        self._weighting = TfidfVectorizer(analyzer=features, sublinear_tf=True, norm=None, vocabulary=self.vocabulary)
         self._weighting.idf_ = self.idf
+        self._views = views_of(self.vocabulary)
         digest = hashlib.sha256(json.dumps([FEATURES, self.vocabulary]).encode())
         for array in (self.idf, self.coef, self.intercept):
             digest.update(array.tobytes())
@@ -76,7 +68,7 @@ class LinearClassifier:
 
         if not len(questions):
             return np.empty((0, len(SEVERITIES)))
-        rows: csr_matrix = self._weighting.transform(questions)
+        rows = even(self._weighting.transform(questions), self._views)
         result: np.ndarray = softmax(rows @ self.coef.T + self.intercept, axis=1)
         return result
 
@@ -93,14 +85,15 @@ def fit_linear(examples: Examples, seed: int = 0, *, max_features: int = MAX_FEA
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    weighting = TfidfVectorizer(analyzer=features, sublinear_tf=True, min_df=2, max_features=max_features)
+    weighting = TfidfVectorizer(analyzer=features, sublinear_tf=True, norm=None, min_df=2, max_features=max_features)
     try:
-        rows = weighting.fit_transform(examples.questions)
+        counted = weighting.fit_transform(examples.questions)
     except ValueError:  # scikit-learn's word for an empty vocabulary
         raise DataError(
             "No word or part of one stands in two of the training questions, so nothing can be learnt: bring more rows."
         ) from None
     vocabulary = weighting.get_feature_names_out().tolist()
+    rows = even(counted, views_of(vocabulary))
     complete = complete_rows(examples.labels, examples.blocks)
     blocks = examples.blocks if complete.any() else None
     side = foretold(rows, examples.side, examples.groups, seed) if examples.side else None
@@ -118,24 +111,6 @@ def fit_linear(examples: Examples, seed: int = 0, *, max_features: int = MAX_FEA
     if side is not None:
         coef = coef + foretelling @ side[1].T
     return LinearClassifier(vocabulary, weighting.idf_, coef, intercept)
-
-
-def features(question: str) -> list[str]:
-    """The n-grams of a question: of characters inside its words, edges included, then words and pairs of words."""
-    words = fold_for_matching(question).split()
-    found: list[str] = []
-    for word in words:
-        found += _characters(word)
-    found += [f"={word}" for word in words]
-    found += [f"={one} {two}" for one, two in itertools.pairwise(words)]
-    return found
-
-
-# Few words make up most of a language; cutting them anew each time takes half of the time of a prediction.
-@functools.lru_cache(maxsize=1 << 15)
-def _characters(word: str) -> tuple[str, ...]:
-    edged = f" {word} "
-    return tuple(edged[start : start + size] for size in CHARACTERS for start in range(max(1, len(edged) - size + 1)))
 
 
 def write_linear(classifier: LinearClassifier, folder: Path) -> list[Path]:
@@ -170,6 +145,6 @@ def read_linear(folder: Path) -> LinearClassifier:
         )
     size, classes = len(vocabulary), len(SEVERITIES)
     fits = idf.shape == (size,) and coef.shape == (classes, size) and intercept.shape == (classes,)
-    if not fits or not size or not all(np.isfinite(array).all() for array in (idf, coef, intercept)):
+    if not fits or not size or not all(np.isfinite(array).all() for array in (idf, coef, intercept)) or idf.min() <= 0:
         raise damaged
     return LinearClassifier(vocabulary, idf, coef, intercept)

@@ -15,6 +15,7 @@ import pytest
 
 import sevpeft.runs
 from sevpeft.cli import main
+from sevpeft.severity.classifier.fitting import CALIBRATIONS, Way
 from sevpeft.severity.classifier.storage import load_classifier
 
 from .conftest import build_examples
@@ -111,6 +112,34 @@ def test_the_other_kinds_are_fitted_and_come_back(tmp_path: Path, verb: Verb, ki
     loaded = load_classifier(Path("made"))
     assert loaded.kind == kind
     np.testing.assert_allclose(loaded.probabilities(["عندي نزيف", ""]).sum(axis=1), 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "on_card"),
+    [
+        ([], "folds", "each by a fit that did not see its question"),
+        (["--calibration-size", "0"], "folds", "each by a fit that did not see its question"),
+        (["--calibration-size", "0.25"], "a share of 0.25", "to calibrate on (a share of 0.25)"),
+    ],
+)
+def test_which_rows_calibrated_is_written_down(
+    tmp_path: Path, verb: Verb, words: list[str], said: str, on_card: str
+) -> None:
+    assert verb("fit", write(tmp_path, 100), "made", *words)[0] == 0
+    about = json.loads(Path("made/classifier.json").read_text(encoding="utf-8"))
+    assert about["training"]["calibration_on"] == said
+    assert on_card in Path("made/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("size", ["0.6", "0.01", "-0.2", "nan"])
+def test_a_share_that_leaves_too_little_is_refused(tmp_path: Path, refusal: Callable[..., str], size: str) -> None:
+    data = write(tmp_path, 60)
+    assert "from 0.05 to 0.5" in refusal("fit", data, "made", "--calibration-size", size, code=2)
+
+
+def test_only_a_transformer_calibrates_on_a_share_by_default() -> None:
+    assert [Way(kind).share for kind in CALIBRATIONS] == [None, None, None, 0.2]
+    assert list(CALIBRATIONS)[-1] == "transformer" and Way("transformer", calibration_share=0).share is None
 
 
 def test_json_is_all_that_is_printed(tmp_path: Path, verb: Verb) -> None:

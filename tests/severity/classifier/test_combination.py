@@ -11,8 +11,10 @@ import pytest
 
 from sevpeft.errors import DataError
 from sevpeft.severity.classifier.calibration import Calibrated, Temperature, fit_log_linear, log_linear
-from sevpeft.severity.classifier.combination import WEIGHTS, CombinedClassifier, fit_combined
+from sevpeft.severity.classifier.combination import WEIGHTS, CombinedClassifier, FitCombined
+from sevpeft.severity.classifier.crossvalidation import fit_calibrated, grouped_folds
 from sevpeft.severity.classifier.examples import Examples
+from sevpeft.severity.classifier.linear import fit_linear
 from sevpeft.severity.classifier.storage import load_classifier, new_folder, write_classifier
 from sevpeft.severity.lexicon import COLUMNS
 from sevpeft.severity.rules import Rules
@@ -39,7 +41,7 @@ def unrelated(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def combined(lexicon: Path) -> CombinedClassifier:
-    return fit_combined(build_examples(120), Rules.load(lexicon))
+    return FitCombined(Rules.load(lexicon))(build_examples(120))
 
 
 def test_weights_that_were_planted_are_found() -> None:
@@ -55,14 +57,14 @@ def test_weights_that_were_planted_are_found() -> None:
 
 def test_rules_that_know_get_weight_and_rules_that_do_not_get_none(lexicon: Path, unrelated: Path) -> None:
     examples = build_examples(240)
-    useful, useless = (fit_combined(examples, Rules.load(path)).weights for path in (lexicon, unrelated))
+    useful, useless = (FitCombined(Rules.load(path))(examples).weights for path in (lexicon, unrelated))
     assert useful[0] > 0.3
     assert useless[0] < 0.2 and useless[1] > 0.5
 
 
 def test_knowing_rules_help_where_rows_are_few(lexicon: Path) -> None:
     few, judged = build_examples(60), build_examples(300, seed=5)
-    both = fit_combined(few, Rules.load(lexicon))
+    both = FitCombined(Rules.load(lexicon))(few)
     scores = [c.probabilities(judged.questions) for c in (both, both.linear)]
     right = [p[np.arange(300), judged.labels] for p in scores]
     assert np.log(right[0]).mean() > np.log(right[1]).mean() + 0.05
@@ -80,8 +82,26 @@ def test_the_linear_part_is_weighed_by_rows_it_did_not_see(lexicon: Path, monkey
 
     monkeypatch.setattr(combination, "fit_linear", watched)
     examples = build_examples(100)
-    fit_combined(examples, Rules.load(lexicon))
+    FitCombined(Rules.load(lexicon))(examples)
     assert [len(rows) for rows in asked] == [80, 80, 80, 80, 80, 100]
+    asked.clear()
+    fit_calibrated(examples, FitCombined(Rules.load(lexicon)))
+    assert [len(rows) for rows in asked] == [80, 80, 80, 80, 80, 100], "fitted again for its calibration"
+
+
+def test_no_row_weighs_the_pool_that_calibrates_by_it(lexicon: Path) -> None:
+    examples, rules = build_examples(100), Rules.load(lexicon)
+    whole, unseen = FitCombined(rules).cross_fitted(examples)
+    assert whole.version == FitCombined(rules)(examples).version
+    folds = grouped_folds(examples)
+    linear = np.empty((100, 3))
+    for fold in folds:
+        asked = [examples.questions[i] for i in fold.test]
+        linear[fold.test] = fit_linear(examples.take(fold.train)).probabilities(asked)
+    sources = [rules.probabilities(examples.questions), linear]
+    for fold in folds:
+        weights, bias = fit_log_linear([s[fold.train] for s in sources], examples.labels[fold.train])
+        np.testing.assert_allclose(unseen[fold.test], log_linear([s[fold.test] for s in sources], weights, bias))
 
 
 def test_the_evidence_is_that_of_the_rules(combined: CombinedClassifier) -> None:
@@ -114,4 +134,4 @@ def test_blocks_reach_the_linear_part_of_the_combination(lexicon: Path) -> None:
     names = np.where(np.arange(120) < 60, "one", "two")
     blocked = replace(examples, blocks=names)
     rules = Rules.load(lexicon)
-    assert fit_combined(blocked, rules).linear.version != fit_combined(examples, rules).linear.version
+    assert FitCombined(rules)(blocked).linear.version != FitCombined(rules)(examples).linear.version

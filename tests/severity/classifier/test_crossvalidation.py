@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sevpeft.errors import DataError
+from sevpeft.severity.classifier.calibration import fit_temperature
 from sevpeft.severity.classifier.crossvalidation import (
     Evaluation,
     block_folds,
@@ -86,26 +87,64 @@ def test_a_held_out_block_is_not_trained_on_nor_are_its_duplicates_elsewhere(exa
     assert [fold.dropped for fold in folds] == [2, 1, 1]
 
 
-def test_neither_fit_nor_calibration_sees_what_is_judged(examples: Examples, blocks: Deal) -> None:
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_neither_fit_nor_calibration_sees_what_is_judged(examples: Examples, blocks: Deal, share: float | None) -> None:
     dealt = blocks(examples, 3)
     for folds in (block_folds(dealt), grouped_folds(dealt)):
         for fold in folds:
             watching = Watching()
-            out_of_fold(dealt, [fold], watching, shuffled=False)
-            calibrated_on, judged = watching.asked
-            fitted_on = watching.fitted_on[0]
+            out_of_fold(dealt, [fold], watching, shuffled=False, calibration_share=share)
+            *calibrated_on, judged = watching.asked
             assert judged == dealt.take(fold.test).questions
-            assert not set(fitted_on) & set(judged) and not set(calibrated_on) & set(judged)
-            assert not set(fitted_on) & set(calibrated_on), "calibrated on training rows"
-            assert len(fitted_on) + len(calibrated_on) == len(fold.train)
+            for seen in (*watching.fitted_on, *calibrated_on):
+                assert not set(seen) & set(judged)
 
 
-def test_the_calibration_part_shares_no_question_with_the_fit() -> None:
-    examples = build_examples(200)
-    grouped = Examples([f"سؤال {i // 2}" for i in range(200)], examples.labels, np.arange(200) // 2, examples.rows)
-    watching = Watching()
+def paired(count: int = 200) -> Examples:
+    """Every question stands there twice."""
+    examples = build_examples(count)
+    pairs = np.arange(count) // 2
+    return Examples([f"سؤال {i}" for i in pairs], examples.labels, pairs, examples.rows)
+
+
+def test_by_default_every_row_calibrates_by_a_fit_that_did_not_see_its_question() -> None:
+    grouped, watching = paired(), Watching()
     fit_calibrated(grouped, watching)
-    assert not set(watching.fitted_on[0]) & set(watching.asked[0])
+    assert len(watching.fitted_on) == len(watching.asked) + 1 == 6
+    for fitted_on, asked in zip(watching.fitted_on, watching.asked, strict=False):
+        assert not set(fitted_on) & set(asked)
+    assert sorted(question for asked in watching.asked for question in asked) == sorted(grouped.questions)
+    assert watching.fitted_on[-1] == grouped.questions, "the classifier itself is fitted on every row"
+
+
+def test_the_calibration_is_that_of_the_rows_out_of_fold(examples: Examples) -> None:
+    unseen = np.empty((len(examples), 3))
+    for fold in grouped_folds(examples, seed=4):
+        unseen[fold.test] = fit_linear(examples.take(fold.train)).probabilities(examples.take(fold.test).questions)
+    found = fit_calibrated(examples, linear, seed=4)
+    assert found.calibration == fit_temperature(unseen, examples.labels)
+    assert found.classifier.version == fit_linear(examples).version
+
+
+def test_a_share_of_its_own_calibrates_and_does_not_train() -> None:
+    grouped, watching = paired(), Watching()
+    fit_calibrated(grouped, watching, share=0.2)
+    (fitted_on,), (asked,) = watching.fitted_on, watching.asked
+    assert not set(fitted_on) & set(asked)
+    assert len(fitted_on) + len(asked) == 200 and len(asked) == pytest.approx(40, abs=6)
+
+
+def test_rows_of_blocks_that_lack_a_severity_do_not_calibrate() -> None:
+    examples = build_examples(300)
+    ward = np.arange(300) >= 150
+    plain = replace(examples, labels=np.where(ward, 2, examples.labels))
+    dealt = replace(plain, blocks=np.where(ward, "ward", "forum"))
+    for share in (None, 0.2):
+        shares = [
+            fit_calibrated(rows, Watching(), calibration="bias_corrected", share=share) for rows in (dealt, plain)
+        ]
+        forum, both = (c.probabilities(["؟"])[0, 2] for c in shares)
+        assert forum == pytest.approx((examples.labels[:150] == 2).mean(), abs=0.06) and both > 0.5
 
 
 def test_only_the_blocks_that_are_named_are_judged_and_trained_on(examples: Examples, blocks: Deal) -> None:

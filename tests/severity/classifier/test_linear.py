@@ -17,7 +17,6 @@ from sevpeft.severity.classifier.linear import (
     ARRAYS,
     VOCABULARY,
     LinearClassifier,
-    features,
     fit_linear,
     read_linear,
     write_linear,
@@ -67,12 +66,6 @@ def test_no_questions_give_no_rows(fitted: LinearClassifier) -> None:
     assert fitted.probabilities([]).shape == (0, 3)
 
 
-def test_features_are_parts_of_words_words_and_pairs() -> None:
-    found = features("ألم في")
-    assert {" ا", "الم ", " الم", "=الم", "=في", "=الم في", "في "} <= set(found)
-    assert "م ف" not in found, "a part of a word does not go over its edge"
-
-
 def test_saved_and_loaded_it_gives_the_same_probabilities(
     tmp_path: Path, examples: Examples, fitted: LinearClassifier
 ) -> None:
@@ -102,6 +95,12 @@ def _not_finite(folder: Path) -> None:
     save_file(arrays, folder / ARRAYS)
 
 
+def _without_weight(folder: Path) -> None:
+    arrays = load_file(folder / ARRAYS)
+    arrays["idf"][:] = 0
+    save_file(arrays, folder / ARRAYS)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -111,6 +110,7 @@ def _not_finite(folder: Path) -> None:
         lambda folder: (folder / VOCABULARY).unlink(),
         _shorter,
         _not_finite,
+        _without_weight,
     ],
 )
 def test_damage_is_refused(tmp_path: Path, fitted: LinearClassifier, damage: Callable[[Path], None]) -> None:
