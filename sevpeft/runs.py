@@ -133,8 +133,8 @@ def new_run(run: Run) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name beside its place and moves it there."""
+def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
+    """Writes a text file under a temporary name beside its place and moves it there; 0o600 for what patients wrote."""
     with plain_disk_errors(path, when_full="free some, then run this again"):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -142,7 +142,7 @@ def write_atomically(path: Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644 & ~_umask())
+            os.chmod(temporary, mode & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

@@ -51,7 +51,37 @@ def train(
     if is_main_process():
         write_card(run)
         console.print(run_summary(run))
-        console.print(f"Next: sevpeft chat {run.folder}", soft_wrap=True)
+        console.print(f"Next: sevpeft evaluate {run.folder}, or sevpeft chat {run.folder}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/quickstart.yaml", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show what a recipe would train on, without training: data, truncation, severity weights, steps.
+
+    Example: sevpeft plan recipes/qwen2.5-0.5b.yaml data.path=consultations.csv severity.source=rules
+    """
+    from rich.console import Console
+
+    from sevpeft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    with Console(stderr=True).status(f"Reading {recipe} and its data"):
+        quiet_libraries()
+        from sevpeft.training.plan import announce_plan
+        from sevpeft.training.plan import plan as plan_of
+
+        found = plan_of(loaded)
+    if as_json:
+        print(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
+        return
+    announce_plan(found, Console(highlight=False))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from sevpeft.errors import RecipeError
+from sevpeft.recipe.evidence import EvaluationSection, GenerationSection
 from sevpeft.recipe.library_fields import lora_fields, sft_fields
 from sevpeft.recipe.mistakes import field_at, sentences
 from sevpeft.recipe.rules import broken_rules
@@ -36,7 +37,7 @@ _OVERRIDE = "command line"
 
 
 class Recipe(BaseModel):
-    """One training job: base model, adapter, data, prompt, severity weights and training."""
+    """One training job: base model, adapter, data, prompt, severity weights, training and how it is judged."""
 
     model_config = Section.model_config
 
@@ -56,6 +57,10 @@ class Recipe(BaseModel):
     """How much each consultation counts."""
     training: TrainingSection = Field(default_factory=TrainingSection)
     """The training."""
+    generation: GenerationSection = Field(default_factory=GenerationSection)
+    """How the trained adapter is questioned."""
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    """How its answers are judged."""
 
     _name: str = PrivateAttr("recipe")
 

@@ -183,6 +183,14 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
     prompt = _section(values, "prompt")
     if prompt.get("dialect") and not prompt.get("dialect_prefixes"):
         yield ("prompt", "dialect"), "chooses among dialect_prefixes, and there are none; add them or leave it out"
+    severity = _section(values, "severity")
+    source = severity.get("source", "columns")
+    if source in ("linear", "rules+linear", "transformer") and not severity.get("classifier"):
+        why = f"source is {source}, which needs the folder of a fitted classifier"
+        yield ("severity", "classifier"), f"{why}; write severity.classifier, made by `sevpeft classifier fit`"
+    if source == "columns" and severity.get("classifier"):
+        why = "it would not be used, because severity.source is columns"
+        yield ("severity", "classifier"), f"{why}; set source to the classifier's kind, or leave it out"
     yield from _splits(_section(values, "data"))
     for key, sentence in _adapter(_section(values, "lora"), _section(values, "quantization")):
         yield ("lora", key), sentence

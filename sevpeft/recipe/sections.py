@@ -256,8 +256,12 @@ class SeverityWeights(Section):
 class SeveritySection(Section):
     """How much each consultation counts in the loss."""
 
-    source: Literal["columns"] = "columns"
-    """Where the severity comes from: columns of the data."""
+    source: Literal["columns", "rules", "linear", "rules+linear", "transformer"] = "columns"
+    """Where the severity comes from: columns of the data, the lexicon's rules, or a classifier that was fitted."""
+    classifier: str | None = None
+    """Folder that `sevpeft classifier fit` made; all but columns and rules need one, rules may have one."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Contrast of the probabilities, p^(1/T) over its sum: below 1 sharpens, above 1 flattens, 1 changes nothing."""
     weights: Literal["mild", "balanced", "strong"] | SeverityWeights = "balanced"
     """A published preset, or three weights {non_critical, neutral, critical}."""
     normalize: Literal["none", "mean"] = "none"

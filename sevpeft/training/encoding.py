@@ -157,7 +157,7 @@ def _encode_batch(
         lost = 0
         if max_length is not None and len(prompt_ids) + len(answer_ids) > max_length:
             dialect = dialects[position] if dialects else None
-            shorter = _shorten(batch["question"][position], dialect, prompt, max_length - len(answer_ids))
+            shorter = shortened_prompt(batch["question"][position], dialect, prompt, max_length - len(answer_ids))
             if shorter is None:
                 continue
             prompt_ids, lost = shorter
@@ -171,7 +171,7 @@ def _encode_batch(
     return columns
 
 
-def _shorten(question: str, dialect: str | None, prompt: Prompt, room: int) -> tuple[list[int], int] | None:
+def shortened_prompt(question: str, dialect: str | None, prompt: Prompt, room: int) -> tuple[list[int], int] | None:
     """Prompt of the longest beginning of the question, in whole words, that takes at most `room` tokens."""
     words = question.split()
     kept, ids = 0, None

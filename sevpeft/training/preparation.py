@@ -17,11 +17,13 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sevpeft.data.sources import Consultations, load_consultations
-from sevpeft.data.splits import Splits, split_rows
+from sevpeft.data.sources import PREPARED_ABOUT, Consultations, load_consultations
+from sevpeft.data.splits import Splits, question_key, split_rows
+from sevpeft.data.workers import workers_end_with_this_process
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
-from sevpeft.severity.probabilities import has_severity, severity_probabilities
+from sevpeft.severity.probabilities import has_severity
+from sevpeft.severity.source import Severity, severity_of
 from sevpeft.severity.weighting import WeightSummary, severity_weights
 from sevpeft.training.encoding import add_token_weights, encode_rows, pack_rows
 
@@ -39,12 +41,12 @@ class Prepared:
     summary: dict[str, Any]
 
 
-def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, np.ndarray | None]:
+def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
     """Reads the recipe's data and divides it.
 
     Returns:
-        The table, its parts, and the severity probabilities (n, 3) of the table's rows, None when there are none and
-        the recipe asks for plain cross-entropy.
+        The table, its parts, and the severity of the table's rows, None when there is none and the recipe asks for
+        plain cross-entropy.
     """
     data = recipe.data
     table = load_consultations(
@@ -60,18 +62,35 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, np.ndarray | Non
         dialect_column=data.dialect_column,
         split_column=data.split_column,
         max_rows=data.max_rows,
+        keep=("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped",
     )
-    plain = recipe.severity.control == "uniform" and not has_severity(table.rows)
-    probabilities = None if plain else severity_probabilities(table.rows)
+    asked = recipe.severity
+    plain = asked.control == "uniform" and asked.source == "columns" and not has_severity(table.rows)
+    severity = None
+    if not plain:
+        severity = severity_of(
+            table.rows, source=asked.source, classifier=asked.classifier, temperature=asked.temperature
+        )
     rows = table.rows.add_column("source_index", np.arange(len(table.rows)))
     splits = split_rows(
         rows,
         validation_size=data.validation_size,
         test_size=data.test_size,
         seed=data.seed,
-        strata=None if probabilities is None else probabilities.argmax(axis=1),
+        strata=None if severity is None else severity.strata,
+        keys=_groups(rows, data.seed),
     )
-    return table, splits, probabilities
+    return table, splits, severity
+
+
+def _groups(rows: Dataset, seed: int) -> np.ndarray | None:
+    """(n,) one number for each group of near-duplicate questions, where `sevpeft prepare` has found them.
+
+    Hashed, because what is carved from the train rows is taken in the order of these numbers.
+    """
+    if "group" not in rows.column_names:
+        return None
+    return np.asarray([question_key(group, seed) for group in rows["group"]], dtype=np.uint64)
 
 
 def prompt_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -86,9 +105,9 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         prompt: of the base model's tokenizer.
         scratch: folder for memory-mapped Arrow files, to be removed after training.
     """
-    table, splits, probabilities = load_splits(recipe)
-    with _bars(len(table.rows)):
-        return _encode_and_weight(recipe, prompt, scratch, table, splits, probabilities)
+    table, splits, severity = load_splits(recipe)
+    with _bars(len(table.rows)), workers_end_with_this_process():
+        return _encode_and_weight(recipe, prompt, scratch, table, splits, severity)
 
 
 def _encode_and_weight(
@@ -97,7 +116,7 @@ def _encode_and_weight(
     scratch: Path,
     table: Consultations,
     splits: Splits,
-    probabilities: np.ndarray | None,
+    severity: Severity | None,
 ) -> Prepared:
     settings = recipe.training.settings()
     max_length, num_proc = settings["max_length"], settings.get("dataset_num_proc")
@@ -107,12 +126,12 @@ def _encode_and_weight(
             rows,
             prompt,
             max_length,
-            strata=None if probabilities is None else probabilities.argmax(axis=1)[_column(rows, "source_index")],
+            strata=None if severity is None else severity.strata[source_index(rows)],
             cache_file=scratch / f"{name}.arrow",
             num_proc=num_proc,
         )
-    kept = _column(splits.train, "source_index")[_column(encoded["train"], "source_index")]
-    weights, summary = _weights(recipe, probabilities, kept)
+    kept = source_index(splits.train)[source_index(encoded["train"])]
+    weights, summary = weigh(recipe, severity, kept)
     train = add_token_weights(
         encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
     )
@@ -123,37 +142,47 @@ def _encode_and_weight(
         train=train,
         validation=encoded["validation"].remove_columns("source_index"),
         weights=summary,
-        summary={
-            "source": table.source,
-            "fingerprint": table.fingerprint,
-            "columns": table.columns,
-            "rejected": table.rejected,
-            "split_by": splits.by,
-            "questions_in_two_splits": splits.leaks,
-            "rows": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
-            "encoding": {name: report.as_dict() for name, report in reports.items()},
-        },
+        summary=summary_of(table, splits, severity, {name: report.as_dict() for name, report in reports.items()}),
     )
 
 
-def _weights(recipe: Recipe, probabilities: np.ndarray | None, kept: np.ndarray) -> tuple[np.ndarray, WeightSummary]:
+def summary_of(
+    table: Consultations, splits: Splits, severity: Severity | None, encoding: dict[str, Any]
+) -> dict[str, Any]:
+    """What a run's metrics.json says about its data: where it comes from and how many rows went where."""
+    return {
+        "source": table.source,
+        "fingerprint": table.fingerprint,
+        "prepared": table.provenance or None,
+        "columns": table.columns,
+        "rejected": table.rejected,
+        "severity": None if severity is None else severity.origin,
+        "split_by": splits.by,
+        "questions_in_two_splits": splits.leaks,
+        "rows": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
+        "encoding": encoding,
+    }
+
+
+def weigh(recipe: Recipe, severity: Severity | None, kept: np.ndarray) -> tuple[np.ndarray, WeightSummary]:
     """Weights (n,) of the training rows that were kept, and what they amount to."""
-    if probabilities is None:
+    if severity is None:
         ones = np.ones(len(kept))
         return ones, WeightSummary.of(ones, None)
-    severity = recipe.severity
+    asked = recipe.severity
     weights = severity_weights(
-        probabilities[kept],
-        severity.coefficients(),
-        normalize=severity.normalize,
-        control=severity.control,
+        severity.probabilities[kept],
+        asked.coefficients(),
+        normalize=asked.normalize,
+        control=asked.control,
         seed=recipe.training.settings()["seed"],
     )
-    return weights, WeightSummary.of(weights, probabilities[kept].argmax(axis=1))
+    return weights, WeightSummary.of(weights, severity.strata[kept])
 
 
-def _column(rows: Dataset, name: str) -> np.ndarray:
-    return np.asarray(rows.with_format("numpy")[name][:])
+def source_index(rows: Dataset) -> np.ndarray:
+    """(n,) position of every row in the table that it was taken from."""
+    return np.asarray(rows.with_format("numpy")["source_index"][:])
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from sevpeft.modeling.packing import refuse_contaminated_packing
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.training.announcement import announce_data
 from sevpeft.training.launch import check_processes
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, say
@@ -92,7 +93,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
             prepared = prepare(recipe, prompt, Path(scratch))
         if resume:
             _refuse_other_data(prepared, run)
-        _announce_data(prepared, recipe, console)
+        announce_data(prepared.summary, prepared.weights, recipe, console)
         model = load_model(recipe, precision, state.local_process_index)
         for setting in ("packing", "padding_free"):
             if getattr(arguments, setting):
@@ -211,56 +212,6 @@ def _write_origin(run: Run, recipe: Recipe, prepared: Prepared, trainer: Severit
     )
     # Last, because it is what makes the folder a run that can be resumed.
     run.write_text("recipe.yaml", recipe.to_yaml())
-
-
-def _announce_data(prepared: Prepared, recipe: Recipe, console: Console) -> None:
-    summary = prepared.summary
-    columns = ", ".join(f"{found} → {name}" for name, found in summary["columns"].items() if found != name)
-    rows = summary["rows"]
-    by = "its own split column" if summary["split_by"] == "column split" else "random groups of equal questions"
-    say(console, "Data", f"{summary['source']}{f' ({columns})' if columns else ''}")
-    say(
-        console,
-        "Split",
-        f"{rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test, by {by}",
-    )
-    for reason, count in summary["rejected"].items():
-        say(console, "Rejected", f"rows with {reason}: {count:,}", style="yellow")
-    if summary["questions_in_two_splits"]:
-        say(
-            console,
-            "Leak",
-            f"{summary['questions_in_two_splits']:,} questions stand in two of the given splits; "
-            "validation and test figures are flattered by them",
-            style="yellow",
-        )
-    limit = recipe.training.settings()["max_length"]
-    for name, report in summary["encoding"].items():
-        if report["shortened"]:
-            say(
-                console,
-                "Shortened",
-                f"{name} questions to fit {limit} tokens: {report['shortened']:,} "
-                f"(words lost: {report['lost_words']:,}, at most {report['most_lost_words']} from one)",
-                style="yellow",
-            )
-        if report["refused"]:
-            say(
-                console,
-                "Refused",
-                f"{name} rows whose answer leaves no room for a question in {limit} tokens: {report['refused']:,}; "
-                "raise training.max_length to keep them",
-                style="yellow",
-            )
-    weights = prepared.weights
-    if weights.too_small_to_matter and recipe.severity.control == "none" and weights.severities:
-        say(
-            console,
-            "Weights",
-            f"lie within {weights.minimum:.3f} to {weights.maximum:.3f}, too close together to matter; "
-            "use severity.weights=strong, or sharper probabilities",
-            style="yellow",
-        )
 
 
 def _losses(metrics: dict[str, float]) -> dict[str, float]:

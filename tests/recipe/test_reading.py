@@ -273,7 +273,9 @@ def test_five_mistakes_get_five_lines_in_the_order_of_the_file(mistakes):
         ("model: {load_in_4bit: true}", "model.load_in_4bit: is unknown here; write quantization.load_in_4bit."),
         ("trainig: {seed: 1}", "trainig: is unknown; write training."),
         ("lora: {rnk: 3}", "lora.rnk: is unknown; write lora.r."),
-        ("seed: 1", "seed: is unknown here; write data.seed or training.seed."),
+        ("seed: 1", "seed: is unknown here; write data.seed or training.seed or generation.seed or evaluation.seed."),
+        ("max_new_tokens: 9", "max_new_tokens: is unknown here; write generation.max_new_tokens."),
+        ("generation: {temprature: 1.0}", "generation.temprature: is unknown; write generation.temperature."),
         ("revision: abc", "revision: is unknown here; write model.revision or data.revision."),
         ("training: {lora: {r: 3}}", "training.lora: is a section of its own; write lora: at the start of a line."),
         ("nope: 3", "nope: is unknown; a recipe takes about, model, quantization, lora, data,"),
@@ -552,3 +554,16 @@ def test_reading_a_recipe_loads_no_heavy_library():
         "print([n for n in ('torch', 'transformers', 'trl', 'peft', 'numpy', 'datasets') if n in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("source", ["linear", "rules+linear", "transformer"])
+def test_a_source_that_has_to_be_fitted_needs_its_folder(source: str) -> None:
+    with pytest.raises(RecipeError, match=r"sevpeft classifier fit"):
+        recipe_from_values({"severity": {"source": source}})
+    assert recipe_from_values({"severity": {"source": source, "classifier": "folder"}}).severity.source == source
+
+
+def test_a_classifier_that_nothing_would_use_is_a_mistake() -> None:
+    with pytest.raises(RecipeError, match=r"severity\.source is columns"):
+        recipe_from_values({"severity": {"classifier": "folder"}})
+    assert recipe_from_values({"severity": {"source": "rules"}}).severity.classifier is None

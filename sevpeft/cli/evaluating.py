@@ -1,0 +1,74 @@
+"""The verb `evaluate`: answers, scores, floors and intervals of a run on its own test split."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sevpeft.cli.application import app, quiet_libraries
+
+
+class BackendChoice(str, Enum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Settings of generation and evaluation, as in a recipe", show_default=False
+        ),
+    ] = None,
+    backend: Annotated[
+        BackendChoice, typer.Option("--backend", help="What generates; vllm where it is installed.")
+    ] = BackendChoice.transformers,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only so many test rows, at random.", show_default=False)
+    ] = None,
+    nll_only: Annotated[
+        bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what is in evaluation.json.")] = False,
+) -> None:
+    """Answer a run's test questions, with the adapter and without it, and score the answers.
+
+    An evaluation that was interrupted goes on where it stopped: run the same command again.
+
+    Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
+    """
+    from rich.console import Console
+
+    from sevpeft.runs import Run, check_run
+
+    check_run(run)
+    messages = Console(highlight=False, stderr=True)
+    with messages.status("Loading the libraries"):
+        quiet_libraries()
+        from sevpeft.evaluation.evaluate import EVALUATION
+        from sevpeft.evaluation.evaluate import evaluate as evaluate_run
+        from sevpeft.evaluation.predictions import PREDICTIONS
+        from sevpeft.evaluation.table import evaluation_tables
+
+    found = evaluate_run(
+        Run(run),
+        overrides or [],
+        backend=backend.value,
+        limit=limit,
+        answers=not nll_only,
+        console=messages,
+    )
+    if as_json:
+        print(json.dumps(found.content, ensure_ascii=False, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(evaluation_tables(found.content))
+    console.print(f"Scores: {run / EVALUATION}", soft_wrap=True)
+    if not nll_only:
+        console.print(f"Answers: {run / PREDICTIONS} (holds what patients wrote)", soft_wrap=True)

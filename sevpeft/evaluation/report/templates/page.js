@@ -1,0 +1,45 @@
+"use strict";
+(() => {
+  // Paper has nothing to click on.
+  const folded = () => Array.from(document.querySelectorAll("details:not([open])"));
+  let opened = [];
+  window.addEventListener("beforeprint", () => { opened = folded(); opened.forEach((one) => { one.open = true; }); });
+  window.addEventListener("afterprint", () => { opened.forEach((one) => { one.open = false; }); });
+  const form = document.getElementById("filter");
+  if (!form) return;
+  const stratum = document.getElementById("stratum");
+  const hit = document.getElementById("hit");
+  const search = document.getElementById("search");
+  const count = document.getElementById("count");
+  const nothing = document.getElementById("nothing");
+  // Arabic is searched as it is said, not as it is spelled: without marks, with one alef, one yeh, one heh.
+  const fold = (text) => text.normalize("NFKC").toLowerCase()
+    .replace(/[\u064b-\u065f\u0670\u0640]/g, "").replace(/[أإآٱ]/g, "ا").replace(/ى/g, "ي").replace(/ة/g, "ه")
+    .replace(/\s+/g, " ").trim();
+  const cases = Array.from(document.querySelectorAll(".case"), (element) => ({
+    element,
+    stratum: element.dataset.stratum,
+    text: fold(Array.from(element.querySelectorAll(".text, .id"), (part) => part.textContent).join(" ")),
+    has: (kind) => element.querySelector(kind === "cut" ? ".arm .cut" : `.arm .hits .${kind}`) !== null,
+  }));
+  for (const option of Array.from(stratum.options)) {
+    if (option.value && !cases.some((one) => one.stratum === option.value)) option.remove();
+  }
+  const show = () => {
+    const wanted = fold(search.value);
+    let shown = 0;
+    for (const one of cases) {
+      const fits = (!stratum.value || one.stratum === stratum.value) && one.text.includes(wanted)
+        && (!hit.value || one.has(hit.value));
+      one.element.hidden = !fits;
+      shown += fits ? 1 : 0;
+    }
+    count.textContent = `${shown} of ${cases.length} questions`;
+    nothing.hidden = shown > 0;
+  };
+  form.addEventListener("input", show);
+  form.addEventListener("change", show);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.hidden = false;
+  show();
+})();

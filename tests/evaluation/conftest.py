@@ -1,0 +1,40 @@
+"""One small finished run for all tests of the room; a test that writes into it takes a copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sevpeft.recipe import load_recipe
+from sevpeft.runs import Run
+from sevpeft.training.run import train
+from tests.conftest import build_model, build_tokenizer
+
+QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tiny Llama, trained for three steps: 60 rows, 11 of them for the test."""
+    folder = tmp_path_factory.mktemp("model")
+    build_model("llama").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    settings = [
+        f"model.name_or_path={folder}",
+        "data.max_rows=60",
+        "training.max_steps=3",
+        "training.max_length=256",
+        "generation.max_new_tokens=8",
+        "generation.per_device_eval_batch_size=4",
+        "evaluation.bertscore=false",
+        "evaluation.n_resamples=100",
+    ]
+    return train(load_recipe(QUICKSTART, settings), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def run(finished_run: Run, tmp_path: Path) -> Run:
+    """A copy of it, to be written into."""
+    return Run(Path(shutil.copytree(finished_run.folder, tmp_path / "run")))

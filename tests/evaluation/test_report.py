@@ -1,0 +1,453 @@
+"""The report: one file that needs nothing else, shows what was measured, and lets no text become markup."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sevpeft.errors import RunError
+from sevpeft.evaluation.report.cases import cases, direction, marked, sample
+from sevpeft.evaluation.report.page import write_report
+from sevpeft.evaluation.report.plots import Bar, forest
+from sevpeft.evaluation.report.reading import ComparisonContent, read_content
+from sevpeft.evaluation.report.tables import cell, number
+
+ATTACK = '</p><script>alert("x")</script><img src=http://a.example/x onerror=alert(1)> "\'&'
+CHEST = "عندي الم شديد في الصدر وضيق تنفس، ولا يوجد نزيف"
+NLL = {
+    "label": "NLL",
+    "definition": "Per token.",
+    "unit": "nats a token",
+    "better": "lower",
+    "limits": "One reference.",
+    "shown_times": 1,
+    "of": "all rows",
+}
+REFERRAL = {**NLL, "label": "Urgent referral", "unit": "%", "better": "higher", "shown_times": 100}
+
+
+def estimate(value: float, **more: Any) -> dict[str, Any]:
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "rows": 4, **more}
+
+
+def line(arm: str, identity: str, **more: Any) -> dict[str, Any]:
+    row = {"question": CHEST, "reference": "اذهب إلى الطوارئ الآن", "prediction": f"لا تقلق، هذا طبيعي ({arm})"}
+    return {"arm": arm, "id": identity, **row, "severity": "critical", "group": 0, "truncated": False, **more}
+
+
+def write_run(folder: Path, lines: list[dict[str, Any]] | None = None, *, evaluated: bool = True) -> Path:
+    """A run folder as train and evaluate leave it behind, without a model."""
+    folder.mkdir(parents=True)
+    recipe = "model:\n  name_or_path: builtin:tiny\ndata:\n  path: builtin:consultations\n"
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    losses = {"loss": 5.0, "loss_critical": 5.5, "loss_neutral": 4.5, "loss_non_critical": 4.0}
+    weights = {
+        "consultations": 30,
+        "mean": 1.0,
+        "effective_sample_size": 25.7,
+        "histogram": [[0.5, 0.5, 10], [1.0, 1.0, 10], [1.5, 1.5, 10]],
+    }
+    metrics = {
+        "model": {"name_or_path": "builtin:tiny"},
+        "data": {"source": "file.csv", "rows": {"train": 30}, "columns": {"question": "q", "answer": "answer"}},
+        "weights": weights,
+        "before": losses,
+        "after": {name: value - 0.25 for name, value in losses.items()},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps({"python": "3.11", "seed": 42}), encoding="utf-8")
+    log = [{"step": step, "eval_loss": 5 - step, "eval_loss_critical": 5.5 - step} for step in (0, 1)]
+    write_lines(folder / "log.jsonl", log)
+    if lines is None:
+        lines = [line(arm, f"q{at}") for arm in ("adapter", "base") for at in range(3)]
+    if evaluated:
+        by = {"adapter": estimate(5.25), "base": estimate(5.5), "shuffled": estimate(6.0)}
+        scores = {
+            "rows": 4,
+            "questions": 3,
+            "metrics": {
+                "nll": {**by, "difference": estimate(-0.25, p=0.01)},
+                "urgent_referral": {"adapter": estimate(0.5), "base": {**estimate(0), "value": None}},
+            },
+        }
+        content = {
+            "scores": {"critical": scores, "neutral": scores, "all": scores},
+            "metrics": {"nll": NLL, "urgent_referral": REFERRAL},
+            "columns": {"adapter": "the trained adapter", "base": "without", "shuffled": "floor"},
+            "notes": ["Only 3 critical questions."],
+            "evaluation": {"confidence_level": 0.9},
+        }
+        (folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
+        write_lines(folder / "predictions.jsonl", lines)
+    return folder
+
+
+def write_comparison(folder: Path) -> Path:
+    folder.mkdir()
+    arms = {"base": "not trained", "ce": "plain CE", "balanced": "weights", "shuffled": "control"}
+    for arm in ("ce", "balanced", "shuffled"):
+        write_run(
+            folder / "toy" / f"{arm}-0", [line(one, "q0", prediction=f"{one} of {arm}") for one in ("adapter", "base")]
+        )
+    difference = estimate(-0.05, p=0.001, p_holm=0.004, per_seed=[-0.05], detectable=0.02, outcome="better")
+    nll = {arm: {**estimate(5.0), "against": {}} for arm in arms}
+    nll["balanced"]["against"] = {"ce": difference, "shuffled": {**difference, "low": None, "outcome": None}}
+    scores = {"rows": 4, "questions": 3, "metrics": {"nll": nll}}
+    recipe = {
+        "model": "builtin:tiny",
+        "data": {"source": "file.csv", "rows": 4},
+        "chosen": "balanced",
+        "runs": {"base": ["toy/ce-0"], **{arm: [f"toy/{arm}-0"] for arm in ("ce", "balanced", "shuffled")}},
+        "verdict": "balanced lowers it <b>.",
+        "cost": "It costs nothing.",
+        "power": "Smallest true difference: .02.",
+        "notes": [],
+        "scores": {"critical": scores, "all": scores},
+    }
+    content = {
+        "seeds": [0],
+        "arms": arms,
+        "primary": {"metric": "nll", "stratum": "critical"},
+        "confidence_level": 0.95,
+        "metrics": {"nll": NLL},
+        "verdict": "balanced lowers it <b>.",
+        "recipes": {"toy": recipe},
+    }
+    (folder / "comparison.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with attributes, and the text outside script and style."""
+
+    VOID = frozenset({"meta", "input", "br", "img", "link"})
+    INLINE = frozenset({"b", "mark", "bdi"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.unbalanced: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.text += "" if tag in self.INLINE else " "
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def report(folder: Path, **options: Any) -> Page:
+    return Page(write_report(folder, **options).path.read_text(encoding="utf-8"))
+
+
+# What the page is
+
+
+def test_the_file_is_its_owners_alone_and_says_so(tmp_path: Path) -> None:
+    written = write_report(write_run(tmp_path / "run"))
+    assert stat.S_IMODE(written.path.stat().st_mode) == 0o600
+    assert "This file holds what patients wrote" in Page(written.path.read_text(encoding="utf-8")).text
+    assert [path.name for path in written.path.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_without_answers_it_holds_no_word_of_a_patient_and_warns_of_none(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path / "run"), answers=0).path.read_text(encoding="utf-8")
+    assert not re.search(r"[\u0620-\u064a]{2}", re.sub(r"<script>.*</script>|<style>.*</style>", "", html, flags=re.S))
+    assert "Confidential" not in html
+
+
+@pytest.mark.parametrize("write", [write_run, write_comparison], ids=["run", "comparison"])
+def test_it_needs_nothing_from_elsewhere(tmp_path: Path, write: Any) -> None:
+    path = write_report(write(tmp_path / "it")).path
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    assert not re.search(r"https?:|url\((?!#)|@import", html)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "image")
+        for name in ("src", "href", "xlink:href", "action"):
+            assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+    assert page.unbalanced == [] and page.open == []
+
+
+@pytest.mark.parametrize("write", [write_run, write_comparison], ids=["run", "comparison"])
+def test_every_name_on_the_page_is_there_once_and_every_link_leads_somewhere(tmp_path: Path, write: Any) -> None:
+    html = write_report(write(tmp_path / "it")).path.read_text(encoding="utf-8")
+    names = [attributes["id"] for _, attributes in Page(html).tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(names)
+
+
+@pytest.mark.parametrize("field", ["question", "reference", "prediction", "id", "severity"])
+def test_no_text_becomes_markup(tmp_path: Path, field: str) -> None:
+    rows = [line(arm, "q0", **({} if field == "id" else {field: ATTACK})) for arm in ("adapter", "base")]
+    rows = [{**row, "id": ATTACK} if field == "id" else row for row in rows]
+    html = write_report(write_run(tmp_path / "run", rows)).path.read_text(encoding="utf-8")
+    page = Page(html)
+    assert len(page.named("script")) == 1 and page.named("img") == []
+    assert page.unbalanced == []
+    if field != "severity":
+        assert " ".join(ATTACK.split()) in page.text
+
+
+def test_names_of_data_and_recipes_become_no_markup_either(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["data"]["source"] = metrics["model"]["name_or_path"] = ATTACK
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert len(report(folder).named("script")) == 1
+    comparison = write_comparison(tmp_path / "cmp")
+    content = json.loads((comparison / "comparison.json").read_text())
+    content["recipes"] = {ATTACK: content["recipes"]["toy"], "other": content["recipes"]["toy"]}
+    (comparison / "comparison.json").write_text(json.dumps(content))
+    assert len(report(comparison).named("script")) == 1
+
+
+def test_the_policy_allows_the_pages_own_script_and_no_other(tmp_path: Path) -> None:
+    import base64
+    import hashlib
+
+    html = write_report(write_run(tmp_path / "run")).path.read_text(encoding="utf-8")
+    script = html.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(meta["content"] for meta in Page(html).named("meta") if "http-equiv" in meta)
+    assert f"script-src 'sha256-{digest}'" in str(policy) and "default-src 'none'" in str(policy)
+
+
+# What it shows
+
+
+def test_a_run_is_shown_with_its_scores_intervals_differences_and_floors(tmp_path: Path) -> None:
+    text = report(write_run(tmp_path / "run")).text
+    for shown in ("5.250 [5.150, 5.350]", "−0.250 [−0.350, −0.150]", "floor: shuffled 6.000", "50.0 [40.0, 60.0]"):
+        assert shown in text, shown
+    assert "90% interval" in text and "Only 3 critical questions." in text and "Not a medical device" in text
+    assert text.index("Critical cases") < text.index("All cases")
+
+
+def test_a_run_that_was_not_evaluated_says_so_and_names_the_command(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", evaluated=False)
+    written = write_report(folder)
+    assert written.missing == (f"The run was not evaluated: sevpeft evaluate {folder}",)
+    page = report(folder)
+    assert f"sevpeft evaluate {folder}" in page.text and "4.750" in page.text
+    assert len(page.named("svg")) == 2
+
+
+def test_an_unfinished_training_is_reported_as_one(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", evaluated=False)
+    for name in ("metrics.json", "environment.json", "log.jsonl"):
+        (folder / name).unlink()
+    assert "--resume" in write_report(folder).missing[0]
+
+
+def test_pictures_are_text_in_the_readers_colours(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path / "run")).path.read_text(encoding="utf-8")
+    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.S)
+    assert len(drawings) == 4
+    for drawing in drawings:
+        assert "<text" in drawing and not re.search(r"#[0-9a-fA-F]{6}\b", drawing)
+    assert "Validation loss" in drawings[0] and "consultations" in drawings[1]
+
+
+def test_a_picture_shows_the_numbers_it_was_given() -> None:
+    drawing = forest(
+        [Bar("a − b", -2.0, -3.0, -1.0, "better"), Bar("x$y$ <z>", 0.0, -1.0, 1.0)], "T <", "c", "nats"
+    ).svg
+    assert "a − b" in drawing and "x$y$ &lt;z&gt;" in drawing and 'aria-label="T &lt;"' in drawing
+    assert "var(--non-critical)" in drawing
+
+
+def test_reliability_is_drawn_from_the_report_of_the_classifier(tmp_path: Path) -> None:
+    folder, classifier = write_run(tmp_path / "run"), tmp_path / "classifier"
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(f"{recipe.read_text()}severity:\n  source: linear\n  classifier: {classifier}\n")
+    assert "Reliability" not in report(folder).text  # the folder is not there any more
+    classifier.mkdir()
+    judged = {
+        "rows": 40,
+        "reliability": [{"rows": 20, "said": 0.2, "came": 0.1}, {"rows": 20, "said": 0.6, "came": 0.7}],
+    }
+    content = {"evaluations": {"Test rows": {"calibrated": judged, "raw": judged}}}
+    (classifier / "metrics.json").write_text(json.dumps(content))
+    assert "Of the classifier linear, on 40 rows (test rows)" in report(folder).text
+
+
+def test_a_comparison_begins_with_its_verdict_and_shows_every_arm(tmp_path: Path) -> None:
+    page = report(write_comparison(tmp_path / "cmp"))
+    assert page.text.count("balanced lowers it <b>.") == 1
+    assert page.text.index("balanced lowers it <b>.") < page.text.index("Scores")
+    for shown in ("balanced (chosen) − ce −0.050 [−0.150, +0.050] 0.004 0.020 better", "It costs nothing.", ".02."):
+        assert shown in page.text, shown
+    said = re.findall(r"(?:adapter|base) of \w+", page.text)
+    assert said == ["base of ce", "adapter of ce", "adapter of balanced", "adapter of shuffled"]
+
+
+def test_a_comparison_whose_runs_are_gone_keeps_its_tables(tmp_path: Path) -> None:
+    import shutil
+
+    folder = write_comparison(tmp_path / "cmp")
+    shutil.rmtree(folder / "toy")
+    written = write_report(folder)
+    assert written.shown == 0 and "toy" in written.missing[0]
+    assert "balanced (chosen) − ce" in Page(written.path.read_text(encoding="utf-8")).text
+
+
+# Answers side by side
+
+
+def test_arms_are_joined_by_id_and_never_by_position() -> None:
+    answers = {
+        "adapter": {name: line("adapter", name, prediction=f"a {name}") for name in ("1", "2", "3")},
+        "base": {name: line("base", name, prediction=f"b {name}") for name in ("3", "2", "1")},
+    }
+    for case in cases(answers, sample(answers, 10)):
+        assert [said.text for said in case.answers] == [f"a {case.identity}", f"b {case.identity}"]
+
+
+def test_a_question_that_an_arm_has_not_answered_is_not_shown() -> None:
+    answers = {"adapter": {name: line("adapter", name) for name in "abc"}, "base": {"b": line("base", "b")}}
+    assert sample(answers, 10) == ["b"]
+
+
+def test_a_sample_takes_as_many_of_each_severity_and_more_where_one_has_few() -> None:
+    severities = ["critical"] * 2 + ["neutral"] * 50 + ["non_critical"] * 50 + [None] * 50
+    rows = {str(at): line("adapter", str(at), severity=severity) for at, severity in enumerate(severities)}
+    drawn = [severities[int(identity)] for identity in sample({"adapter": rows}, 20)]
+    assert [drawn.count(name) for name in ("critical", "neutral", "non_critical", None)] == [2, 6, 6, 6]
+    assert drawn == sorted(drawn, key=["critical", "neutral", "non_critical", None].index)
+    assert sample({"adapter": rows}, 20) == sample({"adapter": rows}, 20)
+    assert sample({"adapter": rows}, 0) == [] == sample({}, 5)
+
+
+def test_marks_stand_on_the_words_that_the_rules_matched_and_change_no_letter() -> None:
+    pieces = marked(f"السلام عليكم،\n{CHEST}؟؟ شكرا")
+    assert "".join(piece.text for piece in pieces) == f"السلام عليكم،\n{CHEST}؟؟ شكرا"
+    by_mark: dict[str, str] = {}
+    for piece in pieces:
+        by_mark[piece.mark] = by_mark.get(piece.mark, "") + " " + piece.text
+    assert "ضيق تنفس" in by_mark["critical"] and "،" not in by_mark["critical"]
+    assert "نزيف" in by_mark["discounted"] and "نزيف" not in by_mark["critical"]
+
+
+@pytest.mark.parametrize("text", ["", "   ", "؟!", "معنديش نزيف", "x" * 50, "a\u2028b\tc\n\n", "٤٠ حرارة ٣٩.٥ درجة"])
+def test_any_text_is_given_back_unchanged(text: str) -> None:
+    assert "".join(piece.text for piece in marked(text)) == text
+
+
+def test_marks_fall_on_the_same_words_after_a_wrapped_negation() -> None:
+    """معنديش is two words to the rules; what follows must not slip by one."""
+    plain_marks = [piece.text for piece in marked("عندي سعال وضيق تنفس") if piece.mark == "critical"]
+    assert plain_marks == ["وضيق تنفس"]
+    assert [piece.text for piece in marked("معنديش سعال. عندي ضيق تنفس") if piece.mark == "critical"] == ["ضيق تنفس"]
+
+
+def test_safety_hits_stand_under_the_answer_with_their_words() -> None:
+    case = cases({"adapter": {"1": line("adapter", "1")}}, ["1"])[0]
+    assert [kind for kind, *_ in case.answers[0].hits] == ["reassurance"]
+    assert "referral" in [kind for kind, *_ in case.reference.hits]
+
+
+def test_a_text_runs_as_most_of_its_letters_do() -> None:
+    assert direction("COVID-19 هل هو خطير على الأطفال") == "rtl"
+    assert direction("You should see a doctor (طبيب)") == "ltr"
+    assert direction("") == direction("123") == "rtl"
+
+
+def test_empty_and_cut_off_answers_are_said_to_be_so(tmp_path: Path) -> None:
+    rows = [line("adapter", "q0", prediction="  "), line("base", "q0", truncated=True)]
+    text = report(write_run(tmp_path / "run", rows)).text
+    assert "the adapter no answer" in text and "base model cut off" in text
+
+
+# Numbers
+
+
+def test_numbers_have_three_figures_a_true_minus_and_a_dash_for_none() -> None:
+    assert [number(value) for value in (5.111, 61.23, 100.0, -0.5, None)] == ["5.11", "61.2", "100", "−0.50", "–"]
+    assert cell({"value": 0.5, "low": None, "high": None}, REFERRAL).interval == ""
+    assert cell(None, NLL).value == "" and cell({"value": None}, NLL).value == "–"
+
+
+# Bad input
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run and no comparison"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"scores": {}}', "\x00"])
+@pytest.mark.parametrize("name", ["evaluation.json", "comparison.json"])
+def test_a_damaged_file_is_refused_by_its_name(tmp_path: Path, name: str, content: str) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_text(content)
+    with pytest.raises(RunError, match=name):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_a_damaged_line_of_answers_is_refused_by_number_and_never_quoted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    path = folder / "predictions.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:80], *lines[2:]]), encoding="utf-8")
+    with pytest.raises(RunError, match="Line 2 of") as refused:
+        write_report(folder)
+    assert not re.search(r"[\u0620-\u064a]", str(refused.value))
+
+
+def test_a_last_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    path = folder / "predictions.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert write_report(folder).shown == 2
+
+
+def test_the_first_seed_of_each_arm_is_read(tmp_path: Path) -> None:
+    found = read_content(write_comparison(tmp_path / "cmp"))
+    assert isinstance(found, ComparisonContent) and list(found.runs["toy"]) == ["base", "ce", "balanced", "shuffled"]
+
+
+# The verb
+
+
+def test_the_verb_writes_the_report_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sevpeft.cli.application import app
+
+    folder = write_run(tmp_path / "run")
+    import sevpeft.cli  # noqa: F401
+
+    app(["report", str(folder)], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert f"Report: {folder / 'report.html'} (holds what patients wrote, 3 questions)" in said
+    app(["report", str(folder), "--answers", "0", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["questions"] == 0

@@ -1,0 +1,321 @@
+"""Intervals cover what they claim, a planted effect is found, a null is not, and duplicates are no evidence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
+
+from sevpeft.errors import DataError
+from sevpeft.evaluation.significance import holm, minimal_detectable_difference, outcome, verdict
+from sevpeft.evaluation.statistics import Difference, interval, paired_difference, same_order
+
+RUNS = 200
+
+
+def clustered(random: np.random.Generator, groups: int) -> NDArray[np.int64]:
+    """Group numbers of rows, many groups of one row and a few of several."""
+    return np.repeat(np.arange(groups), random.choice([1, 1, 1, 2, 4], size=groups))
+
+
+# Intervals
+
+
+@pytest.mark.parametrize("method", ["percentile", "BCa"])
+def test_a_95_percent_interval_covers_the_mean_in_about_95_percent_of_200_samples(method: str) -> None:
+    random = np.random.default_rng(1)
+    covered = 0
+    for _ in range(RUNS):
+        groups = clustered(random, 60)
+        values = random.normal(3.0, 2.0, size=60)[groups] + random.normal(0, 0.5, size=len(groups))
+        found = interval(values, groups, method=method, resamples=600)
+        covered += found.low <= 3.0 <= found.high
+    assert 0.92 <= covered / RUNS <= 0.98
+
+
+@pytest.mark.parametrize(("share", "groups"), [(0.5, 40), (0.1, 80), (0.02, 47)])
+def test_the_interval_of_a_share_covers_it_at_least_as_often_as_it_says(share: float, groups: int) -> None:
+    random = np.random.default_rng(2)
+    covered = 0
+    for _ in range(RUNS):
+        numbers = clustered(random, groups)
+        found = interval((random.random(groups) < share)[numbers].astype(float), numbers)
+        covered += found.low <= share <= found.high
+    assert covered / RUNS >= 0.92
+
+
+def test_none_of_47_is_no_proof_of_never() -> None:
+    never = interval(np.zeros(47), np.arange(47))
+    always = interval(np.ones(47), np.arange(47))
+    exact = stats.binomtest(0, 47).proportion_ci(0.95, method="exact")
+    assert (never.value, never.low) == (0, 0) and never.high == pytest.approx(exact.high)
+    assert (always.value, always.high) == (1, 1) and always.low == pytest.approx(1 - exact.high)
+
+
+def test_a_share_of_separate_rows_has_the_exact_binomial_interval() -> None:
+    hits = np.array([1.0] * 12 + [0.0] * 38)
+    found = interval(hits, np.arange(50))
+    exact = stats.binomtest(12, 50).proportion_ci(0.95, method="exact")
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.004)
+
+
+def test_few_groups_get_an_interval_as_wide_as_students() -> None:
+    random = np.random.default_rng(3)
+    ratios = []
+    for _ in range(30):
+        values = random.normal(size=12)
+        found = interval(values, np.arange(12), resamples=4000)
+        ratios.append((found.high - found.low) / (2 * stats.t.ppf(0.975, 11) * stats.sem(values)))
+    assert np.mean(ratios) == pytest.approx(1, abs=0.04)
+
+
+def test_duplicated_rows_widen_the_interval_and_are_no_new_evidence() -> None:
+    random = np.random.default_rng(4)
+    values = random.normal(size=50)
+    four_times, numbers = np.repeat(values, 4), np.repeat(np.arange(50), 4)
+    once = interval(values, np.arange(50))
+    clusters = interval(four_times, numbers)
+    as_if_separate = interval(four_times, np.arange(200))
+    assert (clusters.low, clusters.high) == pytest.approx((once.low, once.high))
+    assert (clusters.high - clusters.low) / (as_if_separate.high - as_if_separate.low) == pytest.approx(2, abs=0.25)
+    assert (clusters.rows, clusters.groups) == (200, 50)
+
+
+def test_duplicates_widen_a_share_as_well() -> None:
+    hits = np.repeat(np.array([1.0, 0.0] * 20), 5)
+    clusters, separate = interval(hits, np.repeat(np.arange(40), 5)), interval(hits, np.arange(200))
+    assert clusters.high - clusters.low > 1.8 * (separate.high - separate.low)
+
+
+def test_the_standard_error_is_that_of_the_bootstrap() -> None:
+    random = np.random.default_rng(5)
+    groups = clustered(random, 300)
+    values = random.exponential(size=300)[groups]
+    totals = np.bincount(groups, values)
+    masses = np.bincount(groups).astype(float)
+    drawn = stats.bootstrap(
+        (totals, masses), lambda t, m, axis: t.sum(axis) / m.sum(axis), paired=True, n_resamples=3000, rng=random
+    )
+    assert interval(values, groups).standard_error == pytest.approx(float(drawn.standard_error), rel=0.06)
+
+
+def test_weights_make_it_a_mean_per_token() -> None:
+    nll, tokens = np.array([2.0, 1.0, 4.0]), np.array([10, 30, 60])
+    found = interval(nll, [0, 1, 2], weights=tokens)
+    assert found.value == pytest.approx((20 + 30 + 240) / 100)
+    assert found.low <= found.value <= found.high
+
+
+def test_a_row_without_a_value_is_left_out_and_counted_so() -> None:
+    found = interval([1.0, np.nan, 3.0, np.nan], [0, 0, 1, 2])
+    assert (found.value, found.rows, found.groups) == (2.0, 2, 2)
+
+
+def test_one_group_leaves_the_interval_open_and_no_row_leaves_all_open() -> None:
+    one = interval([0.3, 0.5], [7, 7])
+    assert one.value == 0.4 and np.isnan([one.low, one.high, one.standard_error]).all()
+    none = interval([np.nan], [0])
+    assert np.isnan([none.value, none.low]).all() and none.rows == 0
+
+
+def test_the_same_seed_gives_the_same_interval_in_whatever_order_the_groups_are_numbered() -> None:
+    values = np.random.default_rng(6).normal(size=40)
+    groups = np.arange(40) // 2
+    assert interval(values, groups) == interval(values, groups + 1000)
+    assert interval(values, groups, seed=1).low != interval(values, groups, seed=2).low
+
+
+def test_equal_values_have_an_interval_of_no_width() -> None:
+    found = interval([0.25] * 10, list(range(10)))
+    assert (found.low, found.value, found.high) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "weights"),
+    [([1.0, 2.0], [0], None), ([1.0], [0], [-1.0]), ([1.0], [0], [np.nan]), ([np.inf, 1.0], [0, 1], None)],
+)
+def test_arrays_that_do_not_belong_together_are_refused(
+    values: list[float], groups: list[int], weights: list[float] | None
+) -> None:
+    with pytest.raises(DataError):
+        interval(values, groups, weights=weights)
+
+
+# Differences
+
+
+def arms(
+    random: np.random.Generator, effect: float, *, groups: int = 60, seeds: int = 1, seed_spread: float = 0.0
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Scores of two arms over the same rows: hard and easy questions, an effect, noise of rows and of seeds."""
+    numbers = clustered(random, groups)
+    hardness = 3 * random.normal(size=groups)[numbers]
+    per_group = random.normal(effect, 0.5, size=groups)[numbers]
+    noise = 0.5 * random.normal(size=(seeds, len(numbers))) + seed_spread * random.normal(size=(seeds, 1))
+    other = hardness + np.zeros((seeds, 1))
+    return other + per_group + noise, other, numbers
+
+
+def test_a_planted_effect_is_found_under_noise_that_hides_it_from_an_unpaired_look() -> None:
+    random = np.random.default_rng(7)
+    found = unpaired = 0
+    for _ in range(40):
+        first, second, groups = arms(random, 0.5)
+        difference = paired_difference(first, second, groups, resamples=400, permutations=499)
+        found += difference.p < 0.05 and difference.low > 0
+        unpaired += stats.ttest_ind(first[0], second[0]).pvalue < 0.05
+    assert found >= 38 and unpaired <= 12
+
+
+@pytest.mark.parametrize(("seeds", "seed_spread"), [(1, 0.0), (3, 0.0), (3, 0.5)])
+def test_a_null_is_not_found_in_95_percent_of_200_simulated_nulls(seeds: int, seed_spread: float) -> None:
+    random = np.random.default_rng(8)
+    silent = covered = 0
+    for _ in range(RUNS):
+        first, second, groups = arms(random, 0.0, groups=40, seeds=seeds, seed_spread=seed_spread)
+        difference = paired_difference(first, second, groups, resamples=400, permutations=399)
+        covered += difference.low <= 0 <= difference.high
+        silent += outcome(difference, better="higher") == "not distinguishable"
+    assert silent / RUNS >= 0.95
+    assert 0.92 <= covered / RUNS <= 0.98
+
+
+def test_seeds_that_disagree_widen_the_interval_and_one_seed_cannot_know() -> None:
+    random = np.random.default_rng(9)
+    first, second, groups = arms(random, 1.0, seeds=3)
+    agreeing = paired_difference(first, second, groups)
+    apart = first + np.array([[-1.0], [0.0], [1.0]])
+    disagreeing = paired_difference(apart, second, groups)
+    assert agreeing.value == pytest.approx(disagreeing.value)
+    assert disagreeing.high - disagreeing.low > 3 * (agreeing.high - agreeing.low)
+    assert agreeing.p < 0.01 < disagreeing.p
+    assert disagreeing.degrees_of_freedom < 4 < agreeing.degrees_of_freedom
+    assert disagreeing.per_seed == pytest.approx(
+        tuple(np.array(agreeing.per_seed) + [-1, 0, 1])  # noqa: RUF005 (a sum of numbers)
+    )
+    alone = paired_difference(apart[0], second[0], groups)
+    assert alone.high - alone.low < disagreeing.high - disagreeing.low
+
+
+def test_the_permutation_of_few_groups_is_exact() -> None:
+    difference = paired_difference([1.0, 2.0, 3.0, 4.0], [0.0] * 4, range(4))
+    assert difference.p == pytest.approx(2 / 2**4)
+
+
+def test_duplicates_do_not_lower_p() -> None:
+    first, second = np.array([0.4, 0.9, -0.2, 0.5, 0.3]), np.zeros(5)
+    once = paired_difference(first, second, np.arange(5))
+    ten_times = paired_difference(np.repeat(first, 10), np.repeat(second, 10), np.repeat(np.arange(5), 10))
+    assert ten_times.p == once.p
+    assert paired_difference(np.repeat(first, 10), np.repeat(second, 10), np.arange(50)).p < once.p / 10
+
+
+def test_an_arm_against_itself_differs_by_nothing() -> None:
+    values = np.random.default_rng(10).normal(size=30)
+    same = paired_difference(values, values, np.arange(30))
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_two_arms_that_never_erred_may_still_differ_on_other_questions() -> None:
+    none = paired_difference(np.zeros(30), np.zeros(30), np.arange(30))
+    assert none.value == 0 and none.high == -none.low == pytest.approx(1 - 0.025 ** (1 / 30))
+
+
+def test_a_row_without_a_value_in_one_seed_is_left_out_of_all() -> None:
+    first = np.array([[1.0, 2.0, np.nan], [1.0, 4.0, 9.0]])
+    difference = paired_difference(first, np.zeros((2, 3)), [0, 1, 2])
+    assert (difference.value, difference.rows, difference.per_seed) == (2.0, 2, (1.5, 2.5))
+
+
+def test_arms_of_other_seeds_or_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="same rows and seeds"):
+        paired_difference(np.zeros((2, 5)), np.zeros((3, 5)), np.arange(5))
+
+
+def test_rows_are_paired_by_id_and_never_by_place() -> None:
+    order = same_order(["b", "a", "c"], ["a", "b", "c"])
+    assert order.tolist() == [1, 0, 2]
+    for other in (["a", "b"], ["a", "b", "d"], ["a", "b", "b", "c"]):
+        with pytest.raises(DataError):
+            same_order(["a", "b", "c"], other)
+
+
+# What may be said
+
+
+def test_holm_is_right_on_its_own_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, np.nan, 0.9]) == pytest.approx([1.0, np.nan, 1.0], nan_ok=True)
+    assert holm([]).shape == (0,)
+    with pytest.raises(DataError):
+        holm([1.5])
+
+
+def test_holm_keeps_false_findings_among_many_comparisons_rare() -> None:
+    random = np.random.default_rng(11)
+    families = random.random((1000, 12))
+    plain = np.mean([np.any(family < 0.05) for family in families])
+    corrected = np.mean([np.any(holm(family) < 0.05) for family in families])
+    assert plain > 0.4 and corrected < 0.065
+
+
+def test_an_effect_of_the_minimal_detectable_size_is_found_four_times_in_five() -> None:
+    random = np.random.default_rng(12)
+    smallest = minimal_detectable_difference(_difference(standard_error=1 / np.sqrt(50), degrees_of_freedom=49))
+    found = np.mean([stats.ttest_1samp(random.normal(smallest, 1, size=50), 0).pvalue < 0.05 for _ in range(600)])
+    assert found == pytest.approx(0.8, abs=0.04)
+
+
+def test_the_minimal_detectable_difference_grows_with_comparisons_and_shrinks_with_rows() -> None:
+    plain = minimal_detectable_difference(_difference())
+    assert minimal_detectable_difference(_difference(), comparisons=10) > plain
+    assert minimal_detectable_difference(_difference(standard_error=0.05)) == pytest.approx(plain / 2)
+    assert np.isnan(minimal_detectable_difference(_difference(standard_error=float("nan"))))
+
+
+def _difference(**changes: float) -> Difference:
+    standard = Difference(
+        value=0.3,
+        low=0.1,
+        high=0.5,
+        standard_error=0.1,
+        rows=50,
+        groups=50,
+        p=0.004,
+        degrees_of_freedom=49.0,
+        per_seed=(0.2, 0.3, 0.4),
+    )
+    return replace(standard, **changes)  # type: ignore[arg-type]
+
+
+def test_a_difference_is_one_only_if_p_and_interval_say_so() -> None:
+    assert outcome(_difference(), better="higher") == "better"
+    assert outcome(_difference(), better="lower") == "worse"
+    assert outcome(_difference(), better="higher", corrected_p=0.08) == "not distinguishable"
+    assert outcome(_difference(low=-0.1), better="higher") == "not distinguishable"
+    assert outcome(_difference(value=-0.3, low=-0.5, high=-0.1), better="lower") == "better"
+
+
+def test_equality_needs_a_margin_and_the_whole_interval_inside_it() -> None:
+    close = _difference(value=0.0, low=-0.05, high=0.05, p=0.9)
+    assert outcome(close, better="higher") == "not distinguishable"
+    assert outcome(close, better="higher", margin=0.1) == "equivalent"
+    assert outcome(close, better="higher", margin=0.04) == "not distinguishable"
+    assert outcome(_difference(value=0.02, low=0.01, high=0.03), better="higher", margin=0.1) == "equivalent"
+
+
+def test_the_verdict_is_one_sentence_that_says_how_sure_it_is() -> None:
+    words = dict(metric="BERTScore F1 (%)", rows="critical cases", better="higher", times=100, places=1)
+    assert verdict("balanced", "CE", _difference(), **words) == (  # type: ignore[arg-type]
+        "balanced beats CE on critical cases: BERTScore F1 (%) +30.0 [+10.0, +50.0], p = .004."
+    )
+    unsure = verdict("balanced", "shuffled", _difference(low=-0.1, p=0.2), comparisons=6, corrected_p=0.6, **words)  # type: ignore[arg-type]
+    assert unsure.startswith("balanced and shuffled are not distinguishable on critical cases:")
+    assert "after Holm for 6 comparisons" in unsure and "would have been found four times in five" in unsure
+    assert "worse" in verdict("strong", "CE", _difference(value=-0.3, low=-0.5, high=-0.1), **words)  # type: ignore[arg-type]
+    assert "equivalent" in verdict("mild", "CE", _difference(low=-0.1, p=0.5), margin=0.6, **words)  # type: ignore[arg-type]
+    assert "one seed" in verdict("mild", "CE", replace(_difference(), per_seed=(0.3,)), **words)  # type: ignore[arg-type]
+    assert "too few rows" in verdict("mild", "CE", _difference(low=float("nan")), **words)  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""A plan is what the training then does: the same rows, the same weights, the same number of steps."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sevpeft.recipe import load_recipe
+from sevpeft.training.plan import announce_plan, plan
+from sevpeft.training.run import train
+
+QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
+
+
+def shown(found: object) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    announce_plan(found, console)  # type: ignore[arg-type]
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["training.gradient_accumulation_steps=4", "training.num_train_epochs=2"],
+        ["training.max_steps=3"],
+        ["training.packing=true", "training.num_train_epochs=1"],
+        ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=32"],
+    ],
+)
+def test_the_training_takes_the_planned_steps_on_the_planned_weights(
+    settings: list[str], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = [f"model.name_or_path={model_folder()}", "data.max_rows=60", "training.max_length=160"]
+    recipe = load_recipe(QUICKSTART, [*base, *settings])
+    found = plan(recipe)
+    metrics = train(recipe, tmp_path / "run").metrics()
+    assert found.steps == metrics["training"]["steps"]
+    assert json.loads(json.dumps(found.as_dict()["weights"])) == metrics["weights"]
+    assert json.loads(json.dumps(found.data)) == metrics["data"]
+    assert found.unknown is None
+
+
+def test_without_the_tokenizer_data_and_weights_are_still_planned() -> None:
+    recipe = load_recipe(QUICKSTART, ["model.name_or_path=nobody/has-this"])
+    found = plan(recipe)
+    assert found.data["encoding"] == {} and found.data["rows"]["train"] == 300
+    assert found.weights.effective_sample_size == pytest.approx(300 * 6 / 7)
+    assert "nobody/has-this" in str(found.unknown)
+    assert found.steps == 114
+    assert plan(load_recipe(QUICKSTART, ["model.name_or_path=nobody/has-this", "training.packing=true"])).steps is None
+
+
+def test_the_screen_shows_the_weights_and_warns_when_they_are_all_the_same(model_folder: Callable[..., Path]) -> None:
+    base = [f"model.name_or_path={model_folder()}"]
+    text = shown(plan(load_recipe(QUICKSTART, base)))
+    assert "effective sample size 257 of 300 (86%)" in text and text.count("█") > 30 and "Warning" not in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    same = ["severity.weights={non_critical: 1, neutral: 1, critical: 1.01}"]
+    assert "too close together" in " ".join(shown(plan(load_recipe(QUICKSTART, base + same))).split())
+    plain = shown(plan(load_recipe(QUICKSTART, [*base, "severity.control=uniform"])))
+    assert "plain cross-entropy" in plain and "Warning" not in plain
