@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 
 import sevpeft.data.hub
-import sevpeft.data.sources
+import sevpeft.data.tables
 import sevpeft.modeling.tiny
 import sevpeft.runs
 from sevpeft.cli import main
@@ -406,7 +406,7 @@ def test_a_full_cache_is_named_and_left_clean(
 
     monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path / "cache"))
     if kind == "tables":
-        monkeypatch.setattr(sevpeft.data.sources, "_write_rows", full)
+        monkeypatch.setattr(sevpeft.data.tables, "_write_rows", full)
         model = str(model_folder())
     else:
         monkeypatch.setattr(sevpeft.modeling.tiny, "make_tiny_model", full)
@@ -537,7 +537,7 @@ def test_ctrl_c_before_training_leaves_nothing(
         raise KeyboardInterrupt
 
     module, name = {
-        "data": (sevpeft.data.sources, "canonical_rows"),
+        "data": (sevpeft.data.tables, "canonical_rows"),
         "model": (sevpeft.modeling.tiny, "make_tiny_model"),
         "trainer": (SeveritySFTTrainer, "__init__"),
     }[moment]

@@ -208,8 +208,8 @@ def test_labels_that_follow_the_place_are_found_by_the_row_number_and_not_when_b
     plain = build_examples(270, noise=1.0)
     labels = np.arange(270) * 9 // 270 % 3
     examples = Examples(plain.questions, labels, plain.groups, plain.rows, np.repeat(["a", "b", "c"], 90))
-    random = evaluated(out_of_fold(examples, grouped_folds(examples), linear), "folds")
-    held = evaluated(out_of_fold(examples, block_folds(examples), linear), "blocks")
+    random = evaluated(out_of_fold(examples, grouped_folds(examples), linear, calibration_share=0.2), "folds")
+    held = evaluated(out_of_fold(examples, block_folds(examples), linear, calibration_share=0.2), "blocks")
     assert random.baselines["row number"].figures["accuracy"].value > 0.85
     assert held.baselines["row number"].figures["accuracy"].value < 0.5
     assert random.calibrated.figures["accuracy"].value < 0.5
@@ -217,7 +217,8 @@ def test_labels_that_follow_the_place_are_found_by_the_row_number_and_not_when_b
 
 
 def test_the_same_seed_gives_the_same_probabilities(examples: Examples) -> None:
-    one, same = (out_of_fold(examples, grouped_folds(examples, seed=3), linear, seed=3) for _ in range(2))
+    folds = grouped_folds(examples, seed=3)
+    one, same = (out_of_fold(examples, folds, linear, seed=3, calibration_share=0.2) for _ in range(2))
     np.testing.assert_array_equal(one.calibrated, same.calibrated)
     np.testing.assert_array_equal(one.baselines["shuffled"], same.baselines["shuffled"])
 
