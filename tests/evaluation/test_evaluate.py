@@ -22,6 +22,7 @@ from sevpeft.errors import Interrupted, ModelError, RunError, UsageError
 from sevpeft.evaluation import row_work, scoring
 from sevpeft.evaluation.evaluate import evaluate
 from sevpeft.evaluation.metrics import METRICS
+from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.evaluation.table import evaluation_tables
 from sevpeft.runs import Run
 
@@ -83,6 +84,16 @@ def test_every_row_is_answered_by_both_arms_and_scored_beside_floors(run: Run) -
     assert stored == json.loads(json.dumps(found.content))
     by_row = {(row["column"], row["id"]): row for row in lines(run, "scores.jsonl")}
     assert by_row["base", found.rows.ids[3]]["chrf"] == found.scores["base"]["chrf"][3]
+
+
+def test_the_shuffled_reference_is_of_another_question_and_of_the_same_severity_where_that_can_be() -> None:
+    groups, strata = np.array([0, 0, 1, 2, 3, 4, 5, 5]), np.array([2, 2, 2, 2, 1, 1, 0, 0])
+    names = [f"جواب {n}" for n in range(8)]
+    rows = EvaluationRows(names, names, names, None, strata, groups, "test", "")
+    for seed in range(5):
+        of = [names.index(text) for text in scoring.strangers(rows, seed)]
+        assert all(groups[at] != groups[n] for n, at in enumerate(of))
+        assert all(strata[at] == strata[n] for n, at in enumerate(of) if n < 6)
 
 
 def test_a_finished_evaluation_is_not_computed_again_and_a_sample_is_gone_on_from(run: Run, counted: list[str]) -> None:

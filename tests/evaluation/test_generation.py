@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -175,12 +176,16 @@ def test_the_model_s_own_generation_settings_stay_outside(prompt: Prompt) -> Non
 
 def test_a_repetition_penalty_is_used_and_padding_is_nothing_that_was_said(prompt: Prompt) -> None:
     model = build_model("qwen2")
-    prompt.tokenizer.pad_token_id, before = said(model, prompt)["row-0"].token_ids[0], prompt.tokenizer.pad_token_id
-    penalised = dataclasses.replace(GREEDY, repetition_penalty=5.0)
-    together = said(model, prompt, penalised)
-    assert together == said(model, prompt, dataclasses.replace(penalised, per_device_eval_batch_size=1))
-    prompt.tokenizer.pad_token_id = before
-    assert together != said(model, prompt)
+    free = said(model, prompt)
+    # Padded with what the model wants to say, which would be penalised in the rows that are padded.
+    wanted = free["row-8"].token_ids[0]
+    tokenizer = copy.deepcopy(prompt.tokenizer)
+    tokenizer.pad_token_id = wanted
+    padded = dataclasses.replace(prompt, tokenizer=tokenizer)
+    penalised = dataclasses.replace(GREEDY, repetition_penalty=50.0)
+    together = said(model, padded, penalised)
+    assert together == said(model, padded, dataclasses.replace(penalised, per_device_eval_batch_size=1))
+    assert together["row-8"].token_ids[0] == wanted and together != free
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bloom", "lfm2"])
