@@ -106,6 +106,8 @@ def generate(
     try:
         with _own_settings(model):
             together: Together = "none" if size == 1 else answered_together(model, pad_id, prompt.end_id)
+            if together == "any" and settings.repetition_penalty != 1:
+                together = "one length"  # padding would be taken for something that was said
             while order:
                 batch = next_batch(order, lengths, size, together)
                 asked, ids = [prompts[i] for i in batch], [rows.ids[i] for i in batch]
