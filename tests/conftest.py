@@ -86,6 +86,9 @@ def _quiet_and_repeatable() -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tables of one test must not answer another one; the toy model is made once for all."""
     monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path_factory.getbasetemp() / "sevpeft-cache"))
+    # `datasets` puts a copy in the place of os.environ when it maps with several processes, and rich goes on reading
+    # the old one: a later test that sets COLUMNS would not be heard.
+    monkeypatch.setattr(os, "environ", os.environ)
     yield
 
 
