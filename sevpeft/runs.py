@@ -68,16 +68,6 @@ class Run:
     def update_metrics(self, **parts: Any) -> None:
         self.write_json("metrics.json", {**self.metrics(), **parts})
 
-    def remove_unfinished(self) -> None:
-        """Takes away what a kill or a full disk cut off: it would be resumed from, and it holds the space."""
-        for checkpoint in self.checkpoints.glob("checkpoint-*"):
-            try:
-                # The trainer writes this file last.
-                json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                shutil.rmtree(checkpoint, ignore_errors=True)
-        shutil.rmtree(self.unfinished_adapter, ignore_errors=True)
-
     def append_log(self, entry: dict[str, Any]) -> None:
         """Adds one line to log.jsonl and hands it to the operating system."""
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:

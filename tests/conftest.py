@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,8 +29,17 @@ SENTENCES = [
 
 VOCABULARY = 512
 
+_SHAPE = dict(
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
+_TWO_KINDS = ["sliding_attention", "full_attention"]
 # Real configuration classes at the smallest sizes at which every layer kind of the architecture is there.
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": dict(n_embd=48, n_layer=2, n_head=4, n_positions=256),
     "bloom": dict(hidden_size=48, n_layer=2, n_head=4),
     "lfm2": dict(
@@ -41,17 +51,35 @@ ARCHITECTURES = {
         layer_types=["conv", "full_attention", "conv", "full_attention"],
         block_auto_adjust_ff_dim=False,
     ),
-    **{
-        name: dict(
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-        )
-        for name in ("qwen2", "qwen3", "llama", "mistral")
-    },
+    **{name: _SHAPE for name in ("qwen2", "qwen3", "llama", "mistral", "jais2")},
+    # The scale and the caps of the logits are ones at which leaving them out shows.
+    "cohere2": dict(_SHAPE, layer_types=_TWO_KINDS, sliding_window=64, logit_scale=4.0),
+    "gemma2": dict(_SHAPE, layer_types=_TWO_KINDS, sliding_window=64, head_dim=16, final_logit_softcapping=0.3),
+    "gemma3_text": dict(_SHAPE, layer_types=_TWO_KINDS, sliding_window=64, head_dim=16),
+    "gemma3": dict(
+        text_config=dict(_SHAPE, layer_types=_TWO_KINDS, sliding_window=64, head_dim=16),
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            vision_use_head=False,
+        ),
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+    ),
+    "falcon_h1": dict(
+        _SHAPE,
+        mamba_d_ssm=48,
+        mamba_n_heads=4,
+        mamba_d_head=12,
+        mamba_d_state=16,
+        mamba_chunk_size=32,
+        mamba_rms_norm=True,
+        lm_head_multiplier=4.0,
+    ),
 }
 
 
@@ -64,10 +92,20 @@ _CHATML = (
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 CHAT_TEMPLATES = {
-    "lfm2-350m": _CHATML,
-    "lfm2-700m": _CHATML,
-    "qwen3-0.6b": "{% set thinking_blank = true %}" + _CHATML,
-    "mistral-7b-instruct-v0.2": (
+    "chatml": _CHATML,
+    "qwen3": "{% set thinking_blank = true %}" + _CHATML,
+    "llama-3": (
+        "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+        "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else "
+        "message['role'] %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "mistral": (
         "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
         "{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
         "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
@@ -117,14 +155,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(architecture: str, seed: int = 0, vocab_size: int = VOCABULARY) -> torch.nn.Module:
-    config = transformers.AutoConfig.for_model(
-        architecture,
-        vocab_size=vocab_size,
-        eos_token_id=0,
-        pad_token_id=1,
-        bos_token_id=None,
-        **ARCHITECTURES[architecture],
-    )
+    settings: dict[str, Any] = dict(ARCHITECTURES[architecture])
+    tokens = dict(vocab_size=vocab_size, eos_token_id=0, pad_token_id=1, bos_token_id=None)
+    if "text_config" in settings:
+        settings["text_config"] = settings["text_config"] | tokens
+    else:
+        settings |= tokens
+    config = transformers.AutoConfig.for_model(architecture, **settings)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 

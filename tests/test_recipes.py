@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import PreTrainedTokenizerFast
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from transformers import AutoConfig, PreTrainedTokenizerFast
+from trl.trainer.utils import add_fused_lm_head
 
-from sevpeft.recipe import load_recipe
+from sevpeft.modeling.adapters import lora_config
+from sevpeft.modeling.cards import usable
+from sevpeft.modeling.loading import count_parameters
+from sevpeft.modeling.memory import MemoryPlan
+from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.recipe.listing import list_recipes, recipes_table
 from sevpeft.sharing.card import write_card
 from sevpeft.training.run import train
-from tests.conftest import CHAT_TEMPLATES
+from sevpeft.training.trainer import CPU_VOCABULARY_TILE
+from tests.conftest import ARCHITECTURES, CHAT_TEMPLATES, build_model
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
-ARCHITECTURE = {
-    "al-atlas-0.5b": "qwen2",
-    "aragpt2-base": "gpt2",
-    "aragpt2-medium": "gpt2",
-    "bloomz-560m": "bloom",
-    "dialect-ar-gpt-2021": "gpt2",
-    "gpt2-medium": "gpt2",
-    "gpt2-small-arabic": "gpt2",
-    "lfm2-350m": "lfm2",
-    "lfm2-700m": "lfm2",
-    "llama-2-7b": "llama",
+# The kind of chat template that each recipe with prompt.chat meets. For Cohere's and Jais' own, ChatML stands in.
+TEMPLATE = {
+    "acegpt-v2-8b-chat": "llama-3",
+    "allam-7b-instruct": "mistral",
+    "command-r7b-arabic": "chatml",
+    "falcon-h1-7b-instruct": "chatml",
+    "fanar-1-9b-instruct": "gemma",
+    "gemma-3-12b-it": "gemma",
+    "gemma-3-4b-it": "gemma",
+    "jais-2-8b-chat": "chatml",
+    "lfm2-350m": "chatml",
+    "lfm2-700m": "chatml",
+    "llama-3.1-70b-instruct": "llama-3",
+    "llama-3.1-8b-instruct": "llama-3",
+    "med42-v2-70b": "llama-3",
+    "med42-v2-8b": "llama-3",
+    "medgemma-27b-text-it": "gemma",
+    "medgemma-4b-it": "gemma",
     "mistral-7b-instruct-v0.2": "mistral",
-    "quickstart": "llama",
-    "qwen2.5-0.5b": "qwen2",
+    "qwen2.5-3b-instruct": "chatml",
+    "qwen2.5-72b-instruct": "chatml",
+    "qwen2.5-7b-instruct": "chatml",
     "qwen3-0.6b": "qwen3",
+    "qwen3-14b": "qwen3",
+    "qwen3-4b": "qwen3",
+    "qwen3-8b": "qwen3",
+    "silma-9b-instruct": "gemma",
 }
 
 # The ten models of the paper, whose loss is a mean over answers of means over tokens.
@@ -53,8 +72,31 @@ PAPER = {
 }
 
 
-def test_every_recipe_has_an_architecture_here() -> None:
-    assert {path.stem for path in RECIPES} == set(ARCHITECTURE)
+def architecture_of(recipe: Recipe) -> str:
+    """model_type of the recipe's base model; that of the toy is llama."""
+    return str(recipe.about.config["model_type"]) if recipe.about.config else "llama"
+
+
+def setup_of(path: Path) -> tuple[str, ...]:
+    """What can make a training fail or not: equal setups run the same code, on models of other sizes."""
+    recipe = load_recipe(path)
+    settings = (
+        recipe.model.attn_implementation,
+        recipe.quantization.model_dump(),
+        recipe.lora.settings(),
+        recipe.prompt.model_dump(),
+        recipe.training.settings().get("packing"),
+    )
+    return architecture_of(recipe), TEMPLATE.get(path.stem, "none"), json.dumps(settings, sort_keys=True)
+
+
+# One recipe of every setup is trained; the others have nothing that it has not.
+TRAINED = sorted({setup_of(path): path for path in reversed(RECIPES)}.values())
+
+
+def test_every_recipe_is_trained_or_stands_beside_one_that_is() -> None:
+    assert {setup_of(path) for path in RECIPES} == {setup_of(path) for path in TRAINED}
+    assert {path.stem for path in RECIPES if load_recipe(path).prompt.chat} == set(TEMPLATE)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -63,6 +105,68 @@ def test_a_recipe_begins_with_what_it_is_what_it_needs_and_its_command(path: Pat
     assert what.startswith("# ")
     assert needs.startswith("# Needs ")
     assert re.search(rf"sevpeft train recipes/{re.escape(path.name)}", command)
+    assert ("Gated: " in needs) == load_recipe(path).about.gated
+
+
+# Sizes that others have published to the last parameter; those of SILMA and GPT2-Small-Arabic are the sizes of
+# Gemma-2-9B and GPT-2, on which they are built.
+PUBLISHED = {
+    "allam-7b-instruct": 7_000_559_616,
+    "bloomz-560m": 559_214_592,
+    "gemma-3-12b-it": 12_187_325_040,
+    "gemma-3-4b-it": 4_300_079_472,
+    "gpt2-medium": 354_823_168,
+    "gpt2-small-arabic": 124_439_808,
+    "lfm2-350m": 354_483_968,
+    "lfm2-700m": 742_489_344,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "medgemma-27b-text-it": 27_009_002_240,
+    "medgemma-4b-it": 4_300_079_472,
+    "mistral-7b-instruct-v0.2": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-3b-instruct": 3_085_938_688,
+    "qwen2.5-72b-instruct": 72_706_203_648,
+    "qwen2.5-7b-instruct": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "silma-9b-instruct": 9_241_705_984,
+}
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "quickstart"], ids=lambda path: path.stem)
+def test_the_numbers_of_the_base_model_give_its_size(path: Path) -> None:
+    about = load_recipe(path).about
+    assert about.parameters is not None and about.config is not None
+    count = count_parameters(AutoConfig.for_model(**about.config))
+    digits, unit = about.parameters[:-1], {"M": 10**6, "B": 10**9}[about.parameters[-1]]
+    decimals = len(digits.partition(".")[2])
+    assert f"{count / unit:.{decimals}f}" == digits
+    assert PUBLISHED.get(path.stem, count) == count
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_places_its_adapter_in_every_layer_of_the_text_model_and_nowhere_else(path: Path) -> None:
+    recipe = load_recipe(path)
+    model = build_model(architecture_of(recipe))
+    names = get_peft_model(model, lora_config(recipe, model)).targeted_module_names
+    layers = {match.group(1) for name in names if (match := re.search(r"\.(?:layers|h)\.(\d+)\.", name))}
+    assert layers == {str(layer) for layer in range(model.config.get_text_config().num_hidden_layers)}
+    assert not [name for name in names if re.search("vision|projector|lm_head|embed", name)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_trl_scores_with_the_scale_and_the_caps_of_each_architecture(architecture: str) -> None:
+    model = build_model(architecture)
+    ids = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(input_ids=ids).logits[:, :-1].double(), dim=-1)
+        add_fused_lm_head(model)
+        scored = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    assert torch.allclose(scored.double(), expected.gather(-1, ids[:, 1:, None])[..., 0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -94,7 +198,7 @@ def test_a_recipe_of_the_paper_has_its_hyperparameters(path: Path) -> None:
     assert {name: training[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
 def test_a_recipe_trains_an_adapter_that_peft_loads(
     path: Path,
     tmp_path: Path,
@@ -102,9 +206,10 @@ def test_a_recipe_trains_an_adapter_that_peft_loads(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     asked = load_recipe(path)
-    base = model_folder(ARCHITECTURE[path.stem], chat_template=CHAT_TEMPLATES.get(path.stem))
-    small = [f"model.name_or_path={base}", "data.max_rows=60", "training.max_steps=2", "training.max_length=200"]
-    recipe = load_recipe(path, small)
+    architecture = architecture_of(asked)
+    base = model_folder(architecture, chat_template=CHAT_TEMPLATES.get(TEMPLATE.get(path.stem, "none")))
+    small = ["data.max_rows=40", "training.max_steps=1", "training.gradient_accumulation_steps=2"]
+    recipe = load_recipe(path, [f"model.name_or_path={base}", "training.max_length=200", *small])
     run = train(recipe, tmp_path / "run")
     write_card(run)
 
@@ -124,7 +229,7 @@ def test_a_recipe_trains_an_adapter_that_peft_loads(
     }
     assert not [entry for entry in run.adapter.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".pkl")]
     model = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
-    assert model.get_base_model().config.model_type == ARCHITECTURE[path.stem]
+    assert model.get_base_model().config.model_type == architecture
     assert any(parameter.abs().max() > 0 for name, parameter in model.named_parameters() if "lora_B" in name)
     metrics = run.metrics()
     assert metrics["after"]["loss"] != metrics["before"]["loss"]
@@ -140,3 +245,20 @@ def test_the_list_shows_every_recipe_within_80_columns() -> None:
     shown = console.export_text()
     assert all(path.name in shown for path in RECIPES)
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "quickstart"], ids=lambda path: path.stem)
+def test_the_card_of_a_recipe_is_that_of_its_header_and_holds_what_is_planned(path: Path) -> None:
+    recipe = load_recipe(path)
+    needs = path.read_text(encoding="utf-8").splitlines()[1]
+    assert f" {recipe.about.vram_gib:g} GB" in needs
+    config = AutoConfig.for_model(**recipe.about.config)
+    plan = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=CPU_VOCABULARY_TILE)
+    assert plan.budget().total <= usable(recipe.about.vram_gib)
+
+
+def test_the_list_can_be_cut_to_a_card() -> None:
+    assert len(list_recipes(FOLDER)) == len(RECIPES)
+    fitting = {Path(row["recipe"]).stem: row["vram_gib"] for row in list_recipes(FOLDER, 12)}
+    assert "llama-3.1-8b" in fitting and "quickstart" in fitting and "qwen3-14b" not in fitting
+    assert all((card or 0) <= 12 for card in fitting.values())

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sevpeft.cli.application import app, is_main_process, quiet_libraries
-from sevpeft.errors import UsageError
+from sevpeft.errors import ModelError, UsageError
 
 
 @app.command()
@@ -61,11 +61,20 @@ def plan(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's", show_default=False),
     ] = None,
+    vram: Annotated[
+        float | None, typer.Option(min=1, help="GB of your card; exit code 1 when it does not fit.", show_default=False)
+    ] = None,
+    tflops: Annotated[
+        float, typer.Option(min=0.1, help="Dense bfloat16 peak of your card, for the time; an RTX 4090's by default.")
+    ] = 165.0,
+    efficiency: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of that peak that a training reaches.")
+    ] = 0.3,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show what a recipe would train on, without training: data, truncation, severity weights, steps.
+    """Show what a recipe would train on and what it needs, without training: data, weights, steps, memory, time.
 
-    Example: sevpeft plan recipes/qwen2.5-0.5b.yaml data.path=consultations.csv severity.source=rules
+    Example: sevpeft plan recipes/llama-2-7b.yaml data.path=consultations.csv severity.source=rules --vram 12
     """
     from rich.console import Console
 
@@ -77,11 +86,18 @@ def plan(
         from sevpeft.training.plan import announce_plan
         from sevpeft.training.plan import plan as plan_of
 
-        found = plan_of(loaded)
+        found = plan_of(loaded, vram=vram, tflops=tflops, efficiency=efficiency)
     if as_json:
         print(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
-        return
-    announce_plan(found, Console(highlight=False))
+    else:
+        announce_plan(found, Console(highlight=False))
+    if vram is not None and found.fitting is None:
+        raise ModelError(
+            f"Whether it fits in {vram:g} GB is not known, because there are no numbers of "
+            f"{loaded.model.name_or_path}: connect to the Hub, name a folder, or write about.config into the recipe."
+        )
+    if found.fitting is not None and not found.fitting.fits:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -118,12 +134,15 @@ def chat(
 @app.command()
 def recipes(
     folder: Annotated[Path, typer.Argument(help="Folder of recipes")] = Path("recipes"),
+    vram: Annotated[
+        float | None, typer.Option(min=1, help="Only those that fit a card of so many GB.", show_default=False)
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
     """List the recipes, or print their JSON Schema for an editor.
 
-    Example: sevpeft recipes --schema > recipe.schema.json
+    Example: sevpeft recipes --vram 12
     """
     from sevpeft.recipe import recipe_schema
 
@@ -132,7 +151,7 @@ def recipes(
         return
     from sevpeft.recipe.listing import list_recipes, recipes_table
 
-    found = list_recipes(folder)
+    found = list_recipes(folder, vram)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
         return

@@ -33,8 +33,9 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
             _refuse_absent(setting, getattr(config, setting), model)
         _try_on_paper(config, model)
     except (ValueError, TypeError, ImportError, IndexError) as error:
+        remedy = "; write lora.exclude_modules=[out_proj,conv1d]" if "Mamba-based" in str(error) else ""
         raise ModelError(
-            f"PEFT refuses the lora section for {model.config.model_type}: {first_sentence(error)}."
+            f"PEFT refuses the lora section for {model.config.model_type}: {first_sentence(error)}{remedy}."
         ) from error
     return config
 

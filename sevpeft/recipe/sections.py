@@ -107,7 +107,17 @@ class AboutSection(Section):
     gated: bool = False
     """Whether the base model has to be asked for on the Hub."""
     vram_gib: float | None = Field(default=None, gt=0)
-    """GPU memory in GiB with which the recipe is known to run."""
+    """The smallest usual card, in GB, that the recipe fits as it stands, by `sevpeft plan`."""
+    config: dict[str, Any] | None = None
+    """The numbers of the base model's config.json that decide its memory, by their names there, model_type among them;
+    `plan` counts from them while the model itself is not at hand."""
+
+    @field_validator("config")
+    @classmethod
+    def _names_its_architecture(cls, config: dict[str, Any] | None) -> dict[str, Any] | None:
+        if config is not None and not (isinstance(config.get("model_type"), str) and config["model_type"]):
+            raise ValueError("lacks model_type, so no model can be made of the numbers; copy it from config.json")
+        return config
 
     def parameter_count(self) -> int | None:
         """`parameters` as a number: 0.49B is 490,000,000."""

@@ -1,4 +1,4 @@
-"""Turns a recipe into what a training would do: data, truncation, severity weights and steps, without a step taken.
+"""Turns a recipe into what a training would do: data, truncation, weights, steps and memory, without a step taken.
 
 It makes the same table and the same weights as `train`, by the same functions. Where the base model's tokenizer is not
 at hand (offline, gated), the plan is made without it and says what is then unknown.
@@ -12,15 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+from datasets import Dataset
 from rich.console import Console
 
 from sevpeft.errors import ModelError
+from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, epoch_seconds
 from sevpeft.modeling.loading import load_config, load_tokenizer
 from sevpeft.recipe import Recipe
 from sevpeft.severity.weighting import WeightSummary
 from sevpeft.training.announcement import announce_data
+from sevpeft.training.fitting import Fitting, announce_fitting, announce_time, fitting
 from sevpeft.training.preparation import load_splits, prepare, prompt_of, source_index, summary_of, weigh
 from sevpeft.training.progress import say
+from sevpeft.training.trainer import IGNORED
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class Plan:
         data: as the summary of a run's data; `encoding` is empty without a tokenizer.
         steps: optimiser steps on one process; None while packing makes their number unknown.
         unknown: why nothing is known about tokens; None when all is.
+        fitting: memory on a GPU; None where nothing is known about the base model.
+        tokens: of the training rows; None without a tokenizer.
+        epoch_seconds: on a GPU of `tflops` peak at `efficiency`; None where tokens or model are not known.
     """
 
     recipe: Recipe
@@ -39,6 +47,11 @@ class Plan:
     data: dict[str, Any]
     steps: int | None
     unknown: str | None
+    fitting: Fitting | None
+    tokens: int | None
+    epoch_seconds: float | None
+    tflops: float
+    efficiency: float
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -47,26 +60,58 @@ class Plan:
             "weights": self.weights.as_dict(),
             "steps": self.steps,
             "unknown": self.unknown,
+            "memory": None if self.fitting is None else self.fitting.as_dict(),
+            "time": {
+                "tokens": self.tokens,
+                "epoch_seconds": self.epoch_seconds,
+                "tflops": self.tflops,
+                "efficiency": self.efficiency,
+            },
         }
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, *, vram: float | None = None, tflops: float = TFLOPS, efficiency: float = EFFICIENCY) -> Plan:
     """Everything that is known before training.
+
+    Args:
+        vram: GB of a card to judge the memory by.
+        tflops: dense peak of the card in bfloat16, TFLOP/s. efficiency: share of it that is reached.
 
     Raises:
         SevpeftError: whatever `train` would refuse about the data or the severity.
     """
     settings = recipe.training.settings()
+    assumed: dict[str, Any] = {"tflops": tflops, "efficiency": efficiency}
+    try:
+        found, memory = fitting(recipe, vram)
+    except ModelError:
+        found, memory = None, None
     try:
         prompt = prompt_of(recipe, load_tokenizer(recipe, load_config(recipe)))
     except ModelError as error:
         table, splits, severity = load_splits(recipe)
         _, weights = weigh(recipe, severity, source_index(splits.train))
         steps = None if settings.get("packing") else _steps(len(splits.train), settings)
-        return Plan(recipe, weights, summary_of(table, splits, severity, {}), steps, str(error))
+        data = summary_of(table, splits, severity, {})
+        return Plan(recipe, weights, data, steps, str(error), found, None, None, **assumed)
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         prepared = prepare(recipe, prompt, Path(scratch))
-        return Plan(recipe, prepared.weights, prepared.summary, _steps(len(prepared.train), settings), None)
+        tokens, labelled = _tokens(prepared.train)
+        seconds = None
+        if memory is not None:
+            seconds = epoch_seconds(memory, tokens, labelled, len(prepared.train), **assumed)
+        steps = _steps(len(prepared.train), settings)
+        return Plan(recipe, prepared.weights, prepared.summary, steps, None, found, tokens, seconds, **assumed)
+
+
+def _tokens(train: Dataset) -> tuple[int, int]:
+    """Tokens of the training rows, and how many of them are learnt."""
+    tokens = labelled = 0
+    for table in train.select_columns(["labels"]).with_format("arrow").iter(batch_size=2000):
+        labels = pc.list_flatten(table["labels"].combine_chunks())
+        tokens += len(labels)
+        labelled += pc.sum(pc.not_equal(labels, IGNORED)).as_py() or 0
+    return tokens, labelled
 
 
 def announce_plan(found: Plan, console: Console) -> None:
@@ -82,6 +127,10 @@ def announce_plan(found: Plan, console: Console) -> None:
         say(
             console, "Unknown", f"how many questions are shortened and answers refused: {found.unknown}", style="yellow"
         )
+    if found.fitting is not None:
+        announce_fitting(found.fitting, console)
+    if found.epoch_seconds is not None and found.tokens is not None:
+        announce_time(found.epoch_seconds, found.tokens, console, tflops=found.tflops, efficiency=found.efficiency)
 
 
 def _steps(rows: int, settings: dict[str, Any]) -> int:

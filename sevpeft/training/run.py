@@ -19,7 +19,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from sevpeft.errors import Interrupted, RunError
 from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters
@@ -37,6 +36,8 @@ from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.announcement import announce_data
+from sevpeft.training.checkpoints import newest_whole, remove_unfinished
+from sevpeft.training.fitting import refuse_what_cannot_fit
 from sevpeft.training.launch import check_processes
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, say
@@ -76,6 +77,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     precision = choose_precision(recipe)
     arguments = sft_config(recipe, precision, run.checkpoints)
     refuse_hopeless_start(recipe)
+    refuse_what_cannot_fit(recipe)
     with state.main_process_first():
         config = load_config(recipe)
     tokenizer = load_tokenizer(recipe, config)
@@ -117,10 +119,10 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         state.wait_for_everyone()
         try:
             with progress, plain_disk_errors(folder):
-                _train_and_measure(trainer, run, resume=resume)
+                _train_and_measure(trainer, run, console, resume=resume)
         except BaseException as error:
             if state.is_main_process:
-                run.remove_unfinished()
+                remove_unfinished(run)
             if isinstance(error, torch.OutOfMemoryError):
                 raise RunError(
                     "The GPU's memory is full; set training.gradient_checkpointing=true, then lower "
@@ -138,11 +140,8 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     return run
 
 
-def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, *, resume: bool) -> None:
-    if trainer.is_world_process_zero():
-        run.remove_unfinished()
-    trainer.accelerator.wait_for_everyone()
-    checkpoint = get_last_checkpoint(str(run.checkpoints)) if resume and run.checkpoints.is_dir() else None
+def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, console: Console, *, resume: bool) -> None:
+    checkpoint = _checkpoint_to_go_on_from(trainer, run, console) if resume else None
     # The figure before training is taken by the training loop itself: accelerate takes a model that was evaluated
     # first for one that is ready to train, and several processes would then train without exchanging gradients.
     # A resumed run has that figure in its checkpoint, and another evaluation would change its random numbers.
@@ -166,6 +165,19 @@ def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, *, resume: bool) -
             before=_losses(before),
             after=_losses(after),
         )
+
+
+def _checkpoint_to_go_on_from(trainer: SeveritySFTTrainer, run: Run, console: Console) -> str | None:
+    """The newest whole checkpoint, the same on all processes; what was found damaged is told."""
+    found: list[str | None] = [None]
+    if trainer.is_world_process_zero():
+        remove_unfinished(run)
+        checkpoint, damaged = newest_whole(run)
+        for sentence in damaged:
+            say(console, "Checkpoint", sentence, style="yellow")
+        found = [str(checkpoint) if checkpoint else None]
+    trainer.accelerator.wait_for_everyone()
+    return _same_on_all_processes(found[0])
 
 
 def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:

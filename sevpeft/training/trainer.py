@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -24,7 +25,7 @@ from accelerate import DistributedType
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
@@ -32,6 +33,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from sevpeft.errors import RunError, WeightError
 from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.training.checkpoints import seal
 from sevpeft.training.collator import SeverityCollator
 
 IGNORED = -100
@@ -99,6 +101,12 @@ class SeveritySFTTrainer(SFTTrainer):
         if self.reduction == "examples":
             batch_samples = [{"labels": _answer_starts(batch["labels"])} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # each process writes a part
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

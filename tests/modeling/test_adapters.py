@@ -17,7 +17,7 @@ from sevpeft.errors import ModelError
 from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters
 from sevpeft.modeling.loading import Precision, load_model
 from sevpeft.recipe import Recipe, recipe_from_values
-from tests.conftest import ARCHITECTURES, build_model
+from tests.conftest import build_model
 
 
 def recipe_with(**lora: Any) -> Recipe:
@@ -44,17 +44,34 @@ LINEAR = {
     "lfm2": {"q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"},
     **{
         name: {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-        for name in ("llama", "mistral", "qwen2", "qwen3")
+        for name in ("llama", "mistral", "qwen2", "qwen3", "cohere2", "gemma2", "gemma3_text")
+    },
+    "jais2": {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"},
+    # The vision tower, to which fc1, fc2 and out_proj belong, is taken too; so the recipes name the language model.
+    "gemma3": {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        *("fc1", "fc2", "out_proj"),
     },
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", LINEAR)
 def test_all_linear_takes_every_matrix_but_the_head(architecture: str) -> None:
     model = build_model(architecture)
     adapter = get_peft_model(model, lora_config(recipe_with(r=2), model))
     found = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in adapter.named_parameters() if "lora_A" in name}
     assert found == LINEAR[architecture]
+
+
+def test_what_peft_cannot_adapt_of_a_mamba_is_named_with_the_way_around_it() -> None:
+    model = build_model("falcon_h1")
+    text = refusal(model)
+    assert "Module 'out_proj' is incompatible with Mamba-based models" in text
+    assert text.endswith("write lora.exclude_modules=[out_proj,conv1d].")
+    adapter = get_peft_model(model, lora_config(recipe_with(r=2, exclude_modules=["out_proj", "conv1d"]), model))
+    assert {name.rsplit(".", 1)[-1] for name in adapter.targeted_module_names} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "gate_proj", "up_proj", "down_proj")
+    }
 
 
 def test_asking_changes_neither_the_model_nor_the_random_numbers() -> None:

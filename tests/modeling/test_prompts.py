@@ -30,17 +30,6 @@ LLAMA_2 = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-LLAMA_3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else "
-    "message['role'] %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
 
 
 def byte_level(template: str | None = None) -> PreTrainedTokenizerFast:
@@ -59,7 +48,10 @@ def llama_3_like() -> PreTrainedTokenizerFast:
         special_tokens=[("<|begin_of_text|>", backend.token_to_id("<|begin_of_text|>"))],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|endoftext|>", chat_template=LLAMA_3
+        tokenizer_object=backend,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATES["llama-3"],
     )
 
 
@@ -120,7 +112,7 @@ CASES = {
     "chat llama-3": Case(llama_3_like, True),
     "chat llama-2": Case(lambda: sentencepiece("normalizer", LLAMA_2), True),
     "chat metaspace": Case(lambda: sentencepiece("pre_tokenizer", LLAMA_2), True),
-    "chat gemma": Case(lambda: sentencepiece("nowhere", GEMMA), True),
+    "chat gemma": Case(lambda: sentencepiece("nowhere", CHAT_TEMPLATES["gemma"]), True),
 }
 
 
@@ -206,9 +198,9 @@ def test_the_end_token_is_the_one_of_the_template() -> None:
         "chat llama-3": "<|eot_id|>",
         "chat gemma": "<end_of_turn>",
         "chat llama-2": "</s>",
-        "chat qwen3-0.6b": "<|im_end|>",
-        "chat lfm2-350m": "<|im_end|>",
-        "chat mistral-7b-instruct-v0.2": "<|endoftext|>",
+        "chat qwen3": "<|im_end|>",
+        "chat chatml": "<|im_end|>",
+        "chat mistral": "<|endoftext|>",
         "plain llama-3": "<|endoftext|>",
         "plain gemma": "</s>",
     }
@@ -254,7 +246,7 @@ def test_a_tokenizer_that_ends_every_text_itself_does_not_end_the_prompt(tmp_pat
 
 
 def test_qwen3_does_not_think() -> None:
-    prompt = build(byte_level(CHAT_TEMPLATES["qwen3-0.6b"]), chat=True)
+    prompt = build(byte_level(CHAT_TEMPLATES["qwen3"]), chat=True)
     assert prompt.text("ألم").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") and prompt.before_answer == ""
 
 
@@ -307,18 +299,18 @@ def test_a_default_dialect_without_a_prefix_is_refused(dialect: str | None) -> N
 
 def test_prefixes_that_a_chat_template_would_swallow_are_refused() -> None:
     with pytest.raises(ModelError, match=r"prompt\.dialect_prefixes .* prompt\.chat=true"):
-        build(byte_level(CHAT_TEMPLATES["lfm2-350m"]), chat=True, dialect_prefixes=PREFIXES, dialect="msa")
+        build(byte_level(CHAT_TEMPLATES["chatml"]), chat=True, dialect_prefixes=PREFIXES, dialect="msa")
 
 
 def test_a_system_message_stands_where_the_format_has_it() -> None:
     system = "أنت طبيب"
     assert build(byte_level(), system=system).text("ألم").startswith("أنت طبيب\n\nالسؤال: ألم")
-    chatml = build(byte_level(CHAT_TEMPLATES["lfm2-350m"]), chat=True, system=system).text("ألم")
+    chatml = build(byte_level(CHAT_TEMPLATES["chatml"]), chat=True, system=system).text("ألم")
     assert chatml.startswith("<|im_start|>system\nأنت طبيب<|im_end|>\n<|im_start|>user\nألم<|im_end|>")
     assert "<<SYS>>\nأنت طبيب\n" in build(sentencepiece("normalizer", LLAMA_2), chat=True, system=system).text("ألم")
 
 
-@pytest.mark.parametrize("template", [GEMMA, CHAT_TEMPLATES["mistral-7b-instruct-v0.2"]])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATES["gemma"], CHAT_TEMPLATES["mistral"]])
 def test_a_template_that_takes_no_system_message_says_so(template: str) -> None:
     with pytest.raises(ModelError, match=r"refuses the conversation .*; set prompt\.system=null\."):
         build(sentencepiece("nowhere", template), chat=True, system="أنت طبيب")

@@ -108,6 +108,12 @@ def test_a_stated_size_is_a_number(recipe):
     assert recipe("about: {parameters: 0.49B}").about.parameter_count() == 490_000_000
 
 
+def test_the_numbers_of_the_base_model_are_kept_as_they_stand(recipe):
+    numbers = {"model_type": "gemma3", "sliding_window": None, "text_config": {"hidden_size": 8, "layer_types": ["a"]}}
+    read = recipe(f"about: {{config: {json.dumps(numbers)}}}")
+    assert read.about.config == numbers and yaml.safe_load(read.to_yaml())["about"]["config"] == numbers
+
+
 # Overrides
 
 
@@ -380,6 +386,12 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(mistakes, text, s
         ("data: {encoding: utf-99}", "data.encoding: no encoding is called 'utf-99'; try utf-8,"),
         ("data: {path: ''}", "data.path: is empty; leave it out for the default, builtin:consultations."),
         ("about: {parameters: big}", "about.parameters: must look like 0.49B or 135M, not 'big';"),
+        (
+            "about: {config: {hidden_size: 896}}",
+            "about.config: lacks model_type, so no model can be made of the numbers; copy it from config.json.",
+        ),
+        ("about: {config: {model_type: 3}}", "about.config: lacks model_type,"),
+        ("about: {config: qwen2}", "about.config: must be a mapping (key: value), not 'qwen2';"),
         ("training: 3", "training: must be a mapping (key: value), not 3; write its settings below it, indented."),
         ("training: {seed: 1, seed: 2}", "training.seed: stands twice, on lines 1 and 1; keep one of them."),
         (

@@ -65,7 +65,13 @@ def make_trainer(
 ) -> SFTTrainer:
     reduction = {} if stock else {"reduction": options.pop("reduction", "tokens")}
     evaluation = options.pop("eval_dataset", None)
-    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=options.pop("lora_dropout", 0.0), target_modules="all-linear")
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=options.pop("lora_dropout", 0.0),
+        target_modules="all-linear",
+        exclude_modules=["out_proj", "conv1d"] if architecture == "falcon_h1" else None,  # PEFT refuses them there
+    )
     if stock:
         rows = rows.remove_columns(["token_weights", "severity"])
     return (SFTTrainer if stock else SeveritySFTTrainer)(

@@ -1,0 +1,192 @@
+"""Turns a memory plan into what `plan` shows of it: one bar, a line for every card, what to change, and an hour count.
+
+`train` asks the same plan before anything is downloaded, and refuses a start that cannot end well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from sevpeft.errors import ModelError, RunError
+from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changes, usable, verdicts
+from sevpeft.modeling.loading import uses_gpu
+from sevpeft.modeling.memory import GIB, Budget, MemoryPlan, Parameters
+from sevpeft.modeling.skeleton import base_config
+from sevpeft.recipe import Recipe
+from sevpeft.training.progress import LABEL_WIDTH, say
+from sevpeft.training.trainer import CPU_VOCABULARY_TILE
+
+BAR_WIDTH = 79 - LABEL_WIDTH
+_BLOCKS = "█▓▒░▞▚▖▘"
+_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_black", "white")
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What a training holds in memory, and where it fits.
+
+    Attributes:
+        origin: where the base model's numbers come from.
+        total: parameters that transformers counts.
+        vram: GB that were asked about; None for none.
+        changes: that make it fit there.
+    """
+
+    origin: str
+    parameters: Parameters
+    batch: int
+    length: int
+    number_format: str
+    budget: Budget
+    cards: list[Card]
+    vram: float | None
+    changes: list[Change]
+
+    @property
+    def fits(self) -> bool:
+        return self.vram is None or self.budget.total <= usable(self.vram)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "origin": self.origin,
+            "parameters": {**asdict(self.parameters), "base": self.parameters.base},
+            "batch": self.batch,
+            "length": self.length,
+            "number_format": self.number_format,
+            "bytes": {**self.budget.items, "total": self.budget.total},
+            "cards": [asdict(card) for card in self.cards],
+            "vram": self.vram,
+            "fits": self.fits,
+            "changes": [asdict(change) for change in self.changes],
+        }
+
+
+def memory_plan(recipe: Recipe, *, on_gpu: bool = True) -> tuple[MemoryPlan, str]:
+    """The plan of a recipe on a GPU or a CPU, and where its numbers come from.
+
+    Raises:
+        ModelError: neither a config.json nor numbers in the recipe.
+    """
+    found = base_config(recipe)
+    return MemoryPlan(recipe, found.config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), found.origin
+
+
+def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryPlan]:
+    """What the recipe needs on a GPU, and on which cards it fits.
+
+    Args:
+        vram: GB of a card to judge.
+    """
+    plan, origin = memory_plan(recipe)
+    return (
+        Fitting(
+            origin=origin,
+            parameters=plan.parameters,
+            batch=plan.setting.batch,
+            length=plan.setting.length,
+            number_format=str(plan.dtype).removeprefix("torch."),
+            budget=plan.budget(),
+            cards=verdicts(plan),
+            vram=vram,
+            changes=[] if vram is None else changes(plan, vram),
+        ),
+        plan,
+    )
+
+
+def refuse_what_cannot_fit(recipe: Recipe) -> None:
+    """Raises RunError when the plan of this recipe is larger than the whole memory of this machine's GPU.
+
+    Where it is smaller than the memory, the training itself is the judge: the plan takes every row for the longest.
+    """
+    if not uses_gpu(recipe):
+        return
+    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    try:
+        plan, _ = memory_plan(recipe)
+    except ModelError:
+        return
+    least = plan.budget()
+    held = least.total - least.items.get("activations", 0) - least.items.get("logits tile", 0)
+    if held <= whole:
+        return
+    advice = changes(plan, whole / GIB / 0.95)
+    remedy = " ".join(setting for change in advice for setting in change.settings)
+    raise RunError(
+        f"{recipe.model.name_or_path} needs about {held / GIB:.1f} GiB before its first step, and this GPU has "
+        f"{whole / GIB:.1f}; "
+        + (f"add {remedy}." if advice and advice[-1].fits else "choose a smaller model or a larger GPU.")
+    )
+
+
+def announce_fitting(found: Fitting, console: Console) -> None:
+    """Prints parameters, the bar, the cards and what to change."""
+    count = found.parameters
+    share = count.trainable / (count.base + count.trainable)
+    say(
+        console,
+        "Adapter",
+        f"{count.trainable:,} trainable parameters beside {count.base:,} frozen ones ({share:.2%}), on "
+        + ", ".join(f"{name} ×{times}" for name, times in count.targets.items()),
+    )
+    say(
+        console,
+        "GPU memory",
+        f"{found.budget.total / GIB:.1f} GiB at {found.batch} × {found.length} tokens in {found.number_format}, all "
+        f"rows as long as that (the model's numbers are from {found.origin})",
+    )
+    _print_bar(found.budget, console)
+    for card in found.cards:
+        if card.fits or card.largest_batch:
+            note = f"fits; largest batch {card.largest_batch}" if card.fits else f"fits with batch {card.largest_batch}"
+            say(console, f"  {card.gb} GB", f"{note} of {found.length} tokens")
+        else:
+            say(console, f"  {card.gb} GB", "does not fit", style="yellow")
+    if found.vram is None:
+        return
+    if found.fits:
+        say(console, "Verdict", f"fits in {found.vram:g} GB", style="green")
+        return
+    say(console, "Verdict", f"does not fit in {found.vram:g} GB; in the order of least harm:", style="red")
+    for change in found.changes:
+        console.print(
+            Text(f"{'':{LABEL_WIDTH}}{' '.join(change.settings)}", style="bold"), soft_wrap=True, highlight=False
+        )
+        say(console, "", f"{change.total / GIB:.1f} GiB then{': fits' if change.fits else ''}; {change.effect}")
+    if not found.changes or not found.changes[-1].fits:
+        say(console, "", "That is still too much: choose a smaller base model, or a larger card.")
+
+
+def announce_time(seconds: float, tokens: int, console: Console, *, tflops: float, efficiency: float) -> None:
+    told = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
+    card = " (an RTX 4090)" if tflops == TFLOPS else ""
+    assumed = " assumed" if efficiency == EFFICIENCY else ""
+    say(
+        console,
+        "Time",
+        f"about {told} an epoch of {tokens:,} tokens, at {efficiency:.0%}{assumed} of {tflops:g} TFLOP/s{card}; "
+        "padding and validation come on top",
+    )
+
+
+def _print_bar(budget: Budget, console: Console) -> None:
+    """One block of the bar for each item, the legend below in the same order."""
+    bar, legend = Text(" " * LABEL_WIDTH), []
+    left, total = BAR_WIDTH, budget.total
+    for number, (name, size) in enumerate(budget.items.items()):
+        last = number == len(budget.items) - 1
+        width = left if last else min(left, max(1, round(BAR_WIDTH * size / total)))
+        left -= width
+        bar.append(_BLOCKS[number] * width, style=_COLOURS[number])
+        legend.append((number, name, size))
+    console.print(bar)
+    for number, name, size in legend:
+        line = Text(" " * LABEL_WIDTH)
+        line.append(_BLOCKS[number], style=_COLOURS[number])
+        line.append(f" {name:30}{size / GIB:8.2f} GiB")
+        console.print(line)

@@ -1,0 +1,92 @@
+"""What is advised where a recipe does not fit does fit, and costs the result as little as can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from sevpeft.modeling.cards import CARDS, changes, epoch_seconds, usable, verdicts
+from sevpeft.modeling.memory import GIB, MemoryPlan
+from sevpeft.recipe import load_recipe
+from tests.modeling.test_memory import LLAMA, RECIPES, plan_of, recipe_of
+
+EIGHT_BILLION = next(path for path in RECIPES if path.stem == "llama-3.1-8b")
+
+
+def eight_billion(*settings: str) -> MemoryPlan:
+    recipe = load_recipe(EIGHT_BILLION, settings)
+    config = AutoConfig.for_model(**recipe.about.config)
+    return MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=4096)
+
+
+def test_an_8b_model_fits_12_gb_in_4_bit_and_wants_more_than_16_in_16() -> None:
+    assert next(card.gb for card in verdicts(eight_billion()) if card.fits) in (8, 12)
+    assert not next(card for card in verdicts(eight_billion("quantization.load_in_4bit=false")) if card.gb == 16).fits
+
+
+def test_larger_cards_take_larger_batches() -> None:
+    batches = [card.largest_batch for card in verdicts(eight_billion())]
+    assert len(batches) == len(CARDS) and batches == sorted(batches) and batches[-1] > 20 * max(batches[0], 1)
+
+
+def test_what_fits_needs_no_change() -> None:
+    assert changes(eight_billion(), 24) == []
+
+
+def test_changes_come_in_the_order_of_least_harm_until_it_fits() -> None:
+    wasteful = eight_billion(
+        "training.gradient_checkpointing=false",
+        "training.per_device_train_batch_size=4",
+        "training.gradient_accumulation_steps=2",
+        "training.optim=adamw_torch",
+        "quantization.load_in_4bit=false",
+        "training.max_length=2048",
+    )
+    advice = changes(wasteful, 12)
+    assert [change.fits for change in advice] == [False] * (len(advice) - 1) + [True]
+    first = [change.settings[0].split("=")[0].split(".")[1] for change in advice]
+    assert first[:2] == ["gradient_checkpointing", "per_device_train_batch_size"]
+    assert first.index("load_in_4bit") > first.index("per_device_train_batch_size")
+    assert advice[1].settings[1] == "training.gradient_accumulation_steps=8", "the same rows a step"
+    totals = [wasteful.budget().total, *(change.total for change in advice)]
+    assert totals == sorted(totals, reverse=True) and totals[-1] <= usable(12)
+
+
+def test_what_cannot_fit_is_said_to() -> None:
+    advice = changes(eight_billion(), 4)
+    assert advice and not advice[-1].fits and advice[-1].settings == ("training.max_length=128",)
+
+
+def test_an_epoch_takes_its_operations_at_the_stated_rate() -> None:
+    plan = plan_of(recipe_of(training={"gradient_checkpointing": False}), hidden_size=128)
+    count = plan.parameters
+    # Rows of length near zero: attention costs nothing, and no token is an answer.
+    seconds = epoch_seconds(plan, 1000, 0, 10**9, tflops=1e-3, efficiency=0.5)
+    assert seconds == pytest.approx((4 * count.blocks + 6 * count.trainable) * 1000 / 0.5e9, rel=1e-3)
+    assert epoch_seconds(plan, 2000, 0, 10**9, tflops=1e-3, efficiency=0.5) == pytest.approx(2 * seconds, rel=1e-3)
+    answers = epoch_seconds(plan, 1000, 100, 10**9, tflops=1e-3, efficiency=0.5) - seconds
+    assert answers == pytest.approx(6 * count.head * 100 / 0.5e9, rel=1e-3)
+    again = plan_of(recipe_of(training={"gradient_checkpointing": True}))
+    more = epoch_seconds(again, 1000, 0, 10**9, tflops=1e-3, efficiency=0.5) - seconds
+    assert more == pytest.approx(2 * count.blocks * 1000 / 0.5e9, rel=1e-3)
+
+
+def test_published_speed_lies_near_the_estimate() -> None:
+    """LLaMA-Factory: Llama-2-7B in 4 bit, A100, length 1024: 2,295 tokens a second."""
+    recipe = load_recipe(EIGHT_BILLION.with_stem("llama-2-7b"), ["training.max_length=1024"])
+    plan = MemoryPlan(recipe, AutoConfig.for_model(**recipe.about.config), on_gpu=True, vocabulary_tile=4096)
+    seconds = epoch_seconds(plan, 2295 * 100, 2295 * 100, 224, tflops=312, efficiency=0.3)
+    assert seconds == pytest.approx(100, rel=0.15)
+
+
+@pytest.mark.parametrize("gb", [8, 24])
+def test_a_card_is_not_taken_to_its_last_byte(gb: int) -> None:
+    assert 0.9 * gb * GIB < usable(gb) < gb * GIB
+
+
+def test_tied_embeddings_are_counted_once() -> None:
+    tied: dict[str, Any] = {**LLAMA, "tie_word_embeddings": True}
+    one, two = plan_of(recipe_of(), **tied).parameters, plan_of(recipe_of(), tie_word_embeddings=False).parameters
+    assert two.base - one.base == one.embedding == one.head and one.blocks == two.blocks

@@ -1,0 +1,189 @@
+"""Memory by the plan is what real modules hold and what a real step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from sevpeft.errors import ModelError
+from sevpeft.modeling.adapters import lora_config, trainable_parameters
+from sevpeft.modeling.memory import MemoryPlan, state_bytes
+from sevpeft.modeling.skeleton import base_config, cut_layers, period, weightless
+from sevpeft.modeling.step_memory import LiveBytes, Rehearsal, Step
+from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
+from tests.benchmarks.memory import measured
+
+RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
+LLAMA = dict(
+    model_type="llama",
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=1000,
+)
+
+
+def recipe_of(**sections: dict[str, Any]) -> Recipe:
+    training = {"max_length": 64, "per_device_train_batch_size": 2, "eval_strategy": "no"}
+    return recipe_from_values({**sections, "training": {**training, **sections.get("training", {})}})
+
+
+def plan_of(recipe: Recipe, on_gpu: bool = True, **numbers: Any) -> MemoryPlan:
+    return MemoryPlan(recipe, AutoConfig.for_model(**{**LLAMA, **numbers}), on_gpu=on_gpu, vocabulary_tile=512)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_parameters_of_a_recipe_are_those_of_its_real_config(path: Path) -> None:
+    recipe = load_recipe(path)
+    config = base_config(recipe).config
+    with torch.device("meta"):
+        real = AutoModelForCausalLM.from_config(config)
+    count = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=512).parameters
+    assert count.base == sum(parameter.numel() for parameter in real.parameters())
+    assert count.trainable > 0 and (count.packed > count.base / 3) == recipe.quantization.quantised()
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_packed_weights_take_what_bitsandbytes_keeps(double: bool, model_folder: Callable[..., Path]) -> None:
+    quantised = {"load_in_4bit": True, "bnb_4bit_use_double_quant": double}
+    folder = model_folder("llama")
+    real = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**quantised, bnb_4bit_quant_type="nf4")
+    )
+    states = [module.weight for module in real.modules() if type(module).__name__ == "Linear4bit"]
+    held = 0
+    for weight in states:
+        state = weight.quant_state
+        held += weight.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
+    recipe = recipe_of(model={"name_or_path": str(folder)}, quantization=quantised)
+    budget = MemoryPlan(recipe, base_config(recipe).config, on_gpu=True, vocabulary_tile=512).budget()
+    # Small matrices end in a block that is not full.
+    assert budget.items["base model, packed"] == pytest.approx(held, rel=0.02)
+
+
+def test_the_adapter_is_counted_as_peft_makes_it(model_folder: Callable[..., Path]) -> None:
+    recipe = recipe_of(model={"name_or_path": str(model_folder("gpt2"))}, lora={"target_modules": "all-linear", "r": 5})
+    config = base_config(recipe).config
+    model = AutoModelForCausalLM.from_config(config)
+    trainable, total = trainable_parameters(get_peft_model(model, lora_config(recipe, model)))
+    plan = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=512)
+    assert (plan.parameters.trainable, plan.parameters.base) == (trainable, total - trainable)
+    items = plan.budget().items
+    assert items["adapter"] == items["gradients"] == 4 * trainable
+    assert items["optimizer state"] == 8 * trainable
+
+
+@pytest.mark.parametrize("case", ["llama-plain", "llama-4bit-checkpointing"])
+def test_real_steps_take_what_was_planned(case: str) -> None:
+    found = measured(case)
+    assert found["planned"] == pytest.approx(found["real"], rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("kinds", [None, ["conv", "full_attention", "conv"] * 2])
+def test_extended_from_few_layers_it_is_what_all_layers_need(checkpointing: bool, kinds: list[str] | None) -> None:
+    numbers = {} if kinds is None else {"model_type": "lfm2", "layer_types": kinds, "block_auto_adjust_ff_dim": False}
+    plan = plan_of(recipe_of(training={"gradient_checkpointing": checkpointing}), **numbers)
+    step = Step(2, 64, checkpointing)
+    whole = weightless(plan.recipe, plan.config, plan.dtype)
+    every = Rehearsal(whole, autocast=torch.bfloat16, on_gpu=True, vocabulary_tile=512).peak(step)
+    items = plan.budget().items
+    assert items["activations"] + items["logits tile"] == every.total
+    assert len(plan._rehearsals) == 2, "it was extended, not run whole"
+
+
+def test_checkpointing_shorter_rows_and_fewer_of_them_need_less() -> None:
+    plan = plan_of(recipe_of(training={"gradient_checkpointing": False}))
+
+    def total(**changes: Any) -> int:
+        return plan.budget(replace(plan.setting, **changes)).total
+
+    assert total(checkpointing=True) < total()
+    assert total(batch=1) < total() < total(batch=3)
+    assert total(length=32) < total() < total(length=65)
+    assert total(eval_batch=500) > total()
+
+
+def test_eager_attention_is_seen_to_grow_with_the_square_of_the_length() -> None:
+    eager = plan_of(recipe_of(model={"name_or_path": "x", "attn_implementation": "eager"}))
+    fused = plan_of(recipe_of())
+
+    def at(plan: MemoryPlan, length: int) -> int:
+        return plan.budget(replace(plan.setting, length=length, batch=1)).items["activations"]
+
+    assert at(fused, 1024) / at(fused, 512) < 2.2
+    assert at(eager, 1024) / at(eager, 512) > 3
+
+
+def test_the_largest_batch_fits_and_one_row_more_does_not() -> None:
+    plan = plan_of(recipe_of())
+    for rows in (1, 3, 8, 21):
+        available = plan._total(rows)
+        found = plan.largest_batch(available)
+        assert found in (rows, rows - 1), "between powers of two a row may be lost to rounding"
+        assert plan._total(found) <= available < plan._total(found + 2)
+    assert plan.largest_batch(plan._total(1) - 1) == 0
+
+
+def test_a_cpu_plan_has_no_cuda_and_counts_four_bytes() -> None:
+    gpu, cpu = plan_of(recipe_of()).budget().items, plan_of(recipe_of(), on_gpu=False).budget().items
+    assert "CUDA context, fragmentation" in gpu and "CUDA context, fragmentation" not in cpu
+    assert cpu["base model, 32 bit"] == 2 * gpu["base model, 16 bit"]
+    assert cpu["logits tile"] == 2 * 63 * 512 * 4
+
+
+@pytest.mark.parametrize(
+    ("optim", "each"),
+    [("adamw_torch", 8), ("adamw_torch_fused", 8), ("paged_adamw_8bit", 2.03), ("sgd", 0), ("paged_lion_8bit", 1.02)],
+)
+def test_optimizers_keep_what_they_are_known_to_keep(optim: str, each: float) -> None:
+    assert state_bytes(optim) == each
+
+
+def test_patterns_of_layers_repeat_as_their_kinds_do() -> None:
+    def kinds(*names: str) -> Any:
+        return AutoConfig.for_model(**{**LLAMA, "model_type": "lfm2", "layer_types": list(names)})
+
+    assert period(AutoConfig.for_model(**LLAMA)) == 1
+    assert period(kinds(*["conv", "full_attention"] * 3)) == 2
+    assert period(kinds("conv", "conv", "conv", "full_attention", "conv", "full_attention")) == 6
+    config = kinds(*["conv", "full_attention"] * 3)
+    cut_layers(config, 3)
+    assert config.num_hidden_layers == 3 and len(config.layer_types) == 3
+
+
+def test_storages_count_while_they_live() -> None:
+    held = torch.zeros(1024)
+    with LiveBytes([held]) as counted:
+        one = torch.ones(1024)  # 4,096 bytes
+        two = one + held
+        del one
+        view = two[:10]
+        del two
+        assert counted.now == 4096, "a view keeps the whole storage"
+        del view
+        assert (counted.now, counted.peak) == (0, 8192)
+        small = torch.ones(1)
+        assert counted.now == 512, "the allocator's smallest block"
+        del small
+
+
+@pytest.mark.parametrize("numbers", [{"model_type": "nobody_knows_this"}, {**LLAMA, "hidden_size": "wide"}])
+def test_numbers_that_describe_no_model_are_refused_in_a_sentence(numbers: dict[str, Any]) -> None:
+    recipe = recipe_of(model={"name_or_path": "nobody/has-this"}, about={"config": numbers})
+    with pytest.raises(ModelError, match=r"about\.config of the recipe describes no model"):
+        base_config(recipe)
+
+
+def test_without_numbers_the_reason_is_that_the_model_is_not_there() -> None:
+    with pytest.raises(ModelError, match="nobody/has-this"):
+        base_config(recipe_of(model={"name_or_path": "nobody/has-this"}))

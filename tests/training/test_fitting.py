@@ -1,0 +1,84 @@
+"""What `plan` says of memory can be read in 80 columns, and `train` asks it before a hopeless start."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from sevpeft.errors import RunError
+from sevpeft.modeling.memory import GIB
+from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.training import fitting as module
+from sevpeft.training.fitting import announce_fitting, announce_time, fitting, refuse_what_cannot_fit
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+
+
+@pytest.fixture(scope="module")
+def eight_billion() -> Recipe:
+    return load_recipe(RECIPES / "llama-3.1-8b.yaml")
+
+
+def shown(recipe: Recipe, vram: float | None) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    announce_fitting(fitting(recipe, vram)[0], console)
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_bar_cards_and_verdict_fit_80_columns(eight_billion: Recipe) -> None:
+    text = shown(eight_billion, 24)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "8,030,261,248 frozen" in text and "the recipe" in text and "fits in 24 GB" in text
+    assert all(f" {gb} GB" in text for gb in (8, 12, 16, 24, 48, 80))
+
+
+def test_every_item_has_its_part_of_the_bar(eight_billion: Recipe) -> None:
+    lines = shown(eight_billion, None).splitlines()
+    bar = next(line for line in lines if line.strip() and set(line.strip()) <= set("█▓▒░▞▚▖▘"))
+    found = fitting(eight_billion)[0]
+    assert len(bar.strip()) == module.BAR_WIDTH and len(set(bar.strip())) == len(found.budget.items)
+
+
+def test_what_does_not_fit_is_told_with_what_to_change() -> None:
+    recipe = load_recipe(RECIPES / "llama-3.1-8b.yaml", ["quantization.load_in_4bit=false"])
+    text = " ".join(shown(recipe, 12).split())
+    assert "does not fit in 12 GB" in text and "quantization.load_in_4bit=true" in text and ": fits;" in text
+    hopeless = " ".join(shown(load_recipe(RECIPES / "llama-3.1-70b.yaml"), 8).split())
+    assert "choose a smaller base model, or a larger card" in hopeless
+
+
+def test_the_plan_is_json(eight_billion: Recipe) -> None:
+    found = json.loads(json.dumps(fitting(eight_billion, 8)[0].as_dict()))
+    assert found["bytes"]["total"] == sum(size for name, size in found["bytes"].items() if name != "total")
+    assert found["parameters"]["base"] == 8_030_261_248
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(20, "1 min"), (1800, "30 min"), (7200, "2.0 h")])
+def test_time_is_told_with_what_it_assumes(seconds: float, told: str) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    announce_time(seconds, 12_345, console, tflops=165.0, efficiency=0.3)
+    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert f"about {told} an epoch of 12,345 tokens" in text and "30% assumed of 165 TFLOP/s (an RTX 4090)" in text
+
+
+@pytest.mark.parametrize(("recipe", "gib", "refused"), [("llama-3.1-70b", 24, True), ("llama-3.1-8b", 24, False)])
+def test_training_refuses_what_the_whole_card_cannot_hold(
+    recipe: str, gib: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "uses_gpu", lambda recipe: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=round(gib * GIB))
+    )
+    loaded = load_recipe(RECIPES / f"{recipe}.yaml")
+    if not refused:
+        refuse_what_cannot_fit(loaded)
+        return
+    with pytest.raises(RunError, match=r"needs about \d\d\.\d GiB before its first step, and this GPU has 24\.0;"):
+        refuse_what_cannot_fit(loaded)
