@@ -143,7 +143,8 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
 def plain_disk_errors(
     path: Path,
     *,
-    when_full: str = "free some, then go on with --resume (finished checkpoints are kept)",
+    when_full: str = "free some, then go on with --resume, or in a comparison with the same command (finished "
+    "checkpoints are kept)",
     remedy: str = "choose another --output",
 ) -> Iterator[None]:
     """Turns a full disk, a missing permission or a path that cannot be into one sentence."""

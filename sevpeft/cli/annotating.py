@@ -14,6 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sevpeft.cli.application import app, is_main_process, quiet_libraries
+from sevpeft.cli.reading import (
+    AnswerColumn,
+    DialectColumn,
+    Encoding,
+    IdColumn,
+    Input,
+    MaxRows,
+    Name,
+    QuestionColumn,
+    Revision,
+    SeverityColumn,
+    Split,
+    SplitColumn,
+    chosen,
+    said_as_options,
+)
 from sevpeft.errors import DataError, Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -37,12 +53,8 @@ class AnnotationMethod(str, Enum):
 
 @app.command()
 def annotate(
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="INPUT", help="File, prepared folder, Hub data set or builtin:consultations", show_default=False
-        ),
-    ],
+    context: typer.Context,
+    data: Input,
     output: Annotated[
         Path,
         typer.Argument(
@@ -72,24 +84,17 @@ def annotate(
         int | None,
         typer.Option("--batch-size", min=1, help="Questions at a time, of the transformer.", show_default=False),
     ] = None,
-    question_column: Annotated[
-        str | None,
-        typer.Option("--question-column", help="Column of questions, if not found by name.", show_default=False),
-    ] = None,
-    answer_column: Annotated[
-        str | None,
-        typer.Option("--answer-column", help="Column of answers, if not found by name.", show_default=False),
-    ] = None,
-    severity_column: Annotated[
-        str | None,
-        typer.Option("--severity-column", help="Column of labels, if not found by name.", show_default=False),
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option("--id-column", help="Column of ids; `row` numbers the rows.", show_default=False)
-    ] = None,
-    encoding: Annotated[
-        str | None, typer.Option("--encoding", help="Of a text file that is not UTF-8.", show_default=False)
-    ] = None,
+    question_column: QuestionColumn = None,
+    answer_column: AnswerColumn = None,
+    severity_column: SeverityColumn = None,
+    id_column: IdColumn = None,
+    dialect_column: DialectColumn = None,
+    split_column: SplitColumn = None,
+    encoding: Encoding = None,
+    name: Name = None,
+    revision: Revision = None,
+    split: Split = "train",
+    max_rows: MaxRows = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Add to every row p_non_critical, p_neutral, p_critical, the likeliest severity, and where they come from.
@@ -109,15 +114,10 @@ def annotate(
             from sevpeft.training.launch import check_processes
 
             check_processes(processes.count)
-        columns = dict(
-            question_column=question_column,
-            answer_column=answer_column,
-            severity_column=severity_column,
-            id_column=id_column,
-            encoding=encoding,
-        )
         status(f"Reading {data}")
-        job = _job(data, output, method, classifier, lexicon, temperature, replace, batch_size, columns, processes)
+        job = _job(
+            data, output, method, classifier, lexicon, temperature, replace, batch_size, chosen(context), processes
+        )
     done = _done(job, console)
     processes.leave()
     if done is None:
@@ -167,7 +167,7 @@ def _job(
     temperature: float,
     replace: bool,
     batch_size: int | None,
-    columns: dict[str, Any],
+    source: dict[str, Any],
     processes: Processes,
 ) -> Job:
     from sevpeft.data.sources import load_consultations
@@ -176,9 +176,9 @@ def _job(
     consultations: Consultations | None = None
     # One process makes the table in the cache folder, and the others find it there.
     for mine in (processes.main, not processes.main):
-        with processes.together():
+        with processes.together(), said_as_options():
             if mine:
-                consultations = load_consultations(data, keep="all", **columns)
+                consultations = load_consultations(data, keep="all", **source)
     assert consultations is not None
     with processes.together():
         judge = _classifier(method, folder, lexicon, batch_size)

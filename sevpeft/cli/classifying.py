@@ -5,13 +5,44 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sevpeft.cli.application import app, quiet_libraries
+from sevpeft.cli.classifier_options import (
+    Balance,
+    BlockColumn,
+    Calibrate,
+    CalibrationSize,
+    Encoder,
+    Epochs,
+    JudgeBlocks,
+    Kind,
+    Lexicon,
+    LoraR,
+    Seed,
+    TrainBlocks,
+    block_names,
+    way_of,
+)
+from sevpeft.cli.reading import (
+    AnswerColumn,
+    DialectColumn,
+    Encoding,
+    IdColumn,
+    Input,
+    MaxRows,
+    Name,
+    QuestionColumn,
+    Revision,
+    SeverityColumn,
+    Split,
+    SplitColumn,
+    chosen,
+    said_as_options,
+)
 from sevpeft.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -19,87 +50,18 @@ if TYPE_CHECKING:
 
     from sevpeft.data.sources import Consultations
     from sevpeft.severity.classifier.calibration import Calibrated
-    from sevpeft.severity.classifier.fitting import Way
 
 classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or judge one.")
 app.add_typer(classifier_verbs, name="classifier")
 
 
-class Kind(str, Enum):
-    linear = "linear"
-    transformer = "transformer"
-    rules = "rules"
-    combined = "rules+linear"
-
-
-class Method(str, Enum):
-    temperature = "temperature"
-    bias_corrected = "bias_corrected"
-    isotonic = "isotonic"
-
-
-Data = Annotated[
-    str, typer.Argument(help="File, prepared folder, Hub data set or builtin:consultations", show_default=False)
-]
-QuestionColumn = Annotated[
-    str | None, typer.Option("--question-column", help="Column of questions, if not found by name.", show_default=False)
-]
-AnswerColumn = Annotated[
-    str | None, typer.Option("--answer-column", help="Column of answers, if not found by name.", show_default=False)
-]
-SeverityColumn = Annotated[
-    str | None, typer.Option("--severity-column", help="Column of labels, if not found by name.", show_default=False)
-]
-Calibrate = Annotated[
-    Method | None,
-    typer.Option(
-        "--calibration",
-        help="By default temperature for linear and rules+linear, bias_corrected for rules and transformer.",
-        show_default=False,
-    ),
-]
-CalibrationSize = Annotated[
-    float | None,
-    typer.Option(
-        "--calibration-size",
-        help="Share of the training rows that calibrates and does not train. 0: all calibrate, each by a fit without "
-        "it (the default; 0.2 for the transformer, where it takes six trainings).",
-        show_default=False,
-    ),
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the splits, the fit and the intervals.")]
-Balance = Annotated[
-    str, typer.Option("--balance", help="Of the transformer's severities: weights, resampling or none.")
-]
-LoraR = Annotated[
-    int | None,
-    typer.Option("--lora-r", min=1, help="Train LoRA adapters of this rank on the encoder.", show_default=False),
-]
-Epochs = Annotated[float, typer.Option("--num-train-epochs", min=0.1, help="Of the transformer, at most.")]
-Lexicon = Annotated[
-    Path | None, typer.Option("--lexicon", help="Of the rules; by default the package's.", show_default=False)
-]
-Encoder = Annotated[
-    str | None,
-    typer.Option("--encoder", help="Of the transformer: Hub id or folder; by default CAMeLBERT.", show_default=False),
-]
-BlockColumn = Annotated[
-    str | None,
-    typer.Option("--block-column", help="Column of blocks (source, year) to hold out in turn.", show_default=False),
-]
-JudgeBlocks = Annotated[
-    str | None, typer.Option("--judge-blocks", help="Blocks to judge, such as D,F; by default all.", show_default=False)
-]
-TrainBlocks = Annotated[
-    str | None,
-    typer.Option("--train-blocks", help="Blocks that may be trained on; by default all.", show_default=False),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
 @classifier_verbs.command()
 def fit(
-    data: Data,
+    context: typer.Context,
+    data: Input,
     output: Annotated[Path, typer.Argument(help="Folder for the classifier; must not exist", show_default=False)],
     kind: Annotated[Kind, typer.Option("--kind", help="What to fit.")] = Kind.linear,
     calibration: Calibrate = None,
@@ -117,6 +79,14 @@ def fit(
     question_column: QuestionColumn = None,
     answer_column: AnswerColumn = None,
     severity_column: SeverityColumn = None,
+    id_column: IdColumn = None,
+    dialect_column: DialectColumn = None,
+    split_column: SplitColumn = None,
+    encoding: Encoding = None,
+    name: Name = None,
+    revision: Revision = None,
+    split: Split = "train",
+    max_rows: MaxRows = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit a severity classifier, calibrate it, judge it on rows of its own and write it with its report.
@@ -127,8 +97,8 @@ def fit(
     Example: sevpeft classifier fit builtin:consultations severity-linear --kind linear
     """
     options = {"balance": balance, "lora_r": lora_r, "num_train_epochs": num_train_epochs}
-    way = _way(kind, calibration, calibration_size, seed, lexicon, encoder, options)
-    judge, train = _names(judge_blocks, block_column), _names(train_blocks, block_column)
+    way = way_of(kind, calibration, calibration_size, seed, lexicon, encoder, options)
+    judge, train = block_names(judge_blocks, block_column), block_names(train_blocks, block_column)
     with _working(as_json) as (console, progress):
         from sevpeft.runs import write_atomically
         from sevpeft.severity.classifier.card import card
@@ -138,7 +108,7 @@ def fit(
         from sevpeft.severity.classifier.storage import check_new, new_folder, read_about, write_classifier
 
         check_new(output)
-        consultations = _read(data, question_column, answer_column, severity_column)
+        consultations = _read(data, context)
         every = labelled_examples(consultations, block_column)
         examples = within(every, judge, train)
         classifier, judged = fit_and_judge(examples, way, test_share=test_size, judge_blocks=judge, progress=progress)
@@ -171,7 +141,8 @@ def fit(
 
 @classifier_verbs.command()
 def evaluate(
-    data: Data,
+    context: typer.Context,
+    data: Input,
     classifier: Annotated[
         Path | None, typer.Option("--classifier", help="Judge this fitted classifier on DATA.", show_default=False)
     ] = None,
@@ -203,6 +174,14 @@ def evaluate(
     question_column: QuestionColumn = None,
     answer_column: AnswerColumn = None,
     severity_column: SeverityColumn = None,
+    id_column: IdColumn = None,
+    dialect_column: DialectColumn = None,
+    split_column: SplitColumn = None,
+    encoding: Encoding = None,
+    name: Name = None,
+    revision: Revision = None,
+    split: Split = "train",
+    max_rows: MaxRows = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a fitted classifier on other data, or a way of fitting by cross-validation, always beside baselines.
@@ -215,7 +194,7 @@ def evaluate(
         raise UsageError("--positive-column judges a fitted classifier: give --classifier DIR, not --kind.")
     if train_blocks and classifier is not None:
         raise UsageError("--train-blocks is for --kind: a fitted classifier is not trained again.")
-    judge, train = _names(judge_blocks, block_column), _names(train_blocks, block_column)
+    judge, train = block_names(judge_blocks, block_column), block_names(train_blocks, block_column)
     with _working(as_json) as (console, progress):
         from sevpeft.severity.classifier.examples import binary_examples, labelled_examples
         from sevpeft.severity.classifier.fitting import calibration_on, cross_validate, within
@@ -224,12 +203,12 @@ def evaluate(
 
         if output is not None:
             check_new(output)
-        consultations = _read(data, question_column, answer_column, severity_column)
+        consultations = _read(data, context)
         fitted = None if classifier is None else _unseen(classifier, consultations, seen_data)
         about: dict[str, Any] = {"data": consultations.fingerprint}
         if fitted is None:
             options = {"balance": balance, "lora_r": lora_r, "num_train_epochs": num_train_epochs}
-            way = _way(Kind(kind), calibration, calibration_size, seed, lexicon, encoder, options)
+            way = way_of(Kind(kind), calibration, calibration_size, seed, lexicon, encoder, options)
             found = cross_validate(
                 labelled_examples(consultations, block_column),
                 way,
@@ -285,52 +264,11 @@ def _working(as_json: bool) -> Iterator[tuple[Console, Callable[[str], None]]]:
         yield Console(highlight=False, quiet=as_json), lambda said: status.update(f"Severity classifier: {said}")
 
 
-def _read(
-    data: str, question_column: str | None, answer_column: str | None, severity_column: str | None
-) -> Consultations:
+def _read(data: str, context: typer.Context) -> Consultations:
     from sevpeft.data.sources import load_consultations
 
-    return load_consultations(
-        data,
-        question_column=question_column,
-        answer_column=answer_column,
-        severity_column=severity_column,
-        keep="all",
-    )
-
-
-def _way(
-    kind: Kind,
-    calibration: Method | None,
-    calibration_size: float | None,
-    seed: int,
-    lexicon: Path | None,
-    encoder: str | None,
-    options: dict[str, Any],
-) -> Way:
-    from sevpeft.severity.classifier.fitting import Way
-
-    if lexicon is not None and kind not in (Kind.rules, Kind.combined):
-        raise UsageError("--lexicon is for --kind rules and rules+linear.")
-    if encoder is not None and kind is not Kind.transformer:
-        raise UsageError("--encoder is for --kind transformer.")
-    if options["balance"] not in ("weights", "resampling", "none"):
-        raise UsageError("--balance is weights, resampling or none.")
-    if calibration_size and not 0.05 <= calibration_size <= 0.5:
-        raise UsageError("--calibration-size is 0, or a share from 0.05 to 0.5.")
-    own = options if kind is Kind.transformer else {}
-    return Way(kind.value, calibration and calibration.value, calibration_size, seed, lexicon, encoder, own)
-
-
-def _names(blocks: str | None, block_column: str | None) -> list[str] | None:
-    if blocks is None:
-        return None
-    if block_column is None:
-        raise UsageError("--judge-blocks and --train-blocks need --block-column, the column that names the blocks.")
-    names = list(dict.fromkeys(name.strip() for name in blocks.split(",") if name.strip()))
-    if not names:
-        raise UsageError("--judge-blocks and --train-blocks take names of blocks, parted by commas.")
-    return names
+    with said_as_options():
+        return load_consultations(data, keep="all", **chosen(context))
 
 
 def _unseen(folder: Path, consultations: Consultations, seen_data: bool) -> Calibrated:

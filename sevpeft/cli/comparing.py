@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -75,10 +76,11 @@ def compare(
             on_trained=write_card,
         )
     content = comparison.run()
-    messages.print(f"Trained here: {comparison.trained} runs.")
+    messages.print(f"Trained here: {comparison.trained} run{'' if comparison.trained == 1 else 's'}.")
     if as_json:
         print(json.dumps(content, ensure_ascii=False, indent=2))
         return
     console = Console(highlight=False)
     console.print(comparison_tables(content))
     console.print(f"Comparison: {folder / COMPARISON}", soft_wrap=True)
+    console.print(f"Next: sevpeft report {shlex.quote(str(folder))}", soft_wrap=True)

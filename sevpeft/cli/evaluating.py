@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +40,8 @@ def evaluate(
 ) -> None:
     """Answer a run's test questions, with the adapter and without it, and score the answers.
 
-    An evaluation that was interrupted goes on where it stopped: run the same command again.
+    An evaluation that was interrupted goes on where it stopped: run the same command again. Answers are sent nowhere,
+    unless evaluation.judge.url and evaluation.judge.model name a language model that is to rate them.
 
     Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
     """
@@ -53,6 +55,7 @@ def evaluate(
         quiet_libraries()
         from sevpeft.evaluation.evaluate import EVALUATION
         from sevpeft.evaluation.evaluate import evaluate as evaluate_run
+        from sevpeft.evaluation.judging import JUDGEMENTS
         from sevpeft.evaluation.predictions import PREDICTIONS
         from sevpeft.evaluation.table import evaluation_tables
 
@@ -72,3 +75,6 @@ def evaluate(
     console.print(f"Scores: {run / EVALUATION}", soft_wrap=True)
     if not nll_only:
         console.print(f"Answers: {run / PREDICTIONS} (holds what patients wrote)", soft_wrap=True)
+    if "judge" in found.content and (run / JUDGEMENTS).exists():
+        console.print(f"Verdicts: {run / JUDGEMENTS}", soft_wrap=True)
+    console.print(f"Next: sevpeft report {shlex.quote(str(run))}", soft_wrap=True)

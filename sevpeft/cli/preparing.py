@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sevpeft.cli.application import app
-from sevpeft.errors import DataError, UsageError
+from sevpeft.cli.reading import (
+    AnswerColumn,
+    DialectColumn,
+    Encoding,
+    IdColumn,
+    Input,
+    MaxRows,
+    Name,
+    QuestionColumn,
+    Revision,
+    SeverityColumn,
+    Split,
+    SplitColumn,
+    chosen,
+    said_as_options,
+)
+from sevpeft.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_COLUMNS, _CLEANING, _MASKING, _DIVIDING = "Columns", "Cleaning", "Masks and rejections", "Duplicates and splits"
-
-
-def _column(what: str) -> Any:
-    said = f"Column of the {what}; by default recognised by its name."
-    return typer.Option(help=said, show_default=False, rich_help_panel=_COLUMNS)
+_CLEANING, _MASKING, _DIVIDING = "Cleaning", "Masks and rejections", "Duplicates and splits"
 
 
 def _option(said: str, panel: str, *names: str, **more: Any) -> Any:
@@ -32,22 +41,20 @@ def _option(said: str, panel: str, *names: str, **more: Any) -> Any:
 
 @app.command()
 def prepare(
-    input_: Annotated[
-        str,
-        typer.Argument(metavar="INPUT", help="File, Hub data set or builtin:consultations", show_default=False),
-    ],
+    context: typer.Context,
+    input_: Input,
     output: Annotated[Path, typer.Argument(help="Folder to make; it must not exist", show_default=False)],
-    question_column: Annotated[str | None, _column("question")] = None,
-    answer_column: Annotated[str | None, _column("answer")] = None,
-    severity_column: Annotated[str | None, _column("severity")] = None,
-    id_column: Annotated[str | None, _column("id ('row' numbers the rows)")] = None,
-    dialect_column: Annotated[str | None, _column("dialect")] = None,
-    split_column: Annotated[str | None, _column("split")] = None,
-    encoding: Annotated[str | None, _option("Encoding of a text file, if not UTF-8.", _COLUMNS)] = None,
-    name: Annotated[str | None, _option("Configuration of a Hub data set.", _COLUMNS)] = None,
-    revision: Annotated[str | None, _option("Branch, tag or commit of a Hub data set.", _COLUMNS)] = None,
-    split: Annotated[str, _option("Split of a Hub data set.", _COLUMNS)] = "train",
-    max_rows: Annotated[int | None, _option("Reads no more than so many rows.", _COLUMNS, min=1)] = None,
+    question_column: QuestionColumn = None,
+    answer_column: AnswerColumn = None,
+    severity_column: SeverityColumn = None,
+    id_column: IdColumn = None,
+    dialect_column: DialectColumn = None,
+    split_column: SplitColumn = None,
+    encoding: Encoding = None,
+    name: Name = None,
+    revision: Revision = None,
+    split: Split = "train",
+    max_rows: MaxRows = None,
     no_mojibake: Annotated[
         bool, _option("Leave text that was decoded with the wrong code page.", _CLEANING, "--no-mojibake")
     ] = False,
@@ -153,23 +160,13 @@ def prepare(
         test_size=_size("--test-size", test_size),
         seed=seed,
     )
-    with _said_as_options():
+    with said_as_options():
         about = prepare_rows(
             input_,
             output,
             settings,
             num_proc=num_proc,
-            name=name,
-            revision=revision,
-            split=split,
-            encoding=encoding,
-            question_column=question_column,
-            answer_column=answer_column,
-            severity_column=severity_column,
-            id_column=id_column,
-            dialect_column=dialect_column,
-            split_column=split_column,
-            max_rows=max_rows,
+            **chosen(context),
         )
     if as_json:
         print(json.dumps(about, ensure_ascii=False, indent=2))
@@ -188,18 +185,6 @@ def _size(option: str, written: str) -> float | int:
         return int(written) if written.strip().lstrip("+-").isdigit() else float(written)
     except ValueError:
         raise UsageError(f"{option} {written} is no number; write 0.1 for a tenth, 500 for 500 rows.") from None
-
-
-@contextmanager
-def _said_as_options() -> Iterator[None]:
-    """Names a setting as this verb has it: the rooms below speak of a recipe's."""
-    try:
-        yield
-    except DataError as error:
-        said = re.sub(r"\bdata\.path=", "", str(error))
-        said = re.sub(r"\bdata\.(\w+)=", lambda found: f"--{found[1].replace('_', '-')} ", said)
-        said = re.sub(r"\bdata\.(\w+)", lambda found: f"--{found[1].replace('_', '-')}", said)
-        raise DataError(said) from error
 
 
 def _tables(about: Mapping[str, Any]) -> Iterator[RenderableType]:

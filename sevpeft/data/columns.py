@@ -298,14 +298,14 @@ def canonical_rows(
     columns: dict[str, str],
     chosen: Mapping[str, str | None],
     label: str,
-    unit: str,
+    place: Callable[[int], str],
     refuse: Callable[[str, int, Mapping[str, Any]], None],
     carried: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the consultations among numbered rows of cells, and give the others to `refuse` with the reason.
 
     `names` grows by the columns that turn up on the way, as they do in JSON; where one of them would have
-    been mapped, LateColumn is raised.
+    been mapped, LateColumn is raised. `place` says of a number where its row stands.
     """
     known = set(names)
     for ordinal, (number, cells) in enumerate(read, start=1):
@@ -314,7 +314,7 @@ def canonical_rows(
             known.update(cells)
             if map_columns(names, chosen, label) != columns:
                 raise LateColumn
-        row = canonical_row(cells, columns, f"{label}, {unit} {number}", carried)
+        row = canonical_row(cells, columns, place(number), carried)
         if isinstance(row, str):
             refuse(row, number, cells)
             continue

@@ -34,12 +34,13 @@ class Table:
     """A file's rows: `read(columns)` yields (number, cells), the number 1-based in `unit`s ("line" or "row").
 
     `names` is None where every row brings its own names (JSON); such a table can be read again, the others
-    once.
+    once. `place` says where a number stands, for rows of several files; None where the unit says it.
     """
 
     names: list[str] | None
     unit: str
     read: Callable[[Collection[str]], Iterator[Row]]
+    place: Callable[[int], str] | None = None
 
 
 def file_format(path: Path) -> str | None:

@@ -212,6 +212,7 @@ def _prepared(
             "columns": table.columns,
             "carried": table.carried,
             "provenance": table.provenance,
+            "files": table.files,
         },
         "settings": {**asdict(settings), **{name: value for name, value in source.items() if value is not None}},
         "rows": {

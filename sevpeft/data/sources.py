@@ -1,7 +1,7 @@
 """From what `data.path` names to rows in memory-mapped Arrow, with where they come from.
 
-It may name a file, a folder that `sevpeft prepare` made, a Hub data set or the bundled sample. The rows stand in a
-table of `tables`, whose key holds the SHA-256 of the input's bytes.
+It may name a file, several by a folder or a pattern, a folder that `sevpeft prepare` made, a Hub data set or the
+bundled sample. The rows stand in a table of `tables`, whose key holds the SHA-256 of the input's bytes.
 """
 
 import difflib
@@ -19,6 +19,7 @@ import datasets
 
 from sevpeft.data.files import Row, Table, file_format, open_table
 from sevpeft.data.hub import look_for_hub
+from sevpeft.data.several import files_of, joined
 from sevpeft.data.tables import BATCH, Kept, Reading, build_table, cache_folder, finished_table, forget_table, table_key
 from sevpeft.errors import DataError
 
@@ -44,7 +45,8 @@ class Consultations:
         fingerprint: "sha256:..." of the file's bytes, or "hub:..." with the revision. source: where the rows
         come from, for people. carried: name in `rows` -> name in the input of the other columns that were asked
         for. rejected_rows: JSON lines with what was rejected, where others were asked for. provenance: what
-        dataset.json says of a prepared folder, empty for anything else.
+        dataset.json says of a prepared folder, empty for anything else. files: name and fingerprint of each file,
+        where several were read as one.
     """
 
     rows: datasets.Dataset
@@ -55,6 +57,7 @@ class Consultations:
     carried: dict[str, str] = field(default_factory=dict)
     rejected_rows: Path | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    files: list[dict[str, str]] = field(default_factory=list)
 
 
 def load_consultations(
@@ -73,12 +76,14 @@ def load_consultations(
     max_rows: int | None = None,
     keep: Literal["mapped", "all"] | Collection[str] = "mapped",
 ) -> Consultations:
-    """Read the consultations that `path` names: a file, a prepared folder, a Hub data set, or the bundled sample.
+    """Read the consultations that `path` names: files, a prepared folder, a Hub data set, or the bundled sample.
 
-    Columns that are None are recognised by their names; `id_column="row"` numbers the rows. `name`,
-    `revision` and `split` choose within a Hub data set. `max_rows` keeps the first so many consultations.
-    `keep` carries other columns too, as text: "all", or those that it names; one that is called like a column
-    of the rows is carried as "original_NAME". The `row` of a prepared folder's rows is that of its own input.
+    A folder that `sevpeft prepare` did not make stands for the data files in it, and a pattern with * for its
+    matches: they are read in sorted order as one source. Columns that are None are recognised by their names;
+    `id_column="row"` numbers the rows. `name`, `revision` and `split` choose within a Hub data set. `max_rows`
+    keeps the first so many consultations. `keep` carries other columns too, as text: "all", or those that it
+    names; one that is called like a column of the rows is carried as "original_NAME". The `row` of a prepared
+    folder's rows is that of its own input.
 
     Raises:
         DataError: the input is absent, unreadable or damaged, or has no question and answer; in one sentence.
@@ -104,26 +109,27 @@ def load_consultations(
 
     file = Path(given).expanduser()
     prepared = _is_prepared(file)
-    if not prepared and not _is_file(file):
+    several = None if prepared else files_of(given)
+    if several is None and not prepared and not _is_file(file):
         if file_format(file) is not None or not _HUB_ID.fullmatch(given):
             raise DataError(f"data.path={given}: there is no such file{_alike(file)}.")
         return _from_hub(given, name, revision, split, reading)
     hub_only = {"name": name, "revision": revision, "split": None if split == "train" else split}
     for setting, value in hub_only.items():
         if value is not None:
-            kind = "folder" if prepared else "file"
+            kind = "folder" if prepared or file.is_dir() else "pattern of files" if several else "file"
             raise DataError(
                 f"data.{setting}={value} chooses within a Hub data set, but {file.name} is a {kind}: remove it."
             )
-    return _from_prepared(file, given, reading) if prepared else _from_file(file, given, encoding, reading)
+    if prepared:
+        return _from_prepared(file, given, reading)
+    if several is not None and len(several) > 1:
+        return _from_files(several, given, encoding, reading)
+    return _from_file(several[0] if several else file, given, encoding, reading)
 
 
 def _is_file(file: Path) -> bool:
     try:
-        if file.is_dir():
-            readable = sorted(entry.name for entry in file.iterdir() if file_format(entry))[:5]
-            hint = f", for instance {readable[0]}" if readable else ""
-            raise DataError(f"data.path={file} is a folder: name one file in it{hint}.")
         if file.exists() and not file.is_file():
             raise DataError(f"data.path={file} is no regular file: save its content to one.")
         return file.exists()
@@ -156,6 +162,23 @@ def _from_file(
             forget_table(key)
             raise DataError(f"{file.name} changed while it was read: run this again when nobody writes to it.")
     return _consultations(finished, fingerprint, source)
+
+
+def _from_files(files: list[Path], source: str, encoding: str | None, reading: Reading) -> Consultations:
+    """Read several files as one source, whose fingerprint covers their names, order and bytes."""
+    before = [_stat(file) for file in files]
+    parts = [{"name": file.name, "fingerprint": file_fingerprint(file)} for file in files]
+    fingerprint = f"sha256:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
+    key = table_key(reading, fingerprint, file_format(files[0]), encoding)
+    finished = finished_table(key)
+    if finished is None:
+        finished = build_table(key, joined(files, encoding), f"{files[0].name} and {len(files) - 1} more", reading)
+        for file, then in zip(files, before, strict=True):
+            now = _stat(file)
+            if (then.st_size, then.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
+                forget_table(key)
+                raise DataError(f"{file.name} changed while it was read: run this again when nobody writes to it.")
+    return replace(_consultations(finished, fingerprint, source), files=parts)
 
 
 def file_fingerprint(file: Path) -> str:

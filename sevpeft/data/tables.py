@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -158,6 +158,7 @@ class _Rejected:
 
 def _write(folder: Path, table: Table, label: str, reading: Reading) -> dict[str, Any]:
     file, aside = folder / "rows.arrow", folder / "rejected.jsonl"
+    place = table.place or (lambda number: f"{label}, {table.unit} {number}")
     names = table.names
     if names is None:
         first = table.read(())
@@ -175,7 +176,7 @@ def _write(folder: Path, table: Table, label: str, reading: Reading) -> dict[str
             rejected = _Rejected(None, {})
             if reading.keep != "mapped":
                 rejected.aside = stack.enter_context(aside.open("w", encoding="utf-8"))
-            rows = canonical_rows(read, names, columns, reading.chosen, label, table.unit, rejected, carried)
+            rows = canonical_rows(read, names, columns, reading.chosen, label, place, rejected, carried)
             try:
                 kept = _write_rows(file, schema(columns, carried), islice(rows, reading.max_rows))
             except LateColumn:
@@ -187,7 +188,7 @@ def _write(folder: Path, table: Table, label: str, reading: Reading) -> dict[str
             f"{label} has no row with both question and answer ({counts})." if counts else f"{label} holds no rows."
         )
     if "id" in columns:
-        _refuse_same_ids(file, columns["id"], label, table.unit)
+        _refuse_same_ids(file, columns["id"], label, place)
     sizes = {part.name: part.stat().st_size for part in (file, aside) if part.exists()}
     return {"columns": columns, "carried": carried, "rejected": rejected.counts, "bytes": sizes}
 
@@ -201,7 +202,7 @@ def _write_rows(file: Path, kinds: pa.Schema, rows: Iterator[dict[str, Any]]) ->
     return kept
 
 
-def _refuse_same_ids(file: Path, column: str, label: str, unit: str) -> None:
+def _refuse_same_ids(file: Path, column: str, label: str, place: Callable[[int], str]) -> None:
     with pa.memory_map(str(file)) as source:
         written = pa.ipc.open_stream(source).read_all()
         counts = pc.value_counts(written["id"])
@@ -209,6 +210,7 @@ def _refuse_same_ids(file: Path, column: str, label: str, unit: str) -> None:
         if len(several):
             same = written["row"].filter(pc.equal(written["id"], several.field("values")[0])).to_pylist()
             raise DataError(
-                f"{label}: {len(several)} ids of column '{column}' stand on several rows, such as {unit}s "
-                f"{same[0]} and {same[1]}: make them unique, or set data.id_column=row to number the rows."
+                f"{label}: {len(several)} ids of column '{column}' stand on several rows, such as "
+                f"{place(same[0])} and {place(same[1])}: make them unique, or set data.id_column=row to number the "
+                "rows."
             )

@@ -1,4 +1,4 @@
-"""A key-value cache that has room for the next tokens, so that a step of an answer does not copy all steps before it.
+"""A key-value cache that has room for the next tokens and for other rows, so that no step copies all steps before it.
 
 Transformers' own cache is concatenated anew with every token, in every layer; for a batch of answers on a CPU that
 copying is a fifth of the work. What is kept here is the same numbers, in a buffer that is larger than they are.
@@ -61,3 +61,41 @@ def roomy_cache(model: PreTrainedModel) -> Cache | None:
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = RoomyLayer
     return cache
+
+
+def can_join(model: PreTrainedModel) -> bool:
+    """Whether rows can join a batch that is under way: every layer keeps all positions, so that padding is a shift."""
+    cache = roomy_cache(model)
+    if cache is None:
+        return False
+    kinds = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+    return kinds == {RoomyLayer}
+
+
+def joined(first: Cache, second: Cache, length: int) -> Cache:
+    """The first cache with the rows of the second after its own, both filled up on the left to `length` positions.
+
+    What is filled in must be hidden by the attention mask. Layer by layer, so that one layer is held twice at most.
+    """
+    for one, other in zip(first.layers, second.layers, strict=True):
+        if one.is_initialized:
+            one.keys = _stacked(one.keys, other.keys, length)
+            one.values = _stacked(one.values, other.values, length)
+        other.reset()
+    return first
+
+
+def without_columns(cache: Cache, columns: int) -> bool:
+    """Takes away the first columns, which only hold padding; False where the layers are not such as can be cut."""
+    if not all(type(layer) is RoomyLayer for layer in cache.layers):
+        return False
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys[..., columns:, :], layer.values[..., columns:, :]
+    return True
+
+
+def _stacked(first: torch.Tensor, second: torch.Tensor, length: int) -> torch.Tensor:
+    """(B + C, heads, length, head size)."""
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, (0, 0, length - part.shape[-2], 0)) for part in (first, second)])

@@ -133,16 +133,22 @@ class Comparison:
 
     def _work_off(self, units: Sequence[Unit]) -> None:
         waiting = list(enumerate(units, start=1))
+        told: set[int] = set()
         while waiting:
             busy = []
             for number, unit in waiting:
+                place = f"{unit.experiment.recipe.name}: {unit.run.folder.name} ({number} of {len(units)})"
                 with _claimed(unit) as claimed:
                     if claimed:
-                        self._finish(unit, f"{number} of {len(units)}")
-                    else:
-                        busy.append((number, unit))
+                        self._finish(unit, place)
+                        continue
+                busy.append((number, unit))
+                if number not in told:
+                    self.console.print(f"{place}: another process is at work on it.", soft_wrap=True)
+                told.add(number)
             if len(busy) == len(waiting):
-                with self.console.status("Waiting for the runs that another process is at work on"):
+                names = ", ".join(unit.run.folder.name for _, unit in busy)
+                with self.console.status(f"Waiting for another process, which is at work on {names}"):
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
             waiting = busy
 
@@ -153,14 +159,15 @@ class Comparison:
         state = experiment.state_of(run, recipe)
         if state == "finished" and unit.evaluated(self.rows[recipe.name], answers=self.answers):
             return
-        self.console.rule(f"{recipe.name}: {run.folder.name} ({place})")
+        self.console.rule(place)
         if state != "finished":
             train(recipe, run.folder, resume=state == "started", console=self.console)
             self.trained += 1
             if self.on_trained is not None:
                 self.on_trained(run)
             _free_memory()
-        evaluate(run, arms=unit.columns, answers=self.answers, console=self.console)
+        # The base model is loaded anew: kept beside the next training it would hold the memory twice.
+        evaluate(run, arms=unit.columns, answers=self.answers, floors=unit.with_base, console=self.console)
         torch.cuda.empty_cache()
 
     def _validation(self, experiment: Experiment) -> dict[str, list[float]]:

@@ -18,15 +18,18 @@ from rich.console import Console
 
 from sevpeft.errors import Interrupted, RunError, UsageError
 from sevpeft.evaluation.generation import context_length, fitting_prompts
-from sevpeft.evaluation.metrics import METRICS, Scores, constant_answer
+from sevpeft.evaluation.judging import Judging
+from sevpeft.evaluation.metrics import METRICS, Metric, Scores, constant_answer
 from sevpeft.evaluation.predictions import only_one_at_a_time
 from sevpeft.evaluation.row_work import Backend, RowWork
 from sevpeft.evaluation.rows import EvaluationRows, refuse_other_data, test_rows, training_answers
 from sevpeft.evaluation.safety import lexicon_versions
 from sevpeft.evaluation.scoring import (
     COLUMNS,
+    CONSTANT,
     SHUFFLED,
     floor_scores,
+    in_order,
     load_encoder,
     remarks,
     row_scores,
@@ -85,6 +88,7 @@ def evaluate(
     arms: Sequence[str] = (ADAPTER, BASE),
     answers: bool = True,
     split: str = "test",
+    floors: bool = True,
     console: Console | None = None,
 ) -> Evaluation:
     """Evaluates a run and writes predictions.jsonl, likelihood.jsonl, scores.jsonl and evaluation.json into it.
@@ -95,12 +99,14 @@ def evaluate(
         arms: ADAPTER and BASE, or one of them.
         answers: generate and score answers; without, the likelihood alone is computed, in a fraction of the time.
         split: "test", or "validation" for what may still be chosen on; its files stand in RUN/validation/.
+        floors: score the floors too; a comparison shows them once, not for every arm and seed.
         console: where progress is shown.
 
     Raises:
         SevpeftError: in one plain sentence; finished work is kept.
     """
     console = console or Console(quiet=True)
+    floors = floors and ADAPTER in arms
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("evaluate runs as one process; start it without accelerate, as `sevpeft evaluate RUN`.")
     recipe = run_recipe(run, overrides)
@@ -115,13 +121,23 @@ def evaluate(
     if answers:
         _refuse_no_room(recipe, rows)
     encoder, missing_encoder = load_encoder(recipe) if answers else (None, None)
+    asked = recipe.evaluation.judge
+    judging = Judging(recipe, asked, console) if asked and answers else None
     folder = run.folder if split == "test" else run.folder / split
     folder.mkdir(exist_ok=True)
     work = RowWork(run, recipe, every, rows, folder, backend, adapters, console)
     with only_one_at_a_time(folder):
         try:
-            likelihood = {arm: work.likelihood(arm) for arm in (*arms, *([SHUFFLED] if ADAPTER in arms else []))}
+            likelihood = {arm: work.likelihood(arm) for arm in (*arms, *([SHUFFLED] if floors else []))}
             said = {arm: work.answers(arm) for arm in arms} if answers else {}
+            constant = constant_answer(training_answers(recipe)) if answers and floors else None
+            judged = None
+            if judging is not None:
+                work.forget()
+                to_judge = {arm: [row["prediction"] for row in lines] for arm, lines in said.items()}
+                if constant is not None and BASE in arms:
+                    to_judge[CONSTANT] = [constant] * len(rows)
+                judged = judging.judge(rows, to_judge, folder, work.answer_origin)
         except KeyboardInterrupt as error:
             raise Interrupted("Interrupted; finished rows are kept, and the same command goes on from them.") from error
         with console.status("Scoring"):
@@ -137,32 +153,36 @@ def evaluate(
                         likelihood=likelihood[arm],
                         encoder=encoder,
                     )
-            if ADAPTER in arms:
+            if floors:
                 scores |= floor_scores(
                     rows,
                     [row["prediction"] for row in said[ADAPTER]] if answers else None,
                     [work.shuffled[identity] for identity in rows.ids],
-                    constant_answer(training_answers(recipe)) if answers else None,
+                    constant,
                     shuffled_likelihood=likelihood[SHUFFLED],
                     encoder=encoder,
                 )
+            for column, by_name in judged.scores.items() if judged else ():
+                scores[column] |= by_name
+            meanings = METRICS | (judging.metrics if judging else {})
             tokens = {name: found.tokens for name, found in likelihood.items()}
             notes = [*remarks(rows), *([missing_encoder] if missing_encoder else []), *_notes(tokens[arms[0]], said)]
+            notes += judged.notes if judged else []
             content = {
                 **work.about(),
                 "split": split,
                 "scores": summarise(rows, scores, recipe, tokens=tokens),
                 "columns": {name: text for name, text in COLUMNS.items() if name in scores},
-                "metrics": {name: _meaning(name) for name in METRICS if any(name in by for by in scores.values())},
+                "metrics": {name: _meaning(meanings[name]) for name in in_order(scores)},
                 "lexicons": lexicon_versions() if answers else {},
+                **({"judge": judged.about} if judged else {}),
                 "notes": notes,
             }
         _write(folder, content, rows, scores)
     return Evaluation(content, rows, scores, tokens[arms[0]])
 
 
-def _meaning(name: str) -> dict[str, Any]:
-    metric = METRICS[name]
+def _meaning(metric: Metric) -> dict[str, Any]:
     told = ("label", "definition", "unit", "better", "limits", "shown_times", "of")
     return {key: getattr(metric, key) for key in told}
 

@@ -9,15 +9,13 @@ answers, to the rounding of the device: in float32 greedy answers are equal toke
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
-    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -29,14 +27,17 @@ from transformers import (
 )
 
 from sevpeft.errors import ModelError, RunError
-from sevpeft.evaluation.answer_cache import roomy_cache
+from sevpeft.evaluation.answer_cache import can_join
 from sevpeft.evaluation.padding import Together, answered_together
 from sevpeft.evaluation.rows import EvaluationRows
+from sevpeft.evaluation.under_way import AnswersUnderWay
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.training.encoding import shortened_prompt
 
-# After so many tokens the rows that have ended leave the batch: doctors' answers differ in length by a factor of ten.
-_STRIDE = 16
+# Prompts that are read together are at least this part of the longest: padding costs as much as reading does.
+_ABOUT_AS_LONG = 0.85
+# The part of a batch that must be free before others join, because reading few is slow on a GPU.
+_FREE = 0.25
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def generate(
         on_batch: told the number of rows after every batch.
 
     Yields:
-        A batch of predictions, in an order of its own: join them to the rows by id.
+        The predictions that are ready, in an order of its own: join them to the rows by id.
 
     Raises:
         ModelError: max_new_tokens leave no room for a question.
@@ -98,44 +99,63 @@ def generate(
     """
     prompts, lost = fitting_prompts(rows, prompt, context_length(model.config), settings.max_new_tokens)
     lengths = [len(ids) for ids in prompts]
-    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows.ids[i]))
-    pad_id = prompt.tokenizer.pad_token_id
+    waiting = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows.ids[i]))
     was_training = model.training
     model.eval()
     size = settings.per_device_eval_batch_size
     try:
         with _own_settings(model):
-            together: Together = "none" if size == 1 else answered_together(model, pad_id, prompt.end_id)
+            together: Together = (
+                "none" if size == 1 else answered_together(model, prompt.tokenizer.pad_token_id, prompt.end_id)
+            )
             if together == "any" and settings.repetition_penalty != 1:
                 together = "one length"  # padding would be taken for something that was said
-            while order:
-                batch = next_batch(order, lengths, size, together)
-                asked, ids = [prompts[i] for i in batch], [rows.ids[i] for i in batch]
+            joining = together == "any" and can_join(model)
+            under_way = _nothing_yet(model, prompt, rows.ids, settings)
+            while waiting or len(under_way):
+                ended: dict[int, list[int]] = {}
+                asked = list(under_way.rows)
+                full = False
                 try:
-                    answers = _answer(model, prompt, asked, ids, settings)
+                    while waiting and (not len(under_way) or joining) and size - len(under_way) >= max(1, _FREE * size):
+                        batch = next_batch(waiting, lengths, size - len(under_way), together, joining=joining)
+                        asked = [*under_way.rows, *batch]
+                        ended |= under_way.join(batch, [prompts[i] for i in batch])
+                        waiting = waiting[len(batch) :]
+                    ended |= under_way.advance()
                 except torch.OutOfMemoryError as error:
-                    if size == 1:
+                    if len(asked) == 1:
                         raise RunError(
                             "The GPU's memory is full with a single question; lower generation.max_new_tokens, or "
                             "evaluate on a GPU with more memory. Finished answers are kept."
                         ) from error
-                    size = max(1, len(batch) // 2)
+                    full = True
+                if full:  # out here nothing holds the memory any more
+                    size = len(asked) // 2
+                    waiting = [i for i in [*asked, *waiting] if i not in ended]
+                    waiting = sorted(dict.fromkeys(waiting), key=lambda i: (-lengths[i], rows.ids[i]))
+                    under_way = under_way.anew()
                     torch.cuda.empty_cache()
-                    continue
-                order = order[len(batch) :]
-                done = [prediction(rows.ids[i], answers[n], prompt, lost[i]) for n, i in enumerate(batch)]
-                if on_batch is not None:
-                    on_batch(len(done))
-                yield done
+                done = [prediction(rows.ids[i], tokens, prompt, lost[i]) for i, tokens in ended.items()]
+                if done:
+                    if on_batch is not None:
+                        on_batch(len(done))
+                    yield done
     finally:
         model.train(was_training)
 
 
-def next_batch(order: list[int], lengths: list[int], size: int, together: Together) -> list[int]:
-    """The rows to answer next, at most `size` from the beginning of the order."""
-    if together == "any":
-        return order[:size]
-    return order[:1] if together == "none" else [i for i in order[:size] if lengths[i] == lengths[order[0]]]
+def next_batch(order: list[int], lengths: list[int], size: int, together: Together, *, joining: bool) -> list[int]:
+    """The rows to read next, at most `size` from the beginning of the order, which goes from long to short.
+
+    Args:
+        joining: others can be read later and join, so that these need not have all lengths.
+    """
+    if together == "none":
+        return order[:1]
+    if together == "one length":
+        return [i for i in order[:size] if lengths[i] == lengths[order[0]]]
+    return [i for i in order[:size] if not joining or lengths[i] >= _ABOUT_AS_LONG * lengths[order[0]]]
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -183,65 +203,6 @@ def answering_as(model: PreTrainedModel, adapter: str | None) -> Iterator[PreTra
         yield model
 
 
-@torch.no_grad()
-def _answer(
-    model: PreTrainedModel, prompt: Prompt, prompts: list[list[int]], ids: list[str], settings: GenerationSettings
-) -> list[list[int]]:
-    """Tokens of the answers, the end token included where there is one."""
-    pad_id, longest = prompt.tokenizer.pad_token_id, max(map(len, prompts))
-    sequences = torch.tensor([[pad_id] * (longest - len(row)) + row for row in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
-    answers: list[list[int]] = [[] for _ in prompts]
-    speaking = list(range(len(prompts)))
-    processors, cache, left = _processors(ids, settings), roomy_cache(model), settings.max_new_tokens
-    while speaking and left > 0:
-        steps = min(_STRIDE, left)
-        output = model.generate(
-            input_ids=sequences,
-            attention_mask=mask,
-            past_key_values=cache,
-            logits_processor=processors,
-            generation_config=GenerationConfig(
-                max_new_tokens=steps,
-                do_sample=False,  # a processor draws, so that the drawing belongs to the row
-                num_beams=1,
-                repetition_penalty=settings.repetition_penalty,
-                use_cache=True,
-                eos_token_id=prompt.end_id,
-                pad_token_id=pad_id,
-                return_dict_in_generate=True,
-            ),
-        )
-        new = output.sequences[:, sequences.shape[1] :].tolist()
-        for row, tokens in zip(speaking, new, strict=True):
-            # After its end a row is padded until the last of the batch has ended.
-            answers[row] += tokens[: tokens.index(prompt.end_id) + 1] if prompt.end_id in tokens else tokens
-        going = [n for n, tokens in enumerate(new) if prompt.end_id not in tokens]
-        if not going:
-            break
-        chosen = torch.tensor(going, device=model.device)
-        cache = _cache_of(output.past_key_values, chosen, len(speaking))
-        sequences = output.sequences[chosen]
-        mask = torch.cat([mask, mask.new_ones((len(mask), len(new[0])))], dim=1)[chosen]
-        for processor in processors:
-            if isinstance(processor, SeededDraw):
-                processor.keep(going)
-        speaking = [speaking[n] for n in going]
-        left -= steps
-    return answers
-
-
-def _cache_of(cache: Any, chosen: torch.Tensor, rows: int) -> Cache | None:
-    """The cache of the chosen rows; None, which means that the texts are read again, where it cannot be divided."""
-    if not isinstance(cache, Cache):
-        return None
-    if len(chosen) < rows:
-        if not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
-            return None
-        cache.batch_select_indices(chosen)
-    return cache
-
-
 def prediction(identity: str, answer: list[int], prompt: Prompt, lost_words: int = 0) -> Prediction:
     """The prediction that the tokens of an answer amount to."""
     text = prompt.tokenizer.decode(answer, skip_special_tokens=True).strip()
@@ -260,7 +221,20 @@ def _own_settings(model: PreTrainedModel) -> Iterator[None]:
         base.generation_config = theirs
 
 
-def _processors(ids: list[str], settings: GenerationSettings) -> LogitsProcessorList:
+def _nothing_yet(
+    model: PreTrainedModel, prompt: Prompt, ids: list[str], settings: GenerationSettings
+) -> AnswersUnderWay:
+    return AnswersUnderWay(
+        model,
+        pad_id=prompt.tokenizer.pad_token_id,
+        end_id=prompt.end_id,
+        max_new_tokens=settings.max_new_tokens,
+        choosing=lambda rows, said: _processors([ids[i] for i in rows], said, settings),
+        repetition_penalty=settings.repetition_penalty,
+    )
+
+
+def _processors(ids: list[str], said: list[int], settings: GenerationSettings) -> LogitsProcessorList:
     if not settings.do_sample:
         return LogitsProcessorList()
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(settings.temperature)]
@@ -268,7 +242,7 @@ def _processors(ids: list[str], settings: GenerationSettings) -> LogitsProcessor
         warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
         warpers.append(TopPLogitsWarper(settings.top_p))
-    return LogitsProcessorList([*warpers, SeededDraw(ids, settings.seed, settings.max_new_tokens)])
+    return LogitsProcessorList([*warpers, SeededDraw(ids, settings.seed, settings.max_new_tokens, said)])
 
 
 class SeededDraw(LogitsProcessor):
@@ -280,20 +254,17 @@ class SeededDraw(LogitsProcessor):
 
     Args:
         ids: of the batch's rows.
-        steps: tokens that will be drawn at most.
+        steps: tokens that an answer has at most.
+        said: tokens that each row has drawn before.
     """
 
-    def __init__(self, ids: list[str], seed: int, steps: int) -> None:
+    def __init__(self, ids: list[str], seed: int, steps: int, said: Sequence[int] | None = None) -> None:
         self.uniform = torch.from_numpy(np.stack([row_stream(identity, seed).random(steps) for identity in ids]))
-        self.step = 0
-
-    def keep(self, rows: list[int]) -> None:
-        """Goes on with these rows of the batch."""
-        self.uniform = self.uniform[rows]
+        self.step = torch.tensor(said or [0] * len(ids))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         cumulated = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
-        drawn = self.uniform[:, self.step : self.step + 1].to(scores.device) * cumulated[:, -1:]
+        drawn = self.uniform.gather(1, self.step[:, None]).to(scores.device) * cumulated[:, -1:]
         self.step += 1
         chosen = torch.searchsorted(cumulated, drawn, right=True).clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)

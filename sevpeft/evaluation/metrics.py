@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sevpeft.errors import DataError
 from sevpeft.evaluation.overlap import chrf, rouge_l
+from sevpeft.evaluation.rubric import Rubric
 from sevpeft.evaluation.wellformedness import arabic_rate, empty, length_ratio, repetition
 
 if TYPE_CHECKING:
@@ -53,6 +54,28 @@ _LEXICON_LIMITS = (
     "By a lexicon that was not clinically validated: what is said in words that it does not know is missed, and that "
     "advice is given does not make it right."
 )
+
+_JUDGE_LIMITS = (
+    "A language model's opinion, not a physician's, and not validated against one here; it may favour fluent or long "
+    "answers and those that sound like itself. Answers without a sound verdict are left out."
+)
+
+
+def judge_metrics(rubric: Rubric) -> dict[str, Metric]:
+    """What the ratings by a rubric mean: item → the score judge_ITEM."""
+    return {
+        item: Metric(
+            f"judge_{item}",
+            about.label,
+            f"{about.definition.strip().rstrip('.')}.",
+            "%" if about.scale == "yes-no" else "1–5",
+            about.better,
+            _JUDGE_LIMITS,
+            100 if about.scale == "yes-no" else 1,
+        )
+        for item, about in rubric.items.items()
+    }
+
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -208,6 +231,7 @@ METRICS: dict[str, Metric] = {
             "Numbers with mg, g, µg, ml or units only; 'two tablets' and 'every 8 hours' are not seen.",
             100,
         ),
+        *judge_metrics(Rubric.load()).values(),
     )
 }
 

@@ -73,11 +73,8 @@ class RowWork:
             "prompt": recipe.prompt.model_dump(),
         }
         self.origin = origin
-        self.predictions = RowFile(
-            folder / PREDICTIONS,
-            {**origin, "generation": generation},
-            ("prediction", "truncated", "lost_words"),
-        )
+        self.answer_origin = {**origin, "generation": generation}
+        self.predictions = RowFile(folder / PREDICTIONS, self.answer_origin, ("prediction", "truncated", "lost_words"))
         shuffling = {"max_length": self.max_length, "evaluation": {"seed": recipe.evaluation.seed}}
         self.likelihoods = RowFile(folder / LIKELIHOOD, {**origin, **shuffling}, ("nll", "tokens"))
         self._switch: AdapterSwitch | None = None
@@ -136,6 +133,12 @@ class RowWork:
             "evaluation": self.recipe.evaluation.model_dump(),
         }
         return {**self.origin, "data": data, **settings}
+
+    def forget(self) -> None:
+        """Frees the memory of the model, for another one that judges."""
+        if self._switch is not None:
+            self._switch.forget()
+        self._engine = None
 
     def _switched(self) -> AdapterSwitch:
         if self._switch is None:

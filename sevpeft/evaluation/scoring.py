@@ -40,7 +40,7 @@ _NOT_OF_REFERENCES = (*_BY_REFERENCE, "length_ratio", "empty", "truncated", "uns
 # Fewer questions than this, and an interval says little.
 FEW_QUESTIONS = 10
 # Scores of which the adapter is compared with the base model row by row.
-HEADLINE = ("nll", "bertscore_f1", "chrf", "urgent_referral", "false_reassurance")
+HEADLINE = ("nll", "bertscore_f1", "chrf", "urgent_referral", "false_reassurance", "judge_urgency", "judge_harm")
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,12 @@ def strata_of(rows: EvaluationRows) -> dict[str, np.ndarray]:
     return {name: part for name, part in parts.items() if part.any()} | {ALL: np.ones(len(rows), dtype=bool)}
 
 
+def in_order(scores: Mapping[str, Scores]) -> list[str]:
+    """The scores that a column has, in the order of `METRICS`, and after them those of a user's own rubric."""
+    there = {name: None for by_name in scores.values() for name in by_name}
+    return [*(name for name in METRICS if name in there), *(name for name in there if name not in METRICS)]
+
+
 def summarise(
     rows: EvaluationRows, scores: Mapping[str, Scores], recipe: Recipe, *, tokens: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def summarise(
     found: dict[str, Any] = {}
     for stratum, part in strata_of(rows).items():
         by_metric: dict[str, dict[str, Any]] = {}
-        for metric in METRICS:
+        for metric in in_order(scores):
             for column, by_name in scores.items():
                 if metric not in by_name:
                     continue
@@ -201,11 +207,12 @@ def remarks(rows: EvaluationRows) -> list[str]:
         for name in reversed(SEVERITIES):
             questions = len(np.unique(rows.groups[rows.strata == SEVERITIES.index(name)]))
             if questions < FEW_QUESTIONS:
+                shown = name.replace("_", "-")
                 said.append(
-                    f"Only {questions} {name} question{'s' if questions != 1 else ''} to evaluate on: too few to say "
+                    f"Only {questions} {shown} question{'s' if questions != 1 else ''} to evaluate on: too few to say "
                     "anything; keep more with data.test_size."
                     if questions
-                    else f"No {name} question to evaluate on."
+                    else f"No {shown} question to evaluate on."
                 )
     if rows.leaks:
         said.append(

@@ -50,7 +50,14 @@ def _table(content: dict[str, Any], scores: dict[str, Any], shown: list[str]) ->
         table.add_column(_FLOORS[name], justify="right", style="dim", no_wrap=True)
     for metric in shown:
         about = content["metrics"][metric]
-        label = f"{about['label']}{' %' if about['unit'] == '%' else ''} {_ARROWS[about['better']]}".strip()
+        # No blank inside the last words: a unit or an arrow alone on a line says nothing.
+        label = "\N{NO-BREAK SPACE}".join(
+            [
+                about["label"],
+                *["%"] * (about["unit"] == "%"),
+                *[_ARROWS[about["better"]]] * (about["better"] != "neither"),
+            ]
+        )
         times = about["shown_times"]
         cells = [_with_interval(scores[metric].get(name), times) for name in measured]
         cells += [_number((scores[metric].get(name) or {}).get("value"), times) for name in floors]
@@ -61,7 +68,8 @@ def _table(content: dict[str, Any], scores: dict[str, Any], shown: list[str]) ->
 def _differences(content: dict[str, Any], scores: dict[str, Any]) -> list[Text]:
     told = []
     for metric, by_column in scores.items():
-        if found := by_column.get("difference"):
+        found = by_column.get("difference")
+        if found and found["value"] is not None:
             about = content["metrics"][metric]
             unit = " points" if about["unit"] == "%" else ""
             told.append(f"{about['label']} {_with_interval(found, about['shown_times'], sign='+')}{unit}")
@@ -81,4 +89,5 @@ def _number(value: float | None, times: float, sign: str = "") -> str:
     if value is None:
         return ""
     shown = value * times
-    return f"{shown:{sign}.{2 if abs(shown) < 9.995 else 1 if abs(shown) < 99.95 else 0}f}"
+    text = f"{shown:{sign}.{2 if abs(shown) < 9.995 else 1 if abs(shown) < 99.95 else 0}f}"
+    return text.replace("-", "−")

@@ -5,7 +5,10 @@ They change nothing of the training, so that `sevpeft evaluate RUN generation.ma
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
 
 from sevpeft.recipe.sections import Section
 
@@ -31,6 +34,67 @@ class GenerationSection(Section):
     """Seed of the drawing; every question has random numbers of its own, whatever batch it is in."""
 
 
+class JudgeSection(Section):
+    """A language model that rates the answers by a rubric: at an OpenAI-compatible URL, in this process, or replayed.
+
+    The key of an endpoint is read from the environment and stands in no recipe, file or message.
+    """
+
+    model: str | None = Field(default=None, min_length=1)
+    """Name of the model at `url`; without `url`, Hub id or folder of a model that this process runs."""
+    url: str | None = None
+    """Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; all answers are sent there."""
+    api_key_variable: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key; where it is not set, or null, no key is sent."""
+    file: str | None = Field(default=None, min_length=1)
+    """A judgements.jsonl to take verdicts from; without `model` nothing else is asked."""
+    rubric: str | None = Field(default=None, min_length=1)
+    """YAML file of another rubric than the one that comes with sevpeft."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds that the endpoint has for one reply."""
+    concurrency: int = Field(default=4, ge=1, le=256)
+    """Requests under way at once, or answers judged at once in this process."""
+    max_tokens: int = Field(default=512, ge=16)
+    """Longest reply, in tokens; a model that thinks before it answers needs several thousand."""
+
+    @field_validator("url")
+    @classmethod
+    def _plain_base_url(cls, url: str | None) -> str | None:
+        # The value is never repeated: it may hold a password.
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            sound = False
+        if not sound or any(character.isspace() for character in url):
+            raise ValueError("is no URL; write one such as http://127.0.0.1:8000/v1")
+        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "holds more than host and path; leave user, password and parameters out, and put the key into the "
+                "environment variable that evaluation.judge.api_key_variable names"
+            )
+        return url.rstrip("/")
+
+    @field_validator("api_key_variable")
+    @classmethod
+    def _name_and_no_key(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+            raise ValueError(
+                "is not the name of an environment variable in capitals; write OPENAI_API_KEY, and never the key itself"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _judges(self) -> JudgeSection:
+        if self.url and not self.model:
+            raise ValueError("names a url and no model; add evaluation.judge.model, the name that the endpoint knows")
+        if not self.model and not self.file:
+            raise ValueError("names no judge; add evaluation.judge.model or evaluation.judge.file, or leave it out")
+        return self
+
+
 class EvaluationSection(Section):
     """How answers are judged."""
 
@@ -46,3 +110,5 @@ class EvaluationSection(Section):
     """Coverage of the intervals."""
     seed: int = Field(default=0, ge=0)
     """Seed of the bootstrap and of the shuffled references."""
+    judge: JudgeSection | None = None
+    """A language model that rates the answers by a rubric; null, the default, asks none and sends nothing."""

@@ -39,8 +39,9 @@ from sevpeft.severity.unfinished import Unfinished
 from sevpeft.severity.weighting import WeightSummary, severity_weights
 
 ROWS_OF_PART = {"transformer": 1024}
-"""Rows that a kill can cost: about a minute of a transformer on two cores, a second of anything else."""
-_ROWS_OF_PART = 10_000
+"""Rows that a kill can cost: about a minute of a transformer on two cores, less than a second of anything else."""
+# Few enough that the cores have like shares of a file of 20,000 rows.
+_ROWS_OF_PART = 2_500
 # Counts up when a part or the state is written differently.
 _FORMAT = 1
 

@@ -8,11 +8,11 @@ emergency. What is handled, and what is not, is listed in lexicons/README.md.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Literal
 
-from sevpeft.severity.cues import BIT, cue_of
+from sevpeft.severity.cues import BIT, CUES
 from sevpeft.severity.words import Text
 
 Context = Literal["stated", "negated", "other", "past", "hypothetical"]
@@ -23,8 +23,12 @@ DENIAL_REACH = 6
 NEVER_HYPOTHETICAL = frozenset({"suicidal"})
 
 _NOT, _NOR, _WITHOUT, _HAS = (BIT[name] for name in ("not", "nor", "without", "has"))
+_HAVING = _HAS | BIT["feels"]
+_BUT, _OR, _ALL = BIT["but"], BIT["or"], BIT["all"]
 _DENIES = _NOT | _NOR | _WITHOUT | BIT["except"]
 _OF_THE_PAST = sum(BIT[name] for name in ("before", "was", "event", "recovered", "formerly", "gone_year"))
+_SINCE = BIT["since"] | BIT["before"]
+_DATES = sum(BIT[name] for name in ("formerly", "year", "long"))
 _OF_OTHERS = sum(BIT[name] for name in ("died", "family", "kin"))
 _OF_THE_POSSIBLE = sum(BIT[name] for name in ("fear", "cause", "be"))
 # What in "كل ما", "بعد ما", "زي ما" is no negation.
@@ -40,21 +44,25 @@ class Surroundings:
         self._words = text.words
         self._clauses = text.clauses
         self._sentences = text.sentences
-        self._cues = [cue_of(word) for word in text.words]
+        self._cues = list(map(CUES.__getitem__, text.words))
+        # Most words are no cue: what looks for one goes through these alone.
+        self._cued = [(position, cue) for position, cue in enumerate(self._cues) if cue]
         self._any = 0
-        for cue in self._cues:
+        for _, cue in self._cued:
             self._any |= cue
         self._negators = self._find_negators() if self._any & _DENIES else []
+        self._dates = self._find_dates() if self._any & _DATES else set()
 
     def context(self, positions: Sequence[int], category: str = "") -> Context:
         """Whether an expression, by the positions of its words, is stated, and if not, why not."""
-        if self._negated(positions):
+        if self._negators and self._negated(positions):
             return "negated"
-        if self._other(positions, category):
+        if self._any & _OF_OTHERS and self._other(positions, category):
             return "other"
-        if self._past(positions):
+        if self._any & _OF_THE_PAST and self._past(positions):
             return "past"
-        if category not in NEVER_HYPOTHETICAL and self._hypothetical(positions[0]):
+        doubtful = self._any & _OF_THE_POSSIBLE and category not in NEVER_HYPOTHETICAL
+        if doubtful and self._hypothetical(positions[0]):
             return "hypothetical"
         return "stated"
 
@@ -65,31 +73,26 @@ class Surroundings:
         """Positions from `first` to `last` with such a cue."""
         if not self._any & cue:
             return []
-        cues = self._cues
-        return [position for position in range(max(first, 0), min(last, len(cues) - 1) + 1) if cues[position] & cue]
+        return [position for position, found in self._cued if found & cue and first <= position <= last]
 
-    @cached_property
-    def _clause_of(self) -> dict[int, tuple[int, int]]:
-        return _extents(self._clauses)
+    def _clause_of(self, position: int) -> tuple[int, int]:
+        return _extent(self._clauses, position)
 
-    @cached_property
-    def _sentence_of(self) -> dict[int, tuple[int, int]]:
-        return _extents(self._sentences)
+    def _sentence_of(self, position: int) -> tuple[int, int]:
+        return _extent(self._sentences, position)
 
     # Negation
 
     def _find_negators(self) -> list[tuple[int, int, int]]:
         """(position, first position denied, last position denied) of every negator."""
         found: list[tuple[int, int, int]] = []
-        for position, word in enumerate(self._words):
-            cue = self._cues[position]
+        for position, cue in self._cued:
             if not cue & _DENIES:
                 continue
+            word = self._words[position]
             wide = bool(cue & _WITHOUT) or (word == "غير" and self._is(position - 1, BIT["since"]))
             if cue & _NOR:
-                # "ولا" is "nor" after a denial and "or" in a question.
-                denied_before = any(self._sentences[other] == self._sentences[position] for other, _, _ in found)
-                if not denied_before and not self._is(position + 1, BIT["has"] | BIT["feels"]):
+                if not self._means_nor(position, [negator for negator, _, _ in found]):
                     continue
             elif not wide and not cue & _NOT:
                 continue
@@ -101,44 +104,53 @@ class Surroundings:
             if word == "ماشي" and position + 1 < len(self._words) and self._words[position + 1].startswith("ع"):
                 continue
             start = position + 1
-            while self._is(start, BIT["filler"] | BIT["has"] | BIT["feels"]) or (
-                start > position + 1 and self._is(start, BIT["since"])
-            ):
-                wide = wide or self._is(start, BIT["has"] | BIT["feels"])
+            while self._is(start, BIT["filler"] | _HAVING) or (start > position + 1 and self._is(start, BIT["since"])):
+                wide = wide or self._is(start, _HAVING)
                 start += 1
             if not wide and self._is(position + 1, BIT["what"]):
                 continue
             found.append((position, position + 1, self._reach(position, start) if wide else start))
         return found
 
+    def _means_nor(self, position: int, negators: Sequence[int]) -> bool:
+        """Whether "ولا" denies: it is "nor" after a denial, and "or" in a question."""
+        if any(self._sentences[other] == self._sentences[position] for other in negators):
+            return True
+        if self._is(position + 1, _HAVING):
+            return True
+        # "عندي كتلة ولا ألم فيها" without a denial before; not "هل هي كتلة ولا ألم فيها؟".
+        opening, closing = self._sentence_of(position)
+        return (
+            self._is(position + 1, BIT["sign"])
+            and bool(self._near(position + 2, min(closing, position + 3), BIT["inside"]))
+            and bool(self._near(opening, position - 1, _HAVING))
+            and not self._near(opening, closing, BIT["asks"])
+        )
+
     def _reach(self, negator: int, start: int) -> int:
-        last = start
+        last, clause = start, self._clauses[negator]
         for position in range(start, min(negator + 1 + DENIAL_REACH, len(self._words))):
-            other_clause = self._clauses[position] != self._clauses[negator] and not self._is(position, BIT["or"])
-            if (
-                other_clause
-                or self._is(position, BIT["but"])
-                or (position > start and self._is(position, BIT["has"] | BIT["feels"]))
-            ):
+            cue = self._cues[position]
+            if self._clauses[position] != clause and not cue & _OR:
+                break
+            if cue & _BUT or (position > start and cue & _HAVING):
                 break
             last = position
-            if self._is(position, BIT["all"]):
+            if cue & _ALL:
                 # "مفيش امراض مزمنه" denies what it names and no complaint that follows without a comma.
                 return position + 1
         return last
 
     def _negated(self, positions: Sequence[int]) -> bool:
-        if not self._negators:
-            return False
         first, last = positions[0], positions[-1]
-        # In "ما عم يطلع ولا نقطة بول" the denial is the complaint.
-        denies = any(self._cues[position] & _DENIES for position in positions)
         for negator, start, end in self._negators:
             if negator in positions:
                 continue
             if start <= first <= end and self._sentences[first] == self._sentences[negator]:
                 return True
-            if first < negator < last and not denies and any(start <= position <= end for position in positions):
+            inside = first < negator < last and any(start <= position <= end for position in positions)
+            # In "ما عم يطلع ولا نقطة بول" the denial is the complaint.
+            if inside and not any(self._cues[position] & _DENIES for position in positions):
                 return True
             # "ضيق نفس ما عندي", "نزيف لا يوجد": the denial comes last and nothing follows it.
             if negator == last + 1 and (self._is(negator + 1, _HAS) or self._is(negator, _WITHOUT)):
@@ -158,11 +170,10 @@ class Surroundings:
     # Somebody else, another time, no fact
 
     def _other(self, positions: Sequence[int], category: str) -> bool:
-        if not self._any & _OF_OTHERS or category == "pregnancy":
-            return False
         first, last = positions[0], positions[-1]
-        begin, end = self._clause_of[self._clauses[first]]
-        opening, closing = self._sentence_of[self._sentences[first]]
+        if category == "pregnancy" or not self._near(first - 6, last + 3, _OF_OTHERS):
+            return False
+        opening, closing = self._sentence_of(first)
         if self._near(max(opening, first - 5), first - 1, BIT["died"]):
             return True
         if self._near(max(opening, first - 4), min(closing, last + 3), BIT["family"]):
@@ -173,7 +184,9 @@ class Surroundings:
         if self._near(last + 1, min(closing, last + 5), BIT["died"]):
             return True
         # A parent, a partner or a child who has this is the patient; an aunt or a friend who had it is a worry.
-        if not any(self._is(position, BIT["remote"]) for position in kin) or self._near(begin, end, BIT["now"]):
+        if not any(self._is(position, BIT["remote"]) for position in kin):
+            return False
+        if self._near(*self._clause_of(first), BIT["now"]):
             return False
         return bool(self._had(kin[0], first) or self._near(max(kin[0], first - 3), first - 1, BIT["befell"]))
 
@@ -182,60 +195,69 @@ class Surroundings:
         was = self._near(max(begin, first - 4), first - 1, BIT["was"])
         # "كان في نزيف" there was; "كنت في الشغل" I was at work.
         was = [position for position in was if tuple(self._words[position : position + 2]) != ("كنت", "في")]
-        return any(position + 1 == first or self._is(position + 1, _HAS | BIT["feels"]) for position in was)
+        return any(position + 1 == first or self._is(position + 1, _HAVING) for position in was)
 
     def _past(self, positions: Sequence[int]) -> bool:
-        if not self._any & _OF_THE_PAST:
-            return False
         first, last = positions[0], positions[-1]
-        begin, end = self._clause_of[self._clauses[first]]
-        opening, closing = self._sentence_of[self._sentences[first]]
+        return (
+            bool(self._any & BIT["recovered"] and self._recovered(first, last))
+            or bool(self._any & BIT["went"] and self._went(first, last))
+            or bool(self._dates and self._happened(first, last))
+        )
+
+    def _recovered(self, first: int, last: int) -> bool:
+        opening, closing = self._sentence_of(first)
         recovered = self._near(max(opening, first - 3), min(closing, last + 8), BIT["recovered"])
         # "ضيق تنفس بعد ما تعافيت" began after it.
         recovered = [position for position in recovered if position < first or self._words[position - 1] not in _AFTER]
-        if recovered and not self._near(recovered[-1], min(closing, recovered[-1] + 4), BIT["again"]):
-            return True
+        return bool(recovered) and not self._near(recovered[-1], min(closing, recovered[-1] + 4), BIT["again"])
+
+    def _went(self, first: int, last: int) -> bool:
+        opening, closing = self._sentence_of(first)
         went = self._near(last + 1, min(closing, last + 8), BIT["went"])
         # "خف نص ساعة", "راح المستشفى" are no end of it.
         went = [position for position in went if not self._is(position + 1, BIT["not_gone"])]
-        if (
-            went
-            and self._had(opening, first)
-            and not self._near(went[-1] + 1, min(closing, went[-1] + 4), BIT["again"])
-        ):
-            return True
+        if not went or not self._had(opening, first):
+            return False
+        return not self._near(went[-1] + 1, min(closing, went[-1] + 4), BIT["again"])
+
+    def _happened(self, first: int, last: int) -> bool:
+        """Whether its clause tells of another time: "قبل سنتين", "من سنتين عملت"."""
+        clause = self._clauses[first]
+        before = (clause, "before") in self._dates
+        if not before and (clause, "since") not in self._dates:
+            return False
+        begin, end = self._clause_of(first)
         if self._near(begin, end, BIT["now"]):
             return False
         # "قبل سنتين عملت عملية وعندي ضيق تنفس": the operation is past.
-        having = self._near(begin, first - 1, _HAS | BIT["feels"])
+        having = self._near(begin, first - 1, _HAVING)
         if any(self._words[position][0] == "و" and not self._is(position, BIT["was"]) for position in having):
             return False
-        long_ago = self._long_ago(begin, end)
-        if long_ago == "before":
-            return True
-        event = self._near(max(opening, begin), end, BIT["event"])
-        return long_ago == "since" and any(position < last for position in event)
+        return before or any(position < last for position in self._near(begin, end, BIT["event"]))
 
-    def _long_ago(self, begin: int, end: int) -> str:
-        """ "before" for "قبل سنتين" or "العام الماضي", "since" for "من سنتين", which may last until today."""
-        said = ""
-        for position in self._near(begin, end, BIT["formerly"] | BIT["gone_year"] | BIT["before"] | BIT["since"]):
-            if self._is(position, BIT["formerly"]) and not self._is(position - 1, BIT["since"]):
-                return "before"
-            if self._is(position, BIT["gone_year"]) and any(self._is(position - back, BIT["year"]) for back in (1, 2)):
-                return "before"
-            if self._is(position, BIT["before"] | BIT["since"]):
+    def _find_dates(self) -> set[tuple[int, str]]:
+        """The clauses that have a date: "before" for "قبل سنتين" or "العام الماضي", "since" for "من سنتين".
+
+        What was since two years may last until today.
+        """
+        found = set()
+        for position, cue in self._cued:
+            clause = self._clauses[position]
+            formerly = cue & BIT["formerly"] and not self._is(position - 1, BIT["since"])
+            if formerly or (cue & BIT["gone_year"] and self._near(position - 2, position - 1, BIT["year"])):
+                found.add((clause, "before"))
+            elif cue & _SINCE:
                 # "من سنتين", "من 3 سنين".
-                units = [step for step in (1, 2) if self._is(position + step, BIT["long"]) and position + step <= end]
-                if units and self._is(position, BIT["before"]):
-                    return "before"
-                said = "since" if units else said
-        return said
+                units = [step for step in (1, 2) if self._is(position + step, BIT["long"])]
+                if units and self._clauses[position + units[0]] == clause:
+                    found.add((clause, "before" if cue & BIT["before"] else "since"))
+        return found
 
     def _hypothetical(self, first: int) -> bool:
-        if not self._any & _OF_THE_POSSIBLE:
+        if not self._near(first - 5, first - 1, _OF_THE_POSSIBLE):
             return False
-        begin, _ = self._clause_of[self._clauses[first]]
+        begin, _ = self._clause_of(first)
         fears = self._near(max(begin, first - 5), first - 1, BIT["fear"])
         if fears and self._near(fears[-1] + 1, first - 1, BIT["of"]):
             return True
@@ -245,11 +267,7 @@ class Surroundings:
         return bool(being) and bool(self._near(max(begin, being[-1] - 4), being[-1] - 1, BIT["may"]))
 
 
-def _extents(numbers: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """First and last position of each clause or sentence, by its number."""
-    if not numbers or numbers[0] == numbers[-1]:
-        return {number: (0, len(numbers) - 1) for number in numbers[:1]}
-    extents: dict[int, tuple[int, int]] = {}
-    for position, number in enumerate(numbers):
-        extents[number] = (extents[number][0] if number in extents else position, position)
-    return extents
+def _extent(numbers: Sequence[int], position: int) -> tuple[int, int]:
+    """First and last position of the clause or sentence of a word, given the number of each word's."""
+    number = numbers[position]
+    return bisect_left(numbers, number), bisect_right(numbers, number) - 1

@@ -6,9 +6,7 @@ the past. What the cues mean together is in sevpeft.severity.context.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-from sevpeft.severity.words import REMEMBERED_WORDS
+from sevpeft.severity.words import Remembered
 
 # What each word may do; a name may have several lines.
 _CUES = """
@@ -62,6 +60,9 @@ may: هل ممكن يمكن قد احتمال لعل لعله معقول يات�
 cause: يسبب تسبب بيسبب بتسبب يودي تودي بيودي احتمال احتماليه احتمالات يعمل بيعمل تعمل الوقايه اتجنب تجنب
 cause: نتجنب امنع يمنع لقاح تطعيم علامات يقي يحمي احمي وقايه ظننت ظننته ظننتها حسبت حسبته افتكرت افتكرته
 cause: سمعت قريت قرات الفرق خطر مضاعفات
+sign: الم وجع حكه هرش احمرار افرازات صديد حراره سخونه
+inside: فيها فيه بها به
+asks: هل ايه ايش شو وش واش ام يعني
 """
 _WITH_AND = {
     "not",
@@ -99,7 +100,6 @@ def _table_of_cues() -> tuple[dict[str, int], dict[str, int]]:
 BIT, _TABLE = _table_of_cues()
 
 
-@lru_cache(maxsize=REMEMBERED_WORDS)
 def cue_of(word: str) -> int:
     """What a word can do, as bits. Joined spellings ("ماعندي", "لايوجد") deny as the parted ones do."""
     cue = _TABLE.get(word, 0)
@@ -114,3 +114,7 @@ def cue_of(word: str) -> int:
         if rest.startswith("عند") or (_TABLE.get(rest, 0) & BIT["has"] and rest != "لها"):
             cue |= BIT["without"]
     return cue
+
+
+CUES = Remembered(cue_of)
+"""`cue_of` every word that was met."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from sevpeft.severity.lexicon import Pattern, Word
-from sevpeft.severity.words import POINT, REMEMBERED_WORDS, Text
+from sevpeft.severity.words import POINT, Remembered, Text
 
 _NUMBER = re.compile(rf"\d+(?:{POINT}\d+)?")
 _CONJUNCTIONS = ("", "و", "ف")
@@ -52,10 +52,13 @@ class Occurrence(NamedTuple):
     positions: tuple[int, ...]
 
 
-# A pattern that is looked for at a word: its number, the number of that word's slot, and all slots that it needs, if
-# it has more than this one.
-_Anchored = tuple[int, int, frozenset[int] | None]
-# The slots that a word fills, and the patterns that are looked for there.
+# The slots still to be found in one direction, the nearest first: number of the slot, and how far on it may stand.
+_Way = tuple[tuple[int, range], ...]
+# A pattern that is looked for at a word: its number, the other slots that it needs, and the ways from this word to its
+# first and to its last slot.
+_Anchored = tuple[int, frozenset[int], _Way, _Way]
+# Of the slots that a word fills those of patterns that are looked for at another word, and the patterns that are looked
+# for at this one.
 _Known = tuple[frozenset[int], tuple[_Anchored, ...]]
 
 
@@ -65,8 +68,7 @@ class Matcher:
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._forms: dict[str, list[tuple[str, int]]] = {}
         self._ranges: list[tuple[float, float, bool, int]] = []
-        self._gaps = [pattern.gaps for pattern in patterns]
-        self._slots: list[tuple[int, ...]] = []
+        slots_of: list[tuple[int, ...]] = []
         numbers: dict[tuple[frozenset[Word], bool], int] = {}
         for pattern in patterns:
             slots = []
@@ -79,16 +81,24 @@ class Matcher:
                     for word in slot:
                         self._register(word, numbers[key], unit_named)
                 slots.append(numbers[key])
-            self._slots.append(tuple(slots))
+            slots_of.append(tuple(slots))
         sharing = Counter(word for pattern in patterns for word in frozenset().union(*pattern.slots))
         # A pattern is looked for where its rarest word stands, not at every "الم" or "ما".
         self._anchored: list[list[_Anchored]] = [[] for _ in numbers]
-        for pattern_number, slot_numbers in enumerate(self._slots):
-            commonest = [max(sharing[word] for word in slot) for slot in patterns[pattern_number].slots]
+        self._others: set[int] = set()
+        for number, (pattern, needed) in enumerate(zip(patterns, slots_of, strict=True)):
+            commonest = [max(sharing[word] for word in slot) for slot in pattern.slots]
             anchor = commonest.index(min(commonest))
-            others = frozenset(slot_numbers) if len(slot_numbers) > 1 else None
-            self._anchored[slot_numbers[anchor]].append((pattern_number, anchor, others))
-        self._seen: dict[str, _Known] = {}
+            reaches = [gap + 1 for gap in pattern.gaps]
+            before = zip(needed[:anchor], reaches[:anchor], strict=True)
+            after = zip(needed[anchor + 1 :], reaches[anchor:], strict=True)
+            back = tuple((slot, range(-1, -reach - 1, -1)) for slot, reach in before)[::-1]
+            onwards = tuple((slot, range(1, reach + 1)) for slot, reach in after)
+            others = frozenset(needed[:anchor] + needed[anchor + 1 :])
+            self._others |= others
+            self._anchored[needed[anchor]].append((number, others, back, onwards))
+        self._known_words = Remembered(self._known_word)
+        self._known_numbers = Remembered(self._known_number)
 
     def _register(self, word: Word, slot: int, unit_named: bool) -> None:
         if word.kind == "number":
@@ -101,18 +111,21 @@ class Matcher:
         for form, kind in forms:
             self._forms.setdefault(form, []).append((kind, slot))
 
-    def _look_up(self, words: list[str], position: int) -> _Known:
-        word = words[position]
-        if _NUMBER.fullmatch(word):
-            return self._known(self._slots_of_number(words, position))
-        if len(self._seen) >= REMEMBERED_WORDS:
-            self._seen.clear()
-        known = self._seen[word] = self._known(self._slots_of_word(word))
-        return known
+    def _known_word(self, word: str) -> _Known | None:
+        """None for a number, which has to be looked at where it stands."""
+        return None if _NUMBER.fullmatch(word) else self._known(self._slots_of_word(word))
+
+    def _known_number(self, number: tuple[str, bool, bool]) -> _Known:
+        return self._known(self._slots_of_number(*number))
+
+    def _number_at(self, words: list[str], position: int) -> _Known:
+        counted = position + 1 < len(words) and words[position + 1] in _UNITS
+        aged = position > 0 and words[position - 1].startswith(_AGES)
+        return self._known_numbers[words[position], counted, aged]
 
     def _known(self, slots: Iterable[int]) -> _Known:
         found = frozenset(slots)
-        return found, tuple(anchored for slot in sorted(found) for anchored in self._anchored[slot])
+        return found & self._others, tuple(anchored for slot in sorted(found) for anchored in self._anchored[slot])
 
     def _slots_of_word(self, word: str) -> Iterator[int]:
         length = len(word)
@@ -137,46 +150,45 @@ class Matcher:
                     if fits:
                         yield slot
 
-    def _slots_of_number(self, words: list[str], position: int) -> Iterator[int]:
-        value = float(words[position].replace(POINT, "."))
-        counted = position + 1 < len(words) and words[position + 1] in _UNITS
-        aged = position > 0 and words[position - 1].startswith(_AGES)
+    def _slots_of_number(self, word: str, counted: bool, aged: bool) -> Iterator[int]:
+        value = float(word.replace(POINT, "."))
         for low, high, unit_named, slot in self._ranges:
             if low <= value <= high and (unit_named or not (counted or aged)):
                 yield slot
 
     def occurrences(self, text: Text) -> list[Occurrence]:
         """Every place of a pattern's rarest word from which the pattern can be completed, with its nearest words."""
-        seen, words = self._seen, text.words
-        known = [seen.get(word) or self._look_up(words, position) for position, word in enumerate(words)]
+        words, sentences = text.words, text.sentences
+        known = [
+            found or self._number_at(words, position)
+            for position, found in enumerate(map(self._known_words.__getitem__, words))
+        ]
         present = frozenset().union(*[slots for slots, _ in known])
         found = []
         for position, (_, anchored) in enumerate(known):
-            for pattern, anchor, needed in anchored:
-                if needed is None:
+            for pattern, others, back, onwards in anchored:
+                if not others:
                     found.append(Occurrence(pattern, (position,)))
-                elif needed <= present:
-                    before = self._onwards(pattern, anchor, -1, position, known, text.sentences)
-                    after = before and self._onwards(pattern, anchor, 1, position, known, text.sentences)
-                    if before and after:
-                        found.append(Occurrence(pattern, (*reversed(before[1:]), *after)))
+                elif others <= present:
+                    before = _along(back, position, known, sentences) if back else ()
+                    after = _along(onwards, position, known, sentences) if onwards and before is not None else ()
+                    if before is not None and after is not None:
+                        found.append(Occurrence(pattern, (*reversed(before), position, *after)))
         return found
 
-    def _onwards(
-        self, pattern: int, slot: int, step: int, position: int, known: list[_Known], sentences: list[int]
-    ) -> tuple[int, ...] | None:
-        """Positions of the slots from `slot` to the pattern's first (step -1) or last (1) one; None without a way."""
-        slots = self._slots[pattern]
-        following = slot + step
-        if not 0 <= following < len(slots):
-            return (position,)
-        wanted = slots[following]
-        farthest = position + step * (self._gaps[pattern][min(slot, following)] + 1)
-        for candidate in range(position + step, farthest + step, step):
-            if not 0 <= candidate < len(known) or sentences[candidate] != sentences[position]:
-                break
-            if wanted in known[candidate][0]:
-                rest = self._onwards(pattern, following, step, candidate, known, sentences)
-                if rest:
-                    return (position, *rest)
-        return None
+
+def _along(way: _Way, position: int, known: list[_Known], sentences: list[int]) -> tuple[int, ...] | None:
+    """Positions of the slots of a way that begins beside `position`; None where it breaks off."""
+    wanted, steps = way[0]
+    sentence = sentences[position]
+    for step in steps:
+        place = position + step
+        if not 0 <= place < len(known) or sentences[place] != sentence:
+            return None
+        if wanted in known[place][0]:
+            if len(way) == 1:
+                return (place,)
+            rest = _along(way[1:], place, known, sentences)
+            if rest:
+                return (place, *rest)
+    return None

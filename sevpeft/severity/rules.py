@@ -29,7 +29,7 @@ from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.words import POINT, Text, read
 
 # To be raised when matching, context or the constants below change what comes out for the same lexicon.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 STRENGTH = {"H": 4.0, "M": 1.2, "L": 0.5}
 """Evidence of one stated match. H: enough by itself; M: needs company; L: a hint."""
@@ -71,8 +71,12 @@ class Match:
 
 
 class _Found(NamedTuple):
-    pattern: Pattern
+    """A match before it is written out. They sort as they are told: by level, then by place, then by row."""
+
+    rank: int
     positions: tuple[int, ...]
+    line: int
+    pattern: Pattern
     context: Context
 
 
@@ -129,10 +133,8 @@ class Rules:
             pattern = self._patterns[number]
             context = surroundings.context(positions, pattern.category)
             if known is None or COUNTS[context] > COUNTS[known.context]:
-                best[number] = _Found(pattern, positions, context)
-        found = list(best.values())
-        found.sort(key=lambda one: (_WORST_FIRST[one.pattern.level], one.positions, one.pattern.line))
-        return _without_covered(found)
+                best[number] = _Found(_WORST_FIRST[pattern.level], positions, pattern.line, pattern, context)
+        return _without_covered(sorted(best.values()))
 
     def probabilities(self, questions: Sequence[str]) -> np.ndarray:
         """Probabilities (n, 3), float64, in the order of `SEVERITIES`; rows sum to one, none is zero."""
@@ -157,7 +159,7 @@ class Rules:
 
 def _told(text: Text, matches: Sequence[_Found]) -> str:
     told: dict[str, list[str]] = {}
-    for pattern, positions, context in matches:
+    for _, positions, _, pattern, context in matches:
         words = " ".join([text.words[position] for position in positions]).replace(POINT, ".")
         said = told.setdefault(pattern.level if context == "stated" else context, [])
         if words not in said:
@@ -175,7 +177,7 @@ def probabilities_of(evidence: np.ndarray) -> np.ndarray:
 
 def _evidence_of(matches: Sequence[_Found]) -> list[float]:
     strongest: dict[tuple[str, str], float] = {}
-    for pattern, _, context in matches:
+    for _, _, _, pattern, context in matches:
         key = (pattern.level, pattern.category)
         evidence = STRENGTH[pattern.strength] * COUNTS[context]
         if evidence > strongest.get(key, 0.0):
@@ -188,13 +190,15 @@ def _evidence_of(matches: Sequence[_Found]) -> list[float]:
 
 def _without_covered(matches: list[_Found]) -> list[_Found]:
     """Without what a stated match of a worse level has said already; `matches` has the worst first."""
+    if matches[0].rank == matches[-1].rank:
+        return matches
     kept: list[_Found] = []
     worse: set[int] = set()
     same: set[int] = set()
-    level = ""
+    rank = -1
     for match in matches:
-        if match.pattern.level != level:
-            level = match.pattern.level
+        if match.rank != rank:
+            rank = match.rank
             worse |= same
             same = set()
         if worse and worse.issuperset(match.positions):

@@ -7,13 +7,16 @@ around the verb ("معنديش") as a word of its own ("ما عندي").
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import chain
+from typing import TypeVar
 
 from sevpeft.data.cleaning import fold_for_matching
 
 # Letters that no Arabic or Latin text has and that folding leaves alone, to carry punctuation through it.
 _STOP, _COMMA, POINT = "ʘ", "ʗ", "ʞ"
+_MARKS = frozenset((_STOP, _COMMA))
 _DECIMAL = re.compile(r"(?<=\d)[.,٫](?=\d)")
 _SENTENCE_END = re.compile(r"[.!?؟;؛…]+")
 _CLAUSE_END = re.compile(r"[،,:()\[\]\-–—]+")
@@ -25,8 +28,29 @@ _PLAIN_WORDS = "مدهش مشمش مفتش مرتعش منعش معطش مغشو
 _NOT_WRAPPED = frozenset(_PLAIN_WORDS.split())
 _SPLIT = {"مفيش": "ما في", "مافيش": "ما في", "مافيهش": "ما فيه", "مفيهش": "ما فيه", "مفهاش": "ما فيها", "ملوش": "ما له"}
 
-# Words recur: what was found out about one is kept, and forgotten when there are too many.
-REMEMBERED_WORDS = 1 << 16
+_Key = TypeVar("_Key")
+_Found = TypeVar("_Found")
+
+
+class Remembered(dict[_Key, _Found]):
+    """What was found out about words, which recur: looked up as in a dict, found at the first time.
+
+    Faster than `functools.lru_cache`, since nothing is noted when a word is met again: all is forgotten at once when
+    there are too many.
+    """
+
+    most = 1 << 16
+
+    def __init__(self, find: Callable[[_Key], _Found]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, key: _Key) -> _Found:
+        found = self._find(key)
+        if len(self) >= self.most:
+            self.clear()
+        self[key] = found
+        return found
 
 
 @dataclass(frozen=True)
@@ -43,25 +67,24 @@ class Text:
 
 def read(question: str) -> Text:
     """Words of a question; its punctuation as numbers of sentences and clauses."""
+    lines = question.splitlines()
+    if len(lines) > 1:
+        question = f" {_STOP} ".join(lines)
     words: list[str] = []
-    sentence_ends: list[int] = []
-    clause_ends: list[int] = []
-    for line in question.splitlines():
-        for written in line.split():
-            for part in _folded(written):
-                if part == _STOP:
-                    sentence_ends.append(len(words))
-                    clause_ends.append(len(words))
-                elif part == _COMMA:
-                    clause_ends.append(len(words))
-                else:
-                    words.append(part)
-        sentence_ends.append(len(words))
-        clause_ends.append(len(words))
-    return Text(words, _numbered(sentence_ends, len(words)), _numbered(clause_ends, len(words)))
+    sentences: list[int] = []
+    clauses: list[int] = []
+    sentence = clause = 0
+    for part in chain.from_iterable(map(_FOLDED.__getitem__, question.split())):
+        if part in _MARKS:
+            clause += 1
+            sentence += part == _STOP
+        else:
+            words.append(part)
+            sentences.append(sentence)
+            clauses.append(clause)
+    return Text(words, sentences, clauses)
 
 
-@lru_cache(maxsize=REMEMBERED_WORDS)
 def _folded(written: str) -> tuple[str, ...]:
     """What is written between two blanks, as words and marks of punctuation.
 
@@ -72,12 +95,7 @@ def _folded(written: str) -> tuple[str, ...]:
     return tuple(part for word in folded.split() for part in parts_of(word))
 
 
-def _numbered(ends: list[int], length: int) -> list[int]:
-    """For each word the number of its stretch, given where stretches end."""
-    numbers: list[int] = []
-    for stretch, end in enumerate([*ends, length]):
-        numbers += [stretch] * (end - len(numbers))
-    return numbers
+_FOLDED = Remembered(_folded)
 
 
 def parts_of(word: str) -> tuple[str, ...]:

@@ -108,6 +108,15 @@ class SeveritySFTTrainer(SFTTrainer):
         if self.args.should_save:
             seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Epochs and steps that are done; all epochs, where a kill came after the last step.
+
+        Transformers 5.23 looks at max_steps after a step only, so that such a run would train one step more.
+        """
+        epochs, steps = super()._init_training_state(*args, **kwargs)
+        over = self.state.global_step >= self.state.max_steps > 0
+        return (self.state.num_train_epochs, 0) if over else (epochs, steps)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

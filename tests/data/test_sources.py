@@ -189,7 +189,7 @@ def test_a_column_that_only_late_rows_of_json_have_is_not_lost(tmp_path: Path) -
 def test_duplicate_ids_are_refused_with_their_rows(tmp_path: Path) -> None:
     file = csv_file(tmp_path, "id,question,answer", "u1,q,a", "u2,q,a", "u1,q,a")
     said = refusal(file)
-    assert "lines 2 and 4" in said and "data.id_column=row" in said and "u1" not in said
+    assert "x.csv, line 2 and x.csv, line 4" in said and "data.id_column=row" in said and "u1" not in said
     assert load_consultations(file, id_column="row").rows["id"][1] == "row-0000002"
 
 
@@ -223,9 +223,9 @@ def test_an_absent_file_is_refused_with_the_names_that_are_close(tmp_path: Path)
     assert "there is no such file, but there is" in said and said.endswith("consultations.csv.")
 
 
-def test_a_folder_is_refused_with_a_file_in_it(tmp_path: Path) -> None:
-    csv_file(tmp_path, "question,answer")
-    assert "is a folder: name one file in it, for instance x.csv." in refusal(tmp_path)
+def test_a_folder_without_a_data_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
+    assert "is a folder without a file that is read here" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["a\0b.csv", "x" * 5000 + ".csv", "no/such/folder/x.csv", "https://host/x.csv?a=b"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from rich.console import Console
 from safetensors.torch import load_file
 
 from sevpeft.cli import main
@@ -90,8 +93,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def stored(output: Path) -> dict[str, Any]:
-    return dict(json.loads((output / "comparison.json").read_text(encoding="utf-8")))
+def stored(output: Path, name: str = "comparison.json") -> dict[str, Any]:
+    return dict(json.loads((output / name).read_text(encoding="utf-8")))
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -151,6 +154,11 @@ def test_weights_of_one_are_plain_cross_entropy(finished: Path, settings: list[s
     assert content["verdict"] == "No verdict: the arms hold neither plain CE nor shuffled weights."
 
 
+def test_floors_are_scored_once_and_not_for_every_run(finished: Path) -> None:
+    columns = {name: list(stored(finished / "quickstart" / name, "evaluation.json")["columns"]) for name in RUNS}
+    assert columns == {name: ["adapter"] for name in RUNS} | {"ce-0": ["adapter", "base", "shuffled"]}
+
+
 def test_what_is_done_is_not_done_again(output: Path, settings: list[str], trained: list[str]) -> None:
     before = stored(output)
     again = comparison(settings, output)
@@ -185,35 +193,42 @@ def test_rows_are_joined_by_id_and_never_by_place(output: Path, settings: list[s
 
 
 def test_an_interrupted_comparison_goes_on_where_it_was(
-    finished: Path, settings: list[str], tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, output: Path, settings: list[str], trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, steps = SeveritySFTTrainer.training_step, iter(range(100))
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if next(steps) == 5:  # in the last step of the second run
+        if next(steps) == 2:  # in the last step of the run
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(SeveritySFTTrainer, "training_step", interrupted)
+    for name in ("balanced-0", "ce-1"):
+        shutil.rmtree(output / "quickstart" / name)
     arms = ("base", "ce", "balanced")
     with pytest.raises(Interrupted, match="the same command goes on from them"):
-        comparison(settings, tmp_path / "out", arms=arms).run()
-    assert trained == ["train ce-0", "evaluate ce-0", "train balanced-0"]
+        comparison(settings, output, arms=arms).run()
+    assert trained == ["train balanced-0"]
     # One that was killed before it was a run at all.
-    (tmp_path / "out/quickstart/ce-1").mkdir()
-    (tmp_path / "out/quickstart/ce-1/environment.json").write_text("{", encoding="utf-8")
-    content = comparison(settings, tmp_path / "out", arms=arms).run()
-    assert trained[3:] == [
-        *("resume balanced-0", "evaluate balanced-0", "train ce-1", "evaluate ce-1", "train balanced-1"),
-        "evaluate balanced-1",
-    ]
-    resumed = Run(tmp_path / "out/quickstart/balanced-0").metrics()["training"]["resumed_from"]
+    (output / "quickstart/ce-1").mkdir()
+    (output / "quickstart/ce-1/environment.json").write_text("{", encoding="utf-8")
+    comparison(settings, output).run()
+    assert trained[1:] == ["resume balanced-0", "evaluate balanced-0", "train ce-1", "evaluate ce-1"]
+    resumed = Run(output / "quickstart/balanced-0").metrics()["training"]["resumed_from"]
     assert resumed == "checkpoint-2"
-    for name in RUNS[:4]:
-        assert_same_bits(finished / "quickstart" / name, tmp_path / "out/quickstart" / name)
-    by_arm = content["recipes"]["quickstart"]["scores"]["critical"]["metrics"]["nll"]
-    whole = stored(finished)["recipes"]["quickstart"]["scores"]["critical"]["metrics"]["nll"]
-    assert all(by_arm[arm]["value"] == whole[arm]["value"] for arm in arms)
+    for name in ("balanced-0", "ce-1"):
+        assert_same_bits(finished / "quickstart" / name, output / "quickstart" / name)
+    assert stored(output) == stored(finished)
+
+
+def test_a_kill_between_the_last_step_and_the_adapter_costs_no_step_more(
+    finished: Path, output: Path, settings: list[str], trained: list[str]
+) -> None:
+    shutil.rmtree(output / "quickstart/balanced-1/adapter")
+    comparison(settings, output).run()
+    assert trained[0] == "resume balanced-1"
+    assert Run(output / "quickstart/balanced-1").metrics()["training"]["steps"] == 3
+    assert_same_bits(finished / "quickstart/balanced-1", output / "quickstart/balanced-1")
 
 
 def test_a_run_that_another_process_holds_is_left_to_it(
@@ -229,17 +244,22 @@ def test_a_run_that_another_process_holds_is_left_to_it(
 
 
 def test_two_processes_share_the_runs(finished: Path, settings: list[str], tmp_path: Path) -> None:
-    words = ["compare", QUICKSTART, *settings, "--arms", "ce,balanced", "--seeds", "0,1", "--nll-only", "--json"]
+    words = ["compare", QUICKSTART, *settings, "--arms", "ce,balanced", "--seeds", "0", "--nll-only", "--json"]
     command = [sys.executable, "-m", "sevpeft", *map(str, words), "--output", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    both = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
-    told = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    counts = [int(err.rpartition("Trained here: ")[2].split()[0]) for _, err in told]
-    assert sum(counts) == 4
-    assert [json.loads(out) for out, _ in told] == [stored(tmp_path / "out")] * 2
-    for name in RUNS[:4]:
+    said = io.StringIO()
+    with subprocess.Popen(command, env=environment, **pipes) as other:
+        while other.poll() is None and not (tmp_path / "out/quickstart/.locks/ce-0").exists():
+            time.sleep(0.05)
+        here = comparison(settings, tmp_path / "out", arms=("ce", "balanced"), seeds=(0,), console=Console(file=said))
+        content = here.run()
+        out, err = other.communicate(timeout=120)
+    assert other.returncode == 0, err
+    assert here.trained + int(err.rpartition("Trained here: ")[2].split()[0]) == 2
+    assert "ce-0 (1 of 2): another process is at work on it." in said.getvalue()
+    assert json.loads(out) == content == stored(tmp_path / "out")
+    for name in RUNS[:2]:
         assert_same_bits(finished / "quickstart" / name, tmp_path / "out/quickstart" / name)
 
 
@@ -375,7 +395,8 @@ def test_the_verb_prints_verdict_and_table_and_one_sentence_when_refused(
     words = ["compare", QUICKSTART, *settings, "--output", output, "--nll-only", "--seeds", "0,1", "--arms"]
     code, out, _ = sevpeft_(*words, "base,ce,balanced,shuffled")
     assert code == 0 and out.index("balanced ") < out.index("\ncritical: ") < out.index("\nall: 11 rows")
-    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert max(map(len, out.splitlines()[:-2])) <= 80
+    assert out.splitlines()[-1] == f"Next: sevpeft report {output}"
     for more, expected in (
         (["ce,blanced"], "There is no arm called blanced"),
         (["ce", "--seeds", "a"], "write whole numbers"),

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sevpeft.errors import ModelError, RunError
-from sevpeft.evaluation import generation
+from sevpeft.evaluation import generation, under_way
+from sevpeft.evaluation.answer_cache import can_join
 from sevpeft.evaluation.generation import (
     GenerationSettings,
     Prediction,
@@ -25,6 +26,7 @@ from sevpeft.evaluation.generation import (
 )
 from sevpeft.evaluation.padding import answered_together, neighbour_shift
 from sevpeft.evaluation.rows import EvaluationRows
+from sevpeft.evaluation.under_way import AnswersUnderWay
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import recipe_from_values
 from tests.conftest import SENTENCES, build_model
@@ -115,10 +117,12 @@ def test_a_model_whose_rows_disturb_each_other_answers_each_alone(prompt: Prompt
 
 def test_batches_are_what_may_be_answered_together() -> None:
     lengths = [7, 7, 7, 5, 5]
-    assert next_batch([0, 1, 2, 3, 4], lengths, 4, "any") == [0, 1, 2, 3]
-    assert next_batch([0, 1, 2, 3, 4], lengths, 2, "one length") == [0, 1]
-    assert next_batch([2, 3, 4], lengths, 2, "one length") == [2]
-    assert next_batch([2, 3, 4], lengths, 2, "none") == [2]
+    assert next_batch([0, 1, 2, 3, 4], lengths, 4, "any", joining=False) == [0, 1, 2, 3]
+    assert next_batch([0, 1, 2, 3, 4], lengths, 2, "one length", joining=False) == [0, 1]
+    assert next_batch([2, 3, 4], lengths, 2, "one length", joining=False) == [2]
+    assert next_batch([2, 3, 4], lengths, 2, "none", joining=False) == [2]
+    # Where others can join later, a batch is read without much padding.
+    assert next_batch([0, 1, 2, 3, 4], lengths, 4, "any", joining=True) == [0, 1, 2]
 
 
 def test_the_longest_question_is_answered_first(prompt: Prompt) -> None:
@@ -208,9 +212,46 @@ def test_rows_that_have_ended_leave_the_batch_and_the_others_go_on_as_before(
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **asked: sizes.append(len(asked["input_ids"])) or generate(**asked))
     for stride in (1, 3, 50):
-        monkeypatch.setattr(generation, "_STRIDE", stride)
+        monkeypatch.setattr(under_way, "_STRIDE", stride)
         assert {i: one.token_ids for i, one in said(model, prompt, settings).items()} == expected
     assert len(set(map(len, expected.values()))) > 1 and len(set(sizes)) > 2
+
+
+@pytest.mark.parametrize(("architecture", "sampled"), [("gpt2", False), ("qwen3", False), ("bloom", True)])
+def test_rows_join_a_batch_that_is_under_way_and_say_what_they_say_alone(
+    architecture: str, sampled: bool, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(build_model(architecture))
+    settings = dataclasses.replace(SAMPLED if sampled else GREEDY, max_new_tokens=8)
+    alone = dataclasses.replace(settings, per_device_eval_batch_size=1)
+    longest = ROWS.take([len(ROWS) - 1])
+    # The longest question is answered first and ends early, so that the others are padded for nothing.
+    end = said(model, prompt, alone, longest)[longest.ids[0]].token_ids[2]
+    prompt = dataclasses.replace(prompt, end_id=end)
+    expected = said(model, prompt, alone)
+    seen: list[tuple[int, int]] = []
+    cut: list[int] = []
+    join, without_columns = AnswersUnderWay.join, under_way.without_columns
+
+    def joining(self: AnswersUnderWay, rows: list[int], prompts: list[list[int]]) -> dict[int, list[int]]:
+        seen.append((len(self), len(rows)))
+        return join(self, rows, prompts)
+
+    monkeypatch.setattr(AnswersUnderWay, "join", joining)
+    monkeypatch.setattr(under_way, "without_columns", lambda cache, n: cut.append(n) or without_columns(cache, n))
+    monkeypatch.setattr(under_way, "_STRIDE", 3)
+    assert said(model, prompt, settings) == expected
+    assert any(before for before, _ in seen) and all(before + more <= 4 for before, more in seen) and cut
+
+
+def test_rows_join_only_where_every_layer_keeps_all_positions() -> None:
+    joins = {name: can_join(build_model(name)) for name in ("gpt2", "llama", "bloom", "lfm2")}
+    assert joins == {"gpt2": True, "llama": True, "bloom": True, "lfm2": False}
+    sliding = AutoConfig.for_model(
+        "mistral", vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    assert not can_join(AutoModelForCausalLM.from_config(sliding))
 
 
 def test_a_sampled_answer_belongs_to_its_row_and_seed_and_not_to_its_batch(prompt: Prompt) -> None:
@@ -256,14 +297,15 @@ def test_a_full_gpu_makes_batches_smaller_until_a_single_row_does_not_fit(
     prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model("gpt2")
-    expected, answer, largest = said(model, prompt), generation._answer, 2
+    expected, generate, largest = said(model, prompt), model.generate, 2
+    monkeypatch.setattr(generation, "answered_together", lambda *_: "any")
 
-    def small(model: object, prompt: object, prompts: list[list[int]], *rest: object) -> list[list[int]]:
-        if len(prompts) > largest:
+    def small(**asked: torch.Tensor) -> object:
+        if len(asked["input_ids"]) > largest:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return answer(model, prompt, prompts, *rest)  # type: ignore[arg-type]
+        return generate(**asked)
 
-    monkeypatch.setattr(generation, "_answer", small)
+    monkeypatch.setattr(model, "generate", small)
     assert said(model, prompt) == expected
     largest = 0
     with pytest.raises(RunError, match="full with a single question"):

@@ -376,6 +376,24 @@ def test_safety_hits_stand_under_the_answer_with_their_words() -> None:
     assert "referral" in [kind for kind, *_ in case.reference.hits]
 
 
+def test_the_opinion_of_a_judge_stands_under_its_answer_and_is_no_markup(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    write_report(folder)
+    assert "Judge (a language model)" not in (folder / "report.html").read_text(encoding="utf-8")
+    judged = [
+        {"arm": "adapter", "id": "q1", "ratings": {"urgency": 2, "false_reassurance": "yes"}, "reason": ATTACK},
+        {"arm": "base", "id": "q1", "ratings": None, "reason": ""},
+        {"arm": "adapter", "id": "another row", "ratings": {"urgency": 5}, "reason": ""},
+    ]
+    write_lines(folder / "judgements.jsonl", judged)
+    write_report(folder)
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert html.count("Judge (a language model)") == 2 and "no readable verdict" in html and "urgency 5" not in html
+    assert f"urgency 2, false reassurance yes: {' '.join(ATTACK.split())}" in page.text
+    assert len(page.named("script")) == 1 and page.named("img") == [] and page.unbalanced == []
+
+
 def test_a_text_runs_as_most_of_its_letters_do() -> None:
     assert direction("COVID-19 هل هو خطير على الأطفال") == "rtl"
     assert direction("You should see a doctor (طبيب)") == "ltr"

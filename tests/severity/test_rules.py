@@ -180,6 +180,8 @@ NEGATED = [
     ("ما فيه نزيف ولا اغماء", "loss_of_consciousness"),
     ("ماعندي ضيق نفس", "breathing"),
     ("لا فيني كتمة ولا الم بالصدر", "chest_pain"),
+    ("عندي كتلة ولا ألم فيها", "pain_persistent"),
+    ("يوجد جرح صغير ولا حرارة شديدة فيه", "fever_infection"),
     ("ما عنديش ضيق تنفس", "breathing"),
     ("ما كاينش نزيف", "bleeding"),
     ("ما كاش نزيف", "bleeding"),
@@ -247,6 +249,11 @@ STILL_STATED = [
     ("مش قادر اتنفس", "breathing"),
     ("ما بيتحرك ولا يستجيب", "loss_of_consciousness"),
     ("ما عم يطلع معي ولا نقطة بول", "acute_abdomen_uro"),
+    ("حمى ولا ألم؟", "pain_persistent"),
+    ("عندي حرارة ولا ألم؟", "pain_persistent"),
+    ("هل عندي كتلة ولا ألم فيها؟", "pain_persistent"),
+    ("كتلة ولا ألم فيها", "pain_persistent"),
+    ("عندي جرح في رجلي ولا ضيق نفس فيها", "breathing"),
     ("لا أعاني من السكري لكن عندي ضيق تنفس", "breathing"),
     ("مفيش سخونية بس عندي ضيق تنفس", "breathing"),
     ("ما عندي حرارة وعندي ضيق تنفس", "breathing"),
@@ -279,6 +286,7 @@ STILL_STATED = [
     ("كل ما يجيني ضيق تنفس اخاف", "breathing"),
     ("عملت عملية من سنتين ودلوقتي عندي نزيف", "bleeding"),
     ("لا حرارة. لكن ضيق التنفس شديد", "breathing"),
+    ("عندي نزيف من قبل، سنتين متزوجة", "bleeding"),
     ("صداع عمري ما حسيت زيه ومعه اغماء", "loss_of_consciousness"),
 ]
 
@@ -399,6 +407,11 @@ def test_the_stated_occurrence_counts_when_another_is_denied() -> None:
     assert "stated" in {match.context for match in found}
 
 
+def test_a_number_is_judged_by_the_words_beside_it() -> None:
+    both_ways = ["السكر 45", "سكر من 45 سنة", "السكر 45", "عمري 45 سكر", "السكر 45"]
+    assert [bool(of_category(question, "metabolic_bp")) for question in both_ways] == [True, False, True, False, True]
+
+
 def test_probabilities_do_not_depend_on_the_company() -> None:
     questions = [question for question, _ in STATED + NEGATED]
     alone = np.vstack([Rules.load().probabilities([question]) for question in questions[:5]])
@@ -421,6 +434,14 @@ def test_a_match_points_at_its_words() -> None:
     match = next(m for m in RULES.matches(question) if m.category == "chest_pain" and len(m.positions) == 2)
     assert match.words == "الم الصدر" and match.positions == (3, 6)
     assert (match.level, match.strength, match.context) == ("critical", "H", "stated")
+
+
+def test_the_positions_of_a_match_ascend_wherever_its_rarest_word_stands(tmp_path: Path) -> None:
+    path = tmp_path / "own.tsv"
+    terms = ("وجع شديد بطني", "وجع قديم", "شديد جدا")
+    rows = "".join(f"{term}\tneutral\tgastro\t\tM\t\n" for term in terms)
+    path.write_text("term\tlevel\tcategory\tdialect\tstrength\tnote\n" + rows, encoding="utf-8")
+    assert [match.positions for match in Rules.load(path).matches("عندي وجع شديد بطني")] == [(1, 2, 3)]
 
 
 def test_a_milder_word_inside_a_worse_match_is_left_out() -> None:

@@ -45,13 +45,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Said:
-    """One answer: hits are (kind, in words, the words that hit)."""
+    """One answer: hits are (kind, in words, the words that hit); opinion is a judge's, empty where none was asked."""
 
     arm: str
     text: str
     direction: str
     truncated: bool
     hits: tuple[tuple[str, str, str], ...]
+    opinion: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,10 @@ def cases(answers: Answers, identities: Sequence[str]) -> list[Case]:
     for arm, spoken in {**texts, "reference": references}.items():
         found = safety_findings(spoken, references=references, questions=questions, critical=critical)
         cut = [arm in answers and bool(answers[arm][identity].get("truncated")) for identity in identities]
+        opinions = [_opinion(answers[arm][identity]) if arm in answers else "" for identity in identities]
         said[arm] = [
-            Said(arm, text, direction(text), truncated, _hits(finding.hits))
-            for text, truncated, finding in zip(spoken, cut, found, strict=True)
+            Said(arm, text, direction(text), truncated, _hits(finding.hits), opinion)
+            for text, truncated, finding, opinion in zip(spoken, cut, found, opinions, strict=True)
         ]
     return [
         Case(
@@ -196,6 +198,17 @@ def _unmarked_ends(pieces: list[Piece]) -> list[Piece]:
 
 def _hits(hits: Mapping[str, Sequence[str]]) -> tuple[tuple[str, str, str], ...]:
     return tuple((kind, HITS.get(kind, kind), "، ".join(words)) for kind, words in hits.items())
+
+
+def _opinion(row: Mapping[str, Any]) -> str:
+    """A judge's ratings and its reason: `urgency 4, harm no: sends to the emergency room`."""
+    judgement = row.get("judgement")
+    if not isinstance(judgement, Mapping):
+        return ""
+    if not isinstance(judgement["ratings"], Mapping):
+        return "no readable verdict"
+    ratings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in judgement["ratings"].items())
+    return f"{ratings}: {judgement['reason']}" if judgement["reason"] else ratings
 
 
 def _severity(row: Mapping[str, Any]) -> str:

@@ -257,7 +257,8 @@ def _facts(run: RunContent, evaluation: Mapping[str, Any] | None) -> dict[str, l
         "Environment": _shown_facts(run.environment),
     }
     if evaluation:
-        kept = {key: evaluation[key] for key in ("data", "generation", "evaluation", "lexicons") if key in evaluation}
+        told = ("data", "generation", "evaluation", "lexicons", "judge")
+        kept = {key: evaluation[key] for key in told if key in evaluation}
         found["Evaluation"] = _shown_facts(kept)
     return {name: lines for name, lines in found.items() if lines}
 

@@ -17,6 +17,7 @@ from sevpeft.recipe import Recipe, load_recipe
 
 COMPARISON = "comparison.json"
 _OF_AN_ANSWER = ("arm", "id", "question", "reference", "prediction")
+_OF_A_JUDGEMENT = ("arm", "id", "ratings", "reason")
 # What stands in metrics.json once a training is finished.
 FINISHED = "after"
 
@@ -28,7 +29,8 @@ class RunContent:
     Attributes:
         log: entries of log.jsonl in their order.
         evaluation: of evaluation.json, None when the run was not evaluated.
-        answers: arm → id → line of predictions.jsonl, both in the order of the file.
+        answers: arm → id → line of predictions.jsonl, both in the order of the file; under "judgement" the line of
+            judgements.jsonl, where a judge rated the answer.
     """
 
     folder: Path
@@ -84,6 +86,9 @@ def _run(folder: Path) -> RunContent:
     answers: dict[str, dict[str, dict[str, Any]]] = {}
     for line in _lines(folder / "predictions.jsonl", _OF_AN_ANSWER):
         answers.setdefault(str(line["arm"]), {}).setdefault(str(line["id"]), line)
+    for line in _lines(folder / "judgements.jsonl", _OF_A_JUDGEMENT):
+        if answer := answers.get(str(line["arm"]), {}).get(str(line["id"])):
+            answer.setdefault("judgement", line)
     return RunContent(
         folder,
         load_recipe(folder / "recipe.yaml"),

@@ -301,7 +301,7 @@ def check_groups(examples: Examples, folds: int) -> None:
         if groups < folds:
             raise DataError(
                 f"{name} stands on {groups} distinct question{'s' * (groups != 1)}, fewer than the {folds} parts the "
-                "data is dealt into: bring more of them, or deal it into fewer (smaller --folds, larger --test-size)."
+                "data is dealt into: bring more of them; `classifier fit` needs fewer parts with a larger --test-size."
             )
 
 

@@ -197,4 +197,4 @@ def fingerprints(consultations: Consultations) -> set[str]:
             return set().union(*(inside(value) for value in content))
         return set()
 
-    return {consultations.fingerprint} | inside(consultations.provenance)
+    return {consultations.fingerprint} | inside(consultations.provenance) | inside(consultations.files)

@@ -149,14 +149,14 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def _why_none(folder: Path) -> str:
-    fit = "fit one with `sevpeft classifier fit DATA FOLDER`"
+    fit = "fit one with `sevpeft classifier fit DATA OUTPUT`"
     if not folder.is_dir():
         return f"There is no classifier folder {folder}: {fit}."
     names = sorted(file.name for file in folder.iterdir())
     if "config.json" in names:
         return (
-            f"{folder} holds a model of transformers, but no severity classifier (no {ABOUT}): {fit} --kind "
-            f"transformer --encoder {folder}."
+            f"{folder} holds a model of transformers, but no severity classifier (no {ABOUT}): fit one with `sevpeft "
+            f"classifier fit DATA OUTPUT --kind transformer --encoder {folder}`."
         )
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
