@@ -138,14 +138,20 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "quickstart"], ids=lambda path: path.stem)
-def test_the_numbers_of_the_base_model_give_its_size(path: Path) -> None:
-    about = load_recipe(path).about
-    assert about.parameters is not None and about.config is not None
-    count = count_parameters(AutoConfig.for_model(**about.config))
+def test_the_numbers_of_the_base_model_give_its_size_and_its_card(path: Path) -> None:
+    recipe = load_recipe(path)
+    about = recipe.about
+    assert about.parameters is not None and about.config is not None and about.vram_gib is not None
+    config = AutoConfig.for_model(**about.config)
+    count = count_parameters(config)
     digits, unit = about.parameters[:-1], {"M": 10**6, "B": 10**9}[about.parameters[-1]]
     decimals = len(digits.partition(".")[2])
     assert f"{count / unit:.{decimals}f}" == digits
     assert PUBLISHED.get(path.stem, count) == count
+    plan = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=CPU_VOCABULARY_TILE)
+    assert plan.parameters.base == count and (plan.parameters.packed > count / 4)
+    assert f" {about.vram_gib:g} GB" in path.read_text(encoding="utf-8").splitlines()[1]
+    assert plan.budget().total <= usable(about.vram_gib)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -245,16 +251,6 @@ def test_the_list_shows_every_recipe_within_80_columns() -> None:
     shown = console.export_text()
     assert all(path.name in shown for path in RECIPES)
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
-
-
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "quickstart"], ids=lambda path: path.stem)
-def test_the_card_of_a_recipe_is_that_of_its_header_and_holds_what_is_planned(path: Path) -> None:
-    recipe = load_recipe(path)
-    needs = path.read_text(encoding="utf-8").splitlines()[1]
-    assert f" {recipe.about.vram_gib:g} GB" in needs
-    config = AutoConfig.for_model(**recipe.about.config)
-    plan = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=CPU_VOCABULARY_TILE)
-    assert plan.budget().total <= usable(recipe.about.vram_gib)
 
 
 def test_the_list_can_be_cut_to_a_card() -> None:

@@ -191,11 +191,12 @@ def _notes(tokens: np.ndarray, said: dict[str, list[dict[str, Any]]]) -> list[st
     notes = []
     if unfit := int((tokens == 0).sum()):
         notes.append(
-            f"{unfit:,} rows have no NLL, because their answer leaves no room for a question in training.max_length."
+            f"{unfit:,} row{'s have' if unfit > 1 else ' has'} no NLL, because the answer leaves no room for a "
+            "question in training.max_length."
         )
     lost = max((sum(row["lost_words"] > 0 for row in lines) for lines in said.values()), default=0)
     if lost:
-        notes.append(f"{lost:,} questions were shortened to fit the model's context.")
+        notes.append(f"{lost:,} question{'s were' if lost > 1 else ' was'} shortened to fit the model's context.")
     return notes
 
 

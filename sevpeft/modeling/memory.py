@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import PretrainedConfig
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from sevpeft.modeling.skeleton import layer_count, period, weightless
 from sevpeft.modeling.step_memory import Peak, Rehearsal, Step
@@ -38,7 +39,6 @@ _STATE_BYTES = (
     (r"sgd|lomo|adalomo|grokadamw", 0),
 )
 _ADAMW_STATE = 8.0
-_LARGEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -179,20 +179,23 @@ class MemoryPlan:
     def largest_batch(self, available: int) -> int:
         """The most rows of a batch of the recipe's length that fit in so many bytes; 0 when not even one does.
 
-        Powers of two are planned; in between a step's memory grows with every row alike.
+        Powers of two are planned, up to where the LM head's tile has its full height; from there on a row adds about
+        the same, which gives a first guess.
         """
-        fits, size = 0, 1
-        while size <= _LARGEST_BATCH:
-            total = self._total(size)
-            if total > available:
-                if fits:
-                    each = (total - self._total(fits)) / (size - fits)
-                    fits += int((available - self._total(fits)) / each)
-                return fits
+        if self._total(1) > available:
+            return 0
+        fits, size = 1, 2
+        while self._total(size) <= available and size * self.setting.length < 4 * TOKEN_CHUNK_SIZE:
             fits, size = size, 2 * size
+        each = (self._total(size) - self._total(fits)) / (size - fits)
+        fails = fits + int((available - self._total(fits)) / each) + 1
+        while fails - fits > 1:  # once round where rows add the same, as they nearly always do
+            middle = fails - 1 if self._total(fails - 1) <= available else (fits + fails) // 2
+            fits, fails = (middle, fails) if self._total(middle) <= available else (fits, middle)
         return fits
 
     def _total(self, batch: int) -> int:
+        """Of a batch of the recipe's length; validation is taken to have no more rows."""
         eval_batch = min(self.setting.eval_batch, batch)
         return self.budget(replace(self.setting, batch=batch, eval_batch=eval_batch)).total
 

@@ -43,13 +43,12 @@ def list_recipes(folder: Path, vram: float | None = None) -> list[dict[str, Any]
 def recipes_table(recipes: list[dict[str, Any]]) -> Table:
     """The list as a table that fits 80 columns."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("recipe", "size", "adapter", "card", "licence"):
+    for name in ("recipe", "size", "card", "licence"):
         table.add_column(name, overflow="fold")
     for row in recipes:
         table.add_row(
             Path(row["recipe"]).name,
             row["parameters"] or "",
-            row["adapter"],
             f"{row['vram_gib']:g} GB" if row["vram_gib"] else "CPU",
             f"{row['licence'] or 'not stated'}{' (gated)' if row['gated'] else ''}",
         )

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, int, int, list[str]]] = {
     "llama-r64-long": ("llama", 2, 512, ["lora.r=64", "training.gradient_checkpointing=false"]),
     "llama-4bit": ("llama", 8, 256, ["quantization.load_in_4bit=true", "training.gradient_checkpointing=false"]),
     "llama-4bit-checkpointing": ("llama", 8, 256, ["quantization.load_in_4bit=true"]),
+    "llama-4bit-short": ("llama", 4, 256, ["quantization.load_in_4bit=true"]),
     "gpt2-plain": ("gpt2", 8, 256, ["training.gradient_checkpointing=false"]),
     "gpt2-checkpointing": ("gpt2", 8, 256, []),
     "gemma2-plain": ("gemma2", 4, 256, ["training.gradient_checkpointing=false"]),
@@ -139,6 +140,9 @@ def _train(recipe: Any, config: Any, rows: int, length: int, ready: Any = lambda
             )
             model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit)
         keep_4bit_weights_as_they_are(model)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()  # out of the mapped file, which would count as a whole
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.settings()))
     if recipe.training.settings().get("gradient_checkpointing") is not False:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

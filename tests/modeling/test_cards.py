@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +12,12 @@ from transformers import AutoConfig
 from sevpeft.modeling.cards import CARDS, changes, epoch_seconds, usable, verdicts
 from sevpeft.modeling.memory import GIB, MemoryPlan
 from sevpeft.recipe import load_recipe
-from tests.modeling.test_memory import LLAMA, RECIPES, plan_of, recipe_of
+from tests.modeling.test_memory import LLAMA, plan_of, recipe_of
 
-EIGHT_BILLION = next(path for path in RECIPES if path.stem == "llama-3.1-8b")
+EIGHT_BILLION = Path(__file__).parent.parent.parent / "recipes" / "llama-3.1-8b.yaml"
 
 
+@cache  # a plan remembers what it has run
 def eight_billion(*settings: str) -> MemoryPlan:
     recipe = load_recipe(EIGHT_BILLION, settings)
     config = AutoConfig.for_model(**recipe.about.config)
@@ -23,7 +26,7 @@ def eight_billion(*settings: str) -> MemoryPlan:
 
 def test_an_8b_model_fits_12_gb_in_4_bit_and_wants_more_than_16_in_16() -> None:
     assert next(card.gb for card in verdicts(eight_billion()) if card.fits) in (8, 12)
-    assert not next(card for card in verdicts(eight_billion("quantization.load_in_4bit=false")) if card.gb == 16).fits
+    assert eight_billion("quantization.load_in_4bit=false").budget().total > usable(16)
 
 
 def test_larger_cards_take_larger_batches() -> None:
@@ -56,7 +59,7 @@ def test_changes_come_in_the_order_of_least_harm_until_it_fits() -> None:
 
 def test_what_cannot_fit_is_said_to() -> None:
     advice = changes(eight_billion(), 4)
-    assert advice and not advice[-1].fits and advice[-1].settings == ("training.max_length=128",)
+    assert advice and not any(change.fits for change in advice) and "max_length" in advice[-1].settings[0]
 
 
 def test_an_epoch_takes_its_operations_at_the_stated_rate() -> None:

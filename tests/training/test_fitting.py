@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,51 +13,52 @@ import torch
 from rich.console import Console
 
 from sevpeft.errors import RunError
+from sevpeft.modeling.cards import Change
 from sevpeft.modeling.memory import GIB
-from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe import load_recipe
 from sevpeft.training import fitting as module
-from sevpeft.training.fitting import announce_fitting, announce_time, fitting, refuse_what_cannot_fit
+from sevpeft.training.fitting import Fitting, announce_fitting, announce_time, fitting, refuse_what_cannot_fit
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 
 @pytest.fixture(scope="module")
-def eight_billion() -> Recipe:
-    return load_recipe(RECIPES / "llama-3.1-8b.yaml")
+def eight_billion() -> Fitting:
+    return fitting(load_recipe(RECIPES / "llama-3.1-8b.yaml"), 24)[0]
 
 
-def shown(recipe: Recipe, vram: float | None) -> str:
+def shown(found: Fitting) -> str:
     console = Console(file=io.StringIO(), width=80)
-    announce_fitting(fitting(recipe, vram)[0], console)
+    announce_fitting(found, console)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
-def test_bar_cards_and_verdict_fit_80_columns(eight_billion: Recipe) -> None:
-    text = shown(eight_billion, 24)
+def test_bar_cards_and_verdict_fit_80_columns(eight_billion: Fitting) -> None:
+    text = shown(eight_billion)
     assert max(map(len, text.splitlines())) <= 80
     assert "8,030,261,248 frozen" in text and "the recipe" in text and "fits in 24 GB" in text
     assert all(f" {gb} GB" in text for gb in (8, 12, 16, 24, 48, 80))
 
 
-def test_every_item_has_its_part_of_the_bar(eight_billion: Recipe) -> None:
-    lines = shown(eight_billion, None).splitlines()
+def test_every_item_has_its_part_of_the_bar(eight_billion: Fitting) -> None:
+    lines = shown(eight_billion).splitlines()
     bar = next(line for line in lines if line.strip() and set(line.strip()) <= set("█▓▒░▞▚▖▘"))
-    found = fitting(eight_billion)[0]
-    assert len(bar.strip()) == module.BAR_WIDTH and len(set(bar.strip())) == len(found.budget.items)
+    assert len(bar.strip()) == module.BAR_WIDTH and len(set(bar.strip())) == len(eight_billion.budget.items)
 
 
-def test_what_does_not_fit_is_told_with_what_to_change() -> None:
-    recipe = load_recipe(RECIPES / "llama-3.1-8b.yaml", ["quantization.load_in_4bit=false"])
-    text = " ".join(shown(recipe, 12).split())
-    assert "does not fit in 12 GB" in text and "quantization.load_in_4bit=true" in text and ": fits;" in text
-    hopeless = " ".join(shown(load_recipe(RECIPES / "llama-3.1-70b.yaml"), 8).split())
-    assert "choose a smaller base model, or a larger card" in hopeless
+@pytest.mark.parametrize(("gb", "fits"), [(12, True), (4, False)])
+def test_what_does_not_fit_is_told_with_what_to_change(gb: int, fits: bool, eight_billion: Fitting) -> None:
+    advised = [Change(("quantization.load_in_4bit=true",), "QLoRA", round(7.4 * GIB), fits)]
+    text = " ".join(shown(dataclasses.replace(eight_billion, vram=1.0, changes=advised)).split())
+    assert "does not fit in 1 GB" in text and "quantization.load_in_4bit=true 7.4 GiB then" in text
+    assert (": fits; QLoRA" in text) == fits
+    assert ("choose a smaller base model, or a larger card" in text) != fits
 
 
-def test_the_plan_is_json(eight_billion: Recipe) -> None:
-    found = json.loads(json.dumps(fitting(eight_billion, 8)[0].as_dict()))
+def test_the_plan_is_json(eight_billion: Fitting) -> None:
+    found = json.loads(json.dumps(eight_billion.as_dict()))
     assert found["bytes"]["total"] == sum(size for name, size in found["bytes"].items() if name != "total")
-    assert found["parameters"]["base"] == 8_030_261_248
+    assert found["parameters"]["base"] == 8_030_261_248 and found["fits"] and found["vram"] == 24
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(20, "1 min"), (1800, "30 min"), (7200, "2.0 h")])
