@@ -50,7 +50,7 @@ def newest_whole(run: Run) -> tuple[Path | None, list[str]]:
 
     Those are removed: the training writes them anew, under the same names.
     """
-    said = []
+    said: list[str] = []
     for checkpoint in sorted(_checkpoints(run), key=_step, reverse=True):
         damage = damage_of(checkpoint)
         if damage is None:
