@@ -113,6 +113,19 @@ CHAT_TEMPLATES = {
 }
 
 
+# Shared fixtures that take seconds to make. The tests that use one stay on one worker, so that it is made once.
+_SLOW_TO_MAKE = ("finished_run", "finished", "pages", "trained", "eight_billion", "fitted")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        used = [name for name in _SLOW_TO_MAKE if name in getattr(item, "fixturenames", ())]
+        if used:
+            group = used[0] if used[0] == "finished_run" else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_and_repeatable() -> None:
     torch.set_num_threads(1)

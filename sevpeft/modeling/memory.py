@@ -39,6 +39,7 @@ _STATE_BYTES = (
     (r"sgd|lomo|adalomo|grokadamw", 0),
 )
 _ADAMW_STATE = 8.0
+LARGEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -177,21 +178,21 @@ class MemoryPlan:
         return MemoryPlan(recipe, self.config, on_gpu=self.on_gpu, vocabulary_tile=self.vocabulary_tile)
 
     def largest_batch(self, available: int) -> int:
-        """The most rows of a batch of the recipe's length that fit in so many bytes; 0 when not even one does.
+        """The most rows of a batch of the recipe's length that fit in so many bytes, at most 1,024; 0 when none does.
 
         Powers of two are planned, up to where the LM head's tile has its full height; from there on a row adds about
-        the same, which gives a first guess.
+        the same. What that promises is planned too, and where it is too much, the line between the two is taken.
         """
         if self._total(1) > available:
             return 0
         fits, size = 1, 2
         while self._total(size) <= available and size * self.setting.length < 4 * TOKEN_CHUNK_SIZE:
             fits, size = size, 2 * size
-        each = (self._total(size) - self._total(fits)) / (size - fits)
-        fails = fits + int((available - self._total(fits)) / each) + 1
-        while fails - fits > 1:  # once round where rows add the same, as they nearly always do
-            middle = fails - 1 if self._total(fails - 1) <= available else (fits + fails) // 2
-            fits, fails = (middle, fails) if self._total(middle) <= available else (fits, middle)
+        for _ in range(2):
+            each = (self._total(size) - self._total(fits)) / (size - fits)
+            size = min(fits + int((available - self._total(fits)) / each), LARGEST_BATCH)
+            if size == fits or self._total(size) <= available:
+                return size
         return fits
 
     def _total(self, batch: int) -> int:

@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, int, int, list[str]]] = {
     "llama-r64-long": ("llama", 2, 512, ["lora.r=64", "training.gradient_checkpointing=false"]),
     "llama-4bit": ("llama", 8, 256, ["quantization.load_in_4bit=true", "training.gradient_checkpointing=false"]),
     "llama-4bit-checkpointing": ("llama", 8, 256, ["quantization.load_in_4bit=true"]),
-    "llama-4bit-short": ("llama", 4, 256, ["quantization.load_in_4bit=true"]),
+    "llama-short": ("llama", 4, 256, ["training.gradient_checkpointing=false"]),
     "gpt2-plain": ("gpt2", 8, 256, ["training.gradient_checkpointing=false"]),
     "gpt2-checkpointing": ("gpt2", 8, 256, []),
     "gemma2-plain": ("gemma2", 4, 256, ["training.gradient_checkpointing=false"]),

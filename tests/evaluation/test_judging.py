@@ -246,7 +246,9 @@ def test_without_a_judge_nothing_is_sent_and_with_one_its_scores_stand_beside_fl
             assert found.content["scores"][stratum]["metrics"][name] == value
     screen = io.StringIO()
     Console(file=screen, width=80).print(evaluation_tables(found.content))
-    assert "Judge: urgency ↑" in screen.getvalue() and max(map(len, screen.getvalue().splitlines())) <= 80
+    assert (
+        "Judge: urgency\N{NO-BREAK SPACE}↑" in screen.getvalue() and max(map(len, screen.getvalue().splitlines())) <= 80
+    )
     texts = [path.read_bytes() for path in run.folder.rglob("*") if path.is_file()]
     assert KEY not in said.getvalue() and not any(KEY.encode() in text for text in texts)
 
@@ -266,7 +268,7 @@ def test_what_cannot_judge_is_refused_before_anything_is_generated(run: Run, mod
 def test_a_model_of_this_process_is_asked_and_its_nonsense_is_no_rating(
     tmp_path: Path, model_folder: Callable[..., Path]
 ) -> None:
-    folder = model_folder("bloom", chat_template=CHAT_TEMPLATES["lfm2-350m"])
+    folder = model_folder("bloom", chat_template=CHAT_TEMPLATES["chatml"])
     rubric = tmp_path / "mine.yaml"
     rubric.write_text(MINE, encoding="utf-8")
     asked = {"model": str(folder), "rubric": str(rubric), "max_tokens": 16}
@@ -279,5 +281,5 @@ def test_a_prompt_that_a_model_of_this_process_has_no_room_for_is_not_cut_and_ra
     tmp_path: Path, model_folder: Callable[..., Path]
 ) -> None:
     # 256 positions, and the rubric alone has more tokens.
-    found = judge(tmp_path, {"base": ["جواب"] * 12}, model=str(model_folder(chat_template=CHAT_TEMPLATES["lfm2-350m"])))
+    found = judge(tmp_path, {"base": ["جواب"] * 12}, model=str(model_folder(chat_template=CHAT_TEMPLATES["chatml"])))
     assert found.scores == {} and [line["reply"] for line in lines(tmp_path)] == [None] * 12

@@ -71,7 +71,7 @@ def test_the_adapter_is_counted_as_peft_makes_it(model_folder: Callable[..., Pat
 
 
 def test_real_steps_take_what_was_planned() -> None:
-    found = measured("llama-4bit-short")
+    found = measured("llama-short")
     assert found["planned"] == pytest.approx(found["real"], rel=0.15)
 
 
