@@ -50,7 +50,7 @@ class GenerationSettings:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    per_device_eval_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
     seed: int = 0
 
 

@@ -28,7 +28,7 @@ class GenerationSection(Section):
     """Draws from so many most probable tokens, 0 from all; used with do_sample."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Makes tokens that stand in the text already less probable when above 1."""
-    per_device_eval_batch_size: int = Field(default=32, ge=1)
+    per_device_eval_batch_size: int = Field(default=64, ge=1)
     """Questions answered at once; it changes the speed and the memory, not the answers."""
     seed: int = Field(default=0, ge=0)
     """Seed of the drawing; every question has random numbers of its own, whatever batch it is in."""

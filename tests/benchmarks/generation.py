@@ -4,7 +4,7 @@ Both answer the same questions greedily with the same cap, and must say the same
 that a busy machine slows both. The published loop (arXiv 2604.06346) is `model.generate` on one row, sampled at T .7;
 sampling is off here to make the answers comparable.
 
-    python -m tests.benchmarks.generation            # builtin:tiny and a GPT-2 of 100 million parameters
+    python -m tests.benchmarks.generation            # builtin:tiny and a GPT-2 of 100 million parameters (long)
     python -m tests.benchmarks.generation --rows 16 --pairs 1 --threads 2
 """
 
@@ -109,10 +109,10 @@ def measure(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows, cap: i
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--rows", type=int, default=64)
+    arguments.add_argument("--rows", type=int, default=256)
     arguments.add_argument("--pairs", type=int, default=3)
     arguments.add_argument("--cap", type=int, default=50, help="new tokens; 50 is the published figure")
-    arguments.add_argument("--batch", type=int, default=32)
+    arguments.add_argument("--batch", type=int, default=64)
     arguments.add_argument("--models", default="tiny,gpt2", help="builtin:tiny, GPT-2 of 101 million parameters")
     arguments.add_argument("--threads", type=int, default=2)
     asked = arguments.parse_args()
