@@ -50,14 +50,7 @@ def _table(content: dict[str, Any], scores: dict[str, Any], shown: list[str]) ->
         table.add_column(_FLOORS[name], justify="right", style="dim", no_wrap=True)
     for metric in shown:
         about = content["metrics"][metric]
-        # No blank inside the last words: a unit or an arrow alone on a line says nothing.
-        label = "\N{NO-BREAK SPACE}".join(
-            [
-                about["label"],
-                *["%"] * (about["unit"] == "%"),
-                *[_ARROWS[about["better"]]] * (about["better"] != "neither"),
-            ]
-        )
+        label = f"{about['label']}{' %' if about['unit'] == '%' else ''} {_ARROWS[about['better']]}".strip()
         times = about["shown_times"]
         cells = [_with_interval(scores[metric].get(name), times) for name in measured]
         cells += [_number((scores[metric].get(name) or {}).get("value"), times) for name in floors]
