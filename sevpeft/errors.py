@@ -41,9 +41,11 @@ class RunError(SevpeftError):
 
 
 class Interrupted(SevpeftError):
-    """Ctrl-C, in a place where there is more to say than that."""
+    """Ctrl-C or another signal, in a place where there is more to say than that; leaves with 128 + its number."""
 
-    exit_code = 130
+    def __init__(self, sentence: str, exit_code: int = 130) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
 
 
 def first_sentence(error: BaseException, longest: int = 200) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -69,9 +70,20 @@ class Run:
         self.write_json("metrics.json", {**self.metrics(), **parts})
 
     def append_log(self, entry: dict[str, Any]) -> None:
-        """Adds one line to log.jsonl and hands it to the operating system."""
+        """Adds one line to log.jsonl and hands it to the operating system; what is not finite becomes null."""
+        valid = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in entry.items()
+        }
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            log.write(json.dumps(valid, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def keep_log(self, lines: int) -> None:
+        """Cuts log.jsonl back to so many lines."""
+        path = self.folder / "log.jsonl"
+        if path.exists():
+            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
+            write_atomically(path, "".join(kept))
 
 
 def default_output(recipe_name: str) -> Path:

@@ -524,9 +524,10 @@ def test_ctrl_c_in_training_says_how_to_go_on_and_the_run_resumes(
         impatient.setattr(SeveritySFTTrainer, "training_step", interrupted)
         code, _, err = sevpeft_(*words)
     assert code == 130
-    assert err == f"Interrupted; go on with the same command and --output {run.folder} --resume.\n"
+    told = f"sevpeft train {run.folder}/recipe.yaml --output {run.folder} --resume"
+    assert err == f"Interrupted. Go on with: {told}\n"
     assert "There is no adapter" in sevpeft_("chat", run.folder)[2]
-    assert sevpeft_(*words, "--resume")[0] == 0
+    assert sevpeft_(*told.split()[1:])[0] == 0
     assert run.metrics()["training"]["resumed_from"] == "checkpoint-2"
 
 
@@ -572,7 +573,7 @@ def test_resume_is_refused_where_it_would_not_continue_the_same_run(
     assert "continue it with --resume, or choose another --output" in refusal(*words)
     code, out, err = sevpeft_(*words, "--resume")
     assert (code, err) == (0, "") and "is finished; nothing is left to do" in out
-    assert "was started with, in lora.r; resume" in refusal(*words, "lora.r=4", "--resume")
+    assert "was started with, in lora.r (16 then, 4 now); resume" in refusal(*words, "lora.r=4", "--resume")
     (run / "adapter" / "adapter_model.safetensors").unlink()
     path.write_text(path.read_text(encoding="utf-8").replace("صداع", "سعال"), encoding="utf-8")
     assert "its content has changed" in refusal(*words, "--resume")

@@ -115,7 +115,8 @@ class Comparison:
             )
         except (KeyboardInterrupt, Interrupted) as error:
             raise Interrupted(
-                "Interrupted; finished runs and rows are kept, and the same command goes on from them."
+                "Interrupted; finished runs and rows are kept, and the same command goes on from them.",
+                getattr(error, "exit_code", 130),
             ) from error
         with self.console.status("Comparing"):
             content = self._compared(controlled)

@@ -58,21 +58,26 @@ def verdicts(plan: MemoryPlan) -> list[Card]:
 
 
 def changes(plan: MemoryPlan, gb: float) -> list[Change]:
-    """What makes a recipe fit that does not, until it does; those that save less than a hundredth are left out."""
+    """What makes a recipe fit that does not, until it does."""
     found: list[Change] = []
-    before = plan.budget().total
-    if before <= usable(gb):
+    if plan.budget().total <= usable(gb):
         return found
+    for change in savings(plan, gb):
+        found.append(change)
+        if change.fits:
+            break
+    return found
+
+
+def savings(plan: MemoryPlan, gb: float) -> Iterator[Change]:
+    """All that saves memory, one after the other; what saves less than a hundredth is left out."""
+    before = plan.budget().total
     for settings, effect in _candidates(plan.recipe):
         tried = plan.with_recipe(_changed(plan.recipe, settings))
         total = tried.budget().total
-        if total > 0.99 * before:
-            continue
-        plan, before = tried, total
-        found.append(Change(settings, effect, total, total <= usable(gb)))
-        if found[-1].fits:
-            break
-    return found
+        if total <= 0.99 * before:
+            plan, before = tried, total
+            yield Change(settings, effect, total, total <= usable(gb))
 
 
 def epoch_seconds(

@@ -31,6 +31,7 @@ from sevpeft.recipe.sections import (
     SeverityWeights,
     TrainingSection,
 )
+from sevpeft.recipe.stopping import StoppingSection
 from sevpeft.recipe.yaml_text import KeyPath, Mistake, read_value, read_yaml, write_yaml
 
 _OVERRIDE = "command line"
@@ -57,6 +58,8 @@ class Recipe(BaseModel):
     """How much each consultation counts."""
     training: TrainingSection = Field(default_factory=TrainingSection)
     """The training."""
+    stopping: StoppingSection = Field(default_factory=StoppingSection)
+    """When a training that goes wrong is given up."""
     generation: GenerationSection = Field(default_factory=GenerationSection)
     """How the trained adapter is questioned."""
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sevpeft.errors import ModelError, RunError
-from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changes, usable, verdicts
+from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changes, savings, usable, verdicts
 from sevpeft.modeling.loading import uses_gpu
 from sevpeft.modeling.memory import GIB, Budget, MemoryPlan, Parameters
 from sevpeft.modeling.skeleton import base_config
@@ -121,6 +122,25 @@ def refuse_what_cannot_fit(recipe: Recipe) -> None:
         f"{recipe.model.name_or_path} needs about {held / GIB:.1f} GiB before its first step, and this GPU has "
         f"{whole / GIB:.1f}; "
         + (f"add {remedy}." if advice and advice[-1].fits else "choose a smaller model or a larger GPU.")
+    )
+
+
+def memory_is_full(recipe: Recipe, run: Path) -> RunError:
+    """What to say when a step did not fit: what the plan would change first, and whether the run can go on."""
+    gpu = uses_gpu(recipe)
+    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else 0
+    try:
+        plan, _ = memory_plan(recipe, on_gpu=gpu)
+        advice = next(savings(plan, whole / GIB / 0.95), None)
+    except ModelError:
+        advice = None
+    where = f"The GPU's {whole / GIB:.0f} GiB are" if gpu else "This computer's memory is"
+    if advice is None:
+        return RunError(f"{where} full; close what else uses it, or choose a smaller base model.")
+    found = f"{' '.join(advice.settings)} ({advice.effect}; by the plan {advice.total / GIB:.1f} GiB then)"
+    return RunError(
+        f"{where} full; start another run with {found}. Checkpoints of {run} are kept; "
+        "training.auto_find_batch_size=true cuts a batch that does not fit in parts by itself, for the same step."
     )
 
 

@@ -26,6 +26,7 @@ from sevpeft.severity.probabilities import has_severity
 from sevpeft.severity.source import Severity, severity_of
 from sevpeft.severity.weighting import WeightSummary, severity_weights
 from sevpeft.training.encoding import add_token_weights, encode_rows, pack_rows
+from sevpeft.training.row_names import RowNames
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
 ROWS_WORTH_A_BAR = 20_000
@@ -33,12 +34,13 @@ ROWS_WORTH_A_BAR = 20_000
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows ready for `SeveritySFTTrainer`, and the counts of how they came about."""
+    """Rows ready for `SeveritySFTTrainer`, the counts of how they came about, and what the training rows are called."""
 
     train: Dataset
     validation: Dataset
     weights: WeightSummary
     summary: dict[str, Any]
+    row_names: RowNames
 
 
 def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
@@ -143,6 +145,7 @@ def _encode_and_weight(
         validation=encoded["validation"].remove_columns("source_index"),
         weights=summary,
         summary=summary_of(table, splits, severity, {name: report.as_dict() for name, report in reports.items()}),
+        row_names=RowNames(encoded["train"], splits.train),
     )
 
 

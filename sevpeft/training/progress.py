@@ -6,17 +6,17 @@ and a file or a cluster log gets a line now and then.
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
+import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sevpeft.errors import RunError
 from sevpeft.runs import Run
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -59,6 +59,7 @@ class RunProgress(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
+        self._close()  # a training that began again with smaller batches
         self.last_line = time.monotonic()
         if self.console.is_terminal:
             self.bar = Progress(
@@ -102,12 +103,7 @@ class RunProgress(TrainerCallback):
             self.run.append_log({"step": state.global_step, "time": round(time.time(), 1), **logs})
         loss = logs.get("loss")
         if loss is not None:
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"The training loss is {loss} at step {state.global_step}; lower training.learning_rate, or use "
-                    "bfloat16 or float32 instead of float16. Checkpoints before it are kept."
-                )
-            self.text = f"loss {loss:.3f}{self._speed(logs)}"
+            self.text = f"loss {loss:.3f}{self._speed(logs)}  {_memory(args.device)}"
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._close()
@@ -126,3 +122,10 @@ class RunProgress(TrainerCallback):
         if before is None or now <= before[0]:
             return ""
         return f"  {(tokens - before[1]) / (now - before[0]):,.0f} tokens/s"
+
+
+def _memory(device: torch.device) -> str:
+    """The most that the GPU has held, or what this process holds of the computer's memory now."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from transformers import PrinterCallback
 
-from sevpeft.errors import Interrupted, RunError
+from sevpeft.errors import Interrupted
 from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters
 from sevpeft.modeling.loading import (
     choose_precision,
@@ -32,15 +32,22 @@ from sevpeft.modeling.loading import (
     uses_gpu,
 )
 from sevpeft.modeling.packing import refuse_contaminated_packing
-from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.announcement import announce_data
-from sevpeft.training.checkpoints import newest_whole, remove_unfinished
-from sevpeft.training.fitting import refuse_what_cannot_fit
+from sevpeft.training.checkpoints import remove_unfinished
+from sevpeft.training.fitting import memory_is_full, refuse_what_cannot_fit
 from sevpeft.training.launch import check_processes
+from sevpeft.training.leaving import Leaving, command_to_go_on
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, say
+from sevpeft.training.resuming import (
+    checkpoint_to_go_on_from,
+    refuse_other_data,
+    refuse_other_processes,
+    refuse_other_recipe,
+)
 from sevpeft.training.settings import sft_config
 from sevpeft.training.trainer import SeveritySFTTrainer
 
@@ -69,10 +76,11 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         check_output(folder, resume=resume)
     run = Run(folder)
     if resume:
-        _refuse_other_recipe(recipe, run)
+        refuse_other_recipe(recipe, run)
         if run.finished:
             console.print(f"The run in {folder} is finished; nothing is left to do.", soft_wrap=True)
             return run
+        refuse_other_processes(state.num_processes, run)
 
     precision = choose_precision(recipe)
     arguments = sft_config(recipe, precision, run.checkpoints)
@@ -94,7 +102,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         ):
             prepared = prepare(recipe, prompt, Path(scratch))
         if resume:
-            _refuse_other_data(prepared, run)
+            refuse_other_data(prepared.summary["fingerprint"], prepared.summary["source"], run)
         announce_data(prepared.summary, prepared.weights, recipe, console)
         model = load_model(recipe, precision, state.local_process_index)
         for setting in ("packing", "padding_free"):
@@ -102,6 +110,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
                 refuse_contaminated_packing(model, f"training.{setting}")
         adapter = lora_config(recipe, model)
         progress = RunProgress(run, console)
+        leaving = Leaving(run.folder, lambda sentence: say(console, "Stopping", sentence, style="yellow"))
         with new_run(run) if state.is_main_process and not resume else nullcontext():
             trainer = SeveritySFTTrainer(
                 model=model,
@@ -111,28 +120,28 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
                 processing_class=tokenizer,
                 peft_config=adapter,
                 reduction=recipe.severity.reduction,
-                callbacks=[progress],
+                stopping=recipe.stopping,
+                leaving=leaving,
+                name_rows=prepared.row_names,
+                tell=lambda sentence: say(console, "Warning", sentence, style="yellow"),
+                callbacks=[progress, leaving],
             )
+            trainer.accept_smaller_batches = bool(recipe.training.settings().get("auto_find_batch_size"))
+            trainer.on_smaller_batch = lambda sentence: say(console, "Memory", f"full; {sentence}", style="yellow")
             trainer.remove_callback(PrinterCallback)
             if state.is_main_process and not resume:
                 _write_origin(run, recipe, prepared, trainer)
         state.wait_for_everyone()
         try:
-            with progress, plain_disk_errors(folder):
+            with progress, leaving, plain_disk_errors(folder):
                 _train_and_measure(trainer, run, console, resume=resume)
         except BaseException as error:
             if state.is_main_process:
                 remove_unfinished(run)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise RunError(
-                    "The GPU's memory is full; set training.gradient_checkpointing=true, then lower "
-                    "training.per_device_train_batch_size (and raise gradient_accumulation_steps by the same factor), "
-                    "then training.max_length, and start another run."
-                ) from error
+            if should_reduce_batch_size(error):
+                raise memory_is_full(recipe, run.folder) from error
             if isinstance(error, KeyboardInterrupt):
-                raise Interrupted(
-                    f"Interrupted; go on with the same command and --output {folder} --resume."
-                ) from error
+                raise Interrupted(f"Interrupted. Go on with: {command_to_go_on(folder)}") from error
             raise
     # A process that exits while gloo's threads live is now and then aborted, after all its work is done.
     state.wait_for_everyone()
@@ -141,24 +150,23 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
 
 
 def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, console: Console, *, resume: bool) -> None:
-    checkpoint = _checkpoint_to_go_on_from(trainer, run, console) if resume else None
-    # The figure before training is taken by the training loop itself: accelerate takes a model that was evaluated
-    # first for one that is ready to train, and several processes would then train without exchanging gradients.
-    # A resumed run has that figure in its checkpoint, and another evaluation would change its random numbers.
-    trainer.args.eval_on_start = checkpoint is None
-    started = time.monotonic()
+    checkpoint: str | None = None
+    if resume:
+        found = checkpoint_to_go_on_from(run, console) if trainer.is_world_process_zero() else None
+        trainer.accelerator.wait_for_everyone()
+        checkpoint = _same_on_all_processes(str(found) if found else None)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - started
     before = next(entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry)
-    after = trainer.evaluate()
+    after = _validation_of_last_step(trainer) or trainer.evaluate()
     _save_adapter(trainer, run)
     if trainer.is_world_process_zero():
         run.update_metrics(
             training={
                 "steps": trainer.state.global_step,
                 "epochs": trainer.state.epoch,
-                "train_loss": result.training_loss,
-                "seconds": round(seconds, 1),
+                "train_loss": result.metrics["train_loss"],
+                "nonfinite_steps": trainer.nonfinite_steps,
+                "seconds": round(trainer.seconds, 1),
                 "resumed_from": Path(checkpoint).name if checkpoint else None,
                 **_peak_memory(),
             },
@@ -167,17 +175,12 @@ def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, console: Console, 
         )
 
 
-def _checkpoint_to_go_on_from(trainer: SeveritySFTTrainer, run: Run, console: Console) -> str | None:
-    """The newest whole checkpoint, the same on all processes; what was found damaged is told."""
-    found: list[str | None] = [None]
-    if trainer.is_world_process_zero():
-        remove_unfinished(run)
-        checkpoint, damaged = newest_whole(run)
-        for sentence in damaged:
-            say(console, "Checkpoint", sentence, style="yellow")
-        found = [str(checkpoint) if checkpoint else None]
-    trainer.accelerator.wait_for_everyone()
-    return _same_on_all_processes(found[0])
+def _validation_of_last_step(trainer: SeveritySFTTrainer) -> dict[str, float] | None:
+    """The figures of the model as it is now, where the training took them already."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    step = trainer.state.global_step
+    return next((entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry), None)
 
 
 def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
@@ -236,33 +239,6 @@ def _peak_memory() -> dict[str, float]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return {"peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
     return {"resident_gib": round(psutil.Process().memory_info().rss / 2**30, 3)}
-
-
-def _refuse_other_recipe(recipe: Recipe, run: Run) -> None:
-    stored = load_recipe(run.folder / "recipe.yaml")
-    if stored == recipe:
-        return
-    old, new = stored.model_dump(), recipe.model_dump()
-    changed = [
-        f"{section}.{key}"
-        for section in new
-        for key in {**(old.get(section) or {}), **(new[section] or {})}
-        if (old.get(section) or {}).get(key) != (new[section] or {}).get(key)
-    ]
-    raise RunError(
-        f"The recipe differs from the one that {run.folder} was started with, in {', '.join(changed)}; "
-        "resume with the same settings, or start another run."
-    )
-
-
-def _refuse_other_data(prepared: Prepared, run: Run) -> None:
-    # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
-    found, stored = prepared.summary["fingerprint"], run.environment().get("data_fingerprint")
-    if found != stored and found.startswith("sha256:"):
-        raise RunError(
-            f"{prepared.summary['source']} is not the data that {run.folder} was started with: its content has "
-            "changed; bring that content back, or start another run."
-        )
 
 
 def _same_on_all_processes(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
@@ -26,12 +27,19 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     settings = recipe.training.settings()
     settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints))
     settings.setdefault("use_cpu", not uses_gpu(recipe))
-    # The filter replaces a NaN loss by the last good one in the log, and nobody notices.
+    # The filter replaces a NaN loss by the last good one in the log, and nobody notices. The trainer looks itself, and
+    # cuts a batch that does not fit in parts: the library's own search makes the step smaller, and so another training.
     settings.setdefault("logging_nan_inf_filter", False)
+    settings["auto_find_batch_size"] = False
     settings["disable_tqdm"] = True
     if settings.get("padding_free") and not settings.get("packing"):
         # Rows are cut to max_length while they are encoded; TRL refuses a limit that it would not enforce itself.
         settings["max_length"] = None
+    if recipe.training.settings().get("auto_find_batch_size") and PartialState().num_processes > 1:
+        raise RecipeError(
+            "training.auto_find_batch_size works on one process only, because the others would wait for the one whose "
+            "memory is full; lower training.per_device_train_batch_size, and raise gradient_accumulation_steps for it."
+        )
     if settings.get("activation_offloading") and not uses_gpu(recipe):
         raise RecipeError(
             "training.activation_offloading moves activations from a GPU, and this run has none; leave it out."

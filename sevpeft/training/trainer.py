@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -25,16 +24,16 @@ from accelerate import DistributedType
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
 
 from sevpeft.errors import RunError, WeightError
 from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.checkpoints import seal
 from sevpeft.training.collator import SeverityCollator
+from sevpeft.training.guarded import GuardedSFTTrainer
 
 IGNORED = -100
 # Where Triton runs, TRL's own LM head passes over the positions without a label.
@@ -46,11 +45,12 @@ WORTH_SKIPPING_BELOW = 0.9
 CPU_VOCABULARY_TILE = 4096
 
 
-class SeveritySFTTrainer(SFTTrainer):
+class SeveritySFTTrainer(GuardedSFTTrainer):
     """SFTTrainer with a weight on every answer token.
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, ...: as in SFTTrainer.
+        model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, ...: as in SFTTrainer;
+            stopping, leaving, name_rows, tell: as in GuardedSFTTrainer.
             `train_dataset` holds `input_ids`, `labels` (-100 on the prompt), `token_weights` (floats, one per token)
             and, when packed, `seq_lengths`; `eval_dataset` holds `input_ids`, `labels` and optionally `severity`
             (position in SEVERITIES, -1 for unknown).
@@ -101,21 +101,6 @@ class SeveritySFTTrainer(SFTTrainer):
         if self.reduction == "examples":
             batch_samples = [{"labels": _answer_starts(batch["labels"])} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
-        self.accelerator.wait_for_everyone()  # each process writes a part
-        if self.args.should_save:
-            seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Epochs and steps that are done; all epochs, where a kill came after the last step.
-
-        Transformers 5.23 looks at max_steps after a step only, so that such a run would train one step more.
-        """
-        epochs, steps = super()._init_training_state(*args, **kwargs)
-        over = self.state.global_step >= self.state.max_steps > 0
-        return (self.state.num_train_epochs, 0) if over else (epochs, steps)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -79,7 +79,7 @@ def test_a_run_folder_is_complete_and_says_what_happened(tmp_path: Path, setting
     assert sum(metrics["weights"]["severities"].values()) == metrics["weights"]["consultations"]
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 13))
-    assert [entry["step"] for entry in log if "eval_loss_critical" in entry] == [0, 4, 8, 12, 12]
+    assert [entry["step"] for entry in log if "eval_loss_critical" in entry] == [0, 4, 8, 12]
     assert AutoPeftModelForCausalLM.from_pretrained(run.adapter)
 
 

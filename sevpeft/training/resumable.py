@@ -1,0 +1,263 @@
+"""Turns TRL's trainer into one that goes on from a checkpoint as if it had never stopped.
+
+The libraries' checkpoint holds adapter, optimiser, schedule and random state. It lacks what has been counted since the
+last line of the log (tokens, losses), so that a resumed run would tell other figures than one that was left alone.
+This trainer adds that, seals each checkpoint before an older one goes, writes it before the validation of the same
+step, which may take longer than the step, and lets a validation draw no random numbers of the training.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from trl import SFTTrainer
+
+from sevpeft.errors import Interrupted, RunError
+from sevpeft.runs import write_atomically
+from sevpeft.training.checkpoints import seal
+
+COUNTS = "counts.json"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a training has counted up to a step.
+
+    Attributes:
+        train_tokens: tokens of all batches, prompts included and padding not. loss_sum: of the losses of all steps up
+            to `last_logged`, the step of the last line in the log; pending_loss: of those since.
+        metrics: name → values since the last line. seconds: spent on training, by all processes one after the other.
+        watched: what a subclass has seen of the steps.
+        evaluation_due: whether the validation of this step was still to come.
+        cut: rows a batch on each device, and batches a step, where they are no longer the recipe's.
+    """
+
+    train_tokens: int = 0
+    loss_sum: float = 0.0
+    pending_loss: float = 0.0
+    last_logged: int = 0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    watched: dict[str, Any] = field(default_factory=dict)
+    evaluation_due: bool = True
+    cut: tuple[int, int] | None = None
+
+    @classmethod
+    def read(cls, checkpoint: str | Path) -> Counts:
+        """Those of a sealed checkpoint."""
+        found = json.loads((Path(checkpoint) / COUNTS).read_text(encoding="utf-8"))
+        return cls(**{**found, "cut": tuple(found["cut"]) if found["cut"] else None})
+
+
+class ResumableSFTTrainer(SFTTrainer):
+    """SFTTrainer whose checkpoints hold all that a run tells of itself.
+
+    Attributes:
+        accept_smaller_batches: whether a batch that does not fit in the memory is cut in parts, which change nothing of
+            the loss, instead of ending the training; on one process only.
+        on_smaller_batch: told of it, in a sentence.
+    """
+
+    accept_smaller_batches = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.on_smaller_batch: Callable[[str], None] = lambda sentence: None
+        self._resumed = Counts()
+        self._at_step_begin: Counts | None = None
+        self._evaluation_due = False
+        self._started = time.monotonic()
+        self.add_callback(_Recall(self))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As in SFTTrainer, from a checkpoint of this class or from the beginning.
+
+        A first validation is made at the beginning, and after a checkpoint that was written before its own.
+        """
+        while True:
+            self._resumed = Counts.read(resume_from_checkpoint) if resume_from_checkpoint else Counts()
+            if self._resumed.cut is not None and self.accept_smaller_batches:
+                self._cut_batches(*self._resumed.cut)
+            # Taken by the training loop itself: accelerate takes a model that was evaluated first for one that is
+            # ready to train, and several processes would then train without exchanging gradients.
+            self.args.eval_on_start = self._resumed.evaluation_due and self.eval_dataset is not None
+            self._started = time.monotonic()
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except RuntimeError as error:
+                smaller = self._smaller_cut() if should_reduce_batch_size(error) else None
+                if not self.accept_smaller_batches or smaller is None or self._at_step_begin is None:
+                    raise
+                reason = self._at_step_begin
+            resume_from_checkpoint = self._checkpoint_of_last_step(reason, smaller)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the run up to now, whoever spent them."""
+        return self._resumed.seconds + time.monotonic() - self._started
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in SFTTrainer, but the training after it draws the random numbers that it would have drawn without."""
+        devices = [torch.cuda.current_device()] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            try:
+                return super().evaluate(*args, **kwargs)
+            except RuntimeError as error:
+                size = self.args.per_device_eval_batch_size
+                if not should_reduce_batch_size(error):
+                    raise
+                if not self.accept_smaller_batches or size == 1:
+                    raise RunError(
+                        "The memory is too small for validation; lower training.per_device_eval_batch_size "
+                        f"(now {size}), which changes no figure, then training.max_length."
+                    ) from error
+        self._metrics["eval"].clear()
+        clear_device_cache(garbage_collection=True)
+        self.args.per_device_eval_batch_size = max(1, size // 2)
+        self.on_smaller_batch(f"validation goes on with {self.args.per_device_eval_batch_size} rows at once")
+        return self.evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in SFTTrainer; the last line of a training tells of the whole run, as its mean loss does."""
+        if "train_runtime" in logs:
+            share = logs["train_runtime"] / max(self.seconds, logs["train_runtime"])
+            logs["train_runtime"] = round(self.seconds, 4)
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                logs[name] = round(logs[name] * share, 3)
+        super().log(logs, start_time)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Epochs and steps that are done; all epochs, where a kill came after the last step.
+
+        Transformers 5.24 looks at max_steps after a step only, so that such a run would train one step more.
+        """
+        epochs, steps = super()._init_training_state(*args, **kwargs)
+        over = self.state.global_step >= self.state.max_steps > 0
+        return (self.state.num_train_epochs, 0) if over else (epochs, steps)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's order is log, validate, save; here a checkpoint does not wait for the validation."""
+        due = self.control.should_evaluate
+        if due and self.control.should_save and not self._saves_by_validation():
+            self._evaluation_due, self.control.should_evaluate = True, False
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            self._evaluation_due, self.control.should_evaluate = False, True
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Interrupted:
+            if not due or self._checkpoint.exists():
+                raise
+            # Cut off in the middle of a validation, with steps behind it that no checkpoint holds.
+            self._metrics["eval"].clear()
+            self._evaluation_due = True
+            self._save_checkpoint(self.model, None)
+            raise
+
+    def _saves_by_validation(self) -> bool:
+        return self.args.metric_for_best_model is not None or self.args.save_strategy == SaveStrategy.BEST
+
+    @property
+    def _checkpoint(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._save_counted(model, self._counts())
+
+    def _save_counted(self, model: Any, counts: Counts) -> None:
+        # Trainer takes an older checkpoint away before the new one has its seal.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, None)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            write_atomically(self._checkpoint / COUNTS, json.dumps(asdict(counts)) + "\n")
+        self.accelerator.wait_for_everyone()  # each process writes a part
+        if self.args.should_save:
+            seal(self._checkpoint)
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _counts(self) -> Counts:
+        return Counts(
+            train_tokens=self._total_train_tokens,
+            loss_sum=self._total_loss_scalar,
+            pending_loss=self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item(),
+            last_logged=self._globalstep_last_logged,
+            metrics={name: list(values) for name, values in self._metrics["train"].items()},
+            seconds=round(self.seconds, 1),
+            watched=self._watched(),
+            evaluation_due=self._evaluation_due,
+            cut=self._resumed.cut,
+        )
+
+    def _recall(self) -> None:
+        """Sets what the training loop has just set to nothing to what the checkpoint says."""
+        counts = self._resumed
+        self._total_train_tokens = counts.train_tokens
+        self._total_loss_scalar = counts.loss_sum
+        self._tr_loss += counts.pending_loss
+        self._globalstep_last_logged = counts.last_logged
+        self._initial_global_step = 0  # so that the mean loss at the end is that of all steps
+        for name, values in counts.metrics.items():
+            self._metrics["train"][name] = list(values)
+        self._recall_watched(counts.watched)
+
+    def _watched(self) -> dict[str, Any]:
+        return {}
+
+    def _recall_watched(self, watched: dict[str, Any]) -> None:
+        """Takes back what `_watched` gave."""
+
+    def _remember_step_begin(self) -> None:
+        """What a step that runs out of memory in its second batch must not have counted."""
+        if self.accept_smaller_batches:
+            self._at_step_begin = self._counts()
+
+    def _smaller_cut(self) -> tuple[int, int] | None:
+        """The next smaller batch of which so many, whole ones, make the same step; None where it is one row."""
+        size, rows = self._train_batch_size, self._train_batch_size * self.args.gradient_accumulation_steps
+        smaller = next((part for part in range(size - 1, 0, -1) if rows % part == 0), None)
+        return None if smaller is None else (smaller, rows // smaller)
+
+    def _checkpoint_of_last_step(self, counts: Counts, cut: tuple[int, int]) -> str:
+        """Keeps what was trained before the step that did not fit, with the cut that is tried next."""
+        clear_device_cache(garbage_collection=True)
+        self.optimizer.zero_grad()
+        self._resumed = Counts(**{**asdict(counts), "cut": cut})
+        self._save_counted(self.model, self._resumed)
+        self.on_smaller_batch(
+            f"goes on from step {self.state.global_step:,} with {cut[1]} batches of {cut[0]} rows a step, which is the "
+            "same step"
+        )
+        return str(self._checkpoint)
+
+    def _cut_batches(self, size: int, accumulation: int) -> None:
+        self._train_batch_size = self.args.per_device_train_batch_size = size
+        self.args.gradient_accumulation_steps = accumulation
+        self.accelerator.gradient_accumulation_steps = accumulation
+
+
+class _Recall(TrainerCallback):
+    """Where the training loop has begun, and where each of its steps begins."""
+
+    def __init__(self, trainer: ResumableSFTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._recall()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._remember_step_begin()

@@ -1,0 +1,89 @@
+"""Turns the folder of a run that was stopped into the checkpoint to go on from, or into a refusal.
+
+What goes on must be the same training: recipe, data and number of processes are compared with those of the start.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from sevpeft.errors import RunError
+from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.runs import Run
+from sevpeft.training.checkpoints import newest_whole, remove_unfinished
+from sevpeft.training.progress import say
+
+_MOST_SHOWN = 5
+
+
+def checkpoint_to_go_on_from(run: Run, console: Console) -> Path | None:
+    """The newest whole checkpoint; None where the training begins again. What was found damaged is told.
+
+    log.jsonl is cut back to what was in it when that checkpoint was written, since the rest happens again.
+    """
+    remove_unfinished(run)
+    checkpoint, damaged = newest_whole(run)
+    for sentence in damaged:
+        say(console, "Checkpoint", sentence, style="yellow")
+    lines = 0
+    if checkpoint is not None:
+        lines = len(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)
+    run.keep_log(lines)
+    return checkpoint
+
+
+def refuse_other_recipe(recipe: Recipe, run: Run) -> None:
+    """Raises RunError with every setting that differs from the run's, as it was and as it is now."""
+    stored = load_recipe(run.folder / "recipe.yaml")
+    if stored == recipe:
+        return
+    old, new = _settings(stored.model_dump()), _settings(recipe.model_dump())
+    changed = [
+        f"{key} ({_shown(old.get(key))} then, {_shown(new.get(key))} now)"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
+    more = f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else ""
+    raise RunError(
+        f"The recipe differs from the one that {run.folder} was started with, in {', '.join(changed[:_MOST_SHOWN])}"
+        f"{more}; resume with the same settings, such as those in {run.folder / 'recipe.yaml'}, or start another run."
+    )
+
+
+def refuse_other_data(fingerprint: str, source: str, run: Run) -> None:
+    """Raises RunError when the data is not what the run was started with."""
+    # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
+    if fingerprint != run.environment().get("data_fingerprint") and fingerprint.startswith("sha256:"):
+        raise RunError(
+            f"{source} is not the data that {run.folder} was started with: its content has "
+            "changed; bring that content back, or start another run."
+        )
+
+
+def refuse_other_processes(processes: int, run: Run) -> None:
+    """Raises RunError when the run had another number of processes, with which a step has another number of rows."""
+    before = run.environment().get("processes", processes)
+    if before != processes:
+        raise RunError(
+            f"{run.folder} was started with {before} process{'es' * (before > 1)} and would go on with {processes}, so "
+            f"that a step would have another number of rows; resume with {before}, or start another run."
+        )
+
+
+def _settings(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Key's path → value, of the innermost keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = f"{path}.{key}" if path else key
+        found |= _settings(value, inner) if isinstance(value, dict) and value else {inner: value}
+    return found
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
