@@ -114,7 +114,7 @@ CHAT_TEMPLATES = {
 
 
 # Shared fixtures that take seconds to make. The tests that use one stay on one worker, so that it is made once.
-_SLOW_TO_MAKE = ("finished_run", "finished", "pages", "trained", "eight_billion", "fitted")
+_SLOW_TO_MAKE = ("finished_run", "finished", "pages", "trained", "eight_billion", "fitted", "killable")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook

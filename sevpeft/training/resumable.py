@@ -34,7 +34,7 @@ class Counts:
 
     Attributes:
         train_tokens: tokens of all batches, prompts included and padding not. loss_sum: of the losses of all steps up
-            to `last_logged`, the step of the last line in the log; pending_loss: of those since.
+            to `last_logged`, the step of the last line in the log; pending_losses: of those since, of each process.
         metrics: name → values since the last line. seconds: spent on training, by all processes one after the other.
         watched: what a subclass has seen of the steps.
         evaluation_due: whether the validation of this step was still to come.
@@ -43,7 +43,7 @@ class Counts:
 
     train_tokens: int = 0
     loss_sum: float = 0.0
-    pending_loss: float = 0.0
+    pending_losses: list[float] = field(default_factory=list)
     last_logged: int = 0
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -194,7 +194,7 @@ class ResumableSFTTrainer(SFTTrainer):
         return Counts(
             train_tokens=self._total_train_tokens,
             loss_sum=self._total_loss_scalar,
-            pending_loss=self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item(),
+            pending_losses=self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist(),
             last_logged=self._globalstep_last_logged,
             metrics={name: list(values) for name, values in self._metrics["train"].items()},
             seconds=round(self.seconds, 1),
@@ -208,7 +208,8 @@ class ResumableSFTTrainer(SFTTrainer):
         counts = self._resumed
         self._total_train_tokens = counts.train_tokens
         self._total_loss_scalar = counts.loss_sum
-        self._tr_loss += counts.pending_loss
+        if counts.pending_losses:
+            self._tr_loss += counts.pending_losses[self.args.process_index]
         self._globalstep_last_logged = counts.last_logged
         self._initial_global_step = 0  # so that the mean loss at the end is that of all steps
         for name, values in counts.metrics.items():
@@ -235,7 +236,7 @@ class ResumableSFTTrainer(SFTTrainer):
     def _checkpoint_of_last_step(self, counts: Counts, cut: tuple[int, int]) -> str:
         """Keeps what was trained before the step that did not fit, with the cut that is tried next."""
         clear_device_cache(garbage_collection=True)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         self._resumed = Counts(**{**asdict(counts), "cut": cut})
         self._save_counted(self.model, self._resumed)
         self.on_smaller_batch(
@@ -247,7 +248,6 @@ class ResumableSFTTrainer(SFTTrainer):
     def _cut_batches(self, size: int, accumulation: int) -> None:
         self._train_batch_size = self.args.per_device_train_batch_size = size
         self.args.gradient_accumulation_steps = accumulation
-        self.accelerator.gradient_accumulation_steps = accumulation
 
 
 class _Recall(TrainerCallback):

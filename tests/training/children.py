@@ -1,0 +1,84 @@
+"""Trainings in processes that can be killed, started in a blink.
+
+A fork server loads the libraries once, which takes longer than the small trainings of these tests.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["sevpeft.training.run"])
+_WRITING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+
+
+def start(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> list[Any]:
+    """Starts the function in so many processes, which see each other as those of a launcher do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        several = {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        environment = {name: str(value) for name, value in several.items()} if processes > 1 else {}
+        process = _CONTEXT.Process(target=_run, args=(function, arguments, environment))
+        process.start()
+        started.append(process)
+    return started
+
+
+def exit_codes(processes: list[Any]) -> list[int]:
+    """Waits for their ends; a signal that ended one is negative."""
+    for process in processes:
+        process.join(120)
+        assert process.exitcode is not None, "still at work after two minutes"
+    return [process.exitcode for process in processes]
+
+
+def said_by(process: Any, cache: Path) -> str:
+    """The sentence that it ended with."""
+    return (cache / f"said-{process.pid}").read_text(encoding="utf-8")
+
+
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
+    import torch
+
+    from sevpeft.cli.application import quiet_libraries
+    from sevpeft.errors import SevpeftError
+
+    quiet_libraries()
+    os.environ.update(environment, SEVPEFT_CACHE=arguments[-1])
+    torch.set_num_threads(1)
+    try:
+        function(*arguments[:-1])
+    except SevpeftError as error:
+        Path(arguments[-1], f"said-{os.getpid()}").write_text(str(error), encoding="utf-8")
+        sys.exit(error.exit_code)
+
+
+def train_in_child(recipe: Path, settings: list[str], folder: Path, kill_at: int | None) -> None:
+    """Trains, or goes on; where the folder is written to for the `kill_at`-th time, SIGKILL comes just before."""
+    from sevpeft.recipe import load_recipe
+    from sevpeft.training.run import train
+
+    count = 0
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        writes = event in _WRITING or (event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT)
+        if writes and str(arguments[0]).startswith(str(folder)):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at is not None:
+        sys.addaudithook(look)
+    train(load_recipe(recipe, settings), folder, resume=(folder / "recipe.yaml").exists())

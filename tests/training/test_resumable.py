@@ -1,0 +1,188 @@
+"""What a checkpoint adds to the libraries' own: counts, the order of saving and validating, and smaller batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from sevpeft.errors import Interrupted, RunError
+from sevpeft.training.checkpoints import damage_of
+from sevpeft.training.leaving import Leaving
+from sevpeft.training.resumable import Counts
+from sevpeft.training.trainer import SeveritySFTTrainer
+from tests.training.test_trainer import adapter_of, assert_close, assert_equal, losses_of, make_rows, make_trainer
+
+STEPS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_accumulation_steps": 2}
+
+
+def full(error: str = "CUDA out of memory. Tried to allocate 20 GiB") -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError(error)
+
+
+class Crowded(SeveritySFTTrainer):
+    """A card that holds so many rows of a training batch, and so many of a validation batch."""
+
+    train_rows, eval_rows, from_step = 10**6, 10**6, 0
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        rows = len(inputs["input_ids"])
+        limit = self.train_rows if self.model.training else self.eval_rows
+        if rows > limit and self.state.global_step >= self.from_step:
+            raise full()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def crowded(
+    folder: Path, *, train_rows: int = 10**6, eval_rows: int = 10**6, from_step: int = 0, **options: Any
+) -> Any:
+    trainer = make_trainer(folder, make_rows(), learning_rate=1e-3, **{**STEPS, **options})
+    trainer.__class__ = Crowded
+    trainer.train_rows, trainer.eval_rows, trainer.from_step = train_rows, eval_rows, from_step
+    return trainer
+
+
+@pytest.mark.parametrize("from_step", [0, 1, 3])
+def test_a_batch_that_does_not_fit_is_cut_in_parts_of_the_same_step(tmp_path: Path, from_step: int) -> None:
+    roomy = crowded(tmp_path / "roomy", eval_dataset=make_rows(5, seed=2))
+    roomy.train()
+    trainer = crowded(tmp_path / "full", train_rows=1, from_step=from_step, eval_dataset=make_rows(5, seed=2))
+    said: list[str] = []
+    trainer.accept_smaller_batches, trainer.on_smaller_batch = True, said.append
+    trainer.train()
+    assert (trainer._train_batch_size, trainer.args.gradient_accumulation_steps) == (1, 8)
+    assert ["2 rows" in said[0], "1 rows" in said[1], len(said)] == [True, True, 2]
+    assert all(f"step {from_step}" in sentence for sentence in said)
+    assert losses_of(trainer) == pytest.approx(losses_of(roomy), rel=1e-5)
+    assert_close(adapter_of(trainer), adapter_of(roomy), 1e-5)
+    tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
+    assert tokens == [entry["num_tokens"] for entry in roomy.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [0]
+
+
+def test_a_resumed_run_begins_with_the_smaller_batches(tmp_path: Path) -> None:
+    trainer = crowded(tmp_path, train_rows=2)
+    trainer.accept_smaller_batches = True
+    trainer.train()
+    resumed = crowded(tmp_path)
+    resumed.accept_smaller_batches = True
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (resumed._train_batch_size, resumed.args.gradient_accumulation_steps) == (2, 4)
+    assert_equal(adapter_of(resumed), adapter_of(trainer))
+
+
+@pytest.mark.parametrize(("accepts", "rows"), [(False, 2), (True, 0)], ids=["not asked for", "not even one row"])
+def test_full_memory_without_a_way_out_is_an_error(tmp_path: Path, accepts: bool, rows: int) -> None:
+    trainer = crowded(tmp_path, train_rows=rows)
+    trainer.accept_smaller_batches = accepts
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.train()
+    assert should_reduce_batch_size(caught.value)
+
+
+def test_validation_that_does_not_fit_is_cut_without_changing_a_figure(tmp_path: Path) -> None:
+    validation = make_rows(8, seed=2)
+    trainer = crowded(tmp_path, eval_rows=2, eval_dataset=validation, per_device_eval_batch_size=8)
+    with pytest.raises(RunError, match=r"per_device_eval_batch_size \(now 8\)"):
+        trainer.evaluate()
+    trainer.accept_smaller_batches = True
+    found = trainer.evaluate()
+    assert trainer.args.per_device_eval_batch_size == 2
+    expected = crowded(tmp_path, eval_dataset=validation, per_device_eval_batch_size=8).evaluate()
+    for name in expected:
+        if "loss" in name or "accuracy" in name:
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("eval_steps", [1, 3])
+def test_a_validation_draws_no_random_numbers_of_the_training(tmp_path: Path, eval_steps: int) -> None:
+    adapters = []
+    for options in ({}, {"eval_strategy": "steps", "eval_steps": eval_steps, "eval_dataset": make_rows(5, seed=2)}):
+        trainer = make_trainer(tmp_path, make_rows(), lora_dropout=0.2, **options)
+        trainer.train()
+        adapters.append(adapter_of(trainer))
+    assert_equal(*adapters)
+
+
+def validating(folder: Path, **options: Any) -> Any:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 3, "lora_dropout": 0.2}
+    return make_trainer(folder, make_rows(), eval_dataset=make_rows(6, seed=2), **{**STEPS, **settings, **options})
+
+
+def history(trainer: Any) -> list[dict[str, Any]]:
+    """What the training told, without what the clock says."""
+    clock = ("runtime", "per_second", "total_flos", "train_loss")
+    return [
+        {key: value for key, value in entry.items() if not any(part in key for part in clock)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def test_a_checkpoint_does_not_wait_for_the_validation_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = validating(tmp_path / "whole")
+    whole.train()
+    killed = validating(tmp_path / "killed")
+    validate = killed.evaluate
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        if killed.state.global_step == 2:
+            raise SystemExit
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(killed, "evaluate", dies)
+    with pytest.raises(SystemExit):
+        killed.train()
+    checkpoint = tmp_path / "killed" / "checkpoint-2"
+    assert damage_of(checkpoint) is None and Counts.read(checkpoint).evaluation_due
+    resumed = validating(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_equal(adapter_of(resumed), adapter_of(whole))
+    assert history(resumed) == history(whole)
+    assert [entry["step"] for entry in resumed.state.log_history if "eval_loss" in entry] == [0, 2, 4]
+
+
+def test_a_validation_that_is_cut_off_has_its_steps_saved_first(tmp_path: Path) -> None:
+    trainer = validating(tmp_path, save_steps=100)
+    leaving = Leaving(tmp_path, lambda sentence: None)
+    predicted = leaving.on_prediction_step
+
+    def heard(args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        leaving._heard = 15 if state.global_step == 2 else None
+        predicted(args, state, *rest, **kwargs)
+
+    leaving.on_prediction_step = heard  # type: ignore[method-assign]
+    trainer.add_callback(leaving)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert damage_of(checkpoint) is None and Counts.read(checkpoint).evaluation_due
+    whole = validating(tmp_path / "whole", save_steps=100)
+    whole.train()
+    resumed = validating(tmp_path, save_steps=100)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_equal(adapter_of(resumed), adapter_of(whole))
+    assert history(resumed) == history(whole)
+
+
+def test_the_best_checkpoint_is_chosen_by_its_validation(tmp_path: Path) -> None:
+    """There the validation decides what is saved, so it comes first, as in Trainer."""
+    trainer = validating(tmp_path, load_best_model_at_end=True, metric_for_best_model="loss")
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is not None
+    assert not Counts.read(trainer.state.best_model_checkpoint).evaluation_due
+
+
+def test_tokens_and_mean_loss_of_a_resumed_run_are_those_of_the_whole(tmp_path: Path) -> None:
+    whole = validating(tmp_path)
+    told = whole.train().metrics["train_loss"]
+    resumed = validating(tmp_path)
+    again = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).metrics["train_loss"]
+    over = validating(tmp_path)
+    nothing = over.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4")).metrics["train_loss"]
+    assert again == pytest.approx(told, rel=1e-6) and nothing == pytest.approx(told, rel=1e-6)
+    assert resumed._total_train_tokens == over._total_train_tokens == whole._total_train_tokens > 0
