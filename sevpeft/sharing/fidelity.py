@@ -16,8 +16,9 @@ from sevpeft.data.sources import load_consultations
 from sevpeft.modeling.prompts import Prompt
 
 CONSULTATIONS = 8
-# The divergence of a small change grows with its square: at a tenth, a third of the adapter's effect is noise.
-LARGEST_SHARE = 0.1
+# Of what the adapter does, in divergence, which grows with the square of a small change: at a tenth, a third of the
+# adapter's effect would be noise. In float32 nothing is rounded that could be seen, so that more is a mistake.
+LARGEST_SHARE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 # Two ways to add the same float32 numbers differ by about 1e-5 in a logit, so by 1e-10 nats.
 ROUNDING_OF_FLOAT32 = 1e-8
 
@@ -90,6 +91,10 @@ def difference(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) ->
     return Difference(kl / tokens, largest, equal / tokens, tokens)
 
 
-def keeps_the_adapter(rounding: Difference, effect: Difference) -> bool:
-    """Whether what lies between adapter and merged model is small beside what lies between adapter and base."""
-    return rounding.kl <= LARGEST_SHARE * effect.kl + ROUNDING_OF_FLOAT32
+def keeps_the_adapter(rounding: Difference, effect: Difference, dtype: torch.dtype) -> bool:
+    """Whether what lies between adapter and merged model is small beside what lies between adapter and base.
+
+    Args:
+        dtype: of the merged weights.
+    """
+    return rounding.kl <= LARGEST_SHARE[dtype] * effect.kl + ROUNDING_OF_FLOAT32

@@ -125,6 +125,7 @@ def merge(
     effect = difference(adapter, base)
     del base
     model, matrices = merge_in_place(model, console)
+    _refuse_no_numbers(adapter, chosen)
     merged = _answers(model, texts, "Merged", console)
     _refuse_another_model(difference(adapter, merged), effect, chosen)
     with merged_folder(output) as folder:
@@ -233,8 +234,16 @@ def _refuse_bias_without_place(model: PeftModel, name: str) -> None:
             )
 
 
+def _refuse_no_numbers(adapter: list[torch.Tensor], dtype: torch.dtype) -> None:
+    if not all(bool(torch.isfinite(logits).all()) for logits in adapter):
+        raise ModelError(
+            f"Base + adapter answers in {str(dtype).removeprefix('torch.')} with numbers that are not finite, so there "
+            "is nothing that a merged model could be compared with; try --dtype bfloat16 or float32."
+        )
+
+
 def _refuse_another_model(rounding: Difference, effect: Difference, dtype: torch.dtype) -> None:
-    if keeps_the_adapter(rounding, effect):
+    if keeps_the_adapter(rounding, effect, dtype):
         return
     found = (
         f"the merged model is {rounding.kl:.2g} nats per token from base + adapter, and the base alone {effect.kl:.2g}"

@@ -61,16 +61,10 @@ def _table(merged: Merged) -> Table:
     table.add_column("From base + adapter to", style="bold")
     for title in ("KL, nats/token", "largest logit gap", "same next token"):
         table.add_column(title, justify="right")
-    rows: list[tuple[str, Difference | None]] = [
-        ("the merged model", merged.rounding),
-        ("the base alone", merged.effect),
-    ]
-    for label, found in rows:
-        if found is not None:
-            table.add_row(label, *_cells(found))
+    table.add_row("the merged model", *_cells(merged.rounding))
+    table.add_row("the base alone", *_cells(merged.effect))
     if merged.quantised is not None:
-        # From the model as it was trained to the merged one.
-        table.add_row(f"the same on {merged.bits} bit", *_cells(merged.quantised))
+        table.add_row(f"From {merged.bits} bit + adapter to merged", *_cells(merged.quantised))
     return table
 
 
