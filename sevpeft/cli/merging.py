@@ -32,8 +32,8 @@ def merge(
 ) -> None:
     """Merge a run's adapter into its base model, for programs that read no adapters.
 
-    The base is loaded unquantised, also for a run in 4 bit. What was written is read back and compared with base +
-    adapter; a model that lost the adapter to rounding is not kept.
+    The base is loaded unquantised, also for a run in 4 bit. What was written is
+    read back and compared; a model that lost the adapter to rounding is not kept.
 
     Example: sevpeft merge runs/quickstart-20260101-120000 merged
     """

@@ -8,6 +8,7 @@ before the folder gets its name.
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ def merge(
     say(console, "Base model", f"{name} ({config.model_type}, {parameters:,} parameters), unquantised, {numbers}")
     with console.status("Loading the base model"):
         model = load_model(plain, Precision(chosen, bf16=False, fp16=False)).eval()
-    base = _answers(model, texts, "Base model", console)
+    base = _answers(model, texts, "Base alone", console)
     model = attach_adapter(model, run.adapter, name)
     _refuse_bias_without_place(model, name)
     adapter = _answers(model, texts, "Base + adapter", console)
@@ -280,8 +281,11 @@ def _logits_as_trained(
 
 
 def _answers(model: PreTrainedModel, texts: list[Text], label: str, console: Console) -> list[torch.Tensor]:
+    started = time.monotonic()
     with _bar(console, f"Asking: {label.lower()}", len(texts)) as step:
-        return answer_logits(model, texts, step)
+        found = answer_logits(model, texts, step)
+    say(console, label, f"asked {len(texts)} bundled questions, {time.monotonic() - started:.0f} s")
+    return found
 
 
 @contextmanager
