@@ -56,7 +56,7 @@ def refuse_without_room(
     """
     weights = parameters * dtype.itemsize
     text = config.get_text_config()
-    # One matrix is held in float32, as a copy and as what is added to it; the largest is the embedding or its equal.
+    # One matrix is held in float32, as a copy and as what is added to it; the largest is one of the feed-forward part.
     matrix = 3 * 4 * text.hidden_size * max(getattr(text, "intermediate_size", None) or 0, 4 * text.hidden_size)
     # Adapter in float32, with whole modules in it where there are some.
     memory, free_memory = weights + matrix + 2 * adapter_bytes, psutil.virtual_memory().available
