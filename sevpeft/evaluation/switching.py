@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sevpeft.errors import ModelError, RunError, first_sentence
+from sevpeft.errors import RunError
 from sevpeft.evaluation.generation import GenerationSettings, Prediction, answering_as, generate
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.modeling.loading import choose_precision, load_config, load_model, load_tokenizer, uses_gpu
 from sevpeft.modeling.packing import ROUNDING
 from sevpeft.modeling.prompts import Prompt
+from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 from sevpeft.training.preparation import prompt_of
@@ -91,20 +91,13 @@ class AdapterSwitch:
         folder = self.adapters[arm]
         model = self._model
         assert model is not None
-        try:
-            if isinstance(model, PeftModel):
-                with answering_as(model, None):
-                    before = _scores(model)
-                model.load_adapter(folder, adapter_name=arm)
-            else:
+        if isinstance(model, PeftModel):
+            with answering_as(model, None):
                 before = _scores(model)
-                model = PeftModel.from_pretrained(model, folder, adapter_name=arm)
-        except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
-            raise ModelError(
-                f"The adapter in {folder} cannot be put on {self.recipe.model.name_or_path} "
-                f"({first_sentence(error)}); train it again, or bring back the base model that it was trained on."
-            ) from error
-        self._model = model.eval()
+        else:
+            before = _scores(model)
+        self._model = None  # an adapter that is refused leaves it changed
+        self._model = attach_adapter(model, folder, self.recipe.model.name_or_path, arm)
         with answering_as(self._model, None):
             shift = float((_scores(self._model) - before).abs().max())
         if not shift <= ROUNDING.get(self._model.dtype, ROUNDING[torch.bfloat16]):

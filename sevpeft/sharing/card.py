@@ -72,7 +72,7 @@ def write_card(run: Run) -> Path:
     """Writes RUN/adapter/README.md and returns its path."""
     recipe = load_recipe(run.folder / "recipe.yaml")
     metrics, environment = run.metrics(), run.environment()
-    base = _public_name(metrics["model"]["name_or_path"])
+    base = public_name(metrics["model"]["name_or_path"])
     data = ModelCardData(
         language="ar",
         library_name="peft",
@@ -85,20 +85,20 @@ def write_card(run: Run) -> Path:
         template_str=_TEMPLATE,
         title=f"{base.split('/')[-1]}: severity-weighted adapter",
         base=base,
-        data=_data(metrics),
-        weights=_weights(recipe, metrics["weights"]),
+        data=data_lines(metrics),
+        weights=weights_lines(recipe, metrics["weights"]),
         validation_rows=f"{metrics['data']['encoding']['validation']['rows']:,}",
-        losses=_losses(metrics),
-        prompt=_prompt(recipe),
-        made=_made(metrics, environment),
-        recipe=_without_paths(recipe).to_yaml().strip(),
+        losses=losses_table(metrics),
+        prompt=prompt_lines(recipe),
+        made=made_lines(metrics, environment),
+        recipe=without_paths(recipe).to_yaml().strip(),
     )
     path = run.adapter / "README.md"
     write_atomically(path, str(card))
     return path
 
 
-def _data(metrics: dict[str, Any]) -> str:
+def data_lines(metrics: dict[str, Any]) -> str:
     data, weights = metrics["data"], metrics["weights"]
     train = data["encoding"]["train"]
     counts = ", ".join(f"{count:,} {name}" for name, count in reversed(weights["severities"].items()))
@@ -113,7 +113,7 @@ def _data(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _weights(recipe: Recipe, weights: dict[str, Any]) -> str:
+def weights_lines(recipe: Recipe, weights: dict[str, Any]) -> str:
     alpha, beta, gamma = recipe.severity.coefficients()
     control = recipe.severity.control
     lines = [
@@ -127,7 +127,7 @@ def _weights(recipe: Recipe, weights: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _losses(metrics: dict[str, Any]) -> str:
+def losses_table(metrics: dict[str, Any]) -> str:
     rows = ["| severity | before | after |", "|---|---|---|"]
     for key, label in [("loss", "all"), *((f"loss_{name}", name) for name in reversed(SEVERITIES))]:
         if key in metrics["after"]:
@@ -135,7 +135,7 @@ def _losses(metrics: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _prompt(recipe: Recipe) -> str:
+def prompt_lines(recipe: Recipe) -> str:
     if recipe.prompt.chat:
         return "Ask it through the tokenizer's chat template (`enable_thinking=False` where the template knows it)."
     text = recipe.prompt.template.replace("{answer_cue}", recipe.prompt.answer_cue)
@@ -143,7 +143,7 @@ def _prompt(recipe: Recipe) -> str:
     return f"Ask it with exactly this prompt, nothing after the last character:\n\n```text\n{system}{text}\n```"
 
 
-def _made(metrics: dict[str, Any], environment: dict[str, Any]) -> str:
+def made_lines(metrics: dict[str, Any], environment: dict[str, Any]) -> str:
     model, training = metrics["model"], metrics["training"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     bits = f", base in {model['bits']} bit" if model["bits"] else ""
@@ -158,13 +158,13 @@ def _made(metrics: dict[str, Any], environment: dict[str, Any]) -> str:
     )
 
 
-def _public_name(name: str) -> str:
+def public_name(name: str) -> str:
     """A Hub id as it is; of a local folder only its last part, since a path can name a person or a hospital."""
     return Path(name).name if Path(name).expanduser().exists() else name
 
 
-def _without_paths(recipe: Recipe) -> Recipe:
+def without_paths(recipe: Recipe) -> Recipe:
     content = recipe.model_dump()
     for section, key in (("model", "name_or_path"), ("data", "path")):
-        content[section][key] = _public_name(content[section][key])
+        content[section][key] = public_name(content[section][key])
     return Recipe.model_validate(content)

@@ -7,11 +7,11 @@ part of the prompt.
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 
 from sevpeft.errors import RunError
 from sevpeft.modeling.loading import choose_precision, load_config, load_model, load_tokenizer, uses_gpu
 from sevpeft.modeling.prompts import Prompt
+from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 
@@ -24,7 +24,7 @@ class Chat:
 
     Raises:
         RunError: the run has no adapter.
-        ModelError: its base model cannot be loaded.
+        ModelError: its base model cannot be loaded, or is not the one that the adapter was trained on.
     """
 
     def __init__(self, run: Run) -> None:
@@ -39,7 +39,7 @@ class Chat:
         base = load_model(recipe, choose_precision(recipe))
         if uses_gpu(recipe) and not recipe.quantization.quantised():
             base = base.to("cuda")
-        self.model = PeftModel.from_pretrained(base, run.adapter).eval()
+        self.model = attach_adapter(base, run.adapter, recipe.model.name_or_path)
 
     @torch.no_grad()
     def answer(self, question: str, max_new_tokens: int = 128) -> str:

@@ -83,7 +83,7 @@ def test_a_damaged_adapter_is_one_sentence(run: Run) -> None:
     recipe = load_recipe(run.folder / "recipe.yaml")
     file = run.adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(ModelError, match=r"The adapter in .* cannot be put on .*; train it again"):
+    with pytest.raises(ModelError, match=r"The adapter in .* is damaged .*; copy it again"):
         logits(AdapterSwitch(recipe, {"adapter": run.adapter}), "adapter")
 
 

@@ -1,0 +1,62 @@
+"""The verb `merge`: a run's adapter and its base as one model, checked against the two."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sevpeft.cli.application import app, quiet_libraries
+from sevpeft.errors import UsageError
+
+
+class DtypeChoice(str, Enum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged model, a new one", show_default=False)],
+    dtype: Annotated[
+        DtypeChoice, typer.Option("--dtype", help="Precision of the weights; auto: as the base model is stored.")
+    ] = DtypeChoice.auto,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, as 5GB.")] = "5GB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Merge a run's adapter into its base model, for programs that read no adapters.
+
+    The base is loaded unquantised, also for a run in 4 bit. What was written is
+    read back and compared; a model that lost the adapter to rounding is not kept.
+
+    Example: sevpeft merge runs/quickstart-20260101-120000 merged
+    """
+    from rich.console import Console
+
+    from sevpeft.runs import Run, check_run
+
+    check_run(run)
+    if not _is_size(max_shard_size):
+        raise UsageError(f"--max-shard-size {max_shard_size} is no size; write 5GB, or 500MB.")
+    messages = Console(highlight=False, stderr=True)
+    with messages.status("Loading the libraries"):
+        quiet_libraries()
+        from sevpeft.sharing.merge import merge as merge_run
+        from sevpeft.sharing.merge_report import announce_merged
+
+    merged = merge_run(Run(run), output, dtype=dtype.value, max_shard_size=max_shard_size.upper(), console=messages)
+    if as_json:
+        print(json.dumps({"output": str(output), **merged.as_dict()}, ensure_ascii=False, indent=2))
+        return
+    announce_merged(merged, Run(run), output, Console(highlight=False))
+
+
+def _is_size(text: str) -> bool:
+    number = text.upper().removesuffix("GB").removesuffix("MB").removesuffix("KB")
+    return number != text.upper() and number.isdigit() and int(number) > 0

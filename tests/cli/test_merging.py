@@ -1,0 +1,105 @@
+"""`sevpeft merge` as it is typed: figures on the screen or as JSON, and one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sevpeft.cli import main
+from sevpeft.runs import Run
+from tests.sharing.conftest import made_run  # noqa: F401 (a fixture)
+
+Sevpeft = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Sevpeft:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sevpeft", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capfd.readouterr()
+        assert isinstance(left.value.code, int) and "Traceback" not in err + out
+        return left.value.code, out, err
+
+    return run
+
+
+def test_the_figures_and_the_commands_are_shown(
+    sevpeft_: Sevpeft,
+    made_run: Callable[..., Run],  # noqa: F811
+) -> None:
+    made_run("llama", quantization={"load_in_4bit": True})
+    code, out, _ = sevpeft_("merge", "run", "merged")
+    assert code == 0
+    for words in (
+        "14 weights of",
+        "the merged model",
+        "the base alone",
+        "From 4 bit + adapter",
+        "Not a medical device",
+    ):
+        assert words in out, words
+    assert "trained on the base in 4 bit" in out
+    assert "  vllm serve merged\n" in out
+    assert "--enable-lora --lora-modules severity=run/adapter --max-lora-rank 8\n" in out
+    assert "  python convert_hf_to_gguf.py merged --outfile merged/model.gguf --outtype f32\n" in out
+    commands = ("  vllm", "  python", "  llama-quantize", "  ollama", "  Ask")
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(commands))
+
+
+def test_json_holds_the_figures_alone(
+    sevpeft_: Sevpeft,
+    made_run: Callable[..., Run],  # noqa: F811
+) -> None:
+    made_run("llama")
+    code, out, err = sevpeft_("merge", "run", "merged", "--dtype", "bfloat16", "--json")
+    found = json.loads(out)
+    assert code == 0 and "Base model" in err
+    assert (found["output"], found["dtype"], found["matrices"]) == ("merged", "bfloat16", 14)
+    assert 0 <= found["rounding"]["kl"] < found["effect"]["kl"]
+    assert found["quantised"] is None and found["bits"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["nowhere", "merged"], 1, "There is no run in nowhere"),
+        (["run"], 2, "Missing argument 'output'"),
+        (["run", "merged", "--dtype", "int8"], 2, "'int8' is not one of"),
+        (["run", "merged", "--max-shard-size", "big"], 2, "--max-shard-size big is no size; write 5GB"),
+        (["run", "merged", "--max-shard-size", "0GB"], 2, "is no size"),
+        (["run", "run"], 1, "run exists and is not empty"),
+        (["run", "/proc/merged"], 1, "/proc/merged cannot be written"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    sevpeft_: Sevpeft,
+    made_run: Callable[..., Run],  # noqa: F811
+    tmp_path: Path,
+    words: list[str],
+    code: int,
+    said: str,
+) -> None:
+    made_run("llama")
+    got, _, err = sevpeft_("merge", *words)
+    assert (got, err.count("\n")) == (code, 1) and said in err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_unfinished_run_says_how_to_finish_it(
+    sevpeft_: Sevpeft,
+    made_run: Callable[..., Run],  # noqa: F811
+) -> None:
+    run = made_run("llama")
+    (run.adapter / "adapter_model.safetensors").unlink()
+    code, _, err = sevpeft_("merge", "run", "merged")
+    assert code == 1 and err.startswith("There is no adapter in run yet; finish the run") and err.count("\n") == 1

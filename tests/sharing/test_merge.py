@@ -1,0 +1,417 @@
+"""What was merged answers as base + adapter did, is proven to, and stands in its folder whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import sevpeft.modeling.loading
+import sevpeft.sharing.merge
+import sevpeft.sharing.merged_folder
+from sevpeft.errors import ModelError, RunError
+from sevpeft.recipe import load_recipe
+from sevpeft.runs import Run
+from sevpeft.sharing.merge import Merged, merge, merge_in_place
+from tests.conftest import ARCHITECTURES, CHAT_TEMPLATES
+from tests.sharing.conftest import config_of, tensors
+
+MadeRun = Callable[..., Run]
+IDS = torch.arange(4, 60)[None]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def base_of(run: Run) -> Path:
+    return Path(load_recipe(run.folder / "recipe.yaml").model.name_or_path)
+
+
+def with_adapter(run: Run, dtype: torch.dtype = torch.float32) -> PeftModel:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(run), dtype=dtype), run.adapter)
+
+
+def merged_model(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def refusal(run: Run, output: Path, **options: Any) -> str:
+    before = sorted(output.parent.rglob("*"))
+    with pytest.raises((ModelError, RunError)) as caught:
+        merge(run, output, **options)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 500
+    assert sorted(output.parent.rglob("*")) == before
+    return text
+
+
+# The same model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_merged_model_answers_as_base_and_adapter(made_run: MadeRun, tmp_path: Path, architecture: str) -> None:
+    run = made_run(architecture)
+    found = merge(run, tmp_path / "merged")
+    expected = logits(with_adapter(run))
+    again = merged_model(tmp_path / "merged")
+    assert torch.allclose(logits(again), expected, atol=2e-5)
+    assert float((logits(AutoModelForCausalLM.from_pretrained(base_of(run))) - expected).abs().max()) > 1e-2
+    assert again.config.model_type == architecture and found.dtype == "float32"
+    assert found.rounding.kl < 1e-9 < 1e-5 < found.effect.kl
+    assert found.rounding.equal_next_tokens > 0.99 and found.rounding.tokens > 100
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "rank pattern": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}},
+    "trained tokens": {"trainable_token_indices": [5, 6]},
+    "whole head": {"modules_to_save": ["lm_head"]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "biases": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_lora_is_merged(made_run: MadeRun, tmp_path: Path, variant: str) -> None:
+    run = made_run("qwen2", lora=VARIANTS[variant])
+    merge(run, tmp_path / "merged")
+    assert torch.allclose(logits(merged_model(tmp_path / "merged")), logits(with_adapter(run)), atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["dora", "whole head", "biases"])
+def test_variants_are_merged_in_16_bit_too(made_run: MadeRun, tmp_path: Path, variant: str) -> None:
+    found = merge(made_run("qwen2", lora=VARIANTS[variant]), tmp_path / "merged", dtype="bfloat16")
+    assert {value.dtype for value in tensors(tmp_path / "merged").values()} == {torch.bfloat16}
+    assert found.rounding.kl < 0.01 * found.effect.kl
+
+
+def test_a_bias_of_the_adapter_goes_into_the_bias_of_the_base(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("gpt2", lora={"lora_bias": True, "target_modules": ["c_attn"]})
+    merge(run, tmp_path / "merged")
+    assert torch.allclose(logits(merged_model(tmp_path / "merged")), logits(with_adapter(run)), atol=2e-5)
+
+
+def test_a_bias_without_a_place_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", lora={"lora_bias": True, "target_modules": ["q_proj"]})
+    assert "has no bias at q_proj to merge it into" in refusal(run, tmp_path / "merged")
+
+
+def test_a_head_of_its_own_unties_the_embedding(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("gpt2", lora={"modules_to_save": ["lm_head"]})
+    assert config_of(base_of(run))["tie_word_embeddings"]
+    merge(run, tmp_path / "merged")
+    assert not config_of(tmp_path / "merged")["tie_word_embeddings"]
+    again = merged_model(tmp_path / "merged")
+    assert not torch.equal(again.get_input_embeddings().weight, again.get_output_embeddings().weight)
+    assert torch.allclose(logits(again), logits(with_adapter(run)), atol=2e-5)
+
+
+@pytest.mark.parametrize("quantization", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_quantised_run_is_merged_into_the_unquantised_base(
+    made_run: MadeRun, tmp_path: Path, quantization: dict[str, bool]
+) -> None:
+    run = made_run("llama", quantization=quantization)
+    found = merge(run, tmp_path / "merged")
+    base, adapter, merged = tensors(base_of(run)), tensors(run.adapter), tensors(tmp_path / "merged")
+    assert merged.keys() == base.keys()
+    for name, weight in base.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = weight
+        if f"{key}.lora_A.weight" in adapter:
+            expected = weight + adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"] * (8 / 4)
+        assert torch.allclose(merged[name], expected, atol=1e-6), name
+    assert found.bits == (4 if "load_in_4bit" in quantization else 8) and found.quantised is not None
+    # The distance between the two bases, which is no fault of the merging.
+    assert found.rounding.kl < 1e-9 < found.quantised.kl
+
+
+def test_each_matrix_is_rounded_once(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama")
+    merge(run, tmp_path / "merged", dtype="bfloat16")
+    base, adapter, merged = tensors(base_of(run)), tensors(run.adapter), tensors(tmp_path / "merged")
+    name = "model.layers.0.mlp.down_proj"
+    delta = adapter[f"base_model.model.{name}.lora_B.weight"] @ adapter[f"base_model.model.{name}.lora_A.weight"] * 2
+    exact = base[f"{name}.weight"].bfloat16().float() + delta
+    assert torch.equal(merged[f"{name}.weight"], exact.bfloat16())
+    twice = base[f"{name}.weight"].bfloat16() + delta.bfloat16()
+    assert not torch.equal(merged[f"{name}.weight"], twice)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_is_the_precision_that_the_base_is_stored_in(
+    made_run: MadeRun, tmp_path: Path, stored: torch.dtype
+) -> None:
+    run = made_run("llama")
+    AutoModelForCausalLM.from_pretrained(base_of(run), dtype=stored).save_pretrained(base_of(run))
+    found = merge(run, tmp_path / "merged")
+    assert {value.dtype for value in tensors(tmp_path / "merged").values()} == {stored}
+    assert f"torch.{found.dtype}" == str(stored) and config_of(tmp_path / "merged")["dtype"] == found.dtype
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_without_a_word_in_the_config_the_weights_say_it(made_run: MadeRun, tmp_path: Path, quantised: bool) -> None:
+    run = made_run("llama", quantization={"load_in_4bit": quantised})
+    AutoModelForCausalLM.from_pretrained(base_of(run), dtype=torch.float16).save_pretrained(base_of(run))
+    config = config_of(base_of(run))
+    config.pop("dtype")
+    (base_of(run) / "config.json").write_text(json.dumps(config))
+    assert merge(run, tmp_path / "merged").dtype == "float16"
+
+
+# Refused
+
+
+def test_an_adapter_that_rounding_takes_away_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", size=2e-4)
+    text = refusal(run, tmp_path / "merged", dtype="bfloat16")
+    assert "Rounding to bfloat16 takes the adapter away" in text and "--dtype float32" in text
+    assert merge(run, tmp_path / "merged", dtype="float32").rounding.kl < 1e-9
+
+
+def test_a_merging_that_went_wrong_is_refused(
+    made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def badly(model: PeftModel, console: object) -> tuple[torch.nn.Module, int]:
+        merged, count = merge_in_place(model)
+        with torch.no_grad():
+            merged.model.layers[1].mlp.up_proj.weight[3] *= 3
+        return merged, count
+
+    run = made_run("llama")
+    monkeypatch.setattr(sevpeft.sharing.merge, "merge_in_place", badly)
+    assert refusal(run, tmp_path / "merged").startswith("Merging lost the adapter")
+
+
+def test_what_was_written_wrongly_is_refused(
+    made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sevpeft.sharing.merge.write_model
+
+    def badly(*arguments: Any) -> None:
+        real(*arguments)
+        folder = arguments[5]
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros_like(weights["model.layers.0.mlp.up_proj.weight"])
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    run = made_run("llama")
+    monkeypatch.setattr(sevpeft.sharing.merge, "write_model", badly)
+    assert refusal(run, tmp_path / "merged").startswith("Merging lost the adapter")
+
+    def lacking(*arguments: Any) -> None:
+        real(*arguments)
+        weights = load_file(arguments[5] / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, arguments[5] / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(sevpeft.sharing.merge, "write_model", lacking)
+    assert "cannot be read back whole (1 weights, such as model.norm.weight)" in refusal(run, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, "auto"), (math.inf, "auto"), (1e6, "float16")])
+def test_a_weight_that_is_no_number_is_refused(made_run: MadeRun, tmp_path: Path, value: float, dtype: str) -> None:
+    run = made_run("llama")
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    weights["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][2, 1] = value
+    save_file(weights, run.adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = refusal(run, tmp_path / "merged", dtype=dtype)
+    assert "layers.1.self_attn.v_proj is not a finite number" in text
+
+
+def test_a_start_on_a_quantised_base_of_which_it_holds_a_part_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", lora={"init_lora_weights": "olora"}, quantization={"load_in_4bit": True})
+    assert "was started with olora on a quantised base" in refusal(run, tmp_path / "merged")
+
+
+def test_a_run_without_an_adapter_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run()
+    (run.adapter / "adapter_model.safetensors").unlink()
+    assert "There is no adapter in" in refusal(run, tmp_path / "merged")
+
+
+def test_too_little_memory_is_refused_before_anything_is_loaded(
+    made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made_run()
+    monkeypatch.setattr(sevpeft.sharing.merge, "load_model", None)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=300_000))
+    text = refusal(run, tmp_path / "merged")
+    assert "Merging in float32 needs 1 MB of memory and 0 MB are free; merge with --dtype bfloat16" in text
+
+
+def test_too_little_disk_is_refused_before_anything_is_loaded(
+    made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made_run()
+    monkeypatch.setattr(sevpeft.sharing.merge, "load_model", None)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5_000_000))
+    text = refusal(run, tmp_path / "deep" / "merged")
+    assert "takes 68 MB and 5 MB are free at" in text and "another disk" in text
+
+
+def test_an_output_that_holds_something_is_left_alone(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run()
+    output = tmp_path / "merged"
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine")
+    assert "exists and is not empty" in refusal(run, output)
+    assert "is a file" in refusal(run, output / "thesis.txt")
+    (output / "thesis.txt").unlink()
+    merge(run, output)
+    assert (output / "model.safetensors").exists()
+
+
+# Whole or not at all
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_failure_while_it_is_written_leaves_nothing(
+    made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    run = made_run()
+
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sevpeft.sharing.merge, "write_merged_card", failing)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((KeyboardInterrupt, RunError), match=r"No space is left|^$"):
+        merge(run, tmp_path / "new" / "merged")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_killed_attempt_left_is_taken_away_and_a_living_one_is_not(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, living = (tmp_path / f".merged.unfinished-{pid}" for pid in (ended.pid, os.getppid()))
+    for folder in (dead, living):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    merge(run, tmp_path / "merged")
+    assert living.exists() and not dead.exists()
+
+
+# The folder
+
+
+@pytest.fixture
+def merged(made_run: MadeRun, tmp_path: Path) -> tuple[Run, Path, Merged]:
+    run = made_run("qwen3", chat_template=CHAT_TEMPLATES["chatml"], prompt={"chat": True, "system": "أنت طبيب."})
+    (base_of(run) / "LICENSE").write_text("as you like")
+    output = tmp_path / "merged"
+    return run, output, merge(run, output, max_shard_size="100KB")
+
+
+def test_the_folder_holds_all_that_a_server_needs(merged: tuple[Run, Path, Merged]) -> None:
+    run, output, found = merged
+    names = {file.name for file in output.iterdir()}
+    shards = {name for name in names if name.startswith("model-")}
+    assert len(shards) > 1 and "model.safetensors.index.json" in names
+    assert names - shards == {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("model.safetensors.index.json", "README.md", "Modelfile", "LICENSE"),
+    }
+    assert found.bytes > sum((output / name).stat().st_size for name in shards)
+    assert all(file.stat().st_mode & 0o777 == 0o666 & ~_umask() for file in output.iterdir())
+    assert config_of(output)["use_cache"] is True  # the training switches it off
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.chat_template == CHAT_TEMPLATES["chatml"]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert GenerationConfig.from_pretrained(output).eos_token_id == [0, end]
+    del run
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_no_file_names_a_folder_of_this_machine(merged: tuple[Run, Path, Merged], tmp_path: Path) -> None:
+    for file in merged[1].iterdir():
+        content = file.read_bytes()
+        for word in (str(tmp_path), str(Path.home()), os.environ["SEVPEFT_CACHE"]):
+            assert word.encode() not in content, file.name
+
+
+def test_the_modelfile_asks_with_the_prompt_of_the_training(merged: tuple[Run, Path, Merged]) -> None:
+    assert (merged[1] / "Modelfile").read_text(encoding="utf-8") == (
+        'FROM ./model.gguf\nTEMPLATE """<|im_start|>system\nأنت طبيب.<|im_end|>\n<|im_start|>user\n{{ .Prompt }}'
+        '<|im_end|>\n<|im_start|>assistant\n"""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n'
+        "PARAMETER num_predict 128\n"
+    )
+
+
+def test_the_card_holds_the_measured_figures_and_the_warning(merged: tuple[Run, Path, Merged]) -> None:
+    _, output, found = merged
+    card = ModelCard.load(output / "README.md")
+    assert card.data.library_name == "transformers" and card.data.license is None
+    assert "Not a medical device" in card.text
+    assert f"KL(base + adapter ‖ base) {found.effect.kl:.2g} nats per token" in card.text
+    assert f"KL(base + adapter ‖ merged) {found.rounding.kl:.2g} nats per token" in card.text
+    assert "vllm serve BASE --enable-lora --lora-modules severity=RUN/adapter --max-lora-rank 8" in card.text
+    assert "python convert_hf_to_gguf.py OUTPUT --outfile OUTPUT/model.gguf --outtype f32" in card.text
+
+
+def test_the_card_names_a_base_of_the_hub_with_its_licence(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", about={"licence": "LFM 1.0"}, quantization={"load_in_4bit": True})
+    found = merge(run, tmp_path / "merged")
+    recipe = load_recipe(run.folder / "recipe.yaml")
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": "LiquidAI/LFM2-350M"})})
+    figures = found.as_dict() | {"base": "LiquidAI/LFM2-350M"}
+    card = ModelCard.load(sevpeft.sharing.merge.write_merged_card(run, recipe, figures, tmp_path / "merged"))
+    assert (card.data.base_model, card.data.base_model_relation) == ("LiquidAI/LFM2-350M", "merge")
+    assert (card.data.license, card.data.license_name) == ("other", "lfm-1.0")
+    assert found.quantised is not None
+    assert "the base in 4 bit and stands here on the unquantised one" in card.text
+    assert f"KL {found.quantised.kl:.2g} nats per token" in card.text
+
+
+def test_the_base_that_is_merged_into_is_the_one_that_was_trained_on(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama")
+    shutil.rmtree(base_of(run))
+    other = made_run("qwen3", name="other")
+    shutil.move(base_of(other), base_of(run))
+    assert "was trained on tiny-llama, but" in refusal(run, tmp_path / "merged")
+
+
+def test_the_toy_model_is_merged_too(made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made_run("llama")
+    toy, text = base_of(run), (run.folder / "recipe.yaml").read_text(encoding="utf-8")
+    (run.folder / "recipe.yaml").write_text(text.replace(str(toy), "builtin:tiny"), encoding="utf-8")
+    monkeypatch.setattr(sevpeft.modeling.loading, "tiny_model_folder", lambda: toy)
+    found = merge(run, tmp_path / "merged")
+    assert found.base == "builtin:tiny" and found.matrices == 14
+    assert "# builtin:tiny: severity-weighted, merged" in (tmp_path / "merged" / "README.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_a_base_that_answers_without_numbers_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama")
+    weights = tensors(base_of(run))
+    weights["model.norm.weight"] *= 1e38
+    save_file(weights, base_of(run) / "model.safetensors", metadata={"format": "pt"})
+    assert "answers in float16 with numbers that are not finite" in refusal(run, tmp_path / "merged", dtype="float16")
