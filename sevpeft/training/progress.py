@@ -7,6 +7,7 @@ and a file or a cluster log gets a line now and then.
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from sevpeft.runs import Run
 
@@ -46,6 +48,7 @@ class RunProgress(TrainerCallback):
         self.console = console
         self.bar: Progress | None = None
         self.last_line = 0.0
+        self.begun = (0.0, 0)
         self.last_tokens: tuple[float, float] | None = None
         self.text = ""
 
@@ -61,6 +64,7 @@ class RunProgress(TrainerCallback):
             return
         self._close()  # a training that began again with smaller batches
         self.last_line = time.monotonic()
+        self.begun = (self.last_line, state.global_step)
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("Training"),
@@ -81,7 +85,11 @@ class RunProgress(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step, text=self.text)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            say(self.console, "Training", f"step {state.global_step:,} of {state.max_steps:,}  {self.text}")
+            say(
+                self.console,
+                "Training",
+                f"step {state.global_step:,} of {state.max_steps:,}, {self._left(state)} left  {self.text}",
+            )
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -113,6 +121,12 @@ class RunProgress(TrainerCallback):
             self.bar.stop()
             self.bar = None
 
+    def _left(self, state: TrainerState) -> str:
+        """Time that the other steps take, at the pace of those since this start."""
+        begun, step = self.begun
+        seconds = (time.monotonic() - begun) / (state.global_step - step) * (state.max_steps - state.global_step)
+        return str(timedelta(seconds=round(seconds)))
+
     def _speed(self, logs: dict[str, Any]) -> str:
         tokens = logs.get("num_tokens")
         if tokens is None:
@@ -122,6 +136,13 @@ class RunProgress(TrainerCallback):
         if before is None or now <= before[0]:
             return ""
         return f"  {(tokens - before[1]) / (now - before[0]):,.0f} tokens/s"
+
+
+def keep_tensorboard_in(run: Run, callbacks: list[TrainerCallback]) -> None:
+    """Has TensorBoard's files written into the run, unless TENSORBOARD_LOGGING_DIR names another folder."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(run.folder / "tensorboard")
 
 
 def _memory(device: torch.device) -> str:

@@ -41,7 +41,7 @@ from sevpeft.training.fitting import memory_is_full, refuse_what_cannot_fit
 from sevpeft.training.launch import check_processes
 from sevpeft.training.leaving import Leaving, command_to_go_on
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
-from sevpeft.training.progress import RunProgress, say
+from sevpeft.training.progress import RunProgress, keep_tensorboard_in, say
 from sevpeft.training.resuming import (
     checkpoint_to_go_on_from,
     refuse_other_data,
@@ -129,6 +129,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
             trainer.accept_smaller_batches = bool(recipe.training.settings().get("auto_find_batch_size"))
             trainer.on_smaller_batch = lambda sentence: say(console, "Memory", f"full; {sentence}", style="yellow")
             trainer.remove_callback(PrinterCallback)
+            keep_tensorboard_in(run, trainer.callback_handler.callbacks)
             if state.is_main_process and not resume:
                 _write_origin(run, recipe, prepared, trainer)
         state.wait_for_everyone()
