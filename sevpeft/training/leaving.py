@@ -93,7 +93,7 @@ class Leaving(TrainerCallback):
         now = time.monotonic()
         if self._heard is None:
             self._heard, self._heard_at = number, now
-            self.tell("Stopping: finishing this step and writing a checkpoint; once more, and it is left at once.")
+            self.tell("finishing this step and writing a checkpoint; a second Ctrl-C leaves at once.")
         elif number == signal.SIGINT and now - self._heard_at > _SECONDS_TO_INSIST:
             raise KeyboardInterrupt
 

@@ -88,7 +88,7 @@ class RunProgress(TrainerCallback):
             say(
                 self.console,
                 "Training",
-                f"step {state.global_step:,} of {state.max_steps:,}, {self._left(state)} left  {self.text}",
+                f"step {state.global_step:,}/{state.max_steps:,}, {self._left(state)} left  {self.text}",
             )
 
     def on_prediction_step(

@@ -169,6 +169,9 @@ class ResumableSFTTrainer(SFTTrainer):
     def _checkpoint(self) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None beside the checkpoints: TRL's would name a folder of this machine; the adapter has ours."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._save_counted(model, self._counts())
 

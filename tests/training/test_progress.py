@@ -31,7 +31,7 @@ def test_the_screen_shows_steps_time_left_loss_speed_and_memory(
 ) -> None:
     monkeypatch.setattr("sevpeft.training.progress.SECONDS_BETWEEN_LINES", 0.0)
     lines = trained(tmp_path / "run", model_folder())
-    assert re.search(r"step 3 of 4, \S+ left  loss \d\.\d+  [\d,]+ tokens/s  \d+\.\d GiB", lines), lines
+    assert re.search(r"step 3/4, \S+ left  loss \d\.\d+  [\d,]+ tokens/s  \d+\.\d GiB", lines), lines
     bar = trained(tmp_path / "terminal", model_folder(), terminal=True)
     assert "4/4" in bar and re.search(r"\d:\d\d:\d\d", bar) and "tokens/s" in bar and "GiB" in bar
     assert max(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) for line in re.split(r"[\r\n]+", bar)) <= 80
