@@ -7,6 +7,7 @@ adapter, log-probabilities rounded to eight bits. So it is refused or put right 
 from __future__ import annotations
 
 import dataclasses
+import os
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from trl import SFTConfig
 
-from sevpeft.errors import RunError
+from sevpeft.errors import RunError, first_sentence
 from sevpeft.modeling.sharding import fsdp_asked, weights_are_sharded, zero3
 from sevpeft.recipe import Recipe
 
@@ -50,13 +51,19 @@ def refuse_what_cannot_be_sharded(recipe: Recipe, arguments: SFTConfig) -> None:
 
 
 def _refuse_fsdp_settings(arguments: SFTConfig) -> None:
-    plugin = FullyShardedDataParallelPlugin()  # reads what the launcher set
-    if plugin.fsdp_version != 2:
+    if os.environ.get("FSDP_VERSION", "1") != "2":  # accelerate's default
         raise RunError(
             "accelerate launch was asked for version 1 of FSDP, which joins the adapter and the frozen weights into "
             "one parameter and hides the LM head from the loss; write fsdp_version: 2, as in "
             "accelerate_configs/fsdp2.yaml."
         )
+    try:
+        plugin = FullyShardedDataParallelPlugin()  # reads what the launcher set
+    except (ValueError, KeyError) as error:
+        raise RunError(
+            f"accelerate refuses the fsdp_config of this launch ({first_sentence(error)}); compare it with "
+            "accelerate_configs/fsdp2.yaml."
+        ) from error
     if plugin.state_dict_type is not StateDictType.FULL_STATE_DICT:
         raise RunError(
             f"fsdp_state_dict_type is {plugin.state_dict_type.name}, with which no adapter is written; write "

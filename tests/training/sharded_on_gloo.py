@@ -8,6 +8,7 @@ gloo and the device a CPU, as it would find NCCL and a GPU; all else, and all of
 
 from __future__ import annotations
 
+import importlib
 import os
 
 os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
@@ -28,8 +29,7 @@ if __name__ == "__main__":
     PartialState.__init__ = _initialise_as_on_a_gpu
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     if is_deepspeed_available():
-        import deepspeed.comm.torch
-
-        # Its own way through shared memory is compiled at first use; gloo does the same.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # Its own way through shared memory is compiled at first use; gloo does the same. `deepspeed.comm.torch` is
+        # PyTorch itself, for who asks the package.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     main()
