@@ -19,7 +19,8 @@ from accelerate.utils import is_deepspeed_available
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from sevpeft.errors import ModelError, RunError
+from sevpeft.cli import main
+from sevpeft.errors import ModelError, RecipeError, RunError
 from sevpeft.modeling.loading import Precision, quantization_config
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
@@ -205,6 +206,25 @@ def test_a_recipe_that_cannot_be_divided_is_refused(
 ) -> None:
     with pytest.raises(RunError, match=said):
         refuse(tmp_path, setting)
+
+
+@pytest.mark.parametrize("setting", ["fsdp=full_shard", "deepspeed=zero3.json", "fsdp_config={min_num_params: 5}"])
+def test_a_recipe_leaves_the_engine_to_the_launcher(setting: str) -> None:
+    with pytest.raises(RecipeError, match=r"belongs to the launcher.*accelerate_configs"):
+        load_recipe(QUICKSTART, [f"training.{setting}"])
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "compare", "chat"])
+def test_what_one_process_does_is_refused_to_several(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["sevpeft", verb, str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert f"{verb} is the work of one process, and 2 run; start `sevpeft {verb}` itself" in capsys.readouterr().err
 
 
 def test_packed_weights_pose_as_the_type_that_is_divided(fsdp: pytest.MonkeyPatch) -> None:
