@@ -8,7 +8,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from sevpeft.errors import SevpeftError
+from sevpeft.errors import SevpeftError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,6 +77,17 @@ def quiet_libraries() -> None:
 
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def refuse_several_processes(verb: str, instead: str = "") -> None:
+    """Raises UsageError where a launcher started several processes, which would all write the same files.
+
+    Args:
+        instead: what uses several GPUs all the same.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise UsageError(f"{verb} is the work of one process, and {count} run; start `sevpeft {verb}` itself{instead}.")
 
 
 def _say(sentence: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sevpeft.cli.application import app, quiet_libraries
+from sevpeft.cli.application import app, quiet_libraries, refuse_several_processes
 from sevpeft.errors import UsageError
 
 
@@ -49,6 +49,7 @@ def compare(
 
     from sevpeft.evaluation.arms import parse_arms, parse_seeds
 
+    refuse_several_processes("compare", "; once on each GPU with the same --output, the commands share the runs")
     asked_arms, asked_seeds = parse_arms(arms), parse_seeds(seeds)
     overrides = [word for word in words if re.match(r"\w+(\.\w+)*=", word)]
     recipes = [Path(word) for word in words if word not in overrides]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sevpeft.cli.application import app, quiet_libraries
+from sevpeft.cli.application import app, quiet_libraries, refuse_several_processes
 
 
 class BackendChoice(str, Enum):
@@ -49,6 +49,7 @@ def evaluate(
 
     from sevpeft.runs import Run, check_run
 
+    refuse_several_processes("evaluate")
     check_run(run)
     messages = Console(highlight=False, stderr=True)
     with messages.status("Loading the libraries"):

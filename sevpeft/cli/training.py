@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sevpeft.cli.application import app, is_main_process, quiet_libraries
+from sevpeft.cli.application import app, is_main_process, quiet_libraries, refuse_several_processes
 from sevpeft.errors import ModelError, UsageError
 
 
@@ -116,6 +116,7 @@ def chat(
 
     from sevpeft.runs import Run, check_run
 
+    refuse_several_processes("chat")
     check_run(run)
     with Console(stderr=True).status(f"Loading the adapter of {run}"):
         quiet_libraries()

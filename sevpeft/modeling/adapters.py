@@ -6,11 +6,11 @@ import copy
 import json
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sevpeft.errors import ModelError, first_sentence
+from sevpeft.modeling.sharding import on_paper
 from sevpeft.recipe import Recipe
 
 
@@ -60,7 +60,7 @@ def _try_on_paper(config: LoraConfig, model: PreTrainedModel) -> None:
     config = copy.deepcopy(config)
     if config.init_lora_weights != "orthogonal":
         config.init_lora_weights = False  # what starts from the base weights would need them
-    with torch.device("meta"):
+    with on_paper():
         get_peft_model(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)), config)
 
 

@@ -29,6 +29,7 @@ from transformers import (
 from sevpeft.data.hub import look_for_hub
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
 from sevpeft.modeling.prompts import choose_pad_token
+from sevpeft.modeling.sharding import fsdp_asked, on_paper, weights_are_sharded, zero3
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
 
@@ -85,7 +86,11 @@ def choose_precision(recipe: Recipe) -> Precision:
 
 
 def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings of the recipe, with `auto` compute dtype resolved; None when nothing is quantised."""
+    """bitsandbytes settings of the recipe, with `auto` resolved; None when nothing is quantised.
+
+    Raises:
+        ModelError: packed weights in a form that the engine of this launch cannot divide.
+    """
     asked = recipe.quantization
     if asked.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -98,7 +103,25 @@ def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesCon
         bnb_4bit_quant_type=asked.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=_quant_storage(asked.bnb_4bit_quant_storage, precision),
     )
+
+
+def _quant_storage(asked: str, precision: Precision) -> torch.dtype:
+    """Type that packed 4-bit weights pose as.
+
+    FSDP and ZeRO-3 divide parameters of a floating type only and cast those of a layer to the one that is computed in:
+    whole bytes would stay on every GPU, and another floating type would be rounded into garbage.
+    """
+    if not weights_are_sharded():
+        return torch.uint8 if asked == "auto" else getattr(torch, asked)
+    needed = torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else precision.dtype
+    if asked not in ("auto", str(needed).removeprefix("torch.")):
+        raise ModelError(
+            f"quantization.bnb_4bit_quant_storage={asked} does not work where FSDP or ZeRO-3 divides the weights, "
+            f"which are {str(needed).removeprefix('torch.')} here; write auto, or leave it out."
+        )
+    return needed
 
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
@@ -145,7 +168,10 @@ def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> P
         arguments["attn_implementation"] = recipe.model.attn_implementation
     if quantization is not None:
         arguments["quantization_config"] = quantization
-        arguments["device_map"] = {"": device_index if uses_gpu(recipe) else "cpu"}
+        if not zero3():  # transformers refuses a device_map there
+            # FSDP moves one layer after the other to the GPU and keeps its part, so that the whole need not fit there.
+            on_gpu = uses_gpu(recipe) and not fsdp_asked()
+            arguments["device_map"] = {"": device_index if on_gpu else "cpu"}
     name = resolved_name(recipe)
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -203,7 +229,7 @@ def refuse_hopeless_start(recipe: Recipe) -> None:
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Number of parameters of the model that a configuration describes, without allocating it."""
-    with torch.device("meta"):
+    with on_paper():
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -18,6 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from sevpeft.errors import ModelError, first_sentence
 from sevpeft.modeling.loading import load_config
+from sevpeft.modeling.sharding import on_paper
 from sevpeft.recipe import Recipe
 
 
@@ -65,7 +66,7 @@ def weightless(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, *, 
         cut_layers(config, layers)
     lora = recipe.lora.settings() | {"init_lora_weights": False}
     try:
-        with torch.device("meta"):
+        with on_paper():
             attention = recipe.model.attn_implementation
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, **({"attn_implementation": attention} if attention else {})
@@ -116,7 +117,9 @@ def _quantisation(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | No
         return BitsAndBytesConfig(load_in_8bit=True)
     if not asked.load_in_4bit:
         return None
+    storage = asked.bnb_4bit_quant_storage
     settings: dict[str, Any] = {
+        "bnb_4bit_quant_storage": "uint8" if storage == "auto" else storage,  # as many bytes in any type
         "bnb_4bit_quant_type": asked.bnb_4bit_quant_type,
         "bnb_4bit_use_double_quant": asked.bnb_4bit_use_double_quant,
         "bnb_4bit_compute_dtype": dtype,

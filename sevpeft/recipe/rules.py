@@ -32,6 +32,10 @@ _UPLOAD = (
 _TOKEN = "a token does not belong in a recipe, which is copied into the run; log in with `hf auth login`"
 _VERBS = "the trainer does not read it; leave it out, and set training.eval_strategy for validation during training"
 _WHOLE_ANSWER = "sevpeft truncates itself, so that a long question never costs the answer; leave it out"
+_ENGINE = (
+    "how the weights are spread over GPUs belongs to the launcher, so that a recipe runs on one GPU and on many; leave "
+    "it out, and use `accelerate launch --config_file accelerate_configs/FILE.yaml`"
+)
 _BYPASSES = "so the severity weights would be bypassed"
 
 # Key of `training` → when it is refused → reason; remedy.
@@ -85,6 +89,9 @@ TRAINING_MANAGED: dict[str, tuple[Refused, str]] = {
     "do_predict": (_always, _VERBS),
     "local_rank": (_always, "the launcher sets it; leave it out, and use `accelerate launch` for several processes"),
 }
+TRAINING_MANAGED |= {
+    key: (_unless(None), _ENGINE) for key in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
+}
 LORA_MANAGED: dict[str, tuple[Refused, str]] = {
     "task_type": (_always, "it is always CAUSAL_LM, because answers are generated; leave it out"),
     "peft_type": (_always, "it is always LORA; leave it out"),
@@ -113,9 +120,6 @@ RENAMED: dict[str, str] = {
     "lr": "training.learning_rate",
     "include_inputs_for_metrics": "training.include_for_metrics",
     "include_tokens_per_second": "training.include_num_input_tokens_seen",
-    "fsdp_min_num_params": "training.fsdp_config",
-    "fsdp_transformer_layer_cls_to_wrap": "training.fsdp_config",
-    "sharded_ddp": "training.fsdp",
     "jit_mode_eval": "training.torch_compile",
     "torchdynamo": "training.torch_compile_backend",
     "tpu_metrics_debug": "training.debug",
@@ -142,6 +146,9 @@ GONE: dict[str, str] = {
     "fp16_backend": "PyTorch's own mixed precision is the only one left; leave it out",
     "half_precision_backend": "PyTorch's own mixed precision is the only one left; leave it out",
     "fp16_opt_level": "it belonged to NVIDIA Apex, which transformers dropped; leave it out",
+    "fsdp_min_num_params": _ENGINE,
+    "fsdp_transformer_layer_cls_to_wrap": _ENGINE,
+    "sharded_ddp": _ENGINE,
     "use_ipex": "transformers 5 dropped it; leave it out",
     "use_legacy_prediction_loop": "transformers 5 dropped it; leave it out",
     "past_index": "transformers 5 dropped it; leave it out",

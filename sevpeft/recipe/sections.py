@@ -155,6 +155,9 @@ class QuantizationSection(Section):
     """Also compresses the scales, which saves about 0.4 bits a parameter."""
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type in which the 4-bit weights are multiplied; auto takes bfloat16 where the device has it."""
+    bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = "auto"
+    """Type that the packed 4-bit weights pose as; auto takes uint8, and the type of the other weights where FSDP or
+    ZeRO-3 divides them, because these divide nothing else."""
 
     def quantised(self) -> bool:
         """Whether the base model is compressed at all."""

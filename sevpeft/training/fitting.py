@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
@@ -17,6 +18,7 @@ from sevpeft.errors import ModelError, RunError
 from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changes, savings, usable, verdicts
 from sevpeft.modeling.loading import uses_gpu
 from sevpeft.modeling.memory import GIB, Budget, MemoryPlan, Parameters
+from sevpeft.modeling.sharding import weights_are_sharded
 from sevpeft.modeling.skeleton import base_config
 from sevpeft.recipe import Recipe
 from sevpeft.training.progress import LABEL_WIDTH, say
@@ -114,6 +116,8 @@ def refuse_what_cannot_fit(recipe: Recipe) -> None:
         return
     least = plan.budget()
     held = least.total - least.items.get("activations", 0) - least.items.get("logits tile", 0)
+    if weights_are_sharded():
+        held //= PartialState().num_processes
     if held <= whole:
         return
     advice = changes(plan, whole / GIB / 0.95)

@@ -1,6 +1,6 @@
 """Turns the folder of a run that was stopped into the checkpoint to go on from, or into a refusal.
 
-What goes on must be the same training: recipe, data and number of processes are compared with those of the start.
+What goes on must be the same training: recipe and data are compared with those of the start.
 """
 
 from __future__ import annotations
@@ -63,16 +63,6 @@ def refuse_other_data(fingerprint: str, source: str, run: Run) -> None:
         raise RunError(
             f"{source} is not the data that {run.folder} was started with: its content has "
             "changed; bring that content back, or start another run."
-        )
-
-
-def refuse_other_processes(processes: int, run: Run) -> None:
-    """Raises RunError when the run had another number of processes, with which a step has another number of rows."""
-    before = run.environment().get("processes", processes)
-    if before != processes:
-        raise RunError(
-            f"{run.folder} was started with {before} process{'es' * (before > 1)} and would go on with {processes}, so "
-            f"that a step would have another number of rows; resume with {before}, or start another run."
         )
 
 

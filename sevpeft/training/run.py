@@ -38,17 +38,18 @@ from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.announcement import announce_data
 from sevpeft.training.checkpoints import remove_unfinished
 from sevpeft.training.fitting import memory_is_full, refuse_what_cannot_fit
-from sevpeft.training.launch import check_processes
+from sevpeft.training.launch import check_launch, refuse_absent_deepspeed
 from sevpeft.training.leaving import Leaving, command_to_go_on
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, keep_tensorboard_in, say
-from sevpeft.training.resuming import (
-    checkpoint_to_go_on_from,
-    refuse_other_data,
-    refuse_other_processes,
-    refuse_other_recipe,
-)
+from sevpeft.training.resuming import checkpoint_to_go_on_from, refuse_other_data, refuse_other_recipe
 from sevpeft.training.settings import sft_config
+from sevpeft.training.sharding import (
+    engine_of,
+    refuse_incomplete_adapter,
+    refuse_other_processes,
+    refuse_what_cannot_be_sharded,
+)
 from sevpeft.training.trainer import SeveritySFTTrainer
 
 
@@ -67,9 +68,10 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     Raises:
         SevpeftError: in one plain sentence, whatever is refused or fails in a foreseeable way.
     """
+    refuse_absent_deepspeed()
     # Without being told so, accelerate sets up a single process where it finds no GPU.
     state = PartialState(cpu=not uses_gpu(recipe))
-    check_processes(state.num_processes)
+    check_launch(state)
     console = console if console is not None and state.is_main_process else Console(quiet=True)
     folder = _same_on_all_processes(output or default_output(recipe.name))
     if state.is_main_process:
@@ -80,10 +82,10 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         if run.finished:
             console.print(f"The run in {folder} is finished; nothing is left to do.", soft_wrap=True)
             return run
-        refuse_other_processes(state.num_processes, run)
 
     precision = choose_precision(recipe)
     arguments = sft_config(recipe, precision, run.checkpoints)
+    refuse_what_cannot_be_sharded(recipe, arguments)
     refuse_hopeless_start(recipe)
     refuse_what_cannot_fit(recipe)
     with state.main_process_first():
@@ -153,6 +155,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
 def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, console: Console, *, resume: bool) -> None:
     checkpoint: str | None = None
     if resume:
+        refuse_other_processes(trainer.accelerator, run.environment())
         found = checkpoint_to_go_on_from(run, console) if trainer.is_world_process_zero() else None
         trainer.accelerator.wait_for_everyone()
         checkpoint = _same_on_all_processes(str(found) if found else None)
@@ -189,6 +192,7 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
     unfinished = run.unfinished_adapter
     trainer.save_model(str(unfinished))
     if trainer.is_world_process_zero():
+        refuse_incomplete_adapter(unfinished, trainer.model)
         # A pickle of the training arguments; the recipe says the same and can be read.
         (unfinished / "training_args.bin").unlink(missing_ok=True)
         sort_target_modules(unfinished)
@@ -207,6 +211,7 @@ def _write_origin(run: Run, recipe: Recipe, prepared: Prepared, trainer: Severit
             **describe_environment(),
             "device": torch.cuda.get_device_name() if arguments.device.type == "cuda" else arguments.device.type,
             "processes": arguments.world_size,
+            "engine": engine_of(trainer.accelerator),
             "seed": arguments.seed,
             "data_fingerprint": prepared.summary["fingerprint"],
         },

@@ -20,20 +20,19 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from accelerate import DistributedType
 from datasets import Dataset
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
 
-from sevpeft.errors import RunError, WeightError
+from sevpeft.errors import WeightError
 from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.collator import SeverityCollator
 from sevpeft.training.guarded import GuardedSFTTrainer
+from sevpeft.training.sharding import refuse_other_engine, set_up_engine
 
 IGNORED = -100
 # Where Triton runs, TRL's own LM head passes over the positions without a label.
@@ -88,7 +87,7 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
         # TRL divides by the count of labels only for models whose forward takes loss arguments; ours never depends
         # on that forward, and without the count accumulation would average means of unequal batches.
         self.model_accepts_loss_kwargs = True
-        _train_in_float32(self.model, self.args)
+        set_up_engine(self.accelerator, self.model)
         keep_4bit_weights_as_they_are(self.model)
         self._causal_lm().base_model.register_forward_hook(self._keep_labelled_positions)
 
@@ -163,13 +162,7 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        several = self.accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-        if several and not isinstance(model, DistributedDataParallel):
-            # accelerate 1.15 skips DDP for a model that evaluate() prepared first (Accelerator.prepare_model).
-            raise RunError(
-                "Several processes would train without exchanging gradients, because evaluate() was called before "
-                "train(); set eval_on_start=True instead."
-            )
+        refuse_other_engine(self.accelerator, model)
         return super().training_step(model, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -266,13 +259,3 @@ def _check_weights(dataset: Dataset) -> None:
         positive = positive or bool(highest)
     if not positive:
         raise WeightError("All token_weights of the training data are zero, so nothing would be learnt.")
-
-
-def _train_in_float32(model: torch.nn.Module, args: SFTConfig) -> None:
-    """TRL casts QLoRA adapters to bfloat16: at lr 5e-5 two thirds of the updates are then rounded away, a float16
-    GradScaler fails, and a resumed run goes on in float32. ZeRO-3 needs one dtype and is left as TRL sets it up."""
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-        return
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.float()

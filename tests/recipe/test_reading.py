@@ -436,7 +436,7 @@ def test_a_wrong_value_is_answered_with_what_to_write(mistakes, text, said):
         "training: {loss_type: nll, packing_strategy: bfd, eval_packing: false}",
         "training: {label_smoothing_factor: 0, use_liger_kernel: false}",
         "training: {warmup_steps: 0.03, dataloader_drop_last: true, disable_tqdm: true, completion_only_loss: true}",
-        "training: {fsdp: true, tf32: null}",
+        "training: {fsdp: null, tf32: null}",
     ],
 )
 def test_what_is_harmless_is_accepted(recipe, text):

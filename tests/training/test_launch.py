@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 
 from sevpeft.errors import RunError
@@ -33,13 +35,109 @@ def test_the_number_is_read_from_the_command_line_of_the_launcher(
     words: str, asked: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "absent.yaml"))
-    assert launch.asked_processes(words.split()) == asked
+    found = launch.asked_launch(words.split())
+    assert (found.processes if found else None) == asked
 
 
-@pytest.mark.parametrize(("config", "asked"), [("cpu", 1), ("cpu_2", 2), ("multi_gpu", 2), ("single_gpu", 1)])
-def test_the_number_is_read_from_the_configuration_file(config: str, asked: int) -> None:
+@pytest.mark.parametrize(
+    ("config", "processes", "machines", "engine"),
+    [
+        ("cpu", 1, 1, None),
+        ("cpu_2", 2, 1, None),
+        ("single_gpu", 1, 1, None),
+        ("multi_gpu", 2, 1, None),
+        ("fsdp2", 2, 1, DistributedType.FSDP),
+        ("fsdp2_qlora", 2, 1, DistributedType.FSDP),
+        ("deepspeed_zero2", 2, 1, DistributedType.DEEPSPEED),
+        ("deepspeed_zero3", 2, 1, DistributedType.DEEPSPEED),
+        ("multi_node", 8, 2, DistributedType.FSDP),
+    ],
+)
+def test_what_is_asked_for_is_read_from_the_configuration_file(
+    config: str, processes: int, machines: int, engine: DistributedType | None
+) -> None:
     path = ROOT / "accelerate_configs" / f"{config}.yaml"
-    assert launch.asked_processes(["accelerate", "launch", "--config_file", str(path), "-m", "sevpeft"]) == asked
+    command = ["accelerate", "launch", "--config_file", str(path), "-m", "sevpeft"]
+    assert launch.asked_launch(command) == launch.Launch(processes, machines, engine)
+
+
+def test_the_command_line_goes_before_the_configuration_file() -> None:
+    path = ROOT / "accelerate_configs" / "fsdp2.yaml"
+    command = ["accelerate", "launch", "--config_file", str(path), "--multi_gpu", "--num_processes", "4"]
+    assert launch.asked_launch([*command, "-m", "sevpeft"]) == launch.Launch(4, 1, None)
+
+
+def test_every_configuration_is_among_them() -> None:
+    assert [path.stem for path in CONFIGS] == sorted(
+        [
+            "cpu",
+            "cpu_2",
+            "single_gpu",
+            "multi_gpu",
+            "fsdp2",
+            "fsdp2_qlora",
+            "deepspeed_zero2",
+            "deepspeed_zero3",
+            "multi_node",
+        ]
+    )
+
+
+class _State:
+    """The two things that are looked at of accelerate's PartialState."""
+
+    def __init__(self, kind: DistributedType, processes: int) -> None:
+        self.distributed_type, self.num_processes = kind, processes
+
+
+@pytest.mark.parametrize(
+    ("config", "runs", "said"),
+    [
+        ("fsdp2", DistributedType.MULTI_CPU, r"asked for FSDP, but DDP.*cpu_2\.yaml"),
+        ("fsdp2", DistributedType.MULTI_GPU, None),
+        ("deepspeed_zero3", DistributedType.MULTI_CPU, r"asked for DeepSpeed, but DDP"),
+        ("deepspeed_zero3", DistributedType.MULTI_GPU, r"asked for DeepSpeed, but DDP"),
+        ("deepspeed_zero3", DistributedType.DEEPSPEED, None),
+        ("multi_gpu", DistributedType.MULTI_GPU, None),
+    ],
+)
+def test_another_engine_than_asked_is_an_error(
+    config: str, runs: DistributedType, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = ROOT / "accelerate_configs" / f"{config}.yaml"
+    monkeypatch.setattr(
+        launch, "_ancestors", lambda: [["accelerate", "launch", "--config_file", str(path), "-m", "sevpeft"]]
+    )
+    refused = pytest.raises(RunError, match=said) if said else nullcontext()
+    with refused:
+        launch.check_launch(_State(runs, 2))
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_an_engine_that_only_the_environment_asks_for_counts_too(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch.check_launch(_State(DistributedType.NO, 1))
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(RunError, match="a single process would run"):
+        launch.check_launch(_State(DistributedType.NO, 1))
+
+
+def test_fewer_machines_than_asked_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["accelerate", "launch", "--num_machines", "2", "--machine_rank", "0", "-m", "sevpeft", "train", "r.yaml"]
+    monkeypatch.setattr(launch, "_ancestors", lambda: [command])
+    with pytest.raises(RunError, match=r"asked for 2 machines, but 1 takes part.*multi_node\.yaml"):
+        launch.check_processes(1)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    launch.check_processes(2)
+
+
+def test_deepspeed_that_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: False)
+    launch.refuse_absent_deepspeed()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RunError, match=r"not installed: pip install 'sevpeft\[deepspeed\]'"):
+        launch.refuse_absent_deepspeed()
 
 
 def test_fewer_processes_than_asked_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,298 @@
+"""FSDP2 and DeepSpeed with real processes on gloo: the adapter of one process, saved whole, resumed, or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_deepspeed_available
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from sevpeft.cli import main
+from sevpeft.errors import ModelError, RecipeError, RunError
+from sevpeft.modeling.loading import Precision, quantization_config
+from sevpeft.recipe import load_recipe
+from sevpeft.runs import Run
+from sevpeft.training.run import train
+from sevpeft.training.settings import sft_config
+from sevpeft.training.sharding import (
+    refuse_incomplete_adapter,
+    refuse_other_engine,
+    refuse_other_processes,
+    refuse_what_cannot_be_sharded,
+    set_up_engine,
+)
+from tests.conftest import build_model
+
+ROOT = Path(__file__).parent.parent.parent
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+ON_CPU = Precision(torch.float32, bf16=False, fp16=False)
+# Adam divides a gradient by its own size, so that rounding in the sum over processes moves a weight that has hardly a
+# gradient by a part of a step of 1e-3; the losses agree far closer.
+SAME_WEIGHT, SAME_LOSS = 1e-4, 1e-6
+
+
+@pytest.fixture
+def settings(model_folder: Callable[..., Path]) -> list[str]:
+    return [
+        f"model.name_or_path={model_folder('llama')}",
+        "data.max_rows=60",
+        "data.validation_size=13",
+        "lora.lora_dropout=0",
+        "training.max_length=160",
+        "training.max_steps=6",
+        "training.learning_rate=1e-3",
+        "training.logging_steps=2",
+        "training.save_strategy=steps",
+        "training.save_steps=3",
+        "training.eval_strategy=no",
+    ]
+
+
+def launch(config: str, run: Path, settings: list[str], *options: str, resume: bool = False) -> subprocess.Popen:
+    """Starts the run with an engine of accelerate_configs/, one row for each of two processes."""
+    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
+    words = ["train", str(QUICKSTART), *settings, "training.per_device_train_batch_size=1", "--output", str(run)]
+    words += ["--resume"] * resume
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, *options, "-m", "tests.training.sharded_on_gloo", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=run.parent,
+    )
+
+
+def ended_well(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors[-4000:]
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_as_one_process(run: Path, settings: list[str], engine: str) -> None:
+    one = train(load_recipe(QUICKSTART, [*settings, "training.per_device_train_batch_size=2"]), run.parent / "one")
+    several = Run(run)
+    assert (several.environment()["processes"], several.environment()["engine"]) == (2, engine)
+    first, second = weights_of(one.folder), weights_of(run)
+    assert {name: tensor.shape for name, tensor in first.items()} == {n: tensor.shape for n, tensor in second.items()}
+    for name in first:
+        assert float((first[name] - second[name]).abs().max()) <= SAME_WEIGHT, name
+    assert any(bool(first[name].any()) for name in first if "lora_B" in name)
+    for moment in ("before", "after"):
+        assert several.metrics()[moment] == pytest.approx(one.metrics()[moment], rel=SAME_LOSS)
+
+
+def test_two_machines_under_fsdp2_train_the_adapter_of_one_process(tmp_path: Path, settings: list[str]) -> None:
+    run, port = tmp_path / "several", free_port()
+    common = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    ended_well(*(launch("multi_node", run, settings, *common, "--machine_rank", rank) for rank in "01"))
+    assert_same_as_one_process(run, settings, "FSDP2")
+
+
+def test_fsdp2_divides_a_4bit_model_and_resumes_to_the_same_bits(tmp_path: Path, settings: list[str]) -> None:
+    settings += ["quantization.load_in_4bit=true", "training.gradient_checkpointing=true"]
+    run, killed = tmp_path / "several", tmp_path / "killed"
+    ended_well(launch("fsdp2_qlora", run, settings, "--main_process_port", "0"))
+    assert_same_as_one_process(run, settings, "FSDP2")
+    shutil.copytree(run, killed)
+    shutil.rmtree(killed / "adapter")
+    shutil.rmtree(killed / "checkpoints" / "checkpoint-6")
+    ended_well(launch("fsdp2_qlora", killed, settings, "--main_process_port", "0", resume=True))
+    assert Run(killed).metrics()["training"]["resumed_from"] == "checkpoint-3"
+    whole, resumed = weights_of(run), weights_of(killed)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole) and whole.keys() == resumed.keys()
+
+
+@pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_the_adapter_of_one_process(tmp_path: Path, settings: list[str], stage: int) -> None:
+    run = tmp_path / "several"
+    ended_well(launch(f"deepspeed_zero{stage}", run, settings, "--main_process_port", "0"))
+    assert_same_as_one_process(run, settings, f"ZeRO-{stage}")
+
+
+def test_a_launch_for_fsdp_that_would_become_ddp_is_an_error(tmp_path: Path) -> None:
+    """The launcher starts two processes; it is accelerate that would take DDP, on a CPU."""
+    config = ROOT / "accelerate_configs" / "fsdp2.yaml"
+    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0", "-m", "sevpeft"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "train", str(QUICKSTART), "--output", str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert "asked for FSDP, but DDP" in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
+# What is refused before the first step
+
+
+@pytest.fixture
+def fsdp(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment that `accelerate launch` makes of fsdp2.yaml."""
+    for name, value in {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def refuse(tmp_path: Path, *changes: str) -> None:
+    recipe = load_recipe(QUICKSTART, list(changes))
+    refuse_what_cannot_be_sharded(recipe, sft_config(recipe, ON_CPU, tmp_path / "checkpoints"))
+
+
+def test_what_fsdp2_can_do_is_let_through(fsdp: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refuse(tmp_path)
+    refuse(tmp_path, "training.optim=adamw_torch", "quantization.load_in_4bit=true", "training.packing=true")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("FSDP_VERSION", "1", "version 1 of FSDP.*fsdp_version: 2"),
+        ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "no adapter is written; write fsdp_state_dict_type: FULL_"),
+        ("FSDP_STATE_DICT_TYPE", "LOCAL_STATE_DICT", r"accelerate refuses the fsdp_config.*compare it with"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", r"same as training\.gradient_checkpointing; write false"),
+    ],
+)
+def test_a_launcher_that_would_train_or_save_wrongly_is_refused(
+    fsdp: pytest.MonkeyPatch, tmp_path: Path, variable: str, value: str, said: str
+) -> None:
+    fsdp.setenv(variable, value)
+    with pytest.raises(RunError, match=said):
+        refuse(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("training.optim=paged_adamw_8bit", r"training\.optim=adamw_torch"),
+        ("training.optim=adafactor", r"training\.optim=adamw_torch"),
+        ("quantization.load_in_8bit=true", r"quantization\.load_in_4bit=true"),
+    ],
+)
+def test_a_recipe_that_cannot_be_divided_is_refused(
+    fsdp: pytest.MonkeyPatch, tmp_path: Path, setting: str, said: str
+) -> None:
+    with pytest.raises(RunError, match=said):
+        refuse(tmp_path, setting)
+
+
+@pytest.mark.parametrize("setting", ["fsdp=full_shard", "deepspeed=zero3.json", "fsdp_config={min_num_params: 5}"])
+def test_a_recipe_leaves_the_engine_to_the_launcher(setting: str) -> None:
+    with pytest.raises(RecipeError, match=r"belongs to the launcher.*accelerate_configs"):
+        load_recipe(QUICKSTART, [f"training.{setting}"])
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "compare", "chat"])
+def test_what_one_process_does_is_refused_to_several(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["sevpeft", verb, str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert f"{verb} is the work of one process, and 2 run; start `sevpeft {verb}` itself" in capsys.readouterr().err
+
+
+def test_packed_weights_pose_as_the_type_that_is_divided(fsdp: pytest.MonkeyPatch) -> None:
+    def storage(precision: Precision, *changes: str) -> torch.dtype:
+        recipe = load_recipe(QUICKSTART, ["quantization.load_in_4bit=true", *changes])
+        return quantization_config(recipe, precision).bnb_4bit_quant_storage
+
+    assert storage(ON_CPU) == torch.float32
+    mixed = Precision(torch.float32, bf16=True, fp16=False)
+    assert storage(mixed) == torch.bfloat16
+    with pytest.raises(ModelError, match=r"bnb_4bit_quant_storage=uint8 .* which are bfloat16 here; write auto"):
+        storage(mixed, "quantization.bnb_4bit_quant_storage=uint8")
+    fsdp.delenv("ACCELERATE_USE_FSDP")
+    assert storage(mixed) == torch.uint8
+    assert storage(mixed, "quantization.bnb_4bit_quant_storage=float16") == torch.float16
+
+
+# What the engine is given, and what it leaves
+
+
+def adapted(architecture: str = "llama") -> torch.nn.Module:
+    return get_peft_model(build_model(architecture), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+
+
+def test_every_layer_that_fsdp_looks_for_is_there(fsdp: pytest.MonkeyPatch) -> None:
+    """Gemma 3 names parts of a picture tower that its models do not have, and accelerate fails on them."""
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None, mixed_precision_policy=None)
+    set_up_engine(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), adapted("gemma3"))
+    assert "Gemma3DecoderLayer" in plugin.transformer_cls_names_to_wrap
+    assert "SiglipMultiheadAttentionPoolingHead" not in plugin.transformer_cls_names_to_wrap
+
+
+def test_log_probabilities_are_not_rounded_by_fsdp(fsdp: pytest.MonkeyPatch) -> None:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin()
+    plugin.set_mixed_precision("bf16")
+    model = adapted().to(torch.bfloat16)
+    set_up_engine(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_a_model_that_is_not_in_fsdps_hands_takes_no_step(fsdp: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match="asked for FSDP, but one process would train"):
+        refuse_other_engine(Accelerator(cpu=True), adapted())
+
+
+def test_an_adapter_that_was_not_gathered_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    with pytest.raises(RunError, match="with 0 of its"):
+        refuse_incomplete_adapter(tmp_path, model)
+    model.save_pretrained(tmp_path)
+    refuse_incomplete_adapter(tmp_path, model)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = load_file(path)
+    name = sorted(whole)[0]
+    for part in (torch.empty(0), whole[name][: len(whole[name]) // 2].clone()):
+        save_file(whole | {name: part}, path)
+        with pytest.raises(RunError, match="were not gathered"):
+            refuse_incomplete_adapter(tmp_path, model)
+
+
+def test_a_run_is_resumed_by_the_processes_that_began_it_only() -> None:
+    here = Accelerator(cpu=True)
+    refuse_other_processes(here, {"processes": 1, "engine": "one process"})
+    refuse_other_processes(here, {"processes": 1})
+    with pytest.raises(RunError, match="started with 2 of FSDP2 and would be resumed with one process"):
+        refuse_other_processes(here, json.loads('{"processes": 2, "engine": "FSDP2"}'))
