@@ -73,7 +73,7 @@ def savings(plan: MemoryPlan, gb: float) -> Iterator[Change]:
     """All that saves memory, one after the other; what saves less than a hundredth is left out."""
     before = plan.budget().total
     for settings, effect in _candidates(plan.recipe):
-        tried = plan.with_recipe(_changed(plan.recipe, settings))
+        tried = plan.with_recipe(changed(plan.recipe, settings))
         total = tried.budget().total
         if total <= 0.99 * before:
             plan, before = tried, total
@@ -120,7 +120,8 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (f"training.max_length={length}",), "questions are shortened, long answers refused"
 
 
-def _changed(recipe: Recipe, settings: tuple[str, ...]) -> Recipe:
+def changed(recipe: Recipe, settings: tuple[str, ...]) -> Recipe:
+    """The recipe with these KEY=VALUE settings."""
     values: dict[str, Any] = recipe.model_dump()
     for setting in settings:
         key, value = setting.split("=")

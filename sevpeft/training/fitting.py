@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sevpeft.errors import ModelError, RunError
-from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changes, savings, usable, verdicts
+from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changed, changes, savings, usable, verdicts
 from sevpeft.modeling.loading import uses_gpu
 from sevpeft.modeling.memory import GIB, Budget, MemoryPlan, Parameters
 from sevpeft.modeling.sharding import weights_are_sharded
@@ -134,7 +134,8 @@ def memory_is_full(recipe: Recipe, run: Path) -> RunError:
     gpu = uses_gpu(recipe)
     whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else 0
     try:
-        plan, _ = memory_plan(recipe, on_gpu=gpu)
+        # A full memory in validation is told by the trainer, with another remedy.
+        plan, _ = memory_plan(changed(recipe, ("training.per_device_eval_batch_size=1",)), on_gpu=gpu)
         advice = next(savings(plan, whole / GIB / 0.95), None)
     except ModelError:
         advice = None

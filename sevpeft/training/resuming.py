@@ -76,4 +76,6 @@ def _settings(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    if value is None:
+        return "not set"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from rich.console import Console
 from safetensors.torch import load_file
 
 from sevpeft.errors import RunError
@@ -21,7 +22,10 @@ from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
 from sevpeft.training.run import train
+from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import SENTENCES
+from tests.training.children import exit_codes, said_by, start, train_in_child
+from tests.training.test_trainer import make_rows, make_trainer
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -122,23 +126,6 @@ def test_severity_weights_change_the_adapter_and_uniform_ones_do_not_need_severi
     assert all(torch.equal(uniform[name], ones[name]) for name in uniform)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, settings: list[str]) -> None:
-    whole = train(load_recipe(QUICKSTART, settings), tmp_path / "whole")
-    killed = Run(tmp_path / "killed")
-    process = subprocess.Popen(
-        command(*settings, "--output", str(killed.folder)), env=environment(), stdout=subprocess.DEVNULL, cwd=tmp_path
-    )
-    wait_for_step(killed, 6, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not killed.finished
-    resumed = train(load_recipe(QUICKSTART, settings), killed.folder, resume=True)
-    assert resumed.metrics()["training"]["resumed_from"] == "checkpoint-4"
-    assert_same_bits(whole, resumed)
-    assert resumed.metrics()["before"] == whole.metrics()["before"]
-    assert resumed.metrics()["after"] == whole.metrics()["after"]
-
-
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, settings: list[str]) -> None:
     whole = train(load_recipe(QUICKSTART, settings), tmp_path / "whole")
     killed = Run(tmp_path / "killed")
@@ -149,15 +136,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, s
         "metrics.json", {k: v for k, v in whole.metrics().items() if k not in ("training", "before", "after")}
     )
     assert_same_bits(whole, train(load_recipe(QUICKSTART, settings), killed.folder, resume=True))
-
-
-def wait_for_step(run: Run, step: int, process: subprocess.Popen) -> None:
-    log = run.folder / "log.jsonl"
-    while process.poll() is None:
-        if log.exists() and any(json.loads(line)["step"] >= step for line in log.read_text().splitlines() if line):
-            return
-        time.sleep(0.005)
-    raise AssertionError("the run ended before it could be killed")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, settings: list[str]) -> None:
@@ -177,24 +155,23 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, settings: list
         train(load_recipe(QUICKSTART, [*settings, "training.learning_rate=1e-5"]), run.folder, resume=True)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [[], ["severity.reduction=examples", "training.packing=true", "training.gradient_checkpointing=true"]],
-    ids=["padded", "packed"],
-)
+PACKED = ["severity.reduction=examples", "training.packing=true", "training.gradient_checkpointing=true"]
+
+
+@pytest.mark.parametrize("more", [[], PACKED], ids=["padded", "packed"])
 def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, settings: list[str], more: list[str]) -> None:
     common = [*settings, *more, "lora.lora_dropout=0", "training.learning_rate=1e-3", "data.validation_size=13"]
     one = train(load_recipe(QUICKSTART, [*common, "training.per_device_train_batch_size=4"]), tmp_path / "one")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "accelerate_configs/cpu_2.yaml"),
-    ]
-    words = command(*common, "training.per_device_train_batch_size=2", "--output", str(tmp_path / "two"))
-    subprocess.run([*launch, *words[1:]], env=environment(), check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
     two = Run(tmp_path / "two")
+    words = [*common, "training.per_device_train_batch_size=2"]
+    if more:
+        child = start(train_in_child, QUICKSTART, words, two.folder, None, str(tmp_path / "cache"), processes=2)
+        assert exit_codes(child) == [0, 0]
+    else:
+        config = ROOT / "accelerate_configs/cpu_2.yaml"
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        train_ = command(*words, "--output", str(two.folder))[1:]
+        subprocess.run([*launch, *train_], env=environment(), check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
     assert two.environment()["processes"] == 2
     first, second = weights_of(one), weights_of(two)
     for name in first:
@@ -204,27 +181,45 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, settings: l
             assert two.metrics()[moment][name] == pytest.approx(value, rel=1e-5), (moment, name)
 
 
-UNSYNCHRONISED = """
-from pathlib import Path
-from sevpeft.errors import RunError
-from tests.training.test_trainer import make_rows, make_trainer
+def test_full_memory_is_told_with_the_plan_or_the_batch_is_cut(
+    tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = SeveritySFTTrainer.compute_loss
 
-trainer = make_trainer(Path("unused"), make_rows(), eval_dataset=make_rows(4, seed=1))
-trainer.evaluate()
-try:
+    def crowded(self: SeveritySFTTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.model.training and self.state.global_step == 5 and len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SeveritySFTTrainer, "compute_loss", crowded)
+    words = [*settings, "training.per_device_train_batch_size=4", "lora.lora_dropout=0"]
+    with pytest.raises(RunError) as full:
+        train(load_recipe(QUICKSTART, words), tmp_path / "full")
+    said = str(full.value)
+    assert "memory is full; start another run with training.gradient_checkpointing=true" in said
+    assert f"Checkpoints of {tmp_path / 'full'} are kept" in said and "auto_find_batch_size=true" in said
+    assert (tmp_path / "full" / "checkpoints" / "checkpoint-4" / "manifest.json").is_file()
+
+    console = Console(file=io.StringIO(), width=200)
+    cut = train(
+        load_recipe(QUICKSTART, [*words, "training.auto_find_batch_size=true"]), tmp_path / "cut", console=console
+    )
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "full; goes on from step 5 with 2 batches of 2 rows a step" in told
+    monkeypatch.undo()
+    roomy = train(load_recipe(QUICKSTART, words), tmp_path / "roomy")
+    for name, value in weights_of(roomy).items():
+        assert float((weights_of(cut)[name] - value).abs().max()) <= 1e-4, name
+    assert cut.metrics()["after"]["loss"] == pytest.approx(roomy.metrics()["after"]["loss"], rel=1e-5)
+
+
+def train_after_evaluation(folder: Path) -> None:
+    trainer = make_trainer(folder, make_rows(), eval_dataset=make_rows(4, seed=1))
+    trainer.evaluate()
     trainer.train()
-except RunError as error:
-    assert "without exchanging gradients" in str(error)
-else:
-    raise SystemExit("two processes trained apart in silence")
-# A process that exits while gloo's threads live is now and then aborted.
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.state.destroy_process_group()
-"""
 
 
 def test_two_processes_that_would_train_apart_are_stopped(tmp_path: Path) -> None:
-    script = tmp_path / "evaluate_first.py"
-    script.write_text(UNSYNCHRONISED, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, str(script)], env=environment(), check=True, cwd=tmp_path)
+    processes = start(train_after_evaluation, tmp_path, str(tmp_path), processes=2)
+    assert exit_codes(processes) == [1, 1]
+    assert "without exchanging gradients" in said_by(processes[0], tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from sevpeft.errors import RecipeError
 from sevpeft.modeling.loading import Precision
 from sevpeft.recipe import recipe_from_values
+from sevpeft.training import settings
 from sevpeft.training.settings import sft_config
 
 FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
@@ -54,3 +56,10 @@ def test_values_that_cannot_work_are_refused_in_one_sentence(tmp_path: Path, tra
     with pytest.raises(RecipeError, match=said) as caught:
         config(tmp_path, **training)
     assert "\n" not in str(caught.value)
+
+
+def test_several_processes_do_not_look_for_a_batch_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not config(tmp_path, auto_find_batch_size=True).auto_find_batch_size, "the trainer does it, in its own way"
+    monkeypatch.setattr(settings, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(RecipeError, match="auto_find_batch_size works on one process only"):
+        config(tmp_path, auto_find_batch_size=True)

@@ -1,0 +1,74 @@
+"""What a signal does where nothing is being trained, and in whose hands signals are before and after."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from sevpeft.training import leaving as module
+from sevpeft.training.leaving import SIGNALS, Leaving, command_to_go_on
+
+
+def test_signals_are_heard_inside_only(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    said: list[str] = []
+    with Leaving(tmp_path, said.append) as leaving:
+        assert all(signal.getsignal(number) == leaving._hear for number in SIGNALS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(said) == 1 and "checkpoint" in said[0]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_an_echo_of_the_first_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Leaving(tmp_path, lambda sentence: None):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher that passes the signal of the terminal on
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(module, "_SECONDS_TO_INSIST", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_the_user_has_switched_off_stays_off(tmp_path: Path) -> None:
+    """`nohup` ignores SIGHUP, so that a training outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Leaving(tmp_path, lambda sentence: None):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_outside_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def inside() -> None:
+        with Leaving(tmp_path, lambda sentence: None):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_worker_of_the_data_loader_ends_by_the_signal_and_says_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Leaving(tmp_path, said.append) as leaving:
+        leaving._process = -1  # as in a worker, which has inherited the handler of another process
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 143 and said == []
+
+
+def test_the_command_to_go_on_can_be_given_to_a_shell() -> None:
+    words = shlex.split(command_to_go_on(Path("runs/my run")))
+    assert words == ["sevpeft", "train", "runs/my run/recipe.yaml", "--output", "runs/my run", "--resume"]
