@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from sevpeft.recipe.sections import DataSection, known_initialisation
+from sevpeft.recipe.library_sections import known_initialisation
+from sevpeft.recipe.sections import DataSection
 from sevpeft.recipe.yaml_text import Mistake
 
 Refused = Callable[[Any], bool]
@@ -95,6 +96,8 @@ LORA_MANAGED: dict[str, tuple[Refused, str]] = {
     "peft_version": (_always, "PEFT fills it in; leave it out"),
     "runtime_config": (_always, "PEFT takes it as an object only, which a recipe cannot hold; leave it out"),
 }
+# Optimisers that transformers builds from groups of its own.
+_OWN_GROUPS = re.compile("galore|apollo|lomo|adalomo")
 MANAGED = {"training": TRAINING_MANAGED, "lora": LORA_MANAGED}
 
 # Key that no section has → its name here (other tools' words, and names that the libraries changed).
@@ -130,6 +133,7 @@ RENAMED: dict[str, str] = {
     "torch_dtype": "model.dtype",
     "use_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "val_size": "data.validation_size",
+    "loraplus_weight_decay": "training.weight_decay",
 }
 # Key that no section has and no other replaces as it stands → reason; remedy.
 GONE: dict[str, str] = {
@@ -192,7 +196,14 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
         why = "it would not be used, because severity.source is columns"
         yield ("severity", "classifier"), f"{why}; set source to the classifier's kind, or leave it out"
     yield from _splits(_section(values, "data"))
-    for key, sentence in _adapter(_section(values, "lora"), _section(values, "quantization")):
+    lora = _section(values, "lora")
+    if lora.get("loraplus_lr_ratio") is not None and _OWN_GROUPS.match(str(training.get("optim"))):
+        why = f"{training['optim']} sorts the parameters itself, so that LoRA+ would be left out"
+        yield (
+            ("training", "optim"),
+            f"{why}; write paged_adamw_8bit or adamw_torch, or leave lora.loraplus_lr_ratio out",
+        )
+    for key, sentence in _adapter(lora, _section(values, "quantization")):
         yield ("lora", key), sentence
 
 
@@ -236,6 +247,8 @@ def _adapter(lora: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterat
     elif quantised and start == "loftq":
         why = "loftq quantises the base model itself"
         yield "init_lora_weights", f"{why}; leave load_in_4bit and load_in_8bit out, or use true"
+    if lora.get("loraplus_lr_embedding") is not None and lora.get("loraplus_lr_ratio") is None:
+        yield "loraplus_lr_embedding", "only LoRA+ uses it; write loraplus_lr_ratio too, such as 16, or leave it out"
     if lora.get("use_dora") is True and eight:
         yield "use_dora", "DoRA fails on an 8-bit base model; use quantization.load_in_4bit or leave use_dora out"
     yield from _targets(lora)

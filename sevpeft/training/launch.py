@@ -1,4 +1,4 @@
-"""Finds out whether as many processes run as the launcher was asked for.
+"""Finds out whether as many processes run as the launcher was asked for, and whether they share one model.
 
 On a CPU, `accelerate launch --cpu --num_processes 2` and `distributed_type: MULTI_CPU` start one process and say
 nothing; half of the work is then missing from a run that looks complete. What was asked for is read from the command
@@ -7,12 +7,14 @@ line of the launcher itself, which is an ancestor of this process, with accelera
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from transformers import TrainingArguments
 
 from sevpeft.errors import RunError
 
@@ -26,6 +28,14 @@ def check_processes(running: int) -> None:
             "on a CPU it starts several only with `distributed_type: MULTI_GPU` and `use_cpu: true`, "
             "as in accelerate_configs/cpu_2.yaml."
         )
+
+
+def sharding_engine(args: TrainingArguments) -> str | None:
+    """FSDP or DeepSpeed, where one of them cuts the model into parts; None where every process holds all of it."""
+    if args.deepspeed_plugin is not None:
+        return "DeepSpeed"
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    return "FSDP" if launched or args.fsdp else None
 
 
 def asked_processes(command: Sequence[str]) -> int | None:

@@ -39,6 +39,7 @@ from sevpeft.training.announcement import announce_data
 from sevpeft.training.checkpoints import newest_whole, remove_unfinished
 from sevpeft.training.fitting import refuse_what_cannot_fit
 from sevpeft.training.launch import check_processes
+from sevpeft.training.optimizer import loraplus_settings
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, say
 from sevpeft.training.settings import sft_config
@@ -111,6 +112,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
                 processing_class=tokenizer,
                 peft_config=adapter,
                 reduction=recipe.severity.reduction,
+                loraplus=loraplus_settings(recipe, arguments),
                 callbacks=[progress],
             )
             trainer.remove_callback(PrinterCallback)

@@ -35,6 +35,7 @@ from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.checkpoints import seal
 from sevpeft.training.collator import SeverityCollator
+from sevpeft.training.optimizer import loraplus_optimizer
 
 IGNORED = -100
 # Where Triton runs, TRL's own LM head passes over the positions without a label.
@@ -56,6 +57,7 @@ class SeveritySFTTrainer(SFTTrainer):
             (position in SEVERITIES, -1 for unknown).
         reduction: what the weighted sum of a (global, accumulated) batch is divided by: "tokens", the number of
             answer tokens, as in TRL; or "examples", the number of answers (the weights then carry 1/L_i).
+        loraplus: settings of LoRA+ (`loraplus_settings`); None for one learning rate.
 
     Raises:
         WeightError: weights absent, not finite, negative, or all zero.
@@ -69,6 +71,7 @@ class SeveritySFTTrainer(SFTTrainer):
         train_dataset: Dataset,
         *,
         reduction: str = "tokens",
+        loraplus: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         if reduction not in ("tokens", "examples"):
@@ -76,6 +79,7 @@ class SeveritySFTTrainer(SFTTrainer):
         _refuse_bypasses(args)
         _check_weights(train_dataset)
         self.reduction = reduction
+        self.loraplus = loraplus
         self._head_mask: torch.Tensor | None = None
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
@@ -96,6 +100,11 @@ class SeveritySFTTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         columns: list[str] = getattr(self, "_signature_columns")  # noqa: B009 (TRL leaves it untyped)
         self._signature_columns: Any = list(dict.fromkeys([*columns, "token_weights", "severity"]))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.loraplus and getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = loraplus_optimizer(self.model if model is None else model, self.args, self.loraplus)
+        return super().create_optimizer(model)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         if self.reduction == "examples":
