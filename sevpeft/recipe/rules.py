@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from sevpeft.recipe.library_sections import known_initialisation
+from sevpeft.recipe.library_sections import LORA_DEFAULTS, known_initialisation
 from sevpeft.recipe.sections import DataSection
 from sevpeft.recipe.yaml_text import Mistake
 
@@ -98,6 +98,11 @@ LORA_MANAGED: dict[str, tuple[Refused, str]] = {
 }
 # Optimisers that transformers builds from groups of its own.
 _OWN_GROUPS = re.compile("galore|apollo|lomo|adalomo")
+# Starts that take a part of the base weights into the adapter, so that it belongs to another base model.
+CHANGING_THE_BASE = ("pissa", "olora")
+_FROM_WHOLE_WEIGHTS = (*CHANGING_THE_BASE, "orthogonal", "corda", "mica")
+# What PEFT leaves out when it turns such an adapter into a plain one (`LoraModel.subtract_mutated_init`).
+_NOT_PLAIN = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 MANAGED = {"training": TRAINING_MANAGED, "lora": LORA_MANAGED}
 
 # Key that no section has → its name here (other tools' words, and names that the libraries changed).
@@ -239,19 +244,37 @@ def _adapter(lora: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterat
     quantised = eight or quantization.get("load_in_4bit") is True
     start = lora.get("init_lora_weights", True)
     if not known_initialisation(start):
-        names = "true, gaussian, olora, pissa, pissa_niter_4, orthogonal or mica"
+        names = "true, gaussian, olora, pissa, pissa_niter_4, orthogonal, eva, loftq or mica"
         yield "init_lora_weights", f"PEFT knows no initialisation {start!r}; write {names}"
-    elif quantised and isinstance(start, str) and start.startswith(("pissa", "orthogonal", "corda")):
+    elif quantised and isinstance(start, str) and start.startswith(_FROM_WHOLE_WEIGHTS):
         why = f"{start} computes with the base weights themselves, and quantised ones cannot be changed"
-        yield "init_lora_weights", f"{why}; use true or olora, or leave the quantization out"
-    elif quantised and start == "loftq":
-        why = "loftq quantises the base model itself"
-        yield "init_lora_weights", f"{why}; leave load_in_4bit and load_in_8bit out, or use true"
+        yield "init_lora_weights", f"{why}; use true, gaussian or eva, or leave the quantization out"
+    elif start == "loftq" and quantization.get("load_in_4bit") is not True:
+        why = "loftq starts the adapter from the error of a 4-bit base model"
+        yield "init_lora_weights", f"{why}; write quantization.load_in_4bit: true, or use true"
+    elif start == "loftq" and not _scaled_by_one(lora):
+        why = "loftq cancels that error only where the adapter counts once"
+        yield "lora_alpha", f"{why}; write as much as r (its square root with use_rslora), and no alpha_pattern"
+    elif isinstance(start, str) and start.startswith(CHANGING_THE_BASE):
+        for key, lost in (("bias", lora.get("bias", "none") != "none"), *((k, bool(lora.get(k))) for k in _NOT_PLAIN)):
+            if lost:
+                why = f"{start} changes the base model, and PEFT cannot undo that in an adapter with {key}"
+                yield key, f"{why}; leave it out, or use init_lora_weights: true"
+        if lora.get("use_rslora") is True and (lora.get("rank_pattern") or lora.get("alpha_pattern")):
+            why = f"{start} changes the base model, and PEFT cannot undo that with rank_pattern or alpha_pattern beside"
+            yield "use_rslora", f"{why} use_rslora; leave one of them out"
+    if lora.get("layer_replication") and eight:
+        yield "layer_replication", "the copies of an 8-bit layer lose their scales; use load_in_4bit or leave it out"
     if lora.get("loraplus_lr_embedding") is not None and lora.get("loraplus_lr_ratio") is None:
         yield "loraplus_lr_embedding", "only LoRA+ uses it; write loraplus_lr_ratio too, such as 16, or leave it out"
     if lora.get("use_dora") is True and eight:
         yield "use_dora", "DoRA fails on an 8-bit base model; use quantization.load_in_4bit or leave use_dora out"
     yield from _targets(lora)
+
+
+def _scaled_by_one(lora: Mapping[str, Any]) -> bool:
+    r, alpha = (lora.get(name, LORA_DEFAULTS[name]) for name in ("r", "lora_alpha"))
+    return not lora.get("alpha_pattern") and alpha == (r**0.5 if lora.get("use_rslora") else r)
 
 
 def _targets(lora: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

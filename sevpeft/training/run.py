@@ -38,6 +38,7 @@ from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.announcement import announce_data
 from sevpeft.training.checkpoints import newest_whole, remove_unfinished
 from sevpeft.training.fitting import refuse_what_cannot_fit
+from sevpeft.training.initialisation import make_plain, refuse_start, start_adapter
 from sevpeft.training.launch import check_processes
 from sevpeft.training.optimizer import loraplus_settings
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
@@ -79,6 +80,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     arguments = sft_config(recipe, precision, run.checkpoints)
     refuse_hopeless_start(recipe)
     refuse_what_cannot_fit(recipe)
+    refuse_start(recipe, arguments)
     with state.main_process_first():
         config = load_config(recipe)
     tokenizer = load_tokenizer(recipe, config)
@@ -116,6 +118,8 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
                 callbacks=[progress],
             )
             trainer.remove_callback(PrinterCallback)
+            if not resume:
+                start_adapter(trainer, recipe, run)
             if state.is_main_process and not resume:
                 _write_origin(run, recipe, prepared, trainer)
         state.wait_for_everyone()
@@ -144,6 +148,8 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
 
 def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, console: Console, *, resume: bool) -> None:
     checkpoint = _checkpoint_to_go_on_from(trainer, run, console) if resume else None
+    if resume:
+        start_adapter(trainer, load_recipe(run.folder / "recipe.yaml"), run, checkpoint)
     # The figure before training is taken by the training loop itself: accelerate takes a model that was evaluated
     # first for one that is ready to train, and several processes would then train without exchanging gradients.
     # A resumed run has that figure in its checkpoint, and another evaluation would change its random numbers.
@@ -189,6 +195,7 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
     if trainer.is_world_process_zero():
         # A pickle of the training arguments; the recipe says the same and can be read.
         (unfinished / "training_args.bin").unlink(missing_ok=True)
+        make_plain(trainer, run, unfinished)
         sort_target_modules(unfinished)
         shutil.rmtree(run.adapter, ignore_errors=True)
         unfinished.replace(run.adapter)
