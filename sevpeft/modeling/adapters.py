@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
         settings["init_lora_weights"] = True  # what it starts from is put in its place once the adapter is there
     try:
         if start == "eva":
+            # It concerns models that are larger on the CPU than the GPU; the trainer puts the adapter on itself.
+            warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
             settings["eva_config"] = EvaConfig(**(settings.get("eva_config") or {}))
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
         for setting in ("target_modules", "modules_to_save"):

@@ -51,6 +51,8 @@ class Setting:
     eval_batch: int
     checkpointing: bool
     optim: str
+    selective: bool = False
+    """Checkpointing that keeps the outputs of attention."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Setting:
@@ -62,6 +64,7 @@ class Setting:
             eval_batch=settings["per_device_eval_batch_size"] if settings["eval_strategy"] != "no" else 0,
             checkpointing=True if checkpointing is None else bool(checkpointing),
             optim=str(settings.get("optim") or "adamw_torch"),
+            selective=bool((settings.get("gradient_checkpointing_kwargs") or {}).get("selective")),
         )
 
 
@@ -155,7 +158,9 @@ class MemoryPlan:
         """Bytes of the recipe's own setting, or of another one."""
         setting = setting or self.setting
         count = self.parameters
-        step = self._peak(Step(setting.batch, setting.length, setting.checkpointing))
+        step = self._peak(
+            Step(setting.batch, setting.length, setting.checkpointing, selective=setting.selective)
+        )
         if setting.eval_batch:
             check = self._peak(Step(setting.eval_batch, setting.length, False, training=False))
             step = max(step, check, key=lambda peak: peak.total)
