@@ -35,6 +35,7 @@ class Step:
     Attributes:
         batch, length: rows and tokens of each; every position but the first of a row goes through the LM head.
         checkpointing: gradient checkpointing.
+        every_n_layers: how many layers one is checkpointed of (transformers' key of the same kwargs).
         selective: of all but attention, whose outputs are kept (TRL's `gradient_checkpointing_kwargs: {selective}`).
         training: with gradients; else a validation step.
     """
@@ -44,6 +45,7 @@ class Step:
     checkpointing: bool
     training: bool = True
     selective: bool = False
+    every_n_layers: int = 1
 
     @property
     def labelled(self) -> int:
@@ -83,8 +85,9 @@ class Rehearsal:
         model = self._model
         model.train(step.training)
         if step.checkpointing and step.training:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs=_selective_kwargs() if step.selective else {"use_reentrant": False}
+            model.get_base_model().gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=_selective_kwargs() if step.selective else {"use_reentrant": False},
+                **({"every_n_layers": step.every_n_layers} if step.every_n_layers > 1 else {}),
             )
         else:
             model.gradient_checkpointing_disable()

@@ -58,6 +58,8 @@ TRAINING_MANAGED: dict[str, tuple[Refused, str]] = {
     "label_names": (_always, f"{_ENCODED_HERE} and labels; leave it out"),
     "model_init_kwargs": (_always, "the base model is loaded by sevpeft; use the sections model and quantization"),
     "trust_remote_code": (_always, "the base model is loaded by sevpeft; use model.trust_remote_code"),
+    "activation_checkpointing": (_always, "TRL reads the older name; write gradient_checkpointing"),
+    "activation_checkpointing_kwargs": (_always, "TRL reads the older name; write gradient_checkpointing_kwargs"),
     "chat_template_path": (_always, "generation must use the training prompt; use prompt.template or prompt.chat"),
     "eos_token": (_always, _TOKENS_OF_MODEL),
     "pad_token": (_always, _TOKENS_OF_MODEL),
@@ -189,6 +191,10 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
     training = _section(values, "training")
     if training.get("packing") is True and "max_length" in training and training["max_length"] is None:
         yield ("training", "max_length"), "is null, and packing fills rows up to a length; write one, such as 512"
+    every = (_section(training, "gradient_checkpointing_kwargs")).get("every_n_layers", 1)
+    if type(every) is not int or every < 1:
+        why = f"every_n_layers is {every!r}, and of so many layers one is checkpointed"
+        yield ("training", "gradient_checkpointing_kwargs"), f"{why}; write a number of layers from 1 up"
     prompt = _section(values, "prompt")
     if prompt.get("dialect") and not prompt.get("dialect_prefixes"):
         yield ("prompt", "dialect"), "chooses among dialect_prefixes, and there are none; add them or leave it out"

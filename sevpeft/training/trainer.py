@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
+from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -82,6 +83,9 @@ class SeveritySFTTrainer(SFTTrainer):
         self.loraplus = loraplus
         self._head_mask: torch.Tensor | None = None
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("selective"):
+            # TRL 1.16 does this to the PeftModel, whose wrapper transformers 5.24 goes past.
+            enable_selective_activation_checkpointing(model)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
 
         # A custom collator is refused by TRL's constructor when padding-free, so it takes the default's place here.

@@ -440,6 +440,11 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(mistakes, text, s
             "lora.layer_replication: the copies of an 8-bit layer lose their scales;",
         ),
         (
+            "training: {gradient_checkpointing_kwargs: {every_n_layers: 0}}",
+            "training.gradient_checkpointing_kwargs: every_n_layers is 0,",
+        ),
+        ("training: {activation_checkpointing: false}", "training.activation_checkpointing: TRL reads the older name;"),
+        (
             "lora: {init_lora_weights: gausian}",
             "lora.init_lora_weights: PEFT knows no initialisation 'gausian'; write true, gaussian,",
         ),
