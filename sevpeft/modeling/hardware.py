@@ -6,6 +6,7 @@ alike to a program: `torch.cuda.is_available()` is false. Each has another remed
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -83,6 +84,24 @@ def refuse_bfloat16(setting: str) -> None:
         raise ModelError(
             f"{setting}, but {torch.cuda.get_device_name()} does not compute in bfloat16; leave it out and float16 is "
             "used."
+        )
+
+
+def refuse_kernel_on_packed_weights(model: torch.nn.Module, name: str) -> None:
+    """Raises ModelError when the training kernel of mamba_ssm would be given weights that bitsandbytes packs.
+
+    It multiplies with `out_proj.weight` itself (transformers 5.24, Mamba-2 mixers of Falcon-H1, Bamba, Zamba2, …), and
+    packed that is a row of bytes of another shape.
+
+    Args:
+        model: on whatever device; only its modules are looked at.
+    """
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return
+    if any(hasattr(module, "A_log") and hasattr(module, "out_proj") for module in model.modules()):
+        raise ModelError(
+            f"{name} is trained by the kernel of mamba_ssm here, which cannot read the quantised weights of out_proj; "
+            "run `pip uninstall mamba-ssm` (training is slower then), or leave the quantization out."
         )
 
 

@@ -28,7 +28,12 @@ from transformers import (
 
 from sevpeft.data.hub import look_for_hub
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
-from sevpeft.modeling.hardware import refuse_bfloat16, refuse_missing_bitsandbytes, why_no_gpu
+from sevpeft.modeling.hardware import (
+    refuse_bfloat16,
+    refuse_kernel_on_packed_weights,
+    refuse_missing_bitsandbytes,
+    why_no_gpu,
+)
 from sevpeft.modeling.prompts import choose_pad_token
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
@@ -151,6 +156,11 @@ def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> P
     if recipe.model.attn_implementation:
         arguments["attn_implementation"] = recipe.model.attn_implementation
     if quantization is not None:
+        with _plain_errors(recipe), torch.device("meta"):
+            modules = AutoModelForCausalLM.from_config(
+                load_config(recipe), trust_remote_code=recipe.model.trust_remote_code
+            )
+        refuse_kernel_on_packed_weights(modules, recipe.model.name_or_path)
         arguments["quantization_config"] = quantization
         arguments["device_map"] = {"": device_index if uses_gpu(recipe) else "cpu"}
     name = resolved_name(recipe)

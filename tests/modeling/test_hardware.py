@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary
 from sevpeft.errors import ModelError
 from sevpeft.modeling import hardware
 from sevpeft.modeling.hardware import refuse_missing_bitsandbytes, why_no_gpu
-from sevpeft.modeling.loading import choose_precision, refuse_hopeless_start
+from sevpeft.modeling.loading import choose_precision, load_model, refuse_hopeless_start
 from sevpeft.recipe import Recipe, recipe_from_values
 
 ROOT = Path(__file__).parent.parent.parent
@@ -186,3 +187,22 @@ def test_a_bitsandbytes_whose_file_is_gone_is_noticed_by_the_command(tmp_path: P
     assert said.returncode == 1 and not (tmp_path / "run").exists()
     assert "quantization.load_in_4bit=true needs the compiled library of bitsandbytes" in said.stderr + said.stdout
     assert "Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize(("architecture", "refused"), [("falcon_h1", True), ("lfm2", False), ("llama", False)])
+def test_a_kernel_that_cannot_read_packed_weights_is_refused_where_it_would_be_used(
+    architecture: str, refused: bool, model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"name_or_path": str(model_folder(architecture))}
+    recipe = recipe_with(model=name, quantization={"load_in_4bit": True})
+    float32 = choose_precision(recipe)
+    load_model(recipe, float32)
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    if refused:
+        with pytest.raises(ModelError, match=r"kernel of mamba_ssm here, .* run `pip uninstall mamba-ssm`"):
+            load_model(recipe, float32)
+    else:
+        load_model(recipe, float32)
+    load_model(recipe_with(model=name), float32)
