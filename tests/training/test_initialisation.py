@@ -141,7 +141,7 @@ def test_another_division_of_the_base_is_not_gone_on_with(recipe_of: Callable[..
 
 @pytest.mark.parametrize("base", ["whole", "nf4"])
 def test_eva_repeats_leaves_the_random_numbers_alone_and_resumes_to_the_bit(
-    base: str, recipe_of: Callable[..., Recipe], tmp_path: Path
+    base: str, recipe_of: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = recipe_of({"init_lora_weights": "eva", "lora_dropout": 0.1}, base), Run(tmp_path)
     saving = {"save_strategy": "steps", "save_steps": 2}
@@ -158,6 +158,7 @@ def test_eva_repeats_leaves_the_random_numbers_alone_and_resumes_to_the_bit(
     whole.train()
     resumed = trainer_of(recipe, tmp_path, **saving)
     checkpoint = str(tmp_path / "checkpoints" / "checkpoint-2")
+    monkeypatch.setattr(initialisation, "_directions", lambda _: pytest.fail("read the rows again"))
     start_adapter(resumed, recipe, run, checkpoint)
     assert resumed.model.peft_config["default"].rank_pattern == ranks
     assert trainable_parameters(resumed.model) == trainable_parameters(whole.model)
