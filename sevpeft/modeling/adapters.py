@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import warnings
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sevpeft.errors import ModelError, first_sentence
 from sevpeft.modeling.sharding import on_paper
+from sevpeft.modeling.targets import refuse_unmatched
 from sevpeft.recipe import Recipe
 
 
@@ -22,17 +25,24 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
     """
     settings = recipe.lora.settings()
     start = settings.get("init_lora_weights")
-    if start in ("eva", "corda", "lora_ga"):
+    if start in ("corda", "lora_ga"):
         raise ModelError(
             f"lora.init_lora_weights={start} needs a pass over the data before training, which is not made here, so it "
-            "would start like plain LoRA; leave it out, or use olora."
+            "would start like plain LoRA; leave it out, or use eva."
         )
+    if start == "loftq":
+        settings["init_lora_weights"] = True  # what it starts from is put in its place once the adapter is there
     try:
+        if start == "eva":
+            # It concerns models that are larger on the CPU than the GPU; the trainer puts the adapter on itself.
+            warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
+            settings["eva_config"] = EvaConfig(**(settings.get("eva_config") or {}))
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
         for setting in ("target_modules", "modules_to_save"):
             _refuse_absent(setting, getattr(config, setting), model)
+        refuse_unmatched(config, model)
         _try_on_paper(config, model)
-    except (ValueError, TypeError, ImportError, IndexError) as error:
+    except (ValueError, TypeError, ImportError, IndexError, re.error) as error:
         remedy = "; write lora.exclude_modules=[out_proj,conv1d]" if "Mamba-based" in str(error) else ""
         raise ModelError(
             f"PEFT refuses the lora section for {model.config.model_type}: {first_sentence(error)}{remedy}."
@@ -58,6 +68,7 @@ def _refuse_absent(setting: str, wanted: str | list[str] | set[str] | None, mode
 def _try_on_paper(config: LoraConfig, model: PreTrainedModel) -> None:
     """Puts the adapter on a copy of the model without weights, so that PEFT refuses here and not inside the trainer."""
     config = copy.deepcopy(config)
+    config.eva_config = None
     if config.init_lora_weights != "orthogonal":
         config.init_lora_weights = False  # what starts from the base weights would need them
     with on_paper():

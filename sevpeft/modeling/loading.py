@@ -28,6 +28,12 @@ from transformers import (
 
 from sevpeft.data.hub import look_for_hub
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
+from sevpeft.modeling.hardware import (
+    refuse_bfloat16,
+    refuse_kernel_on_packed_weights,
+    refuse_missing_bitsandbytes,
+    why_no_gpu,
+)
 from sevpeft.modeling.prompts import choose_pad_token
 from sevpeft.modeling.sharding import fsdp_asked, on_paper, weights_are_sharded, zero3
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
@@ -56,21 +62,27 @@ def choose_precision(recipe: Recipe) -> Precision:
     """Number formats for this recipe on this machine.
 
     Raises:
-        ModelError: float16 training asked for on a CPU, or bfloat16 on a GPU that does not compute in it.
+        ModelError: float16 training asked for on a CPU, or bfloat16 on a GPU that does not compute in it; bitsandbytes
+            asked for and not there.
     """
+    refuse_missing_bitsandbytes(recipe)
     gpu = uses_gpu(recipe)
     settings = recipe.training.settings()
     asked_bf16, asked_fp16 = settings.get("bf16"), settings.get("fp16")
     native_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if asked_fp16 and not gpu:
         raise ModelError(
-            "training.fp16=true needs a CUDA GPU and this run has none; leave it out (a CPU run uses float32)."
+            f"training.fp16=true needs a CUDA GPU, and {why_no_gpu(recipe)}; without fp16 a CPU run uses float32."
         )
-    if asked_bf16 and gpu and not native_bf16:
-        raise ModelError(
-            f"training.bf16=true, but {torch.cuda.get_device_name()} does not compute in bfloat16; "
-            "leave it out and float16 is used."
-        )
+    if gpu and not native_bf16:
+        compute = recipe.quantization.load_in_4bit and recipe.quantization.bnb_4bit_compute_dtype
+        for setting, asked in (
+            ("training.bf16=true", asked_bf16),
+            ("model.dtype=bfloat16", recipe.model.dtype == "bfloat16"),
+            ("quantization.bnb_4bit_compute_dtype=bfloat16", compute == "bfloat16"),
+        ):
+            if asked:
+                refuse_bfloat16(setting)
     half = torch.bfloat16 if native_bf16 else torch.float16
     if recipe.model.dtype != "auto":
         dtype = getattr(torch, recipe.model.dtype)
@@ -167,6 +179,11 @@ def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> P
     if recipe.model.attn_implementation:
         arguments["attn_implementation"] = recipe.model.attn_implementation
     if quantization is not None:
+        with _plain_errors(recipe), torch.device("meta"):
+            modules = AutoModelForCausalLM.from_config(
+                load_config(recipe), trust_remote_code=recipe.model.trust_remote_code
+            )
+        refuse_kernel_on_packed_weights(modules, recipe.model.name_or_path)
         arguments["quantization_config"] = quantization
         if not zero3():  # transformers refuses a device_map there
             # FSDP moves one layer after the other to the GPU and keeps its part, so that the whole need not fit there.
@@ -222,8 +239,8 @@ def refuse_hopeless_start(recipe: Recipe) -> None:
     if parameters > LARGEST_4BIT_ON_CPU:
         raise ModelError(
             f"{name} has {parameters / 1e9:.1f} billion parameters in "
-            f"{4 if recipe.quantization.load_in_4bit else 8} bit, which needs a CUDA GPU, and this machine shows none; "
-            "run it where `nvidia-smi` lists a GPU, or try the recipe here with model.name_or_path=builtin:tiny."
+            f"{4 if recipe.quantization.load_in_4bit else 8} bit, which needs a CUDA GPU, and {why_no_gpu(recipe)}, or "
+            "try the recipe here with model.name_or_path=builtin:tiny."
         )
 
 

@@ -8,6 +8,7 @@ for each.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -51,17 +52,24 @@ class Setting:
     eval_batch: int
     checkpointing: bool
     optim: str
+    selective: bool = False
+    """Checkpointing that keeps the outputs of attention."""
+    every_n_layers: int = 1
+    """Of so many layers one is checkpointed."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Setting:
         settings = recipe.training.settings()
         checkpointing = settings.get("gradient_checkpointing")
+        how = settings.get("gradient_checkpointing_kwargs") or {}
         return cls(
             batch=settings["per_device_train_batch_size"],
             length=settings["max_length"],
             eval_batch=settings["per_device_eval_batch_size"] if settings["eval_strategy"] != "no" else 0,
             checkpointing=True if checkpointing is None else bool(checkpointing),
             optim=str(settings.get("optim") or "adamw_torch"),
+            selective=bool(how.get("selective")),
+            every_n_layers=int(how.get("every_n_layers", 1)),
         )
 
 
@@ -155,7 +163,15 @@ class MemoryPlan:
         """Bytes of the recipe's own setting, or of another one."""
         setting = setting or self.setting
         count = self.parameters
-        step = self._peak(Step(setting.batch, setting.length, setting.checkpointing))
+        step = self._peak(
+            Step(
+                setting.batch,
+                setting.length,
+                setting.checkpointing,
+                selective=setting.selective,
+                every_n_layers=setting.every_n_layers,
+            )
+        )
         if setting.eval_batch:
             check = self._peak(Step(setting.eval_batch, setting.length, False, training=False))
             step = max(step, check, key=lambda peak: peak.total)
@@ -216,7 +232,7 @@ class MemoryPlan:
         A step of n layers needs a + b·n bytes. Two counts of layers give a and b.
         """
         if step not in self._peaks:
-            every, repeated = layer_count(self.config), period(self.config)
+            every, repeated = layer_count(self.config), math.lcm(period(self.config), step.every_n_layers)
             few = max(2, repeated)
             few = few if few + repeated <= every else every
             peak = self._rehearsal(few).peak(step)

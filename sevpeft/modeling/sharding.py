@@ -24,6 +24,11 @@ def deepspeed_asked() -> bool:
     return _flag("ACCELERATE_USE_DEEPSPEED")
 
 
+def engine_asked() -> str | None:
+    """FSDP or DeepSpeed, where the launcher asks for one of them."""
+    return "DeepSpeed" if deepspeed_asked() else "FSDP" if fsdp_asked() else None
+
+
 def zero3() -> bool:
     """Whether DeepSpeed is at ZeRO-3; known once TRL's settings were made, which read DeepSpeed's."""
     return bool(hf_deepspeed.is_deepspeed_zero3_enabled())

@@ -64,7 +64,7 @@ def weightless(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, *, 
     config = copy.deepcopy(config)
     if layers is not None:
         cut_layers(config, layers)
-    lora = recipe.lora.settings() | {"init_lora_weights": False}
+    lora = recipe.lora.settings() | {"init_lora_weights": False, "eva_config": None}
     try:
         with on_paper():
             attention = recipe.model.attn_implementation

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
+from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
 
 # PyTorch's CUDA allocator rounds to this.
@@ -33,6 +35,8 @@ class Step:
     Attributes:
         batch, length: rows and tokens of each; every position but the first of a row goes through the LM head.
         checkpointing: gradient checkpointing.
+        every_n_layers: how many layers one is checkpointed of (transformers' key of the same kwargs).
+        selective: of all but attention, whose outputs are kept (TRL's `gradient_checkpointing_kwargs: {selective}`).
         training: with gradients; else a validation step.
     """
 
@@ -40,6 +44,8 @@ class Step:
     length: int
     checkpointing: bool
     training: bool = True
+    selective: bool = False
+    every_n_layers: int = 1
 
     @property
     def labelled(self) -> int:
@@ -79,7 +85,10 @@ class Rehearsal:
         model = self._model
         model.train(step.training)
         if step.checkpointing and step.training:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.get_base_model().gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=_selective_kwargs() if step.selective else {"use_reentrant": False},
+                **({"every_n_layers": step.every_n_layers} if step.every_n_layers > 1 else {}),
+            )
         else:
             model.gradient_checkpointing_disable()
         parameters = list(model.parameters())
@@ -199,6 +208,19 @@ class _PackedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
         return gradient @ gradient.new_empty(ctx.shape), None, None
+
+
+def _selective_kwargs() -> dict[str, Any]:
+    """What TRL hands to `gradient_checkpointing_enable` for selective checkpointing, caught on its way."""
+    caught: dict[str, Any] = {}
+
+    def enable(gradient_checkpointing_kwargs: dict[str, Any]) -> None:
+        caught.update(gradient_checkpointing_kwargs)
+
+    model = SimpleNamespace(gradient_checkpointing_enable=enable)
+    enable_selective_activation_checkpointing(model)
+    model.gradient_checkpointing_enable()
+    return caught
 
 
 def _give_shapes(model: torch.nn.Module) -> None:

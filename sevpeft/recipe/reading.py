@@ -16,20 +16,19 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 from sevpeft.errors import RecipeError
 from sevpeft.recipe.evidence import EvaluationSection, GenerationSection
 from sevpeft.recipe.library_fields import lora_fields, sft_fields
+from sevpeft.recipe.library_sections import LoraSection, TrainingSection
 from sevpeft.recipe.mistakes import field_at, sentences
 from sevpeft.recipe.rules import broken_rules
 from sevpeft.recipe.sections import (
     SEVERITY_PRESETS,
     AboutSection,
     DataSection,
-    LoraSection,
     ModelSection,
     PromptSection,
     QuantizationSection,
     Section,
     SeveritySection,
     SeverityWeights,
-    TrainingSection,
 )
 from sevpeft.recipe.stopping import StoppingSection
 from sevpeft.recipe.yaml_text import KeyPath, Mistake, read_value, read_yaml, write_yaml
@@ -134,7 +133,7 @@ def recipe_schema() -> dict[str, Any]:
         for name, setting in schema["$defs"][section]["properties"].items():
             if setting.get("default") is None:
                 setting.pop("default", None)
-                if fields[name].default is not None:
+                if name in fields and fields[name].default is not None:
                     setting["default"] = fields[name].default
     return schema
 

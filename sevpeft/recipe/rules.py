@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from sevpeft.recipe.sections import DataSection, known_initialisation
+from sevpeft.recipe.library_sections import LORA_DEFAULTS, known_initialisation
+from sevpeft.recipe.sections import DataSection
 from sevpeft.recipe.yaml_text import Mistake
 
 Refused = Callable[[Any], bool]
@@ -61,6 +62,8 @@ TRAINING_MANAGED: dict[str, tuple[Refused, str]] = {
     "label_names": (_always, f"{_ENCODED_HERE} and labels; leave it out"),
     "model_init_kwargs": (_always, "the base model is loaded by sevpeft; use the sections model and quantization"),
     "trust_remote_code": (_always, "the base model is loaded by sevpeft; use model.trust_remote_code"),
+    "activation_checkpointing": (_always, "TRL reads the older name; write gradient_checkpointing"),
+    "activation_checkpointing_kwargs": (_always, "TRL reads the older name; write gradient_checkpointing_kwargs"),
     "chat_template_path": (_always, "generation must use the training prompt; use prompt.template or prompt.chat"),
     "eos_token": (_always, _TOKENS_OF_MODEL),
     "pad_token": (_always, _TOKENS_OF_MODEL),
@@ -102,6 +105,13 @@ LORA_MANAGED: dict[str, tuple[Refused, str]] = {
     "peft_version": (_always, "PEFT fills it in; leave it out"),
     "runtime_config": (_always, "PEFT takes it as an object only, which a recipe cannot hold; leave it out"),
 }
+# Optimisers that transformers builds from groups of its own.
+_OWN_GROUPS = re.compile("galore|apollo|lomo|adalomo")
+# Starts that take a part of the base weights into the adapter, so that it belongs to another base model.
+CHANGING_THE_BASE = ("pissa", "olora")
+_FROM_WHOLE_WEIGHTS = (*CHANGING_THE_BASE, "orthogonal", "corda", "mica")
+# What PEFT leaves out when it turns such an adapter into a plain one (`LoraModel.subtract_mutated_init`).
+_NOT_PLAIN = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 MANAGED = {"training": TRAINING_MANAGED, "lora": LORA_MANAGED}
 
 # Key that no section has → its name here (other tools' words, and names that the libraries changed).
@@ -134,6 +144,7 @@ RENAMED: dict[str, str] = {
     "torch_dtype": "model.dtype",
     "use_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "val_size": "data.validation_size",
+    "loraplus_weight_decay": "training.weight_decay",
 }
 # Key that no section has and no other replaces as it stands → reason; remedy.
 GONE: dict[str, str] = {
@@ -187,6 +198,10 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
     training = _section(values, "training")
     if training.get("packing") is True and "max_length" in training and training["max_length"] is None:
         yield ("training", "max_length"), "is null, and packing fills rows up to a length; write one, such as 512"
+    every = (_section(training, "gradient_checkpointing_kwargs")).get("every_n_layers", 1)
+    if type(every) is not int or every < 1:
+        why = f"every_n_layers is {every!r}, and of so many layers one is checkpointed"
+        yield ("training", "gradient_checkpointing_kwargs"), f"{why}; write a number of layers from 1 up"
     prompt = _section(values, "prompt")
     if prompt.get("dialect") and not prompt.get("dialect_prefixes"):
         yield ("prompt", "dialect"), "chooses among dialect_prefixes, and there are none; add them or leave it out"
@@ -199,7 +214,14 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
         why = "it would not be used, because severity.source is columns"
         yield ("severity", "classifier"), f"{why}; set source to the classifier's kind, or leave it out"
     yield from _splits(_section(values, "data"))
-    for key, sentence in _adapter(_section(values, "lora"), _section(values, "quantization")):
+    lora = _section(values, "lora")
+    if lora.get("loraplus_lr_ratio") is not None and _OWN_GROUPS.match(str(training.get("optim"))):
+        why = f"{training['optim']} sorts the parameters itself, so that LoRA+ would be left out"
+        yield (
+            ("training", "optim"),
+            f"{why}; write paged_adamw_8bit or adamw_torch, or leave lora.loraplus_lr_ratio out",
+        )
+    for key, sentence in _adapter(lora, _section(values, "quantization")):
         yield ("lora", key), sentence
 
 
@@ -235,17 +257,37 @@ def _adapter(lora: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterat
     quantised = eight or quantization.get("load_in_4bit") is True
     start = lora.get("init_lora_weights", True)
     if not known_initialisation(start):
-        names = "true, gaussian, olora, pissa, pissa_niter_4, orthogonal or mica"
+        names = "true, gaussian, olora, pissa, pissa_niter_4, orthogonal, eva, loftq or mica"
         yield "init_lora_weights", f"PEFT knows no initialisation {start!r}; write {names}"
-    elif quantised and isinstance(start, str) and start.startswith(("pissa", "orthogonal", "corda")):
+    elif quantised and isinstance(start, str) and start.startswith(_FROM_WHOLE_WEIGHTS):
         why = f"{start} computes with the base weights themselves, and quantised ones cannot be changed"
-        yield "init_lora_weights", f"{why}; use true or olora, or leave the quantization out"
-    elif quantised and start == "loftq":
-        why = "loftq quantises the base model itself"
-        yield "init_lora_weights", f"{why}; leave load_in_4bit and load_in_8bit out, or use true"
+        yield "init_lora_weights", f"{why}; use true, gaussian or eva, or leave the quantization out"
+    elif start == "loftq" and quantization.get("load_in_4bit") is not True:
+        why = "loftq starts the adapter from the error of a 4-bit base model"
+        yield "init_lora_weights", f"{why}; write quantization.load_in_4bit: true, or use true"
+    elif start == "loftq" and not _scaled_by_one(lora):
+        why = "loftq cancels that error only where the adapter counts once"
+        yield "lora_alpha", f"{why}; write as much as r (its square root with use_rslora), and no alpha_pattern"
+    elif isinstance(start, str) and start.startswith(CHANGING_THE_BASE):
+        for key, lost in (("bias", lora.get("bias", "none") != "none"), *((k, bool(lora.get(k))) for k in _NOT_PLAIN)):
+            if lost:
+                why = f"{start} changes the base model, and PEFT cannot undo that in an adapter with {key}"
+                yield key, f"{why}; leave it out, or use init_lora_weights: true"
+        if lora.get("use_rslora") is True and (lora.get("rank_pattern") or lora.get("alpha_pattern")):
+            why = f"{start} changes the base model, and PEFT cannot undo that with rank_pattern or alpha_pattern beside"
+            yield "use_rslora", f"{why} use_rslora; leave one of them out"
+    if lora.get("layer_replication") and eight:
+        yield "layer_replication", "the copies of an 8-bit layer lose their scales; use load_in_4bit or leave it out"
+    if lora.get("loraplus_lr_embedding") is not None and lora.get("loraplus_lr_ratio") is None:
+        yield "loraplus_lr_embedding", "only LoRA+ uses it; write loraplus_lr_ratio too, such as 16, or leave it out"
     if lora.get("use_dora") is True and eight:
         yield "use_dora", "DoRA fails on an 8-bit base model; use quantization.load_in_4bit or leave use_dora out"
     yield from _targets(lora)
+
+
+def _scaled_by_one(lora: Mapping[str, Any]) -> bool:
+    r, alpha = (lora.get(name, LORA_DEFAULTS[name]) for name in ("r", "lora_alpha"))
+    return not lora.get("alpha_pattern") and alpha == (r**0.5 if lora.get("use_rslora") else r)
 
 
 def _targets(lora: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,29 +1,13 @@
-"""The sections of a recipe: every setting with its type, its default and what it means, as pydantic models.
-
-Our own settings are written out here. `lora` and `training` are built from the fields of the installed PEFT and TRL
-(`library_fields`), with our defaults; of them a recipe holds what was set and what we default, and leaves the rest
-to the library.
-"""
+"""The sections of a recipe that are sevpeft's own: every setting with its type, its default and what it means, as
+pydantic models. `lora` and `training` are the libraries' (`library_sections`)."""
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    create_model,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
-
-from sevpeft.recipe.library_fields import LibraryField, lora_fields, sft_fields
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 # (α, β, γ): the weight of a surely non-critical, neutral and critical consultation (arXiv 2604.06346).
 SEVERITY_PRESETS: dict[str, tuple[float, float, float]] = {
@@ -32,54 +16,6 @@ SEVERITY_PRESETS: dict[str, tuple[float, float, float]] = {
     "strong": (0.25, 1.0, 1.75),
 }
 PLACEHOLDERS = ("question", "answer_cue")
-
-# Rank, alpha, dropout, bias and all of `training` down to max_grad_norm are the published ones (arXiv 2604.06346).
-LORA_DEFAULTS: dict[str, Any] = {
-    "r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.05,
-    "bias": "none",
-    "target_modules": "all-linear",
-}
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "max_length": 512,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 8,
-    "gradient_accumulation_steps": 8,
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0,
-    "num_train_epochs": 3,
-    "max_grad_norm": 1.0,
-    "seed": 42,
-    "logging_steps": 10,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-}
-# Values that the libraries' types allow and that would fail, or train nothing, an hour later.
-_BOUNDS: dict[str, dict[str, Any]] = {
-    "r": {"ge": 1},
-    "lora_alpha": {"ge": 1},
-    "lora_dropout": {"ge": 0, "lt": 1},
-    "max_length": {"ge": 2},
-    "per_device_train_batch_size": {"ge": 1},
-    "per_device_eval_batch_size": {"ge": 1},
-    "gradient_accumulation_steps": {"ge": 1},
-    "learning_rate": {"ge": 0},
-    "weight_decay": {"ge": 0},
-    "warmup_steps": {"ge": 0},
-    "num_train_epochs": {"gt": 0},
-    "max_grad_norm": {"ge": 0},
-    "seed": {"ge": 0},
-    "data_seed": {"ge": 0},
-    "logging_steps": {"gt": 0},
-    "eval_steps": {"gt": 0},
-    "save_steps": {"gt": 0},
-    "save_total_limit": {"ge": 1},
-    "dataloader_num_workers": {"ge": 0},
-}
 
 
 class Section(BaseModel):
@@ -289,51 +225,3 @@ class SeveritySection(Section):
         if isinstance(self.weights, str):
             return SEVERITY_PRESETS[self.weights]
         return self.weights.non_critical, self.weights.neutral, self.weights.critical
-
-
-class LibrarySection(Section):
-    """Settings that go to a library by their own names; one that is neither set nor defaulted by us is None."""
-
-    @model_serializer
-    def settings(self) -> dict[str, Any]:
-        """What to hand to the library: what the recipe sets and what we default, in the library's order."""
-        ours = TRAINING_DEFAULTS if isinstance(self, TrainingSection) else LORA_DEFAULTS
-        set_here = self.model_fields_set
-        return {name: getattr(self, name) for name in type(self).model_fields if name in ours or name in set_here}
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-
-def _library_section(name: str, fields: Mapping[str, LibraryField], ours: Mapping[str, Any], about: str) -> Any:
-    settings: dict[str, Any] = {
-        field.name: (
-            field.annotation,
-            Field(ours.get(field.name), description=field.help or None, **_BOUNDS.get(field.name, {})),
-        )
-        for field in fields.values()
-    }
-    return create_model(name, __base__=LibrarySection, __doc__=about, __module__=__name__, **settings)
-
-
-if TYPE_CHECKING:
-
-    class LoraSection(LibrarySection): ...
-
-    class TrainingSection(LibrarySection): ...
-
-else:
-    LoraSection = _library_section(
-        "LoraSection", lora_fields(), LORA_DEFAULTS, "The adapter: every setting of PEFT's LoraConfig."
-    )
-    TrainingSection = _library_section(
-        "TrainingSection", sft_fields(), TRAINING_DEFAULTS, "The training: every setting of TRL's SFTConfig."
-    )
-
-
-def known_initialisation(value: Any) -> bool:
-    """Whether `init_lora_weights` is one that PEFT knows; its type is open because of pissa_niter_4 and the like."""
-    # "lora_ga" is missing in PEFT's own list (0.21) although the documentation names it.
-    listed = lora_fields()["init_lora_weights"].choices
-    return not isinstance(value, str) or value in {*listed, "lora_ga"} or bool(re.fullmatch(r"pissa_niter_\d+", value))

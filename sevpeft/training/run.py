@@ -38,8 +38,10 @@ from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.announcement import announce_data
 from sevpeft.training.checkpoints import remove_unfinished
 from sevpeft.training.fitting import memory_is_full, refuse_what_cannot_fit
+from sevpeft.training.initialisation import make_plain, refuse_start, start_adapter
 from sevpeft.training.launch import check_launch, refuse_absent_deepspeed
 from sevpeft.training.leaving import Leaving, command_to_go_on
+from sevpeft.training.optimizer import loraplus_settings
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, keep_tensorboard_in, say
 from sevpeft.training.resuming import checkpoint_to_go_on_from, refuse_other_data, refuse_other_recipe
@@ -88,6 +90,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     refuse_what_cannot_be_sharded(recipe, arguments)
     refuse_hopeless_start(recipe)
     refuse_what_cannot_fit(recipe)
+    refuse_start(recipe)
     with state.main_process_first():
         config = load_config(recipe)
     tokenizer = load_tokenizer(recipe, config)
@@ -122,6 +125,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
                 processing_class=tokenizer,
                 peft_config=adapter,
                 reduction=recipe.severity.reduction,
+                loraplus=loraplus_settings(recipe),
                 stopping=recipe.stopping,
                 leaving=leaving,
                 name_rows=prepared.row_names,
@@ -132,12 +136,14 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
             trainer.on_smaller_batch = lambda sentence: say(console, "Memory", f"full; {sentence}", style="yellow")
             trainer.remove_callback(PrinterCallback)
             keep_tensorboard_in(run, trainer.callback_handler.callbacks)
+            if not resume:
+                start_adapter(trainer, recipe, run)
             if state.is_main_process and not resume:
                 _write_origin(run, recipe, prepared, trainer)
         state.wait_for_everyone()
         try:
             with progress, leaving, plain_disk_errors(folder):
-                _train_and_measure(trainer, run, console, resume=resume)
+                _train_and_measure(trainer, recipe, run, console, resume=resume)
         except BaseException as error:
             if state.is_main_process:
                 remove_unfinished(run)
@@ -152,13 +158,16 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     return run
 
 
-def _train_and_measure(trainer: SeveritySFTTrainer, run: Run, console: Console, *, resume: bool) -> None:
+def _train_and_measure(
+    trainer: SeveritySFTTrainer, recipe: Recipe, run: Run, console: Console, *, resume: bool
+) -> None:
     checkpoint: str | None = None
     if resume:
         refuse_other_processes(trainer.accelerator, run.environment())
         found = checkpoint_to_go_on_from(run, console) if trainer.is_world_process_zero() else None
         trainer.accelerator.wait_for_everyone()
         checkpoint = _same_on_all_processes(str(found) if found else None)
+        start_adapter(trainer, recipe, run, checkpoint)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     before = next(entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry)
     after = _validation_of_last_step(trainer) or trainer.evaluate()
@@ -195,6 +204,7 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
         refuse_incomplete_adapter(unfinished, trainer.model)
         # A pickle of the training arguments; the recipe says the same and can be read.
         (unfinished / "training_args.bin").unlink(missing_ok=True)
+        make_plain(trainer, run, unfinished)
         sort_target_modules(unfinished)
         shutil.rmtree(run.adapter, ignore_errors=True)
         unfinished.replace(run.adapter)

@@ -24,6 +24,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
+from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -32,6 +33,7 @@ from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.collator import SeverityCollator
 from sevpeft.training.guarded import GuardedSFTTrainer
+from sevpeft.training.optimizer import loraplus_optimizer
 from sevpeft.training.sharding import refuse_other_engine, set_up_engine
 
 IGNORED = -100
@@ -55,6 +57,7 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
             (position in SEVERITIES, -1 for unknown).
         reduction: what the weighted sum of a (global, accumulated) batch is divided by: "tokens", the number of
             answer tokens, as in TRL; or "examples", the number of answers (the weights then carry 1/L_i).
+        loraplus: settings of LoRA+ (`loraplus_settings`); None for one learning rate.
 
     Raises:
         WeightError: weights absent, not finite, negative, or all zero.
@@ -68,6 +71,7 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
         train_dataset: Dataset,
         *,
         reduction: str = "tokens",
+        loraplus: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         if reduction not in ("tokens", "examples"):
@@ -75,8 +79,12 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
         _refuse_bypasses(args)
         _check_weights(train_dataset)
         self.reduction = reduction
+        self.loraplus = loraplus
         self._head_mask: torch.Tensor | None = None
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("selective"):
+            # TRL 1.16 does this to the PeftModel, whose wrapper transformers 5.24 goes past.
+            enable_selective_activation_checkpointing(model)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
 
         # A custom collator is refused by TRL's constructor when padding-free, so it takes the default's place here.
@@ -95,6 +103,11 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
         super()._set_signature_columns_if_needed()
         columns: list[str] = getattr(self, "_signature_columns")  # noqa: B009 (TRL leaves it untyped)
         self._signature_columns: Any = list(dict.fromkeys([*columns, "token_weights", "severity"]))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.loraplus and getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = loraplus_optimizer(self.model if model is None else model, self.args, self.loraplus)
+        return super().create_optimizer(model)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         if self.reduction == "examples":

@@ -100,6 +100,27 @@ def test_checkpointing_shorter_rows_and_fewer_of_them_need_less() -> None:
     assert total(eval_batch=500) > total()
 
 
+def test_keeping_more_for_the_backward_pass_needs_more() -> None:
+    def activations(**kwargs: Any) -> int:
+        return plan_of(recipe_of(training=kwargs)).budget().items["activations"]
+
+    all_layers, none = activations(), activations(gradient_checkpointing=False)
+    attention = activations(gradient_checkpointing_kwargs={"selective": True})
+    # What attention gives out is a hidden state of 2 × 64 tokens in bfloat16, once for each of the 6 layers.
+    assert attention - all_layers == pytest.approx(6 * 2 * 64 * 128 * 2, rel=0.2)
+    half = activations(gradient_checkpointing_kwargs={"every_n_layers": 2})
+    assert 0.4 * none < half < 0.6 * none + all_layers
+
+
+def test_every_second_layer_is_extended_as_it_would_be_run_whole() -> None:
+    plan = plan_of(recipe_of(training={"gradient_checkpointing_kwargs": {"every_n_layers": 2}}))
+    whole = Rehearsal(
+        weightless(plan.recipe, plan.config, plan.dtype), autocast=torch.bfloat16, on_gpu=True, vocabulary_tile=512
+    )
+    items = plan.budget().items
+    assert items["activations"] + items["logits tile"] == whole.peak(Step(2, 64, True, every_n_layers=2)).total
+
+
 def test_eager_attention_is_seen_to_grow_with_the_square_of_the_length() -> None:
     eager = plan_of(recipe_of(model={"name_or_path": "x", "attn_implementation": "eager"}), on_gpu=False)
     fused = plan_of(recipe_of(), on_gpu=False)

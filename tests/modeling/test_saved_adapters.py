@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sevpeft.errors import ModelError
-from sevpeft.modeling.plain_lora import make_plain, starting_factors
 from sevpeft.modeling.saved_adapters import attach_adapter
 from tests.conftest import build_model
 
@@ -32,14 +31,11 @@ def adapter(folder: Path, architecture: str = "llama", trained_on: str = "org/th
         build_model(architecture),
         LoraConfig(task_type="CAUSAL_LM", **({"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora)),
     )
-    start = starting_factors(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder)
-    if start is not None:
-        make_plain(folder, start)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": trained_on}))
     return logits(model)
@@ -141,50 +137,6 @@ def test_a_start_that_is_not_repeatable_is_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
     assert "was started with pissa_niter_4, whose random part is not saved" in refusal(tmp_path)
-
-
-# Plain LoRA
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "pissa", "use_rslora": True},
-        {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2, "c_attn": 2}, "alpha_pattern": {"c_fc": 3}},
-        {
-            **{"init_lora_weights": "pissa", "use_rslora": True},
-            **{"rank_pattern": {"q_proj": 2, "c_attn": 2}, "alpha_pattern": {"v_proj": 3, "c_fc": 3}},
-        },
-        {"init_lora_weights": "pissa", "use_dora": True},
-    ],
-)
-def test_an_adapter_that_took_a_part_of_the_base_is_plain_lora_on_the_whole_base(
-    tmp_path: Path, architecture: str, lora: dict[str, Any]
-) -> None:
-    expected = adapter(tmp_path, architecture, **lora)
-    torch.manual_seed(99)  # what was drawn for the start is not drawn again
-    model = attach_adapter(build_model(architecture), tmp_path, "org/theirs")
-    assert torch.allclose(logits(model), expected, atol=1e-5)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(build_model(architecture)))
-    assert float((logits(model) - logits(build_model(architecture))).abs().max()) > 1e-2
-
-
-def test_olora_is_plain_lora_too(tmp_path: Path) -> None:
-    expected = adapter(tmp_path, init_lora_weights="olora")
-    assert torch.allclose(logits(attach_adapter(build_model("llama"), tmp_path, "org/theirs")), expected, atol=1e-5)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["init_lora_weights"], config["r"], config["lora_alpha"]) == (True, 8, 16)
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
-def test_other_starts_leave_the_base_alone(start: Any) -> None:
-    model = get_peft_model(build_model("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=start))
-    assert starting_factors(model) is None
 
 
 def test_a_copied_adapter_folder_is_enough(tmp_path: Path) -> None:

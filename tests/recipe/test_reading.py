@@ -408,6 +408,43 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(mistakes, text, s
             "lora.init_lora_weights: pissa_niter_4 computes with the base weights themselves,",
         ),
         (
+            "quantization: {load_in_8bit: true}\nlora: {init_lora_weights: olora}",
+            "lora.init_lora_weights: olora computes with the base weights themselves,",
+        ),
+        (
+            "quantization: {load_in_4bit: true}\nlora: {init_lora_weights: mica}",
+            "lora.init_lora_weights: mica computes with the base weights themselves,",
+        ),
+        (
+            "lora: {init_lora_weights: loftq}",
+            "lora.init_lora_weights: loftq starts the adapter from the error of a 4-bit base model;",
+        ),
+        (
+            "quantization: {load_in_4bit: true}\nlora: {init_lora_weights: loftq}",
+            "lora.lora_alpha: loftq cancels that error only where the adapter counts once; write as much as r",
+        ),
+        (
+            "lora: {init_lora_weights: pissa, use_dora: true}",
+            "lora.use_dora: pissa changes the base model, and PEFT cannot undo that in an adapter with use_dora;",
+        ),
+        (
+            "lora: {init_lora_weights: olora, modules_to_save: [embed_tokens]}",
+            "lora.modules_to_save: olora changes the base model, and PEFT cannot undo that",
+        ),
+        (
+            "lora: {init_lora_weights: olora, use_rslora: true, rank_pattern: {q_proj: 2}}",
+            "lora.use_rslora: olora changes the base model, and PEFT cannot undo that with rank_pattern",
+        ),
+        (
+            "quantization: {load_in_8bit: true}\nlora: {layer_replication: [[0, 2]]}",
+            "lora.layer_replication: the copies of an 8-bit layer lose their scales;",
+        ),
+        (
+            "training: {gradient_checkpointing_kwargs: {every_n_layers: 0}}",
+            "training.gradient_checkpointing_kwargs: every_n_layers is 0,",
+        ),
+        ("training: {activation_checkpointing: false}", "training.activation_checkpointing: TRL reads the older name;"),
+        (
             "lora: {init_lora_weights: gausian}",
             "lora.init_lora_weights: PEFT knows no initialisation 'gausian'; write true, gaussian,",
         ),
@@ -430,7 +467,9 @@ def test_a_wrong_value_is_answered_with_what_to_write(mistakes, text, said):
     [
         "lora: {init_lora_weights: pissa}",
         "lora: {use_dora: true}\nquantization: {load_in_4bit: true}",
-        "lora: {init_lora_weights: olora}\nquantization: {load_in_8bit: true}",
+        "lora: {init_lora_weights: eva}\nquantization: {load_in_8bit: true}",
+        "lora: {init_lora_weights: loftq, r: 16, lora_alpha: 16}\nquantization: {load_in_4bit: true}",
+        "lora: {init_lora_weights: pissa, use_rslora: true}",
         "lora: {target_modules: '.*', exclude_modules: [lm_head]}",
         "lora: {target_modules: '.*_proj'}",
         "training: {loss_type: nll, packing_strategy: bfd, eval_packing: false}",

@@ -63,7 +63,7 @@ def make_config(folder: Path, **changes: Any) -> SFTConfig:
 def make_trainer(
     folder: Path, rows: Dataset, architecture: str = "llama", *, stock: bool = False, **options: Any
 ) -> SFTTrainer:
-    reduction = {} if stock else {"reduction": options.pop("reduction", "tokens")}
+    ours = {} if stock else {"reduction": options.pop("reduction", "tokens"), "loraplus": options.pop("loraplus", None)}
     evaluation = options.pop("eval_dataset", None)
     lora = LoraConfig(
         r=4,
@@ -81,7 +81,7 @@ def make_trainer(
         eval_dataset=evaluation,
         processing_class=_tokenizer(),
         peft_config=lora,
-        **reduction,
+        **ours,
     )
 
 
