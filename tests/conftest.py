@@ -117,13 +117,11 @@ CHAT_TEMPLATES = {
 _SLOW_TO_MAKE = ("finished_run", "finished", "pages", "trained", "eight_billion", "fitted", "killable")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        used = [name for name in _SLOW_TO_MAKE if name in getattr(item, "fixturenames", ())]
-        if used:
-            group = used[0] if used[0] == "finished_run" else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    used = [name for name in _SLOW_TO_MAKE if name in getattr(item, "fixturenames", ())]
+    if used:
+        group = used[0] if used[0] in ("finished_run", "eight_billion") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True, scope="session")

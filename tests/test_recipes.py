@@ -137,18 +137,41 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "quickstart"], ids=lambda path: path.stem)
-def test_the_numbers_of_the_base_model_give_its_size_and_its_card(path: Path) -> None:
+def plan_of(path: Path) -> MemoryPlan:
+    """Recipes with equal numbers have equal plans, which are made once."""
     recipe = load_recipe(path)
-    about = recipe.about
+    numbers = (
+        recipe.about.config,
+        recipe.quantization.model_dump(),
+        recipe.lora.settings(),
+        recipe.training.settings(),
+    )
+    key = json.dumps([*numbers, recipe.model.attn_implementation], sort_keys=True)
+    if key not in PLANS:
+        config = AutoConfig.for_model(**recipe.about.config)
+        PLANS[key] = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=CPU_VOCABULARY_TILE)
+    return PLANS[key]
+
+
+PLANS: dict[str, MemoryPlan] = {}
+SIZED = [
+    # Those of one architecture on one worker.
+    pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(f"plans of {architecture_of(load_recipe(path))}"))
+    for path in RECIPES
+    if path.stem != "quickstart"
+]
+
+
+@pytest.mark.parametrize("path", SIZED)
+def test_the_numbers_of_the_base_model_give_its_size_and_its_card(path: Path) -> None:
+    about = load_recipe(path).about
     assert about.parameters is not None and about.config is not None and about.vram_gib is not None
-    config = AutoConfig.for_model(**about.config)
-    count = count_parameters(config)
+    plan = plan_of(path)
+    count = count_parameters(plan.config)
     digits, unit = about.parameters[:-1], {"M": 10**6, "B": 10**9}[about.parameters[-1]]
     decimals = len(digits.partition(".")[2])
     assert f"{count / unit:.{decimals}f}" == digits
     assert PUBLISHED.get(path.stem, count) == count
-    plan = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=CPU_VOCABULARY_TILE)
     assert plan.parameters.base == count and (plan.parameters.packed > count / 4)
     assert f" {about.vram_gib:g} GB" in path.read_text(encoding="utf-8").splitlines()[1]
     assert plan.budget().total <= usable(about.vram_gib)

@@ -37,7 +37,7 @@ from sevpeft.modeling.loading import (
     uses_gpu,
 )
 from sevpeft.modeling.packing import ROUNDING
-from sevpeft.modeling.saved_adapters import CHANGES_THE_BASE, WEIGHTS, attach_adapter, read_adapter_config, start_of
+from sevpeft.modeling.saved_adapters import WEIGHTS, attach_adapter
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.recipe.sections import QuantizationSection
 from sevpeft.runs import Run
@@ -217,12 +217,10 @@ def read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
 
 
 def _refuse_what_cannot_be_merged(run: Run, recipe: Recipe) -> None:
-    start = start_of(read_adapter_config(run.adapter))
-    if recipe.quantization.quantised() and start.startswith(CHANGES_THE_BASE):
+    if recipe.quantization.quantised() and recipe.lora.init_lora_weights == "loftq":
         raise ModelError(
-            f"The adapter in {run.adapter} was started with {start} on a quantised base, of which it holds a part, so "
-            "that merging it into the unquantised one would give another model; use it as an adapter, or train it "
-            "without quantization.load_in_4bit and load_in_8bit."
+            f"The adapter in {run.adapter} was started with loftq, so it holds what the quantised base model had lost, "
+            "and merging it into the unquantised one would add that twice; use it as an adapter on the base in 4 bit."
         )
 
 

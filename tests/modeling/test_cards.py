@@ -17,6 +17,9 @@ from tests.modeling.test_memory import LLAMA, plan_of, recipe_of
 EIGHT_BILLION = Path(__file__).parent.parent.parent / "recipes" / "llama-3.1-8b.yaml"
 
 
+pytestmark = pytest.mark.xdist_group("eight_billion")
+
+
 @cache  # a plan remembers what it has run
 def eight_billion(*settings: str) -> MemoryPlan:
     recipe = load_recipe(EIGHT_BILLION, settings)

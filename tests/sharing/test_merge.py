@@ -237,9 +237,10 @@ def test_a_weight_that_is_no_number_is_refused(made_run: MadeRun, tmp_path: Path
     assert "layers.1.self_attn.v_proj is not a finite number" in text
 
 
-def test_a_start_on_a_quantised_base_of_which_it_holds_a_part_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
-    run = made_run("llama", lora={"init_lora_weights": "olora"}, quantization={"load_in_4bit": True})
-    assert "was started with olora on a quantised base" in refusal(run, tmp_path / "merged")
+def test_what_makes_up_for_a_quantised_base_is_not_added_to_the_whole_one(made_run: MadeRun, tmp_path: Path) -> None:
+    lora = {"init_lora_weights": "loftq", "r": 4, "lora_alpha": 4}
+    run = made_run("llama", lora=lora, quantization={"load_in_4bit": True})
+    assert "was started with loftq" in refusal(run, tmp_path / "merged")
 
 
 def test_a_run_without_an_adapter_is_refused(made_run: MadeRun, tmp_path: Path) -> None:

@@ -18,13 +18,16 @@ from sevpeft.modeling.memory import GIB
 from sevpeft.recipe import load_recipe
 from sevpeft.training import fitting as module
 from sevpeft.training.fitting import Fitting, announce_fitting, announce_time, fitting, refuse_what_cannot_fit
+from tests.modeling.test_cards import eight_billion as eight_billion_plan
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 
 @pytest.fixture(scope="module")
 def eight_billion() -> Fitting:
-    return fitting(load_recipe(RECIPES / "llama-3.1-8b.yaml"), 24)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "memory_plan", lambda recipe: (eight_billion_plan(), "the recipe"))
+        return fitting(load_recipe(RECIPES / "llama-3.1-8b.yaml"), 24)[0]
 
 
 def shown(found: Fitting) -> str:

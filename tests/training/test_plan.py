@@ -10,11 +10,23 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sevpeft.errors import ModelError
 from sevpeft.recipe import load_recipe
+from sevpeft.training import plan as module
 from sevpeft.training.plan import announce_plan, plan
 from sevpeft.training.run import train
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_planned_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes seconds, and changes nothing of data, weights and steps."""
+
+    def unknown(recipe: object, vram: object) -> None:
+        raise ModelError("no numbers")
+
+    monkeypatch.setattr(module, "fitting", unknown)
 
 
 def shown(found: object) -> str:
