@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,15 @@ _CONTEXT.set_forkserver_preload(["sevpeft.training.run"])
 _WRITING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
-def start(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> list[Any]:
-    """Starts the function in so many processes, which see each other as those of a launcher do."""
+def start(
+    function: Callable[..., Any], *arguments: Any, processes: int = 1, variables: Mapping[str, str] | None = None
+) -> list[Any]:
+    """Starts the function in so many processes, which see each other as those of a launcher do.
+
+    Args:
+        arguments: of the function, and after them the folder that tables are kept in.
+        variables: of the environment, as a launcher sets them.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -29,6 +36,7 @@ def start(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> 
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         several = {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
         environment = {name: str(value) for name, value in several.items()} if processes > 1 else {}
+        environment |= variables or {}
         process = _CONTEXT.Process(target=_run, args=(function, arguments, environment))
         process.start()
         started.append(process)

@@ -34,6 +34,7 @@ from sevpeft.training.sharding import (
     set_up_engine,
 )
 from tests.conftest import build_model
+from tests.training.children import exit_codes, said_by, start, train_in_child
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -134,19 +135,13 @@ def test_zero_trains_the_adapter_of_one_process(tmp_path: Path, settings: list[s
 
 
 def test_a_launch_for_fsdp_that_would_become_ddp_is_an_error(tmp_path: Path) -> None:
-    """The launcher starts two processes; it is accelerate that would take DDP, on a CPU."""
-    config = ROOT / "accelerate_configs" / "fsdp2.yaml"
-    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0", "-m", "sevpeft"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "train", str(QUICKSTART), "--output", str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode != 0
-    assert "asked for FSDP, but DDP" in " ".join(done.stderr.split())
-    assert not (tmp_path / "run").exists()
+    """Two processes as the launcher starts them for fsdp2.yaml; it is accelerate that would take DDP, on a CPU."""
+    run = tmp_path / "run"
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "false"}
+    processes = start(train_in_child, QUICKSTART, [], run, None, str(tmp_path), processes=2, variables=asked)
+    assert exit_codes(processes) == [1, 1]
+    assert "asked for FSDP, but DDP" in said_by(processes[0], tmp_path)
+    assert not run.exists()
 
 
 # What is refused before the first step
