@@ -196,27 +196,20 @@ class MemoryPlan:
     def largest_batch(self, available: int) -> int:
         """The most rows of a batch of the recipe's length that fit in so many bytes, at most 1,024; 0 when none does.
 
-        Powers of two are planned, up to where the LM head's tile has its full height. From there on the peak is the
-        highest of several sums that each grow by the row, so that a straight line between two planned sizes is never
-        below it. Before, it can be: what a line promises there is planned too, and where it is too much, tried again.
+        Powers of two are planned, up to where the LM head's tile has its full height; from there on a row adds about
+        the same. What that promises is planned too, and where it is too much, the line between the two is taken.
         """
         if self._total(1) > available:
             return 0
         fits, size = 1, 2
-        while self._total(size) <= available:
-            if size * (self.setting.length - 1) >= TOKEN_CHUNK_SIZE:
-                return self._on_line(size, LARGEST_BATCH, available)
+        while self._total(size) <= available and size * self.setting.length < 4 * TOKEN_CHUNK_SIZE:
             fits, size = size, 2 * size
         for _ in range(2):
-            size = self._on_line(fits, size, available)
+            each = (self._total(size) - self._total(fits)) / (size - fits)
+            size = min(fits + int((available - self._total(fits)) / each), LARGEST_BATCH)
             if size == fits or self._total(size) <= available:
                 return size
         return fits
-
-    def _on_line(self, fits: int, size: int, available: int) -> int:
-        """The last size that is within so many bytes on the line from one that fits to another."""
-        each = (self._total(size) - self._total(fits)) / (size - fits)
-        return min(fits + int((available - self._total(fits)) / each), size)
 
     def _total(self, batch: int) -> int:
         """Of a batch of the recipe's length; validation is taken to have no more rows."""
