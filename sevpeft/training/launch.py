@@ -141,6 +141,11 @@ def asked_launch(command: Sequence[str]) -> Launch | None:
     )
 
 
+def launcher_is_parent() -> bool:
+    """Whether this process was started by `accelerate launch` itself."""
+    return any(_launch_arguments(line) is not None for line in _ancestors()[:1])
+
+
 def _launch_arguments(command: Sequence[str]) -> list[str] | None:
     for index, word in enumerate(command):
         name = Path(word).name

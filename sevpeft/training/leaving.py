@@ -6,9 +6,11 @@ step is finished, a checkpoint written, and the command to go on is told. Severa
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +22,11 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sevpeft.errors import Interrupted, SevpeftError
+from sevpeft.training.launch import launcher_is_parent
 
 # SIGHUP comes when a terminal closes, SIGUSR1 from `sbatch --signal=USR1@120`; Windows has neither.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+_PR_SET_PDEATHSIG = 1
 # A launcher passes on the signal that its process has had already; only a second wish after that is meant as one.
 _SECONDS_TO_INSIST = 2.0
 
@@ -56,9 +60,13 @@ class Leaving(TrainerCallback):
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
                     self._handlers[number] = signal.signal(number, self._hear)
+            if launcher_is_parent():
+                _end_with_parent(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._handlers and launcher_is_parent():
+            _end_with_parent(0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -111,3 +119,13 @@ class Leaving(TrainerCallback):
         return Interrupted(
             f"Stopped by {name}. Go on from the newest checkpoint with: {command_to_go_on(self.run)}", 128 + number
         )
+
+
+def _end_with_parent(number: int) -> None:
+    """Has Linux send this process a signal when its parent ends; 0 for none.
+
+    The launcher of one process (accelerate 1.15) dies of SIGTERM without a word to the training, which would go on
+    unseen and hold the GPU.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,3 +76,39 @@ def test_a_worker_of_the_data_loader_ends_by_the_signal_and_says_nothing(tmp_pat
 def test_the_command_to_go_on_can_be_given_to_a_shell() -> None:
     words = shlex.split(command_to_go_on(Path("runs/my run")))
     assert words == ["sevpeft", "train", "runs/my run/recipe.yaml", "--output", "runs/my run", "--resume"]
+
+
+LAUNCHER = """
+import subprocess, sys
+sys.exit(subprocess.call([sys.executable, "-c", sys.argv[-1]]))
+"""
+TRAINING = """
+import pathlib, sys, time
+from sevpeft.training.leaving import Leaving
+with Leaving(pathlib.Path("."), lambda sentence: pathlib.Path("heard").write_text(sentence)):
+    pathlib.Path("begun").touch()
+    for _ in range(3000):
+        if pathlib.Path("heard").exists():
+            break
+        time.sleep(0.01)
+"""
+
+
+def test_a_training_hears_of_the_end_of_its_launcher(tmp_path: Path) -> None:
+    """accelerate's launcher of one process dies without passing the signal on."""
+    (tmp_path / "accelerate").write_text(LAUNCHER, encoding="utf-8")
+    words = [sys.executable, str(tmp_path / "accelerate"), "launch", "-c", TRAINING]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    launcher = subprocess.Popen(words, cwd=tmp_path, env=environment)
+    wait_until((tmp_path / "begun").exists)
+    launcher.terminate()
+    launcher.wait()
+    wait_until((tmp_path / "heard").exists)
+
+
+def wait_until(seen: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if seen():
+            return
+        time.sleep(0.02)
+    raise AssertionError("nothing came of it")
