@@ -217,7 +217,7 @@ class GuardedSFTTrainer(ResumableSFTTrainer):
         # Where the model is in parts, all processes would have to take part in every forward.
         whole = self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         guilty = [document for document in alone if whole and not self._is_finite(document)]
-        found: list[Any] = gather_object([(self.name_rows(guilty), self.name_rows(alone))])
+        found: list[Any] = gather_object([(self.name_rows(guilty), [] if guilty else self.name_rows(alone))])
         names = [name for bad, _ in found for name in bad] or [name for _, all_ in found for name in all_]
         named = ", ".join(names[:_MOST_NAMED])
         return f"{named}{f' and {len(names) - _MOST_NAMED} more' if len(names) > _MOST_NAMED else ''}"

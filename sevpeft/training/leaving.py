@@ -53,6 +53,7 @@ class Leaving(TrainerCallback):
         self._saves_next = False
         self._handlers: dict[int, Any] = {}
         self._process = os.getpid()
+        self._bound = False
 
     def __enter__(self) -> Leaving:
         # Python hands signals to the main thread only; a program that trains in another has to see to them itself.
@@ -60,12 +61,13 @@ class Leaving(TrainerCallback):
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
                     self._handlers[number] = signal.signal(number, self._hear)
-            if launcher_is_parent():
+            self._bound = launcher_is_parent()
+            if self._bound:
                 _end_with_parent(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handlers and launcher_is_parent():
+        if self._bound:
             _end_with_parent(0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -79,7 +81,7 @@ class Leaving(TrainerCallback):
         self._saves_next = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._agreed(args, self._heard):
+        if self._agreed(args):
             self._reason = self._reason or self._interruption()
         if self._reason is not None or self._saves_next:
             control.should_save, self._saves_next = True, False
@@ -92,7 +94,7 @@ class Leaving(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         # What chooses the best checkpoint is not cut off.
-        if args.metric_for_best_model is None and self._agreed(args, self._heard):
+        if args.metric_for_best_model is None and self._agreed(args):
             raise self._interruption()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -105,10 +107,10 @@ class Leaving(TrainerCallback):
         elif number == signal.SIGINT and now - self._heard_at > _SECONDS_TO_INSIST:
             raise KeyboardInterrupt
 
-    def _agreed(self, args: TrainingArguments, heard: int | None) -> bool:
+    def _agreed(self, args: TrainingArguments) -> bool:
         """Whether any process has heard a signal; all have the same answer, in the same step."""
         if args.world_size > 1:
-            highest = torch.tensor(heard or 0, device=args.device)
+            highest = torch.tensor(self._heard or 0, device=args.device)
             torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
             self._heard = int(highest) or None
         return self._heard is not None

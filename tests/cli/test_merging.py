@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sevpeft.cli import main
 from sevpeft.runs import Run
+from tests.cli.conftest import Cli
 from tests.sharing.conftest import made_run  # noqa: F401 (a fixture)
-
-Sevpeft = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Sevpeft:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sevpeft", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capfd.readouterr()
-        assert isinstance(left.value.code, int) and "Traceback" not in err + out
-        return left.value.code, out, err
-
-    return run
 
 
 def test_the_figures_and_the_commands_are_shown(
-    sevpeft_: Sevpeft,
+    sevpeft_: Cli,
     made_run: Callable[..., Run],  # noqa: F811
 ) -> None:
     made_run("llama", quantization={"load_in_4bit": True})
@@ -57,7 +37,7 @@ def test_the_figures_and_the_commands_are_shown(
 
 
 def test_json_holds_the_figures_alone(
-    sevpeft_: Sevpeft,
+    sevpeft_: Cli,
     made_run: Callable[..., Run],  # noqa: F811
 ) -> None:
     made_run("llama")
@@ -82,7 +62,7 @@ def test_json_holds_the_figures_alone(
     ],
 )
 def test_what_is_wrong_is_one_sentence(
-    sevpeft_: Sevpeft,
+    sevpeft_: Cli,
     made_run: Callable[..., Run],  # noqa: F811
     tmp_path: Path,
     words: list[str],
@@ -96,7 +76,7 @@ def test_what_is_wrong_is_one_sentence(
 
 
 def test_an_unfinished_run_says_how_to_finish_it(
-    sevpeft_: Sevpeft,
+    sevpeft_: Cli,
     made_run: Callable[..., Run],  # noqa: F811
 ) -> None:
     run = made_run("llama")

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -15,31 +14,12 @@ from typing import get_type_hints
 import psutil
 import pytest
 
-from sevpeft.cli import main, preparing
+from sevpeft.cli import preparing
 from sevpeft.data.cleaning import Cleaning
 from sevpeft.data.masking import MASKS
 from sevpeft.data.preparing import Preparation
 from sevpeft.data.sources import load_consultations
-
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    """Runs the command line in this process, in an empty folder: exit code, what it printed, what it complained of."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sevpeft", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err + out and isinstance(left.value.code, int)
-        return left.value.code, out, err
-
-    return run
+from tests.cli.conftest import Cli
 
 
 def csv(folder: Path, *lines: str) -> Path:
