@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,6 +123,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if used:
         group = used[0] if used[0] in ("finished_run", "eight_billion") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    """Every training ends in a collection of garbage, which need not look at the libraries and 5,000 tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
