@@ -126,7 +126,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Every training ends in a collection of garbage, which need not look at the libraries and 5,000 tests each time."""
+    """Every training ends in a collection of garbage, which need not look at libraries and tests each time."""
     gc.collect()
     gc.freeze()
 

@@ -3,13 +3,14 @@
 Weights, adapter, gradients and optimiser state are counted on the real modules (`skeleton`), what a step needs on top
 is measured by running it without numbers (`step_memory`), for the worst batch there can be: every row `max_length`
 long. Layers that are alike are run once or twice and the rest is extended, which is exact because a step keeps the same
-for each.
+for each. So are batches: every allocation of a step grows evenly with its rows.
 """
 
 from __future__ import annotations
 
-import math
 import re
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,8 +19,8 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import PretrainedConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
-from sevpeft.modeling.skeleton import layer_count, period, weightless
-from sevpeft.modeling.step_memory import Peak, Rehearsal, Step
+from sevpeft.modeling.skeleton import extension, weightless
+from sevpeft.modeling.step_memory import Course, Rehearsal, Step
 from sevpeft.recipe import Recipe
 
 GIB = 2**30
@@ -72,6 +73,17 @@ class Setting:
             every_n_layers=int(how.get("every_n_layers", 1)),
         )
 
+    @property
+    def step(self) -> Step:
+        """A training step of it."""
+        return Step(
+            self.batch,
+            self.length,
+            self.checkpointing,
+            selective=self.selective,
+            every_n_layers=self.every_n_layers,
+        )
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -96,6 +108,14 @@ class Parameters:
     def blocks(self) -> int:
         """All but embedding and head: what every token is multiplied with."""
         return self.base - self.embedding - (0 if self.tied else self.head)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that a step needs at its highest: in all, and of the LM head's tile that stands apart."""
+
+    total: int
+    tile: int
 
 
 @dataclass(frozen=True)
@@ -124,8 +144,8 @@ class MemoryPlan:
         asked = recipe.model.dtype
         self.dtype = getattr(torch, asked) if asked != "auto" else torch.bfloat16 if on_gpu else torch.float32
         self.setting = Setting.of(recipe)
-        self._rehearsals: dict[int, Rehearsal] = {}
-        self._peaks: dict[Step, Peak] = {}
+        self._rehearsals: dict[tuple[int, ...], Rehearsal] = {}
+        self._courses: dict[tuple[tuple[int, ...], Step], Course] = {}
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -162,27 +182,23 @@ class MemoryPlan:
     def budget(self, setting: Setting | None = None) -> Budget:
         """Bytes of the recipe's own setting, or of another one."""
         setting = setting or self.setting
+        peak = self._extended(setting.step, self._course)
+        # With as many rows it would need less: a training step does all that a validation step does, and keeps more.
+        if setting.eval_batch > setting.batch:
+            validation = Step(setting.eval_batch, setting.length, False, training=False)
+            peak = max(peak, self._extended(validation, self._course), key=lambda found: found.total)
+        return self._budget(setting, peak)
+
+    def _budget(self, setting: Setting, peak: Peak) -> Budget:
         count = self.parameters
-        step = self._peak(
-            Step(
-                setting.batch,
-                setting.length,
-                setting.checkpointing,
-                selective=setting.selective,
-                every_n_layers=setting.every_n_layers,
-            )
-        )
-        if setting.eval_batch:
-            check = self._peak(Step(setting.eval_batch, setting.length, False, training=False))
-            step = max(step, check, key=lambda peak: peak.total)
         items = {
             "base model, packed": self._packed_bytes(),
             f"base model, {_bits(self.dtype)} bit": count.unpacked * self.dtype.itemsize,
             "adapter": count.trainable * 4,
             "gradients": count.trainable * 4,
             "optimizer state": round(count.trainable * state_bytes(setting.optim)),
-            "activations": step.total - step.tile,
-            "logits tile": step.tile,
+            "activations": peak.total - peak.tile,
+            "logits tile": peak.tile,
         }
         if self.on_gpu:
             held = sum(items.values())
@@ -194,27 +210,13 @@ class MemoryPlan:
         return MemoryPlan(recipe, self.config, on_gpu=self.on_gpu, vocabulary_tile=self.vocabulary_tile)
 
     def largest_batch(self, available: int) -> int:
-        """The most rows of a batch of the recipe's length that fit in so many bytes, at most 1,024; 0 when none does.
+        """The most rows of the recipe's length that fit in so many bytes; 0 when none does, at most 1,024."""
+        return bisect_right(range(1, LARGEST_BATCH + 1), available, key=self._total_of_batch)
 
-        Powers of two are planned, up to where the LM head's tile has its full height; from there on a row adds about
-        the same. What that promises is planned too, and where it is too much, the line between the two is taken.
-        """
-        if self._total(1) > available:
-            return 0
-        fits, size = 1, 2
-        while self._total(size) <= available and size * self.setting.length < 4 * TOKEN_CHUNK_SIZE:
-            fits, size = size, 2 * size
-        for _ in range(2):
-            each = (self._total(size) - self._total(fits)) / (size - fits)
-            size = min(fits + int((available - self._total(fits)) / each), LARGEST_BATCH)
-            if size == fits or self._total(size) <= available:
-                return size
-        return fits
-
-    def _total(self, batch: int) -> int:
+    def _total_of_batch(self, batch: int) -> int:
         """Of a batch of the recipe's length; validation is taken to have no more rows."""
-        eval_batch = min(self.setting.eval_batch, batch)
-        return self.budget(replace(self.setting, batch=batch, eval_batch=eval_batch)).total
+        setting = replace(self.setting, batch=batch, eval_batch=0)
+        return self._budget(setting, self._extended(setting.step, self._course_between)).total
 
     def _packed_bytes(self) -> int:
         asked, numbers = self.recipe.quantization, self.parameters.packed
@@ -226,32 +228,50 @@ class MemoryPlan:
         scales = maxima * (1 + 4 / _NESTED_BLOCK) if asked.bnb_4bit_use_double_quant else maxima * 4
         return round(numbers / 2 + scales)
 
-    def _peak(self, step: Step) -> Peak:
-        """Of the whole model, from its first layers.
+    def _extended(self, step: Step, course: Callable[[list[int], Step], Course]) -> Peak:
+        """Of the whole model, from a few of its layers.
 
-        A step of n layers needs a + b·n bytes. Two counts of layers give a and b.
+        A step of n layers needs a + b·n bytes, with a b for each kind of layer.
         """
-        if step not in self._peaks:
-            every, repeated = layer_count(self.config), math.lcm(period(self.config), step.every_n_layers)
-            few = max(2, repeated)
-            few = few if few + repeated <= every else every
-            peak = self._rehearsal(few).peak(step)
-            if few < every:
-                more = self._rehearsal(few + repeated).peak(step)
-                slope = (more.total - peak.total) / repeated
-                peak = Peak(round(peak.total + slope * (every - few)), peak.tile)
-            self._peaks[step] = peak
-        return self._peaks[step]
+        few, more = extension(self.config, step.every_n_layers)
+        first = course(few, step)
+        total: float = first.peak
+        for layers, times in more:
+            total += times * (course(layers + few, step).peak - first.peak)
+        return Peak(round(total), first.tile)
 
-    def _rehearsal(self, layers: int) -> Rehearsal:
-        if layers not in self._rehearsals:
-            self._rehearsals[layers] = Rehearsal(
+    def _course(self, layers: list[int], step: Step) -> Course:
+        key = (tuple(layers), step)
+        if key not in self._courses:
+            self._courses[key] = self._rehearsal(layers).course(step)
+        return self._courses[key]
+
+    def _course_between(self, layers: list[int], step: Step) -> Course:
+        """From two other batches, as each allocation is a + b·rows; but the LM head's tile grows to its full height.
+
+        One row is a case of its own, because PyTorch copies less of it. Where the number of allocations depends on the
+        rows, as in the tiles of a CPU, the batch itself is run.
+        """
+        full = -(-TOKEN_CHUNK_SIZE // (step.length - 1))
+        below, above = (full, 2 * full) if step.batch >= full else (2, full - 1)
+        if step.batch > 1 and below < above:
+            one, two = (self._course(layers, replace(step, batch=batch)) for batch in (below, above))
+            if len(one.live) == len(two.live):
+                share = (step.batch - below) / (above - below)
+                live = one.live + (two.live - one.live) * share
+                return Course(live, round(one.tile + (two.tile - one.tile) * share))
+        return self._course(layers, step)
+
+    def _rehearsal(self, layers: list[int]) -> Rehearsal:
+        key = tuple(layers)
+        if key not in self._rehearsals:
+            self._rehearsals[key] = Rehearsal(
                 weightless(self.recipe, self.config, self.dtype, layers=layers),
                 autocast=torch.bfloat16 if self.on_gpu and self.dtype != torch.float32 else None,
                 on_gpu=self.on_gpu,
                 vocabulary_tile=self.vocabulary_tile,
             )
-        return self._rehearsals[layers]
+        return self._rehearsals[key]
 
 
 def state_bytes(optim: str) -> float:

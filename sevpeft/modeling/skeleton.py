@@ -7,6 +7,8 @@ the adapter, what a layer keeps for its gradient. Nothing is downloaded and noth
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,19 +53,21 @@ def base_config(recipe: Recipe) -> BaseConfig:
         ) from error
 
 
-def weightless(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, *, layers: int | None = None) -> PeftModel:
+def weightless(
+    recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, *, layers: list[int] | None = None
+) -> PeftModel:
     """The recipe's model with its adapter on the meta device; quantised matrices are bitsandbytes' own modules.
 
     Args:
         dtype: of what is not quantised; adapters are float32, as the trainer keeps them.
-        layers: so many of its layers only.
+        layers: numbers of those that it shall have; all by default.
 
     Raises:
         ModelError: PEFT or bitsandbytes refuse the combination.
     """
     config = copy.deepcopy(config)
     if layers is not None:
-        cut_layers(config, layers)
+        _keep_layers(config, layers)
     lora = recipe.lora.settings() | {"init_lora_weights": False, "eva_config": None}
     try:
         with on_paper():
@@ -92,23 +96,37 @@ def layer_count(config: PretrainedConfig) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def period(config: PretrainedConfig) -> int:
-    """After how many layers their kinds repeat: 1 where all are alike, all of them where there is no pattern."""
-    kinds = getattr(config.get_text_config(), "layer_types", None)
+def extension(config: PretrainedConfig, every_n_layers: int = 1) -> tuple[list[int], list[tuple[list[int], float]]]:
+    """From which few layers all can be told: its last ones, and some to put before them, with how often these come.
+
+    Layers are told apart by their kind (`layer_types`), and by their place where only every so many are checkpointed.
+    The last ones stay, because a step is at its highest in one of them, with what all before it keep.
+    """
     count = layer_count(config)
-    if not kinds:
-        return 1
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ["layer"] * count
+    if every_n_layers > 1:
+        few = math.lcm(_period(kinds), every_n_layers)
+        few = few if 2 * few <= count else count
+        return list(range(few)), [(list(range(few)), count / few - 1)] if few < count else []
+    last = {kind: layer for layer, kind in enumerate(kinds)}
+    start = max(0, min(*last.values(), count - 2))
+    return list(range(start, count)), [([kinds.index(kind)], n) for kind, n in Counter(kinds[:start]).items()]
+
+
+def _period(kinds: list[str]) -> int:
+    """After how many layers their kinds repeat: 1 where all are alike, all of them where there is no pattern."""
+    count = len(kinds)
     repeats = (step for step in range(1, count) if all(kinds[i] == kinds[i % step] for i in range(count)))
     return next(repeats, count)
 
 
-def cut_layers(config: PretrainedConfig, layers: int) -> None:
-    """Leaves a configuration its first layers only."""
+def _keep_layers(config: PretrainedConfig, layers: list[int]) -> None:
+    """Leaves a configuration some of its layers only."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
-    text.num_hidden_layers = layers
+    text.num_hidden_layers = len(layers)
     if kinds and "layer_types" in vars(text):  # Falcon-H1's follow from the number of layers
-        text.layer_types = list(kinds)[:layers]
+        text.layer_types = [kinds[layer] for layer in layers]
 
 
 def _quantisation(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -1,4 +1,4 @@
-"""Turns a model without weights into the memory that one training or validation step of it would take at its peak.
+"""Turns a model without weights into the memory that one training or validation step of it would take.
 
 The step is run, not estimated: forward, LM head, backward and recomputation go through the real modules of
 transformers, PEFT and autograd, on tensors that have shapes and no numbers (PyTorch's FakeTensorMode), while every
@@ -53,11 +53,15 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Peak:
-    """Bytes beyond weights and gradients, at the highest: of all, and of the LM head's tile that stands apart."""
+class Course:
+    """Bytes beyond weights and gradients after each allocation of a step, and of the LM head's tile among them."""
 
-    total: int
+    live: torch.Tensor
     tile: int
+
+    @property
+    def peak(self) -> int:
+        return int(self.live.max())
 
 
 class Rehearsal:
@@ -80,7 +84,7 @@ class Rehearsal:
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
 
-    def peak(self, step: Step) -> Peak:
+    def course(self, step: Step) -> Course:
         """Runs a step. Gradients count as already there, as they are from the second batch of accumulation on."""
         model = self._model
         model.train(step.training)
@@ -102,7 +106,7 @@ class Rehearsal:
                 loss, tile = self._forward(step)
             if step.training:
                 loss.backward()
-        return Peak(counted.peak, tile)
+        return Course(torch.tensor(counted.course), tile)
 
     def _forward(self, step: Step) -> tuple[torch.Tensor, int]:
         """The loss, and bytes of the head's tile."""
@@ -123,7 +127,7 @@ class Rehearsal:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live; `peak` is the most at one time.
+    """Counts the bytes of all storages that operations make, while they live; `course` has them after each new one.
 
     Args:
         held: tensors that are there already and do not count.
@@ -131,7 +135,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, held: list[torch.Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.course = [0]
         self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -153,7 +158,7 @@ class LiveBytes(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, freed)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.course.append(self.now)
 
 
 class _TritonHead(torch.autograd.Function):

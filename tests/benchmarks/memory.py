@@ -12,9 +12,9 @@ compared is what lives and not what was left lying about.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +26,9 @@ _SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_
 _LARGE = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, vocab_size=16_000)
 _MODELS: dict[str, dict[str, Any]] = {
     "llama": dict(model_type="llama", intermediate_size=1408, num_key_value_heads=4),
+    "llama-small": dict(
+        model_type="llama", intermediate_size=704, num_key_value_heads=4, hidden_size=256, num_hidden_layers=6
+    ),
     "gpt2": dict(model_type="gpt2", n_positions=1024, bos_token_id=0, eos_token_id=0),
     "gemma2": dict(model_type="gemma2", intermediate_size=1408, num_key_value_heads=4, head_dim=64),
     "bloom": dict(model_type="bloom"),
@@ -44,25 +47,21 @@ CASES: dict[str, tuple[str, int, int, list[str]]] = {
     "llama-r64-long": ("llama", 2, 512, ["lora.r=64", "training.gradient_checkpointing=false"]),
     "llama-4bit": ("llama", 8, 256, ["quantization.load_in_4bit=true", "training.gradient_checkpointing=false"]),
     "llama-4bit-checkpointing": ("llama", 8, 256, ["quantization.load_in_4bit=true"]),
-    "llama-short": ("llama", 4, 256, ["training.gradient_checkpointing=false"]),
+    "llama-small": ("llama-small", 4, 128, ["training.gradient_checkpointing=false"]),
     "gpt2-plain": ("gpt2", 8, 256, ["training.gradient_checkpointing=false"]),
     "gpt2-checkpointing": ("gpt2", 8, 256, []),
     "gemma2-plain": ("gemma2", 4, 256, ["training.gradient_checkpointing=false"]),
     "bloom-plain": ("bloom", 4, 256, ["training.gradient_checkpointing=false"]),
     "lfm2-plain": ("lfm2", 8, 256, ["training.gradient_checkpointing=false"]),
 }
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_ARENA_MAX": "1",
-}
+# Numbers of glibc's mallopt.
+_MALLOPT = {"M_TRIM_THRESHOLD": (-1, 65536), "M_MMAP_THRESHOLD": (-3, 65536), "M_ARENA_MAX": (-8, 1)}
 
 
 def measured(case: str) -> dict[str, float]:
     """Planned and real bytes of a case, from a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.memory", case, "--here"]
-    said = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    said = subprocess.run(command, capture_output=True, text=True)
     if said.returncode:
         raise RuntimeError(said.stderr)
     result: dict[str, float] = json.loads(said.stdout.splitlines()[-1])
@@ -79,6 +78,8 @@ def measure_here(case: str) -> dict[str, float]:
     from sevpeft.training.trainer import CPU_VOCABULARY_TILE
 
     torch.set_num_threads(1)
+    for parameter, value in _MALLOPT.values():
+        ctypes.CDLL(None).mallopt(parameter, value)
     name, rows, length, settings = CASES[case]
     values: dict[str, Any] = {
         "lora": {"target_modules": "all-linear", "lora_dropout": 0.05},
