@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib
 import os
 
-os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+ENGINES_DEVICE = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+if __name__ == "__main__":  # before accelerate and DeepSpeed are loaded
+    os.environ |= ENGINES_DEVICE
 
 from accelerate.state import DistributedType, PartialState
 from accelerate.utils import is_deepspeed_available
@@ -25,11 +27,15 @@ def _initialise_as_on_a_gpu(self: PartialState, cpu: bool = False, **options: ob
     _initialise(self, False, **{name: value for name, value in options.items() if name != "backend"})
 
 
-if __name__ == "__main__":
+def pose_as_gpus() -> None:
     PartialState.__init__ = _initialise_as_on_a_gpu
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     if is_deepspeed_available():
         # Its own way through shared memory is compiled at first use; gloo does the same. `deepspeed.comm.torch` is
         # PyTorch itself, for who asks the package.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+
+if __name__ == "__main__":
+    pose_as_gpus()
     main()

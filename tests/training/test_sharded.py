@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import is_deepspeed_available
+from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +37,7 @@ from sevpeft.training.sharding import (
 )
 from tests.conftest import build_model
 from tests.training.children import exit_codes, said_by, start, train_in_child
+from tests.training.sharded_on_gloo import ENGINES_DEVICE, pose_as_gpus
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -61,11 +64,10 @@ def settings(model_folder: Callable[..., Path]) -> list[str]:
     ]
 
 
-def launch(config: str, run: Path, settings: list[str], *options: str, resume: bool = False) -> subprocess.Popen:
+def launch(config: str, run: Path, settings: list[str], *options: str) -> subprocess.Popen:
     """Starts the run with an engine of accelerate_configs/, one row for each of two processes."""
     launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
     words = ["train", str(QUICKSTART), *settings, "training.per_device_train_batch_size=1", "--output", str(run)]
-    words += ["--resume"] * resume
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, *options, "-m", "tests.training.sharded_on_gloo", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
@@ -112,15 +114,38 @@ def test_two_machines_under_fsdp2_train_the_adapter_of_one_process(tmp_path: Pat
     assert_same_as_one_process(run, settings, "FSDP2")
 
 
+def variables_of(config: str) -> dict[str, str]:
+    """What `accelerate launch` puts into the environment for an engine of accelerate_configs/."""
+    path = ROOT / "accelerate_configs" / f"{config}.yaml"
+    asked = launch_command_parser().parse_args(["--config_file", str(path), "-m", "sevpeft"])
+    found = prepare_multi_gpu_env(_validate_launch_command(asked)[0])
+    return {name: value for name, value in found.items() if os.environ.get(name) != value}
+
+
+def train_sharded(recipe: Path, settings: list[str], folder: Path) -> None:
+    pose_as_gpus()
+    train_in_child(recipe, settings, folder, None)
+
+
 def test_fsdp2_divides_a_4bit_model_and_resumes_to_the_same_bits(tmp_path: Path, settings: list[str]) -> None:
+    """Begun as the launcher of fsdp2_qlora.yaml would begin it."""
     settings += ["quantization.load_in_4bit=true", "training.gradient_checkpointing=true"]
     run, killed = tmp_path / "several", tmp_path / "killed"
-    ended_well(launch("fsdp2_qlora", run, settings, "--main_process_port", "0"))
+
+    def begin(folder: Path) -> None:
+        words = [*settings, "training.per_device_train_batch_size=1"]
+        variables = {**variables_of("fsdp2_qlora"), **ENGINES_DEVICE, "ACCELERATE_USE_CPU": "false"}
+        processes = start(
+            train_sharded, QUICKSTART, words, folder, str(tmp_path / "cache"), processes=2, variables=variables
+        )
+        assert exit_codes(processes) == [0, 0]
+
+    begin(run)
     assert_same_as_one_process(run, settings, "FSDP2")
     shutil.copytree(run, killed)
     shutil.rmtree(killed / "adapter")
     shutil.rmtree(killed / "checkpoints" / "checkpoint-6")
-    ended_well(launch("fsdp2_qlora", killed, settings, "--main_process_port", "0", resume=True))
+    begin(killed)
     assert Run(killed).metrics()["training"]["resumed_from"] == "checkpoint-3"
     whole, resumed = weights_of(run), weights_of(killed)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) and whole.keys() == resumed.keys()
