@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,8 +28,8 @@ from sevpeft.training.run import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import build_model, build_tokenizer
 from tests.evaluation.conftest import QUICKSTART
+from tests.training.children import exit_codes, start
 
-ROOT = QUICKSTART.parent.parent
 ARMS, SEEDS = ("base", "ce", "balanced", "shuffled"), (0, 1)
 RUNS = ["ce-0", "balanced-0", "ce-1", "balanced-1", "shuffled-balanced-0", "shuffled-balanced-1"]
 
@@ -243,24 +241,27 @@ def test_a_run_that_another_process_holds_is_left_to_it(
     assert trained == ["evaluate ce-1", "evaluate ce-0"]
 
 
+def compare_elsewhere(settings: list[str], output: Path) -> None:
+    there = comparison(settings, output, arms=("ce", "balanced"), seeds=(0,))
+    found = {"content": there.run(), "trained": there.trained}
+    output.with_suffix(".json").write_text(json.dumps(found), encoding="utf-8")
+
+
 def test_two_processes_share_the_runs(finished: Path, settings: list[str], tmp_path: Path) -> None:
-    words = ["compare", QUICKSTART, *settings, "--arms", "ce,balanced", "--seeds", "0", "--nll-only", "--json"]
-    command = [sys.executable, "-m", "sevpeft", *map(str, words), "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    output = tmp_path / "out"
+    others = start(compare_elsewhere, settings, output, str(tmp_path / "cache"))
+    while others[0].is_alive() and not (output / "quickstart/.locks/ce-0").exists():
+        time.sleep(0.05)
     said = io.StringIO()
-    with subprocess.Popen(command, env=environment, **pipes) as other:
-        while other.poll() is None and not (tmp_path / "out/quickstart/.locks/ce-0").exists():
-            time.sleep(0.05)
-        here = comparison(settings, tmp_path / "out", arms=("ce", "balanced"), seeds=(0,), console=Console(file=said))
-        content = here.run()
-        out, err = other.communicate(timeout=120)
-    assert other.returncode == 0, err
-    assert here.trained + int(err.rpartition("Trained here: ")[2].split()[0]) == 2
+    here = comparison(settings, output, arms=("ce", "balanced"), seeds=(0,), console=Console(file=said))
+    content = here.run()
+    assert exit_codes(others) == [0]
+    there = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    assert here.trained + there["trained"] == 2
     assert "ce-0 (1 of 2): another process is at work on it." in said.getvalue()
-    assert json.loads(out) == content == stored(tmp_path / "out")
+    assert there["content"] == content == stored(output)
     for name in RUNS[:2]:
-        assert_same_bits(finished / "quickstart" / name, tmp_path / "out/quickstart" / name)
+        assert_same_bits(finished / "quickstart" / name, output / "quickstart" / name)
 
 
 def test_controls_have_the_weights_that_validation_chose_unless_told(

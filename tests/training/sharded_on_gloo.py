@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Runs `sevpeft` under FSDP2 or DeepSpeed on CPUs, where accelerate offers neither: real engines, gloo in NCCL's place.
 
 accelerate 1.15 takes every CPU for DDP's, before it looks at what was asked for. Here it is told that the backend is

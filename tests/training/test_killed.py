@@ -73,12 +73,12 @@ def told(run: Run) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if not any(part in key for part in clock)} for line in lines]
 
 
-def test_twelve_kills_at_random_writes_change_nothing(killable: Killable) -> None:
+def test_ten_kills_at_random_writes_change_nothing(killable: Killable) -> None:
     """Also in the middle of a checkpoint, of the log and of the adapter: before each file, a kill may come."""
     chosen = random.Random(5)
     run = Run(killable.folder / "often-killed")
     kills = 0
-    while kills < 12:
+    while kills < 10:
         code = exit_codes(killable.start(run.folder.name, kill_at=chosen.randint(1, 30)))[0]
         if code == 0:
             break

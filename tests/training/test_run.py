@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,14 +53,6 @@ def assert_same_bits(one: Run, other: Run) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "sevpeft", "train", str(QUICKSTART), *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def test_a_run_folder_is_complete_and_says_what_happened(tmp_path: Path, settings: list[str]) -> None:
@@ -164,14 +153,8 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, settings: l
     one = train(load_recipe(QUICKSTART, [*common, "training.per_device_train_batch_size=4"]), tmp_path / "one")
     two = Run(tmp_path / "two")
     words = [*common, "training.per_device_train_batch_size=2"]
-    if more:
-        child = start(train_in_child, QUICKSTART, words, two.folder, None, str(tmp_path / "cache"), processes=2)
-        assert exit_codes(child) == [0, 0]
-    else:
-        config = ROOT / "accelerate_configs/cpu_2.yaml"
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        train_ = command(*words, "--output", str(two.folder))[1:]
-        subprocess.run([*launch, *train_], env=environment(), check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    child = start(train_in_child, QUICKSTART, words, two.folder, None, str(tmp_path / "cache"), processes=2)
+    assert exit_codes(child) == [0, 0]
     assert two.environment()["processes"] == 2
     first, second = weights_of(one), weights_of(two)
     for name in first:
