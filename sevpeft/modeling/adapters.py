@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sevpeft.errors import ModelError, first_sentence
 from sevpeft.modeling.sharding import on_paper
@@ -67,12 +68,18 @@ def _refuse_absent(setting: str, wanted: str | list[str] | set[str] | None, mode
 
 def _try_on_paper(config: LoraConfig, model: PreTrainedModel) -> None:
     """Puts the adapter on a copy of the model without weights, so that PEFT refuses here and not inside the trainer."""
-    config = copy.deepcopy(config)
+    config, start = copy.deepcopy(config), config.init_lora_weights
     config.eva_config = None
     if config.init_lora_weights != "orthogonal":
         config.init_lora_weights = False  # what starts from the base weights would need them
     with on_paper():
-        get_peft_model(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)), config)
+        adapted = get_peft_model(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)), config)
+    if start == "olora" and any(isinstance(getattr(part, "base_layer", None), Conv1D) for part in adapted.modules()):
+        # PEFT 0.21 takes its matrices for a Linear's, which lie the other way round, and the first step fails.
+        raise ModelError(
+            f"lora.init_lora_weights=olora does not work with {model.config.model_type}, whose matrices lie the other "
+            "way round (Conv1D); use pissa or true."
+        )
 
 
 def trainable_parameters(model: PeftModel) -> tuple[int, int]:

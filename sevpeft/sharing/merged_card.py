@@ -115,7 +115,7 @@ def write_merged_card(run: Run, recipe: Recipe, figures: dict[str, Any], folder:
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base if "/" in base else None,
-        base_model_relation="merge" if "/" in base else None,
+        base_model_relation="finetune" if "/" in base else None,
         license=licence if licence in _HUB_LICENCES else "other" if licence else None,
         license_name=_slug(licence) if licence and licence not in _HUB_LICENCES else None,
         tags=["lora", "sft", "trl", "medical", "arabic", "severity-weighted-loss"],

@@ -112,6 +112,12 @@ def test_a_start_that_would_silently_be_plain_lora_is_refused(start: str) -> Non
     assert f"lora.init_lora_weights={start} needs a pass over the data" in text and "use eva" in text
 
 
+def test_olora_is_refused_where_the_first_step_would_fail() -> None:
+    assert "does not work with gpt2" in refusal(build_model("gpt2"), init_lora_weights="olora")
+    for architecture in ("bloom", "llama"):
+        lora_config(recipe_with(init_lora_weights="olora"), build_model(architecture))
+
+
 @pytest.mark.parametrize(
     ("lora", "words"),
     [

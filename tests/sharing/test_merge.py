@@ -383,7 +383,7 @@ def test_the_card_names_a_base_of_the_hub_with_its_licence(made_run: MadeRun, tm
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": "LiquidAI/LFM2-350M"})})
     figures = found.as_dict() | {"base": "LiquidAI/LFM2-350M"}
     card = ModelCard.load(sevpeft.sharing.merge.write_merged_card(run, recipe, figures, tmp_path / "merged"))
-    assert (card.data.base_model, card.data.base_model_relation) == ("LiquidAI/LFM2-350M", "merge")
+    assert (card.data.base_model, card.data.base_model_relation) == ("LiquidAI/LFM2-350M", "finetune")
     assert (card.data.license, card.data.license_name) == ("other", "lfm-1.0")
     assert found.quantised is not None
     assert "the base in 4 bit and stands here on the unquantised one" in card.text
