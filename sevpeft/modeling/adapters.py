@@ -8,6 +8,7 @@ import re
 import warnings
 from pathlib import Path
 
+import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -86,6 +87,13 @@ def trainable_parameters(model: PeftModel) -> tuple[int, int]:
     """(trainable, all) parameters, counting a 4-bit weight as the numbers it stands for."""
     trainable, total = model.get_nb_trainable_parameters()
     return int(trainable), int(total)
+
+
+def cast_trained(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Gives what is trained one number format, whatever a library made it in."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def sort_target_modules(adapter: Path) -> None:

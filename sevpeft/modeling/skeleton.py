@@ -19,6 +19,7 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from sevpeft.errors import ModelError, first_sentence
+from sevpeft.modeling.adapters import cast_trained
 from sevpeft.modeling.loading import load_config
 from sevpeft.modeling.sharding import on_paper
 from sevpeft.recipe import Recipe
@@ -86,9 +87,7 @@ def weightless(
         raise ModelError(
             f"{recipe.model.name_or_path} cannot be planned with these settings ({first_sentence(error)})."
         ) from error
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    cast_trained(adapted)
     return adapted
 
 

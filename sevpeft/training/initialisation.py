@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import cached_file
 
 from sevpeft.errors import ModelError, RunError, first_sentence
+from sevpeft.modeling.adapters import cast_trained
 from sevpeft.modeling.loading import resolved_name, uses_gpu
 from sevpeft.modeling.sharding import engine_asked
 from sevpeft.recipe import Recipe
@@ -96,9 +97,7 @@ def _start_from_rows(trainer: SeveritySFTTrainer, checkpoint: str | None) -> Non
                 raise found
             state = found
         initialize_lora_eva_weights(model, eva_state_dict=state)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    cast_trained(model)
 
 
 def _directions(trainer: SeveritySFTTrainer) -> dict[str, torch.Tensor] | ModelError:
@@ -180,9 +179,7 @@ def _start_from_quantisation_error(trainer: SeveritySFTTrainer, recipe: Recipe) 
             f"lora.init_lora_weights=loftq does not find the whole weights of {recipe.model.name_or_path} "
             f"({first_sentence(error)}); use true."
         ) from error
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    cast_trained(trainer.model)
 
 
 def _keep_first_state(trainer: SeveritySFTTrainer, run: Run, checkpoint: str | None) -> None:

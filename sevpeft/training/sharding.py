@@ -23,6 +23,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from trl import SFTConfig
 
 from sevpeft.errors import RunError, first_sentence
+from sevpeft.modeling.adapters import cast_trained
 from sevpeft.modeling.sharding import fsdp_asked, weights_are_sharded, zero3
 from sevpeft.recipe import Recipe
 
@@ -106,10 +107,7 @@ def set_up_engine(accelerator: Accelerator, model: Any) -> None:
     allows beside frozen weights of other types. ZeRO-3 gathers all kinds of parameters into one buffer, so there they
     have the type of the others; no update is lost, because its optimizer keeps float32 copies.
     """
-    dtype = getattr(model, "dtype", torch.float32) if zero3() else torch.float32
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    cast_trained(model, getattr(model, "dtype", torch.float32) if zero3() else torch.float32)
     if zero3() or not hasattr(accelerator.state, "fsdp_plugin"):
         return
     plugin = accelerator.state.fsdp_plugin
