@@ -24,32 +24,45 @@ def full(error: str = "CUDA out of memory. Tried to allocate 20 GiB") -> torch.O
 
 
 class Crowded(SeveritySFTTrainer):
-    """A card that holds so many rows of a training batch, and so many of a validation batch."""
+    """A card that holds so many rows of a training batch, and so many of a validation batch; at first, any."""
 
-    train_rows, eval_rows, from_step = 10**6, 10**6, 0
+    train_rows, eval_rows, from_step, at_first = 10**6, 10**6, 0, 0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         rows = len(inputs["input_ids"])
         limit = self.train_rows if self.model.training else self.eval_rows
         if rows > limit and self.state.global_step >= self.from_step:
-            raise full()
+            self.at_first -= 1
+            if self.at_first < 0:
+                raise full()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def crowded(
-    folder: Path, *, train_rows: int = 10**6, eval_rows: int = 10**6, from_step: int = 0, **options: Any
+    folder: Path,
+    *,
+    train_rows: int = 10**6,
+    eval_rows: int = 10**6,
+    from_step: int = 0,
+    at_first: int = 0,
+    **options: Any,
 ) -> Any:
     trainer = make_trainer(folder, make_rows(), learning_rate=1e-3, **{**STEPS, **options})
     trainer.__class__ = Crowded
-    trainer.train_rows, trainer.eval_rows, trainer.from_step = train_rows, eval_rows, from_step
+    trainer.train_rows, trainer.eval_rows = train_rows, eval_rows
+    trainer.from_step, trainer.at_first = from_step, at_first
     return trainer
 
 
-@pytest.mark.parametrize("from_step", [0, 1, 3])
-def test_a_batch_that_does_not_fit_is_cut_in_parts_of_the_same_step(tmp_path: Path, from_step: int) -> None:
+@pytest.mark.parametrize(("from_step", "at_first"), [(0, 0), (3, 0), (0, 1), (1, 1)])
+def test_a_batch_that_does_not_fit_is_cut_in_parts_of_the_same_step(
+    tmp_path: Path, from_step: int, at_first: int
+) -> None:
+    """Also where the first batch of the step has fitted, and left its loss and its gradient."""
     roomy = crowded(tmp_path / "roomy", eval_dataset=make_rows(5, seed=2))
     roomy.train()
-    trainer = crowded(tmp_path / "full", train_rows=1, from_step=from_step, eval_dataset=make_rows(5, seed=2))
+    narrow: dict[str, Any] = {"train_rows": 1, "from_step": from_step, "at_first": at_first}
+    trainer = crowded(tmp_path / "full", eval_dataset=make_rows(5, seed=2), **narrow)
     said: list[str] = []
     trainer.accept_smaller_batches, trainer.on_smaller_batch = True, said.append
     trainer.train()
@@ -84,11 +97,11 @@ def test_full_memory_without_a_way_out_is_an_error(tmp_path: Path, accepts: bool
 
 
 def test_validation_that_does_not_fit_is_cut_without_changing_a_figure(tmp_path: Path) -> None:
-    validation = make_rows(8, seed=2)
+    validation = make_rows(16, seed=2)
     trainer = crowded(tmp_path, eval_rows=2, eval_dataset=validation, per_device_eval_batch_size=8)
     with pytest.raises(RunError, match=r"per_device_eval_batch_size \(now 8\)"):
         trainer.evaluate()
-    trainer.accept_smaller_batches = True
+    trainer.accept_smaller_batches, trainer.at_first = True, 1
     found = trainer.evaluate()
     assert trainer.args.per_device_eval_batch_size == 2
     expected = crowded(tmp_path, eval_dataset=validation, per_device_eval_batch_size=8).evaluate()
