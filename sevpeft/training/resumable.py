@@ -239,7 +239,6 @@ class ResumableSFTTrainer(SFTTrainer):
     def _checkpoint_of_last_step(self, counts: Counts, cut: tuple[int, int]) -> str:
         """Keeps what was trained before the step that did not fit, with the cut that is tried next."""
         clear_device_cache(garbage_collection=True)
-        self.model.zero_grad()
         self._resumed = Counts(**{**asdict(counts), "cut": cut})
         self._save_counted(self.model, self._resumed)
         self.on_smaller_batch(

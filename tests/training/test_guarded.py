@@ -132,6 +132,15 @@ def test_a_gradient_that_is_not_finite_counts_although_the_loss_is(
     assert trainer.said[0].count("row ") == 4, "no single row is to blame, so all of the step are named"
 
 
+def test_a_gradient_that_a_grad_scaler_leaves_out_itself_is_no_bad_step(tmp_path: Path) -> None:
+    """float16 begins so: the scale is too high, and is lowered until the gradients are finite."""
+    trainer = guarded(tmp_path, make_rows(), patience=1, max_steps=6)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() < 2.0**127, "no gradient was infinite"
+    assert (trainer.nonfinite_steps, trainer.said, trainer.state.global_step) == (0, [], 6)
+
+
 def test_what_was_seen_is_remembered_by_a_checkpoint(tmp_path: Path) -> None:
     rows = poisoned(make_rows(), 5)
     options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "logging_steps": 5}
