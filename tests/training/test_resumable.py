@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from sevpeft.errors import Interrupted, RunError
 from sevpeft.training.checkpoints import damage_of
 from sevpeft.training.leaving import Leaving
-from sevpeft.training.resumable import Counts
+from sevpeft.training.resumable import COUNTS, Counts
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.training.test_trainer import adapter_of, assert_close, assert_equal, losses_of, make_rows, make_trainer
 
@@ -102,10 +103,14 @@ def test_validation_that_does_not_fit_is_cut_without_changing_a_figure(tmp_path:
     with pytest.raises(RunError, match=r"per_device_eval_batch_size \(now 8\)"):
         trainer.evaluate()
     trainer.accept_smaller_batches, trainer.at_first = True, 1
-    found = trainer.evaluate()
+    trainer.evaluate()
+    found = trainer.state.log_history[-1]
     assert trainer.args.per_device_eval_batch_size == 2
     for rows, figures in ((8, ("loss", "accuracy")), (2, ("loss", "accuracy", "entropy"))):
-        expected = crowded(tmp_path, eval_dataset=validation, per_device_eval_batch_size=rows).evaluate()
+        roomy = crowded(tmp_path, eval_dataset=validation, per_device_eval_batch_size=rows)
+        roomy.evaluate()
+        expected = roomy.state.log_history[-1]
+        assert "eval_entropy" in expected
         for name in expected:
             if any(figure in name for figure in figures):
                 assert found[name] == pytest.approx(expected[name], rel=1e-5), (rows, name)
@@ -194,9 +199,22 @@ def test_the_best_checkpoint_is_chosen_by_its_validation(tmp_path: Path) -> None
 def test_tokens_and_mean_loss_of_a_resumed_run_are_those_of_the_whole(tmp_path: Path) -> None:
     whole = validating(tmp_path)
     told = whole.train().metrics["train_loss"]
+    counts = tmp_path / "checkpoint-2" / COUNTS
+    counts.write_text(json.dumps({**json.loads(counts.read_text(encoding="utf-8")), "seconds": 1000}), encoding="utf-8")
     resumed = validating(tmp_path)
     again = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).metrics["train_loss"]
     over = validating(tmp_path)
     nothing = over.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4")).metrics["train_loss"]
     assert again == pytest.approx(told, rel=1e-6) and nothing == pytest.approx(told, rel=1e-6)
+    last = resumed.state.log_history[-1]
+    assert last["train_runtime"] > 1000 and last["train_steps_per_second"] <= 0.004
     assert resumed._total_train_tokens == over._total_train_tokens == whole._total_train_tokens > 0
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_run_that_was_killed_after_its_last_step_trains_no_step_more(tmp_path: Path, steps: int) -> None:
+    whole, over = (validating(tmp_path, max_steps=steps, save_steps=1) for _ in range(2))
+    whole.train()
+    over.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+    assert over.state.global_step == steps
+    assert_equal(adapter_of(over), adapter_of(whole))
