@@ -157,7 +157,6 @@ class ResumableSFTTrainer(SFTTrainer):
             if not due or self._checkpoint.exists():
                 raise
             # Cut off in the middle of a validation, with steps behind it that no checkpoint holds.
-            self._metrics["eval"].clear()
             self._evaluation_due = True
             self._save_checkpoint(self.model, None)
             raise

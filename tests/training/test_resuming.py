@@ -10,7 +10,7 @@ import pytest
 from sevpeft.errors import RunError
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.resuming import refuse_other_recipe
+from sevpeft.training.resuming import refuse_other_data, refuse_other_recipe
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 
@@ -46,6 +46,14 @@ def test_many_differences_are_counted(run: Run) -> None:
     ]
     with pytest.raises(RunError, match="and 1 more; resume with the same settings"):
         refuse_other_recipe(load_recipe(QUICKSTART, words), run)
+
+
+def test_other_data_is_refused_where_its_content_is_known(run: Run) -> None:
+    run.write_text("environment.json", json.dumps({"data_fingerprint": "sha256:one"}))
+    refuse_other_data("sha256:one", "rows.csv", run)
+    with pytest.raises(RunError, match=r"rows\.csv is not the data that"):
+        refuse_other_data("sha256:other", "rows.csv", run)
+    refuse_other_data("5f2c", "someone/on-the-hub", run)  # changes with this machine's cache
 
 
 def test_the_log_is_cut_back_and_stays_json_whatever_is_logged(run: Run) -> None:
