@@ -218,3 +218,8 @@ def test_a_run_that_was_killed_after_its_last_step_trains_no_step_more(tmp_path:
     over.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
     assert over.state.global_step == steps
     assert_equal(adapter_of(over), adapter_of(whole))
+
+
+def test_as_many_checkpoints_are_kept_as_were_asked_for(tmp_path: Path) -> None:
+    validating(tmp_path, save_steps=1, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
