@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +19,7 @@ from sevpeft.errors import ModelError, first_sentence
 from sevpeft.modeling.sharding import on_paper
 from sevpeft.modeling.targets import refuse_unmatched
 from sevpeft.recipe import Recipe
+from sevpeft.recipe.rules import CHANGING_THE_BASE
 
 
 def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
@@ -94,6 +97,30 @@ def cast_trained(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> 
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def write_as_computed(adapter: Path, config: LoraConfig) -> None:
+    """Writes A and B of an adapter that was trained under bfloat16 autocast in bfloat16, which halves the file.
+
+    Autocast rounds both at every use, so that what is written is, to the bit, what was trained and validated with;
+    float32 is for the updates between steps, and stays in the checkpoints. What autocast does not round stays whole:
+    magnitudes and norms of DoRA, biases, modules that are trained whole. PiSSA and OLoRA are differences of larger
+    numbers, which rounding would move.
+
+    Args:
+        config: with which it was trained.
+    """
+    if config.use_dora or config.target_parameters or str(config.init_lora_weights).startswith(CHANGING_THE_BASE):
+        return
+    path = adapter / SAFETENSORS_WEIGHTS_NAME
+    tensors = load_file(path)
+    rounded = {
+        name: tensor.bfloat16() if re.search(r"\.lora_[AB]\.weight$", name) else tensor
+        for name, tensor in tensors.items()
+    }
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file(rounded, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
 
 
 def sort_target_modules(adapter: Path) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 from sevpeft.errors import Interrupted
-from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters
+from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters, write_as_computed
 from sevpeft.modeling.loading import (
     choose_precision,
     load_config,
@@ -205,6 +205,8 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
         # A pickle of the training arguments; the recipe says the same and can be read.
         (unfinished / "training_args.bin").unlink(missing_ok=True)
         make_plain(trainer, run, unfinished)
+        if trainer.args.bf16:
+            write_as_computed(unfinished, trainer.model.peft_config[trainer.model.active_adapter])
         sort_target_modules(unfinished)
         shutil.rmtree(run.adapter, ignore_errors=True)
         unfinished.replace(run.adapter)

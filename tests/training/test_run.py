@@ -15,6 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sevpeft.errors import RunError
+from sevpeft.modeling.loading import choose_precision, load_model
+from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
@@ -162,6 +164,46 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, settings: l
     for moment in ("before", "after"):
         for name, value in one.metrics()[moment].items():
             assert two.metrics()[moment][name] == pytest.approx(value, rel=1e-5), (moment, name)
+
+
+@pytest.mark.parametrize(
+    ("more", "rounded"),
+    [
+        ([], True),
+        (["lora.use_dora=true"], False),
+        (["lora.init_lora_weights=pissa"], False),
+        (["quantization.load_in_4bit=true"], True),
+    ],
+    ids=["LoRA", "DoRA", "PiSSA", "QLoRA"],
+)
+def test_under_autocast_the_adapter_is_written_as_it_was_computed_with(
+    tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, more: list[str], rounded: bool
+) -> None:
+    """In half the bytes, and to the bit what validation saw; where that does not hold, in float32."""
+    trained: list[Any] = []
+    finish = SeveritySFTTrainer.save_model
+
+    def keep(self: SeveritySFTTrainer, *args: Any, **kwargs: Any) -> None:
+        trained.append(self.model)
+        finish(self, *args, **kwargs)
+
+    monkeypatch.setattr(SeveritySFTTrainer, "save_model", keep)
+    words = [*settings, *more, "training.bf16=true", "training.learning_rate=1e-2"]
+    recipe = load_recipe(QUICKSTART, words)
+    run = train(recipe, tmp_path / "run")
+    for name, tensor in weights_of(run).items():
+        assert tensor.dtype == (torch.bfloat16 if rounded else torch.float32), name
+    kept = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-12" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}, "training goes on from all digits"
+    base = load_model(recipe, choose_precision(recipe))
+    again = attach_adapter(base, run.adapter, "the base")
+    ids = torch.arange(4, 60)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, found = (model.eval()(input_ids=ids).logits for model in (trained[-1], again))
+    if "pissa" in str(more):
+        assert torch.allclose(found.float(), expected.float(), atol=0.05)
+    else:
+        assert torch.equal(found, expected)
 
 
 def test_full_memory_is_told_with_the_plan_or_the_batch_is_cut(
