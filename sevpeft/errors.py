@@ -36,6 +36,10 @@ class ModelError(SevpeftError):
     """The base model, its tokenizer or its adapter cannot be loaded, or cannot do what the recipe asks."""
 
 
+class UnknownModelError(ModelError):
+    """The base model's numbers are not at hand, or say too little, so that nothing can be planned on them."""
+
+
 class RunError(SevpeftError):
     """The run folder exists already, cannot be written, or does not fit what is asked of it."""
 

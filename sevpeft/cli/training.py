@@ -93,8 +93,8 @@ def plan(
         announce_plan(found, Console(highlight=False))
     if vram is not None and found.fitting is None:
         raise ModelError(
-            f"Whether it fits in {vram:g} GB is not known, because there are no numbers of "
-            f"{loaded.model.name_or_path}: connect to the Hub, name a folder, or write about.config into the recipe."
+            f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown} The numbers may also "
+            "stand in the recipe, as about.config."
         )
     if found.fitting is not None and not found.fitting.fits:
         raise typer.Exit(1)

@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +30,19 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
     Raises:
         ModelError: PEFT refuses the combination, alone or with this model, or a module that is named does not exist.
     """
+    config = named_config(recipe, model)
+    with on_paper():
+        copied = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    adapted_on_paper(config, copied)  # so that PEFT refuses here and not inside the trainer
+    return config
+
+
+def named_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
+    """LoRA settings of the recipe, whose names were looked up in the model; PEFT has not seen the two together yet.
+
+    Raises:
+        ModelError: PEFT refuses the settings, or a module that is named does not exist.
+    """
     settings = recipe.lora.settings()
     start = settings.get("init_lora_weights")
     if start in ("corda", "lora_ga"):
@@ -37,7 +52,7 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
         )
     if start == "loftq":
         settings["init_lora_weights"] = True  # what it starts from is put in its place once the adapter is there
-    try:
+    with _plainly(model):
         if start == "eva":
             # It concerns models that are larger on the CPU than the GPU; the trainer puts the adapter on itself.
             warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
@@ -46,43 +61,57 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
         for setting in ("target_modules", "modules_to_save"):
             _refuse_absent(setting, getattr(config, setting), model)
         refuse_unmatched(config, model)
-        _try_on_paper(config, model)
-    except (ValueError, TypeError, ImportError, IndexError, re.error) as error:
+    return config
+
+
+def adapted_on_paper(config: LoraConfig, model: PreTrainedModel) -> PeftModel:
+    """A model without weights (PyTorch's meta device) with its adapter, in whatever number format PEFT makes it.
+
+    Raises:
+        ModelError: PEFT refuses the two together, or would fail at the first step.
+    """
+    config, start = copy.deepcopy(config), config.init_lora_weights
+    config.eva_config = None
+    if start != "orthogonal":
+        config.init_lora_weights = False  # what starts from the base weights would need them
+    with on_paper(), _plainly(model):
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if start == "olora" and any(isinstance(getattr(part, "base_layer", None), Conv1D) for part in adapted.modules()):
+        # PEFT 0.21 takes its matrices for a Linear's, which lie the other way round, and the first step fails.
+        raise ModelError(
+            f"lora.init_lora_weights=olora does not work with {model.config.model_type}, whose matrices lie the other "
+            "way round (Conv1D); use pissa or true."
+        )
+    return adapted
+
+
+@contextmanager
+def _plainly(model: PreTrainedModel) -> Iterator[None]:
+    """Turns what PEFT raises about the `lora` section into ModelError."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, IndexError, KeyError, re.error) as error:
         remedy = "; write lora.exclude_modules=[out_proj,conv1d]" if "Mamba-based" in str(error) else ""
         raise ModelError(
             f"PEFT refuses the lora section for {model.config.model_type}: {first_sentence(error)}{remedy}."
         ) from error
-    return config
 
 
 def _refuse_absent(setting: str, wanted: str | list[str] | set[str] | None, model: PreTrainedModel) -> None:
     """PEFT is content when one of the names exists, so that a slip of the pen trains a part in silence."""
-    if wanted is None or isinstance(wanted, str):
+    if wanted is None or wanted == "all-linear":
         return
     names = [name for name, _ in model.named_modules()]
-    absent = sorted(t for t in wanted if not any(name == t or name.endswith(f".{t}") for name in names))
+    if isinstance(wanted, str):  # a regular expression
+        absent = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
+    else:
+        absent = sorted(t for t in wanted if not any(name == t or name.endswith(f".{t}") for name in names))
     if absent:
         matrices = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
         existing = sorted({name.rsplit(".", 1)[-1] for name in matrices})
         raise ModelError(
             f"lora.{setting} names {', '.join(absent)}, which {model.config.model_type} does not have; "
             f"it has {', '.join(existing)}{', or use all-linear' if setting == 'target_modules' else ''}."
-        )
-
-
-def _try_on_paper(config: LoraConfig, model: PreTrainedModel) -> None:
-    """Puts the adapter on a copy of the model without weights, so that PEFT refuses here and not inside the trainer."""
-    config, start = copy.deepcopy(config), config.init_lora_weights
-    config.eva_config = None
-    if config.init_lora_weights != "orthogonal":
-        config.init_lora_weights = False  # what starts from the base weights would need them
-    with on_paper():
-        adapted = get_peft_model(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)), config)
-    if start == "olora" and any(isinstance(getattr(part, "base_layer", None), Conv1D) for part in adapted.modules()):
-        # PEFT 0.21 takes its matrices for a Linear's, which lie the other way round, and the first step fails.
-        raise ModelError(
-            f"lora.init_lora_weights=olora does not work with {model.config.model_type}, whose matrices lie the other "
-            "way round (Conv1D); use pissa or true."
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sevpeft.errors import RecipeError
 from sevpeft.modeling.memory import GIB, MemoryPlan
 from sevpeft.recipe import Recipe, recipe_from_values
 
@@ -71,13 +72,20 @@ def changes(plan: MemoryPlan, gb: float) -> list[Change]:
 
 def savings(plan: MemoryPlan, gb: float) -> Iterator[Change]:
     """All that saves memory, one after the other; what saves less than a hundredth is left out."""
-    before = plan.budget().total
-    for settings, effect in _candidates(plan.recipe):
-        tried = plan.with_recipe(changed(plan.recipe, settings))
+    available, before = usable(gb), plan.budget().total
+    for proposal in _PROPOSALS:
+        proposed = proposal(plan, available)
+        if proposed is None:
+            continue
+        settings, effect = proposed
+        try:
+            tried = plan.with_recipe(changed(plan.recipe, settings))
+        except RecipeError:  # such as PiSSA in 4 bit
+            continue
         total = tried.budget().total
         if total <= 0.99 * before:
             plan, before = tried, total
-            yield Change(settings, effect, total, total <= usable(gb))
+            yield Change(settings, effect, total, total <= available)
 
 
 def epoch_seconds(
@@ -98,26 +106,63 @@ def epoch_seconds(
     return operations / (tflops * 1e12 * efficiency)
 
 
-def _candidates(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    settings = recipe.training.settings()
-    if settings.get("gradient_checkpointing") is False:
-        yield ("training.gradient_checkpointing=true",), "the same adapter, about a third slower"
+Proposal = tuple[tuple[str, ...], str]
+"""Settings, and what they cost."""
+
+
+def _checkpointing(plan: MemoryPlan, available: int) -> Proposal | None:
+    if plan.recipe.training.settings().get("gradient_checkpointing") is not False:
+        return None
+    return ("training.gradient_checkpointing=true",), "the same adapter, about a third slower"
+
+
+def _validation_row_by_row(plan: MemoryPlan, available: int) -> Proposal | None:
+    if plan.recipe.training.settings()["per_device_eval_batch_size"] == 1:
+        return None
+    return ("training.per_device_eval_batch_size=1",), "the same adapter, slower validation"
+
+
+def _fewer_rows_at_once(plan: MemoryPlan, available: int) -> Proposal | None:
+    settings = plan.recipe.training.settings()
     batch, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
-    if settings["per_device_eval_batch_size"] > 1:
-        yield ("training.per_device_eval_batch_size=1",), "the same adapter, slower validation"
-    if batch > 1:
-        yield (
-            ("training.per_device_train_batch_size=1", f"training.gradient_accumulation_steps={accumulation * batch}"),
-            "the same adapter, slower",
-        )
-    if settings.get("optim") != "paged_adamw_8bit":
-        yield ("training.optim=paged_adamw_8bit",), "optimizer state in 8 bit, moved out when memory is short"
-    if not recipe.quantization.quantised():
-        yield ("quantization.load_in_4bit=true",), "QLoRA: the frozen base model in 4 bit"
-    length = settings["max_length"]
-    while length >= 2 * _SHORTEST_LENGTH:
-        length //= 2
-        yield (f"training.max_length={length}",), "questions are shortened, long answers refused"
+    if batch == 1:
+        return None
+    most = min(max(1, plan.largest_batch(available)), batch - 1)
+    rows = next(rows for rows in range(most, 0, -1) if batch % rows == 0)  # so that a step keeps its rows
+    return (
+        f"training.per_device_train_batch_size={rows}",
+        f"training.gradient_accumulation_steps={accumulation * batch // rows}",
+    ), "the same adapter, slower"
+
+
+def _packed_optimizer_state(plan: MemoryPlan, available: int) -> Proposal | None:
+    if plan.recipe.training.settings().get("optim") == "paged_adamw_8bit":
+        return None
+    return ("training.optim=paged_adamw_8bit",), "optimizer state in 8 bit, moved out when memory is short"
+
+
+def _packed_base(plan: MemoryPlan, available: int) -> Proposal | None:
+    if plan.recipe.quantization.quantised():
+        return None
+    return ("quantization.load_in_4bit=true",), "QLoRA: the frozen base model in 4 bit"
+
+
+def _half_the_length(plan: MemoryPlan, available: int) -> Proposal | None:
+    length = plan.recipe.training.settings()["max_length"] // 2
+    if length < _SHORTEST_LENGTH:
+        return None
+    return (f"training.max_length={length}",), "questions are shortened, long answers refused"
+
+
+# In the order of what they cost the result.
+_PROPOSALS = (
+    _checkpointing,
+    _validation_row_by_row,
+    _fewer_rows_at_once,
+    _packed_optimizer_state,
+    _packed_base,
+    *[_half_the_length] * 8,
+)
 
 
 def changed(recipe: Recipe, settings: tuple[str, ...]) -> Recipe:

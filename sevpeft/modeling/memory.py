@@ -3,7 +3,8 @@
 Weights, adapter, gradients and optimiser state are counted on the real modules (`skeleton`), what a step needs on top
 is measured by running it without numbers (`step_memory`), for the worst batch there can be: every row `max_length`
 long. Layers that are alike are run once or twice and the rest is extended, which is exact because a step keeps the same
-for each. So are batches: every allocation of a step grows evenly with its rows.
+for each; where the adapter differs from layer to layer, all are run. So are batches: every allocation of a step grows
+evenly with its rows.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from functools import cached_property
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import PeftModel
 from transformers import PretrainedConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
-from sevpeft.modeling.skeleton import extension, weightless
+from sevpeft.modeling.skeleton import extension, layers_are_alike, weightless
 from sevpeft.modeling.step_memory import Course, Rehearsal, Step
 from sevpeft.recipe import Recipe
 
@@ -148,8 +150,12 @@ class MemoryPlan:
         self._courses: dict[tuple[tuple[int, ...], Step], Course] = {}
 
     @cached_property
+    def _whole(self) -> PeftModel:
+        return weightless(self.recipe, self.config, self.dtype)
+
+    @cached_property
     def parameters(self) -> Parameters:
-        model = weightless(self.recipe, self.config, self.dtype)
+        model = self._whole
         packed = unpacked = trainable = 0
         seen: set[int] = set()
         for module in model.modules():
@@ -233,12 +239,16 @@ class MemoryPlan:
 
         A step of n layers needs a + b·n bytes, with a b for each kind of layer.
         """
-        few, more = extension(self.config, step.every_n_layers)
+        few, more = extension(self.config, step.every_n_layers, alike=self._layers_are_alike)
         first = course(few, step)
         total: float = first.peak
         for layers, times in more:
             total += times * (course(layers + few, step).peak - first.peak)
         return Peak(round(total), first.tile)
+
+    @cached_property
+    def _layers_are_alike(self) -> bool:
+        return layers_are_alike(self._whole)
 
     def _course(self, layers: list[int], step: Step) -> Course:
         key = (tuple(layers), step)

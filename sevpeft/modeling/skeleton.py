@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from sevpeft.errors import ModelError, first_sentence
-from sevpeft.modeling.adapters import cast_trained
+from sevpeft.errors import ModelError, UnknownModelError, first_sentence
+from sevpeft.modeling.adapters import adapted_on_paper, cast_trained, named_config
 from sevpeft.modeling.loading import load_config
 from sevpeft.modeling.sharding import on_paper
 from sevpeft.recipe import Recipe
+
+# The name of a layer's parameter: `where` the layers are, the layer's number, and the rest.
+_LAYER = re.compile(r"(?P<where>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,18 @@ def base_config(recipe: Recipe) -> BaseConfig:
     """The model's own configuration where it is at hand, else the numbers that the recipe keeps.
 
     Raises:
-        ModelError: neither is there.
+        UnknownModelError: neither is there, or they describe no model.
     """
     numbers = recipe.about.config
     try:
         return BaseConfig(load_config(recipe), "its config.json")
-    except ModelError:
+    except ModelError as error:
         if numbers is None:
-            raise
+            raise UnknownModelError(str(error)) from error
     try:
         return BaseConfig(AutoConfig.for_model(**numbers), "the recipe")
     except Exception as error:  # whatever a configuration class raises on numbers that others wrote
-        raise ModelError(
+        raise UnknownModelError(
             f"about.config of the recipe describes no model that transformers knows ({first_sentence(error)}); copy "
             "the numbers from the model's config.json."
         ) from error
@@ -64,12 +68,12 @@ def weightless(
         layers: numbers of those that it shall have; all by default.
 
     Raises:
-        ModelError: PEFT or bitsandbytes refuse the combination.
+        ModelError: PEFT refuses the combination, or a module that is named does not exist.
+        UnknownModelError: transformers or bitsandbytes cannot make such a model on this machine.
     """
     config = copy.deepcopy(config)
     if layers is not None:
         _keep_layers(config, layers)
-    lora = recipe.lora.settings() | {"init_lora_weights": False, "eva_config": None}
     try:
         with on_paper():
             attention = recipe.model.attn_implementation
@@ -81,12 +85,12 @@ def weightless(
                 model = replace_with_bnb_linear(
                     model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantisation
                 )
-            model.config.use_cache = False
-            adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), autocast_adapter_dtype=False)
     except (ValueError, TypeError, ImportError, IndexError, KeyError) as error:
-        raise ModelError(
+        raise UnknownModelError(
             f"{recipe.model.name_or_path} cannot be planned with these settings ({first_sentence(error)})."
         ) from error
+    model.config.use_cache = False
+    adapted = adapted_on_paper(named_config(recipe, model), model)
     cast_trained(adapted)
     return adapted
 
@@ -95,14 +99,23 @@ def layer_count(config: PretrainedConfig) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def extension(config: PretrainedConfig, every_n_layers: int = 1) -> tuple[list[int], list[tuple[list[int], float]]]:
+def layer_kinds(config: PretrainedConfig) -> list[str]:
+    """One name for each layer, such as full_attention or conv."""
+    return list(getattr(config.get_text_config(), "layer_types", None) or ["layer"] * layer_count(config))
+
+
+def extension(
+    config: PretrainedConfig, every_n_layers: int = 1, *, alike: bool = True
+) -> tuple[list[int], list[tuple[list[int], float]]]:
     """From which few layers all can be told: its last ones, and some to put before them, with how often these come.
 
     Layers are told apart by their kind (`layer_types`), and by their place where only every so many are checkpointed.
-    The last ones stay, because a step is at its highest in one of them, with what all before it keep.
+    The last ones stay, because a step is at its highest in one of them, with what all before it keep. Where those of a
+    kind are not `alike`, it is all of them.
     """
-    count = layer_count(config)
-    kinds = getattr(config.get_text_config(), "layer_types", None) or ["layer"] * count
+    count, kinds = layer_count(config), layer_kinds(config)
+    if not alike:
+        return list(range(count)), []
     if every_n_layers > 1:
         few = math.lcm(_period(kinds), every_n_layers)
         few = few if 2 * few <= count else count
@@ -110,6 +123,24 @@ def extension(config: PretrainedConfig, every_n_layers: int = 1) -> tuple[list[i
     last = {kind: layer for layer, kind in enumerate(kinds)}
     start = max(0, min(*last.values(), count - 2))
     return list(range(start, count)), [([kinds.index(kind)], n) for kind, n in Counter(kinds[:start]).items()]
+
+
+def layers_are_alike(model: PeftModel) -> bool:
+    """Whether the adapter is the same in all layers of a kind, so that a few of them can stand for the rest."""
+    if model.active_peft_config.layers_to_transform is not None:  # which fewer layers would not have
+        return False
+    kinds = layer_kinds(model.config)
+    trained: dict[tuple[str, int], set[tuple[str, torch.Size]]] = {}
+    for name, parameter in model.named_parameters():
+        if layer := _LAYER.match(name):
+            found = trained.setdefault((layer["where"], int(layer["number"])), set())
+            if parameter.requires_grad:
+                found.add((layer["rest"], parameter.shape))
+    first: dict[tuple[str, str], set[tuple[str, torch.Size]]] = {}
+    return all(
+        first.setdefault((where, kinds[number] if number < len(kinds) else ""), found) == found
+        for (where, number), found in trained.items()
+    )
 
 
 def _period(kinds: list[str]) -> int:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
-from sevpeft.errors import ModelError, RunError
+from sevpeft.errors import ModelError, RunError, UnknownModelError
 from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changed, changes, savings, usable, verdicts
 from sevpeft.modeling.loading import uses_gpu
 from sevpeft.modeling.memory import GIB, Budget, MemoryPlan, Parameters
@@ -73,7 +73,7 @@ def memory_plan(recipe: Recipe, *, on_gpu: bool = True) -> tuple[MemoryPlan, str
     """The plan of a recipe on a GPU or a CPU, and where its numbers come from.
 
     Raises:
-        ModelError: neither a config.json nor numbers in the recipe.
+        UnknownModelError: neither a config.json nor numbers in the recipe.
     """
     found = base_config(recipe)
     return MemoryPlan(recipe, found.config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), found.origin
@@ -84,6 +84,10 @@ def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryP
 
     Args:
         vram: GB of a card to judge.
+
+    Raises:
+        UnknownModelError: neither a config.json nor numbers in the recipe.
+        ModelError: PEFT refuses the adapter, or a module that is named does not exist.
     """
     plan, origin = memory_plan(recipe)
     return (
@@ -112,9 +116,9 @@ def refuse_what_cannot_fit(recipe: Recipe) -> None:
     whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     try:
         plan, _ = memory_plan(recipe)
-    except ModelError:
+        least = plan.budget()
+    except UnknownModelError:
         return
-    least = plan.budget()
     held = least.total - least.items.get("activations", 0) - least.items.get("logits tile", 0)
     if weights_are_sharded():
         held //= PartialState().num_processes

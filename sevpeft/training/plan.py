@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from rich.console import Console
 
-from sevpeft.errors import ModelError
+from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, epoch_seconds
 from sevpeft.modeling.loading import load_config, load_tokenizer
 from sevpeft.recipe import Recipe
@@ -38,6 +38,7 @@ class Plan:
         steps: optimiser steps on one process; None while packing makes their number unknown.
         unknown: why nothing is known about tokens; None when all is.
         fitting: memory on a GPU; None where nothing is known about the base model.
+        memory_unknown: why not; None when it is.
         tokens: of the training rows; None without a tokenizer.
         epoch_seconds: on a GPU of `tflops` peak at `efficiency`; None where tokens or model are not known.
     """
@@ -52,6 +53,7 @@ class Plan:
     epoch_seconds: float | None
     tflops: float
     efficiency: float
+    memory_unknown: str | None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -61,6 +63,7 @@ class Plan:
             "steps": self.steps,
             "unknown": self.unknown,
             "memory": None if self.fitting is None else self.fitting.as_dict(),
+            "memory_unknown": self.memory_unknown,
             "time": {
                 "tokens": self.tokens,
                 "epoch_seconds": self.epoch_seconds,
@@ -78,14 +81,16 @@ def plan(recipe: Recipe, *, vram: float | None = None, tflops: float = TFLOPS, e
         tflops: dense peak of the card in bfloat16, TFLOP/s. efficiency: share of it that is reached.
 
     Raises:
-        SevpeftError: whatever `train` would refuse about the data or the severity.
+        SevpeftError: whatever `train` would refuse about the data, the severity or the adapter.
     """
     settings = recipe.training.settings()
     assumed: dict[str, Any] = {"tflops": tflops, "efficiency": efficiency}
+    memory_unknown = None
     try:
         found, memory = fitting(recipe, vram)
-    except ModelError:
-        found, memory = None, None
+    except UnknownModelError as error:
+        found, memory, memory_unknown = None, None, str(error)
+    assumed["memory_unknown"] = memory_unknown
     try:
         prompt = prompt_of(recipe, load_tokenizer(recipe, load_config(recipe)))
     except ModelError as error:
@@ -127,6 +132,8 @@ def announce_plan(found: Plan, console: Console) -> None:
         say(
             console, "Unknown", f"how many questions are shortened and answers refused: {found.unknown}", style="yellow"
         )
+    if found.memory_unknown is not None and found.memory_unknown != found.unknown:
+        say(console, "Unknown", f"memory and cards: {found.memory_unknown}", style="yellow")
     if found.fitting is not None:
         announce_fitting(found.fitting, console)
     if found.epoch_seconds is not None and found.tokens is not None:

@@ -56,8 +56,31 @@ def test_changes_come_in_the_order_of_least_harm_until_it_fits() -> None:
     assert first[:2] == ["gradient_checkpointing", "per_device_train_batch_size"]
     assert first.index("load_in_4bit") > first.index("per_device_train_batch_size")
     assert advice[1].settings[1] == "training.gradient_accumulation_steps=8", "the same rows a step"
+    assert advice[1].settings[0].endswith("_size=1"), "as nothing else would fit yet"
     totals = [wasteful.budget().total, *(change.total for change in advice)]
     assert totals == sorted(totals, reverse=True) and totals[-1] <= usable(12)
+
+
+def test_no_more_rows_are_given_up_than_must_be() -> None:
+    wasteful = eight_billion("training.gradient_checkpointing=false", "training.per_device_train_batch_size=60")
+    (checkpointing, batch) = changes(wasteful, 24)
+    assert checkpointing.settings == ("training.gradient_checkpointing=true",) and batch.fits
+    accumulation = wasteful.recipe.training.settings()["gradient_accumulation_steps"]
+    assert batch.settings == (
+        "training.per_device_train_batch_size=30",
+        f"training.gradient_accumulation_steps={2 * accumulation}",
+    )
+    assert eight_billion("training.per_device_train_batch_size=60").budget().total > usable(24)
+
+
+def test_what_the_recipe_does_not_allow_is_not_advised() -> None:
+    sections = {"lora": {"init_lora_weights": "pissa"}, "training": {"per_device_train_batch_size": 64}}
+    settings = [setting for change in changes(plan_of(recipe_of(**sections)), 0.3) for setting in change.settings]
+    assert settings and "quantization.load_in_4bit=true" not in settings
+    plain = plan_of(recipe_of(training=sections["training"]), hidden_size=1024, num_attention_heads=8)
+    assert "quantization.load_in_4bit=true" in [
+        setting for change in changes(plain, 0.3) for setting in change.settings
+    ]
 
 
 def test_what_cannot_fit_is_said_to() -> None:

@@ -86,6 +86,24 @@ def test_real_steps_take_what_was_planned(tmp_path: Path) -> None:
 CONV_LAST = ["conv", "conv", "full_attention", "conv", "full_attention", "conv"]
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [3]},
+        {"target_modules": r".*layers\.[1-3]\..*_proj"},
+        {"rank_pattern": {"layers.2.mlp.up_proj": 128}},
+        {"target_modules": ["model.layers.0.self_attn.v_proj", "down_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [*range(6)]},
+    ],
+)
+def test_an_adapter_on_some_layers_is_planned_on_all(lora: dict[str, Any]) -> None:
+    plan = plan_of(recipe_of(training={"gradient_checkpointing": False}, lora=lora))
+    whole = weightless(plan.recipe, plan.config, plan.dtype)
+    every = Rehearsal(whole, autocast=torch.bfloat16, on_gpu=True, vocabulary_tile=512).course(Step(2, 64, False))
+    items = plan.budget().items
+    assert items["activations"] + items["logits tile"] == every.peak
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("kinds", [None, CONV_LAST, CONV_LAST[::-1]])
 def test_extended_from_few_layers_it_is_what_all_layers_need(checkpointing: bool, kinds: list[str] | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sevpeft.errors import ModelError
+from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.recipe import load_recipe
 from sevpeft.training import plan as module
 from sevpeft.training.plan import announce_plan, plan
@@ -24,7 +24,7 @@ def _memory_is_planned_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes seconds, and changes nothing of data, weights and steps."""
 
     def unknown(recipe: object, vram: object) -> None:
-        raise ModelError("no numbers")
+        raise UnknownModelError("no numbers")
 
     monkeypatch.setattr(module, "fitting", unknown)
 
@@ -65,6 +65,21 @@ def test_without_the_tokenizer_data_and_weights_are_still_planned() -> None:
     assert "nobody/has-this" in str(found.unknown)
     assert found.steps == 114
     assert plan(load_recipe(QUICKSTART, ["model.name_or_path=nobody/has-this", "training.packing=true"])).steps is None
+
+
+def test_what_training_would_refuse_of_the_adapter_is_refused_by_the_plan(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    recipe = load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}", "lora.target_modules=[q_prj]"])
+    with pytest.raises(ModelError, match=r"names q_prj, which llama does not have; it has .*q_proj"):
+        plan(recipe)
+
+
+def test_memory_that_cannot_be_planned_is_told_with_the_reason(model_folder: Callable[..., Path]) -> None:
+    found = plan(load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}"]))
+    assert found.memory_unknown == found.as_dict()["memory_unknown"] == "no numbers"
+    assert "Unknown           memory and cards: no numbers" in shown(found)
 
 
 def test_the_screen_shows_the_weights_and_warns_when_they_are_all_the_same(model_folder: Callable[..., Path]) -> None:
