@@ -97,7 +97,7 @@ class AdapterSwitch:
         else:
             before = _scores(model)
         self._model = None  # an adapter that is refused leaves it changed
-        self._model = attach_adapter(model, folder, self.recipe.model.name_or_path, arm)
+        self._model = attach_adapter(model, folder, self.recipe, arm)
         with answering_as(self._model, None):
             shift = float((_scores(self._model) - before).abs().max())
         if not shift <= ROUNDING.get(self._model.dtype, ROUNDING[torch.bfloat16]):

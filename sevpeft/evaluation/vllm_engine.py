@@ -25,9 +25,11 @@ from sevpeft.evaluation.generation import (
 )
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.evaluation.switching import BASE, Speaker
+from sevpeft.modeling.base_weights import refuse_other_weights
 from sevpeft.modeling.loading import choose_precision, load_config, resolved_name
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
+from sevpeft.runs import Run
 
 # The engine batches by itself; so many rows are handed over and kept at once.
 ROWS_AT_ONCE = 256
@@ -75,7 +77,8 @@ class VllmEngine:
         adapters: name of an arm → folder of its adapter.
 
     Raises:
-        ModelError: the engine refuses the model, or the machine has too little memory for it.
+        ModelError: the engine refuses the model, the machine has too little memory for it, or its weights are not those
+            that an adapter was trained on.
     """
 
     def __init__(self, recipe: Recipe, prompt: Prompt, adapters: dict[str, Path], settings: GenerationSettings) -> None:
@@ -106,6 +109,8 @@ class VllmEngine:
             raise ModelError(
                 f"vLLM refuses {recipe.model.name_or_path} ({first_sentence(error)}); leave --backend vllm out."
             ) from error
+        for folder in adapters.values():
+            refuse_other_weights(recipe, Run(folder.parent))
 
     @contextmanager
     def speaking(self, arm: str) -> Iterator[Speaker]:

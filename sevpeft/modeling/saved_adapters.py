@@ -2,7 +2,8 @@
 
 PEFT only warns when weights of the adapter are missing in its file, and ignores those that it has no place for: the
 model would then speak with untrained matrices. A differing name is no reason to refuse, because models are moved
-between folders, the cache and the Hub; what decides is whether every weight of the adapter finds its place.
+between folders, the cache and the Hub; what decides is whether every weight of the adapter finds its place, and
+whether the base's own weights are those that its run was trained on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from sevpeft.errors import ModelError, first_sentence
+from sevpeft.modeling.base_weights import refuse_other_weights, shown_name
+from sevpeft.recipe import Recipe
+from sevpeft.runs import Run
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Starts of an adapter that move a part of the base weights into it, so that another base stands below it.
@@ -44,19 +48,20 @@ def start_of(config: dict[str, Any]) -> str:
 
 
 def attach_adapter(
-    model: PreTrainedModel | PeftModel, folder: Path, base: str, adapter_name: str = "default"
+    model: PreTrainedModel | PeftModel, folder: Path, recipe: Recipe, adapter_name: str = "default"
 ) -> PeftModel:
     """The base model with a saved adapter on it, in evaluation mode.
 
     Args:
         model: base model, or a PeftModel that gets one more adapter; changed in place, also when it is refused.
-        folder: of the adapter.
-        base: what the recipe calls the base model, for the error message.
+        folder: of the adapter, in that of its run.
+        recipe: that the base model was loaded by.
         adapter_name: under which PEFT keeps it.
 
     Raises:
-        ModelError: the adapter is damaged, incomplete, or was trained on a base model of another shape.
+        ModelError: the adapter is damaged, incomplete, or was trained on another base model.
     """
+    base = recipe.model.name_or_path
     config = read_adapter_config(folder)
     saved = _saved_names(folder)
     if start_of(config).startswith("pissa_niter"):
@@ -88,6 +93,7 @@ def attach_adapter(
             "copy it again, or bring back the base model that it was trained on, "
             f"{_shown(config.get('base_model_name_or_path'))}."
         )
+    refuse_other_weights(recipe, Run(folder.parent))
     return model.eval()
 
 
@@ -145,7 +151,4 @@ def _weights(names: list[str]) -> str:
 
 
 def _shown(name: Any) -> str:
-    """A Hub id as it is; of a folder only its last part, since an error is copied into tickets."""
-    if not isinstance(name, str) or not name:
-        return "a model that it does not name"
-    return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name
+    return shown_name(name) if isinstance(name, str) and name else "a model that it does not name"

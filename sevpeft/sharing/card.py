@@ -151,11 +151,20 @@ def made_lines(metrics: dict[str, Any], environment: dict[str, Any]) -> str:
         [
             f"- {model['trainable_parameters']:,} trainable parameters on {model['parameters']:,}, "
             f"{model['dtype']}{bits}",
+            *_base_lines(model),
             f"- {training['steps']:,} steps, {training['epochs']:.3g} epochs, seed {environment['seed']}, "
             f"{environment['processes']} process{'es' * (environment['processes'] > 1)} on {environment['device']}",
             f"- {versions}, Python {environment['python']}, commit {environment['commit'] or 'unknown'}",
         ]
     )
+
+
+def _base_lines(model: dict[str, Any]) -> list[str]:
+    """Which weights the adapter belongs to: others of the same shapes would take it and answer worse."""
+    if not model.get("fingerprint"):
+        return []
+    commit = f"revision {model['commit']}, " if model.get("commit") else ""
+    return [f"- base weights: {commit}fingerprint `{model['fingerprint']}`"]
 
 
 def public_name(name: str) -> str:

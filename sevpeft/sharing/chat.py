@@ -39,7 +39,7 @@ class Chat:
         base = load_model(recipe, choose_precision(recipe))
         if uses_gpu(recipe) and not recipe.quantization.quantised():
             base = base.to("cuda")
-        self.model = attach_adapter(base, run.adapter, recipe.model.name_or_path)
+        self.model = attach_adapter(base, run.adapter, recipe)
 
     @torch.no_grad()
     def answer(self, question: str, max_new_tokens: int = 128) -> str:

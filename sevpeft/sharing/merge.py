@@ -120,7 +120,7 @@ def merge(
     with console.status("Loading the base model"):
         model = load_model(plain, Precision(chosen, bf16=False, fp16=False)).eval()
     base = _answers(model, texts, "Base alone", console)
-    model = attach_adapter(model, run.adapter, name)
+    model = attach_adapter(model, run.adapter, plain)
     _refuse_bias_without_place(model, name)
     adapter = _answers(model, texts, "Base + adapter", console)
     effect = difference(adapter, base)
@@ -267,7 +267,7 @@ def _logits_as_trained(
     try:
         with console.status("Loading the quantised base model, as it was trained on"):
             model = load_model(recipe, choose_precision(recipe)).eval()
-            model = attach_adapter(model, run.adapter, recipe.model.name_or_path)
+            model = attach_adapter(model, run.adapter, recipe)
     except SevpeftError as error:
         say(console, "Quantised base", f"not compared with: {error}", style="yellow")
         return None

@@ -22,6 +22,7 @@ from transformers import PrinterCallback
 
 from sevpeft.errors import Interrupted
 from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters, write_as_computed
+from sevpeft.modeling.base_weights import base_commit, base_fingerprint, refuse_other_weights
 from sevpeft.modeling.loading import (
     choose_precision,
     load_config,
@@ -110,6 +111,8 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
             refuse_other_data(prepared.summary["fingerprint"], prepared.summary["source"], run)
         announce_data(prepared.summary, prepared.weights, recipe, console)
         model = load_model(recipe, precision, state.local_process_index)
+        if resume:
+            refuse_other_weights(recipe, run)
         for setting in ("packing", "padding_free"):
             if getattr(arguments, setting):
                 refuse_contaminated_packing(model, f"training.{setting}")
@@ -233,6 +236,8 @@ def _write_origin(run: Run, recipe: Recipe, prepared: Prepared, trainer: Severit
         model={
             "name_or_path": recipe.model.name_or_path,
             "resolved": resolved_name(recipe),
+            "commit": base_commit(recipe),
+            "fingerprint": base_fingerprint(recipe),
             "model_type": base.config.model_type,
             "parameters": total - trainable,
             "trainable_parameters": trainable,

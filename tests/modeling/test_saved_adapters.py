@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sevpeft.errors import ModelError
 from sevpeft.modeling.saved_adapters import attach_adapter
+from sevpeft.recipe import Recipe, recipe_from_values
 from tests.conftest import build_model
 
 IDS = torch.arange(4, 60)[None]
@@ -41,9 +42,13 @@ def adapter(folder: Path, architecture: str = "llama", trained_on: str = "org/th
     return logits(model)
 
 
+def on(base: str) -> Recipe:
+    return recipe_from_values({"model": {"name_or_path": base}})
+
+
 def refusal(folder: Path, base: str = "org/ours", architecture: str = "llama", **shape: int) -> str:
     with pytest.raises(ModelError) as caught:
-        attach_adapter(build_model(architecture, **shape), folder, base)
+        attach_adapter(build_model(architecture, **shape), folder, on(base))
     text = str(caught.value)
     assert "\n" not in text and text.endswith(".") and len(text) < 400
     return text
@@ -52,13 +57,13 @@ def refusal(folder: Path, base: str = "org/ours", architecture: str = "llama", *
 @pytest.mark.parametrize("base", ["org/theirs", "org/ours", "/somewhere/else", "builtin:tiny"])
 def test_a_base_that_was_moved_or_renamed_is_the_same_base(tmp_path: Path, base: str) -> None:
     expected = adapter(tmp_path)
-    assert torch.equal(logits(attach_adapter(build_model("llama"), tmp_path, base)), expected)
+    assert torch.equal(logits(attach_adapter(build_model("llama"), tmp_path, on(base))), expected)
 
 
 def test_a_second_adapter_stands_beside_the_first(tmp_path: Path) -> None:
     first, second = adapter(tmp_path / "1"), adapter(tmp_path / "2", r=2, target_modules=["q_proj"])
-    model = attach_adapter(build_model("llama"), tmp_path / "1", "org/theirs", "first")
-    model = attach_adapter(model, tmp_path / "2", "org/theirs", "second")
+    model = attach_adapter(build_model("llama"), tmp_path / "1", on("org/theirs"), "first")
+    model = attach_adapter(model, tmp_path / "2", on("org/theirs"), "second")
     for name, expected in (("first", first), ("second", second)):
         model.set_adapter(name)
         assert torch.equal(logits(model), expected)
@@ -142,4 +147,4 @@ def test_a_start_that_is_not_repeatable_is_refused(tmp_path: Path) -> None:
 def test_a_copied_adapter_folder_is_enough(tmp_path: Path) -> None:
     expected = adapter(tmp_path / "run")
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
-    assert torch.equal(logits(attach_adapter(build_model("llama"), tmp_path / "elsewhere", "x")), expected)
+    assert torch.equal(logits(attach_adapter(build_model("llama"), tmp_path / "elsewhere", on("x"))), expected)

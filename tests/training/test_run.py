@@ -196,7 +196,7 @@ def test_under_autocast_the_adapter_is_written_as_it_was_computed_with(
     kept = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-12" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}, "training goes on from all digits"
     base = load_model(recipe, choose_precision(recipe))
-    again = attach_adapter(base, run.adapter, "the base")
+    again = attach_adapter(base, run.adapter, recipe)
     ids = torch.arange(4, 60)[None]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, found = (model.eval()(input_ids=ids).logits for model in (trained[-1], again))
