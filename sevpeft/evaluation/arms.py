@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 from sevpeft.errors import RunError, SevpeftError, UsageError
 from sevpeft.evaluation.predictions import differences
@@ -39,6 +40,7 @@ ARMS = {
 }
 DEFAULT_ARMS = "base,ce,mild,balanced,strong,shuffled,constant"
 COMMON_RECIPE = "common-recipe.yaml"
+LOCKS = ".locks"
 # What a kill can leave in a run folder before its recipe is written.
 _BEFORE_THE_RECIPE = {"environment.json", "metrics.json", "log.jsonl", "checkpoints"}
 
@@ -136,16 +138,28 @@ class Experiment:
         with plain_disk_errors(self.folder):
             if (self.folder.parent / "recipe.yaml").exists():
                 raise RunError(f"{self.folder.parent} holds a run; give --output a folder of its own.")
-            if common.exists():
+            if common.exists() and not self._abandoned():
                 self._refuse_other_recipe(common)
                 return
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if not common.exists() and self.folder.exists() and any(self.folder.iterdir()):
                 raise RunError(
                     f"{self.folder} holds something else than a comparison; give --output a folder that does not exist "
                     "yet."
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(common, self.recipe.to_yaml())
+
+    def _abandoned(self) -> bool:
+        """Whether no run was begun before its recipe was refused, so that a corrected one may have the folder."""
+        if {path.name for path in self.folder.iterdir()} - {COMMON_RECIPE, LOCKS}:
+            return False
+        for path in (self.folder / LOCKS).glob("*"):
+            try:
+                with FileLock(path, timeout=0):
+                    continue
+            except Timeout:  # another process is about to begin
+                return False
+        return True
 
     def state_of(self, run: Run, recipe: Recipe) -> str:
         """ "absent", "started" or "finished".

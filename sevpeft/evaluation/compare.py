@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from sevpeft.errors import Interrupted, RunError, UsageError
-from sevpeft.evaluation.arms import ARMS, BASE_ARM, CE, CONTROLS, WEIGHTED, Experiment, experiments
+from sevpeft.evaluation.arms import ARMS, BASE_ARM, CE, CONTROLS, LOCKS, WEIGHTED, Experiment, experiments
 from sevpeft.evaluation.compared_runs import Unit, read_scores, refuse_unequal, stored_json
 from sevpeft.evaluation.comparison import (
     CRITICAL,
@@ -257,7 +257,7 @@ class Comparison:
 @contextmanager
 def _claimed(unit: Unit) -> Iterator[bool]:
     """Whether this process has the run for itself now; a kill gives it back."""
-    locks = unit.experiment.folder / ".locks"
+    locks = unit.experiment.folder / LOCKS
     with plain_disk_errors(locks):
         locks.mkdir(exist_ok=True)
     lock = FileLock(locks / unit.run.folder.name, timeout=0)

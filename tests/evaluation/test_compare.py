@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sevpeft.cli import main
-from sevpeft.errors import Interrupted, RunError, SevpeftError, UsageError
+from sevpeft.errors import Interrupted, ModelError, RunError, SevpeftError, UsageError
 from sevpeft.evaluation import compare as module
 from sevpeft.evaluation.arms import parse_arms, parse_seeds
 from sevpeft.evaluation.compare import Comparison
@@ -289,6 +289,29 @@ def test_several_recipes_give_one_table(output: Path, settings: list[str], tmp_p
     assert trained == []
     with pytest.raises(UsageError, match="Two recipes are called quickstart"):
         Comparison([QUICKSTART, QUICKSTART], settings, output=output, **asked)
+
+
+def test_a_recipe_that_was_refused_can_be_corrected(
+    settings: list[str], tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise ModelError("no such layers")
+
+    monkeypatch.setattr(module, "train", refused)
+    wrong = [*settings, "lora.target_modules=[q_prj]"]
+    with pytest.raises(ModelError):
+        comparison(wrong, tmp_path / "out").run()
+    corrected: dict[str, Any] = {"arms": ("ce",), "seeds": (0,), "output": tmp_path / "out"}
+    with (
+        FileLock(tmp_path / "out" / "quickstart" / ".locks" / "ce-0"),
+        pytest.raises(RunError, match="another recipe: lora"),
+    ):
+        Comparison([QUICKSTART], settings, **corrected)
+    Comparison([QUICKSTART], settings, **corrected)
+    assert "all-linear" in (tmp_path / "out" / "quickstart" / "common-recipe.yaml").read_text(encoding="utf-8")
+    (tmp_path / "out" / "quickstart" / "ce-0").mkdir()
+    with pytest.raises(RunError, match="another recipe: lora"):
+        Comparison([QUICKSTART], wrong, **corrected)
 
 
 def test_another_comparison_is_not_mixed_in(output: Path, settings: list[str], tmp_path: Path) -> None:
