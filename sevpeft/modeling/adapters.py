@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import dora
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -74,7 +75,7 @@ def adapted_on_paper(config: LoraConfig, model: PreTrainedModel) -> PeftModel:
     config.eva_config = None
     if start != "orthogonal":
         config.init_lora_weights = False  # what starts from the base weights would need them
-    with on_paper(), _plainly(model):
+    with on_paper(), _plainly(model), _packed_norms_on_paper():
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     if start == "olora" and any(isinstance(getattr(part, "base_layer", None), Conv1D) for part in adapted.modules()):
         # PEFT 0.21 takes its matrices for a Linear's, which lie the other way round, and the first step fails.
@@ -83,6 +84,17 @@ def adapted_on_paper(config: LoraConfig, model: PreTrainedModel) -> PeftModel:
             "way round (Conv1D); use pissa or true."
         )
     return adapted
+
+
+@contextmanager
+def _packed_norms_on_paper() -> Iterator[None]:
+    """DoRA starts from the norms of the unpacked base weights, and packed ones without numbers cannot be unpacked."""
+    unpack = dora.dequantize_module_weight
+    dora.dequantize_module_weight = lambda module: torch.empty(module.weight.shape)
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = unpack
 
 
 @contextmanager

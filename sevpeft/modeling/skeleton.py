@@ -85,7 +85,7 @@ def weightless(
                 model = replace_with_bnb_linear(
                     model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantisation
                 )
-    except (ValueError, TypeError, ImportError, IndexError, KeyError) as error:
+    except Exception as error:  # whatever the code of a model raises
         raise UnknownModelError(
             f"{recipe.model.name_or_path} cannot be planned with these settings ({first_sentence(error)})."
         ) from error

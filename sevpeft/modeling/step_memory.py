@@ -24,6 +24,8 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
 
+from sevpeft.errors import UnknownModelError, first_sentence
+
 # PyTorch's CUDA allocator rounds to this.
 _SMALLEST_BLOCK = 512
 
@@ -79,13 +81,26 @@ class Rehearsal:
         model.enable_input_require_grads()
         self._fake = FakeTensorMode()
         with self._fake:
-            _give_shapes(model)
+            _give_shapes(model, unpacked=model.get_base_model().config.dtype)
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
 
     def course(self, step: Step) -> Course:
-        """Runs a step. Gradients count as already there, as they are from the second batch of accumulation on."""
+        """Runs a step. Gradients count as already there, as they are from the second batch of accumulation on.
+
+        Raises:
+            UnknownModelError: the model asks for numbers, as one with experts may.
+        """
+        try:
+            return self._course(step)
+        except Exception as error:  # whatever the code of a model raises that misses its numbers
+            kind = self._model.config.model_type
+            raise UnknownModelError(
+                f"A step of {kind} cannot be run without its numbers ({first_sentence(error)})."
+            ) from error
+
+    def _course(self, step: Step) -> Course:
         model = self._model
         model.train(step.training)
         if step.checkpointing and step.training:
@@ -184,12 +199,17 @@ class _TritonHead(torch.autograd.Function):
 class _Packed(torch.nn.Module):
     """In the place of a quantised matrix: the same bytes held, the same ones made and kept in a step."""
 
-    def __init__(self, replaced: Linear4bit | Linear8bitLt) -> None:
+    def __init__(self, replaced: Linear4bit | Linear8bitLt, unpacked: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = replaced.in_features, replaced.out_features
         self.four_bit = isinstance(replaced, Linear4bit)
         self.compute_dtype = getattr(replaced, "compute_dtype", None)
-        self.weight, self.bias = None, replaced.bias
+        self.bias, self._unpacked = replaced.bias, unpacked
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Unpacked: what is no parameter, PEFT's `dequantize_module_weight` hands to DoRA as it is."""
+        return torch.empty(self.out_features, self.in_features, dtype=self._unpacked)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         given = x.dtype
@@ -228,12 +248,12 @@ def _selective_kwargs() -> dict[str, Any]:
     return caught
 
 
-def _give_shapes(model: torch.nn.Module) -> None:
+def _give_shapes(model: torch.nn.Module, unpacked: torch.dtype) -> None:
     """Replaces what is on the meta device by fake tensors of a CPU, so that autocast and kernels choose as they do."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, (Linear4bit, Linear8bitLt)) and not hasattr(child, "base_layer"):
-                setattr(module, name, _Packed(child))
+                setattr(module, name, _Packed(child, unpacked))
     kept: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -104,6 +104,23 @@ LORA_MANAGED: dict[str, tuple[Refused, str]] = {
     "auto_mapping": (_always, "PEFT fills it in; leave it out"),
     "peft_version": (_always, "PEFT fills it in; leave it out"),
     "runtime_config": (_always, "PEFT takes it as an object only, which a recipe cannot hold; leave it out"),
+    "alora_invocation_tokens": (
+        _unless(None),
+        "an aLoRA acts behind its invocation tokens only, which the prompts do not hold; leave it out",
+    ),
+    "use_qalora": (_unless(False), "PEFT has QA-LoRA for GPTQ only, so that it would be plain LoRA; leave it out"),
+    "arrow_config": (_unless(None), "it chooses among adapters that are there already; leave it out"),
+    "kasa_config": (_unless(None), "KaSA needs terms of the loss that are not added here; leave it out"),
+    "monteclora_config": (_unless(None), "MonteCLoRA needs terms of the loss that are not added here; leave it out"),
+    "megatron_config": (_unless(None), "it belongs to Megatron-LM, which is not used here; leave it out"),
+    "corda_config": (
+        _unless(None),
+        "CorDA needs a pass over the data that is not made here; use init_lora_weights: eva",
+    ),
+    "lora_ga_config": (
+        _unless(None),
+        "LoRA-GA needs a pass over the data that is not made here; use init_lora_weights: eva",
+    ),
 }
 # Optimisers that transformers builds from groups of its own.
 _OWN_GROUPS = re.compile("galore|apollo|lomo|adalomo")

@@ -84,13 +84,13 @@ def plan(recipe: Recipe, *, vram: float | None = None, tflops: float = TFLOPS, e
         SevpeftError: whatever `train` would refuse about the data, the severity or the adapter.
     """
     settings = recipe.training.settings()
-    assumed: dict[str, Any] = {"tflops": tflops, "efficiency": efficiency}
+    rate: dict[str, Any] = {"tflops": tflops, "efficiency": efficiency}
     memory_unknown = None
     try:
         found, memory = fitting(recipe, vram)
     except UnknownModelError as error:
         found, memory, memory_unknown = None, None, str(error)
-    assumed["memory_unknown"] = memory_unknown
+    assumed: dict[str, Any] = {**rate, "memory_unknown": memory_unknown}
     try:
         prompt = prompt_of(recipe, load_tokenizer(recipe, load_config(recipe)))
     except ModelError as error:
@@ -104,7 +104,7 @@ def plan(recipe: Recipe, *, vram: float | None = None, tflops: float = TFLOPS, e
         tokens, labelled = _tokens(prepared.train)
         seconds = None
         if memory is not None:
-            seconds = epoch_seconds(memory, tokens, labelled, len(prepared.train), **assumed)
+            seconds = epoch_seconds(memory, tokens, labelled, len(prepared.train), **rate)
         steps = _steps(len(prepared.train), settings)
         return Plan(recipe, prepared.weights, prepared.summary, steps, None, found, tokens, seconds, **assumed)
 

@@ -47,6 +47,12 @@ CASES: dict[str, tuple[str, int, int, list[str]]] = {
     "llama-r64-long": ("llama", 2, 512, ["lora.r=64", "training.gradient_checkpointing=false"]),
     "llama-4bit": ("llama", 8, 256, ["quantization.load_in_4bit=true", "training.gradient_checkpointing=false"]),
     "llama-4bit-checkpointing": ("llama", 8, 256, ["quantization.load_in_4bit=true"]),
+    "llama-dora": ("llama", 8, 256, ["lora.use_dora=true", "training.gradient_checkpointing=false"]),
+    "llama-4bit-dora": (
+        *("llama", 8, 256),
+        ["quantization.load_in_4bit=true", "lora.use_dora=true", "training.gradient_checkpointing=false"],
+    ),
+    "llama-4bit-dora-checkpointing": ("llama", 8, 256, ["quantization.load_in_4bit=true", "lora.use_dora=true"]),
     "llama-small": ("llama-small", 4, 128, ["training.gradient_checkpointing=false"]),
     "gpt2-plain": ("gpt2", 8, 256, ["training.gradient_checkpointing=false"]),
     "gpt2-checkpointing": ("gpt2", 8, 256, []),

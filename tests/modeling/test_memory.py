@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from sevpeft.errors import ModelError
+from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.modeling.adapters import lora_config, trainable_parameters
 from sevpeft.modeling.memory import MemoryPlan, state_bytes
 from sevpeft.modeling.skeleton import base_config, extension, weightless
@@ -84,6 +84,33 @@ def test_real_steps_take_what_was_planned(tmp_path: Path) -> None:
 
 
 CONV_LAST = ["conv", "conv", "full_attention", "conv", "full_attention", "conv"]
+
+
+def test_dora_unpacks_every_matrix_in_every_pass() -> None:
+    """Which stay for the gradient, unless layers are checkpointed: 4 bit then saves next to nothing."""
+
+    def activations(checkpointing: bool, dora: bool, bits: int) -> int:
+        sections = {"quantization": {"load_in_4bit": bits == 4}, "lora": {"use_dora": dora, "lora_dropout": 0.1}}
+        training = {"gradient_checkpointing": checkpointing, "max_length": 16, "per_device_train_batch_size": 1}
+        plan = plan_of(recipe_of(**sections, training=training), intermediate_size=2048)
+        items = plan.budget().items
+        assert items["adapter"] == 4 * plan.parameters.trainable
+        return items["activations"]
+
+    matrices = 6 * 2 * (3 * 128 * 2048 + 2 * 128 * 128 + 2 * 128 * 64)
+    plain, dora = activations(False, False, 4), activations(False, True, 4)
+    assert dora - plain > matrices
+    assert activations(True, True, 4) < dora - matrices / 2
+    assert activations(False, True, 16) > plain
+
+
+def test_a_model_that_asks_for_its_numbers_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * int(hidden.abs().sum() > 0)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    with pytest.raises(UnknownModelError, match=r"A step of llama cannot be run without its numbers \(.*\)\."):
+        plan_of(recipe_of()).budget()
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,19 @@ def test_what_training_would_refuse_of_the_adapter_is_refused_by_the_plan(
         plan(recipe)
 
 
+def test_with_everything_at_hand_memory_and_time_are_planned_too(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    base = [f"model.name_or_path={model_folder()}", "data.max_rows=30", "training.max_length=192"]
+    recipe = load_recipe(QUICKSTART, base)
+    found, slower = plan(recipe, vram=8), plan(recipe, vram=0.1, efficiency=0.15)
+    assert found.fitting is not None and slower.fitting is not None and found.epoch_seconds and found.tokens
+    assert found.fitting.fits and not slower.fitting.fits and found.memory_unknown is None
+    assert slower.epoch_seconds == pytest.approx(2 * found.epoch_seconds)
+    assert "fits in 8 GB" in shown(found) and f"an epoch of {found.tokens:,} tokens" in shown(found)
+
+
 def test_memory_that_cannot_be_planned_is_told_with_the_reason(model_folder: Callable[..., Path]) -> None:
     found = plan(load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}"]))
     assert found.memory_unknown == found.as_dict()["memory_unknown"] == "no numbers"
