@@ -22,7 +22,7 @@ from sevpeft.errors import ModelError, first_sentence
 from sevpeft.modeling.sharding import on_paper
 from sevpeft.modeling.targets import refuse_unmatched
 from sevpeft.recipe import Recipe
-from sevpeft.recipe.rules import CHANGING_THE_BASE
+from sevpeft.recipe.combinations import CHANGING_THE_BASE
 
 
 def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:

@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
+from sevpeft.errors import UnknownModelError
 from sevpeft.modeling.skeleton import extension, layers_are_alike, weightless
 from sevpeft.modeling.step_memory import Course, Rehearsal, Step
 from sevpeft.recipe import Recipe
@@ -62,7 +63,10 @@ class Setting:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Setting:
+        """Raises UnknownModelError: the recipe sets no length that a row can have at most."""
         settings = recipe.training.settings()
+        if settings["max_length"] is None:
+            raise UnknownModelError("training.max_length=null leaves open how long a row is; write a number of tokens.")
         checkpointing = settings.get("gradient_checkpointing")
         how = settings.get("gradient_checkpointing_kwargs") or {}
         return cls(

@@ -60,6 +60,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
     "save_steps": {"gt": 0},
     "save_total_limit": {"ge": 1},
     "dataloader_num_workers": {"ge": 0},
+    "pad_to_multiple_of": {"ge": 1},
 }
 
 

@@ -14,11 +14,11 @@ from typing import Any, get_args
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from sevpeft.errors import RecipeError
+from sevpeft.recipe.combinations import broken_rules
 from sevpeft.recipe.evidence import EvaluationSection, GenerationSection
 from sevpeft.recipe.library_fields import lora_fields, sft_fields
 from sevpeft.recipe.library_sections import LoraSection, TrainingSection
 from sevpeft.recipe.mistakes import field_at, sentences
-from sevpeft.recipe.rules import broken_rules
 from sevpeft.recipe.sections import (
     SEVERITY_PRESETS,
     AboutSection,

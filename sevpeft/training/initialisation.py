@@ -27,7 +27,7 @@ from sevpeft.modeling.adapters import cast_trained
 from sevpeft.modeling.loading import resolved_name, uses_gpu
 from sevpeft.modeling.sharding import engine_asked
 from sevpeft.recipe import Recipe
-from sevpeft.recipe.rules import CHANGING_THE_BASE
+from sevpeft.recipe.combinations import CHANGING_THE_BASE
 from sevpeft.runs import Run
 from sevpeft.training.trainer import IGNORED, SeveritySFTTrainer
 

@@ -42,11 +42,11 @@ from sevpeft.training.fitting import memory_is_full, refuse_what_cannot_fit
 from sevpeft.training.initialisation import make_plain, refuse_start, start_adapter
 from sevpeft.training.launch import check_launch, refuse_absent_deepspeed
 from sevpeft.training.leaving import Leaving, command_to_go_on
-from sevpeft.training.optimizer import loraplus_settings
+from sevpeft.training.optimizer import loraplus_settings, refuse_optimizer
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, keep_tensorboard_in, say
 from sevpeft.training.resuming import checkpoint_to_go_on_from, refuse_other_data, refuse_other_recipe
-from sevpeft.training.settings import sft_config
+from sevpeft.training.settings import refuse_no_batch, sft_config
 from sevpeft.training.sharding import (
     engine_of,
     refuse_incomplete_adapter,
@@ -117,6 +117,8 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
             if getattr(arguments, setting):
                 refuse_contaminated_packing(model, f"training.{setting}")
         adapter = lora_config(recipe, model)
+        refuse_optimizer(arguments, model)
+        refuse_no_batch(arguments, len(prepared.train))
         progress = RunProgress(run, console)
         leaving = Leaving(run.folder, lambda sentence: say(console, "Stopping", sentence, style="yellow"))
         with new_run(run) if state.is_main_process and not resume else nullcontext():

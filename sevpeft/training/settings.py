@@ -11,6 +11,7 @@ from trl import SFTConfig
 from sevpeft.errors import RecipeError
 from sevpeft.modeling.loading import Precision, uses_gpu
 from sevpeft.recipe import Recipe
+from sevpeft.recipe.combinations import BEST_IS_LEAST
 
 
 def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTConfig:
@@ -35,6 +36,9 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     if settings.get("padding_free") and not settings.get("packing"):
         # Rows are cut to max_length while they are encoded; TRL refuses a limit that it would not enforce itself.
         settings["max_length"] = None
+    if str(settings.get("metric_for_best_model")).removeprefix("eval_") in BEST_IS_LEAST:
+        # transformers looks for "loss" at the end of the name, so that by loss_critical it would keep the worst.
+        settings["greater_is_better"] = False
     if recipe.training.settings().get("auto_find_batch_size") and PartialState().num_processes > 1:
         raise RecipeError(
             "training.auto_find_batch_size works on one process only, because the others would wait for the one whose "
@@ -54,3 +58,13 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
             f"training.report_to names {', '.join(absent)}, which is not installed: pip install {absent[0]}."
         )
     return config
+
+
+def refuse_no_batch(args: SFTConfig, rows: int) -> None:
+    """Raises RecipeError when `dataloader_drop_last` leaves nothing of so many training rows."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        raise RecipeError(
+            f"training.dataloader_drop_last=true leaves no batch of {batch} of the {rows} training rows; leave it out, "
+            "or lower training.per_device_train_batch_size."
+        )

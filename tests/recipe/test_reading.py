@@ -398,6 +398,28 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(mistakes, text, s
             "quantization: {load_in_4bit: true, load_in_8bit: true}",
             "quantization.load_in_8bit: is true together with quantization.load_in_4bit,",
         ),
+        (
+            "training: {metric_for_best_model: rouge}",
+            "training.metric_for_best_model: 'rouge' is no figure of the validation; write one of loss, loss_non_cr",
+        ),
+        (
+            "training: {metric_for_best_model: loss_critical, greater_is_better: true}",
+            "training.greater_is_better: the worst checkpoint by loss_critical would be kept; write false",
+        ),
+        (
+            "training: {metric_for_best_model: eval_mean_token_accuracy, greater_is_better: false}",
+            "training.greater_is_better: the worst checkpoint by eval_mean_token_accuracy would be kept; write true",
+        ),
+        ("training: {save_strategy: best}", "training.save_strategy: best saves by a figure of the validation, and"),
+        (
+            "training: {gradient_checkpointing_kwargs: {use_reentrent: false}}",
+            "training.gradient_checkpointing_kwargs: use_reentrent is nothing that it takes; write one of selective,",
+        ),
+        (
+            "training: {gradient_checkpointing_kwargs: {preserve_rng_state: false}}",
+            "training.gradient_checkpointing_kwargs: without the random state, dropout is drawn anew",
+        ),
+        ("training: {pad_to_multiple_of: 0}", "training.pad_to_multiple_of: must be at least 1, not 0;"),
         ("training: {bf16: true, fp16: true}", "training.fp16: is true together with training.bf16,"),
         (
             "quantization: {load_in_8bit: true}\nlora: {use_dora: true}",
@@ -494,6 +516,8 @@ _BYPASSING = {
     "push_to_hub": True,
     "liger_kernel_config": {"rope": True},
     "inference_mode": True,
+    "ignore_data_skip": True,
+    "save_only_model": True,
 }
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from trl import SFTConfig
 
 from sevpeft.errors import RecipeError
 from sevpeft.recipe import recipe_from_values
-from sevpeft.training.optimizer import loraplus_settings
+from sevpeft.training.optimizer import loraplus_settings, refuse_optimizer
+from tests.conftest import build_model
 from tests.training.test_trainer import adapter_of, assert_close, assert_equal, make_rows, make_trainer
 
 RATIO = {"loraplus_lr_ratio": 16.0}
@@ -53,6 +55,36 @@ def test_both_rates_follow_the_schedule_and_weight_decay_is_the_recipe_s(tmp_pat
     assert [group["lr"] for group in groups] == pytest.approx([1e-3, 16e-3])
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
     assert sum(len(group["params"]) for group in groups) == len(adapter_of(trainer))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, "optim=galore_adamw is refused .*galore_torch"),
+        ({"optim": "schedule_free_adamw"}, "optim=schedule_free_adamw is refused .*schedulefree"),
+        ({"optim": "adamw_torch", "adam_beta1": 2.0}, "optim_args or an adam_… setting is refused .*beta"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr is refused .*min_lr"),
+        ({"lr_scheduler_kwargs": {"x": 1}}, "lr_scheduler_type=linear is refused .*correct training.lr_scheduler_kw"),
+    ],
+)
+def test_an_optimizer_or_schedule_that_cannot_be_built_is_one_sentence(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said) as caught:
+        refuse_optimizer(SFTConfig(output_dir=str(tmp_path), use_cpu=True, **settings), build_model("llama"))
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "paged_adamw_8bit", "lion_8bit", "ademamix"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"])
+def test_those_that_can_be_built_are_not_refused(tmp_path: Path, optim: str, schedule: str) -> None:
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, optim=optim, lr_scheduler_type=schedule, eval_strategy="epoch"
+    )
+    model = build_model("llama")
+    state = torch.get_rng_state()
+    refuse_optimizer(args, model)
+    assert torch.equal(state, torch.get_rng_state()), "a resumed run would draw other numbers"
 
 
 def test_a_resumed_training_is_the_same_training(tmp_path: Path) -> None:

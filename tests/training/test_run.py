@@ -14,7 +14,7 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sevpeft.errors import RunError
+from sevpeft.errors import RecipeError, RunError
 from sevpeft.modeling.loading import choose_precision, load_model
 from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
@@ -115,6 +115,15 @@ def test_severity_weights_change_the_adapter_and_uniform_ones_do_not_need_severi
     assert any(not torch.equal(balanced[name], uniform[name]) for name in balanced)
     assert any(not torch.equal(balanced[name], shuffled[name]) for name in balanced)
     assert all(torch.equal(uniform[name], ones[name]) for name in uniform)
+
+
+@pytest.mark.parametrize("wrong", ["training.optim=schedule_free_adamw", "training.lr_scheduler_kwargs={x: 1}"])
+def test_what_the_trainer_would_meet_in_its_loop_is_refused_before_there_is_a_run(
+    tmp_path: Path, settings: list[str], wrong: str
+) -> None:
+    with pytest.raises(RecipeError, match="is refused"):
+        train(load_recipe(QUICKSTART, [*settings, wrong]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, settings: list[str]) -> None:

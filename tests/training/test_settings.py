@@ -11,8 +11,10 @@ import torch
 from sevpeft.errors import RecipeError
 from sevpeft.modeling.loading import Precision
 from sevpeft.recipe import recipe_from_values
+from sevpeft.recipe.combinations import BEST_IS_LEAST
+from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import settings
-from sevpeft.training.settings import sft_config
+from sevpeft.training.settings import refuse_no_batch, sft_config
 
 FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
 
@@ -42,6 +44,28 @@ def test_a_cpu_run_computes_in_float32_and_hides_no_nan(tmp_path: Path) -> None:
 def test_padding_free_without_packing_leaves_the_length_to_the_encoding(tmp_path: Path) -> None:
     assert config(tmp_path, padding_free=True).max_length is None
     assert config(tmp_path, padding_free=True, packing=True).max_length == 512
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_loss", "loss_critical", "eval_loss_non_critical"])
+def test_the_best_checkpoint_is_that_of_the_least_loss(tmp_path: Path, metric: str) -> None:
+    """transformers takes the greatest for best where a name does not end with loss."""
+    assert config(tmp_path, metric_for_best_model=metric).greater_is_better is False
+
+
+def test_the_best_checkpoint_by_accuracy_is_that_of_the_greatest(tmp_path: Path) -> None:
+    assert config(tmp_path, metric_for_best_model="mean_token_accuracy").greater_is_better is True
+
+
+def test_a_loss_by_severity_that_can_be_asked_for_is_one_that_is_measured() -> None:
+    assert ("loss", *(f"loss_{severity}" for severity in SEVERITIES)) == BEST_IS_LEAST
+
+
+def test_dropping_the_last_batch_must_leave_one(tmp_path: Path) -> None:
+    made = config(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=8)
+    refuse_no_batch(made, 8)
+    with pytest.raises(RecipeError, match="leaves no batch of 8 of the 7 training rows"):
+        refuse_no_batch(made, 7)
+    refuse_no_batch(config(tmp_path, per_device_train_batch_size=8), 7)
 
 
 @pytest.mark.parametrize(
