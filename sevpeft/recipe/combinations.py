@@ -42,6 +42,10 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
     training = _section(values, "training")
     for key, sentence in (*_checkpointing(training), *_best(training)):
         yield ("training", key), sentence
+    for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor"):
+        if training.get(key) and not training.get("dataloader_num_workers"):
+            why = "it is about processes that read rows, and there are none"
+            yield ("training", key), f"{why}; write training.dataloader_num_workers too, such as 2, or leave it out"
     if training.get("packing") is True and "max_length" in training and training["max_length"] is None:
         yield ("training", "max_length"), "is null, and packing fills rows up to a length; write one, such as 512"
     prompt = _section(values, "prompt")
@@ -96,6 +100,8 @@ def _splits(data: Mapping[str, Any]) -> Iterator[Mistake]:
 
 def _checkpointing(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     given, key = _section(training, "gradient_checkpointing_kwargs"), "gradient_checkpointing_kwargs"
+    if isinstance(training.get(key), str):
+        yield key, f"{training[key]!r} is no mapping; write it as {{use_reentrant: false}}"
     every = given.get("every_n_layers", 1)
     if type(every) is not int or every < 1:
         why = f"every_n_layers is {every!r}, and of so many layers one is checkpointed"

@@ -46,7 +46,7 @@ from sevpeft.training.optimizer import loraplus_settings, refuse_optimizer
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, keep_tensorboard_in, say
 from sevpeft.training.resuming import checkpoint_to_go_on_from, refuse_other_data, refuse_other_recipe
-from sevpeft.training.settings import refuse_no_batch, sft_config
+from sevpeft.training.settings import plain_refusals, refuse_no_batch, sft_config
 from sevpeft.training.sharding import (
     engine_of,
     refuse_incomplete_adapter,
@@ -122,21 +122,22 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         progress = RunProgress(run, console)
         leaving = Leaving(run.folder, lambda sentence: say(console, "Stopping", sentence, style="yellow"))
         with new_run(run) if state.is_main_process and not resume else nullcontext():
-            trainer = SeveritySFTTrainer(
-                model=model,
-                args=arguments,
-                train_dataset=prepared.train,
-                eval_dataset=prepared.validation,
-                processing_class=tokenizer,
-                peft_config=adapter,
-                reduction=recipe.severity.reduction,
-                loraplus=loraplus_settings(recipe),
-                stopping=recipe.stopping,
-                leaving=leaving,
-                name_rows=prepared.row_names,
-                tell=lambda sentence: say(console, "Warning", sentence, style="yellow"),
-                callbacks=[progress, leaving],
-            )
+            with plain_refusals():
+                trainer = SeveritySFTTrainer(
+                    model=model,
+                    args=arguments,
+                    train_dataset=prepared.train,
+                    eval_dataset=prepared.validation,
+                    processing_class=tokenizer,
+                    peft_config=adapter,
+                    reduction=recipe.severity.reduction,
+                    loraplus=loraplus_settings(recipe),
+                    stopping=recipe.stopping,
+                    leaving=leaving,
+                    name_rows=prepared.row_names,
+                    tell=lambda sentence: say(console, "Warning", sentence, style="yellow"),
+                    callbacks=[progress, leaving],
+                )
             trainer.accept_smaller_batches = bool(recipe.training.settings().get("auto_find_batch_size"))
             trainer.on_smaller_batch = lambda sentence: say(console, "Memory", f"full; {sentence}", style="yellow")
             trainer.remove_callback(PrinterCallback)

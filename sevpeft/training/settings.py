@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
-from sevpeft.errors import RecipeError
+from sevpeft.errors import RecipeError, SevpeftError
 from sevpeft.modeling.loading import Precision, uses_gpu
 from sevpeft.recipe import Recipe
 from sevpeft.recipe.combinations import BEST_IS_LEAST
@@ -48,16 +50,27 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
         raise RecipeError(
             "training.activation_offloading moves activations from a GPU, and this run has none; leave it out."
         )
-    try:
+    with plain_refusals():
         config = SFTConfig(**settings)
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"The training section is refused: {' '.join(str(error).split())}") from error
     absent = sorted(set(config.report_to) - set(get_available_reporting_integrations()))
     if absent:
         raise RecipeError(
             f"training.report_to names {', '.join(absent)}, which is not installed: pip install {absent[0]}."
         )
     return config
+
+
+@contextmanager
+def plain_refusals() -> Iterator[None]:
+    """Turns what TRL and transformers raise about settings, in SFTConfig or in the trainer's constructor."""
+    try:
+        yield
+    except SevpeftError:
+        raise
+    except (ValueError, TypeError, ImportError, KeyError, FileNotFoundError) as error:
+        said = " ".join(str(error).split())
+        said = f"{said} is not known" if isinstance(error, KeyError) else said
+        raise RecipeError(f"The training section is refused: {said}") from error
 
 
 def refuse_no_batch(args: SFTConfig, rows: int) -> None:

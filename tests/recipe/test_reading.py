@@ -419,6 +419,14 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(mistakes, text, s
             "training: {gradient_checkpointing_kwargs: {preserve_rng_state: false}}",
             "training.gradient_checkpointing_kwargs: without the random state, dropout is drawn anew",
         ),
+        (
+            "training: {gradient_checkpointing_kwargs: selective}",
+            "training.gradient_checkpointing_kwargs: 'selective' is no mapping; write it as {use_reentrant: false}",
+        ),
+        (
+            "training: {dataloader_persistent_workers: true}",
+            "training.dataloader_persistent_workers: it is about processes that read rows, and there are none;",
+        ),
         ("training: {pad_to_multiple_of: 0}", "training.pad_to_multiple_of: must be at least 1, not 0;"),
         ("training: {bf16: true, fp16: true}", "training.fp16: is true together with training.bf16,"),
         (

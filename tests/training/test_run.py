@@ -117,7 +117,13 @@ def test_severity_weights_change_the_adapter_and_uniform_ones_do_not_need_severi
     assert all(torch.equal(uniform[name], ones[name]) for name in uniform)
 
 
-@pytest.mark.parametrize("wrong", ["training.optim=schedule_free_adamw", "training.lr_scheduler_kwargs={x: 1}"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("training.optim=schedule_free_adamw", "training.lr_scheduler_kwargs={x: 1}"),
+        *("training.log_level=loud", "training.torch_compile_backend=no_such"),
+    ],
+)
 def test_what_the_trainer_would_meet_in_its_loop_is_refused_before_there_is_a_run(
     tmp_path: Path, settings: list[str], wrong: str
 ) -> None:

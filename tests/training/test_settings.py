@@ -72,6 +72,7 @@ def test_dropping_the_last_batch_must_leave_one(tmp_path: Path) -> None:
     ("training", "said"),
     [
         ({"load_best_model_at_end": True, "eval_strategy": "no"}, "training section is refused"),
+        ({"accelerator_config": "no-such-file.json"}, "no-such-file"),
         ({"activation_offloading": True}, "activation_offloading"),
         ({"report_to": ["comet_ml"]}, "pip install comet_ml"),
     ],
