@@ -42,6 +42,9 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
     training = _section(values, "training")
     for key, sentence in (*_checkpointing(training), *_best(training)):
         yield ("training", key), sentence
+    multiple = training.get("pad_to_multiple_of")
+    if multiple not in (None, "auto") and (type(multiple) is not int or multiple < 1):
+        yield ("training", "pad_to_multiple_of"), f"must be a number from 1 up or auto, not {multiple!r}; write 8"
     for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor"):
         if training.get(key) and not training.get("dataloader_num_workers"):
             why = "it is about processes that read rows, and there are none"

@@ -60,7 +60,6 @@ _BOUNDS: dict[str, dict[str, Any]] = {
     "save_steps": {"gt": 0},
     "save_total_limit": {"ge": 1},
     "dataloader_num_workers": {"ge": 0},
-    "pad_to_multiple_of": {"ge": 1},
     "eval_accumulation_steps": {"ge": 1},
     "neftune_noise_alpha": {"ge": 0},
 }

@@ -81,7 +81,7 @@ def plan(recipe: Recipe, *, vram: float | None = None, tflops: float = TFLOPS, e
         tflops: dense peak of the card in bfloat16, TFLOP/s. efficiency: share of it that is reached.
 
     Raises:
-        SevpeftError: whatever `train` would refuse about the data, the severity or the adapter.
+        SevpeftError: whatever `train` would refuse about the data, the severity, the prompt or the adapter.
     """
     settings = recipe.training.settings()
     rate: dict[str, Any] = {"tflops": tflops, "efficiency": efficiency}
@@ -92,13 +92,14 @@ def plan(recipe: Recipe, *, vram: float | None = None, tflops: float = TFLOPS, e
         found, memory, memory_unknown = None, None, str(error)
     assumed: dict[str, Any] = {**rate, "memory_unknown": memory_unknown}
     try:
-        prompt = prompt_of(recipe, load_tokenizer(recipe, load_config(recipe)))
+        tokenizer = load_tokenizer(recipe, load_config(recipe))
     except ModelError as error:
         table, splits, severity = load_splits(recipe)
         _, weights = weigh(recipe, severity, source_index(splits.train))
         steps = None if settings.get("packing") else _steps(len(splits.train), settings)
         data = summary_of(table, splits, severity, {})
         return Plan(recipe, weights, data, steps, str(error), found, None, None, **assumed)
+    prompt = prompt_of(recipe, tokenizer)
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         prepared = prepare(recipe, prompt, Path(scratch))
         tokens, labelled = _tokens(prepared.train)

@@ -427,7 +427,11 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(mistakes, text, s
             "training: {dataloader_persistent_workers: true}",
             "training.dataloader_persistent_workers: it is about processes that read rows, and there are none;",
         ),
-        ("training: {pad_to_multiple_of: 0}", "training.pad_to_multiple_of: must be at least 1, not 0;"),
+        (
+            "training: {pad_to_multiple_of: 0}",
+            "training.pad_to_multiple_of: must be a number from 1 up or auto, not 0;",
+        ),
+        ("training: {pad_to_multiple_of: eight}", "training.pad_to_multiple_of: must be a number from 1 up or auto,"),
         ("training: {bf16: true, fp16: true}", "training.fp16: is true together with training.bf16,"),
         (
             "quantization: {load_in_8bit: true}\nlora: {use_dora: true}",
@@ -506,6 +510,8 @@ def test_a_wrong_value_is_answered_with_what_to_write(mistakes, text, said):
         "training: {label_smoothing_factor: 0, use_liger_kernel: false}",
         "training: {warmup_steps: 0.03, dataloader_drop_last: true, disable_tqdm: true, completion_only_loss: true}",
         "training: {fsdp: null, tf32: null}",
+        "training: {pad_to_multiple_of: auto}",
+        "training: {pad_to_multiple_of: 8}",
     ],
 )
 def test_what_is_harmless_is_accepted(recipe, text):

@@ -89,6 +89,12 @@ def test_with_everything_at_hand_memory_and_time_are_planned_too(
     assert "fits in 8 GB" in shown(found) and f"an epoch of {found.tokens:,} tokens" in shown(found)
 
 
+def test_a_prompt_that_training_would_refuse_is_refused(model_folder: Callable[..., Path]) -> None:
+    recipe = load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}", "prompt.chat=true"])
+    with pytest.raises(ModelError, match="has no chat template"):
+        plan(recipe)
+
+
 def test_memory_that_cannot_be_planned_is_told_with_the_reason(model_folder: Callable[..., Path]) -> None:
     found = plan(load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}"]))
     assert found.memory_unknown == found.as_dict()["memory_unknown"] == "no numbers"
