@@ -45,7 +45,7 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
     multiple = training.get("pad_to_multiple_of")
     if multiple not in (None, "auto") and (type(multiple) is not int or multiple < 1):
         yield ("training", "pad_to_multiple_of"), f"must be a number from 1 up or auto, not {multiple!r}; write 8"
-    for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor"):
+    for key in ("dataloader_multiprocessing_context", "dataloader_prefetch_factor"):
         if training.get(key) and not training.get("dataloader_num_workers"):
             why = "it is about processes that read rows, and there are none"
             yield ("training", key), f"{why}; write training.dataloader_num_workers too, such as 2, or leave it out"

@@ -83,6 +83,11 @@ TRAINING_MANAGED: dict[str, tuple[Refused, str]] = {
         _unless(False),
         "a resumed run would see other rows than one that was left alone; leave it out",
     ),
+    "dataloader_persistent_workers": (
+        _unless(False),
+        "a resumed run would see the rows of its next epochs in another order; leave it out",
+    ),
+    "dataloader_in_order": (_unless(True), "the rows would come in another order in every run; leave it out"),
     "save_only_model": (_unless(False), "no run could go on from such a checkpoint; leave it out"),
     "hub_token": (_always, _TOKEN),
     "do_train": (_always, _VERBS),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from trl import SFTTrainer
 
@@ -135,6 +136,18 @@ class ResumableSFTTrainer(SFTTrainer):
                 logs[name] = round(logs[name] * share, 3)
         super().log(logs, start_time)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Of all rows: `dataloader_drop_last` is about the batches that are trained on."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropping
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        return _GroupedByLength(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Epochs and steps that are done; all epochs, where a kill came after the last step.
 
@@ -249,6 +262,23 @@ class ResumableSFTTrainer(SFTTrainer):
     def _cut_batches(self, size: int, accumulation: int) -> None:
         self._train_batch_size = self.args.per_device_train_batch_size = size
         self.args.gradient_accumulation_steps = accumulation
+
+
+class _GroupedByLength(LengthGroupedSampler):
+    """Draws the order of an epoch from the seed and the epoch, as accelerate does where lengths do not count.
+
+    The library's draws it from PyTorch's own state, which a resumed training gets back after the order was drawn.
+    """
+
+    def __init__(self, stock: LengthGroupedSampler, trainer: ResumableSFTTrainer) -> None:
+        super().__init__(stock.batch_size, lengths=stock.lengths)
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        args, epoch = self._trainer.args, int(self._trainer.state.epoch or 0)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.generator = torch.Generator().manual_seed(seed + epoch)
+        return iter(super().__iter__())
 
 
 class _Recall(TrainerCallback):

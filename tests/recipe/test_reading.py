@@ -424,8 +424,8 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(mistakes, text, s
             "training.gradient_checkpointing_kwargs: 'selective' is no mapping; write it as {use_reentrant: false}",
         ),
         (
-            "training: {dataloader_persistent_workers: true}",
-            "training.dataloader_persistent_workers: it is about processes that read rows, and there are none;",
+            "training: {dataloader_prefetch_factor: 2}",
+            "training.dataloader_prefetch_factor: it is about processes that read rows, and there are none;",
         ),
         (
             "training: {pad_to_multiple_of: 0}",
@@ -532,6 +532,8 @@ _BYPASSING = {
     "inference_mode": True,
     "ignore_data_skip": True,
     "save_only_model": True,
+    "dataloader_persistent_workers": True,
+    "dataloader_in_order": False,
 }
 
 

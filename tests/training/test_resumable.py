@@ -223,3 +223,36 @@ def test_a_run_that_was_killed_after_its_last_step_trains_no_step_more(tmp_path:
 def test_as_many_checkpoints_are_kept_as_were_asked_for(tmp_path: Path) -> None:
     validating(tmp_path, save_steps=1, save_total_limit=2).train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance", "sequential"])
+def test_rows_come_in_the_order_of_the_whole_also_after_their_first_epoch(tmp_path: Path, strategy: str) -> None:
+    options = {"train_sampling_strategy": strategy, "gradient_accumulation_steps": 1, "max_steps": 12}
+    options |= {"per_device_train_batch_size": 2, "save_total_limit": None}
+    whole = validating(tmp_path, **options)
+    whole.train()
+    assert whole.state.epoch > 1.2
+    for step in (2, 8, 10):
+        again = validating(tmp_path, **options, save_strategy="no")
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_equal(adapter_of(again), adapter_of(whole))
+
+
+def test_rows_are_grouped_by_length_and_no_two_epochs_are_alike(tmp_path: Path) -> None:
+    trainer = validating(tmp_path, train_sampling_strategy="group_by_length")
+    sampler, state = trainer._get_train_sampler(), torch.get_rng_state()
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+    trainer.state.epoch = 0.4
+    first, again = list(sampler), list(sampler)
+    trainer.state.epoch = 1.0
+    second = list(sampler)
+    assert first == again != second and sorted(first) == sorted(second) == list(range(len(lengths)))
+    assert lengths[first[0]] == max(lengths), "the longest comes first, so that it shows at once whether it fits"
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_dropping_the_last_batch_leaves_no_row_out_of_a_validation(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"per_device_eval_batch_size": 4, "eval_steps": 4}
+    whole, dropping = validating(tmp_path, **options), validating(tmp_path, **options, dataloader_drop_last=True)
+    assert dropping.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+    assert len(dropping.get_eval_dataloader()) == 2 and dropping.args.dataloader_drop_last
