@@ -307,7 +307,7 @@ def test_a_model_folder_that_cannot_be_used_is_refused(
         (["data.path=nobody/nothing"], "the Hub cannot be reached", 1),
         (["training.fp16=true"], "training.fp16=true needs a CUDA GPU", 1),
         (["lora.target_modules=[nothing]"], "it has down_proj, embed_tokens", 1),
-        (["lora.target_modules=nothing.*"], "PEFT refuses the lora section", 1),
+        (["lora.target_modules=nothing.*"], "lora.target_modules names nothing.*, which llama does not have", 1),
         (["training.report_to=wandb"], "wandb", 2),
         (["training.max_length=2"], "training.max_length=2", 1),
     ],

@@ -7,6 +7,7 @@ thumb.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -127,8 +128,8 @@ def _fewer_rows_at_once(plan: MemoryPlan, available: int) -> Proposal | None:
     batch, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     if batch == 1:
         return None
-    most = min(max(1, plan.largest_batch(available)), batch - 1)
-    rows = next(rows for rows in range(most, 0, -1) if batch % rows == 0)  # so that a step keeps its rows
+    divisors = [rows for rows in range(1, batch) if batch % rows == 0]  # so that a step keeps its rows
+    rows = divisors[max(0, bisect_right(divisors, available, key=plan.total_of_batch) - 1)]
     return (
         f"training.per_device_train_batch_size={rows}",
         f"training.gradient_accumulation_steps={accumulation * batch // rows}",

@@ -9,6 +9,7 @@ evenly with its rows.
 
 from __future__ import annotations
 
+import copy
 import re
 from bisect import bisect_right
 from collections.abc import Callable
@@ -216,15 +217,19 @@ class MemoryPlan:
         return Budget({name: size for name, size in items.items() if size})
 
     def with_recipe(self, recipe: Recipe) -> MemoryPlan:
-        """The same base model and device under another recipe."""
-        return MemoryPlan(recipe, self.config, on_gpu=self.on_gpu, vocabulary_tile=self.vocabulary_tile)
+        """The same base model and device under another recipe; what was run is shared where the model is the same."""
+        if any(getattr(recipe, name) != getattr(self.recipe, name) for name in ("model", "quantization", "lora")):
+            return MemoryPlan(recipe, self.config, on_gpu=self.on_gpu, vocabulary_tile=self.vocabulary_tile)
+        plan = copy.copy(self)
+        plan.recipe, plan.setting = recipe, Setting.of(recipe)
+        return plan
 
     def largest_batch(self, available: int) -> int:
         """The most rows of the recipe's length that fit in so many bytes; 0 when none does, at most 1,024."""
-        return bisect_right(range(1, LARGEST_BATCH + 1), available, key=self._total_of_batch)
+        return bisect_right(range(1, LARGEST_BATCH + 1), available, key=self.total_of_batch)
 
-    def _total_of_batch(self, batch: int) -> int:
-        """Of a batch of the recipe's length; validation is taken to have no more rows."""
+    def total_of_batch(self, batch: int) -> int:
+        """Bytes with a batch of the recipe's length; validation is taken to have no more rows."""
         setting = replace(self.setting, batch=batch, eval_batch=0)
         return self._budget(setting, self._extended(setting.step, self._course_between)).total
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from sevpeft.modeling.cards import CARDS, changes, epoch_seconds, usable, verdicts
+from sevpeft.modeling.cards import CARDS, USABLE, changes, epoch_seconds, usable, verdicts
 from sevpeft.modeling.memory import GIB, MemoryPlan
 from sevpeft.recipe import load_recipe
 from tests.modeling.test_memory import LLAMA, plan_of, recipe_of
@@ -62,25 +62,30 @@ def test_changes_come_in_the_order_of_least_harm_until_it_fits() -> None:
 
 
 def test_no_more_rows_are_given_up_than_must_be() -> None:
-    wasteful = eight_billion("training.gradient_checkpointing=false", "training.per_device_train_batch_size=60")
-    (checkpointing, batch) = changes(wasteful, 24)
-    assert checkpointing.settings == ("training.gradient_checkpointing=true",) and batch.fits
-    accumulation = wasteful.recipe.training.settings()["gradient_accumulation_steps"]
-    assert batch.settings == (
-        "training.per_device_train_batch_size=30",
-        f"training.gradient_accumulation_steps={2 * accumulation}",
-    )
-    assert eight_billion("training.per_device_train_batch_size=60").budget().total > usable(24)
+    plan = plan_of(recipe_of())
+
+    def wasteful(checkpointing: bool, batch: int) -> MemoryPlan:
+        training = {"gradient_checkpointing": checkpointing, "max_length": 512, "per_device_train_batch_size": batch}
+        return plan.with_recipe(recipe_of(training={**training, "gradient_accumulation_steps": 3}))
+
+    for rows, left in ((40, 30), (5, 5)):
+        gb = (wasteful(True, rows).budget().total + 2**20) / GIB / USABLE
+        checkpointing, batch = changes(wasteful(False, 60), gb)
+        assert checkpointing.settings == ("training.gradient_checkpointing=true",) and batch.fits
+        assert batch.settings == (
+            f"training.per_device_train_batch_size={left}",
+            f"training.gradient_accumulation_steps={180 // left}",
+        )
 
 
 def test_what_the_recipe_does_not_allow_is_not_advised() -> None:
-    sections = {"lora": {"init_lora_weights": "pissa"}, "training": {"per_device_train_batch_size": 64}}
-    settings = [setting for change in changes(plan_of(recipe_of(**sections)), 0.3) for setting in change.settings]
-    assert settings and "quantization.load_in_4bit=true" not in settings
-    plain = plan_of(recipe_of(training=sections["training"]), hidden_size=1024, num_attention_heads=8)
-    assert "quantization.load_in_4bit=true" in [
-        setting for change in changes(plain, 0.3) for setting in change.settings
-    ]
+    def advised(**lora: Any) -> list[tuple[str, ...]]:
+        recipe = recipe_of(lora=lora, training={"per_device_train_batch_size": 1})
+        plan = plan_of(recipe, hidden_size=1024, num_attention_heads=8)
+        return [change.settings for change in changes(plan, 0.3)]
+
+    assert ("quantization.load_in_4bit=true",) in advised()
+    assert ("quantization.load_in_4bit=true",) not in advised(init_lora_weights="pissa")
 
 
 def test_what_cannot_fit_is_said_to() -> None:

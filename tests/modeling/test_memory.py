@@ -119,7 +119,6 @@ def test_a_model_that_asks_for_its_numbers_is_not_known(monkeypatch: pytest.Monk
         {"target_modules": ["q_proj"], "layers_to_transform": [3]},
         {"target_modules": r".*layers\.[1-3]\..*_proj"},
         {"rank_pattern": {"layers.2.mlp.up_proj": 128}},
-        {"target_modules": ["model.layers.0.self_attn.v_proj", "down_proj"]},
         {"target_modules": ["q_proj"], "layers_to_transform": [*range(6)]},
     ],
 )
@@ -175,6 +174,19 @@ def test_every_second_layer_is_extended_as_it_would_be_run_whole() -> None:
     )
     items = plan.budget().items
     assert items["activations"] + items["logits tile"] == whole.course(Step(2, 64, True, every_n_layers=2)).peak
+
+
+def test_another_recipe_for_the_same_model_is_planned_as_it_would_be_alone() -> None:
+    plan = plan_of(recipe_of())
+    plan.budget()
+    for sections in (
+        {"training": {"gradient_checkpointing": False}},
+        {"lora": {"r": 64}},
+        {"model": {"dtype": "float32"}},
+    ):
+        recipe = recipe_of(**{"training": {"max_length": 32, "per_device_train_batch_size": 3}, **sections})
+        assert plan.with_recipe(recipe).budget() == plan_of(recipe).budget()
+    assert plan.budget() == plan_of(recipe_of()).budget()
 
 
 def test_eager_attention_is_seen_to_grow_with_the_square_of_the_length() -> None:
