@@ -191,15 +191,19 @@ def announce_fitting(found: Fitting, console: Console) -> None:
         say(console, "", "That is still too much: choose a smaller base model, or a larger card.")
 
 
-def announce_time(seconds: float, tokens: int, console: Console, *, tflops: float, efficiency: float) -> None:
+def announce_time(
+    seconds: float, tokens: int, letters: float | None, console: Console, tflops: float, efficiency: float
+) -> None:
+    """Args: letters: that a token was taken for, where they could not be counted."""
     told = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
+    counted = "" if letters is None else f" (not counted: {letters:g} letters assumed for each)"
     card = " (an RTX 4090)" if tflops == TFLOPS else ""
     assumed = " assumed" if efficiency == EFFICIENCY else ""
     say(
         console,
         "Time",
-        f"about {told} an epoch of {tokens:,} tokens, at {efficiency:.0%}{assumed} of {tflops:g} TFLOP/s{card}; "
-        "padding and validation come on top",
+        f"about {told} an epoch of {tokens:,} tokens{counted}, at {efficiency:.0%}{assumed} of {tflops:g} "
+        f"TFLOP/s{card}; padding and validation come on top",
     )
 
 

@@ -67,9 +67,16 @@ def test_the_plan_is_json(eight_billion: Fitting) -> None:
 @pytest.mark.parametrize(("seconds", "told"), [(20, "1 min"), (1800, "30 min"), (7200, "2.0 h")])
 def test_time_is_told_with_what_it_assumes(seconds: float, told: str) -> None:
     console = Console(file=io.StringIO(), width=80)
-    announce_time(seconds, 12_345, console, tflops=165.0, efficiency=0.3)
+    announce_time(seconds, 12_345, None, console, 165.0, 0.3)
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert f"about {told} an epoch of 12,345 tokens" in text and "30% assumed of 165 TFLOP/s (an RTX 4090)" in text
+
+
+def test_tokens_that_could_not_be_counted_are_said_to() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    announce_time(600, 12_345, 2.2, console, 165.0, 0.3)
+    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "10 min an epoch of 12,345 tokens (not counted: 2.2 letters assumed for each), at 30%" in text
 
 
 @pytest.mark.parametrize(("recipe", "gib", "refused"), [("llama-3.1-70b", 24, True), ("llama-3.1-8b", 24, False)])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sevpeft.data.sources import load_consultations
 from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.recipe import load_recipe
 from sevpeft.training import plan as module
@@ -99,6 +100,18 @@ def test_memory_that_cannot_be_planned_is_told_with_the_reason(model_folder: Cal
     found = plan(load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}"]))
     assert found.memory_unknown == found.as_dict()["memory_unknown"] == "no numbers"
     assert "Unknown           memory and cards: no numbers" in shown(found)
+
+
+def test_without_the_tokenizer_time_is_told_for_tokens_of_so_many_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    config = "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, vocab_size: 512}"
+    words = ["model.name_or_path=nobody/has-this", f"about.config={config}", "training.max_length=100"]
+    found = plan(load_recipe(QUICKSTART, words))
+    table = load_consultations("builtin:consultations").rows.filter(lambda row: row["split"] == "train")
+    letters = [len(row["question"]) + len(row["answer"]) for row in table]
+    assert found.tokens == pytest.approx(sum(min(each / 2.2, 100) for each in letters), abs=1)
+    assert found.epoch_seconds and found.as_dict()["time"]["tokens_estimated"] is True
+    assert "(not counted: 2.2 letters assumed for each)" in " ".join(shown(found).split())
 
 
 def test_the_screen_shows_the_weights_and_warns_when_they_are_all_the_same(model_folder: Callable[..., Path]) -> None:
