@@ -134,6 +134,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _little_to_collect() -> Iterator[None]:
+    """Nor at what the tests before have left behind: more libraries, and what is made once."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _signals_arrive() -> None:
     """Also where the tests run in the background of a script or under nohup, which switch some off for all children."""
