@@ -36,8 +36,9 @@ def base_fingerprint(recipe: Recipe) -> str:
             for name in file.keys():  # noqa: SIM118 (not a dictionary)
                 lazy = file.get_slice(name)
                 shape = lazy.get_shape()
-                first = (lazy[:1] if shape else file.get_tensor(name)).flatten()[:_LOOKED_AT].contiguous()
-                digest = hashlib.sha256(first.view(torch.uint8).numpy().tobytes()).hexdigest()
+                some = lazy[: 1 if len(shape) > 1 else _LOOKED_AT] if shape else file.get_tensor(name)
+                some = some.flatten()[:_LOOKED_AT].contiguous()
+                digest = hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).hexdigest()
                 parts.append(f"{name} {lazy.get_dtype()} {shape} {digest}")
     return f"sha256:{hashlib.sha256(chr(10).join(sorted(parts)).encode()).hexdigest()}"
 
