@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import time
 
 import typer
 from typer.exceptions import TyperException
 
 from sevpeft.errors import SevpeftError, UsageError
+
+_SECONDS_FOR_THE_FIRST = 3.0
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,7 +27,13 @@ def main() -> None:
     """Runs the command line; a refusal is one plain sentence, and SEVPEFT_DEBUG=1 shows where it came from."""
     # Read when torch loads OpenMP: threads that spin while they wait make a busy machine ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when huggingface_hub is imported; several libraries tell it what they are used for.
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a screen that is not UTF-8 gets a question mark for each bar
+            stream.reconfigure(errors="replace")
     try:
+        _refuse_absent_scratch()
         # Typer's own handling would draw a box around an error and say nothing about Ctrl-C, for which it returns 130.
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -75,8 +85,19 @@ def quiet_libraries() -> None:
     huggingface_hub.logging.set_verbosity_error()
 
 
+def _refuse_absent_scratch() -> None:
+    """Python would take another folder in silence, and patients' text would lie there for the length of a run."""
+    asked = os.environ.get("TMPDIR")
+    if asked and not os.path.isdir(asked):
+        raise UsageError(f"TMPDIR={asked} is no folder; make it, or unset TMPDIR.")
+
+
 def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return not _is_one_of_several() or os.environ.get("RANK", "0") == "0"
+
+
+def _is_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 def refuse_several_processes(verb: str, instead: str = "") -> None:
@@ -91,5 +112,8 @@ def refuse_several_processes(verb: str, instead: str = "") -> None:
 
 
 def _say(sentence: str) -> None:
-    if is_main_process():
-        print(sentence, file=sys.stderr, flush=True)
+    if not is_main_process():
+        # What all refuse, the first one says, and the launcher then ends the others before they repeat it.
+        time.sleep(_SECONDS_FOR_THE_FIRST)
+        sentence = f"Process {os.environ['RANK']}: {sentence}"
+    print(sentence, file=sys.stderr, flush=True)

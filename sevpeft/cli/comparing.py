@@ -55,9 +55,8 @@ def compare(
     recipes = [Path(word) for word in words if word not in overrides]
     if not recipes:
         raise UsageError("compare needs a recipe, such as recipes/quickstart.yaml.")
-    folder = (
-        output or Path("runs") / f"comparison-{recipes[0].stem if len(recipes) == 1 else f'{len(recipes)}-recipes'}"
-    )
+    default = f"comparison-{recipes[0].stem if len(recipes) == 1 else f'{len(recipes)}-recipes'}"
+    folder = (output or Path("runs") / default).expanduser()
     messages = Console(highlight=False, stderr=True)
     with messages.status("Reading the recipes and loading the libraries"):
         quiet_libraries()

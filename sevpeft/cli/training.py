@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +38,8 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     if resume and output is None:
         raise UsageError("--resume needs --output RUN, the folder of the run to continue.")
-    if output is not None and int(os.environ.get("RANK", "0")) == 0:
+    if output is not None and is_main_process():
+        output = output.expanduser()
         check_output(output, resume=resume)
     console = Console(highlight=False, quiet=not is_main_process())
     with console.status(f"Reading {recipe} and loading the libraries"):
@@ -51,7 +52,8 @@ def train(
     if is_main_process():
         write_card(run)
         console.print(run_summary(run))
-        console.print(f"Next: sevpeft evaluate {run.folder}, or sevpeft chat {run.folder}", soft_wrap=True)
+        again = shlex.quote(str(run.folder))
+        console.print(f"Next: sevpeft evaluate {again}, or sevpeft chat {again}", soft_wrap=True, markup=False)
 
 
 @app.command()

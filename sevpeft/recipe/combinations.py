@@ -42,6 +42,13 @@ def broken_rules(values: Mapping[str, Any]) -> Iterator[Mistake]:
     training = _section(values, "training")
     for key, sentence in (*_checkpointing(training), *_best(training)):
         yield ("training", key), sentence
+    steps = training.get("max_steps")
+    if type(steps) is int and steps < 1 and steps != -1:
+        yield ("training", "max_steps"), f"must be a number of steps from 1 up, or -1 for whole epochs, not {steps}"
+    given = training.get("accelerator_config")
+    if "num_steps" in _section(_section({"of": given}, "of"), "gradient_accumulation_kwargs"):
+        why = "num_steps would replace gradient_accumulation_steps"
+        yield ("training", "accelerator_config"), f"{why}; write training.gradient_accumulation_steps instead"
     multiple = training.get("pad_to_multiple_of")
     if multiple not in (None, "auto") and (type(multiple) is not int or multiple < 1):
         yield ("training", "pad_to_multiple_of"), f"must be a number from 1 up or auto, not {multiple!r}; write 8"
@@ -126,6 +133,10 @@ def _best(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     known = (*BEST_IS_LEAST, _ACCURACY)
     name = str(metric).removeprefix("eval_")
+    waits = training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    if waits and name == _ACCURACY and _section(training, "lr_scheduler_kwargs").get("mode") != "max":
+        why = f"the rate would fall while {metric} rises"
+        yield "lr_scheduler_kwargs", f"{why}; write mode: max there, or metric_for_best_model: loss"
     if name not in known:
         yield "metric_for_best_model", f"{metric!r} is no figure of the validation; write one of {', '.join(known)}"
     elif training.get("greater_is_better") is (name in BEST_IS_LEAST):

@@ -30,6 +30,7 @@ _ENGINE = (
     "how the weights are spread over GPUs belongs to the launcher, so that a recipe runs on one GPU and on many; leave "
     "it out, and use `accelerate launch --config_file accelerate_configs/FILE.yaml`"
 )
+_ROUNDS = "a validation after the last step would round the adapter itself; leave it out"
 _BYPASSES = "so the severity weights would be bypassed"
 
 # Key of `training` → when it is refused → reason; remedy.
@@ -88,6 +89,10 @@ TRAINING_MANAGED: dict[str, tuple[Refused, str]] = {
         "a resumed run would see the rows of its next epochs in another order; leave it out",
     ),
     "dataloader_in_order": (_unless(True), "the rows would come in another order in every run; leave it out"),
+    "bf16_full_eval": (_unless(False), _ROUNDS),
+    "fp16_full_eval": (_unless(False), _ROUNDS),
+    "enable_jit_checkpoint": (_unless(False), "a signal ends a run with a checkpoint anyway; leave it out"),
+    "length_column_name": (_unless("length"), f"{_ENCODED_HERE}, and knows their lengths; leave it out"),
     "save_only_model": (_unless(False), "no run could go on from such a checkpoint; leave it out"),
     "hub_token": (_always, _TOKEN),
     "do_train": (_always, _VERBS),

@@ -24,7 +24,7 @@ from trl import SFTTrainer
 
 from sevpeft.errors import Interrupted, RunError
 from sevpeft.runs import write_atomically
-from sevpeft.training.checkpoints import seal
+from sevpeft.training.checkpoints import damage_of, seal
 
 COUNTS = "counts.json"
 
@@ -75,7 +75,7 @@ class ResumableSFTTrainer(SFTTrainer):
         self.on_smaller_batch: Callable[[str], None] = lambda sentence: None
         self._resumed = Counts()
         self._at_step_begin: Counts | None = None
-        self._evaluation_due = False
+        self._evaluation_due = self._epoch_is_over = False
         self._started = time.monotonic()
         self.add_callback(_Recall(self))
 
@@ -154,11 +154,33 @@ class ResumableSFTTrainer(SFTTrainer):
         Transformers 5.24 looks at max_steps after a step only, so that such a run would train one step more.
         """
         epochs, steps = super()._init_training_state(*args, **kwargs)
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            # Kept as a path, which is another one where the run was moved or started from another folder.
+            best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+            self._refuse_damaged_best()
         over = self.state.global_step >= self.state.max_steps > 0
         return (self.state.num_train_epochs, 0) if over else (epochs, steps)
 
+    def _load_best_model(self) -> None:
+        self._refuse_damaged_best()
+        super()._load_best_model()
+
+    def _refuse_damaged_best(self) -> None:
+        """An adapter that validation has never seen must not end the run in its place."""
+        best = Path(self.state.best_model_checkpoint)
+        damage = damage_of(best) if best.is_dir() else "is gone"
+        if damage is not None:
+            raise RunError(
+                f"{best}, the best of this run, {damage}; bring it back from a copy, or start another run with "
+                "the same recipe."
+            )
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's order is log, validate, save; here a checkpoint does not wait for the validation."""
+        last = float(self.state.epoch or 0).is_integer() or self.state.global_step >= self.state.max_steps
+        if last and not self._epoch_is_over:
+            return  # the epoch's own call follows; after a checkpoint of now, a resumed run would never come to it
         due = self.control.should_evaluate
         if due and self.control.should_save and not self._saves_by_validation():
             self._evaluation_due, self.control.should_evaluate = True, False
@@ -180,6 +202,9 @@ class ResumableSFTTrainer(SFTTrainer):
     @property
     def _checkpoint(self) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _send_telemetry(self) -> None:
+        """Nothing: TRL's tells the Hub of the model, the device and how the data was loaded."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None beside the checkpoints: TRL's would name a folder of this machine; the adapter has ours."""
@@ -291,4 +316,8 @@ class _Recall(TrainerCallback):
         self.trainer._recall()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._epoch_is_over = False
         self.trainer._remember_step_begin()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer._epoch_is_over = True

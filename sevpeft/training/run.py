@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from sevpeft.runs import Run, check_output, default_output, describe_environment
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.announcement import announce_data
 from sevpeft.training.checkpoints import remove_unfinished
+from sevpeft.training.claim import claimed
 from sevpeft.training.fitting import memory_is_full, refuse_what_cannot_fit
 from sevpeft.training.initialisation import make_plain, refuse_start, start_adapter
 from sevpeft.training.launch import check_launch, refuse_absent_deepspeed
@@ -76,14 +78,22 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     state = PartialState(cpu=not uses_gpu(recipe))
     check_launch(state)
     console = console if console is not None and state.is_main_process else Console(quiet=True)
-    folder = _same_on_all_processes(output or default_output(recipe.name))
-    if state.is_main_process:
-        check_output(folder, resume=resume)
-    run = Run(folder)
+    # When whoever reads the screen goes away, the training goes on; log.jsonl has everything.
+    console.on_broken_pipe = partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
+    # transformers would expand a ~ for the checkpoints alone.
+    folder = _same_on_all_processes((output or default_output(recipe.name)).expanduser())
+    with claimed(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            check_output(folder, resume=resume)
+        return _train(recipe, Run(folder), state, console, resume=resume)
+
+
+def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, resume: bool) -> Run:
+    folder = run.folder
     if resume:
         refuse_other_recipe(recipe, run)
         if run.finished:
-            console.print(f"The run in {folder} is finished; nothing is left to do.", soft_wrap=True)
+            console.print(f"The run in {folder} is finished; nothing is left to do.", soft_wrap=True, markup=False)
             return run
 
     precision = choose_precision(recipe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     Raises:
         RecipeError: a value that TRL or transformers refuse.
     """
-    settings = recipe.training.settings()
+    settings = copy.deepcopy(recipe.training.settings())  # transformers writes into accelerator_config
     settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints))
     settings.setdefault("use_cpu", not uses_gpu(recipe))
     # The filter replaces a NaN loss by the last good one in the log, and nobody notices. The trainer looks itself, and
@@ -50,7 +52,10 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
         raise RecipeError(
             "training.activation_offloading moves activations from a GPU, and this run has none; leave it out."
         )
-    with plain_refusals():
+    if not settings.get("torch_compile"):
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+            del os.environ[name]
+    with plain_refusals(), _of_the_recipe(precision):
         config = SFTConfig(**settings)
     absent = sorted(set(config.report_to) - set(get_available_reporting_integrations()))
     if absent:
@@ -58,6 +63,21 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
             f"training.report_to names {', '.join(absent)}, which is not installed: pip install {absent[0]}."
         )
     return config
+
+
+@contextmanager
+def _of_the_recipe(precision: Precision) -> Iterator[None]:
+    """Hides from transformers what a launcher says of mixed precision: it obeys that where the settings say no."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    os.environ[name] = "bf16" if precision.bf16 else "fp16" if precision.fp16 else "no"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

@@ -201,7 +201,9 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
             rows = (inputs["position_ids"] == 0).cumsum(-1)[:, 1:] - 1
         else:
             rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-        count = int(rows.max()) + 1
+        # Padding at the end of a row without padding has position 0 too, and counts nothing.
+        count = int(rows.max()) + 1 if strata is None else len(strata)
+        rows = rows.clamp(max=count - 1)
         fields = torch.stack([-outputs.log_probs, outputs.is_top1.float(), outputs.entropy, mask.float()])
         sums = fields.new_zeros(4, count, dtype=torch.float64)
         sums.index_add_(1, rows.reshape(-1), fields.double().flatten(1))

@@ -432,6 +432,19 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(mistakes, text, s
             "training.pad_to_multiple_of: must be a number from 1 up or auto, not 0;",
         ),
         ("training: {pad_to_multiple_of: eight}", "training.pad_to_multiple_of: must be a number from 1 up or auto,"),
+        (
+            "training: {max_steps: 0}",
+            "training.max_steps: must be a number of steps from 1 up, or -1 for whole epochs,",
+        ),
+        (
+            "training: {accelerator_config: {gradient_accumulation_kwargs: {num_steps: 4}}}",
+            "training.accelerator_config: num_steps would replace gradient_accumulation_steps; write training.gradi",
+        ),
+        (
+            "training: {lr_scheduler_type: reduce_lr_on_plateau, metric_for_best_model: mean_token_accuracy}",
+            "training.lr_scheduler_kwargs: the rate would fall while mean_token_accuracy rises; write mode: max",
+        ),
+        ("training: {data_seed: 99999999999}", "training.data_seed: must be at most 4.29497e+09, not 99999999999;"),
         ("training: {bf16: true, fp16: true}", "training.fp16: is true together with training.bf16,"),
         (
             "quantization: {load_in_8bit: true}\nlora: {use_dora: true}",
@@ -532,6 +545,9 @@ _BYPASSING = {
     "inference_mode": True,
     "ignore_data_skip": True,
     "save_only_model": True,
+    "bf16_full_eval": True,
+    "fp16_full_eval": True,
+    "enable_jit_checkpoint": True,
     "dataloader_persistent_workers": True,
     "dataloader_in_order": False,
 }

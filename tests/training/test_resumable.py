@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,66 @@ def test_dropping_the_last_batch_leaves_no_row_out_of_a_validation(tmp_path: Pat
     whole, dropping = validating(tmp_path, **options), validating(tmp_path, **options, dataloader_drop_last=True)
     assert dropping.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
     assert len(dropping.get_eval_dataloader()) == 2 and dropping.args.dataloader_drop_last
+
+
+def test_no_telemetry_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **told: sent.append(told))
+    make_trainer(tmp_path, make_rows(4), stock=True)
+    assert len(sent) == 1, "TRL itself sends, by this name"
+    make_trainer(tmp_path, make_rows(4))
+    assert len(sent) == 1
+
+
+EPOCHS: dict[str, Any] = {
+    **{"eval_strategy": "epoch", "logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 3},
+    **{"gradient_accumulation_steps": 1, "save_total_limit": None},
+}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
+def test_what_belongs_to_the_end_of_an_epoch_is_not_lost_by_a_stop_on_its_last_step(
+    tmp_path: Path, schedule: str
+) -> None:
+    options = {**EPOCHS, "lr_scheduler_type": schedule, "per_device_train_batch_size": 4, "save_steps": 4}
+    if schedule != "linear":
+        options["lr_scheduler_kwargs"] = {"patience": 0, "factor": 0.1, "threshold": 10.0}
+    whole = validating(tmp_path, **options)
+    whole.train()
+    assert [entry["step"] for entry in whole.state.log_history if "eval_loss" in entry] == [0, 4, 8, 12]
+    for step in (4, 8):
+        again = validating(tmp_path, **options)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert history(again) == history(whole)
+        assert_equal(adapter_of(again), adapter_of(whole))
+
+
+@pytest.mark.parametrize("change", ["moved", "gone", "damaged"])
+def test_the_best_checkpoint_is_found_where_the_run_is_now_and_only_used_whole(tmp_path: Path, change: str) -> None:
+    options: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 0.5}
+    options |= {"eval_steps": 1, "save_steps": 1, "save_total_limit": None}
+    whole = validating(tmp_path / "one", **options)
+    whole.train()
+    best = whole.state.best_global_step
+    assert best < whole.state.global_step, "it got worse"
+    folder = Path(shutil.move(tmp_path / "one", tmp_path / "two"))
+    if change == "gone":
+        shutil.rmtree(folder / f"checkpoint-{best}")
+    if change == "damaged":
+        weights = folder / f"checkpoint-{best}" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-400] + bytes(400))
+    again = validating(folder, **options)
+    if change == "moved":
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        assert_equal(adapter_of(again), adapter_of(whole))
+        return
+    with pytest.raises(RunError, match=rf"checkpoint-{best}, the best of this run, (is gone|holds adapter_model)"):
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+
+
+def test_padding_in_rows_without_padding_is_no_row(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"padding_free": True, "per_device_eval_batch_size": 3, "max_length": None}
+    padded = validating(tmp_path, **options, pad_to_multiple_of=16).evaluate()
+    assert padded["eval_loss"] == pytest.approx(validating(tmp_path, **options).evaluate()["eval_loss"], rel=1e-6)
+    assert padded["eval_loss_critical"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,3 +89,16 @@ def test_several_processes_do_not_look_for_a_batch_that_fits(tmp_path: Path, mon
     monkeypatch.setattr(settings, "PartialState", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(RecipeError, match="auto_find_batch_size works on one process only"):
         config(tmp_path, auto_find_batch_size=True)
+
+
+@pytest.mark.parametrize("training", [{}, {"bf16": False}])
+def test_the_recipe_decides_the_number_format_whatever_the_launcher_says(
+    tmp_path: Path, training: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    made = config(tmp_path, **training)
+    assert made.mixed_precision == "no" and os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
+    bfloat16 = Precision(torch.bfloat16, bf16=True, fp16=False)
+    assert sft_config(recipe_from_values({}), bfloat16, tmp_path).mixed_precision == "bf16"

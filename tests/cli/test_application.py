@@ -1,0 +1,76 @@
+"""The command line on screens, in folders and among processes that are not those of a workstation."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sevpeft.cli import application, main
+from sevpeft.recipe import load_recipe
+from sevpeft.runs import Run
+from sevpeft.training.run import train
+
+QUICKSTART = str(Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml")
+
+
+def command(*words: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-m", "sevpeft", *words], capture_output=True, env=environment)
+
+
+def test_a_screen_that_is_not_utf_8_gets_question_marks_and_no_traceback(tmp_path: Path) -> None:
+    text = Path(QUICKSTART).read_text(encoding="utf-8").replace("licence: apache-2.0", "licence: رخصة")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    said = command("recipes", str(tmp_path), "--json", PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    assert said.returncode == 0 and said.stderr == b"" and b"????" in said.stdout
+
+
+def test_a_scratch_folder_that_is_not_there_is_refused() -> None:
+    said = command("recipes", TMPDIR="/no/such/folder")
+    assert (said.returncode, said.stderr) == (2, b"TMPDIR=/no/such/folder is no folder; make it, or unset TMPDIR.\n")
+
+
+def test_the_hub_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    monkeypatch.setattr(sys, "argv", ["sevpeft", "recipes", str(Path(QUICKSTART).parent), "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+def test_a_process_that_fails_alone_says_so_after_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(application.time, "sleep", waited.append)
+    application._say("No.")
+    monkeypatch.setenv("RANK", "1")
+    application._say("A stale variable.")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    application._say("No disk.")
+    assert capsys.readouterr().err == "No.\nA stale variable.\nProcess 1: No disk.\n" and len(waited) == 1
+
+
+def test_a_reader_that_goes_away_ends_no_training(tmp_path: Path) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    recipe = load_recipe(Path(QUICKSTART), ["training.max_steps=2", "data.max_rows=60", "training.max_length=256"])
+    run = train(recipe, tmp_path / "run", console=Console(file=Gone()))
+    assert run.finished
+
+
+def test_a_home_folder_is_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = ["training.max_steps=2", "data.max_rows=60", "training.max_length=256", "training.save_strategy=steps"]
+    run = train(load_recipe(Path(QUICKSTART), [*words, "training.save_steps=1"]), Path("~/run"))
+    assert run.folder == tmp_path / "run" and not (tmp_path / "~").exists()
+    assert (Run(tmp_path / "run").checkpoints / "checkpoint-2").is_dir()
