@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -58,5 +59,4 @@ def merge(
 
 
 def _is_size(text: str) -> bool:
-    number = text.upper().removesuffix("GB").removesuffix("MB").removesuffix("KB")
-    return number != text.upper() and number.isdigit() and int(number) > 0
+    return re.fullmatch("0*[1-9][0-9]*[GMK]B", text.upper()) is not None

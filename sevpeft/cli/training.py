@@ -64,10 +64,12 @@ def plan(
         typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's", show_default=False),
     ] = None,
     vram: Annotated[
-        float | None, typer.Option(min=1, help="GB of your card; exit code 1 when it does not fit.", show_default=False)
+        float | None,
+        typer.Option(min=1, max=1e5, help="GB of your card; exit code 1 if too small.", show_default=False),
     ] = None,
     tflops: Annotated[
-        float, typer.Option(min=0.1, help="Dense bfloat16 peak of your card, for the time; an RTX 4090's by default.")
+        float,
+        typer.Option(min=0.1, max=1e6, help="Dense bfloat16 peak of your card; an RTX 4090's by default."),
     ] = 165.0,
     efficiency: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of that peak that a training reaches.")
@@ -138,7 +140,7 @@ def chat(
 def recipes(
     folder: Annotated[Path, typer.Argument(help="Folder of recipes")] = Path("recipes"),
     vram: Annotated[
-        float | None, typer.Option(min=1, help="Only those that fit a card of so many GB.", show_default=False)
+        float | None, typer.Option(min=1, max=1e5, help="Only those that fit a card of so many GB.", show_default=False)
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,

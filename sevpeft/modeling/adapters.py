@@ -59,6 +59,11 @@ def named_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
             warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
             settings["eva_config"] = EvaConfig(**(settings.get("eva_config") or {}))
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
+        if config.trainable_token_indices and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+            raise ModelError(
+                f"lora.trainable_token_indices does not work with {model.config.model_type}, whose embedding is "
+                "its head too, because TRL reads that matrix directly; train all of it with lora.modules_to_save."
+            )
         for setting in ("target_modules", "modules_to_save"):
             _refuse_absent(setting, getattr(config, setting), model)
         refuse_unmatched(config, model)

@@ -74,7 +74,7 @@ def changes(plan: MemoryPlan, gb: float) -> list[Change]:
 def savings(plan: MemoryPlan, gb: float) -> Iterator[Change]:
     """All that saves memory, one after the other; what saves less than a hundredth is left out."""
     available, before = usable(gb), plan.budget().total
-    for proposal in _PROPOSALS:
+    for proposal in _PROPOSALS * 2:  # what saved nothing beside something larger may do so once that is smaller
         proposed = proposal(plan, available)
         if proposed is None:
             continue

@@ -97,4 +97,5 @@ def keeps_the_adapter(rounding: Difference, effect: Difference, dtype: torch.dty
     Args:
         dtype: of the merged weights.
     """
-    return rounding.kl <= LARGEST_SHARE[dtype] * effect.kl + ROUNDING_OF_FLOAT32
+    noise = ROUNDING_OF_FLOAT32 if dtype == torch.float32 else 0.0
+    return rounding.kl <= LARGEST_SHARE[dtype] * effect.kl + noise

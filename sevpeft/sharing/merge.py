@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sevpeft.errors import ModelError, SevpeftError
+from sevpeft.errors import ModelError, RunError, SevpeftError
 from sevpeft.evaluation.generation import context_length
 from sevpeft.evaluation.switching import check_adapter
 from sevpeft.modeling.loading import (
@@ -103,6 +103,7 @@ def merge(
     console = console or Console(quiet=True)
     recipe = load_recipe(run.folder / "recipe.yaml")
     check_adapter(run)
+    _refuse_what_the_card_lacks(run)
     refuse_output(output)
     _refuse_what_cannot_be_merged(run, recipe)
     plain = recipe.model_copy(update={"quantization": QuantizationSection()})
@@ -168,6 +169,7 @@ def merge_in_place(model: PeftModel, console: Console | None = None) -> tuple[Pr
     Raises:
         ModelError: a sum is not a finite number.
     """
+    _untie_adapted_embedding(model)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     with _bar(console or Console(quiet=True), "Merging", len(layers)) as step, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "already merged", of all that were merged here
@@ -239,6 +241,32 @@ def _refuse_no_numbers(adapter: list[torch.Tensor], dtype: torch.dtype) -> None:
             f"Base + adapter answers in {str(dtype).removeprefix('torch.')} with numbers that are not finite, so there "
             "is nothing that a merged model could be compared with; try --dtype bfloat16 or float32."
         )
+
+
+def _refuse_what_the_card_lacks(run: Run) -> None:
+    """Raises RunError now and not when all is merged."""
+    for name, read, needed in (
+        ("metrics.json", run.metrics, ("model", "data", "weights", "training", "after")),
+        ("environment.json", run.environment, ("versions", "seed")),
+    ):
+        try:
+            whole = set(needed) <= set(read())
+        except ValueError:
+            whole = False
+        if not whole:
+            raise RunError(f"{run.folder / name} is damaged or incomplete; copy it back, or finish the run first.")
+
+
+def _untie_adapted_embedding(model: PeftModel) -> None:
+    """Gives the head a matrix of its own where only the embedding has an adapter: added to both, it would move both."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or not isinstance(embedding, LoraLayer):
+        return
+    base = embedding.get_base_layer()
+    if head.weight is base.weight:
+        base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        model.get_base_model().config.get_text_config().tie_word_embeddings = False
+        model.get_base_model().config.tie_word_embeddings = False
 
 
 def _refuse_another_model(rounding: Difference, effect: Difference, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -47,7 +48,8 @@ def announce_merged(merged: Merged, run: Run, output: Path, console: Console) ->
     command, reason = adapter_command(base, str(run.adapter), read_adapter_config(run.adapter))
     convert, quantise, create = conversion_commands(str(output), merged.dtype)
     say(console, "Model", f"{output}, its card in README.md. Not a medical device.")
-    _commands(console, "With vLLM, merged or as an adapter:", [f"vllm serve {output}", command or f"# {reason}"])
+    merged_command = f"vllm serve {shlex.quote(str(output))}"
+    _commands(console, "With vLLM, merged or as an adapter:", [merged_command, command or f"# {reason}"])
     console.print(f"  {asking(recipe)}", soft_wrap=True, markup=False)
     _commands(
         console, "With llama.cpp and Ollama; quantising changes the model once more:", [convert, quantise, create]

@@ -43,7 +43,7 @@ def refuse_output(output: Path) -> None:
             raise RunError(f"{output} is a file; name a folder that does not exist yet.")
         if output.is_dir() and any(output.iterdir()):
             raise RunError(f"{output} exists and is not empty; name a folder that does not exist yet.")
-        os.rmdir(tempfile.mkdtemp(dir=_existing(output.absolute().parent), prefix=".sevpeft-"))
+        os.rmdir(tempfile.mkdtemp(dir=_existing(output.resolve().parent), prefix=".sevpeft-"))
 
 
 def refuse_without_room(
@@ -60,7 +60,7 @@ def refuse_without_room(
     matrix = 3 * 4 * text.hidden_size * max(getattr(text, "intermediate_size", None) or 0, 4 * text.hidden_size)
     # Adapter in float32, with whole modules in it where there are some.
     memory, free_memory = weights + matrix + 2 * adapter_bytes, psutil.virtual_memory().available
-    disk, free_disk = weights + adapter_bytes + SMALL_FILES, shutil.disk_usage(_existing(output.absolute())).free
+    disk, free_disk = weights + adapter_bytes + SMALL_FILES, shutil.disk_usage(_existing(output.resolve())).free
     name = str(dtype).removeprefix("torch.")
     if memory > free_memory:
         narrower = "merge with --dtype bfloat16" if dtype == torch.float32 else "close what else runs"
@@ -97,7 +97,7 @@ def stored_dtype(recipe: Recipe, config: PretrainedConfig, quantised: bool) -> t
 @contextmanager
 def merged_folder(output: Path) -> Iterator[Path]:
     """A hidden folder that becomes `output` when everything in it is written, and is removed when anything fails."""
-    output = output.absolute()
+    output = output.resolve()
     made = [parent for parent in (output, *output.parents) if not parent.exists()]
     with plain_disk_errors(output, when_full="free some, then merge again", remedy="choose another OUTPUT"):
         output.parent.mkdir(parents=True, exist_ok=True)

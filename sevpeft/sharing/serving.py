@@ -21,13 +21,13 @@ _QUESTION = "QUESTION-OF-THE-PATIENT"
 
 
 def modelfile(prompt: Prompt, recipe: Recipe) -> str:
-    """Ollama's Modelfile for OUTPUT/model.gguf, which asks with the prompt of the training."""
+    """Ollama's Modelfile for what `conversion_commands` quantise, which asks with the prompt of the training."""
     text = prompt.text(_QUESTION)
     # llama.cpp puts the token that begins a text there itself.
     text = text.removeprefix(prompt.tokenizer.bos_token or "\0").replace(_QUESTION, "{{ .Prompt }}")
     generation = recipe.generation
     lines = [
-        "FROM ./model.gguf",
+        "FROM ./model-q4_k_m.gguf",
         f'TEMPLATE """{text}"""',
         f'PARAMETER stop "{prompt.tokenizer.convert_ids_to_tokens(prompt.end_id)}"',
         f"PARAMETER temperature {generation.temperature if generation.do_sample else 0:g}",

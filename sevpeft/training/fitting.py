@@ -17,7 +17,7 @@ from rich.text import Text
 from sevpeft.errors import ModelError, RunError, UnknownModelError
 from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changed, changes, savings, usable, verdicts
 from sevpeft.modeling.loading import uses_gpu
-from sevpeft.modeling.memory import GIB, Budget, MemoryPlan, Parameters
+from sevpeft.modeling.memory import GIB, LARGEST_BATCH, Budget, MemoryPlan, Parameters
 from sevpeft.modeling.sharding import weights_are_sharded
 from sevpeft.modeling.skeleton import base_config
 from sevpeft.recipe import Recipe
@@ -172,7 +172,8 @@ def announce_fitting(found: Fitting, console: Console) -> None:
     _print_bar(found.budget, console)
     for card in found.cards:
         if card.fits or card.largest_batch:
-            note = f"fits; largest batch {card.largest_batch}" if card.fits else f"fits with batch {card.largest_batch}"
+            rows = f"{card.largest_batch}{' or more' * (card.largest_batch == LARGEST_BATCH)}"
+            note = f"fits; largest batch {rows}" if card.fits else f"fits with batch {rows}"
             say(console, f"  {card.gb} GB", f"{note} of {found.length} tokens")
         else:
             say(console, f"  {card.gb} GB", "does not fit", style="yellow")
@@ -183,9 +184,8 @@ def announce_fitting(found: Fitting, console: Console) -> None:
         return
     say(console, "Verdict", f"does not fit in {found.vram:g} GB; in the order of least harm:", style="red")
     for change in found.changes:
-        console.print(
-            Text(f"{'':{LABEL_WIDTH}}{' '.join(change.settings)}", style="bold"), soft_wrap=True, highlight=False
-        )
+        for setting in change.settings:
+            console.print(Text(f"{'':{LABEL_WIDTH}}{setting}", style="bold"), soft_wrap=True, highlight=False)
         say(console, "", f"{change.total / GIB:.1f} GiB then{': fits' if change.fits else ''}; {change.effect}")
     if not found.changes or not found.changes[-1].fits:
         say(console, "", "That is still too much: choose a smaller base model, or a larger card.")

@@ -57,6 +57,8 @@ def test_json_holds_the_figures_alone(
         (["run", "merged", "--dtype", "int8"], 2, "'int8' is not one of"),
         (["run", "merged", "--max-shard-size", "big"], 2, "--max-shard-size big is no size; write 5GB"),
         (["run", "merged", "--max-shard-size", "0GB"], 2, "is no size"),
+        (["run", "merged", "--max-shard-size", "²GB"], 2, "is no size"),
+        (["run", "merged", "--max-shard-size", "5KBMB"], 2, "is no size"),
         (["run", "run"], 1, "run exists and is not empty"),
         (["run", "/proc/merged"], 1, "/proc/merged cannot be written"),
     ],

@@ -120,6 +120,13 @@ def test_a_start_that_would_silently_be_plain_lora_is_refused(start: str) -> Non
     assert f"lora.init_lora_weights={start} needs a pass over the data" in text and "use eva" in text
 
 
+def test_trained_tokens_of_a_head_that_is_the_embedding_are_refused() -> None:
+    assert "does not work with gpt2, whose embedding is its head too" in refusal(
+        build_model("gpt2"), trainable_token_indices=[2, 3]
+    )
+    lora_config(recipe_with(trainable_token_indices=[2, 3]), build_model("llama"))
+
+
 def test_olora_is_refused_where_the_first_step_would_fail() -> None:
     assert "does not work with gpt2" in refusal(build_model("gpt2"), init_lora_weights="olora")
     for architecture in ("bloom", "llama"):

@@ -88,6 +88,15 @@ def test_what_the_recipe_does_not_allow_is_not_advised() -> None:
     assert ("quantization.load_in_4bit=true",) not in advised(init_lora_weights="pissa")
 
 
+def test_what_saved_nothing_at_first_is_tried_again_once_it_does() -> None:
+    rows = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 64}
+    recipe = recipe_of(training={"gradient_checkpointing": False, "eval_strategy": "epoch", **rows})
+    settings = [change.settings[0] for change in changes(plan_of(recipe), 0.3)]
+    assert settings.index("training.per_device_eval_batch_size=1") > settings.index(
+        "training.per_device_train_batch_size=1"
+    )
+
+
 def test_what_cannot_fit_is_said_to() -> None:
     advice = changes(plan_of(recipe_of(training={"max_length": 256})), 0.3)  # less than the CUDA context
     assert advice and not any(change.fits for change in advice) and "max_length" in advice[-1].settings[0]

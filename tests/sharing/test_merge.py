@@ -125,6 +125,36 @@ def test_a_head_of_its_own_unties_the_embedding(made_run: MadeRun, tmp_path: Pat
     assert torch.allclose(logits(again), logits(with_adapter(run)), atol=2e-5)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_the_embedding_of_a_tied_base_leaves_the_head_alone(
+    made_run: MadeRun, tmp_path: Path, dora: bool
+) -> None:
+    run = made_run("gpt2", lora={"target_modules": ["c_attn", "wte"], "use_dora": dora})
+    merge(run, tmp_path / "merged")
+    assert not config_of(tmp_path / "merged")["tie_word_embeddings"]
+    assert torch.allclose(logits(merged_model(tmp_path / "merged")), logits(with_adapter(run)), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "environment.json"])
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_what_the_card_is_written_from_is_looked_at_before_anything_slow(
+    made_run: MadeRun, tmp_path: Path, name: str, content: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made_run()
+    (run.folder / name).unlink()
+    if content is not None:
+        (run.folder / name).write_text(content, encoding="utf-8")
+    monkeypatch.setattr(sevpeft.sharing.merge, "load_model", None)
+    assert f"run/{name} is damaged or incomplete; copy it back" in refusal(run, tmp_path / "merged")
+
+
+def test_an_output_behind_a_link_is_written_where_the_link_points(made_run: MadeRun, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "merged")
+    merge(made_run(), tmp_path / "link")
+    assert (tmp_path / "disk" / "merged" / "config.json").is_file() and (tmp_path / "link").is_symlink()
+
+
 @pytest.mark.parametrize("quantization", [{"load_in_4bit": True}, {"load_in_8bit": True}])
 def test_a_quantised_run_is_merged_into_the_unquantised_base(
     made_run: MadeRun, tmp_path: Path, quantization: dict[str, bool]
@@ -359,7 +389,7 @@ def test_no_file_names_a_folder_of_this_machine(merged: tuple[Run, Path, Merged]
 
 def test_the_modelfile_asks_with_the_prompt_of_the_training(merged: tuple[Run, Path, Merged]) -> None:
     assert (merged[1] / "Modelfile").read_text(encoding="utf-8") == (
-        'FROM ./model.gguf\nTEMPLATE """<|im_start|>system\nأنت طبيب.<|im_end|>\n<|im_start|>user\n{{ .Prompt }}'
+        'FROM ./model-q4_k_m.gguf\nTEMPLATE """<|im_start|>system\nأنت طبيب.<|im_end|>\n<|im_start|>user\n{{ .Prompt }}'
         '<|im_end|>\n<|im_start|>assistant\n"""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n'
         "PARAMETER num_predict 128\n"
     )

@@ -44,7 +44,7 @@ def test_the_modelfile_ends_with_the_cue_and_leaves_the_beginning_to_llama_cpp()
     tokenizer: PreTrainedTokenizerFast = build_tokenizer()
     prompt = Prompt.build(tokenizer, **recipe.prompt.model_dump())
     assert modelfile(prompt, recipe) == (
-        'FROM ./model.gguf\nTEMPLATE """أنت طبيب.\n\nالسؤال: {{ .Prompt }}\nالجواب:"""\n'
+        'FROM ./model-q4_k_m.gguf\nTEMPLATE """أنت طبيب.\n\nالسؤال: {{ .Prompt }}\nالجواب:"""\n'
         'PARAMETER stop "<|endoftext|>"\nPARAMETER temperature 0\nPARAMETER num_predict 50\n'
     )
     filled = modelfile(prompt, recipe).split('"""')[1].replace("{{ .Prompt }}", "عندي صداع")
