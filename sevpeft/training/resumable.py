@@ -255,6 +255,11 @@ class ResumableSFTTrainer(SFTTrainer):
         for name, values in counts.metrics.items():
             self._metrics["train"][name] = list(values)
         self._recall_watched(counts.watched)
+        done = self.state.global_step >= self.state.max_steps > 0
+        if done and any(
+            entry["step"] == self.state.global_step and "eval_loss" in entry for entry in self.state.log_history
+        ):
+            self.model.eval()  # as that validation had left it: SFTTrainer's last line depends on it
 
     def _watched(self) -> dict[str, Any]:
         return {}

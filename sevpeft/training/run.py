@@ -21,7 +21,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from transformers import PrinterCallback
 
-from sevpeft.errors import Interrupted
+from sevpeft.errors import Interrupted, RunError, first_sentence
 from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters, write_as_computed
 from sevpeft.modeling.base_weights import base_commit, base_fingerprint, refuse_other_weights
 from sevpeft.modeling.loading import (
@@ -75,7 +75,13 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
     """
     refuse_absent_deepspeed()
     # Without being told so, accelerate sets up a single process where it finds no GPU.
-    state = PartialState(cpu=not uses_gpu(recipe))
+    try:
+        state = PartialState(cpu=not uses_gpu(recipe))
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise RunError(
+            f"The processes of this launch cannot find one another ({first_sentence(error)}); start it with "
+            "`accelerate launch`, or unset what the cluster has set (RANK, WORLD_SIZE, PMI_SIZE …) for one process."
+        ) from error
     check_launch(state)
     console = console if console is not None and state.is_main_process else Console(quiet=True)
     # When whoever reads the screen goes away, the training goes on; log.jsonl has everything.

@@ -13,7 +13,9 @@ from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 
 from sevpeft.errors import RunError
+from sevpeft.recipe import recipe_from_values
 from sevpeft.training import launch
+from sevpeft.training.run import train
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -111,6 +113,17 @@ def test_another_engine_than_asked_is_an_error(
     refused = pytest.raises(RunError, match=said) if said else nullcontext()
     with refused:
         launch.check_launch(_State(runs, 2))
+
+
+def test_processes_that_cannot_find_one_another_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def alone(**_: object) -> None:
+        raise ValueError("Looks like distributed multinode run but MASTER_ADDR env not set. Set it.")
+
+    monkeypatch.setattr("sevpeft.training.run.PartialState", alone)
+    with pytest.raises(RunError, match=r"cannot find one another \(Looks like .* not set\); start it with `accelerate"):
+        train(recipe_from_values({}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

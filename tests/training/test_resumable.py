@@ -221,6 +221,16 @@ def test_a_run_that_was_killed_after_its_last_step_trains_no_step_more(tmp_path:
     assert_equal(adapter_of(over), adapter_of(whole))
 
 
+@pytest.mark.parametrize("options", [{}, {"metric_for_best_model": "loss"}, {"eval_strategy": "no"}])
+def test_the_last_line_of_a_run_that_was_killed_after_its_last_step_is_that_of_the_whole(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    whole, over = (validating(tmp_path, save_steps=4, **options) for _ in range(2))
+    whole.train()
+    over.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert history(over) == history(whole)
+
+
 def test_as_many_checkpoints_are_kept_as_were_asked_for(tmp_path: Path) -> None:
     validating(tmp_path, save_steps=1, save_total_limit=2).train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
