@@ -33,7 +33,7 @@ from sevpeft.modeling.loading import (
     resolved_name,
     uses_gpu,
 )
-from sevpeft.modeling.packing import refuse_contaminated_packing
+from sevpeft.modeling.packing import check_packing
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
@@ -131,7 +131,7 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
             refuse_other_weights(recipe, run)
         for setting in ("packing", "padding_free"):
             if getattr(arguments, setting):
-                refuse_contaminated_packing(model, f"training.{setting}")
+                check_packing(model, f"training.{setting}")
         adapter = lora_config(recipe, model)
         refuse_optimizer(arguments, model)
         refuse_no_batch(arguments, len(prepared.train))
