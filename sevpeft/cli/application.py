@@ -25,8 +25,6 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line; a refusal is one plain sentence, and SEVPEFT_DEBUG=1 shows where it came from."""
-    # Read when torch loads OpenMP: threads that spin while they wait make a busy machine ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Read when huggingface_hub is imported; several libraries tell it what they are used for.
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     for stream in (sys.stdout, sys.stderr):

@@ -2,7 +2,7 @@
 
 Only safetensors weights are read and no code from the Hub is run: both rules are passed to transformers explicitly,
 because a hospital's machine should not depend on a library's default. Precision follows the device: bfloat16 where
-the GPU computes in it, float16 on older GPUs, float32 on a CPU.
+the GPU or CPU has matrix units for it, float16 on older GPUs, float32 on other CPUs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers import (
 from sevpeft.data.hub import look_for_hub
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
 from sevpeft.modeling.hardware import (
+    dtype_of_cpu,
     refuse_bfloat16,
     refuse_kernel_on_packed_weights,
     refuse_missing_bitsandbytes,
@@ -58,8 +59,11 @@ def uses_gpu(recipe: Recipe) -> bool:
     return torch.cuda.is_available() and not recipe.training.settings().get("use_cpu") and not forced
 
 
-def choose_precision(recipe: Recipe) -> Precision:
+def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precision:
     """Number formats for this recipe on this machine.
+
+    Args:
+        dtype_before: of the run that is resumed, where the recipe leaves it open.
 
     Raises:
         ModelError: float16 training asked for on a CPU, or bfloat16 on a GPU that does not compute in it; bitsandbytes
@@ -84,16 +88,17 @@ def choose_precision(recipe: Recipe) -> Precision:
             if asked:
                 refuse_bfloat16(setting)
     half = torch.bfloat16 if native_bf16 else torch.float16
-    if recipe.model.dtype != "auto":
-        dtype = getattr(torch, recipe.model.dtype)
+    wanted = dtype_before if recipe.model.dtype == "auto" and dtype_before else recipe.model.dtype
+    if wanted != "auto":
+        dtype = getattr(torch, wanted)
     elif asked_bf16:
         dtype = torch.bfloat16
     elif asked_fp16:
         dtype = torch.float16
     else:
-        dtype = half if gpu else torch.float32
+        dtype = half if gpu else dtype_of_cpu()
     if asked_bf16 is None and asked_fp16 is None:
-        return Precision(dtype, bf16=gpu and dtype == torch.bfloat16, fp16=gpu and dtype == torch.float16)
+        return Precision(dtype, bf16=dtype == torch.bfloat16, fp16=gpu and dtype == torch.float16)
     return Precision(dtype, bf16=bool(asked_bf16), fp16=bool(asked_fp16))
 
 

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -23,9 +24,11 @@ from transformers import PretrainedConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from sevpeft.errors import UnknownModelError
+from sevpeft.modeling.hardware import dtype_of_cpu
 from sevpeft.modeling.skeleton import extension, layers_are_alike, weightless
 from sevpeft.modeling.step_memory import Course, Rehearsal, Step
 from sevpeft.recipe import Recipe
+from sevpeft.recipe.library_sections import AUTO
 
 GIB = 2**30
 # Blocks of bitsandbytes: numbers that share an absolute maximum, and maxima that share one when packed twice.
@@ -64,8 +67,16 @@ class Setting:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Setting:
-        """Raises UnknownModelError: the recipe sets no length that a row can have at most."""
-        settings = recipe.training.settings()
+        """What is still `auto` counts as the split that needs the least memory.
+
+        Raises UnknownModelError: the recipe sets no length that a row can have at most.
+        """
+        settings: dict[str, Any] = {
+            name: {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}.get(name, True)
+            if value == AUTO
+            else value
+            for name, value in recipe.training.settings().items()
+        }
         if settings["max_length"] is None:
             raise UnknownModelError("training.max_length=null leaves open how long a row is; write a number of tokens.")
         checkpointing = settings.get("gradient_checkpointing")
@@ -141,7 +152,7 @@ class MemoryPlan:
 
     Args:
         config: of the base model.
-        on_gpu: a CUDA card in bfloat16 (a float16 card needs the same); else a CPU in float32.
+        on_gpu: a CUDA GPU in bfloat16 (float16 needs the same); else a CPU, in the format that it computes in.
         vocabulary_tile: columns of the LM head that a CPU scores at once.
     """
 
@@ -149,7 +160,7 @@ class MemoryPlan:
         self.recipe, self.config, self.on_gpu = recipe, config, on_gpu
         self.vocabulary_tile = vocabulary_tile
         asked = recipe.model.dtype
-        self.dtype = getattr(torch, asked) if asked != "auto" else torch.bfloat16 if on_gpu else torch.float32
+        self.dtype = getattr(torch, asked) if asked != "auto" else torch.bfloat16 if on_gpu else dtype_of_cpu()
         self.setting = Setting.of(recipe)
         self._rehearsals: dict[tuple[int, ...], Rehearsal] = {}
         self._courses: dict[tuple[tuple[int, ...], Step], Course] = {}
@@ -228,10 +239,20 @@ class MemoryPlan:
         """The most rows of the recipe's length that fit in so many bytes; 0 when none does, at most 1,024."""
         return bisect_right(range(1, LARGEST_BATCH + 1), available, key=self.total_of_batch)
 
-    def total_of_batch(self, batch: int) -> int:
-        """Bytes with a batch of the recipe's length; validation is taken to have no more rows."""
-        setting = replace(self.setting, batch=batch, eval_batch=0)
+    def total_of_batch(self, batch: int, checkpointing: bool | None = None) -> int:
+        """Bytes with a batch of the recipe's length; validation is taken to have no more rows.
+
+        Args:
+            checkpointing: None for the recipe's own.
+        """
+        way = self.setting.checkpointing if checkpointing is None else checkpointing
+        setting = replace(self.setting, batch=batch, eval_batch=0, checkpointing=way)
         return self._budget(setting, self._extended(setting.step, self._course_between)).total
+
+    def total_of_validation(self, batch: int) -> int:
+        """Bytes while so many rows of the recipe's length are validated."""
+        step = Step(batch, self.setting.length, False, training=False)
+        return self._budget(self.setting, self._extended(step, self._course)).total
 
     def _packed_bytes(self) -> int:
         asked, numbers = self.recipe.quantization, self.parameters.packed
@@ -286,7 +307,9 @@ class MemoryPlan:
         if key not in self._rehearsals:
             self._rehearsals[key] = Rehearsal(
                 weightless(self.recipe, self.config, self.dtype, layers=layers),
-                autocast=torch.bfloat16 if self.on_gpu and self.dtype != torch.float32 else None,
+                autocast=torch.bfloat16
+                if self.dtype == torch.bfloat16 or (self.on_gpu and self.dtype != torch.float32)
+                else None,
                 on_gpu=self.on_gpu,
                 vocabulary_tile=self.vocabulary_tile,
             )

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_serializer
 
 from sevpeft.recipe.library_fields import LibraryField, lora_fields, sft_fields
 from sevpeft.recipe.sections import Section
 
+# Chosen for the model and the device, before training: sevpeft/training/batch_split.py, sevpeft/modeling/packing.py.
+AUTO = "auto"
+_AUTOMATIC = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "padding_free",
+)
+# The published 1 × 8.
+GLOBAL_BATCH_SIZE = 8
 # Rank, alpha, dropout, bias and all of `training` down to max_grad_norm are the published ones (arXiv 2604.06346).
 LORA_DEFAULTS: dict[str, Any] = {
     "r": 16,
@@ -24,9 +35,12 @@ LORA_DEFAULTS: dict[str, Any] = {
 }
 TRAINING_DEFAULTS: dict[str, Any] = {
     "max_length": 512,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 8,
-    "gradient_accumulation_steps": 8,
+    "global_batch_size": None,
+    "per_device_train_batch_size": AUTO,
+    "per_device_eval_batch_size": AUTO,
+    "gradient_accumulation_steps": AUTO,
+    "gradient_checkpointing": AUTO,
+    "padding_free": AUTO,
     "learning_rate": 2e-4,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0,
@@ -85,6 +99,13 @@ class LibrarySection(Section):
         def __getattr__(self, name: str) -> Any: ...
 
 
+class _Batch(LibrarySection):
+    """The batch of an optimizer step, which is no field of SFTConfig."""
+
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Consultations that one optimizer step sees, over all processes; unset, 8, or what the other numbers make."""
+
+
 class _LoraPlus(LibrarySection):
     """LoRA+ (arXiv 2402.12354): parameters of PEFT's `create_loraplus_optimizer`, which are no fields of LoraConfig."""
 
@@ -101,13 +122,12 @@ def _library_section(
     about: str,
     parent: type[LibrarySection] = LibrarySection,
 ) -> Any:
-    settings: dict[str, Any] = {
-        field.name: (
-            field.annotation,
-            Field(ours.get(field.name), description=field.help or None, **_BOUNDS.get(field.name, {})),
-        )
-        for field in fields.values()
-    }
+    settings: dict[str, Any] = {}
+    for field in fields.values():
+        annotation: Any = Annotated[(field.annotation, Field(**_BOUNDS.get(field.name, {})))]
+        if field.name in _AUTOMATIC:
+            annotation = annotation | Literal["auto"]
+        settings[field.name] = (annotation, Field(ours.get(field.name), description=field.help or None))
     return create_model(name, __base__=parent, __doc__=about, __module__=__name__, **settings)
 
 
@@ -115,7 +135,7 @@ if TYPE_CHECKING:
 
     class LoraSection(_LoraPlus): ...
 
-    class TrainingSection(LibrarySection): ...
+    class TrainingSection(_Batch): ...
 
 else:
     LoraSection = _library_section(
@@ -126,7 +146,11 @@ else:
         _LoraPlus,
     )
     TrainingSection = _library_section(
-        "TrainingSection", sft_fields(), TRAINING_DEFAULTS, "The training: every setting of TRL's SFTConfig."
+        "TrainingSection",
+        sft_fields(),
+        TRAINING_DEFAULTS,
+        "The training: every setting of TRL's SFTConfig, and the batch of a step.",
+        _Batch,
     )
 
 

@@ -61,6 +61,24 @@ def announce_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recip
     _announce_weights(summary["severity"], weights, recipe, console)
 
 
+def announce_batch(recipe: Recipe, console: Console) -> None:
+    """Prints how an optimizer step is divided.
+
+    Args:
+        recipe: with numbers in place of every `auto`.
+    """
+    settings = recipe.training.settings()
+    rows, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
+    layout = "packed" if settings.get("packing") else "padding-free" if settings["padding_free"] else "padded"
+    checkpointing = "without" if settings["gradient_checkpointing"] is False else "with"
+    say(
+        console,
+        "Batch",
+        f"{settings['global_batch_size']} rows a step as {rows} × {accumulation}, {layout}, {checkpointing} gradient "
+        f"checkpointing; validation by {settings['per_device_eval_batch_size']}",
+    )
+
+
 def _announce_weights(origin: dict[str, Any] | None, weights: WeightSummary, recipe: Recipe, console: Console) -> None:
     if origin is None or recipe.severity.control == "uniform":
         say(console, "Weights", "1 for every consultation: plain cross-entropy")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,23 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
+from transformers import PreTrainedModel
 
 from sevpeft.errors import ModelError, RunError, UnknownModelError
 from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changed, changes, savings, usable, verdicts
 from sevpeft.modeling.loading import uses_gpu
 from sevpeft.modeling.memory import GIB, LARGEST_BATCH, Budget, MemoryPlan, Parameters
+from sevpeft.modeling.packing import check_packing, documents_stay_apart
 from sevpeft.modeling.sharding import weights_are_sharded
 from sevpeft.modeling.skeleton import base_config
 from sevpeft.recipe import Recipe
+from sevpeft.recipe.library_sections import AUTO
+from sevpeft.training.batch_split import device_memory, is_automatic, resolve_split, with_training
 from sevpeft.training.progress import LABEL_WIDTH, say
 from sevpeft.training.trainer import CPU_VOCABULARY_TILE
 
+# GB of the GPU that `plan` chooses a split for, where neither --vram nor the recipe names one.
+_GPU_OF_PLAN = 24
 BAR_WIDTH = 79 - LABEL_WIDTH
 _BLOCKS = "█▓▒░▞▚▖▘"
 _COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_black", "white")
@@ -35,7 +42,7 @@ class Fitting:
 
     Attributes:
         origin: where the base model's numbers come from.
-        total: parameters that transformers counts.
+        split_for: GB of the GPU that batch and checkpointing were chosen for; None where the recipe sets them.
         vram: GB that were asked about; None for none.
         changes: that make it fit there.
     """
@@ -44,6 +51,8 @@ class Fitting:
     parameters: Parameters
     batch: int
     length: int
+    checkpointing: bool
+    split_for: float | None
     number_format: str
     budget: Budget
     cards: list[Card]
@@ -60,6 +69,8 @@ class Fitting:
             "parameters": {**asdict(self.parameters), "base": self.parameters.base},
             "batch": self.batch,
             "length": self.length,
+            "checkpointing": self.checkpointing,
+            "split_for": self.split_for,
             "number_format": self.number_format,
             "bytes": {**self.budget.items, "total": self.budget.total},
             "cards": [asdict(card) for card in self.cards],
@@ -79,26 +90,66 @@ def memory_plan(recipe: Recipe, *, on_gpu: bool = True) -> tuple[MemoryPlan, str
     return MemoryPlan(recipe, found.config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), found.origin
 
 
+def split_here(recipe: Recipe) -> Recipe:
+    """The recipe with its batch split chosen for the devices of this launch."""
+    on_gpu, plan = uses_gpu(recipe), None
+    if is_automatic(recipe) and not weights_are_sharded():
+        with suppress(UnknownModelError):
+            plan, _ = memory_plan(recipe, on_gpu=on_gpu)
+    processes = PartialState().num_processes
+    available = device_memory(recipe) // (1 if on_gpu else processes)
+    return resolve_split(recipe, plan, available, processes=processes, on_gpu=on_gpu)
+
+
+def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel) -> Recipe:
+    """The resolved recipe, with padding_free chosen by what the model does with packed rows.
+
+    Args:
+        asked: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
+
+    Raises:
+        ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
+    """
+    training = resolved.training.settings()
+    for setting in ("packing", "padding_free"):
+        if training.get(setting) is True:
+            check_packing(model, f"training.{setting}")
+    if training["padding_free"] != AUTO:
+        return resolved
+    if training.get("packing"):
+        return with_training(resolved, padding_free=False)
+    # Eager attention holds every pair of positions of the row: of 8 rows in one, 8 times as many as of 8 rows apart.
+    possible = model.config._attn_implementation != "eager" and not weights_are_sharded()
+    if possible and documents_stay_apart(model)[0]:
+        return with_training(resolved, padding_free=True)
+    return split_here(with_training(asked, padding_free=False))
+
+
 def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryPlan]:
     """What the recipe needs on a GPU, and on which cards it fits.
 
     Args:
-        vram: GB of a card to judge.
+        vram: GB of a GPU to judge; the batch split is chosen for it, or else for the GPU that the recipe names.
 
     Raises:
         UnknownModelError: neither a config.json nor numbers in the recipe.
         ModelError: PEFT refuses the adapter, or a module that is named does not exist.
     """
-    plan, origin = memory_plan(recipe)
+    smallest, origin = memory_plan(recipe)  # of all splits of a step, where the recipe leaves it open
+    gb = vram or recipe.about.vram_gib or _GPU_OF_PLAN
+    resolved = resolve_split(recipe, smallest, usable(gb))
+    plan = smallest.with_recipe(resolved)
     return (
         Fitting(
             origin=origin,
             parameters=plan.parameters,
             batch=plan.setting.batch,
             length=plan.setting.length,
+            checkpointing=plan.setting.checkpointing,
+            split_for=gb if is_automatic(recipe) else None,
             number_format=str(plan.dtype).removeprefix("torch."),
             budget=plan.budget(),
-            cards=verdicts(plan),
+            cards=verdicts(smallest),
             vram=vram,
             changes=[] if vram is None else changes(plan, vram),
         ),
@@ -166,8 +217,10 @@ def announce_fitting(found: Fitting, console: Console) -> None:
     say(
         console,
         "GPU memory",
-        f"{found.budget.total / GIB:.1f} GiB at {found.batch} × {found.length} tokens in {found.number_format}, all "
-        f"rows as long as that (the model's numbers are from {found.origin})",
+        f"{found.budget.total / GIB:.1f} GiB at {found.batch} × {found.length} tokens in {found.number_format}, "
+        f"{'with' if found.checkpointing else 'without'} gradient checkpointing"
+        + (f" (split chosen for {found.split_for:g} GB)" if found.split_for else "")
+        + f"; all rows as long as that; the model's numbers are from {found.origin}",
     )
     _print_bar(found.budget, console)
     for card in found.cards:

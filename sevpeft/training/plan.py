@@ -23,6 +23,7 @@ from sevpeft.modeling.loading import load_config, load_tokenizer
 from sevpeft.recipe import Recipe
 from sevpeft.severity.weighting import WeightSummary
 from sevpeft.training.announcement import announce_data
+from sevpeft.training.batch_split import resolve_split
 from sevpeft.training.fitting import Fitting, announce_fitting, announce_time, fitting
 from sevpeft.training.preparation import load_splits, prepare, prompt_of, source_index, summary_of, weigh
 from sevpeft.training.progress import say
@@ -89,13 +90,14 @@ def plan(recipe: Recipe, *, vram: float | None = None, tflops: float = TFLOPS, e
     Raises:
         SevpeftError: whatever `train` would refuse about the data, the severity, the prompt or the adapter.
     """
-    settings = recipe.training.settings()
     rate: dict[str, Any] = {"tflops": tflops, "efficiency": efficiency}
     memory_unknown = None
     try:
         found, memory = fitting(recipe, vram)
     except UnknownModelError as error:
         found, memory, memory_unknown = None, None, str(error)
+    recipe = memory.recipe if memory is not None else resolve_split(recipe, None, 0)
+    settings = recipe.training.settings()
     assumed: dict[str, Any] = {**rate, "memory_unknown": memory_unknown}
     try:
         tokenizer = load_tokenizer(recipe, load_config(recipe))

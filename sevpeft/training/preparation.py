@@ -142,11 +142,17 @@ def _encode_and_weight(
         train = pack_rows(train, max_length, cache_file=scratch / "packed.arrow")
     return Prepared(
         train=train,
-        validation=encoded["validation"].remove_columns("source_index"),
+        validation=_by_length(encoded["validation"]).remove_columns("source_index"),
         weights=summary,
         summary=summary_of(table, splits, severity, {name: report.as_dict() for name, report in reports.items()}),
         row_names=RowNames(encoded["train"], splits.train),
     )
+
+
+def _by_length(rows: Dataset) -> Dataset:
+    """Longest first: batches then need little padding, and too little memory shows at once."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lambda row: -lengths[row]))
 
 
 def summary_of(

@@ -8,6 +8,7 @@ step, which may take longer than the step, and lets a validation draw no random 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.utils.data import RandomSampler, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
@@ -66,9 +68,12 @@ class ResumableSFTTrainer(SFTTrainer):
         accept_smaller_batches: whether a batch that does not fit in the memory is cut in parts, which change nothing of
             the loss, instead of ending the training; on one process only.
         on_smaller_batch: told of it, in a sentence.
+        sort_within_steps: whether the rows of a step are taken by length, so that padding is little; each step has the
+            rows that it would have without.
     """
 
     accept_smaller_batches = False
+    sort_within_steps = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -137,16 +142,27 @@ class ResumableSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Of all rows: `dataloader_drop_last` is about the batches that are trained on."""
+        """Of all rows, padded: `dataloader_drop_last` and `padding_free` are about the batches that are trained on.
+
+        Rows of one length stand together (`training/preparation.py`), so that padding is little, and attention does
+        not look through the other rows of a batch as it does in one long row.
+        """
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        collator: Any = getattr(self, "data_collator")  # noqa: B009 (TRL leaves it untyped)
+        if getattr(collator, "padding_free", False):
+            self.data_collator = dataclasses.replace(collator, padding_free=False)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.args.dataloader_drop_last = dropping
+            self.args.dataloader_drop_last, self.data_collator = dropping, collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
-        return _GroupedByLength(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
+        if isinstance(sampler, LengthGroupedSampler):
+            return _GroupedByLength(sampler, self)
+        if self.sort_within_steps and isinstance(sampler, RandomSampler):
+            return _SortedWithinSteps([len(ids) for ids in self.train_dataset["input_ids"]], self)
+        return sampler
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Epochs and steps that are done; all epochs, where a kill came after the last step.
@@ -305,10 +321,31 @@ class _GroupedByLength(LengthGroupedSampler):
         self._trainer = trainer
 
     def __iter__(self) -> Iterator[int]:
-        args, epoch = self._trainer.args, int(self._trainer.state.epoch or 0)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.generator = torch.Generator().manual_seed(seed + epoch)
+        self.generator = _generator_of_epoch(self._trainer)
         return iter(super().__iter__())
+
+
+class _SortedWithinSteps(Sampler[int]):
+    """The random order that accelerate draws, with the rows of each optimizer step from long to short."""
+
+    def __init__(self, lengths: list[int], trainer: ResumableSFTTrainer) -> None:
+        self.lengths, self._trainer = lengths, trainer
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        args = self._trainer.args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        order = torch.randperm(len(self), generator=_generator_of_epoch(self._trainer)).tolist()
+        for start in range(0, len(order), size):
+            yield from sorted(order[start : start + size], key=lambda row: -self.lengths[row])
+
+
+def _generator_of_epoch(trainer: ResumableSFTTrainer) -> torch.Generator:
+    """As accelerate 1.15 seeds its `SeedableRandomSampler`."""
+    args, epoch = trainer.args, int(trainer.state.epoch or 0)
+    return torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
 
 
 class _Recall(TrainerCallback):

@@ -15,7 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from sevpeft.errors import RunError
 from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe.library_sections import AUTO
 from sevpeft.runs import Run
+from sevpeft.training.batch_split import CHOSEN_WITH, with_training
 from sevpeft.training.checkpoints import newest_whole, remove_unfinished
 from sevpeft.training.progress import say
 
@@ -36,6 +38,17 @@ def checkpoint_to_go_on_from(run: Run, console: Console) -> Path | None:
         lines = len(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)
     run.keep_log(lines)
     return checkpoint
+
+
+def as_started(recipe: Recipe, run: Run) -> Recipe:
+    """The recipe with what the run chose at its start in place of each `auto`."""
+    stored = load_recipe(run.folder / "recipe.yaml").training.settings()
+    now = recipe.training.settings()
+    open_keys = [key for key, value in now.items() if value == AUTO]
+    if not open_keys:
+        return recipe
+    unsaid = [key for key in CHOSEN_WITH if now.get(key) is None]
+    return with_training(recipe, **{key: stored[key] for key in (*open_keys, *unsaid) if key in stored})
 
 
 def refuse_other_recipe(recipe: Recipe, run: Run) -> None:

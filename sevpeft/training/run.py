@@ -33,21 +33,20 @@ from sevpeft.modeling.loading import (
     resolved_name,
     uses_gpu,
 )
-from sevpeft.modeling.packing import check_packing
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.announcement import announce_data
+from sevpeft.training.announcement import announce_batch, announce_data
 from sevpeft.training.checkpoints import remove_unfinished
 from sevpeft.training.claim import claimed
-from sevpeft.training.fitting import memory_is_full, refuse_what_cannot_fit
+from sevpeft.training.fitting import choose_layout, memory_is_full, refuse_what_cannot_fit, split_here
 from sevpeft.training.initialisation import make_plain, refuse_start, start_adapter
 from sevpeft.training.launch import check_launch, refuse_absent_deepspeed
 from sevpeft.training.leaving import Leaving, command_to_go_on
 from sevpeft.training.optimizer import loraplus_settings, refuse_optimizer
 from sevpeft.training.preparation import Prepared, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, keep_tensorboard_in, say
-from sevpeft.training.resuming import checkpoint_to_go_on_from, refuse_other_data, refuse_other_recipe
+from sevpeft.training.resuming import as_started, checkpoint_to_go_on_from, refuse_other_data, refuse_other_recipe
 from sevpeft.training.settings import plain_refusals, refuse_no_batch, sft_config
 from sevpeft.training.sharding import (
     engine_of,
@@ -97,12 +96,14 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
 def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, resume: bool) -> Run:
     folder = run.folder
     if resume:
+        recipe = as_started(recipe, run)
         refuse_other_recipe(recipe, run)
         if run.finished:
             console.print(f"The run in {folder} is finished; nothing is left to do.", soft_wrap=True, markup=False)
             return run
 
-    precision = choose_precision(recipe)
+    precision = choose_precision(recipe, run.metrics()["model"]["dtype"] if resume else None)
+    asked, recipe = recipe, split_here(recipe)
     arguments = sft_config(recipe, precision, run.checkpoints)
     refuse_what_cannot_be_sharded(recipe, arguments)
     refuse_hopeless_start(recipe)
@@ -129,9 +130,9 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
         model = load_model(recipe, precision, state.local_process_index)
         if resume:
             refuse_other_weights(recipe, run)
-        for setting in ("packing", "padding_free"):
-            if getattr(arguments, setting):
-                check_packing(model, f"training.{setting}")
+        recipe = choose_layout(asked, recipe, model)
+        arguments = sft_config(recipe, precision, run.checkpoints)
+        announce_batch(recipe, console)
         adapter = lora_config(recipe, model)
         refuse_optimizer(arguments, model)
         refuse_no_batch(arguments, len(prepared.train))
@@ -154,6 +155,7 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
                     tell=lambda sentence: say(console, "Warning", sentence, style="yellow"),
                     callbacks=[progress, leaving],
                 )
+            trainer.sort_within_steps = not (arguments.padding_free or arguments.packing)
             trainer.accept_smaller_batches = bool(recipe.training.settings().get("auto_find_batch_size"))
             trainer.on_smaller_batch = lambda sentence: say(console, "Memory", f"full; {sentence}", style="yellow")
             trainer.remove_callback(PrinterCallback)

@@ -30,6 +30,8 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
         RecipeError: a value that TRL or transformers refuse.
     """
     settings = copy.deepcopy(recipe.training.settings())  # transformers writes into accelerator_config
+    del settings["global_batch_size"]  # of `resolve_split`, which has made numbers of it
+    settings["padding_free"] = settings["padding_free"] is True  # auto: as long as the model was not asked
     settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints))
     settings.setdefault("use_cpu", not uses_gpu(recipe))
     # The filter replaces a NaN loss by the last good one in the log, and nobody notices. The trainer looks itself, and
