@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +83,6 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         ) from error
     check_launch(state)
     console = console if console is not None and state.is_main_process else Console(quiet=True)
-    # When whoever reads the screen goes away, the training goes on; log.jsonl has everything.
-    console.on_broken_pipe = partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
     # transformers would expand a ~ for the checkpoints alone.
     folder = _same_on_all_processes((output or default_output(recipe.name)).expanduser())
     with claimed(folder) if state.is_main_process else nullcontext():
