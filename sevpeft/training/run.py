@@ -37,7 +37,7 @@ from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.announcement import announce_data
-from sevpeft.training.checkpoints import remove_unfinished
+from sevpeft.training.checkpoints import files_to_resume, remove_unfinished
 from sevpeft.training.claim import claimed
 from sevpeft.training.fitting import memory_is_full, refuse_what_cannot_fit
 from sevpeft.training.initialisation import make_plain, refuse_start, start_adapter
@@ -183,7 +183,8 @@ def _train_and_measure(
     checkpoint: str | None = None
     if resume:
         refuse_other_processes(trainer.accelerator, run.environment())
-        found = checkpoint_to_go_on_from(run, console) if trainer.is_world_process_zero() else None
+        required = files_to_resume(trainer.accelerator)
+        found = checkpoint_to_go_on_from(run, console, required) if trainer.is_world_process_zero() else None
         trainer.accelerator.wait_for_everyone()
         checkpoint = _same_on_all_processes(str(found) if found else None)
         start_adapter(trainer, recipe, run, checkpoint)

@@ -13,7 +13,7 @@ from trl import pack_dataset
 
 from sevpeft.errors import RunError
 from sevpeft.recipe.stopping import StoppingSection
-from sevpeft.training.checkpoints import damage_of
+from sevpeft.training.checkpoints import damage_of, files_to_resume
 from sevpeft.training.guarded import WINDOW, Divergence
 from sevpeft.training.leaving import Leaving
 from sevpeft.training.row_names import RowNames
@@ -105,7 +105,7 @@ def test_after_the_patience_the_training_ends_with_a_checkpoint_of_the_good_adap
     with pytest.raises(RunError, match=r"2 steps in a row had a loss that is not finite.*row 1\d.*checkpoint-2 holds"):
         trainer.train()
     assert_equal(before, adapter_of(trainer))
-    assert damage_of(tmp_path / "checkpoint-2") is None
+    assert damage_of(tmp_path / "checkpoint-2", files_to_resume(trainer.accelerator)) is None
 
 
 def test_bad_steps_that_do_not_follow_each_other_use_up_no_patience(tmp_path: Path) -> None:
