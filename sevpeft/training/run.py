@@ -33,6 +33,7 @@ from sevpeft.modeling.loading import (
     uses_gpu,
 )
 from sevpeft.modeling.packing import refuse_contaminated_packing
+from sevpeft.modeling.quantization import check_form
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
@@ -107,6 +108,7 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
     refuse_start(recipe)
     with state.main_process_first():
         config = load_config(recipe)
+    check_form(recipe, config)
     tokenizer = load_tokenizer(recipe, config)
     prompt = prompt_of(recipe, tokenizer)
     say(console, "Base model", f"{recipe.model.name_or_path} ({config.model_type})")
