@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import select
 import sys
 import time
+from typing import Any
 
 import typer
 from typer.exceptions import TyperException
@@ -13,6 +16,8 @@ from typer.exceptions import TyperException
 from sevpeft.errors import SevpeftError, UsageError
 
 _SECONDS_FOR_THE_FIRST = 3.0
+# Their result is what they print; that of the others is in files, unless --json asks for it on stdout.
+_PRINTING_VERBS = {"chat", "plan", "recipes"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,21 +32,19 @@ def main() -> None:
     """Runs the command line; a refusal is one plain sentence, and SEVPEFT_DEBUG=1 shows where it came from."""
     # Read when huggingface_hub is imported; several libraries tell it what they are used for.
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a screen that is not UTF-8 gets a question mark for each bar
-            stream.reconfigure(errors="replace")
+    _guard_output()
     try:
         _refuse_absent_scratch()
         # Typer's own handling would draw a box around an error and say nothing about Ctrl-C, for which it returns 130.
         code = app(standalone_mode=False)
-        sys.stdout.flush()
+        lost = output_error()
+        if lost is not None and lost.errno != errno.EPIPE:  # whoever closes a pipe, as `head` does, knows it
+            _say(f"The output is incomplete: {lost.strerror}.")
+        if lost is not None and ("--json" in sys.argv or set(sys.argv[1:2]) & _PRINTING_VERBS):
+            code = code or 1
     except (SevpeftError, TyperException, OSError) as error:
         if os.environ.get("SEVPEFT_DEBUG"):
             raise
-        if isinstance(error, BrokenPipeError):
-            # The reader, such as `head`, has had enough; Python would complain once more while it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
         if str(error):  # without a verb, typer has shown the help already and has nothing to add
             _say(_sentence(error))
         sys.exit(getattr(error, "exit_code", 1))
@@ -50,6 +53,57 @@ def main() -> None:
     if code == 130:
         _say("Interrupted.")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Output(io.FileIO):
+    """Standard output or error that never fails: work must not be lost because a terminal or a pipe is gone.
+
+    Everything that is printed passes here: print, rich, logging, warnings, tqdm and the flush when Python ends.
+
+    Attributes:
+        error: the first error of a write that was given up; each later write is tried, as a disk may have space again.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left:
+                written = super().write(left)
+                if written is None:  # a terminal that another program has set to non-blocking
+                    select.select([], [self], [])
+                left = left[written or 0 :]
+        except OSError as error:
+            self.error = self.error or error
+        return size
+
+
+def _guard_output() -> None:
+    """Puts `_Output` under stdout and stderr; what was closed from the start becomes /dev/null.
+
+    Without that, the next file that is opened would take the number of the closed one, and libraries write into it.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        elif name != "stdin" and stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            guarded = io.TextIOWrapper(
+                _Output(stream.fileno(), "w", closefd=False),
+                encoding=stream.encoding,
+                errors="replace",  # a screen that is not UTF-8 gets a question mark for each bar
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, guarded)
+
+
+def output_error() -> OSError | None:
+    """Why something that was printed to stdout has not arrived; None where all has."""
+    sys.stdout.flush()
+    return getattr(getattr(sys.stdout, "buffer", None), "error", None)
 
 
 def _sentence(error: Exception) -> str:

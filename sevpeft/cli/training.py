@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sevpeft.cli.application import app, is_main_process, quiet_libraries, refuse_several_processes
+from sevpeft.cli.application import app, is_main_process, output_error, quiet_libraries, refuse_several_processes
 from sevpeft.errors import ModelError, UsageError
 
 
@@ -132,7 +132,7 @@ def chat(
         return
     if sys.stdin.isatty():
         print("Every question stands alone; an empty line leaves. Not medical advice.", file=sys.stderr)
-    while line := _read_line():
+    while output_error() is None and (line := _read_line()):
         print(adapter.answer(line, max_new_tokens), end="\n\n", flush=True)
 
 

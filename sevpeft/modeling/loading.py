@@ -36,6 +36,7 @@ from sevpeft.modeling.hardware import (
     why_no_gpu,
 )
 from sevpeft.modeling.prompts import choose_pad_token
+from sevpeft.modeling.quantization import check_method, check_scales
 from sevpeft.modeling.sharding import fsdp_asked, on_paper, weights_are_sharded, zero3
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
@@ -147,7 +148,9 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     if not Path(name).is_dir():
         look_for_hub()
     with _plain_errors(recipe):
-        return AutoConfig.from_pretrained(name, **_origin(recipe))
+        config = AutoConfig.from_pretrained(name, **_origin(recipe))
+        check_method(recipe.model.name_or_path, config)
+    return config
 
 
 def load_tokenizer(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -174,6 +177,7 @@ def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> P
         ModelError: folder without config or with pickle weights only, id not reachable, attention not supported,
             weights damaged or missing.
     """
+    config = load_config(recipe)
     quantization = quantization_config(recipe, precision)
     arguments: dict[str, Any] = {
         "dtype": precision.dtype,
@@ -185,9 +189,7 @@ def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> P
         arguments["attn_implementation"] = recipe.model.attn_implementation
     if quantization is not None:
         with _plain_errors(recipe), torch.device("meta"):
-            modules = AutoModelForCausalLM.from_config(
-                load_config(recipe), trust_remote_code=recipe.model.trust_remote_code
-            )
+            modules = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         refuse_kernel_on_packed_weights(modules, recipe.model.name_or_path)
         arguments["quantization_config"] = quantization
         if not zero3():  # transformers refuses a device_map there
@@ -213,6 +215,7 @@ def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> P
             f"{recipe.model.name_or_path} lacks {len(absent)} of the weights that its config.json asks for, such as "
             f"{absent[0]}; fetch it again, or name a model that is complete."
         )
+    check_scales(recipe.model.name_or_path, model, loading["unexpected_keys"])
     model.config.use_cache = False
     keep_4bit_weights_as_they_are(model)
     return model

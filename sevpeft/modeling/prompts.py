@@ -18,6 +18,9 @@ from sevpeft.data.cleaning import strip_marks
 from sevpeft.errors import ModelError
 
 _PROBE = "جواب"
+# Of one length, so that a tokenizer that knows no Arabic makes the same tokens of both.
+_QUESTIONS = ("سؤال", "طلبي")
+_LONG_QUESTION = "\n".join(["بداية", *["وسط"] * 500, "نهاية"])
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Prompt:
 
         Raises:
             ModelError: no chat template, a chat template that takes no system message, no end-of-sequence token, a
-                `dialect` without a prefix, or prefixes together with a chat template.
+                `dialect` without a prefix, or prefixes together with a chat template; a chat template or a tokenizer
+                in which the text is lost.
         """
         if dialect_prefixes and chat:
             raise ModelError(
@@ -81,6 +85,12 @@ class Prompt:
             )
         prompt = cls(tokenizer, chat, template, answer_cue, system, dialect_prefixes, dialect, strip_marks)
         prompt = replace(prompt, control=_any_of(_control_tokens(tokenizer)))
+        one, other = tokenizer(list(_QUESTIONS), add_special_tokens=False)["input_ids"]
+        if one == other:
+            raise ModelError(
+                f"The tokenizer of {tokenizer.name_or_path} makes the same tokens of two different Arabic questions; "
+                "name a base model that knows Arabic."
+            )
         before_answer, end_id = prompt._chat_frame() if chat else prompt._plain_frame()
         return replace(prompt, before_answer=before_answer, end_id=end_id)
 
@@ -156,6 +166,14 @@ class Prompt:
         except TemplateError as error:
             remedy = "set prompt.system=null" if self.system else "set prompt.chat=false"
             raise ModelError(f"The chat template of {name} refuses the conversation ({error}); {remedy}.") from error
+        for key, text, rendered in (
+            ("question", _LONG_QUESTION, self.text(_LONG_QUESTION)),
+            ("answer", _PROBE, whole),
+            ("system message", self.system or "", prompt),
+        ):
+            if _letters(text) not in _letters(rendered):
+                remedy = "prompt.system=null" if text == self.system else "prompt.chat=false"
+                raise ModelError(f"The chat template of {name} leaves out the {key}, or a part of it; set {remedy}.")
         before, _, after = whole.rpartition(_PROBE)
         # Templates differ in the blanks between cue and answer; where the two renderings differ in more than that,
         # the generation prompt is what the model will see, so nothing is added to it.
@@ -167,6 +185,11 @@ class Prompt:
         if end_id is None:
             raise ModelError(f"The chat template of {name} ends a turn without a special token, and it has no EOS.")
         return before_answer, end_id
+
+
+def _letters(text: str) -> str:
+    """The text without blanks, which templates trim and fold."""
+    return "".join(text.split())
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:

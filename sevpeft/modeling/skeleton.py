@@ -22,6 +22,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from sevpeft.errors import ModelError, UnknownModelError, first_sentence
 from sevpeft.modeling.adapters import adapted_on_paper, cast_trained, named_config
 from sevpeft.modeling.loading import load_config
+from sevpeft.modeling.quantization import check_form
 from sevpeft.modeling.sharding import on_paper
 from sevpeft.recipe import Recipe
 
@@ -45,10 +46,13 @@ def base_config(recipe: Recipe) -> BaseConfig:
     """
     numbers = recipe.about.config
     try:
-        return BaseConfig(load_config(recipe), "its config.json")
+        config = load_config(recipe)
     except ModelError as error:
         if numbers is None:
             raise UnknownModelError(str(error)) from error
+    else:
+        check_form(recipe, config)
+        return BaseConfig(config, "its config.json")
     try:
         return BaseConfig(AutoConfig.for_model(**numbers), "the recipe")
     except Exception as error:  # whatever a configuration class raises on numbers that others wrote

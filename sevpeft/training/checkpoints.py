@@ -10,11 +10,34 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+
+from accelerate import Accelerator, DistributedType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from sevpeft.runs import Run, write_atomically
 
 MANIFEST = "manifest.json"
+COUNTS = "counts.json"
+
+
+def files_to_resume(accelerator: Accelerator) -> list[str]:
+    """Names of the files without which a resume would be another training; `*` stands for any text.
+
+    Transformers 5.24 skips the optimizer, the scheduler, the scaler or the random state where its file is absent.
+    """
+    processes, kind = accelerator.num_processes, accelerator.distributed_type
+    ranks = range(processes)
+    names = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, TRAINER_STATE_NAME, COUNTS]
+    names += [f"rng_state_{rank}.pth" for rank in ranks] if processes > 1 else ["rng_state.pth"]
+    if kind is DistributedType.DEEPSPEED:
+        sharded = accelerator.state.deepspeed_plugin.zero_stage > 0
+        return names + [f"global_step*/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks if sharded]
+    names += [SCHEDULER_NAME, OPTIMIZER_NAME_BIN if kind is DistributedType.FSDP else OPTIMIZER_NAME]
+    return names if accelerator.scaler is None else [*names, SCALER_NAME]
 
 
 def seal(checkpoint: Path) -> None:
@@ -26,10 +49,17 @@ def seal(checkpoint: Path) -> None:
     write_atomically(checkpoint / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
 
 
-def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words that end a sentence; None where it is as it was written."""
+def damage_of(checkpoint: Path, required: Sequence[str]) -> str | None:
+    """What is wrong with a checkpoint, in words that end a sentence; None where it is as it was written.
+
+    Args:
+        required: names that its manifest has to list (`files_to_resume`).
+    """
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for pattern in required:
+            if not any(fnmatch(name, pattern) for name in listed):
+                return f"has no {pattern} in its {MANIFEST}"
         for name, written in listed.items():
             file = checkpoint / name
             if not file.is_file():
@@ -45,14 +75,14 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_whole(run: Run) -> tuple[Path | None, list[str]]:
+def newest_whole(run: Run, required: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence about each newer one that is not.
 
     Those are removed: the training writes them anew, under the same names.
     """
     said: list[str] = []
     for checkpoint in sorted(_checkpoints(run), key=_step, reverse=True):
-        damage = damage_of(checkpoint)
+        damage = damage_of(checkpoint, required)
         if damage is None:
             return checkpoint, said
         said.append(f"{checkpoint.name} {damage}, so the one before it is used.")

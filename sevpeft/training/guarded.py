@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 
 from sevpeft.errors import RunError
 from sevpeft.recipe.stopping import StoppingSection
@@ -96,6 +97,25 @@ class GuardedSFTTrainer(ResumableSFTTrainer):
         self._losses: list[torch.Tensor] = []
         self._logged_before = torch.zeros(())
         self._steps_since_log = self._left_out_since_log = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in SFTTrainer, but a training in which every step was left out is no training."""
+        result = super().train(*args, **kwargs)
+        if 0 < self.state.global_step == self.nonfinite_steps:
+            raise RunError(
+                f"None of the {self.nonfinite_steps:,} steps had a finite loss and gradient, so nothing was trained; "
+                f"{self._remedy()}"
+            )
+        return result
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in SFTTrainer; a base model whose first validation is not finite is not worth a step."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self.state.global_step == 0 and not math.isfinite(metrics.get("eval_loss", 0.0)):
+            raise RunError(
+                f"The first validation loss is not finite, {self._reason_at_start()}, then start another run."
+            )
+        return metrics
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self._batches:
@@ -189,6 +209,15 @@ class GuardedSFTTrainer(ResumableSFTTrainer):
         if self.leaving is None:
             raise error
         self.leaving.leave(error)
+
+    def _reason_at_start(self) -> str:
+        for name, parameter in self.model.named_parameters():
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # its part under FSDP
+            if own.itemsize > 1 and not torch.isfinite(own).all():
+                return f"because weights are not: {name} holds NaN or infinity; fetch the model again"
+        if self.args.fp16 or getattr(self.model, "dtype", None) == torch.float16:
+            return "probably because numbers overflow in float16; set model.dtype to bfloat16 or float32"
+        return "although the weights are; set model.attn_implementation=eager, or name another base model"
 
     def _remedy(self) -> str:
         format_ = "bfloat16 or float32 instead of float16" if self.args.fp16 else "a lower training.learning_rate"

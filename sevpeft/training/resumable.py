@@ -26,9 +26,7 @@ from trl import SFTTrainer
 
 from sevpeft.errors import Interrupted, RunError
 from sevpeft.runs import write_atomically
-from sevpeft.training.checkpoints import damage_of, seal
-
-COUNTS = "counts.json"
+from sevpeft.training.checkpoints import COUNTS, damage_of, files_to_resume, seal
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ class ResumableSFTTrainer(SFTTrainer):
     def _refuse_damaged_best(self) -> None:
         """An adapter that validation has never seen must not end the run in its place."""
         best = Path(self.state.best_model_checkpoint)
-        damage = damage_of(best) if best.is_dir() else "is gone"
+        damage = damage_of(best, files_to_resume(self.accelerator)) if best.is_dir() else "is gone"
         if damage is not None:
             raise RunError(
                 f"{best}, the best of this run, {damage}; bring it back from a copy, or start another run with "

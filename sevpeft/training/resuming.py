@@ -6,6 +6,7 @@ What goes on must be the same training: recipe and data are compared with those 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ from sevpeft.training.progress import say
 _MOST_SHOWN = 5
 
 
-def checkpoint_to_go_on_from(run: Run, console: Console) -> Path | None:
+def checkpoint_to_go_on_from(run: Run, console: Console, required: Sequence[str]) -> Path | None:
     """The newest whole checkpoint; None where the training begins again. What was found damaged is told.
 
     log.jsonl is cut back to what was in it when that checkpoint was written, since the rest happens again.
+
+    Args:
+        required: files that a checkpoint must hold.
     """
+    checkpoint, damaged = newest_whole(run, required)
     remove_unfinished(run)
-    checkpoint, damaged = newest_whole(run)
     for sentence in damaged:
         say(console, "Checkpoint", sentence, style="yellow")
     lines = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,12 @@ from sevpeft.modeling.loading import (
     resolved_name,
     uses_gpu,
 )
+from sevpeft.modeling.quantization import check_form
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.announcement import announce_batch, announce_data
-from sevpeft.training.checkpoints import remove_unfinished
+from sevpeft.training.checkpoints import files_to_resume, remove_unfinished
 from sevpeft.training.claim import claimed
 from sevpeft.training.fitting import choose_layout, memory_is_full, refuse_what_cannot_fit, split_here
 from sevpeft.training.initialisation import make_plain, refuse_start, start_adapter
@@ -83,8 +83,6 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
         ) from error
     check_launch(state)
     console = console if console is not None and state.is_main_process else Console(quiet=True)
-    # When whoever reads the screen goes away, the training goes on; log.jsonl has everything.
-    console.on_broken_pipe = partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
     # transformers would expand a ~ for the checkpoints alone.
     folder = _same_on_all_processes((output or default_output(recipe.name)).expanduser())
     with claimed(folder) if state.is_main_process else nullcontext():
@@ -111,6 +109,7 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
     refuse_start(recipe)
     with state.main_process_first():
         config = load_config(recipe)
+    check_form(recipe, config)
     tokenizer = load_tokenizer(recipe, config)
     prompt = prompt_of(recipe, tokenizer)
     say(console, "Base model", f"{recipe.model.name_or_path} ({config.model_type})")
@@ -188,7 +187,8 @@ def _train_and_measure(
     checkpoint: str | None = None
     if resume:
         refuse_other_processes(trainer.accelerator, run.environment())
-        found = checkpoint_to_go_on_from(run, console) if trainer.is_world_process_zero() else None
+        required = files_to_resume(trainer.accelerator)
+        found = checkpoint_to_go_on_from(run, console, required) if trainer.is_world_process_zero() else None
         trainer.accelerator.wait_for_everyone()
         checkpoint = _same_on_all_processes(str(found) if found else None)
         start_adapter(trainer, recipe, run, checkpoint)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from sevpeft.cli import application, main
 from sevpeft.recipe import load_recipe
@@ -55,16 +53,6 @@ def test_a_process_that_fails_alone_says_so_after_the_first(
     monkeypatch.setenv("WORLD_SIZE", "2")
     application._say("No disk.")
     assert capsys.readouterr().err == "No.\nA stale variable.\nProcess 1: No disk.\n" and len(waited) == 1
-
-
-def test_a_reader_that_goes_away_ends_no_training(tmp_path: Path) -> None:
-    class Gone(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
-
-    recipe = load_recipe(Path(QUICKSTART), ["training.max_steps=2", "data.max_rows=60", "training.max_length=256"])
-    run = train(recipe, tmp_path / "run", console=Console(file=Gone()))
-    assert run.finished
 
 
 def test_a_home_folder_is_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

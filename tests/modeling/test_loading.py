@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sevpeft.errors import DataError, ModelError
 from sevpeft.modeling import loading
@@ -25,6 +26,8 @@ from sevpeft.modeling.loading import (
     quantization_config,
     refuse_hopeless_start,
 )
+from sevpeft.modeling.quantization import check_form
+from sevpeft.modeling.skeleton import base_config
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from tests.conftest import ARCHITECTURES, build_model
 
@@ -151,6 +154,62 @@ def test_weights_of_other_shapes_are_refused(llama: Path) -> None:
 def change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_method_of_quantization_that_transformers_would_ignore_is_refused(llama: Path) -> None:
+    for own in (
+        {"quant_method": "modelopt"},
+        {"quant_method": "GPTQ", "bits": 4},  # it knows gptq
+        {"quant_method": "bitsandbytes"},  # in neither form
+        {"quant_method": "", "bits": 4},
+        {"quant_method": ["gptq"]},
+    ):
+        change_config(llama, quantization_config=own)
+        for action in (load_config, lambda recipe: load_model(recipe, FLOAT32), base_config):
+            for asked in ({}, {"load_in_4bit": True}):
+                text = refusal(lambda act=action, a=asked: act(recipe_for(llama, quantization=a)))
+                assert "quantiz" in text, (own, text)
+    change_config(llama, quantization_config=None)
+    load_config(recipe_for(llama))
+
+
+def test_a_base_that_bitsandbytes_saved_is_taken_in_its_own_form_or_refused(llama: Path) -> None:
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    fp4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+    forms = {"nf4": nf4, "fp4": fp4, "int8": {"load_in_8bit": True}}
+    found = {}
+    for saved, own in forms.items():
+        model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=BitsAndBytesConfig(**own))
+        model.save_pretrained(llama.parent / saved)
+        for form, asked in {"nothing": {}, **forms}.items():
+            recipe = recipe_for(llama.parent / saved, quantization=asked)
+            try:
+                check_form(recipe, load_config(recipe))
+                base_config(recipe)
+                found[saved, form] = "taken"
+            except ModelError as error:
+                found[saved, form] = str(error)
+    for (saved, form), text in found.items():
+        remedy = f"quantization.load_in_{8 if saved == 'int8' else 4}bit=true"
+        asked_otherwise = {"nf4", "fp4"} == {saved, form}  # only the form of the 4 bits differs
+        assert (text == "taken") == (saved == form), (saved, form, text)
+        assert saved == form or (f"bnb_4bit_quant_type={saved}" if asked_otherwise else remedy) in text, (saved, form)
+
+
+def test_scales_that_no_configuration_describes_are_not_dropped(llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    for more, refused in (
+        ({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}, True),
+        ({"model.layers.1.self_attn.q_proj.weight_scale_inv": torch.ones(1)}, True),
+        ({"model.layers.1.self_attn.q_proj.input_scale": torch.ones(1)}, True),
+        ({"model.layers.1.self_attn.q_proj.scales": torch.ones(1)}, True),
+        ({"model.vision.layer_scale": torch.ones(1), "model.rotary_emb.inv_freq": torch.ones(1)}, False),
+    ):
+        save_file({**weights, **more}, llama / "model.safetensors", metadata={"format": "pt"})
+        if refused:
+            assert next(iter(more)) in refusal(lambda: load_model(recipe_for(llama), FLOAT32))
+        else:
+            load_model(recipe_for(llama), FLOAT32)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "nobody_knows_it"])

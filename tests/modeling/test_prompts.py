@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sevpeft.errors import ModelError
@@ -314,6 +314,53 @@ def test_a_system_message_stands_where_the_format_has_it() -> None:
 def test_a_template_that_takes_no_system_message_says_so(template: str) -> None:
     with pytest.raises(ModelError, match=r"refuses the conversation .*; set prompt\.system=null\."):
         build(sentencepiece("nowhere", template), chat=True, system="أنت طبيب")
+
+
+def test_a_template_that_loses_text_in_silence_is_refused() -> None:
+    whole = "message['content']"
+
+    def chatml(of_user: str, of_assistant: str = whole, of_system: str = whole) -> str:
+        other = f"{of_system} if message.role == 'system' else {of_assistant}"
+        content = f"{of_user} if message.role == 'user' else {other}"
+        return CHAT_TEMPLATES["chatml"].replace("{{ message['content'] }}", f"{{{{ {content} }}}}")
+
+    of_parts = (  # as processors of pictures want it; of a string this loop sees the letters
+        "{% for message in messages %}<|im_start|>{% for part in message['content'] %}{% if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    losing = {
+        "no question": (chatml("''"), "question"),
+        "typed content": (of_parts, "question"),
+        "300 letters": (chatml("message['content'][:300]"), "question"),
+        "first line": (chatml("message['content'].split('\n')[0]"), "question"),
+        "all but the first word": (chatml("message['content'].split()[1:] | join(' ')"), "question"),
+        "only the answer": ("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}", "question"),
+        "no answer": (chatml(whole, "''"), "answer"),
+        "no system": (chatml(whole, of_system="''"), "system message"),
+        "half of system": (chatml(whole, of_system="message['content'][:5]"), "system message"),
+    }
+    for name, (template, lost) in losing.items():
+        with pytest.raises(ModelError, match=f"leaves out the {lost}.* set prompt") as refused:
+            build(byte_level(template), chat=True, system="أنت طبيب" if lost == "system message" else None)
+        assert ("prompt.system=null" in str(refused.value)) == (lost == "system message"), name
+    for harmless in ("message['content'] | trim", "message['content'] | upper", "message['content'] | indent(2)"):
+        build(byte_level(chatml(harmless)), chat=True, system=" أنت\nطبيب ")
+
+
+def test_a_tokenizer_that_knows_no_arabic_is_refused() -> None:
+    """It makes <unk> of every question: of words, of letters, or nothing where its normalizer takes them out."""
+    latin = {letter: number for number, letter in enumerate(["<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyz: "])}
+    words = Tokenizer(models.WordLevel(latin, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = Tokenizer(models.BPE(latin, [], unk_token="<unk>"))
+    fused = Tokenizer(models.BPE(latin, [], unk_token="<unk>", fuse_unk=True))
+    emptied = Tokenizer.from_str(build_tokenizer().backend_tokenizer.to_str())
+    emptied.normalizer = normalizers.Replace(Regex("[\u0600-\u06ff]"), "")
+    for name, backend in {"words": words, "letters": letters, "fused": fused, "emptied": emptied}.items():
+        eos = "<|endoftext|>" if name == "emptied" else "</s>"
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, unk_token="<unk>")
+        with pytest.raises(ModelError, match="two different Arabic questions"):
+            build(tokenizer)
 
 
 def test_chat_without_a_chat_template_is_refused() -> None:

@@ -13,7 +13,7 @@ from trl import pack_dataset
 
 from sevpeft.errors import RunError
 from sevpeft.recipe.stopping import StoppingSection
-from sevpeft.training.checkpoints import damage_of
+from sevpeft.training.checkpoints import damage_of, files_to_resume
 from sevpeft.training.guarded import WINDOW, Divergence
 from sevpeft.training.leaving import Leaving
 from sevpeft.training.row_names import RowNames
@@ -76,9 +76,43 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_row(tmp_path: P
 def test_the_adapter_and_the_optimiser_are_as_if_the_step_had_not_been(tmp_path: Path) -> None:
     trainer = guarded(tmp_path, poisoned(make_rows(), *range(16)), patience=100, max_steps=3)
     before = adapter_of(trainer)
-    trainer.train()
+    with pytest.raises(RunError, match="None of the 3 steps"):
+        trainer.train()
     assert_equal(before, adapter_of(trainer))
     assert not trainer.optimizer.state_dict()["state"]
+
+
+def test_a_first_validation_that_is_not_finite_ends_the_run_with_its_likely_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of steps, and whether or not the training validates later."""
+    validation, found = poisoned(make_rows(6, seed=2), 3), {}
+    for strategy in ("no", "epoch"):
+        trainer = guarded(
+            tmp_path / strategy, make_rows(), eval_dataset=validation, eval_strategy=strategy, max_steps=1
+        )
+        with pytest.raises(RunError) as ended:
+            trainer.train()
+        found[strategy] = trainer.state.global_step == 0 and "embed_tokens.weight holds NaN" in str(ended.value)
+    for setting, model in (("model.dtype", "float16"), ("attn_implementation=eager", "float32")):
+        trainer = make_trainer(tmp_path / model, make_rows(), eval_dataset=make_rows(6), max_steps=1)
+        trainer.args.fp16 = model == "float16"
+        monkeypatch.setattr(trainer, "evaluation_loop", infinite(trainer.evaluation_loop))
+        with pytest.raises(RunError) as ended:
+            trainer.evaluate()
+        found[setting] = setting in str(ended.value)
+    assert set(found.values()) == {True}, found
+
+
+def infinite(loop: Any) -> Any:
+    """The evaluation loop of scores that overflowed, of which the weights show nothing."""
+
+    def overflowed(*args: Any, **kwargs: Any) -> Any:
+        output = loop(*args, **kwargs)
+        output.metrics["eval_loss"] = math.inf
+        return output
+
+    return overflowed
 
 
 def test_means_are_over_the_steps_that_were_taken(tmp_path: Path) -> None:
@@ -105,7 +139,7 @@ def test_after_the_patience_the_training_ends_with_a_checkpoint_of_the_good_adap
     with pytest.raises(RunError, match=r"2 steps in a row had a loss that is not finite.*row 1\d.*checkpoint-2 holds"):
         trainer.train()
     assert_equal(before, adapter_of(trainer))
-    assert damage_of(tmp_path / "checkpoint-2") is None
+    assert damage_of(tmp_path / "checkpoint-2", files_to_resume(trainer.accelerator)) is None
 
 
 def test_bad_steps_that_do_not_follow_each_other_use_up_no_patience(tmp_path: Path) -> None:

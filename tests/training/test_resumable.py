@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from sevpeft.errors import Interrupted, RunError
-from sevpeft.training.checkpoints import damage_of
+from sevpeft.training.checkpoints import damage_of, files_to_resume
 from sevpeft.training.leaving import Leaving
 from sevpeft.training.resumable import COUNTS, Counts
 from sevpeft.training.trainer import SeveritySFTTrainer
@@ -158,7 +158,7 @@ def test_a_checkpoint_does_not_wait_for_the_validation_of_its_step(
     with pytest.raises(SystemExit):
         killed.train()
     checkpoint = tmp_path / "killed" / "checkpoint-2"
-    assert damage_of(checkpoint) is None and Counts.read(checkpoint).evaluation_due
+    assert damage_of(checkpoint, files_to_resume(killed.accelerator)) is None and Counts.read(checkpoint).evaluation_due
     resumed = validating(tmp_path / "killed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_equal(adapter_of(resumed), adapter_of(whole))
@@ -180,7 +180,9 @@ def test_a_validation_that_is_cut_off_has_its_steps_saved_first(tmp_path: Path) 
     with pytest.raises(Interrupted, match="SIGTERM"):
         trainer.train()
     checkpoint = tmp_path / "checkpoint-2"
-    assert damage_of(checkpoint) is None and Counts.read(checkpoint).evaluation_due
+    assert (
+        damage_of(checkpoint, files_to_resume(trainer.accelerator)) is None and Counts.read(checkpoint).evaluation_due
+    )
     whole = validating(tmp_path / "whole", save_steps=100)
     whole.train()
     resumed = validating(tmp_path, save_steps=100)
