@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.utils import tqdm
 
+from sevpeft.console import visible
 from sevpeft.data.columns import (
     LateColumn,
     as_json_value,
@@ -171,7 +172,7 @@ def _write(folder: Path, table: Table, label: str, reading: Reading) -> dict[str
         columns = map_columns(names, reading.chosen, label)
         carried = carried_columns(names, columns, reading.keep, label)
         wanted = {*columns.values(), *carried.values()}
-        read = tqdm(table.read(wanted), f"Reading {label}", unit=" rows", disable=None, delay=2)
+        read = tqdm(table.read(wanted), visible(f"Reading {label}"), unit=" rows", disable=None, delay=2)
         with contextlib.ExitStack() as stack:
             rejected = _Rejected(None, {})
             if reading.keep != "mapped":

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from sevpeft.console import Screen
 from sevpeft.errors import Interrupted, RunError, UsageError
 from sevpeft.evaluation.generation import context_length, fitting_prompts
 from sevpeft.evaluation.judging import Judging
@@ -105,7 +106,7 @@ def evaluate(
     Raises:
         SevpeftError: in one plain sentence; finished work is kept.
     """
-    console = console or Console(quiet=True)
+    console = console or Screen(quiet=True)
     floors = floors and ADAPTER in arms
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("evaluate runs as one process; start it without accelerate, as `sevpeft evaluate RUN`.")
