@@ -36,6 +36,7 @@ from sevpeft.data.columns import (
 )
 from sevpeft.data.files import Table
 from sevpeft.errors import DataError
+from sevpeft.runs import keep_private
 
 BATCH = 1000
 
@@ -118,6 +119,7 @@ def build_table(key: str, table: Table, label: str, reading: Reading) -> Kept:
         partial.mkdir(mode=0o700)
         about = _write(partial, table, label, reading)
         (partial / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+        keep_private(partial)
         with contextlib.suppress(OSError):  # refused where another process was quicker with the same table
             partial.rename(tables / key)
         if partial.exists() and finished_table(key) is None:

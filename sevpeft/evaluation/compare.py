@@ -252,7 +252,7 @@ class Comparison:
         if asked(before) > asked(content):
             self.console.print(f"{path} is kept as it was, because it holds more arms, seeds, recipes or scores.")
             return
-        write_atomically(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        write_atomically(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n", shared=True)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from sevpeft.evaluation.switching import ADAPTER, BASE, check_adapter
 from sevpeft.evaluation.vllm_engine import check_vllm
 from sevpeft.modeling.loading import load_config, load_tokenizer
 from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.runs import Run, check_run
+from sevpeft.runs import Run, check_run, write_atomically
 from sevpeft.training.preparation import prompt_of
 
 EVALUATION, SCORES = "evaluation.json", "scores.jsonl"
@@ -232,7 +232,7 @@ def _write(folder: Path, content: dict[str, Any], rows: EvaluationRows, scores: 
         for column, by_name in scores.items()
         for at, identity in enumerate(rows.ids)
     ]
-    run.write_text(SCORES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_atomically(folder / SCORES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     run.write_json(EVALUATION, content)
 
 
