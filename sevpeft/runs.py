@@ -61,10 +61,10 @@ class Run:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(self.folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        write_atomically(self.folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n", shared=True)
 
     def write_text(self, name: str, text: str) -> None:
-        write_atomically(self.folder / name, text)
+        write_atomically(self.folder / name, text, shared=True)
 
     def update_metrics(self, **parts: Any) -> None:
         self.write_json("metrics.json", {**self.metrics(), **parts})
@@ -83,7 +83,7 @@ class Run:
         path = self.folder / "log.jsonl"
         if path.exists():
             kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
-            write_atomically(path, "".join(kept))
+            write_atomically(path, "".join(kept), shared=True)
 
 
 def default_output(recipe_name: str) -> Path:
@@ -135,8 +135,22 @@ def new_run(run: Run) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
-    """Writes a text file under a temporary name beside its place and moves it there; 0o600 for what patients wrote."""
+def keep_private(path: Path) -> None:
+    """Leaves a file, or a folder and all in it, to its owner alone, whatever the umask: for what patients wrote."""
+    for folder, _, files in os.walk(path):
+        os.chmod(folder, 0o700)
+        for name in files:
+            os.chmod(os.path.join(folder, name), 0o600)
+    if not path.is_dir():
+        os.chmod(path, 0o600)
+
+
+def write_atomically(path: Path, text: str, *, shared: bool = False) -> None:
+    """Writes a text file under a temporary name beside its place and moves it there.
+
+    Its owner alone may read it, also while it is half written, unless it is `shared`: settings, figures and cards that
+    hold nothing of patients and go with an adapter.
+    """
     with plain_disk_errors(path, when_full="free some, then run this again"):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -144,7 +158,8 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, mode & ~_umask())
+            if shared:
+                os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

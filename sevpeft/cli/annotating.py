@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -123,7 +122,9 @@ def annotate(
     if done is None:
         return
     if as_json:
-        print(json.dumps(done.as_dict(), ensure_ascii=False, indent=2))
+        from sevpeft.console import print_json
+
+        print_json(done.as_dict())
         return
     _show(done, console)
 
@@ -150,12 +151,12 @@ def _checked(
 @contextmanager
 def _working(as_json: bool) -> Iterator[tuple[Console, Callable[[str], None]]]:
     """A console for what is said (stderr where stdout is for JSON) and a line for what is waited for."""
-    from rich.console import Console
+    from sevpeft.console import Screen
 
     quiet = not is_main_process()
-    with Console(stderr=True, quiet=quiet).status("Loading the libraries") as status:
+    with Screen(stderr=True, quiet=quiet).status("Loading the libraries") as status:
         quiet_libraries()
-        yield Console(highlight=False, quiet=quiet, stderr=as_json), status.update
+        yield Screen(quiet=quiet, stderr=as_json), status.update
 
 
 def _job(
@@ -214,7 +215,7 @@ def _done(job: Job, console: Console) -> Annotation | None:
         with _progress(job.rows) as progress:
             return annotate_rows(
                 job,
-                tell=lambda said: console.print(said, soft_wrap=True, markup=False),
+                tell=lambda said: console.print(said, soft_wrap=True),
                 progress=progress,
             )
     except KeyboardInterrupt as interrupt:
@@ -224,10 +225,11 @@ def _done(job: Job, console: Console) -> Annotation | None:
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, a line now and then in a log, on the main process."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    screen = Console(stderr=True, quiet=not is_main_process())
+    from sevpeft.console import Screen
+
+    screen = Screen(stderr=True, quiet=not is_main_process())
     if screen.is_terminal:
         columns = (TextColumn("Judging rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=screen, transient=True) as bar:
@@ -240,28 +242,27 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
         nonlocal last
         if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            screen.print(f"{done:,} of {rows:,} rows are judged", highlight=False)
+            screen.print(f"{done:,} of {rows:,} rows are judged")
 
     yield line
 
 
 def _show(done: Annotation, console: Console) -> None:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from sevpeft.severity.histogram import advice, effective_sample, histogram_lines
 
     for reason, count in done.rejected.items():
-        console.print(f"[yellow]Not in {escape(done.output)}:[/yellow] {count:,} rows with {reason}.", soft_wrap=True)
+        console.print(f"Not in {done.output}: {count:,} rows with {reason}.", style="yellow", soft_wrap=True)
     for new, name in done.given.items():
-        console.print(escape(f"Kept: column {name} of the input is {new} now."), soft_wrap=True)
+        console.print(f"Kept: column {name} of the input is {new} now.", soft_wrap=True)
     if done.replaced:
-        console.print(escape(f"Replaced: {', '.join(done.replaced)}, of an earlier annotation."), soft_wrap=True)
+        console.print(f"Replaced: {', '.join(done.replaced)}, of an earlier annotation.", soft_wrap=True)
     if done.shortened:
         console.print(
-            f"[yellow]Cut:[/yellow] of {done.shortened:,} questions the end was not read; they are longer than the "
-            "classifier takes.",
+            f"Cut: of {done.shortened:,} questions the end was not read; they are longer than the classifier takes.",
+            style="yellow",
             soft_wrap=True,
         )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
@@ -275,7 +276,7 @@ def _show(done: Annotation, console: Console) -> None:
     for line in histogram_lines(done.weights.histogram, _WIDTH):
         console.print(line, soft_wrap=True)
     if warning := advice(done.weights):
-        console.print(f"[yellow]Warning:[/yellow] {warning}", soft_wrap=True)
+        console.print(f"Warning: {warning}", style="yellow", soft_wrap=True)
     wrote = f"Wrote {done.rows:,} rows to {done.output} ({done.method}, version {done.version})."
     for said in (wrote, f"Next: sevpeft plan RECIPE data.path={done.output}"):
-        console.print(said, soft_wrap=True, markup=False)
+        console.print(said, soft_wrap=True)

@@ -8,6 +8,8 @@ import os
 import select
 import sys
 import time
+import traceback
+from types import TracebackType
 from typing import Any
 
 import typer
@@ -50,6 +52,8 @@ def main() -> None:
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         code = 130
+    finally:
+        sys.excepthook = _show_traceback  # not before: typer puts its own there
     if code == 130:
         _say("Interrupted.")
     sys.exit(code if isinstance(code, int) else 0)
@@ -104,6 +108,13 @@ def output_error() -> OSError | None:
     """Why something that was printed to stdout has not arrived; None where all has."""
     sys.stdout.flush()
     return getattr(getattr(sys.stdout, "buffer", None), "error", None)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does, but its last line may quote data of others."""
+    from sevpeft.console import print_text
+
+    print_text("".join(traceback.format_exception(kind, error, trace)), stderr=True, end="")
 
 
 def _sentence(error: Exception) -> str:
@@ -168,4 +179,6 @@ def _say(sentence: str) -> None:
         # What all refuse, the first one says, and the launcher then ends the others before they repeat it.
         time.sleep(_SECONDS_FOR_THE_FIRST)
         sentence = f"Process {os.environ['RANK']}: {sentence}"
-    print(sentence, file=sys.stderr, flush=True)
+    from sevpeft.console import print_text
+
+    print_text(sentence, stderr=True)

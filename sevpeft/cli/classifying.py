@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +99,7 @@ def fit(
     way = way_of(kind, calibration, calibration_size, seed, lexicon, encoder, options)
     judge, train = block_names(judge_blocks, block_column), block_names(train_blocks, block_column)
     with _working(as_json) as (console, progress):
+        from sevpeft.console import print_json
         from sevpeft.runs import write_atomically
         from sevpeft.severity.classifier.card import card
         from sevpeft.severity.classifier.examples import labelled_examples
@@ -129,12 +129,12 @@ def fit(
             text = card(read_about(folder), record, evaluations, version=classifier.version)
             write_atomically(folder / "README.md", text)
     if as_json:
-        print(json.dumps(content, ensure_ascii=False, indent=2))
+        print_json(content)
         return
     for part in result.render():
         console.print(part)
     if block_column is None:
-        console.print(_NO_BLOCKS)
+        console.print(_NO_BLOCKS, style="yellow")
     console.print(f"Wrote {output} ({classifier.version}).", soft_wrap=True)
     console.print(f"Next: sevpeft annotate DATA OUTPUT --method {way.kind} --classifier {output}", soft_wrap=True)
 
@@ -196,6 +196,7 @@ def evaluate(
         raise UsageError("--train-blocks is for --kind: a fitted classifier is not trained again.")
     judge, train = block_names(judge_blocks, block_column), block_names(train_blocks, block_column)
     with _working(as_json) as (console, progress):
+        from sevpeft.console import print_json
         from sevpeft.severity.classifier.examples import binary_examples, labelled_examples
         from sevpeft.severity.classifier.fitting import calibration_on, cross_validate, within
         from sevpeft.severity.classifier.results import Result
@@ -238,18 +239,18 @@ def evaluate(
             with new_folder(output) as folder:
                 result.write(folder, content)
     if as_json:
-        print(json.dumps(content, ensure_ascii=False, indent=2))
+        print_json(content)
         return
     for part in result.render():
         console.print(part)
     if fitted is None and block_column is None:
-        console.print(_NO_BLOCKS)
+        console.print(_NO_BLOCKS, style="yellow")
     if output is not None:
         console.print(f"Wrote {output}.", soft_wrap=True)
 
 
 _NO_BLOCKS = (
-    "[yellow]Not judged by block.[/yellow] Where rows that stand together were labelled together, the figures above "
+    "Not judged by block. Where rows that stand together were labelled together, the figures above "
     "flatter: name a column that tells such parts with --block-column."
 )
 
@@ -257,11 +258,11 @@ _NO_BLOCKS = (
 @contextmanager
 def _working(as_json: bool) -> Iterator[tuple[Console, Callable[[str], None]]]:
     """A console for the tables, and something to tell what is going on; it goes to stderr, away from --json."""
-    from rich.console import Console
+    from sevpeft.console import Screen
 
-    with Console(stderr=True).status("Loading the libraries") as status:
+    with Screen(stderr=True).status("Loading the libraries") as status:
         quiet_libraries()
-        yield Console(highlight=False, quiet=as_json), lambda said: status.update(f"Severity classifier: {said}")
+        yield Screen(quiet=as_json), lambda said: status.update(f"Severity classifier: {said}")
 
 
 def _read(data: str, context: typer.Context) -> Consultations:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -45,8 +44,7 @@ def compare(
 
     Example: sevpeft compare recipes/quickstart.yaml --arms base,ce,balanced,shuffled --seeds 0,1,2 --nll-only
     """
-    from rich.console import Console
-
+    from sevpeft.console import Screen, print_json
     from sevpeft.evaluation.arms import parse_arms, parse_seeds
 
     refuse_several_processes("compare", "; once on each GPU with the same --output, the commands share the runs")
@@ -57,7 +55,7 @@ def compare(
         raise UsageError("compare needs a recipe, such as recipes/quickstart.yaml.")
     default = f"comparison-{recipes[0].stem if len(recipes) == 1 else f'{len(recipes)}-recipes'}"
     folder = (output or Path("runs") / default).expanduser()
-    messages = Console(highlight=False, stderr=True)
+    messages = Screen(stderr=True)
     with messages.status("Reading the recipes and loading the libraries"):
         quiet_libraries()
         from sevpeft.evaluation.compare import COMPARISON, Comparison
@@ -78,9 +76,9 @@ def compare(
     content = comparison.run()
     messages.print(f"Trained here: {comparison.trained} run{'' if comparison.trained == 1 else 's'}.")
     if as_json:
-        print(json.dumps(content, ensure_ascii=False, indent=2))
+        print_json(content)
         return
-    console = Console(highlight=False)
+    console = Screen()
     console.print(comparison_tables(content))
     console.print(f"Comparison: {folder / COMPARISON}", soft_wrap=True)
     console.print(f"Next: sevpeft report {shlex.quote(str(folder))}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from enum import Enum
 from pathlib import Path
@@ -45,13 +44,12 @@ def evaluate(
 
     Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
     """
-    from rich.console import Console
-
+    from sevpeft.console import Screen, print_json
     from sevpeft.runs import Run, check_run
 
     refuse_several_processes("evaluate")
     check_run(run)
-    messages = Console(highlight=False, stderr=True)
+    messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.evaluation.evaluate import EVALUATION
@@ -69,9 +67,9 @@ def evaluate(
         console=messages,
     )
     if as_json:
-        print(json.dumps(found.content, ensure_ascii=False, indent=2))
+        print_json(found.content)
         return
-    console = Console(highlight=False)
+    console = Screen()
     console.print(evaluation_tables(found.content))
     console.print(f"Scores: {run / EVALUATION}", soft_wrap=True)
     if not nll_only:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from enum import Enum
 from pathlib import Path
@@ -38,14 +37,13 @@ def merge(
 
     Example: sevpeft merge runs/quickstart-20260101-120000 merged
     """
-    from rich.console import Console
-
+    from sevpeft.console import Screen, print_json
     from sevpeft.runs import Run, check_run
 
     check_run(run)
     if not _is_size(max_shard_size):
         raise UsageError(f"--max-shard-size {max_shard_size} is no size; write 5GB, or 500MB.")
-    messages = Console(highlight=False, stderr=True)
+    messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.sharing.merge import merge as merge_run
@@ -53,9 +51,9 @@ def merge(
 
     merged = merge_run(Run(run), output, dtype=dtype.value, max_shard_size=max_shard_size.upper(), console=messages)
     if as_json:
-        print(json.dumps({"output": str(output), **merged.as_dict()}, ensure_ascii=False, indent=2))
+        print_json({"output": str(output), **merged.as_dict()})
         return
-    announce_merged(merged, Run(run), output, Console(highlight=False))
+    announce_merged(merged, Run(run), output, Screen())
 
 
 def _is_size(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -114,12 +113,11 @@ def prepare(
 
     Example: sevpeft prepare consultations.csv data/prepared --split-by year
     """
-    from rich.console import Console
-
+    from sevpeft.console import Screen, print_json
     from sevpeft.data.folders import refuse_existing
 
     refuse_existing(output)
-    console = Console(highlight=False, stderr=as_json)
+    console = Screen(stderr=as_json)
     with console.status("Loading the libraries"):
         import datasets
 
@@ -169,7 +167,7 @@ def prepare(
             **chosen(context),
         )
     if as_json:
-        print(json.dumps(about, ensure_ascii=False, indent=2))
+        print_json(about)
         return
     for part in _tables(about):
         console.print(part)

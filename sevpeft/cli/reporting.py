@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -28,19 +27,19 @@ def report(
 
     Example: sevpeft report runs/quickstart-20260101-120000
     """
-    from rich.console import Console
+    from sevpeft.console import Screen, print_json
 
-    messages = Console(highlight=False, stderr=True)
+    messages = Screen(stderr=True)
     with messages.status("Writing the report"):
         from sevpeft.evaluation.report.page import write_report
 
         written = write_report(folder, answers=answers)
     if as_json:
         found = {"report": str(written.path), "questions": written.shown, "missing": list(written.missing)}
-        print(json.dumps(found, ensure_ascii=False, indent=2))
+        print_json(found)
         return
-    console = Console(highlight=False)
+    console = Screen()
     for line in written.missing:
-        console.print(line, style="yellow", soft_wrap=True, markup=False)
+        console.print(line, style="yellow", soft_wrap=True)
     holds = f"holds what patients wrote, {written.shown:,} questions" if written.shown else "holds no text of patients"
-    console.print(f"Report: {written.path} ({holds})", soft_wrap=True, markup=False)
+    console.print(f"Report: {written.path} ({holds})", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -30,8 +29,7 @@ def train(
 
     Example: sevpeft train recipes/qwen2.5-0.5b.yaml data.path=consultations.csv training.num_train_epochs=1
     """
-    from rich.console import Console
-
+    from sevpeft.console import Screen
     from sevpeft.recipe import load_recipe
     from sevpeft.runs import check_output
 
@@ -41,7 +39,7 @@ def train(
     if output is not None and is_main_process():
         output = output.expanduser()
         check_output(output, resume=resume)
-    console = Console(highlight=False, quiet=not is_main_process())
+    console = Screen(quiet=not is_main_process())
     with console.status(f"Reading {recipe} and loading the libraries"):
         quiet_libraries()
         from sevpeft.sharing.card import write_card
@@ -53,7 +51,7 @@ def train(
         write_card(run)
         console.print(run_summary(run))
         again = shlex.quote(str(run.folder))
-        console.print(f"Next: sevpeft evaluate {again}, or sevpeft chat {again}", soft_wrap=True, markup=False)
+        console.print(f"Next: sevpeft evaluate {again}, or sevpeft chat {again}", soft_wrap=True)
 
 
 @app.command()
@@ -80,21 +78,20 @@ def plan(
 
     Example: sevpeft plan recipes/llama-2-7b.yaml data.path=consultations.csv severity.source=rules --vram 12
     """
-    from rich.console import Console
-
+    from sevpeft.console import Screen, print_json
     from sevpeft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    with Console(stderr=True).status(f"Reading {recipe} and its data"):
+    with Screen(stderr=True).status(f"Reading {recipe} and its data"):
         quiet_libraries()
         from sevpeft.training.plan import announce_plan
         from sevpeft.training.plan import plan as plan_of
 
         found = plan_of(loaded, vram=vram, tflops=tflops, efficiency=efficiency)
     if as_json:
-        print(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
+        print_json(found.as_dict())
     else:
-        announce_plan(found, Console(highlight=False))
+        announce_plan(found, Screen())
     if vram is not None and found.fitting is None:
         raise ModelError(
             f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown} The numbers may also "
@@ -116,24 +113,23 @@ def chat(
 
     Example: sevpeft chat runs/quickstart-20260101-120000 --question "عندي صداع من امبارح"
     """
-    from rich.console import Console
-
+    from sevpeft.console import Screen, print_text
     from sevpeft.runs import Run, check_run
 
     refuse_several_processes("chat")
     check_run(run)
-    with Console(stderr=True).status(f"Loading the adapter of {run}"):
+    with Screen(stderr=True).status(f"Loading the adapter of {run}"):
         quiet_libraries()
         from sevpeft.sharing.chat import Chat
 
         adapter = Chat(Run(run))
     if question is not None:
-        print(adapter.answer(question, max_new_tokens))
+        print_text(adapter.answer(question, max_new_tokens))
         return
     if sys.stdin.isatty():
-        print("Every question stands alone; an empty line leaves. Not medical advice.", file=sys.stderr)
+        print_text("Every question stands alone; an empty line leaves. Not medical advice.", stderr=True)
     while output_error() is None and (line := _read_line()):
-        print(adapter.answer(line, max_new_tokens), end="\n\n", flush=True)
+        print_text(adapter.answer(line, max_new_tokens), end="\n\n")
 
 
 @app.command()
@@ -149,20 +145,19 @@ def recipes(
 
     Example: sevpeft recipes --vram 12
     """
+    from sevpeft.console import Screen, print_json
     from sevpeft.recipe import recipe_schema
 
     if schema:
-        print(json.dumps(recipe_schema(), ensure_ascii=False, indent=2))
+        print_json(recipe_schema())
         return
     from sevpeft.recipe.listing import list_recipes, recipes_table
 
     found = list_recipes(folder, vram)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, indent=2))
+        print_json(found)
         return
-    from rich.console import Console
-
-    Console().print(recipes_table(found))
+    Screen().print(recipes_table(found))
 
 
 def _read_line() -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sevpeft.errors import RunError
-from sevpeft.runs import plain_disk_errors
+from sevpeft.runs import keep_private, plain_disk_errors
 
 _LOCK = ".building"
 
@@ -40,6 +40,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
                 yield partial
                 refuse_existing(output)
                 (partial / _LOCK).unlink()
+                keep_private(partial)
                 partial.rename(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.utils import tqdm
 
+from sevpeft.console import visible
 from sevpeft.data.columns import (
     LateColumn,
     as_json_value,
@@ -35,6 +36,7 @@ from sevpeft.data.columns import (
 )
 from sevpeft.data.files import Table
 from sevpeft.errors import DataError
+from sevpeft.runs import keep_private
 
 BATCH = 1000
 
@@ -117,6 +119,7 @@ def build_table(key: str, table: Table, label: str, reading: Reading) -> Kept:
         partial.mkdir(mode=0o700)
         about = _write(partial, table, label, reading)
         (partial / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+        keep_private(partial)
         with contextlib.suppress(OSError):  # refused where another process was quicker with the same table
             partial.rename(tables / key)
         if partial.exists() and finished_table(key) is None:
@@ -171,7 +174,7 @@ def _write(folder: Path, table: Table, label: str, reading: Reading) -> dict[str
         columns = map_columns(names, reading.chosen, label)
         carried = carried_columns(names, columns, reading.keep, label)
         wanted = {*columns.values(), *carried.values()}
-        read = tqdm(table.read(wanted), f"Reading {label}", unit=" rows", disable=None, delay=2)
+        read = tqdm(table.read(wanted), visible(f"Reading {label}"), unit=" rows", disable=None, delay=2)
         with contextlib.ExitStack() as stack:
             rejected = _Rejected(None, {})
             if reading.keep != "mapped":

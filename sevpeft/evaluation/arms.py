@@ -147,7 +147,7 @@ class Experiment:
                     "yet."
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(common, self.recipe.to_yaml())
+            write_atomically(common, self.recipe.to_yaml(), shared=True)
 
     def _abandoned(self) -> bool:
         """Whether no run was begun before its recipe was refused, so that a corrected one may have the folder."""

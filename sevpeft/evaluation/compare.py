@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from sevpeft.console import Screen
 from sevpeft.errors import Interrupted, RunError, UsageError
 from sevpeft.evaluation.arms import ARMS, BASE_ARM, CE, CONTROLS, LOCKS, WEIGHTED, Experiment, experiments
 from sevpeft.evaluation.compared_runs import Unit, read_scores, refuse_unequal, stored_json
@@ -78,7 +79,7 @@ class Comparison:
         # In the table's order, whatever the order on the command line.
         self.arms = tuple(arm for arm in ARMS if arm in arms)
         self.seeds, self.output, self.controls_of, self.answers = tuple(seeds), output, controls_of, answers
-        self.console = console or Console(quiet=True)
+        self.console = console or Screen(quiet=True)
         self.on_trained = on_trained
         self.trained = 0
         self.experiments = experiments(paths, overrides, self.arms, output)
@@ -251,7 +252,7 @@ class Comparison:
         if asked(before) > asked(content):
             self.console.print(f"{path} is kept as it was, because it holds more arms, seeds, recipes or scores.")
             return
-        write_atomically(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        write_atomically(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n", shared=True)
 
 
 @contextmanager

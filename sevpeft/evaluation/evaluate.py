@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from sevpeft.console import Screen
 from sevpeft.errors import Interrupted, RunError, UsageError
 from sevpeft.evaluation.generation import context_length, fitting_prompts
 from sevpeft.evaluation.judging import Judging
@@ -39,7 +40,7 @@ from sevpeft.evaluation.switching import ADAPTER, BASE, check_adapter
 from sevpeft.evaluation.vllm_engine import check_vllm
 from sevpeft.modeling.loading import load_config, load_tokenizer
 from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.runs import Run, check_run
+from sevpeft.runs import Run, check_run, write_atomically
 from sevpeft.training.preparation import prompt_of
 
 EVALUATION, SCORES = "evaluation.json", "scores.jsonl"
@@ -105,7 +106,7 @@ def evaluate(
     Raises:
         SevpeftError: in one plain sentence; finished work is kept.
     """
-    console = console or Console(quiet=True)
+    console = console or Screen(quiet=True)
     floors = floors and ADAPTER in arms
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("evaluate runs as one process; start it without accelerate, as `sevpeft evaluate RUN`.")
@@ -231,7 +232,7 @@ def _write(folder: Path, content: dict[str, Any], rows: EvaluationRows, scores: 
         for column, by_name in scores.items()
         for at, identity in enumerate(rows.ids)
     ]
-    run.write_text(SCORES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_atomically(folder / SCORES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     run.write_json(EVALUATION, content)
 
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 
 from sevpeft.errors import RunError, UsageError
-from sevpeft.recipe.evidence import JudgeSection
+from sevpeft.recipe.evidence import JUDGE_KEY, JudgeSection
 
 # Tries for one reply, and the seconds before the second; each later wait is twice as long.
 _TRIES, _PAUSE = 4, 1.0
@@ -171,12 +171,9 @@ class Endpoint:
         return True
 
     def _refusal(self, status: int, headers: httpx.Headers) -> str:
-        variable = self.settings.api_key_variable
         if status in (401, 403):
-            if not variable:
-                return f"wants a key ({status}); name its environment variable in evaluation.judge.api_key_variable"
             sent = "refuses the key in" if self.headers else "wants a key, and none is in"
-            return f"{sent} the environment variable {variable} ({status}); put a valid one there"
+            return f"{sent} the environment variable {JUDGE_KEY} ({status}); put a valid one there"
         if status == 404:
             return (
                 f"knows no model {self.settings.model} or no such address (404); check evaluation.judge.model, and "
@@ -197,16 +194,15 @@ class Endpoint:
         return f"The judge at {self.host} {problem}. {_KEPT}"
 
     def _key_header(self, scheme: str) -> dict[str, str]:
-        variable = self.settings.api_key_variable
-        key = os.environ.get(variable, "").strip() if variable else ""
+        key = os.environ.get(JUDGE_KEY, "").strip()
         if not key:
             return {}
         if not key.isascii() or not key.isprintable() or " " in key:
-            raise UsageError(f"The environment variable {variable} holds no key: it has blanks or special letters.")
+            raise UsageError(f"The environment variable {JUDGE_KEY} holds no key: it has blanks or special letters.")
         if scheme == "http" and not self.on_this_machine:
             raise UsageError(
-                f"The key in {variable} would be readable on its way to {self.host}; write https in "
-                "evaluation.judge.url, or set evaluation.judge.api_key_variable=null to send none."
+                f"The key in {JUDGE_KEY} would be readable on its way to {self.host}; write https in "
+                "evaluation.judge.url, or unset that variable to send none."
             )
         return {"Authorization": f"Bearer {key}"}
 

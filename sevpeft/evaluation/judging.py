@@ -29,7 +29,7 @@ from sevpeft.evaluation.progress import RowProgress
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.evaluation.rubric import Rubric, Verdict
 from sevpeft.recipe import Recipe
-from sevpeft.recipe.evidence import JudgeSection
+from sevpeft.recipe.evidence import JUDGE_KEY, JudgeSection
 
 JUDGEMENTS = "judgements.jsonl"
 _FIELDS = ("digest", "ratings", "reason")
@@ -167,7 +167,10 @@ class Judging:
         many = f"{number:,} answers, each with its question and reference answer,"
         if isinstance(self.engine, Endpoint):
             place = "this machine" if self.engine.on_this_machine else "another machine"
-            self.console.print(f"Judge: {many} go to {self.engine.host} ({place}), model {self.model}.", soft_wrap=True)
+            key = f"the key in {JUDGE_KEY}" if self.engine.headers else "no key"
+            self.console.print(
+                f"Judge: {many} go to {self.engine.host} ({place}) with {key}, model {self.model}.", soft_wrap=True
+            )
         else:
             self.console.print(f"Judge: {many} are rated by {self.model} in this process.", soft_wrap=True)
 

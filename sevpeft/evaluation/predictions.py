@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sevpeft.errors import RunError
-from sevpeft.runs import plain_disk_errors, write_atomically
+from sevpeft.runs import keep_private, plain_disk_errors, write_atomically
 
 PREDICTIONS, LIKELIHOOD = "predictions.jsonl", "likelihood.jsonl"
 
@@ -59,9 +59,9 @@ class RowFile:
             if not self.about.exists() or not self.path.exists():
                 write_atomically(self.about, json.dumps(self._origin, ensure_ascii=False, indent=2) + "\n")
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            # The owner's alone: it holds what patients wrote.
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(handle, "ab") as file:
+                keep_private(self.path)  # an earlier version or a copy may have left it open to others
                 file.write(text.encode())
         for row in rows:
             self._rows.setdefault((row["arm"], row["id"]), row)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sevpeft.console import print_text
 from sevpeft.data.sources import cache_folder, load_consultations
 from sevpeft.runs import plain_disk_errors
 
@@ -37,11 +37,10 @@ def tiny_model_folder() -> Path:
         return folder
     with FileLock(str(folder) + ".lock"):
         if not (folder / "model.safetensors").exists():
-            print(
+            print_text(
                 f"Making {TINY} in {folder}: a toy of 0.8 million parameters that has read 300 consultations. "
                 "It shows the way from recipe to adapter; never take its answers for advice.",
-                file=sys.stderr,
-                flush=True,
+                stderr=True,
             )
             with (
                 plain_disk_errors(

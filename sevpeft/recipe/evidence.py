@@ -5,11 +5,11 @@ They change nothing of the training, so that `sevpeft evaluate RUN generation.ma
 
 from __future__ import annotations
 
-import re
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from sevpeft.recipe.rules import JUDGE_KEY
 from sevpeft.recipe.sections import Section
 
 
@@ -37,15 +37,14 @@ class GenerationSection(Section):
 class JudgeSection(Section):
     """A language model that rates the answers by a rubric: at an OpenAI-compatible URL, in this process, or replayed.
 
-    The key of an endpoint is read from the environment and stands in no recipe, file or message.
+    The key of an endpoint is read from SEVPEFT_JUDGE_API_KEY of the environment and from nowhere else: a recipe that
+    could name the variable could send any secret of the environment to any host.
     """
 
     model: str | None = Field(default=None, min_length=1)
     """Name of the model at `url`; without `url`, Hub id or folder of a model that this process runs."""
     url: str | None = None
     """Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; all answers are sent there."""
-    api_key_variable: str | None = "OPENAI_API_KEY"
-    """Environment variable that holds the endpoint's key; where it is not set, or null, no key is sent."""
     file: str | None = Field(default=None, min_length=1)
     """A judgements.jsonl to take verdicts from; without `model` nothing else is asked."""
     rubric: str | None = Field(default=None, min_length=1)
@@ -72,19 +71,10 @@ class JudgeSection(Section):
             raise ValueError("is no URL; write one such as http://127.0.0.1:8000/v1")
         if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
             raise ValueError(
-                "holds more than host and path; leave user, password and parameters out, and put the key into the "
-                "environment variable that evaluation.judge.api_key_variable names"
+                f"holds more than host and path; leave user, password and parameters out, and put the key into the "
+                f"environment variable {JUDGE_KEY}"
             )
         return url.rstrip("/")
-
-    @field_validator("api_key_variable")
-    @classmethod
-    def _name_and_no_key(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
-            raise ValueError(
-                "is not the name of an environment variable in capitals; write OPENAI_API_KEY, and never the key itself"
-            )
-        return name
 
     @model_validator(mode="after")
     def _judges(self) -> JudgeSection:

@@ -9,6 +9,9 @@ from typing import Any
 
 Refused = Callable[[Any], bool]
 
+# The one variable whose content is sent to a judge.
+JUDGE_KEY = "SEVPEFT_JUDGE_API_KEY"
+
 
 def _always(_: Any) -> bool:
     return True
@@ -165,7 +168,12 @@ RENAMED: dict[str, str] = {
     "loraplus_weight_decay": "training.weight_decay",
 }
 # Key that no section has and no other replaces as it stands → reason; remedy.
+_KEY = f"a recipe neither holds nor names a key; take it out, and put the key into the environment variable {JUDGE_KEY}"
 GONE: dict[str, str] = {
+    "api_key": _KEY,
+    "api_key_variable": _KEY,
+    "api_key_env": _KEY,
+    "openai_api_key": _KEY,
     "warmup_ratio": "transformers 5 dropped it; use training.warmup_steps, where 1 or more is a number of steps and "
     "0 or more but less than 1 is a share of all steps (0.03 is 3 %)",
     "group_by_length": "transformers 5 dropped it; write train_sampling_strategy: group_by_length",

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from sevpeft.data.folders import refuse_existing
 from sevpeft.errors import RunError
-from sevpeft.runs import plain_disk_errors, write_atomically
+from sevpeft.runs import keep_private, plain_disk_errors, write_atomically
 
 _STATE, _LOCK, _WHOLE = "state.json", ".lock", "whole"
 
@@ -115,6 +115,7 @@ class Unfinished:
         # Said before it is done: a kill right after the move would else leave parts that nobody takes away.
         self._write_state({**settings, "done": {"inode": path.stat().st_ino, "result": result}})
         refuse_existing(self.output)
+        keep_private(path)
         path.rename(self.output)
         self.remove()
 

@@ -94,7 +94,7 @@ def write_card(run: Run) -> Path:
         recipe=without_paths(recipe).to_yaml().strip(),
     )
     path = run.adapter / "README.md"
-    write_atomically(path, str(card))
+    write_atomically(path, str(card), shared=True)
     return path
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sevpeft.console import Screen
 from sevpeft.errors import ModelError, RunError, SevpeftError
 from sevpeft.evaluation.generation import context_length
 from sevpeft.evaluation.switching import check_adapter
@@ -100,7 +101,7 @@ def merge(
     Raises:
         SevpeftError: in one plain sentence; nothing is left behind.
     """
-    console = console or Console(quiet=True)
+    console = console or Screen(quiet=True)
     recipe = load_recipe(run.folder / "recipe.yaml")
     check_adapter(run)
     _refuse_what_the_card_lacks(run)
@@ -171,7 +172,7 @@ def merge_in_place(model: PeftModel, console: Console | None = None) -> tuple[Pr
     """
     _untie_adapted_embedding(model)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    with _bar(console or Console(quiet=True), "Merging", len(layers)) as step, warnings.catch_warnings():
+    with _bar(console or Screen(quiet=True), "Merging", len(layers)) as step, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "already merged", of all that were merged here
         for name, layer in layers:
             base = layer.get_base_layer()

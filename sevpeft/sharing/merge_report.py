@@ -50,7 +50,7 @@ def announce_merged(merged: Merged, run: Run, output: Path, console: Console) ->
     say(console, "Model", f"{output}, its card in README.md. Not a medical device.")
     merged_command = f"vllm serve {shlex.quote(str(output))}"
     _commands(console, "With vLLM, merged or as an adapter:", [merged_command, command or f"# {reason}"])
-    console.print(f"  {asking(recipe)}", soft_wrap=True, markup=False)
+    console.print(f"  {asking(recipe)}", soft_wrap=True)
     _commands(
         console, "With llama.cpp and Ollama; quantising changes the model once more:", [convert, quantise, create]
     )
@@ -75,7 +75,7 @@ def _cells(found: Difference) -> tuple[str, str, str]:
 
 
 def _commands(console: Console, title: str, commands: list[str]) -> None:
-    console.print(f"\n{title}", markup=False)
+    console.print(f"\n{title}")
     for command in commands:
         # Never broken, so that it can be copied.
-        console.print(f"  {command}", soft_wrap=True, markup=False)
+        console.print(f"  {command}", soft_wrap=True)

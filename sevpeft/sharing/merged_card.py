@@ -142,7 +142,7 @@ def write_merged_card(run: Run, recipe: Recipe, figures: dict[str, Any], folder:
         recipe=without_paths(recipe).to_yaml().strip(),
     )
     path = folder / "README.md"
-    write_atomically(path, str(card))
+    write_atomically(path, str(card), shared=True)
     return path
 
 

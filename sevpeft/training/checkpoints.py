@@ -46,7 +46,7 @@ def seal(checkpoint: Path) -> None:
         name: {"bytes": (checkpoint / name).stat().st_size, "sha256": _sha256(checkpoint / name)}
         for name in _files(checkpoint)
     }
-    write_atomically(checkpoint / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
+    write_atomically(checkpoint / MANIFEST, json.dumps({"files": files}, indent=2) + "\n", shared=True)
 
 
 def damage_of(checkpoint: Path, required: Sequence[str]) -> str | None:

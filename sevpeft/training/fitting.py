@@ -238,7 +238,7 @@ def announce_fitting(found: Fitting, console: Console) -> None:
     say(console, "Verdict", f"does not fit in {found.vram:g} GB; in the order of least harm:", style="red")
     for change in found.changes:
         for setting in change.settings:
-            console.print(Text(f"{'':{LABEL_WIDTH}}{setting}", style="bold"), soft_wrap=True, highlight=False)
+            console.print(Text(f"{'':{LABEL_WIDTH}}{setting}", style="bold"), soft_wrap=True)
         say(console, "", f"{change.total / GIB:.1f} GiB then{': fits' if change.fits else ''}; {change.effect}")
     if not found.changes or not found.changes[-1].fits:
         say(console, "", "That is still too much: choose a smaller base model, or a larger card.")

@@ -234,7 +234,7 @@ class ResumableSFTTrainer(SFTTrainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            write_atomically(self._checkpoint / COUNTS, json.dumps(asdict(counts)) + "\n")
+            write_atomically(self._checkpoint / COUNTS, json.dumps(asdict(counts)) + "\n", shared=True)
         self.accelerator.wait_for_everyone()  # each process writes a part
         if self.args.should_save:
             seal(self._checkpoint)

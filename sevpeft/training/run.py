@@ -20,6 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from transformers import PrinterCallback
 
+from sevpeft.console import Screen
 from sevpeft.errors import Interrupted, RunError, first_sentence
 from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters, write_as_computed
 from sevpeft.modeling.base_weights import base_commit, base_fingerprint, refuse_other_weights
@@ -82,7 +83,7 @@ def train(recipe: Recipe, output: Path | None, *, resume: bool = False, console:
             "`accelerate launch`, or unset what the cluster has set (RANK, WORLD_SIZE, PMI_SIZE …) for one process."
         ) from error
     check_launch(state)
-    console = console if console is not None and state.is_main_process else Console(quiet=True)
+    console = console if console is not None and state.is_main_process else Screen(quiet=True)
     # transformers would expand a ~ for the checkpoints alone.
     folder = _same_on_all_processes((output or default_output(recipe.name)).expanduser())
     with claimed(folder) if state.is_main_process else nullcontext():
@@ -97,7 +98,7 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
         recipe = as_started(recipe, run)
         refuse_other_recipe(recipe, run)
         if run.finished:
-            console.print(f"The run in {folder} is finished; nothing is left to do.", soft_wrap=True, markup=False)
+            console.print(f"The run in {folder} is finished; nothing is left to do.", soft_wrap=True)
             return run
 
     precision = choose_precision(recipe, run.metrics()["model"]["dtype"] if resume else None)

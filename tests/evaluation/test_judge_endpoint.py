@@ -14,7 +14,7 @@ from sevpeft.errors import RunError, SevpeftError, UsageError
 from sevpeft.evaluation import judge_endpoint
 from sevpeft.evaluation.judge_endpoint import Endpoint
 from sevpeft.evaluation.rubric import Rubric
-from sevpeft.recipe.evidence import JudgeSection
+from sevpeft.recipe.evidence import JUDGE_KEY, JudgeSection
 from tests.evaluation.judge_server import GOOD, KEY, Play, Request, good, serving, slow
 
 RUBRIC = Rubric.load()
@@ -26,7 +26,7 @@ ASKED = {
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_endpoint, "_PAUSE", 0.01)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv(JUDGE_KEY, raising=False)
 
 
 def ask(url: str, **settings: Any) -> dict[str, str | None]:
@@ -45,9 +45,9 @@ def refusal(play: Play, **settings: Any) -> str:
 
 
 def test_every_prompt_is_asked_for_once_with_the_key_and_without_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
+    monkeypatch.setenv(JUDGE_KEY, f" {KEY}\n")
     with serving(good) as server:
-        replies = ask(server.url, api_key_variable="JUDGE_KEY")
+        replies = ask(server.url)
     assert replies == dict.fromkeys(ASKED, json.dumps(GOOD))
     assert sorted(request.prompt for request in server.requests) == sorted(ASKED.values())
     for request in server.requests:
@@ -59,10 +59,11 @@ def test_every_prompt_is_asked_for_once_with_the_key_and_without_chance(monkeypa
         }
 
 
-def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+def test_no_other_variable_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("OPENAI_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(other, KEY)
     with serving(good) as server:
-        ask(server.url, api_key_variable=None)
+        ask(server.url)
     assert all("Authorization" not in request.headers for request in server.requests)
 
 
@@ -141,7 +142,10 @@ def test_the_wait_that_the_server_asks_for_is_kept() -> None:
 @pytest.mark.parametrize(
     ("play", "said"),
     [
-        (lambda request: (401, KEY.encode()), r"wants a key, and none is in the environment variable OPENAI_API_KEY"),
+        (
+            lambda request: (401, KEY.encode()),
+            rf"wants a key, and none is in .* {JUDGE_KEY}",
+        ),
         (lambda request: (404, b""), r"knows no model judge or no such address \(404\).*often ends in /v1"),
         (lambda request: (429, {"Retry-After": "9000"}), r"\(429\); run this again in 9,000 seconds"),
         (lambda request: (429, {}), r"\(429\); run this again later"),
@@ -157,8 +161,8 @@ def test_what_a_server_refuses_is_one_sentence_with_the_remedy(play: Play, said:
 
 
 def test_a_refused_key_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert "refuses the key in the environment variable OPENAI_API_KEY (401)" in refusal(lambda _: (401, KEY.encode()))
+    monkeypatch.setenv(JUDGE_KEY, KEY)
+    assert f"refuses the key in the environment variable {JUDGE_KEY} (401)" in refusal(lambda _: (401, KEY.encode()))
 
 
 def test_a_slow_judge_is_given_up_on() -> None:
@@ -177,7 +181,8 @@ def test_a_judge_that_is_not_there_is_named() -> None:
         ask(url)
 
 
-def test_a_redirect_is_not_followed() -> None:
+def test_a_redirect_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(JUDGE_KEY, KEY)
     with serving(good) as other:
         refusal(lambda request: (307, {"Location": f"{other.url}/chat/completions"}))
     assert other.requests == []
@@ -195,14 +200,14 @@ def test_on_this_machine_no_proxy_sees_a_consultation(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("key", ["two words", "مفتاح", "sk-\x07"])
 def test_what_can_be_no_key_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv(JUDGE_KEY, key)
     with pytest.raises(UsageError) as caught:
         ask("http://127.0.0.1:9/v1")
-    assert "OPENAI_API_KEY" in str(caught.value) and key not in str(caught.value)
+    assert JUDGE_KEY in str(caught.value) and key not in str(caught.value)
 
 
 def test_a_key_does_not_travel_in_the_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv(JUDGE_KEY, KEY)
     with pytest.raises(UsageError, match=r"would be readable on its way to judge.example; write https") as caught:
         Endpoint(JudgeSection(model="judge", url="http://judge.example/v1"), bool)
     assert KEY not in str(caught.value)

@@ -36,7 +36,7 @@ MINE = f"name: mine\ninstructions: Rate.\nitems: {{kindness: {KINDNESS}}}"
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_endpoint, "_PAUSE", 0.01)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("SEVPEFT_JUDGE_API_KEY", KEY)
 
 
 def judge(
@@ -209,6 +209,7 @@ def test_where_the_answers_go_is_said_before_they_go(tmp_path: Path, monkeypatch
         assert "24 answers, each with its question and reference answer, go to judge.example (another machine)" in (
             out.getvalue()
         )
+        assert "the key in SEVPEFT_JUDGE_API_KEY" in out.getvalue()
         raise RunError("enough")
 
     monkeypatch.setattr(judge_endpoint.Endpoint, "ask", asking)

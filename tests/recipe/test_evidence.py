@@ -8,6 +8,7 @@ import pytest
 
 from sevpeft.errors import RecipeError
 from sevpeft.recipe import load_recipe, recipe_from_values
+from sevpeft.recipe.rules import JUDGE_KEY
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 
@@ -35,8 +36,18 @@ def test_a_judge_is_given_on_the_command_line_and_read_back_from_the_resolved_re
         ("url=ftp://secret.example", "evaluation.judge.url: is no URL; write one such as http://127.0.0.1:8000/v1."),
         ("url=http://secret.example:99999/v1", "evaluation.judge.url: is no URL"),
         ("url=secret", "evaluation.judge.url: is no URL"),
-        ("api_key_variable=sk-secret", "evaluation.judge.api_key_variable: is not the name of an environment variable"),
-        ("api_key=sk-secret", "evaluation.judge.api_key: is unknown; write evaluation.judge.api_key_variable."),
+        (
+            "api_key_variable=MY_SECRET",
+            "evaluation.judge.api_key_variable: is not a setting of a recipe",
+        ),
+        (
+            "api_key_variable=null",
+            "evaluation.judge.api_key_variable: is not a setting of a recipe",
+        ),
+        (
+            "api_key=sk-secret",
+            "evaluation.judge.api_key: is not a setting of a recipe",
+        ),
         ("url=http://judge.example/v1", "evaluation.judge: names a url and no model"),
         ("concurrency=2", "evaluation.judge: names no judge"),
         ("timeout=0", "evaluation.judge.timeout: must be more than 0"),
@@ -47,4 +58,5 @@ def test_a_wrong_judge_is_refused_without_repeating_what_may_be_secret(setting: 
     with pytest.raises(RecipeError) as caught:
         load_recipe(QUICKSTART, [f"evaluation.judge.{setting}"])
     assert str(caught.value).startswith(f"command line: {said}") and "\n" not in str(caught.value)
-    assert "secret" not in str(caught.value)
+    assert "secret" not in str(caught.value).lower()
+    assert "api_key" not in setting or JUDGE_KEY in str(caught.value)

@@ -93,7 +93,7 @@ def write_report(folder: Path, *, answers: int = 120) -> Report:
         )
     )
     path = folder / REPORT
-    write_atomically(path, html, 0o600)
+    write_atomically(path, html)
     return Report(path, shown, tuple(page["missing"]))
 
 

@@ -36,8 +36,9 @@ _LIMITS = """\
 - The labels are those of the data above: what its annotators called critical, with their mistakes.
 - Figures hold for questions like the judged ones. Other forums, dialects and years have other shares of severe cases,
   and calibration follows the shares: judge it on your own rows (`sevpeft classifier evaluate DATA --classifier DIR`).
-- The n-grams that it knows are parts of words and pairs of words from its training questions: where those were not
-  masked, a rare pair may be a name.
+- The n-grams that it knows are words, parts and pairs of words that stand in two training questions or more: where
+  those were not masked, some are names of patients. Its files are their owner's alone; mask the names (`sevpeft
+  prepare`) and fit it again before you share it.
 - Random splits flatter where a file's labels depend on the place in it; the row-number baseline shows by how much, and
   only a block-held-out judgement (`--block-column`) leaves it out.
 """

@@ -130,9 +130,11 @@ def remarks(evaluation: Evaluation) -> list[str]:
 
 def render(evaluation: Evaluation) -> list[Any]:
     """Everything about one evaluation, to be printed one after the other."""
+    from rich.text import Text
+
     parts = [
         figures_table(evaluation),
-        *(f"[dim]{said}[/dim]" for said in remarks(evaluation)),
+        *(Text(said, style="dim") for said in remarks(evaluation)),
         "",
         confusion_table(evaluation.calibrated),
         tradeoff_table(evaluation.calibrated.curve),

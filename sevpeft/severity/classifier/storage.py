@@ -17,7 +17,7 @@ from typing import Any
 
 from sevpeft import __version__
 from sevpeft.errors import DataError, RunError
-from sevpeft.runs import plain_disk_errors, write_atomically
+from sevpeft.runs import keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.classifier.calibration import Calibrated, calibration_from_json
 from sevpeft.severity.lexicon import PACKAGE_LEXICON
 from sevpeft.severity.probabilities import SEVERITIES
@@ -44,9 +44,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     with plain_disk_errors(folder, when_full="free some, then run this again", remedy="choose another OUTPUT"):
         # What a kill left of an earlier try.
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir(mode=0o700)
         try:
             yield unfinished
+            keep_private(unfinished)
             unfinished.replace(folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
