@@ -118,6 +118,7 @@ def annotate(
         job = _job(
             data, output, method, classifier, lexicon, temperature, replace, batch_size, chosen(context), processes
         )
+    console.print(f"Data: {job.consultations.source}", soft_wrap=True, markup=False)
     done = _done(job, console)
     processes.leave()
     if done is None:

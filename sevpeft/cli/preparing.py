@@ -171,6 +171,7 @@ def prepare(
     if as_json:
         print(json.dumps(about, ensure_ascii=False, indent=2))
         return
+    console.print(f"Data: {about['input']['source']}", soft_wrap=True, markup=False)
     for part in _tables(about):
         console.print(part)
     for warning in about["warnings"]:
