@@ -118,7 +118,6 @@ def annotate(
         job = _job(
             data, output, method, classifier, lexicon, temperature, replace, batch_size, chosen(context), processes
         )
-    console.print(f"Data: {job.consultations.source}", soft_wrap=True, markup=False)
     done = _done(job, console)
     processes.leave()
     if done is None:
@@ -126,6 +125,7 @@ def annotate(
     if as_json:
         print(json.dumps(done.as_dict(), ensure_ascii=False, indent=2))
         return
+    console.print(f"Data: {job.consultations.source}", soft_wrap=True, markup=False)
     _show(done, console)
 
 
