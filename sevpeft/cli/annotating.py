@@ -126,6 +126,7 @@ def annotate(
 
         print_json(done.as_dict())
         return
+    console.print(f"Data: {job.consultations.source}", soft_wrap=True, markup=False)
     _show(done, console)
 
 

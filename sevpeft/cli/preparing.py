@@ -169,6 +169,7 @@ def prepare(
     if as_json:
         print_json(about)
         return
+    console.print(f"Data: {about['input']['source']}", soft_wrap=True, markup=False)
     for part in _tables(about):
         console.print(part)
     for warning in about["warnings"]:

@@ -145,6 +145,14 @@ def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: s
     return columns
 
 
+def can_map(names: Sequence[str], chosen: Mapping[str, str | None]) -> bool:
+    """Return whether `map_columns` finds consultations under these names."""
+    try:
+        return bool(map_columns(names, chosen, ""))
+    except DataError:
+        return False
+
+
 def carried_columns(
     names: Sequence[str],
     columns: Mapping[str, str],

@@ -100,11 +100,14 @@ def divide(
     *,
     split_by: str | None,
     resplit: bool,
+    split_named: bool,
     validation_size: float | int,
     test_size: float | int,
     seed: int,
 ) -> Division:
     """Divide the rows `kept` (m,) of a table; `groups` and `keys` (m,) say which have to stay together.
+
+    `split_named`: the user named the column of the rows' own split, so that it has to be one.
 
     Raises:
         DataError: it cannot be done as asked, or a side is empty once nothing crosses.
@@ -124,7 +127,7 @@ def divide(
         )
         given, by = held.sides, f"column {split_by}"
     elif not resplit:
-        given = given_sides(rows)
+        given = given_sides(rows, split_named)
         by = by if given is None else "column split"
     carved = given is not None and not (given == VALIDATION).any()
     sides = dealt_sides(keys, validation_size=validation_size, test_size=test_size, strata=strata, given=given)

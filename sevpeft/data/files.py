@@ -5,28 +5,30 @@ A damaged file is refused with the line or row at which it went wrong: quietly r
 train on half of it. Messages name numbers and columns only, because a cell is somebody's complaint.
 """
 
+import bisect
 import codecs
 import contextlib
 import csv
 import gzip
 import itertools
-import json
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, cast
 
-from sevpeft.data.columns import listed
+from sevpeft.data.columns import can_map, listed
+from sevpeft.data.json_rows import LONGEST, array_rows, is_array, line_rows
 from sevpeft.errors import DataError
 
 Row = tuple[int, dict[str, Any]]
 
 SUFFIXES = (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".ndjson", ".parquet")
 _HEAD = 1 << 16
+_OLD = "is in the old Excel format: open it and save it as .xlsx."
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,15 @@ class Table:
     """A file's rows: `read(columns)` yields (number, cells), the number 1-based in `unit`s ("line" or "row").
 
     `names` is None where every row brings its own names (JSON); such a table can be read again, the others
-    once. `place` says where a number stands, for rows of several files; None where the unit says it.
+    once. `place` says where a number stands, for rows of several files or sheets; None where the unit says it.
+    `note` names the sheets of a workbook with several.
     """
 
     names: list[str] | None
     unit: str
     read: Callable[[Collection[str]], Iterator[Row]]
     place: Callable[[int], str] | None = None
+    note: str = ""
 
 
 def file_format(path: Path) -> str | None:
@@ -51,17 +55,16 @@ def file_format(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def open_table(path: Path, encoding: str | None = None) -> Table:
-    """Open `path` by its suffix; `encoding` is for text formats, Parquet and XLSX state their own.
+def open_table(path: Path, encoding: str | None = None, chosen: Mapping[str, str | None] | None = None) -> Table:
+    """Open `path` by its suffix; `encoding` is for text formats, `chosen` (columns by field) finds a workbook's sheets.
 
     Raises:
         DataError: now or while reading: the file is unreadable, damaged, or not what its name says.
     """
     suffix = file_format(path)
     if suffix is None:
-        if path.suffix.lower() == ".xls":
-            raise DataError(f"{path.name} is in the old Excel format: open it and save it as .xlsx.")
-        raise DataError(f"{path.name} has no suffix that is read here: {', '.join(SUFFIXES)}, each also .gz.")
+        unknown = f"has no suffix that is read here: {', '.join(SUFFIXES)}, each also .gz."
+        raise DataError(f"{path.name} {_OLD if path.suffix.lower() == '.xls' else unknown}")
     with _plainly(path), _binary(path) as stream:
         head = stream.read(_HEAD)
     if not head.strip(b" \t\r\n\0\xef\xbb\xbf"):
@@ -69,14 +72,11 @@ def open_table(path: Path, encoding: str | None = None) -> Table:
     if suffix == ".parquet":
         return _parquet(path)
     if suffix == ".xlsx":
-        return _with_header(path, "row", _sheet(path))
+        return _workbook(path, chosen or {})
     encoding = _checked_encoding(path, head, encoding)
     if suffix in (".csv", ".tsv"):
-        return _with_header(path, "line", _delimited(path, encoding, "," if suffix == ".csv" else "\t"))
-    prefix = _array_prefix(path, encoding) if suffix == ".json" else None
-    if prefix is not None:
-        return Table(None, "row", lambda columns: _json_array(path, encoding, prefix))
-    return Table(None, "line", lambda columns: _json_lines(path, encoding))
+        return _with_header(path.name, "line", _delimited(path, encoding, "," if suffix == ".csv" else "\t"))
+    return _json(path, encoding, suffix)
 
 
 @contextlib.contextmanager
@@ -132,12 +132,15 @@ def _checked_encoding(path: Path, head: bytes, encoding: str | None) -> str:
         codec = codecs.lookup(encoding or "utf-8").name
     except (LookupError, ValueError):
         raise DataError(f"data.encoding={encoding} names no encoding: try utf-8, cp1256 or utf-16.") from None
+    if not codec.startswith(("utf-16", "utf-32")):
+        for wide in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be") if b"\0" in head else ():
+            # Read as UTF-16, text in UTF-8 becomes Chinese: its letters are pairs of bytes, none of them zero.
+            text = head[: len(head) // 4 * 4].decode(wide, errors="replace")
+            letters = text.removeprefix("\ufeff")
+            if sum("\0" < letter < "\u0800" for letter in letters) > 0.7 * len(letters):
+                named = wide if text == letters else wide[:6]
+                raise DataError(f"{path.name} looks like {wide[:6].upper()}: set data.encoding={named}.")
     if codec in ("utf-8", "utf-8-sig", "ascii"):
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{path.name} is not UTF-8; it begins like UTF-16: set data.encoding=utf-16.")
-        if b"\0" in head:
-            wide = "utf-16-be" if head[::2].count(0) > head[1::2].count(0) else "utf-16-le"
-            raise DataError(f"{path.name} holds zero bytes; it looks like UTF-16: set data.encoding={wide}.")
         return "utf-8-sig"
     if not codec.startswith("utf"):
         # Every byte is a character in Windows-1256: UTF-8 read as that trains on gibberish without an error.
@@ -176,12 +179,11 @@ def _likely_encoding(sample: bytes) -> str:
     return ": save it as UTF-8 or set data.encoding"
 
 
-def _with_header(path: Path, unit: str, records: Iterator[tuple[int, list[Any]]]) -> Table:
-    _, header = next(records, (0, []))
-    names = ["" if cell is None else str(cell).strip().strip("\ufeff\u200e\u200f") for cell in header]
+def _with_header(label: str, unit: str, records: Iterator[tuple[int, list[Any]]]) -> Table:
+    names = _header(records)
     if not any(names):
-        raise DataError(f"{path.name} is empty.")
-    _refuse_twice(path, [name for name in names if name])
+        raise DataError(f"{label} is empty.")
+    _refuse_twice(label, [name for name in names if name])
     # Data frames leave the index column without a name, spreadsheets the cells right of the table.
     named = [(index, name) for index, name in enumerate(names) if name]
 
@@ -189,7 +191,7 @@ def _with_header(path: Path, unit: str, records: Iterator[tuple[int, list[Any]]]
         for number, cells in records:
             if len(cells) != len(names):
                 raise DataError(
-                    f"{path.name}, {unit} {number}: {len(cells)} cells where the header has {len(names)}: "
+                    f"{label}, {unit} {number}: {len(cells)} cells where the header has {len(names)}: "
                     "quote cells that hold the separator or a line break."
                 )
             yield number, {name: cells[index] for index, name in named}
@@ -197,68 +199,119 @@ def _with_header(path: Path, unit: str, records: Iterator[tuple[int, list[Any]]]
     return Table([name for _, name in named], unit, read)
 
 
-def _refuse_twice(path: Path, names: list[str]) -> None:
+def _header(records: Iterator[tuple[int, list[Any]]]) -> list[str]:
+    _, cells = next(records, (0, []))
+    return ["" if cell is None else str(cell).strip().strip("\ufeff\u200e\u200f") for cell in cells]
+
+
+def _refuse_twice(label: str, names: list[str]) -> None:
     twice = {name: None for name in names if names.count(name) > 1}
     if twice:
-        raise DataError(f"{path.name} has more than one column named {listed(twice)}: rename them apart.")
+        raise DataError(f"{label} has more than one column named {listed(twice)}: rename them apart.")
+
+
+def _lines(path: Path, text: TextIOWrapper) -> Iterator[str]:
+    for number, line in enumerate(text, start=1):
+        if "\0" in line:
+            place = line.index("\0") + 1
+            raise DataError(f"{path.name}, line {number}: character {place} is a zero byte: remove it.")
+        yield line
 
 
 def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, list[Any]]]:
+    csv.field_size_limit(LONGEST)
     with _text(path, encoding, newline="") as stream:
-        before = 0
-        first = stream.readline()
-        delimiter = None
+        lines = _lines(path, stream)
+        before, delimiter, first = 0, None, next(lines, "")
         while first and not first.strip():
-            before, first = before + 1, stream.readline()
+            before, first = before + 1, next(lines, "")
         if said := re.fullmatch(r"sep=(.)\s*", first, flags=re.IGNORECASE):  # Excel's own way to say it
-            delimiter, before, first = said.group(1), before + 1, stream.readline()
+            delimiter, before, first = said.group(1), before + 1, next(lines, "")
         if delimiter is None:
             # Excel writes ";" where the comma is the decimal mark, as in much of the Arab world.
             delimiter = max((default, ",", ";", "\t"), key=re.sub('"[^"]*"', "", first).count)
-        reader = csv.reader(itertools.chain([first], stream), delimiter=delimiter, strict=True)
+        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         while True:
             line = before + reader.line_num + 1
             try:
                 cells = next(reader, None)
-            except csv.Error:
+            except csv.Error as error:
+                long = f", or a cell is over {LONGEST:,} letters long" if "field limit" in str(error) else ""
                 raise DataError(
-                    f"{path.name}, line {line}: a quote is stray or not closed in the row that begins there: "
+                    f"{path.name}, line {line}: a quote is stray or not closed in the row that begins there{long}: "
                     'put cells in quotes and double the quotes inside them ("").'
                 ) from None
             if cells is None:
                 return
-            if any(cell.strip() for cell in cells):
+            if any(map(str.strip, cells)):
                 yield line, cells
 
 
-def _sheet(path: Path) -> Iterator[tuple[int, list[Any]]]:
+@contextlib.contextmanager
+def _book(path: Path) -> Iterator[Any]:
     import openpyxl
-    from openpyxl.utils.escape import unescape
 
     with _plainly(path), _seekable(path) as stream:
         if stream.read(4) == b"\xd0\xcf\x11\xe0":
             locked = "EncryptedPackage".encode("utf-16-le") in stream.read()
-            raise DataError(
-                f"{path.name} is protected by a password: save it without one."
-                if locked
-                else f"{path.name} is in the old Excel format: open it and save it as .xlsx."
-            )
+            raise DataError(f"{path.name} {'is protected by a password: save it without one.' if locked else _OLD}")
         stream.seek(0)
         try:
-            book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
-            sheet = book.worksheets[0]
-            sheet.reset_dimensions()  # some exporters write a size that would cut the table off
-            width = 0
-            for number, values in enumerate(sheet.iter_rows(values_only=True), start=1):
-                cells = [unescape(cell) if isinstance(cell, str) else cell for cell in values]
-                while cells and cells[-1] is None:
-                    cells.pop()
-                if not cells:
-                    continue
-                width = width or len(cells)
-                yield number, cells + [None] * (width - len(cells))
+            yield openpyxl.load_workbook(stream, read_only=True, data_only=True)
+        except DataError:
+            raise
         except Exception:  # openpyxl lets through whatever zipfile, its XML parser or a missing part raises
             raise DataError(f"{path.name} is damaged or no Excel workbook: save it again as .xlsx.") from None
+
+
+def _sheet(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
+    from openpyxl.utils.escape import unescape
+
+    sheet.reset_dimensions()  # some exporters write a size that would cut the table off
+    width = 0
+    for number, values in enumerate(sheet.iter_rows(values_only=True), start=1):
+        cells = [unescape(cell) if isinstance(cell, str) else cell for cell in values]
+        while cells and cells[-1] is None:
+            cells.pop()
+        width = width or len(cells)
+        if cells:
+            yield number, cells + [None] * (width - len(cells))
+
+
+def _workbook(path: Path, chosen: Mapping[str, str | None]) -> Table:
+    """Open the sheets that hold consultations as one table."""
+    with _book(path) as book:
+        read_names = {sheet.title: list(filter(None, _header(_sheet(sheet)))) for sheet in book.worksheets}
+    headers = {title: names for title, names in read_names.items() if names}
+    if not headers:
+        raise DataError(f"{path.name} is empty.")
+    fitting = [title for title, names in headers.items() if can_map(names, chosen)]
+    main = fitting[0] if fitting else max(headers, key=lambda title: len(headers[title]))
+    alike = [title for title in headers if set(headers[title]) == set(headers[main])]
+    if other := [title for title in fitting if title not in alike]:
+        raise DataError(
+            f"{path.name} has consultations on the sheets {listed([main, other[0]])}, under different columns: rename "
+            "the columns alike, or save one of the sheets as a file of its own."
+        )
+    left_out = [title for title in headers if title not in alike]
+    note = f"sheets {listed(alike)}{', not ' * bool(left_out)}{listed(left_out)}" if len(headers) > 1 else ""
+    labels = [f"{path.name}, sheet '{title}'" for title in alike]
+    begins: list[int] = []
+
+    def read(columns: Collection[str]) -> Iterator[Row]:
+        begins[:], last = [], 0
+        with _book(path) as book:
+            for title, label in zip(alike, labels, strict=True):
+                begins.append(last)
+                for number, cells in _with_header(label, "row", _sheet(book[title])).read(columns):
+                    last = begins[-1] + number
+                    yield last, cells
+
+    def place(number: int) -> str:
+        index = bisect.bisect_left(begins, number) - 1
+        return f"{labels[index]}, row {number - begins[index]}"
+
+    return Table(headers[main], "row", read, place, note)
 
 
 def _parquet(path: Path) -> Table:
@@ -275,7 +328,7 @@ def _parquet(path: Path) -> Table:
 
     with opened() as file:
         names = file.schema_arrow.names
-    _refuse_twice(path, names)
+    _refuse_twice(path.name, names)
 
     def read(columns: Collection[str]) -> Iterator[Row]:
         with opened() as file:
@@ -285,61 +338,13 @@ def _parquet(path: Path) -> Table:
     return Table(names, "row", read)
 
 
-class _Utf8:
-    """What ijson reads from: UTF-8, whatever the file's own encoding."""
+def _json(path: Path, encoding: str, suffix: str) -> Table:
+    if suffix == ".json":
+        with _text(path, encoding) as text:
+            suffix = "array" if is_array(text) else suffix
 
-    def __init__(self, text: TextIOWrapper) -> None:
-        self._text = text
+    def read(columns: Collection[str]) -> Iterator[Row]:
+        with _text(path, encoding) as text:
+            yield from array_rows(text, path.name) if suffix == "array" else line_rows(_lines(path, text), path.name)
 
-    def read(self, size: int = -1) -> bytes:
-        return self._text.read(size).encode()
-
-
-def _array_prefix(path: Path, encoding: str) -> str | None:
-    """Return where the rows stand in a JSON file, in ijson's notation, None where it is JSON lines."""
-    import ijson
-
-    with _text(path, encoding) as text, contextlib.suppress(ijson.JSONError):
-        events = ijson.parse(_Utf8(text))
-        for prefix, event, _ in events:
-            if (prefix, event) == ("", "start_array"):
-                return "item"
-            if (prefix, event) == ("data", "start_array") and next(events)[1] in ("start_map", "end_array"):
-                return "data.item"
-            if prefix == "" and event not in ("start_map", "map_key"):
-                return None
-    return None
-
-
-def _json_array(path: Path, encoding: str, prefix: str) -> Iterator[Row]:
-    import ijson
-
-    with _text(path, encoding) as text:
-        number = 0
-        try:
-            for cells in ijson.items(_Utf8(text), prefix, use_float=True):
-                number += 1
-                if not isinstance(cells, dict):
-                    raise DataError(f"{path.name}, row {number} is not a JSON object with named values.")
-                yield number, cells
-        except ijson.JSONError:
-            raise DataError(
-                f"{path.name} is not valid JSON after row {number}: it may be cut off, or have NaN for null."
-            ) from None
-
-
-def _json_lines(path: Path, encoding: str) -> Iterator[Row]:
-    with _text(path, encoding) as text:
-        for number, line in enumerate(text, start=1):
-            if not line.strip():
-                continue
-            try:
-                cells = json.loads(line)
-            except (ValueError, RecursionError):
-                raise DataError(
-                    f"{path.name}, line {number} is not valid JSON: each line has to hold one object."
-                ) from None
-            if not isinstance(cells, dict):
-                hint = ": name a file that is one array .json" if isinstance(cells, list) else ""
-                raise DataError(f"{path.name}, line {number} is not a JSON object with named values{hint}.")
-            yield number, cells
+    return Table(None, "row" if suffix == "array" else "line", read)

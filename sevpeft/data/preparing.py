@@ -188,6 +188,7 @@ def _prepared(
         labels,
         split_by=settings.split_by,
         resplit=settings.resplit,
+        split_named=source.get("split_column") is not None,
         validation_size=settings.validation_size,
         test_size=settings.test_size,
         seed=settings.seed,

@@ -7,7 +7,7 @@ held out. Files that do not belong together are refused: a set that is read by h
 
 import bisect
 import glob
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sevpeft.data.columns import listed
@@ -55,15 +55,17 @@ def _is_visible_file(file: Path) -> bool:
     return file.is_file() and not file.name.startswith((".", "~$"))
 
 
-def joined(files: Sequence[Path], encoding: str | None) -> Table:
+def joined(files: Sequence[Path], encoding: str | None, chosen: Mapping[str, str | None]) -> Table:
     """Return the rows of several files as one table that can be read once; files are opened one at a time.
 
     Raises:
         DataError: a file cannot be read, or its columns differ from those of the first.
     """
-    first = open_table(files[0], encoding)
+    first = open_table(files[0], encoding, chosen)
+    notes = [f"{files[0].name}: {first.note}"] * bool(first.note)
     for file in files[1:]:
-        other = open_table(file, encoding)
+        other = open_table(file, encoding, chosen)
+        notes += [f"{file.name}: {other.note}"] * bool(other.note)
         if first.names is not None and set(other.names or ()) != set(first.names):
             only = [name for name in first.names if name not in (other.names or ())]
             added = [name for name in other.names or () if name not in first.names]
@@ -73,17 +75,18 @@ def joined(files: Sequence[Path], encoding: str | None) -> Table:
                 "or name the files that belong together."
             )
     marked = FILE_COLUMN not in (first.names or ())
-    begins, units = [0], [first.unit]
+    begins: list[int] = []
+    tables: list[Table] = []
 
     def read(columns: Collection[str]) -> Iterator[Row]:
-        del begins[1:], units[1:]
+        begins.clear()
+        tables.clear()
         last = 0
-        for index, file in enumerate(files):
-            table = open_table(file, encoding)
-            if index:
-                begins.append(last)
-                units.append(table.unit)
+        for file in files:
+            table = open_table(file, encoding, chosen)
             begin = last
+            begins.append(begin)
+            tables.append(table)
             for number, cells in table.read({name for name in columns if name != FILE_COLUMN or not marked}):
                 last = begin + number
                 if marked:
@@ -92,7 +95,8 @@ def joined(files: Sequence[Path], encoding: str | None) -> Table:
 
     def place(number: int) -> str:
         index = bisect.bisect_left(begins, number) - 1
-        return f"{files[index].name}, {units[index]} {number - begins[index]}"
+        table, number = tables[index], number - begins[index]
+        return table.place(number) if table.place else f"{files[index].name}, {table.unit} {number}"
 
     names = None if first.names is None else [*first.names, *[FILE_COLUMN] * marked]
-    return Table(names, first.unit, read, place)
+    return Table(names, first.unit, read, place, "; ".join(notes))

@@ -155,7 +155,7 @@ def _from_file(
     key = table_key(reading, fingerprint, file_format(file), encoding, ids)
     finished = finished_table(key)
     if finished is None:
-        table = open_table(file, encoding)
+        table = open_table(file, encoding, reading.chosen)
         finished = build_table(key, _numbered_by(ids, table) if ids else table, file.name, reading)
         after = _stat(file)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -172,7 +172,8 @@ def _from_files(files: list[Path], source: str, encoding: str | None, reading: R
     key = table_key(reading, fingerprint, file_format(files[0]), encoding)
     finished = finished_table(key)
     if finished is None:
-        finished = build_table(key, joined(files, encoding), f"{files[0].name} and {len(files) - 1} more", reading)
+        table = joined(files, encoding, reading.chosen)
+        finished = build_table(key, table, f"{files[0].name} and {len(files) - 1} more", reading)
         for file, then in zip(files, before, strict=True):
             now = _stat(file)
             if (then.st_size, then.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
@@ -207,6 +208,7 @@ def _stat(file: Path) -> os.stat_result:
 
 
 def _consultations(kept: Kept, fingerprint: str, source: str) -> Consultations:
+    source += f" ({kept.note})" if kept.note else ""
     return Consultations(kept.rows, kept.columns, kept.rejected, fingerprint, source, kept.carried, kept.rejected_rows)
 
 

@@ -54,19 +54,21 @@ def split_rows(
     seed: int,
     strata: Sequence[int] | NDArray[np.int64] | None = None,
     keys: NDArray[np.uint64] | None = None,
+    named: bool = False,
 ) -> Splits:
     """Split `rows` (with `question`, perhaps `split` and `row`) so that equal questions stay together.
 
     A `split` column of train/validation/test is used as it is; what it lacks is carved from its train rows,
     unless `test_size` is 0. Sizes are fractions below 1 (of all rows, or of the train rows that are carved)
     or numbers of rows. `strata` gives one integer a row; a group has the stratum of its first row. `keys` (n,)
-    are equal where rows have to stay together, by default where the folded questions are.
+    are equal where rows have to stay together, by default where the folded questions are. `named`: the user named
+    the `split` column, so that other values in it are an error and no reason for a random split.
 
     Raises:
         DataError: a size cannot be met, validation or train would be empty, or the column has other values
         too.
     """
-    given = given_sides(rows)
+    given = given_sides(rows, named)
     keys = question_keys(rows, seed) if keys is None else keys
     sides = dealt_sides(keys, validation_size=validation_size, test_size=test_size, strata=strata, given=given)
     train, validation, test = (rows.select(np.flatnonzero(sides == side)) for side in (TRAIN, VALIDATION, TEST))
@@ -144,8 +146,12 @@ def question_key(folded: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def given_sides(rows: datasets.Dataset) -> NDArray[np.int8] | None:
-    """Return every row's side as its column split says it, None where that is absent or says other things."""
+def given_sides(rows: datasets.Dataset, named: bool = False) -> NDArray[np.int8] | None:
+    """Return every row's side as its column split says it, None where that is absent or says other things.
+
+    Raises:
+        DataError: only some rows say it, or none although `named`: the user named the column for it.
+    """
     if "split" not in rows.column_names:
         return None
     sides = np.empty(len(rows), np.int8)
@@ -155,14 +161,15 @@ def given_sides(rows: datasets.Dataset) -> NDArray[np.int8] | None:
             sides[at] = _SPELT.get((value or "").strip().lower(), -1)
             at += 1
     unknown = np.flatnonzero(sides < 0)
-    if len(unknown) == len(rows):
+    if len(unknown) == len(rows) and not named:
         return None
     if len(unknown):
         first = int(unknown[0])
         where = rows[first]["row"] if "row" in rows.column_names else first + 1
         raise DataError(
             f"The column split is neither train, validation nor test in {len(unknown)} of {len(rows)} rows, "
-            f"first at {where}: fill it everywhere, or set data.split_column to a column that is filled."
+            f"first at {where}: fill it everywhere, set data.split_column to a column that is filled, or leave "
+            "it out."
         )
     return sides
 

@@ -40,7 +40,7 @@ from sevpeft.runs import keep_private
 
 BATCH = 1000
 
-_TABLE_VERSION = 2  # counts up when the same input gives another table
+_TABLE_VERSION = 3  # counts up when the same input gives another table
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Kept:
     carried: dict[str, str]
     rejected: dict[str, int]
     rejected_rows: Path | None
+    note: str
 
 
 def cache_folder(kind: str) -> Path:
@@ -98,7 +99,8 @@ def finished_table(key: str) -> Kept | None:
         # From the content, not the path and time: what later steps keep in their caches then stays valid.
         rows = datasets.Dataset(mapped.data, info=mapped.info, fingerprint=key)
         aside = folder / "rejected.jsonl"
-        return Kept(rows, about["columns"], about["carried"], about["rejected"], aside if aside.name in sizes else None)
+        apart = aside if aside.name in sizes else None
+        return Kept(rows, about["columns"], about["carried"], about["rejected"], apart, about["note"])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -193,7 +195,7 @@ def _write(folder: Path, table: Table, label: str, reading: Reading) -> dict[str
     if "id" in columns:
         _refuse_same_ids(file, columns["id"], label, place)
     sizes = {part.name: part.stat().st_size for part in (file, aside) if part.exists()}
-    return {"columns": columns, "carried": carried, "rejected": rejected.counts, "bytes": sizes}
+    return {"columns": columns, "carried": carried, "rejected": rejected.counts, "note": table.note, "bytes": sizes}
 
 
 def _write_rows(file: Path, kinds: pa.Schema, rows: Iterator[dict[str, Any]]) -> int:

@@ -34,6 +34,8 @@ from sevpeft.recipe.stopping import StoppingSection
 from sevpeft.recipe.yaml_text import KeyPath, Mistake, read_value, read_yaml, write_yaml
 
 _OVERRIDE = "command line"
+# Bytes of a recipe; those of the house have 2,000.
+_LONGEST = 50_000
 
 
 class Recipe(BaseModel):
@@ -205,6 +207,9 @@ def _takes_only_text(path: KeyPath) -> bool:
 
 def _text_of(path: Path) -> str:
     try:
+        # A pipe or a device may never end; a file that long was named by mistake.
+        if path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size <= _LONGEST):
+            raise RecipeError(f"{path}: is no regular file of at most {_LONGEST:,} bytes; name a recipe.")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes().count(b"\n", 0, error.start) + 1

@@ -18,6 +18,9 @@ from sevpeft.errors import RecipeError
 KeyPath = tuple[str, ...]
 Mistake = tuple[KeyPath, str]
 
+# A recipe has some 200 values. Aliases of aliases make billions of a few lines, and reading them never ends.
+_MOST_VALUES = 10_000
+
 _MERGE = "tag:yaml.org,2002:merge"
 _PLAIN_WORDS = (
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", [*"~nN", ""]),
@@ -75,6 +78,10 @@ _PLAIN_SENTENCES = (
     ("undefined alias", "a word begins with *, which means an alias in YAML; put it in quotes"),
     ("constructor for the tag", "a word begins with !, which means a tag in YAML; put it in quotes"),
     ("unhashable key", "a mapping or list stands where a key belongs; put text that begins with { or [ in quotes"),
+    (
+        "values with its aliases",
+        f"over {_MOST_VALUES:,} values stand here, each alias counted as all that it names; write fewer",
+    ),
     ("stands within itself", "an alias stands within what it names; write the values out"),
 )
 
@@ -96,6 +103,8 @@ def read_yaml(text: str, source: str) -> tuple[Any, list[Mistake]]:
         node = reader.get_single_node()
         if node is None:
             return None, []
+        if _size(node, {}) > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "values with its aliases", node.start_mark)
         twice = list(_keys_twice(node, (), ()))
         return reader.construct_document(node), twice
     except yaml.MarkedYAMLError as error:
@@ -124,6 +133,16 @@ def read_value(text: str) -> Any:
         return text
     structured = text.lstrip()[:1] in ("{", "[", '"', "'") and not twice
     return value if structured or value is None or isinstance(value, bool | int | float) else text
+
+
+def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """Number of values under a node, an alias counted as all that it stands for."""
+    if node not in sizes:
+        sizes[node] = 1  # for what stands within itself, which is refused later
+        below = node.value if isinstance(node, yaml.CollectionNode) else ()
+        nodes = (part for item in below for part in (item if isinstance(item, tuple) else (item,)))
+        sizes[node] += sum(_size(part, sizes) for part in nodes)
+    return sizes[node]
 
 
 def _keys_twice(node: yaml.Node, path: KeyPath, above: tuple[yaml.Node, ...]) -> Iterator[Mistake]:

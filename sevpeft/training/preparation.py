@@ -81,6 +81,7 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         seed=data.seed,
         strata=None if severity is None else severity.strata,
         keys=_groups(rows, data.seed),
+        named=data.split_column is not None,
     )
     return table, splits, severity
 

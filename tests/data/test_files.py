@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sevpeft.data import files
 from sevpeft.data.files import file_format, open_table
 from sevpeft.errors import DataError
 
@@ -153,9 +154,12 @@ def test_a_bad_byte_far_down_is_found_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("q,a\n1,2\n".encode("utf-16"), "begins like UTF-16: set data.encoding=utf-16."),
+        ("q,a\n1,2\n".encode("utf-16"), "set data.encoding=utf-16."),
         ("q,a\n1,2\n".encode("utf-16-le"), "set data.encoding=utf-16-le."),
         ("q,a\n1,2\n".encode("utf-16-be"), "set data.encoding=utf-16-be."),
+        ("سؤال,جواب\nما هو,راجع\n".encode("utf-16-le"), "set data.encoding=utf-16-le."),
+        ("q,a\n1,2\n".encode("utf-32"), "set data.encoding=utf-32."),
+        ("q,a\n1,2\n".encode("utf-32-be"), "set data.encoding=utf-32-be."),
         (b"PK\x03\x04....", "is a workbook or packed data"),
         (gzip.compress(b"q,a\n1,2\n", mtime=0), "is a workbook or packed data"),
     ],
@@ -163,6 +167,34 @@ def test_a_bad_byte_far_down_is_found_with_its_line(tmp_path: Path) -> None:
 def test_what_is_no_utf_8_text_at_all_is_said(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "x.csv").write_bytes(content)
     assert said in refusal(tmp_path / "x.csv")
+
+
+def test_stray_zero_bytes_are_named_with_their_line_and_are_no_utf_16(tmp_path: Path) -> None:
+    texts = {
+        "q,a\nس\0ؤال,1\n": "line 2: character 2",
+        "q,a\n" + "1,2\n" * 40_000 + "\0,1\n": "line 40002: character 1",
+        "q,a\n1,2\n" + "\0" * 4000: "line 3: character 1",
+        "q,a\n1,\0\0\0\0\n": "line 2: character 3",
+        "q\0,a\n1,2\n": "line 1: character 2",
+    }
+    wrong = []
+    for text, place in texts.items():
+        for name, codec in (("x.csv", None), ("x.tsv", None), ("x.csv", "cp1256")):
+            (tmp_path / name).write_bytes(text.encode(codec or "utf-8"))
+            said = refusal(tmp_path / name, codec)
+            wrong += [] if place in said and "UTF" not in said else [(name, codec, said)]
+    assert wrong == []
+
+
+def test_a_long_cell_is_read_and_one_beyond_the_limit_gets_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("q,a\n" + "x" * 200_000 + ",1\n", encoding="utf-8")
+    assert [len(row["q"]) for row in read(file)] == [200_000]
+    monkeypatch.setattr(files, "LONGEST", 100_000)
+    said = refusal(file)
+    assert "line 2" in said and "100,000 letters" in said
 
 
 @pytest.mark.parametrize("encoding", ["utf-9", "hex", "a\0b", "undefined"])
@@ -207,9 +239,9 @@ def test_a_quote_that_swallows_the_rest_of_a_long_file_names_where_it_began(tmp_
         ("x.jsonl", f'{{"q": 1}}\n{{"q": "{SECRET}\n', "line 2 is not valid JSON"),
         ("x.jsonl", '{"q": 1}\n7\n', "line 2 is not a JSON object with named values."),
         ("x.jsonl", '[{"q": 1}]\n', "line 1 is not a JSON object with named values: name a file that is one"),
-        ("x.jsonl", "[" * 100_000, "line 1 is not valid JSON"),
-        ("x.json", f'[{{"q": 1}}, {{"q": "{SECRET}', "is not valid JSON after row 1"),
-        ("x.json", f'[{{"q": 1}}, {{"q": "{SECRET}"}}] {SECRET}', "is not valid JSON after row 2"),
+        ("x.jsonl", "[" * 100_000, "line 1 nests lists"),
+        ("x.json", f'[{{"q": 1}}, {{"q": "{SECRET}', "row 2 is not valid JSON"),
+        ("x.json", f'[{{"q": 1}}, {{"q": "{SECRET}"}}] {SECRET}', "what follows the last row is not valid JSON"),
         ("x.json", '[{"q": 1}, 7]', "row 2 is not a JSON object"),
         ("x.json", f'{{"q": {SECRET}', "line 1 is not valid JSON"),
         ("x.json", "7", "line 1 is not a JSON object"),

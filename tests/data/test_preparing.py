@@ -327,6 +327,13 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence_and_leaves_nothing(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.jsonl"]
 
 
+def test_a_column_that_was_named_for_the_split_and_is_none_is_refused(prepared: Callable[..., Any]) -> None:
+    rows = consultations(30, part=lambda n: f"part {n % 3}")
+    with pytest.raises(DataError, match=r"data\.split_column"):
+        prepared(rows, source={"split_column": "part"})
+    assert prepared(rows, name="anew", source={"split_column": "part"}, resplit=True)[0]["splits"]["by"] == "random"
+
+
 def test_a_side_that_would_lose_all_its_rows_is_refused(prepared: Callable[..., Any]) -> None:
     rows = consultations(20, split=lambda n: "train" if n < 10 else "test" if n < 15 else "dev")
     for number in range(5):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import openpyxl
 import pyarrow as pa
 import pytest
 
@@ -170,12 +171,83 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     file = csv_file(tmp_path, "question,answer", "q,a")
     opened = sources.open_table
 
-    def grows(path: Path, encoding: str | None) -> object:
+    def grows(*args: object) -> object:
         csv_file(tmp_path, "question,answer", "q,a", "r,b")
-        return opened(path, encoding)
+        return opened(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sources, "open_table", grows)
     assert "changed while it was read" in refusal(file)
+
+
+# Workbooks
+
+
+def workbook(file: Path, sheets: dict[str, list[list[object]]]) -> Path:
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, rows in sheets.items():
+        sheet = book.create_sheet(title)
+        for row in rows:
+            sheet.append(row)
+    book.save(file)
+    return file
+
+
+QA: list[object] = ["question", "answer"]
+
+
+def test_all_sheets_with_the_same_columns_are_read_and_named(tmp_path: Path) -> None:
+    sheets = {"Jan": [QA, ["q1", "a1"]], "Feb": [[], ["answer", "question"], ["a2", "q2"], ["", "q3"]], "Empty": []}
+    file = workbook(tmp_path / "x.xlsx", sheets)
+    for _ in range(2):  # the second one comes from the cache
+        read = load_consultations(file)
+        assert (read.rows["question"][:], read.rows["answer"][:]) == (["q1", "q2"], ["a1", "a2"])
+        assert read.rejected == {"empty answer": 1}
+        assert "'Jan'" in read.source and "'Feb'" in read.source and "Empty" not in read.source
+    alone = workbook(tmp_path / "y.xlsx", {"Jan": sheets["Jan"], "Empty": []})
+    assert load_consultations(alone).source == str(alone)
+
+
+def test_sheets_without_consultations_are_left_out_and_named(tmp_path: Path) -> None:
+    data = [QA, ["q", "a"]]
+    other: dict[str, list[list[object]]] = {
+        "cover": [["Corpus of 2024"], ["v1"]],
+        "legend": [["code", "meaning"], [1, "x"]],
+        "no header": [["q2", "a2"], ["q3", "a3"]],
+    }
+    for title, rows in other.items():
+        for order in ({title: rows, "Data": data}, {"Data": data, title: rows}):
+            read = load_consultations(workbook(tmp_path / "x.xlsx", order))
+            assert read.rows["question"][:] == ["q"], title
+            assert read.source.endswith(f"(sheets 'Data', not '{title}')")
+
+
+def test_two_sheets_of_consultations_under_different_columns_are_refused_unless_a_setting_chooses(
+    tmp_path: Path,
+) -> None:
+    file = workbook(tmp_path / "x.xlsx", {"A": [QA, ["q1", "a"]], "B": [["body", *QA], ["q2", "t", "a"]]})
+    said = refusal(file)
+    assert "'A', 'B'" in said and "rename" in said
+    assert load_consultations(file, question_column="body").rows["question"][:] == ["q2"]
+
+
+def test_a_row_of_a_later_sheet_is_named_with_its_sheet(tmp_path: Path) -> None:
+    names = ["id", *QA]
+    pages: dict[str, list[list[object]]] = {"A": [names, ["1", "q", "a"]], "B": [names, ["2", "q", "a"]]}
+    (tmp_path / "many").mkdir()
+    workbook(tmp_path / "many" / "a.xlsx", pages)
+    again = {"C": [names, ["3", "q", "a"]], "D": [names, ["4", "q", "a"], ["2", "q", "a"]]}
+    workbook(tmp_path / "many" / "b{}.xlsx", again)
+    said = refusal(tmp_path / "many")
+    assert "a.xlsx, sheet 'B', row 2 and b{}.xlsx, sheet 'D', row 3" in said
+    pages["B"].append(["3", "q", "a", "more"])
+    assert "sheet 'B', row 3: 4 cells" in refusal(workbook(tmp_path / "x.xlsx", pages))
+
+
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.csv")
+    for path in (tmp_path / "x.csv", Path("/dev/null"), f"{tmp_path}/*.csv", tmp_path):
+        assert "data.path=" in refusal(path)
 
 
 def test_a_column_that_only_late_rows_of_json_have_is_not_lost(tmp_path: Path) -> None:

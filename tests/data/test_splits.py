@@ -139,6 +139,12 @@ def test_a_column_split_of_something_else_is_not_used(column: list[str | None]) 
     assert split(rows([f"q {number}" for number in range(100)], column)).by == "random"
 
 
+@pytest.mark.parametrize("column", [["1", "2"] * 50, [""] * 100, [None] * 100, ["تدريب", "اختبار"] * 50])
+def test_a_column_that_was_named_for_the_split_and_is_none_is_refused(column: list[str | None]) -> None:
+    with pytest.raises(DataError, match=r"in 100 of 100 rows, first at 2.*data\.split_column"):
+        split(rows([f"q {number}" for number in range(100)], column), named=True)
+
+
 def test_a_column_split_that_is_filled_in_part_is_refused_with_the_row() -> None:
     with pytest.raises(DataError, match="in 2 of 5 rows, first at 4"):
         split(rows(list("abcde"), ["train", "test", "", "tset", "train"]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -674,3 +676,41 @@ def test_a_classifier_that_nothing_would_use_is_a_mistake() -> None:
     with pytest.raises(RecipeError, match=r"severity\.source is columns"):
         recipe_from_values({"severity": {"classifier": "folder"}})
     assert recipe_from_values({"severity": {"source": "rules"}}).severity.classifier is None
+
+
+# What would never end
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "long"])
+def test_what_is_no_short_regular_file_is_refused_and_never_waited_for(kind, tmp_path):
+    path = tmp_path / "r.yaml"
+    if kind == "fifo":
+        os.mkfifo(path)
+        # A reader would get a recipe, and the test would fail rather than wait.
+        threading.Thread(target=lambda: path.write_text("about: {title: x}"), daemon=True).start()
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    else:
+        path.write_text("about: {title: x}\n" + "#" * 60_000)
+    with pytest.raises(RecipeError, match="regular file"):
+        load_recipe(path)
+
+
+def test_aliases_that_multiply_are_refused_at_once_and_a_few_are_read():
+    bombs = {
+        "lists": ("[{}]", "*a{}", "x"),
+        "mappings": ("{{k: {}, l: 1}}", "[*a{0}, *a{0}]", "x"),
+        "merged": ("{{<<: [{}], k: 1}}", "*a{}", "{y: 1}"),
+    }
+    for name, (form, alias, leaf) in bombs.items():
+        lines = [f"a0: &a0 {form.format(','.join([leaf] * (1 if name == 'mappings' else 9)))}"]
+        for level in range(1, 6 if name != "mappings" else 16):
+            inner = ",".join([alias.format(level - 1)] * (1 if name == "mappings" else 9))
+            lines.append(f"a{level}: &a{level} {form.format(inner)}")
+        with pytest.raises(RecipeError, match="alias"):
+            read_yaml("\n".join(lines), "f")
+    assert read_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}", "f")[0] == {
+        "a": {"x": 1},
+        "b": {"x": 1},
+        "c": {"x": 1, "y": 2},
+    }

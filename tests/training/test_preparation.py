@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sevpeft.data.preparing import Preparation, prepare
+from sevpeft.errors import DataError
 from sevpeft.recipe import recipe_from_values
 from sevpeft.training.preparation import load_splits, summary_of
 
@@ -46,3 +47,8 @@ def test_what_is_carved_from_a_prepared_folder_keeps_near_duplicates_together(fo
 def test_a_file_has_no_history() -> None:
     table, splits, severity = load_splits(recipe_from_values({}))
     assert summary_of(table, splits, severity, {})["prepared"] is None
+
+
+def test_a_column_that_was_named_for_the_split_and_is_none_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.split_column"):
+        load_splits(recipe_from_values({"data": {"split_column": "specialty"}}))
