@@ -21,7 +21,6 @@ from sevpeft.errors import DataError
 from sevpeft.severity.probabilities import SEVERITIES, sharpened
 from sevpeft.severity.source import SeverityClassifier
 
-
 # Below this a probability has no logarithm worth scaling: no classifier here knows better than one in a billion.
 _SMALLEST = 1e-9
 _TEMPERATURES = (0.05, 20.0)
