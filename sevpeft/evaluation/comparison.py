@@ -253,6 +253,8 @@ def _power(against: Mapping[str, Comparison], compared: Compared) -> str:
         if np.isfinite(one.detectable)
     ]
     seeds = f"{compared.seeds} seed{'s' if compared.seeds > 1 else ''}"
+    if any(one.outcome == "too few questions" for one in against.values()):
+        return f"{questions:,} critical questions are too few to show any difference; raise data.test_size."
     if not sizes:
         return ""
     return (

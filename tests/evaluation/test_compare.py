@@ -123,7 +123,7 @@ def test_the_comparison_is_complete(finished: Path) -> None:
             other = scores["metrics"]["nll"][reference]["value"]
             assert difference["value"] == pytest.approx(balanced["value"] - other)
     assert found["chosen"] == found["controls_of"] == "balanced" and found["verdict"].startswith("balanced ")
-    assert content["verdict"] == found["verdict"] and "2 seeds would have shown" in found["power"]
+    assert content["verdict"] == found["verdict"] and "raise data.test_size" in found["power"]
     losses = [Run(finished / "quickstart" / f"balanced-{seed}").metrics()["after"]["loss_critical"] for seed in SEEDS]
     assert found["validation"]["balanced"]["per_seed"] == losses
 
