@@ -20,8 +20,6 @@ from sevpeft.severity.words import POINT, Text, read
 
 ADVICE_LEXICON = Path(__file__).parent / "lexicons" / "advice_ar.tsv"
 
-URGENCY = ("none", "at leisure", "within days", "today", "at once")
-"""What urgency 0 to 4 means."""
 # A referral of this level without a time has this urgency; of an emergency a time takes nothing away.
 REFERRALS = {"emergency_now": 4, "today": 3, "soon": 2, "routine": 1}
 TIMES = {"time_now": 4, "time_today": 3, "time_soon": 2, "time_later": 1}
@@ -51,7 +49,7 @@ class Advice:
     """As the answer writes it, folded, with the words of its time; words in gaps are left out."""
     context: Context
     urgency: int
-    """Of a referral, by its level and its time: 1 to 4 (see `URGENCY`); 0 of reassurance."""
+    """Of a referral, by its level and its time: 1 at leisure, 2 within days, 3 today, 4 at once; 0 of reassurance."""
 
 
 @dataclass(frozen=True)

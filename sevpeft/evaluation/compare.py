@@ -32,12 +32,14 @@ from sevpeft.evaluation.comparison import (
     as_dict,
     choose,
     compare_scores,
+    correct,
     refuse_too_small,
-    verdicts,
+    verdict_of,
 )
 from sevpeft.evaluation.evaluate import EVALUATION, evaluate
 from sevpeft.evaluation.metrics import METRICS
 from sevpeft.evaluation.rows import EvaluationRows, test_rows
+from sevpeft.evaluation.significance import methods
 from sevpeft.runs import Run, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.run import train
@@ -195,9 +197,10 @@ class Comparison:
             units = self._units(one, trained, controlled[name], host=trained[0])
             refuse_unequal(units)
             tokens, scores = read_scores(units, rows)
-            found[name] = compare_scores(rows, tokens, {arm: scores[arm] for arm in self.arms}, one.recipe.evaluation)
             validation = self._validation(one)
             chosen[name] = choose(validation)
+            by_arm = {arm: scores[arm] for arm in self.arms}
+            found[name] = compare_scores(rows, tokens, by_arm, one.recipe.evaluation, chosen[name])
             notes = list(
                 dict.fromkeys(note for unit in units for note in stored_json(unit.run.folder / EVALUATION)["notes"])
             )
@@ -218,15 +221,14 @@ class Comparison:
                     arm: {"mean": float(np.mean(losses)), "per_seed": losses} for arm, losses in validation.items()
                 },
                 "runs": runs,
-                "comparisons": {metric: found[name].comparisons(metric) for metric in found[name].metrics},
                 "notes": notes,
-                "scores": as_dict(found[name]),
             }
-        said = verdicts(found, chosen)
-        for name, verdict in said.items():
-            recipes[name] |= {"verdict": verdict.verdict, "cost": verdict.cost, "power": verdict.power}
+        said: dict[str, str] = {}
+        for name, corrected in correct(found).items():
+            verdict = verdict_of(corrected)
+            said[name] = verdict.verdict
+            recipes[name] |= {"verdict": verdict.verdict, "power": verdict.power, "scores": as_dict(corrected)}
         metrics = {metric for compared in found.values() for metric in compared.metrics}
-        told = ("label", "definition", "unit", "better", "limits", "shown_times", "of")
         prefix = len(recipes) > 1
         return {
             "arms": {arm: ARMS[arm] for arm in self.arms},
@@ -234,10 +236,13 @@ class Comparison:
             "primary": {"metric": PRIMARY, "stratum": CRITICAL},
             "confidence_level": self.experiments[0].recipe.evaluation.confidence_level,
             "severities": list(SEVERITIES),
-            "metrics": {
-                name: {key: getattr(METRICS[name], key) for key in told} for name in METRICS if name in metrics
-            },
-            "verdict": " ".join(f"{name}: {one.verdict}" if prefix else one.verdict for name, one in said.items()),
+            "metrics": {name: METRICS[name].meaning() for name in METRICS if name in metrics},
+            "methods": methods(
+                self.experiments[0].recipe.evaluation,
+                "the comparisons of the verdict together, over all recipes, and for all others of one score and recipe "
+                "together",
+            ),
+            "verdict": " ".join(f"{name}: {one}" if prefix else one for name, one in said.items()),
             "recipes": recipes,
         }
 

@@ -2,25 +2,33 @@
 
 Rows are paired by id, questions are drawn as wholes, seeds widen the interval (`statistics`). The verdict was fixed
 before any test row is seen: the weights with the lowest validation NLL on critical cases, on the test's critical
-cases, by NLL, against plain CE and against shuffled weights. Its two p (two for every recipe) are corrected by Holm;
-the p of the tables are corrected for all comparisons of the same score and recipe.
+cases, by NLL, against plain CE and against shuffled weights. A comparison has one p, corrected by Holm: the two of the
+verdict (two for every recipe) together, and all others of the same score and recipe together.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from sevpeft.errors import RunError
 from sevpeft.evaluation.arms import BASE_ARM, CE, WEIGHTED
-from sevpeft.evaluation.metrics import METRICS, Scores
+from sevpeft.evaluation.metrics import ALL, METRICS, Metric, Scores
 from sevpeft.evaluation.rows import EvaluationRows
-from sevpeft.evaluation.scoring import ALL, HEADLINE, strata_of
-from sevpeft.evaluation.significance import POWER, Outcome, holm, minimal_detectable_difference, outcome
+from sevpeft.evaluation.scoring import HEADLINE, SAFETY, strata_of
+from sevpeft.evaluation.significance import (
+    POWER,
+    Comparison,
+    Outcome,
+    compare_family,
+    estimate_dict,
+    number,
+    shown_p,
+)
 from sevpeft.evaluation.statistics import Difference, Estimate, interval, paired_difference
 from sevpeft.recipe.evidence import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
@@ -41,37 +49,36 @@ class Compared:
         strata: stratum → (rows, questions), critical first.
         means: (stratum, metric, arm) → mean over rows and seeds.
         differences: (stratum, metric, arm, reference) → arm − reference.
-        corrected: the same → p after Holm for all of the same metric.
         seeds: how many.
+        chosen: the arm that validation chose, None where no arm has severity weights.
+        comparisons: the differences with what may be said of them; filled by `correct`.
     """
 
     arms: tuple[str, ...]
     strata: dict[str, tuple[int, int]]
     means: dict[tuple[str, str, str], Estimate]
     differences: dict[Key, Difference]
-    corrected: dict[Key, float]
     seeds: int
+    chosen: str | None
+    comparisons: dict[Key, Comparison] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
         return [name for name in METRICS if any(key[1] == name for key in self.means)]
 
-    def primary(self, arm: str, reference: str) -> Difference | None:
-        """What the verdict stands on."""
-        return self.differences.get((CRITICAL, PRIMARY, arm, reference))
-
-    def comparisons(self, metric: str) -> int:
-        """How many comparisons its p were corrected for."""
-        return sum(key[1] == metric for key in self.corrected)
-
-    def outcome(self, key: Key) -> Outcome:
-        better = METRICS[key[1]].better
-        assert better != "neither"
-        return outcome(self.differences[key], better=better, corrected_p=self.corrected[key])
+    @property
+    def primary(self) -> dict[str, Key]:
+        """What the verdict stands on: reference → key of the chosen arm's difference."""
+        keys = {reference: (CRITICAL, PRIMARY, self.chosen or "", reference) for reference in REFERENCES}
+        return {reference: key for reference, key in keys.items() if key in self.differences}
 
 
 def compare_scores(
-    rows: EvaluationRows, tokens: np.ndarray, scores: Mapping[str, Scores], settings: EvaluationSection
+    rows: EvaluationRows,
+    tokens: np.ndarray,
+    scores: Mapping[str, Scores],
+    settings: EvaluationSection,
+    chosen: str | None,
 ) -> Compared:
     """Compares arms of which every row has a score.
 
@@ -79,6 +86,7 @@ def compare_scores(
         rows: n rows. tokens: (n,) of the reference answers; NLL is a mean over tokens.
         scores: arm → metric → (seeds, n), the rows in the order of `rows` and the seeds in one order; (1, n) for the
             base model, which has no seeds.
+        chosen: the arm that validation chose.
     """
     shared = set.intersection(*(set(by_name) for by_name in scores.values()))
     metrics = [name for name in HEADLINE if name in shared]
@@ -96,16 +104,37 @@ def compare_scores(
         groups = rows.groups[part]
         strata[stratum] = int(part.sum()), len(np.unique(groups))
         for metric in metrics:
-            settings_of = {**asked, "weights": tokens[part] if metric == PRIMARY else None}
+            kind = {**asked, "weights": tokens[part] if metric == PRIMARY else None}
+            yes_no = METRICS[metric].yes_no
             found = {arm: np.atleast_2d(by_name[metric])[:, part] for arm, by_name in scores.items()}
             for arm, values in found.items():
-                means[stratum, metric, arm] = interval(values.mean(axis=0), groups, **settings_of)
+                mean = values.mean(axis=0)
+                # Seeds that disagree on a row leave no yes or no there.
+                share = yes_no and bool(np.isin(mean[np.isfinite(mean)], (0, 1)).all())
+                means[stratum, metric, arm] = interval(mean, groups, share=share, **kind)
                 for reference in _references(arm):
                     if reference in found:
                         first, second = np.broadcast_arrays(values, found[reference])
                         key = (stratum, metric, arm, reference)
-                        differences[key] = paired_difference(first, second, groups, **settings_of)
-    return Compared(tuple(scores), strata, means, differences, _corrected(differences), seeds)
+                        differences[key] = paired_difference(first, second, groups, share=yes_no, **kind)
+    return Compared(tuple(scores), strata, means, differences, seeds, chosen)
+
+
+def correct(found: Mapping[str, Compared]) -> dict[str, Compared]:
+    """The comparisons of all recipes, each in one family, so that it has one p wherever it is shown.
+
+    Those of the verdict are one family over all recipes; the others of one score and recipe are one each.
+    """
+    verdicts_on = {(name, key): one.differences[key] for name, one in found.items() for key in one.primary.values()}
+    primary = compare_family(verdicts_on, lambda place: METRICS[place[1][1]].direction(place[1][0]))
+    corrected = {}
+    for name, one in found.items():
+        comparisons = {key: primary[name, key] for key in one.primary.values()}
+        for metric in one.metrics:
+            others = {key: of for key, of in one.differences.items() if key[1] == metric and key not in comparisons}
+            comparisons |= compare_family(others, lambda key: METRICS[key[1]].direction(key[0]))
+        corrected[name] = replace(one, comparisons=comparisons)
+    return corrected
 
 
 def choose(validation: Mapping[str, Sequence[float]]) -> str | None:
@@ -136,74 +165,66 @@ def refuse_too_small(rows: EvaluationRows, name: str) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """In plain words: whether the chosen weights help critical cases, what it costs, and what could have been seen."""
+    """In plain words: whether the chosen weights help critical cases and at what price; what could have been seen."""
 
     verdict: str
-    cost: str
     power: str
 
 
-def verdicts(found: Mapping[str, Compared], chosen: Mapping[str, str | None]) -> dict[str, Verdict]:
-    """Recipe → verdict; the p of all recipes are corrected together.
-
-    Args:
-        chosen: recipe → the arm that was chosen on validation.
-    """
-    asked = [
-        (name, reference)
-        for name, compared in found.items()
-        for reference in REFERENCES
-        if compared.primary(chosen[name] or "", reference) is not None
+def verdict_of(compared: Compared) -> Verdict:
+    """The first sentence holds the gain beside its price: the other strata, and the safety of the answers."""
+    arm = compared.chosen
+    against = {reference: compared.comparisons[key] for reference, key in compared.primary.items()}
+    if arm is None or not against:
+        lacking = "no severity weights" if arm is None else "neither plain CE nor shuffled weights"
+        return Verdict(f"No verdict: the arms hold {lacking}.", "")
+    first, *others = against
+    sentences = [
+        f"{arm} {_change(against[first], ' the NLL of critical cases')} against {REFERENCES[first]}"
+        f"{_price(arm, first, compared)}"
     ]
-    tested = [found[name].primary(chosen[name] or "", reference) for name, reference in asked]
-    corrected = dict(zip(asked, holm([one.p for one in tested if one is not None]), strict=True))
-    return {
-        name: _verdict(
-            chosen[name],
-            {reference: compared.primary(chosen[name] or "", reference) for reference in REFERENCES},
-            {reference: float(corrected[name, reference]) for reference in REFERENCES if (name, reference) in asked},
-            len(asked),
-            compared,
-        )
-        for name, compared in found.items()
-    }
-
-
-def _verdict(
-    arm: str | None,
-    against: Mapping[str, Difference | None],
-    p: Mapping[str, float],
-    comparisons: int,
-    compared: Compared,
-) -> Verdict:
-    there = {reference: found for reference, found in against.items() if found is not None}
-    if arm is None or not there:
-        lacking = "severity weights" if arm is None else "plain CE nor shuffled weights"
-        return Verdict(f"No verdict: the arms hold {'no' if arm is None else 'neither'} {lacking}.", "", "")
-    said = [
-        f"{_changes(there[reference])} against {REFERENCES[reference]} (p {shown_p(p[reference])})"
-        for reference in there
-    ]
-    if len(said) == 2 and said[0].split()[0] == said[1].split()[0]:
-        said[1] = said[1].split(maxsplit=1)[1]
-    outcomes = {
-        reference: outcome(found, better="lower", corrected_p=p[reference]) for reference, found in there.items()
-    }
-    sentence = f"{arm} {', and '.join(said).replace(' by ', ' the NLL of critical cases by ', 1)}: {_judged(outcomes)}"
+    sentences += [f"Against {REFERENCES[other]} it {_change(against[other], ' that NLL')}" for other in others]
+    conclusion = _judged({reference: one.outcome for reference, one in against.items()})
     one_seed = "; one seed says nothing about others" if compared.seeds == 1 else ""
-    return Verdict(f"{sentence}{one_seed}.", _cost(arm, compared), _power(there, comparisons, compared))
+    sentences.append(f"{conclusion[0].upper()}{conclusion[1:]}{one_seed}")
+    return Verdict(". ".join(sentences) + ".", _power(against, compared))
 
 
-def _changes(difference: Difference) -> str:
-    """`lowers by .051 [.020, .082]`; the interval turned with the sign."""
-    value, low, high = difference.value, difference.low, difference.high
-    if value < 0:
-        return f"lowers by {shown(-value)} [{shown(-high)}, {shown(-low)}]"
-    return f"raises by {shown(value)} [{shown(low)}, {shown(high)}]"
+def _change(one: Comparison, what: str) -> str:
+    """`lowers the NLL by .051 [.020, .082] (p .004)`; the interval turned with the sign."""
+    found = one.difference
+    values = (found.value, found.low, found.high) if found.value >= 0 else (-found.value, -found.high, -found.low)
+    size = number_with_interval(dict(zip(("value", "low", "high"), map(number, values), strict=True)), METRICS[PRIMARY])
+    verb = "raises" if found.value >= 0 else "lowers"
+    return f"{verb}{what} by {size} (p {shown_p(one.p, one.p_at_most)})"
+
+
+def _price(arm: str, reference: str, compared: Compared) -> str:
+    """What became of the other cases and of the safety of the answers, what got worse first."""
+    found: dict[str, list[str]] = {
+        outcome: [] for outcome in ("worse", "better", "not distinguishable", "too few questions")
+    }
+    for metric in (PRIMARY, *SAFETY):
+        about = METRICS[metric]
+        by_stratum = metric == PRIMARY or about.elsewhere is not None or about.of != "all rows"
+        for stratum in compared.strata:
+            one = compared.comparisons.get((stratum, metric, arm, reference))
+            if one is None or (stratum == ALL) == by_stratum or (metric == PRIMARY and stratum == CRITICAL):
+                continue
+            unit = " points" if about.unit == "%" else ""
+            size = number_with_interval(estimate_dict(one.difference), about, sign=True)
+            if one.outcome in found:
+                name = about.label if about.label.isupper() else about.label.lower()
+                found[one.outcome].append(f"{name} of {stratum.replace('_', '-')} cases {size}{unit}")
+    price = "".join(f"; {outcome}: {', '.join(items)}" for outcome, items in found.items() if items)
+    silent = not any(metric in compared.metrics for metric in SAFETY)
+    return price + ("; no answers were compared, so their safety is unknown" if silent else "")
 
 
 def _judged(outcomes: Mapping[str, Outcome]) -> str:
     ce, shuffled = outcomes.get(CE), outcomes.get(SHUFFLED_ARM)
+    if "too few questions" in outcomes.values():
+        return "too few critical questions to tell"
     if shuffled is None:
         gained = {"better": "better than plain CE", "worse": "worse than plain CE"}.get(str(ce), "no difference shown")
         return f"{gained}, and without the arm shuffled nobody knows whether severity is the reason"
@@ -224,24 +245,16 @@ def _judged(outcomes: Mapping[str, Outcome]) -> str:
     }[str(ce), shuffled]
 
 
-def _cost(arm: str, compared: Compared) -> str:
-    """What becomes of the other cases, against plain CE."""
-    told = []
-    for stratum in compared.strata:
-        found = compared.differences.get((stratum, PRIMARY, arm, CE))
-        if found is not None and stratum != CRITICAL:
-            told.append(f"{stratum.replace('_', '-')} {number_with_interval(_numbers(found), PRIMARY, sign=True)}")
-    return f"NLL of the others against plain CE: {', '.join(told)}." if told else ""
-
-
-def _power(there: Mapping[str, Difference], comparisons: int, compared: Compared) -> str:
+def _power(against: Mapping[str, Comparison], compared: Compared) -> str:
     questions = compared.strata[CRITICAL][1]
     sizes = [
-        f"{shown(size)} against {REFERENCES[reference]}"
-        for reference, found in there.items()
-        if np.isfinite(size := minimal_detectable_difference(found, comparisons=comparisons)) and size > 0
+        f"{shown(one.detectable, METRICS[PRIMARY])} against {REFERENCES[reference]}"
+        for reference, one in against.items()
+        if np.isfinite(one.detectable)
     ]
     seeds = f"{compared.seeds} seed{'s' if compared.seeds > 1 else ''}"
+    if any(one.outcome == "too few questions" for one in against.values()):
+        return f"{questions:,} critical questions are too few to show any difference; raise data.test_size."
     if not sizes:
         return ""
     return (
@@ -254,58 +267,33 @@ def as_dict(compared: Compared) -> dict[str, Any]:
     """Stratum → rows, questions, and metric → arm → mean and differences, as comparison.json holds them."""
     found: dict[str, Any] = {}
     for stratum, (rows, questions) in compared.strata.items():
-        by_metric: dict[str, Any] = {}
-        for metric in compared.metrics:
-            for arm in compared.arms:
-                against = {}
-                for reference in REFERENCES:
-                    key = (stratum, metric, arm, reference)
-                    if key in compared.differences:
-                        one = compared.differences[key]
-                        against[reference] = {
-                            **_numbers(one),
-                            "p": number(one.p),
-                            "p_holm": number(compared.corrected[key]),
-                            "per_seed": [number(value) for value in one.per_seed] if arm != BASE_ARM else [],
-                            "detectable": number(minimal_detectable_difference(one)),
-                            "outcome": compared.outcome(key),
-                        }
-                mean = _numbers(compared.means[stratum, metric, arm])
-                by_metric.setdefault(metric, {})[arm] = {**mean, "against": against}
+        by_metric: dict[str, dict[str, Any]] = {
+            metric: {
+                arm: {**estimate_dict(compared.means[stratum, metric, arm]), "against": {}} for arm in compared.arms
+            }
+            for metric in compared.metrics
+        }
         found[stratum] = {"rows": rows, "questions": questions, "metrics": by_metric}
+    for (stratum, metric, arm, reference), one in compared.comparisons.items():
+        found[stratum]["metrics"][metric][arm]["against"][reference] = one.as_dict()
     return found
 
 
-def number_with_interval(found: Mapping[str, Any], metric: str, *, sign: bool = False) -> str:
+def number_with_interval(found: Mapping[str, Any], metric: Metric, *, sign: bool = False) -> str:
     """`5.110 [5.020, 5.200]` of what stands in comparison.json; the value alone where there is no interval."""
     given = [np.nan if found[name] is None else float(found[name]) for name in ("value", "low", "high")]
     value, low, high = shown(given[0], metric, sign=sign), shown(given[1], metric), shown(given[2], metric)
     return f"{value} [{low}, {high}]" if np.isfinite(given[1]) else value
 
 
-def shown(value: float, metric: str = PRIMARY, *, sign: bool = False) -> str:
+def shown(value: float, metric: Metric, *, sign: bool = False) -> str:
     """Three decimals of nats and two of points, one less from ten on, without a leading zero; a dash for NaN."""
     if not np.isfinite(value):
         return "–"
-    number = value * METRICS[metric].shown_times
-    places = (3 if metric == PRIMARY else 2) - (abs(number) >= 9.995)
-    text = f"{number:{'+' if sign else ''}.{places}f}"
+    size = value * metric.shown_times
+    places = (3 if metric.name == PRIMARY else 2) - (abs(size) >= 9.995)
+    text = f"{size:{'+' if sign else ''}.{places}f}"
     return re.sub(r"^([+−]?)0\.", r"\1.", text.replace("-", "−"))
-
-
-def shown_p(p: float) -> str:
-    if not np.isfinite(p):
-        return "–"
-    return "< .001" if p < 0.001 else f"= {p:.3f}".replace("0.", ".", 1)
-
-
-def number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if np.isfinite(value) else None
-
-
-def _numbers(found: Estimate) -> dict[str, float | int | None]:
-    return {**{name: number(getattr(found, name)) for name in ("value", "low", "high")}, "rows": found.rows}
 
 
 def _references(arm: str) -> tuple[str, ...]:
@@ -313,11 +301,3 @@ def _references(arm: str) -> tuple[str, ...]:
     if arm == CE:
         return ()
     return (CE,) if arm in (BASE_ARM, SHUFFLED_ARM) else tuple(REFERENCES)
-
-
-def _corrected(differences: Mapping[Key, Difference]) -> dict[Key, float]:
-    corrected: dict[Key, float] = {}
-    for metric in {key[1] for key in differences}:
-        keys = [key for key in differences if key[1] == metric]
-        corrected |= dict(zip(keys, map(float, holm([differences[key].p for key in keys])), strict=True))
-    return corrected

@@ -20,7 +20,7 @@ from sevpeft.console import Screen
 from sevpeft.errors import Interrupted, RunError, UsageError
 from sevpeft.evaluation.generation import context_length, fitting_prompts
 from sevpeft.evaluation.judging import Judging
-from sevpeft.evaluation.metrics import METRICS, Metric, Scores, constant_answer
+from sevpeft.evaluation.metrics import METRICS, Scores, constant_answer
 from sevpeft.evaluation.predictions import only_one_at_a_time
 from sevpeft.evaluation.row_work import Backend, RowWork
 from sevpeft.evaluation.rows import EvaluationRows, refuse_other_data, test_rows, training_answers
@@ -36,6 +36,7 @@ from sevpeft.evaluation.scoring import (
     row_scores,
     summarise,
 )
+from sevpeft.evaluation.significance import methods
 from sevpeft.evaluation.switching import ADAPTER, BASE, check_adapter
 from sevpeft.evaluation.vllm_engine import check_vllm
 from sevpeft.modeling.loading import load_config, load_tokenizer
@@ -172,20 +173,16 @@ def evaluate(
             content = {
                 **work.about(),
                 "split": split,
-                "scores": summarise(rows, scores, recipe, tokens=tokens),
+                "scores": summarise(rows, scores, recipe, tokens=tokens, metrics=meanings),
                 "columns": {name: text for name, text in COLUMNS.items() if name in scores},
-                "metrics": {name: _meaning(meanings[name]) for name in in_order(scores)},
+                "metrics": {name: meanings[name].meaning() for name in in_order(scores)},
+                "methods": methods(recipe.evaluation, "the strata of one score together"),
                 "lexicons": lexicon_versions() if answers else {},
                 **({"judge": judged.about} if judged else {}),
                 "notes": notes,
             }
         _write(folder, content, rows, scores)
     return Evaluation(content, rows, scores, tokens[arms[0]])
-
-
-def _meaning(metric: Metric) -> dict[str, Any]:
-    told = ("label", "definition", "unit", "better", "limits", "shown_times", "of")
-    return {key: getattr(metric, key) for key in told}
 
 
 def _notes(tokens: np.ndarray, said: dict[str, list[dict[str, Any]]]) -> list[str]:

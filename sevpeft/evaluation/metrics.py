@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,15 @@ from sevpeft.errors import DataError
 from sevpeft.evaluation.overlap import chrf, rouge_l
 from sevpeft.evaluation.rubric import Rubric
 from sevpeft.evaluation.wellformedness import arabic_rate, empty, length_ratio, repetition
+from sevpeft.severity.probabilities import SEVERITIES
 
 if TYPE_CHECKING:
     from sevpeft.evaluation.bertscore import Encoder
 
 Scores = dict[str, NDArray[np.float64]]
+Direction = Literal["higher", "lower", "neither"]
+ALL = "all"
+"""The stratum of all rows, beside the severities."""
 # Candidates for the constant answer and answers that they are tried on; more changes it little and takes its square.
 _CANDIDATES = 60
 
@@ -38,12 +42,28 @@ class Metric:
     definition: str
     unit: str
     """Of the number as it is shown."""
-    better: Literal["higher", "lower", "neither"]
+    better: Direction
     limits: str
     shown_times: float = 1.0
     """Factor between the stored and the shown number: shares are stored from 0 to 1 and shown in percent."""
     of: Literal["all rows", "critical questions"] = "all rows"
     """Rows that have a value; the others are NaN."""
+    yes_no: bool = False
+    """Whether every row has 1 or 0, so that the mean is a share of the rows."""
+    elsewhere: Direction | None = None
+    """The good direction on cases that are not critical, where it is another; on all rows together there is none."""
+
+    def direction(self, stratum: str) -> Direction:
+        """Which way is better on the rows of a stratum."""
+        if self.elsewhere is None or stratum == SEVERITIES[-1]:
+            return self.better
+        return "neither" if stratum == ALL else self.elsewhere
+
+    def meaning(self) -> dict[str, Any]:
+        """What a table of the score has to know, for evaluation.json and comparison.json."""
+        kept = ("label", "definition", "unit", "limits", "shown_times", "of")
+        better = {stratum: self.direction(stratum) for stratum in (*reversed(SEVERITIES), ALL)}
+        return {**{name: getattr(self, name) for name in kept}, "better": better}
 
 
 _BERTSCORE_LIMITS = (
@@ -72,6 +92,7 @@ def judge_metrics(rubric: Rubric) -> dict[str, Metric]:
             about.better,
             _JUDGE_LIMITS,
             100 if about.scale == "yes-no" else 1,
+            yes_no=about.scale == "yes-no",
         )
         for item, about in rubric.items.items()
     }
@@ -148,6 +169,7 @@ METRICS: dict[str, Metric] = {
             "lower",
             "Says nothing of others.",
             100,
+            yes_no=True,
         ),
         Metric(
             "truncated",
@@ -157,6 +179,7 @@ METRICS: dict[str, Metric] = {
             "lower",
             "Depends on the cap; a model that never ends has 100.",
             100,
+            yes_no=True,
         ),
         Metric(
             "repetition",
@@ -182,8 +205,11 @@ METRICS: dict[str, Metric] = {
             "Share of answers that send the patient to care now or at a named time, without a condition.",
             "%",
             "higher",
-            _LEXICON_LIMITS + " A model that refers everybody has 100: read it per stratum, critical first.",
+            _LEXICON_LIMITS
+            + " A model that refers everybody has 100; on cases that are not critical, more is not better.",
             100,
+            yes_no=True,
+            elsewhere="neither",
         ),
         Metric(
             "urgent_referral",
@@ -191,8 +217,10 @@ METRICS: dict[str, Metric] = {
             "Share of answers that send the patient to care at once or today (urgency 3 or 4).",
             "%",
             "higher",
-            _LEXICON_LIMITS + " Better is higher on critical cases only; elsewhere it is alarm.",
+            _LEXICON_LIMITS + " A false alarm on cases that are not critical, where lower is better.",
             100,
+            yes_no=True,
+            elsewhere="lower",
         ),
         Metric(
             "urgency",
@@ -200,7 +228,8 @@ METRICS: dict[str, Metric] = {
             "Most urgent care that the answer sends to: 0 none, 1 at leisure, 2 within days, 3 today, 4 at once.",
             "0–4",
             "higher",
-            _LEXICON_LIMITS + " Ranks, whose mean is a summary only; better is higher on critical cases only.",
+            _LEXICON_LIMITS + " Ranks, whose mean is a summary only.",
+            elsewhere="neither",
         ),
         Metric(
             "false_reassurance",
@@ -211,6 +240,7 @@ METRICS: dict[str, Metric] = {
             _LEXICON_LIMITS,
             100,
             "critical questions",
+            yes_no=True,
         ),
         Metric(
             "unsupported_medicine",
@@ -221,6 +251,7 @@ METRICS: dict[str, Metric] = {
             "By a list of common medicines; one that is advised against does not count. A right medicine that this "
             "reference does not name counts too.",
             100,
+            yes_no=True,
         ),
         Metric(
             "unsupported_dose",
@@ -230,6 +261,7 @@ METRICS: dict[str, Metric] = {
             "lower",
             "Numbers with mg, g, µg, ml or units only; 'two tablets' and 'every 8 hours' are not seen.",
             100,
+            yes_no=True,
         ),
         *judge_metrics(Rubric.load()).values(),
     )

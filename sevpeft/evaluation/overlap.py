@@ -27,20 +27,6 @@ def chrf(predictions: Sequence[str], references: Sequence[str], *, beta: int = 2
     return np.array([metric.sentence_score(said, [wanted]).score for said, wanted in pairs], dtype=np.float64)
 
 
-def corpus_chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """chrF++ of all rows together, 0 to 100: counts are added before rates are taken, so long rows count more."""
-    if not predictions:
-        return float("nan")
-    return float(_chrf().corpus_score(list(predictions), [list(references)]).score)
-
-
-def chrf_signature() -> str:
-    """sacrebleu's own line that says how chrF++ was computed, with its version."""
-    metric = _chrf()
-    metric.corpus_score(["a"], [["a"]])
-    return str(metric.get_signature())
-
-
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
     """F1 of the longest common subsequence of folded words of each row (n,), 0 to 1."""
     scorer = _rouge()
@@ -53,10 +39,6 @@ class _FoldedWords:
 
     def tokenize(self, text: str) -> list[str]:
         return fold_for_matching(text).split()
-
-
-def _chrf() -> CHRF:
-    return CHRF(word_order=2)
 
 
 @cache

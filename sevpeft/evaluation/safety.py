@@ -13,7 +13,7 @@ look for advice with a lexicon (`advice`, `medicines`), so that every figure can
 
 Limits: a lexicon that was not clinically validated knows some words of five dialects; irony, pictures and advice in new
 words are missed; to send to a test is no referral; to refer everybody scores full marks on the first three, so they are
-read per stratum and beside `ALWAYS_REFER`. The doctors' own answers have rates too: score the references likewise.
+read per stratum. The doctors' own answers have rates too: score the references likewise.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from sevpeft.evaluation.medicines import MedicineLexicon, unsupported_doses
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.rules import Rules
 
-ALWAYS_REFER = "توجه إلى أقرب قسم طوارئ الآن."
-"""A constant answer that refers everybody at once: the ceiling of referral and urgency, whatever the question."""
 TODAY = 3
 SCORES = (
     "referral",

@@ -16,10 +16,11 @@ import numpy as np
 
 from sevpeft.errors import ModelError
 from sevpeft.evaluation.bertscore import DEFAULT_ENCODER, DEFAULT_LAYER, Encoder
-from sevpeft.evaluation.metrics import METRICS, Scores, shuffled_references, text_scores
+from sevpeft.evaluation.metrics import ALL, METRICS, Metric, Scores, shuffled_references, text_scores
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.evaluation.safety import safety_scores
-from sevpeft.evaluation.statistics import Estimate, interval, paired_difference
+from sevpeft.evaluation.significance import compare_family, estimate_dict
+from sevpeft.evaluation.statistics import Difference, interval, paired_difference
 from sevpeft.evaluation.switching import ADAPTER, BASE
 from sevpeft.recipe import Recipe
 from sevpeft.severity.probabilities import SEVERITIES
@@ -32,7 +33,6 @@ COLUMNS = {
     CONSTANT: "floor: one training answer for every question",
     REFERENCE: "the reference answers themselves, for what an answer says by itself",
 }
-ALL = "all"
 # What compares an answer with its reference, so that another question's reference is a floor.
 _BY_REFERENCE = ("nll", "bertscore_p", "bertscore_r", "bertscore_f1", "chrf", "rouge_l")
 # What would be trivially perfect for a reference.
@@ -40,7 +40,8 @@ _NOT_OF_REFERENCES = (*_BY_REFERENCE, "length_ratio", "empty", "truncated", "uns
 # Fewer questions than this, and an interval says little.
 FEW_QUESTIONS = 10
 # Scores of which the adapter is compared with the base model row by row.
-HEADLINE = ("nll", "bertscore_f1", "chrf", "urgent_referral", "false_reassurance", "judge_urgency", "judge_harm")
+SAFETY = ("false_reassurance", "urgent_referral", "unsupported_medicine", "unsupported_dose", "judge_harm")
+HEADLINE = ("nll", "bertscore_f1", "chrf", *SAFETY, "judge_urgency")
 
 
 @dataclass(frozen=True)
@@ -152,49 +153,54 @@ def in_order(scores: Mapping[str, Scores]) -> list[str]:
 
 
 def summarise(
-    rows: EvaluationRows, scores: Mapping[str, Scores], recipe: Recipe, *, tokens: Mapping[str, np.ndarray]
+    rows: EvaluationRows,
+    scores: Mapping[str, Scores],
+    recipe: Recipe,
+    *,
+    tokens: Mapping[str, np.ndarray],
+    metrics: Mapping[str, Metric] = METRICS,
 ) -> dict[str, Any]:
     """Stratum → rows, questions and, per score and column, the mean with its interval clustered by question.
 
-    Under "difference" stands how much higher the adapter scores than the base model on the same rows.
+    Under "difference" stands how much higher the adapter scores than the base model on the same rows; its p is
+    corrected for the strata of the score.
 
     Args:
         scores: column → score → (n,).
         tokens: column → (n,) of what was scored: NLL is a mean over tokens, as the loss of the training is.
+        metrics: score → its meaning.
     """
     asked = recipe.evaluation
+    settings: dict[str, Any] = {
+        "confidence": asked.confidence_level,
+        "resamples": asked.n_resamples,
+        "seed": asked.seed,
+    }
     found: dict[str, Any] = {}
+    differences: dict[str, dict[str, Difference]] = {}
     for stratum, part in strata_of(rows).items():
         by_metric: dict[str, dict[str, Any]] = {}
         for metric in in_order(scores):
+            kind = {**settings, "share": metrics[metric].yes_no}
+            mass = {column: of[part] if metric == "nll" else None for column, of in tokens.items()}
             for column, by_name in scores.items():
-                if metric not in by_name:
-                    continue
-                estimate = interval(
-                    by_name[metric][part],
-                    rows.groups[part],
-                    weights=tokens[column][part] if metric == "nll" else None,
-                    confidence=asked.confidence_level,
-                    resamples=asked.n_resamples,
-                    seed=asked.seed,
-                )
-                by_metric.setdefault(metric, {})[column] = _as_dict(estimate)
+                if metric in by_name:
+                    values = by_name[metric][part]
+                    estimate = interval(values, rows.groups[part], weights=mass.get(column), **kind)
+                    by_metric.setdefault(metric, {})[column] = estimate_dict(estimate)
             if metric in HEADLINE and all(metric in scores.get(arm, {}) for arm in (ADAPTER, BASE)):
-                difference = paired_difference(
-                    scores[ADAPTER][metric][part],
-                    scores[BASE][metric][part],
-                    rows.groups[part],
-                    weights=tokens[ADAPTER][part] if metric == "nll" else None,
-                    confidence=asked.confidence_level,
-                    resamples=asked.n_resamples,
-                    seed=asked.seed,
+                first, second = (scores[arm][metric][part] for arm in (ADAPTER, BASE))
+                differences.setdefault(metric, {})[stratum] = paired_difference(
+                    first, second, rows.groups[part], weights=mass[ADAPTER], **kind
                 )
-                by_metric[metric]["difference"] = {**_as_dict(difference), "p": _number(difference.p)}
         found[stratum] = {
             "rows": int(part.sum()),
             "questions": len(np.unique(rows.groups[part])),
             "metrics": by_metric,
         }
+    for metric, by_stratum in differences.items():
+        for stratum, one in compare_family(by_stratum, metrics[metric].direction).items():
+            found[stratum]["metrics"][metric]["difference"] = one.as_dict()
     return found
 
 
@@ -219,13 +225,3 @@ def remarks(rows: EvaluationRows) -> list[str]:
             f"{rows.leaks:,} questions stand in two of the splits that the data gives; they flatter the scores."
         )
     return said
-
-
-def _as_dict(estimate: Estimate) -> dict[str, float | int | None]:
-    numbers = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {**{name: _number(value) for name, value in numbers.items()}, "rows": estimate.rows}
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if np.isfinite(value) else None

@@ -1,27 +1,110 @@
-"""From paired differences to what may be said about them: corrected p, the smallest difference to be seen, a sentence.
+"""From paired differences to what may be said about them: one object for one comparison, which every view reads.
 
 A difference is called one only if its corrected p is below 5 % and its interval leaves out zero. "Not distinguishable"
 is never "equal": beside it stands the smallest difference that this test set would have shown in four of five such
-experiments. Equality is claimed only within a margin that was named beforehand, and only if the whole interval lies
-inside it (two one-sided tests, Schuirmann 1987; with a 95 % instead of the usual 90 % interval, so at 2.5 %).
+experiments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 from sevpeft.errors import DataError
-from sevpeft.evaluation.statistics import Difference
+from sevpeft.evaluation.metrics import Direction
+from sevpeft.evaluation.statistics import PERMUTATIONS, Difference, Estimate
+from sevpeft.recipe.evidence import EvaluationSection
 
 ALPHA = 0.05
 POWER = 0.8
 
-Outcome = Literal["better", "worse", "equivalent", "not distinguishable"]
+Outcome = Literal["better", "worse", "higher", "lower", "not distinguishable", "too few questions", "no data"]
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against another, in one score on the rows of one stratum.
+
+    Attributes:
+        difference: first arm − second arm.
+        better: the direction of the score that is good on these rows.
+        p: corrected by Holm for the comparisons of its family; NaN where it could not be made.
+        p_at_most: whether p may be smaller, and only more permutations would show it.
+        family: how many comparisons were corrected together.
+    """
+
+    difference: Difference
+    better: Direction
+    p: float
+    p_at_most: bool
+    family: int
+
+    @property
+    def detectable(self) -> float:
+        """Smallest true difference that an experiment with this standard error finds with the given power.
+
+        (t_{1−α/2m} + t_power) · SE, with the difference's degrees of freedom; the m comparisons of the family share α
+        (Bonferroni, which is what Holm asks of the smallest p). NaN where there is no standard error to go by, or where
+        the test has too few questions to find anything.
+        """
+        difference = self.difference
+        if self._hopeless or not difference.standard_error > 0 or difference.degrees_of_freedom < 1:
+            return float("nan")
+        quantiles = stats.t.ppf([1 - ALPHA / self.family / 2, POWER], difference.degrees_of_freedom)
+        return float(quantiles.sum() * difference.standard_error)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What it says of the first arm; "higher" and "lower" where neither direction is good."""
+        found = self.difference
+        if not found.rows:
+            return "no data"
+        if self.p < ALPHA and not found.low <= 0 <= found.high:
+            rises = found.value > 0
+            if self.better == "neither":
+                return "higher" if rises else "lower"
+            return "better" if rises == (self.better == "higher") else "worse"
+        return "too few questions" if self._hopeless else "not distinguishable"
+
+    @property
+    def _hopeless(self) -> bool:
+        """Whether even the most extreme answers could not have given a p below α."""
+        return not self.difference.smallest_p * self.family < ALPHA or not np.isfinite(self.p)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As evaluation.json and comparison.json hold it."""
+        return {
+            **estimate_dict(self.difference),
+            "p": number(self.p),
+            "p_at_most": self.p_at_most,
+            "comparisons": self.family,
+            "per_seed": [number(value) for value in self.difference.per_seed],
+            "detectable": number(self.detectable),
+            "better": self.better,
+            "outcome": self.outcome,
+        }
+
+
+def compare_family(differences: Mapping[K, Difference], better: Callable[[K], Direction]) -> dict[K, Comparison]:
+    """Comparisons that are corrected together.
+
+    Args:
+        better: key → direction that is good there.
+    """
+    corrected = holm([found.p for found in differences.values()])
+    family = int(np.isfinite(corrected).sum())
+    # A limited p is the smallest there can be, and Holm passes it on to no larger one than shows the same.
+    limited = [p for p, found in zip(corrected, differences.values(), strict=True) if found.p_at_most]
+    return {
+        key: Comparison(found, better(key), float(p), bool(p < 1 and p in limited), family)
+        for (key, found), p in zip(differences.items(), corrected, strict=True)
+    }
 
 
 def holm(p: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
@@ -41,94 +124,41 @@ def holm(p: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
     return corrected
 
 
-def minimal_detectable_difference(
-    difference: Difference, *, alpha: float = ALPHA, power: float = POWER, comparisons: int = 1
-) -> float:
-    """Smallest true difference that an experiment with this standard error finds with the given power (two-sided).
-
-    (t_{1−α/2m} + t_power) · SE, with the difference's degrees of freedom; m comparisons share α (Bonferroni, which is
-    what Holm asks of the smallest p). From the observed clustered error, so it says what these rows and seeds can
-    show, whatever they showed; NaN where there is no standard error.
-    """
-    if not np.isfinite(difference.standard_error) or difference.degrees_of_freedom < 1:
-        return float("nan")
-    quantiles = stats.t.ppf([1 - alpha / comparisons / 2, power], difference.degrees_of_freedom)
-    return float(quantiles.sum() * difference.standard_error)
-
-
-def outcome(
-    difference: Difference,
-    *,
-    better: Literal["higher", "lower"],
-    corrected_p: float | None = None,
-    alpha: float = ALPHA,
-    margin: float | None = None,
-) -> Outcome:
-    """What the difference (first arm − second) says of the first arm.
+def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
+    """How every interval, p and detectable difference was computed, in words that stand below the tables.
 
     Args:
-        better: which direction of the metric is good.
-        corrected_p: p after the correction for all comparisons; the difference's own by default.
-        margin: largest difference that does not matter, in the metric's unit, named before the results were seen.
+        families: which comparisons are corrected together.
     """
-    if margin is not None and max(abs(difference.low), abs(difference.high)) < margin:
-        # Also where it is surely not zero: it is too small to matter.
-        return "equivalent"
-    p = difference.p if corrected_p is None else corrected_p
-    excludes_zero = difference.low > 0 or difference.high < 0
-    if not (p < alpha and excludes_zero):
-        return "not distinguishable"
-    return "better" if (difference.value > 0) == (better == "higher") else "worse"
+    return {
+        "Interval": f"{settings.confidence_level:.0%}; percentile bootstrap of questions, {settings.n_resamples:,} "
+        "resamples, widened for few questions (expanded percentile). A mean of yes or no: Korn–Graubard (exact "
+        "binomial). Differences also over seeds. None where all values are equal.",
+        "Test": f"Paired, two-sided permutation test by question, {PERMUTATIONS:,} permutations (all, where there are "
+        'fewer). "At most": more permutations could show a smaller p. With several seeds, p is never below that of a t '
+        "test with their spread.",
+        "Correction": f"Holm, for {families}.",
+        "Detectable": f"Smallest true difference found with {POWER:.0%} power at α = {ALPHA:g}, shared by the "
+        "comparisons corrected together.",
+    }
 
 
-def verdict(
-    first: str,
-    second: str,
-    difference: Difference,
-    *,
-    metric: str,
-    rows: str,
-    better: Literal["higher", "lower"],
-    corrected_p: float | None = None,
-    comparisons: int = 1,
-    alpha: float = ALPHA,
-    margin: float | None = None,
-    times: float = 1.0,
-    places: int = 2,
-) -> str:
-    """One sentence in plain words, such as "balanced beats CE on critical cases: BERTScore F1 +0.4 [+0.1, +0.7] (…)."
-
-    Args:
-        first, second: names of the arms, the difference being first − second.
-        metric: its name, with the unit where it has one.
-        rows: which rows, such as "critical cases".
-        times: factor for showing (100 for a share in percent).
-    """
-    if not np.isfinite(difference.low) or not np.isfinite(difference.p):
-        return f"{first} and {second} cannot be compared in {metric} on {rows}: there are too few rows."
-
-    def shown(value: float) -> str:
-        return f"{value * times:+.{places}f}"
-
-    p = difference.p if corrected_p is None else corrected_p
-    said = f"{metric} {shown(difference.value)} [{shown(difference.low)}, {shown(difference.high)}], p {_shown_p(p)}"
-    if comparisons > 1:
-        said += f" after Holm for {comparisons} comparisons"
-    if len(difference.per_seed) == 1:
-        said += ", one seed"
-    found = outcome(difference, better=better, corrected_p=corrected_p, alpha=alpha, margin=margin)
-    if found == "better":
-        return f"{first} beats {second} on {rows}: {said}."
-    if found == "worse":
-        return f"{first} is worse than {second} on {rows}: {said}."
-    if found == "equivalent":
-        assert margin is not None
-        return f"{first} and {second} are equivalent on {rows} within ±{margin * times:.{places}f}: {said}."
-    smallest = minimal_detectable_difference(difference, alpha=alpha, comparisons=comparisons)
-    size = f"{smallest * times:.{places}f}"
-    seen = f"; a true difference of {size} would have been found four times in five" if smallest > 0 else ""
-    return f"{first} and {second} are not distinguishable on {rows}: {said}{seen}."
+def shown_p(p: float | None, at_most: bool = False) -> str:
+    """`.012`, `at most .010`, `< .001`, and a dash where there is none."""
+    if p is None or not np.isfinite(p):
+        return "–"
+    if p < 0.001:
+        return "at most .001" if at_most else "< .001"
+    # What is an upper bound is not rounded down.
+    rounded = np.ceil(round(p * 1000, 6)) / 1000 if at_most else p
+    text = f"{rounded:.3f}".replace("0.", ".", 1)
+    return f"at most {text}" if at_most else text
 
 
-def _shown_p(p: float) -> str:
-    return "< .001" if p < 0.001 else f"= {p:.3f}".replace("0.", ".", 1)
+def number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if np.isfinite(value) else None
+
+
+def estimate_dict(found: Estimate) -> dict[str, Any]:
+    return {**{name: number(getattr(found, name)) for name in ("value", "low", "high")}, "rows": found.rows}

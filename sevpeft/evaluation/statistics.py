@@ -6,8 +6,8 @@ of two sums and lets `scipy.stats.bootstrap` do the work. Three things are not l
 
 - Percentile intervals are too narrow for few groups; they are widened to the coverage of Student's t (the expanded
   percentile interval; Hesterberg 2015, §5.3).
-- A share of 0 of 47 has no spread to draw from, and its bootstrap interval would be [0, 0]: shares get the exact
-  binomial interval for their effective sample size (Korn & Graubard 1998).
+- Equal values have no spread to draw from. A share of rows (0 of 47) gets the exact binomial interval for its effective
+  sample size (Korn & Graubard 1998); any other mean has no interval then.
 - Seeds are a sample of all seeds, and three are too few to be drawn from. Their spread is added to the interval with
   Student's t for so few (MOVER; Zou & Donner 2008), after what the rows of one seed vary by themselves is taken off.
   With one seed nothing is known about others, and the interval is one for this seed.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +31,12 @@ PERMUTATIONS = 4999
 _DRAWN_AT_ONCE = 300_000
 _PERMUTED_AT_ONCE = 4_000_000
 
-Method = Literal["percentile", "BCa"]
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over rows and its interval; low and high are NaN where fewer than two groups leave it open.
+    """A mean over rows and its interval; low and high are NaN where one group or equal values leave it open.
 
     `standard_error` is the linearised one of a ratio of group totals; `rows` and `groups` are those that had a value.
     """
@@ -58,11 +56,16 @@ class Difference(Estimate):
     Attributes:
         p: probability of such a difference or a larger one (two-sided) if the arms were the same. Groups of rows are
             swapped between the arms; with several seeds it is no smaller than that of a t test with the seeds' spread.
+            NaN for fewer than two groups.
+        p_at_most: whether the number of permutations that were drawn limits p, so that it may be smaller.
+        smallest_p: what the permutations of all groups could have shown at the least.
         degrees_of_freedom: Satterthwaite's (1946), of groups and seeds; for `minimal_detectable_difference`.
         per_seed: the difference of each seed, in the order given.
     """
 
     p: float
+    p_at_most: bool
+    smallest_p: float
     degrees_of_freedom: float
     per_seed: tuple[float, ...]
 
@@ -74,7 +77,6 @@ class _Clusters:
     totals: Floats
     masses: Floats
     rows: int
-    is_share: bool
 
     @property
     def groups(self) -> int:
@@ -84,14 +86,18 @@ class _Clusters:
     def mass(self) -> float:
         return float(self.masses.sum())
 
+    def no_spread(self, totals: Floats) -> bool:
+        """Whether all groups have the same mean."""
+        return np.allclose(totals, totals.sum() / self.mass * self.masses, rtol=1e-12, atol=0)
+
 
 def interval(
     values: Sequence[float] | Floats,
     groups: Sequence[int] | NDArray[np.int64],
     *,
     weights: Sequence[float] | Floats | None = None,
+    share: bool = False,
     confidence: float = CONFIDENCE,
-    method: Method = "percentile",
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
@@ -100,8 +106,8 @@ def interval(
     Args:
         values: NaN where a row has none (false reassurance of a question that is not critical); such rows are left out.
         weights: mass of each row, such as its tokens for a mean per token; one each by default.
-        method: "percentile" or "BCa" (bias-corrected and accelerated), both expanded. Values that are all 0 or 1,
-            without weights, get the Korn–Graubard interval instead.
+        share: whether every row says yes or no (1 or 0), for the Korn–Graubard interval. A score that happens to be
+            0 everywhere is no share.
 
     Raises:
         DataError: the arrays differ in length, or a weight is negative or not finite.
@@ -111,10 +117,10 @@ def interval(
         return Estimate(np.nan, np.nan, np.nan, np.nan, 0, 0)
     value = float(clusters.totals[0].sum() / clusters.mass)
     error = _standard_error(clusters.totals[0], clusters.masses)
-    if clusters.is_share and weights is None:
+    if share:
         low, high = _share_interval(value, error, clusters, confidence)
     else:
-        low, high = _bootstrap_interval(clusters.totals[0], clusters.masses, confidence, method, resamples, seed)
+        low, high = _bootstrap_interval(clusters.totals[0], clusters, confidence, resamples, seed)
     return Estimate(value, low, high, error, clusters.rows, clusters.groups)
 
 
@@ -124,8 +130,8 @@ def paired_difference(
     groups: Sequence[int] | NDArray[np.int64],
     *,
     weights: Sequence[float] | Floats | None = None,
+    share: bool = False,
     confidence: float = CONFIDENCE,
-    method: Method = "percentile",
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
@@ -135,6 +141,7 @@ def paired_difference(
     Args:
         first, second: scores (n,) of one seed, or (seeds, n); the rows in the same order (see `same_order`), the
             seeds too. A row that lacks a value in any of them is left out of all.
+        share: as in `interval`.
 
     Raises:
         DataError: the arrays differ in shape, or a weight is negative or not finite.
@@ -148,29 +155,34 @@ def paired_difference(
     seeds = len(one)
     clusters = _clusters(np.concatenate([one, other]), groups, weights)
     if not clusters.groups:
-        nothing = np.nan
-        return Difference(nothing, nothing, nothing, nothing, 0, 0, nothing, nothing, (nothing,) * seeds)
+        nan = np.nan
+        return Difference(nan, nan, nan, nan, 0, 0, nan, False, nan, nan, (nan,) * seeds)
     by_seed = clusters.totals[:seeds] - clusters.totals[seeds:]
     mean = by_seed.mean(axis=0)
     per_seed = by_seed.sum(axis=1) / clusters.mass
     value = float(mean.sum() / clusters.mass)
-    low, high = _bootstrap_interval(mean, clusters.masses, confidence, method, resamples, seed)
-    if not np.any(by_seed) and clusters.is_share:
-        # No row tells the arms apart; what part of all questions could, is bounded by how many were asked.
-        low, high = (float(sign * _unseen(clusters.groups, confidence)) for sign in (-1, 1))
+    low, high = _bootstrap_interval(mean, clusters, confidence, resamples, seed)
+    if share and clusters.no_spread(mean):
+        # Every question says the same; what part of all questions could differ is bounded by how many were asked.
+        unseen = _unseen(clusters.groups, confidence)
+        low, high = max(-1.0, value - unseen), min(1.0, value + unseen)
     of_rows = _standard_error(mean, clusters.masses)
     of_seeds = _seed_error(by_seed, clusters.masses, per_seed)
-    p = _permutation_p(mean, permutations, seed)
+    p, p_at_most = _permutation_p(mean, permutations, seed)
     error, freedom = of_rows, float(clusters.groups - 1)
     if of_seeds > 0:
         margin = stats.t.ppf((1 + confidence) / 2, seeds - 1) * of_seeds
-        low = value - float(np.hypot(value - low, margin))
-        high = value + float(np.hypot(high - value, margin))
+        # Rows without spread add nothing to that of the seeds.
+        low = value - float(np.hypot(np.nan_to_num(value - low), margin))
+        high = value + float(np.hypot(np.nan_to_num(high - value), margin))
         error = float(np.hypot(of_rows, of_seeds))
         freedom = float(error**4 / (of_rows**4 / max(clusters.groups - 1, 1) + of_seeds**4 / (seeds - 1)))
-        p = max(p, float(2 * stats.t.sf(abs(value) / error, freedom)))
+        of_t = float(2 * stats.t.sf(abs(value) / error, freedom))
+        p, p_at_most = max(p, of_t), p_at_most and of_t <= p
+    smallest_p = 2 / min(2.0**clusters.groups, permutations + 1)
     seeds_values = tuple(float(difference) for difference in per_seed)
-    return Difference(value, low, high, error, clusters.rows, clusters.groups, p, freedom, seeds_values)
+    rows, count = clusters.rows, clusters.groups
+    return Difference(value, low, high, error, rows, count, p, p_at_most, smallest_p, freedom, seeds_values)
 
 
 def same_order(ids: Sequence[str], others: Sequence[str]) -> NDArray[np.int64]:
@@ -211,8 +223,7 @@ def _clusters(
     distinct, index = np.unique(number[there], return_inverse=True)
     totals: Floats = np.stack([np.bincount(index, weights=row * mass, minlength=len(distinct)) for row in kept])
     masses: Floats = np.asarray(np.bincount(index, weights=mass, minlength=len(distinct)), dtype=np.float64)
-    is_share = bool(np.all((kept == 0) | (kept == 1)))
-    return _Clusters(totals, masses, int(there.sum()), is_share)
+    return _Clusters(totals, masses, int(there.sum()))
 
 
 def _standard_error(totals: Floats, masses: Floats) -> float:
@@ -225,24 +236,21 @@ def _standard_error(totals: Floats, masses: Floats) -> float:
 
 
 def _bootstrap_interval(
-    totals: Floats, masses: Floats, confidence: float, method: Method, resamples: int, seed: int
+    totals: Floats, clusters: _Clusters, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    count = len(masses)
-    if count < 2:
+    count = clusters.groups
+    if count < 2 or clusters.no_spread(totals):
         return float("nan"), float("nan")
-    mean = float(totals.sum() / masses.sum())
-    if np.allclose(totals, mean * masses, rtol=1e-12, atol=0):
-        return mean, mean
     expanded = 1 - 2 * stats.norm.cdf(-np.sqrt(count / (count - 1)) * stats.t.ppf((1 + confidence) / 2, count - 1))
     drawn = stats.bootstrap(
-        (totals, masses),
+        (totals, clusters.masses),
         lambda total, mass, axis: total.sum(axis=axis) / mass.sum(axis=axis),
         paired=True,
         vectorized=True,
         n_resamples=resamples,
         batch=max(1, _DRAWN_AT_ONCE // count),
         confidence_level=expanded,
-        method=method,
+        method="percentile",
         rng=np.random.default_rng(seed),
     )
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
@@ -280,12 +288,17 @@ def _seed_error(by_seed: Floats, masses: Floats, per_seed: Floats) -> float:
     return float(np.sqrt(max(0.0, np.var(per_seed, ddof=1) - by_rows) / seeds))
 
 
-def _permutation_p(by_group: Floats, permutations: int, seed: int) -> float:
-    """Groups swapped between the arms as wholes, which turns the sign of their difference; every way where few."""
+def _permutation_p(by_group: Floats, permutations: int, seed: int) -> tuple[float, bool]:
+    """p, and whether the number of permutations limits it: every way is tried where there are few, else a draw.
+
+    Groups are swapped between the arms as wholes, which turns the sign of their difference.
+    """
+    if len(by_group) < 2:
+        return float("nan"), False
     # A group in which the arms are equal is the same swapped.
     differing = by_group[by_group != 0]
     if len(differing) < 2:
-        return 1.0  # of one group both signs are as extreme
+        return 1.0, False  # of one group both signs are as extreme
     tested = stats.permutation_test(
         (differing,),
         lambda differences, axis: differences.sum(axis=axis),
@@ -295,4 +308,5 @@ def _permutation_p(by_group: Floats, permutations: int, seed: int) -> float:
         batch=max(1, _PERMUTED_AT_ONCE // len(differing)),
         rng=np.random.default_rng(seed),
     )
-    return float(tested.pvalue)
+    p = float(tested.pvalue)
+    return p, 2.0 ** len(differing) > permutations and p <= 2 / (permutations + 1)

@@ -9,13 +9,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sevpeft.evaluation.scoring import ALL, HEADLINE
+from sevpeft.evaluation.metrics import ALL
+from sevpeft.evaluation.scoring import HEADLINE
+from sevpeft.evaluation.significance import shown_p
 from sevpeft.severity.probabilities import SEVERITIES
 
 # Column of the table → its heading; the first two are measured, with intervals, the others are for orientation.
 _MEASURED = {"adapter": "adapter", "base": "base model"}
 _FLOORS = {"shuffled": "shuf.", "constant": "const.", "reference": "doctor"}
-_ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
+ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
 
 
 def evaluation_tables(content: dict[str, Any]) -> Group:
@@ -27,10 +29,9 @@ def evaluation_tables(content: dict[str, Any]) -> Group:
             shown = [name for name in shown if name in HEADLINE]
         counts = f"{found['rows']:,} rows, {found['questions']:,} questions"
         parts += [Text(), Text(f"{stratum.replace('_', '-')}: {counts}", style="bold")]
-        parts.append(_table(content, found["metrics"], shown))
+        parts.append(_table(content, stratum, found["metrics"], shown))
         parts += _differences(content, found["metrics"])
-    level = content["evaluation"]["confidence_level"]
-    explained = [f"[ ] {level:.0%} interval, clustered by question"]
+    explained = [f"{name}: {text}" for name, text in content["methods"].items()]
     heads = {**_MEASURED, **_FLOORS}
     explained += [f"{heads[name]}: {text}" for name, text in content["columns"].items() if name in _FLOORS]
     parts += [Text(), *(Text(line, style="dim") for line in explained)]
@@ -38,7 +39,7 @@ def evaluation_tables(content: dict[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _table(content: dict[str, Any], scores: dict[str, Any], shown: list[str]) -> Table:
+def _table(content: dict[str, Any], stratum: str, scores: dict[str, Any], shown: list[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("score", overflow="fold", max_width=19)
     there = content["columns"]
@@ -50,7 +51,7 @@ def _table(content: dict[str, Any], scores: dict[str, Any], shown: list[str]) ->
         table.add_column(_FLOORS[name], justify="right", style="dim", no_wrap=True)
     for metric in shown:
         about = content["metrics"][metric]
-        label = f"{about['label']}{' %' if about['unit'] == '%' else ''} {_ARROWS[about['better']]}".strip()
+        label = f"{about['label']}{' %' if about['unit'] == '%' else ''} {ARROWS[about['better'][stratum]]}".strip()
         times = about["shown_times"]
         cells = [_with_interval(scores[metric].get(name), times) for name in measured]
         cells += [_number((scores[metric].get(name) or {}).get("value"), times) for name in floors]
@@ -65,7 +66,8 @@ def _differences(content: dict[str, Any], scores: dict[str, Any]) -> list[Text]:
         if found and found["value"] is not None:
             about = content["metrics"][metric]
             unit = " points" if about["unit"] == "%" else ""
-            told.append(f"{about['label']} {_with_interval(found, about['shown_times'], sign='+')}{unit}")
+            size = f"{_with_interval(found, about['shown_times'], sign='+')}{unit}"
+            told.append(f"{about['label']} {size}, p {shown_p(found['p'], found['p_at_most'])} ({found['outcome']})")
     return [Text(f"adapter − base model: {'; '.join(told)}", style="dim")] if told else []
 
 

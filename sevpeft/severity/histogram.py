@@ -6,17 +6,10 @@ probabilities near a third each, all weights are near one and the training is pl
 
 from __future__ import annotations
 
-import numpy as np
-
-from sevpeft.severity.weighting import WeightSummary, histogram_of
+from sevpeft.severity.weighting import WeightSummary
 
 # Below this share of effective consultations, a few rows decide what is learnt.
 SMALL_SAMPLE = 0.5
-
-
-def weight_histogram(weights: np.ndarray, width: int = 60) -> list[str]:
-    """The weights (n,) as lines of at most `width` characters, lowest first: weight, bar, consultations."""
-    return histogram_lines(histogram_of(weights), width)
 
 
 def histogram_lines(histogram: list[tuple[float, float, int]], width: int = 60) -> list[str]:

@@ -22,6 +22,7 @@ from sevpeft.errors import Interrupted, ModelError, RunError, SevpeftError, Usag
 from sevpeft.evaluation import compare as module
 from sevpeft.evaluation.arms import parse_arms, parse_seeds
 from sevpeft.evaluation.compare import Comparison
+from sevpeft.evaluation.scoring import SAFETY
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.run import train
@@ -122,7 +123,7 @@ def test_the_comparison_is_complete(finished: Path) -> None:
             other = scores["metrics"]["nll"][reference]["value"]
             assert difference["value"] == pytest.approx(balanced["value"] - other)
     assert found["chosen"] == found["controls_of"] == "balanced" and found["verdict"].startswith("balanced ")
-    assert content["verdict"] == found["verdict"] and "2 seeds would have shown" in found["power"]
+    assert content["verdict"] == found["verdict"] and "raise data.test_size" in found["power"]
     losses = [Run(finished / "quickstart" / f"balanced-{seed}").metrics()["after"]["loss_critical"] for seed in SEEDS]
     assert found["validation"]["balanced"]["per_seed"] == losses
 
@@ -175,7 +176,7 @@ def test_answers_are_added_to_what_was_compared_by_likelihood(
     content = comparison(settings, output, answers=True).run()
     assert trained == [f"evaluate {run}" for run in RUNS]
     found = content["recipes"]["quickstart"]["scores"]["all"]["metrics"]
-    assert set(found) == {"nll", "chrf", "urgent_referral", "false_reassurance"} and set(found["chrf"]) == set(ARMS)
+    assert set(found) == {"nll", "chrf", *SAFETY} - {"judge_harm"} and set(found["chrf"]) == set(ARMS)
     nll = stored(output)["recipes"]["quickstart"]["scores"]["all"]["metrics"]["nll"]
     del trained[:]
     assert comparison(settings, output, answers=True).run() == content and trained == []

@@ -18,7 +18,7 @@ from sevpeft.data.cleaning import fold_for_matching
 from sevpeft.errors import DataError, ModelError
 from sevpeft.evaluation.bertscore import Encoder
 from sevpeft.evaluation.metrics import METRICS, constant_answer, shuffled_references, text_scores
-from sevpeft.evaluation.overlap import chrf, chrf_signature, corpus_chrf, rouge_l
+from sevpeft.evaluation.overlap import chrf, rouge_l
 from sevpeft.evaluation.wellformedness import arabic_rate, empty, length_ratio, repetition
 from tests.conftest import SENTENCES
 
@@ -197,12 +197,7 @@ def test_chrf_is_sacrebleus_chrf_plus_plus() -> None:
     ours = chrf(PREDICTIONS, REFERENCES)
     for said, wanted, score in zip(PREDICTIONS, REFERENCES, ours, strict=True):
         assert score == pytest.approx(sacrebleu.sentence_chrf(said, [wanted], word_order=2).score)
-    assert corpus_chrf(PREDICTIONS, REFERENCES) == pytest.approx(
-        sacrebleu.corpus_chrf(PREDICTIONS, [REFERENCES], word_order=2).score
-    )
-    assert "nw:2" in chrf_signature()
     assert chrf(["", "راجع"], ["راجع", "راجع"]) == pytest.approx([0, 100])
-    assert np.isnan(corpus_chrf([], []))
 
 
 def test_rouge_l_reads_arabic() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sevpeft.errors import RunError
+from sevpeft.evaluation.metrics import METRICS
 from sevpeft.evaluation.report.cases import cases, direction, marked, sample
 from sevpeft.evaluation.report.page import write_report
 from sevpeft.evaluation.report.plots import Bar, forest
@@ -24,16 +25,23 @@ NLL = {
     "label": "NLL",
     "definition": "Per token.",
     "unit": "nats a token",
-    "better": "lower",
+    "better": dict.fromkeys(("critical", "neutral", "non_critical", "all"), "lower"),
     "limits": "One reference.",
     "shown_times": 1,
     "of": "all rows",
 }
-REFERRAL = {**NLL, "label": "Urgent referral", "unit": "%", "better": "higher", "shown_times": 100}
+REFERRAL = {**METRICS["urgent_referral"].meaning(), "limits": ""}
+METHODS = {"Interval": "90% of questions", "Test": "9 permutations", "Correction": "Holm"}
 
 
 def estimate(value: float, **more: Any) -> dict[str, Any]:
     return {"value": value, "low": value - 0.1, "high": value + 0.1, "rows": 4, **more}
+
+
+def compared(value: float, **more: Any) -> dict[str, Any]:
+    """A difference as `significance.Comparison` writes it."""
+    about = {"p": 0.2, "p_at_most": False, "comparisons": 4, "detectable": 0.02, "better": "lower", "outcome": "better"}
+    return {**estimate(value), "per_seed": [value], **about, **more}
 
 
 def line(arm: str, identity: str, **more: Any) -> dict[str, Any]:
@@ -72,7 +80,7 @@ def write_run(folder: Path, lines: list[dict[str, Any]] | None = None, *, evalua
             "rows": 4,
             "questions": 3,
             "metrics": {
-                "nll": {**by, "difference": estimate(-0.25, p=0.01)},
+                "nll": {**by, "difference": compared(-0.25, p=0.01)},
                 "urgent_referral": {"adapter": estimate(0.5), "base": {**estimate(0), "value": None}},
             },
         }
@@ -81,7 +89,7 @@ def write_run(folder: Path, lines: list[dict[str, Any]] | None = None, *, evalua
             "metrics": {"nll": NLL, "urgent_referral": REFERRAL},
             "columns": {"adapter": "the trained adapter", "base": "without", "shuffled": "floor"},
             "notes": ["Only 3 critical questions."],
-            "evaluation": {"confidence_level": 0.9},
+            "methods": METHODS,
         }
         (folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
         write_lines(folder / "predictions.jsonl", lines)
@@ -95,9 +103,9 @@ def write_comparison(folder: Path) -> Path:
         write_run(
             folder / "toy" / f"{arm}-0", [line(one, "q0", prediction=f"{one} of {arm}") for one in ("adapter", "base")]
         )
-    difference = estimate(-0.05, p=0.001, p_holm=0.004, per_seed=[-0.05], detectable=0.02, outcome="better")
+    difference = compared(-0.05, p=0.004, comparisons=24)
     nll = {arm: {**estimate(5.0), "against": {}} for arm in arms}
-    nll["balanced"]["against"] = {"ce": difference, "shuffled": {**difference, "low": None, "outcome": None}}
+    nll["balanced"]["against"] = {"ce": difference, "shuffled": {**difference, "p": 0.01, "p_at_most": True}}
     scores = {"rows": 4, "questions": 3, "metrics": {"nll": nll}}
     recipe = {
         "model": "builtin:tiny",
@@ -105,7 +113,6 @@ def write_comparison(folder: Path) -> Path:
         "chosen": "balanced",
         "runs": {"base": ["toy/ce-0"], **{arm: [f"toy/{arm}-0"] for arm in ("ce", "balanced", "shuffled")}},
         "verdict": "balanced lowers it <b>.",
-        "cost": "It costs nothing.",
         "power": "Smallest true difference: .02.",
         "notes": [],
         "scores": {"critical": scores, "all": scores},
@@ -114,7 +121,7 @@ def write_comparison(folder: Path) -> Path:
         "seeds": [0],
         "arms": arms,
         "primary": {"metric": "nll", "stratum": "critical"},
-        "confidence_level": 0.95,
+        "methods": METHODS,
         "metrics": {"nll": NLL},
         "verdict": "balanced lowers it <b>.",
         "recipes": {"toy": recipe},
@@ -247,10 +254,62 @@ def test_the_policy_allows_the_pages_own_script_and_no_other(tmp_path: Path) -> 
 
 def test_a_run_is_shown_with_its_scores_intervals_differences_and_floors(tmp_path: Path) -> None:
     text = report(write_run(tmp_path / "run")).text
-    for shown in ("5.250 [5.150, 5.350]", "−0.250 [−0.350, −0.150]", "floor: shuffled 6.000", "50.0 [40.0, 60.0]"):
+    for shown in (
+        "5.250 [5.150, 5.350]",
+        "−0.250 [−0.350, −0.150] p .010",
+        "floor: shuffled 6.000",
+        "50.0 [40.0, 60.0]",
+    ):
         assert shown in text, shown
-    assert "90% interval" in text and "Only 3 critical questions." in text and "Not a medical device" in text
+    assert all(f"{name} {told}" in text for name, told in METHODS.items())
+    assert "Only 3 critical questions." in text and "Not a medical device" in text
     assert text.index("Critical cases") < text.index("All cases")
+
+
+def test_to_send_harmless_cases_to_the_emergency_room_is_shown_as_worse(tmp_path: Path) -> None:
+    """Table, arrow, picture, headline and words go by the stratum; where no row has a value nothing is claimed."""
+    folder = write_run(tmp_path / "run")
+    content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    rises = {name: METRICS["urgent_referral"].direction(name) for name in ("critical", "non_critical", "all")}
+    told = {"higher": "better", "lower": "worse", "neither": "higher"}
+    for name, better in rises.items():
+        difference = compared(0.95, better=better, outcome=told[better], p=0.001)
+        by = {"adapter": estimate(1.0), "base": estimate(0.05), "difference": difference}
+        content["scores"][name] = {"rows": 40, "questions": 40, "metrics": {"urgent_referral": by}}
+    empty = {name: None for name in ("value", "low", "high", "p", "detectable")}
+    none = {**compared(0), **empty, "rows": 0, "outcome": "no data"}
+    content["scores"]["neutral"]["metrics"] = {"nll": {"adapter": estimate(1.0), "difference": none}}
+    (folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
+    html = write_report(folder).path.read_text(encoding="utf-8")
+    text = Page(html).text
+    heads = {
+        name: html.split(f"{shown} cases: ")[2].split("</table>")[0]
+        for name, shown in (("critical", "Critical"), ("non_critical", "Non-critical"), ("all", "All"))
+    }
+    label = "Urgent referral, %\u00a0"
+    assert [(f"{label}↑" in heads[name], f"{label}↓" in heads[name]) for name in rises] == [
+        (True, False), (False, True), (False, False),
+    ]  # fmt: skip
+    assert ['class="better"' in head for head in heads.values()] == [True, False, False]
+    assert ['class="worse"' in head for head in heads.values()] == [False, True, False]
+    drawing = html.split("<h4>Difference: Urgent referral</h4>")[1].split("</svg>")[0]
+    assert "critical cases ↑" in drawing and "non-critical cases ↓" in drawing and "all cases ↑" not in drawing
+    assert drawing.count("var(--non-critical)") == drawing.count("var(--critical)") > 0
+    assert "non-critical cases +95.0 (worse)" in text.split("Headline")[1].split("Training")[0]
+    assert "Higher is better on critical cases, lower is better on neutral and non-critical cases." in text
+    assert "no data" in text and "not distinguishable" not in text.split("Limits")[0]
+
+
+def test_figures_of_before_the_strata_had_directions_are_made_anew(tmp_path: Path) -> None:
+    for made, name in (
+        (write_run(tmp_path / "run"), "evaluation.json"),
+        (write_comparison(tmp_path / "c"), "comparison.json"),
+    ):
+        content = json.loads((made / name).read_text(encoding="utf-8"))
+        del content["methods"]
+        (made / name).write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(RunError, match=f"{name} cannot be read; make it anew"):
+            write_report(made)
 
 
 def test_a_run_that_was_not_evaluated_says_so_and_names_the_command(tmp_path: Path) -> None:
@@ -305,7 +364,7 @@ def test_a_comparison_begins_with_its_verdict_and_shows_every_arm(tmp_path: Path
     page = report(write_comparison(tmp_path / "cmp"))
     assert page.text.count("balanced lowers it <b>.") == 1
     assert page.text.index("balanced lowers it <b>.") < page.text.index("Scores")
-    for shown in ("balanced (chosen) − ce −0.050 [−0.150, +0.050] 0.004 0.020 better", "It costs nothing.", ".02."):
+    for shown in ("balanced (chosen) − ce −0.050 [−0.150, +0.050] .004 of 24 0.020 better", "at most .010", ".02."):
         assert shown in page.text, shown
     said = re.findall(r"(?:adapter|base) of \w+", page.text)
     assert said == ["base of ce", "adapter of ce", "adapter of balanced", "adapter of shuffled"]

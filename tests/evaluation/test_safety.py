@@ -13,7 +13,6 @@ from sevpeft.evaluation.advice import ADVICE_LEXICON, LEVELS, REASSURANCE, REFER
 from sevpeft.evaluation.medicines import MEDICINE_LEXICON, MedicineLexicon, doses, unsupported_doses
 from sevpeft.evaluation.metrics import METRICS
 from sevpeft.evaluation.safety import (
-    ALWAYS_REFER,
     SCORES,
     Finding,
     found_critical,
@@ -388,7 +387,7 @@ def test_every_figure_has_its_words() -> None:
 
 
 def test_scores_are_arrays_by_the_names_of_the_metrics() -> None:
-    answers = ["لا تقلق", ALWAYS_REFER, ""]
+    answers = ["لا تقلق", "توجه إلى أقرب قسم طوارئ الآن.", ""]
     scores = safety_scores(answers, references=["نعم"] * 3, questions=[RED_FLAG] * 3)
     assert set(scores) == set(SCORES) <= set(METRICS)
     assert scores["referral"].tolist() == [0, 1, 0] and scores["urgency"].tolist() == [0, 4, 0]

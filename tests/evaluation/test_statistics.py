@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from sevpeft.errors import DataError
-from sevpeft.evaluation.significance import holm, minimal_detectable_difference, outcome, verdict
+from sevpeft.evaluation.metrics import METRICS, Direction
+from sevpeft.evaluation.significance import Comparison, compare_family, holm, shown_p
 from sevpeft.evaluation.statistics import Difference, interval, paired_difference, same_order
 
 RUNS = 200
@@ -24,14 +26,13 @@ def clustered(random: np.random.Generator, groups: int) -> NDArray[np.int64]:
 # Intervals
 
 
-@pytest.mark.parametrize("method", ["percentile", "BCa"])
-def test_a_95_percent_interval_covers_the_mean_in_about_95_percent_of_200_samples(method: str) -> None:
+def test_a_95_percent_interval_covers_the_mean_in_about_95_percent_of_200_samples() -> None:
     random = np.random.default_rng(1)
     covered = 0
     for _ in range(RUNS):
         groups = clustered(random, 60)
         values = random.normal(3.0, 2.0, size=60)[groups] + random.normal(0, 0.5, size=len(groups))
-        found = interval(values, groups, method=method, resamples=600)
+        found = interval(values, groups, resamples=600)
         covered += found.low <= 3.0 <= found.high
     assert 0.92 <= covered / RUNS <= 0.98
 
@@ -42,14 +43,14 @@ def test_the_interval_of_a_share_covers_it_at_least_as_often_as_it_says(share: f
     covered = 0
     for _ in range(RUNS):
         numbers = clustered(random, groups)
-        found = interval((random.random(groups) < share)[numbers].astype(float), numbers)
+        found = interval((random.random(groups) < share)[numbers].astype(float), numbers, share=True)
         covered += found.low <= share <= found.high
     assert covered / RUNS >= 0.92
 
 
 def test_none_of_47_is_no_proof_of_never() -> None:
-    never = interval(np.zeros(47), np.arange(47))
-    always = interval(np.ones(47), np.arange(47))
+    never = interval(np.zeros(47), np.arange(47), share=True)
+    always = interval(np.ones(47), np.arange(47), share=True)
     exact = stats.binomtest(0, 47).proportion_ci(0.95, method="exact")
     assert (never.value, never.low) == (0, 0) and never.high == pytest.approx(exact.high)
     assert (always.value, always.high) == (1, 1) and always.low == pytest.approx(1 - exact.high)
@@ -57,7 +58,7 @@ def test_none_of_47_is_no_proof_of_never() -> None:
 
 def test_a_share_of_separate_rows_has_the_exact_binomial_interval() -> None:
     hits = np.array([1.0] * 12 + [0.0] * 38)
-    found = interval(hits, np.arange(50))
+    found = interval(hits, np.arange(50), share=True)
     exact = stats.binomtest(12, 50).proportion_ci(0.95, method="exact")
     assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.004)
 
@@ -86,7 +87,7 @@ def test_duplicated_rows_widen_the_interval_and_are_no_new_evidence() -> None:
 
 def test_duplicates_widen_a_share_as_well() -> None:
     hits = np.repeat(np.array([1.0, 0.0] * 20), 5)
-    clusters, separate = interval(hits, np.repeat(np.arange(40), 5)), interval(hits, np.arange(200))
+    clusters, separate = (interval(hits, of, share=True) for of in (np.repeat(np.arange(40), 5), np.arange(200)))
     assert clusters.high - clusters.low > 1.8 * (separate.high - separate.low)
 
 
@@ -128,9 +129,16 @@ def test_the_same_seed_gives_the_same_interval_in_whatever_order_the_groups_are_
     assert interval(values, groups, seed=1).low != interval(values, groups, seed=2).low
 
 
-def test_equal_values_have_an_interval_of_no_width() -> None:
-    found = interval([0.25] * 10, list(range(10)))
-    assert (found.low, found.value, found.high) == (0.25, 0.25, 0.25)
+def test_equal_values_of_what_is_no_share_have_no_interval() -> None:
+    """0 and 1 may be the values of a score (repetition, a judge's 1) that is no yes or no."""
+    for value in (0.0, 1.0, 0.25, 4.0):
+        found = interval([value] * 10, list(range(10)))
+        assert found.value == value and np.isnan([found.low, found.high]).all(), value
+    shares = {name for name, metric in METRICS.items() if metric.yes_no}
+    assert shares == {
+        *("empty", "truncated", "referral", "urgent_referral", "false_reassurance"),
+        *("unsupported_medicine", "unsupported_dose", "judge_harm", "judge_false_reassurance"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -178,7 +186,7 @@ def test_a_null_is_not_found_in_95_percent_of_200_simulated_nulls(seeds: int, se
         first, second, groups = arms(random, 0.0, groups=40, seeds=seeds, seed_spread=seed_spread)
         difference = paired_difference(first, second, groups, resamples=400, permutations=399)
         covered += difference.low <= 0 <= difference.high
-        silent += outcome(difference, better="higher") == "not distinguishable"
+        silent += one(difference).outcome == "not distinguishable"
     assert silent / RUNS >= 0.95
     assert 0.92 <= covered / RUNS <= 0.98
 
@@ -216,12 +224,30 @@ def test_duplicates_do_not_lower_p() -> None:
 def test_an_arm_against_itself_differs_by_nothing() -> None:
     values = np.random.default_rng(10).normal(size=30)
     same = paired_difference(values, values, np.arange(30))
-    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert (same.value, same.p) == (0, 1) and np.isnan([same.low, same.high]).all()
 
 
 def test_two_arms_that_never_erred_may_still_differ_on_other_questions() -> None:
-    none = paired_difference(np.zeros(30), np.zeros(30), np.arange(30))
+    none = paired_difference(np.zeros(30), np.zeros(30), np.arange(30), share=True)
     assert none.value == 0 and none.high == -none.low == pytest.approx(1 - 0.025 ** (1 / 30))
+    every = paired_difference(np.ones(30), np.zeros(30), np.arange(30), share=True)
+    assert (every.low, every.high) == (pytest.approx(0.025 ** (1 / 30)), 1)
+
+
+def test_the_permutations_limit_p_where_they_are_drawn_and_not_where_all_are_tried() -> None:
+    random = np.random.default_rng(13)
+    drawn = paired_difference(random.normal(5, 1, 30), np.zeros(30), np.arange(30))
+    assert drawn.p == drawn.smallest_p == pytest.approx(2 / 5000) and drawn.p_at_most
+    every = paired_difference(random.normal(5, 1, 8), np.zeros(8), np.arange(8))
+    assert every.p == every.smallest_p == 2 / 2**8 and not every.p_at_most
+    null = paired_difference(random.normal(0, 1, 30), np.zeros(30), np.arange(30))
+    assert not null.p_at_most
+    # The t test with three seeds that disagree gives the larger p, which no permutation limits.
+    seeds = random.normal(5, 1, (3, 30)) + np.array([[-3.0], [0.0], [3.0]])
+    apart = paired_difference(seeds, np.zeros((3, 30)), np.arange(30))
+    assert apart.p > 0.001 and not apart.p_at_most
+    one_group = paired_difference(np.ones(5), np.zeros(5), np.zeros(5, dtype=int))
+    assert np.isnan(one_group.p) and not one_group.p_at_most
 
 
 def test_a_row_without_a_value_in_one_seed_is_left_out_of_all() -> None:
@@ -262,21 +288,27 @@ def test_holm_keeps_false_findings_among_many_comparisons_rare() -> None:
     assert plain > 0.4 and corrected < 0.065
 
 
-def test_an_effect_of_the_minimal_detectable_size_is_found_four_times_in_five() -> None:
+def one(difference: Difference, better: Direction = "higher", **changes: Any) -> Comparison:
+    return replace(compare_family({"only": difference}, lambda _: better)["only"], **changes)
+
+
+def test_an_effect_of_the_detectable_size_is_found_four_times_in_five() -> None:
     random = np.random.default_rng(12)
-    smallest = minimal_detectable_difference(_difference(standard_error=1 / np.sqrt(50), degrees_of_freedom=49))
+    smallest = one(_difference(standard_error=1 / np.sqrt(50), degrees_of_freedom=49)).detectable
     found = np.mean([stats.ttest_1samp(random.normal(smallest, 1, size=50), 0).pvalue < 0.05 for _ in range(600)])
     assert found == pytest.approx(0.8, abs=0.04)
 
 
-def test_the_minimal_detectable_difference_grows_with_comparisons_and_shrinks_with_rows() -> None:
-    plain = minimal_detectable_difference(_difference())
-    assert minimal_detectable_difference(_difference(), comparisons=10) > plain
-    assert minimal_detectable_difference(_difference(standard_error=0.05)) == pytest.approx(plain / 2)
-    assert np.isnan(minimal_detectable_difference(_difference(standard_error=float("nan"))))
+def test_the_detectable_difference_grows_with_comparisons_and_shrinks_with_rows() -> None:
+    plain = one(_difference()).detectable
+    assert one(_difference(), family=10).detectable > plain
+    assert one(_difference(standard_error=0.05)).detectable == pytest.approx(plain / 2)
+    # Nothing to go by, rows that are all equal, and too few questions for the test: no size can be named.
+    for error, smallest_p in ((float("nan"), 0.001), (0.0, 0.001), (0.1, 0.0625)):
+        assert np.isnan(one(_difference(standard_error=error, smallest_p=smallest_p, p=0.5)).detectable)
 
 
-def _difference(**changes: float) -> Difference:
+def _difference(**changes: Any) -> Difference:
     standard = Difference(
         value=0.3,
         low=0.1,
@@ -285,37 +317,74 @@ def _difference(**changes: float) -> Difference:
         rows=50,
         groups=50,
         p=0.004,
+        p_at_most=False,
+        smallest_p=0.0004,
         degrees_of_freedom=49.0,
         per_seed=(0.2, 0.3, 0.4),
     )
-    return replace(standard, **changes)  # type: ignore[arg-type]
+    return replace(standard, **changes)
 
 
-def test_a_difference_is_one_only_if_p_and_interval_say_so() -> None:
-    assert outcome(_difference(), better="higher") == "better"
-    assert outcome(_difference(), better="lower") == "worse"
-    assert outcome(_difference(), better="higher", corrected_p=0.08) == "not distinguishable"
-    assert outcome(_difference(low=-0.1), better="higher") == "not distinguishable"
-    assert outcome(_difference(value=-0.3, low=-0.5, high=-0.1), better="lower") == "better"
+def test_the_outcome_says_what_the_data_can_say() -> None:
+    nan = float("nan")
+    nothing = {"value": nan, "low": nan, "high": nan, "standard_error": nan, "p": nan, "smallest_p": nan, "rows": 0}
+    table: list[tuple[dict[str, Any], Direction, str]] = [
+        ({}, "higher", "better"),
+        ({}, "lower", "worse"),
+        ({}, "neither", "higher"),
+        ({"value": -0.3, "low": -0.5, "high": -0.1}, "lower", "better"),
+        ({"value": -0.3, "low": -0.5, "high": -0.1}, "neither", "lower"),
+        ({"p": 0.08}, "higher", "not distinguishable"),
+        ({"low": -0.1}, "higher", "not distinguishable"),
+        # The same in every row: no interval, and p alone decides.
+        ({"low": nan, "high": nan, "standard_error": 0.0}, "higher", "better"),
+        ({"p": 0.0625, "smallest_p": 0.0625}, "higher", "too few questions"),
+        ({"p": nan, "low": nan, "high": nan, "smallest_p": 1.0}, "higher", "too few questions"),
+        (nothing, "higher", "no data"),
+    ]
+    wrong = [row for row in table if one(_difference(**row[0]), row[1]).outcome != row[2]]
+    assert not wrong, wrong
 
 
-def test_equality_needs_a_margin_and_the_whole_interval_inside_it() -> None:
-    close = _difference(value=0.0, low=-0.05, high=0.05, p=0.9)
-    assert outcome(close, better="higher") == "not distinguishable"
-    assert outcome(close, better="higher", margin=0.1) == "equivalent"
-    assert outcome(close, better="higher", margin=0.04) == "not distinguishable"
-    assert outcome(_difference(value=0.02, low=0.01, high=0.03), better="higher", margin=0.1) == "equivalent"
+def test_a_family_shares_its_correction_and_says_where_permutations_limit_it() -> None:
+    limited = _difference(p=0.0004, p_at_most=True)
+    family = {
+        "a": limited,
+        "b": limited,
+        "c": _difference(p=0.0007),
+        "d": _difference(p=0.5),
+        "e": _difference(p=np.nan),
+    }
+    found = compare_family(family, lambda _: "higher")
+    assert {name: round(float(of.p), 6) for name, of in found.items() if name != "e"} == {
+        "a": 0.0016, "b": 0.0016, "c": 0.0016, "d": 0.5,
+    }  # fmt: skip
+    assert [found[name].p_at_most for name in "abcde"] == [True, True, True, False, False]
+    assert {of.family for of in found.values()} == {4} and np.isnan(found["e"].p)
+    many = compare_family(dict.fromkeys(range(3000), limited), lambda _: "higher")
+    assert many[0].p == 1 and not many[0].p_at_most
 
 
-def test_the_verdict_is_one_sentence_that_says_how_sure_it_is() -> None:
-    words = dict(metric="BERTScore F1 (%)", rows="critical cases", better="higher", times=100, places=1)
-    assert verdict("balanced", "CE", _difference(), **words) == (  # type: ignore[arg-type]
-        "balanced beats CE on critical cases: BERTScore F1 (%) +30.0 [+10.0, +50.0], p = .004."
-    )
-    unsure = verdict("balanced", "shuffled", _difference(low=-0.1, p=0.2), comparisons=6, corrected_p=0.6, **words)  # type: ignore[arg-type]
-    assert unsure.startswith("balanced and shuffled are not distinguishable on critical cases:")
-    assert "after Holm for 6 comparisons" in unsure and "would have been found four times in five" in unsure
-    assert "worse" in verdict("strong", "CE", _difference(value=-0.3, low=-0.5, high=-0.1), **words)  # type: ignore[arg-type]
-    assert "equivalent" in verdict("mild", "CE", _difference(low=-0.1, p=0.5), margin=0.6, **words)  # type: ignore[arg-type]
-    assert "one seed" in verdict("mild", "CE", replace(_difference(), per_seed=(0.3,)), **words)  # type: ignore[arg-type]
-    assert "too few rows" in verdict("mild", "CE", _difference(low=float("nan")), **words)  # type: ignore[arg-type]
+def test_p_is_shown_in_one_form() -> None:
+    table = [
+        (0.0123, False, ".012"), (0.0101, True, "at most .011"), (0.01, True, "at most .010"),
+        (0.0004, False, "< .001"), (0.0004, True, "at most .001"), (1.0, False, "1.000"), (None, False, "–"),
+    ]  # fmt: skip
+    wrong = [row for row in table if shown_p(row[0], row[1]) != row[2]]
+    assert not wrong, wrong
+
+
+def test_the_good_direction_depends_on_the_stratum() -> None:
+    strata = ("critical", "neutral", "non_critical", "all")
+    table = {
+        "nll": ("lower",) * 4,
+        "chrf": ("higher",) * 4,
+        "length_ratio": ("neither",) * 4,
+        "urgent_referral": ("higher", "lower", "lower", "neither"),
+        "urgency": ("higher", "neither", "neither", "neither"),
+        "referral": ("higher", "neither", "neither", "neither"),
+        "false_reassurance": ("lower",) * 4,
+    }
+    found = {name: tuple(METRICS[name].direction(stratum) for stratum in strata) for name in table}
+    assert found == table
+    assert METRICS["urgent_referral"].meaning()["better"] == dict(zip(strata, table["urgent_referral"], strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sevpeft.recipe import SEVERITY_PRESETS
-from sevpeft.severity.histogram import advice, effective_sample, histogram_lines, weight_histogram
+from sevpeft.severity.histogram import advice, effective_sample, histogram_lines
 from sevpeft.severity.weighting import WeightSummary, histogram_of, severity_weights
 
 
@@ -22,7 +22,7 @@ def weights_of(concentration: float, count: int = 1000) -> np.ndarray:
 @pytest.mark.parametrize("weights", [weights_of(1), weights_of(500), np.ones(7), np.array([0.5, 1, 1.5] * 9)])
 @pytest.mark.parametrize("width", [30, 60])
 def test_every_consultation_is_in_a_line_that_fits(weights: np.ndarray, width: int) -> None:
-    lines = weight_histogram(weights, width)
+    lines = histogram_lines(histogram_of(weights), width)
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= width
     counts = [int(line.split()[-1].replace(",", "")) for line in lines]
     assert sum(counts) == len(weights)
@@ -43,14 +43,14 @@ def test_many_weights_are_bars_of_equal_width_from_the_lowest_to_the_highest() -
 
 
 def test_bars_that_lie_close_together_have_labels_that_tell_them_apart() -> None:
-    labels = [re.split(" {2,}", line.strip())[0] for line in weight_histogram(weights_of(5000))]
+    labels = [re.split(" {2,}", line.strip())[0] for line in histogram_lines(histogram_of(weights_of(5000)))]
     assert len(set(labels)) == len(labels) == 10
 
 
 def test_a_summary_from_a_run_folder_gives_the_same_lines() -> None:
     summary = WeightSummary.of(weights_of(1), None)
     stored = json.loads(json.dumps(summary.as_dict()))
-    assert histogram_lines(stored["histogram"]) == weight_histogram(weights_of(1))
+    assert histogram_lines(stored["histogram"]) == histogram_lines(histogram_of(weights_of(1)))
 
 
 def test_the_effective_sample_size_is_that_of_kish() -> None:

@@ -121,7 +121,7 @@ def _run_page(run: RunContent, answers: int) -> dict[str, Any]:
         "parts": [part],
         "losses": _losses(run.metrics),
         "metrics": _meanings(evaluation or {}, part.cases),
-        "level": _level(evaluation),
+        "methods": dict(evaluation["methods"]) if evaluation else {},
         "columns": dict(evaluation["columns"]) if evaluation else {},
         "facts": _facts(run, evaluation),
     }
@@ -136,7 +136,7 @@ def _comparison_page(found: ComparisonContent, answers: int) -> dict[str, Any]:
         if not in_order:
             missing.append(f"{name}: the runs hold no answers to show (compared with --nll-only, or moved).")
         # The verdict of a single recipe stands at the top of the page already.
-        sentences = [recipe.get(key) for key in ("verdict", "cost", "power")]
+        sentences = [recipe.get(key) for key in ("verdict", "power")]
         sentences = [sentence for sentence in sentences if sentence and sentence != content["verdict"]]
         parts.append(
             Part(
@@ -163,7 +163,7 @@ def _comparison_page(found: ComparisonContent, answers: int) -> dict[str, Any]:
         "parts": parts,
         "losses": None,
         "metrics": _meanings(content, [case for part in parts for case in part.cases]),
-        "level": f"{content.get('confidence_level', 0.95):.0%}",
+        "methods": dict(content["methods"]),
         "columns": dict(content["arms"]),
         "facts": {"Data": facts(about), "Environment": _shown_facts(first.environment) if first else []},
     }
@@ -223,12 +223,26 @@ def _meanings(content: Mapping[str, Any], shown: Any) -> list[dict[str, str]]:
     return [
         {
             "label": metric_label(metric),
-            "definition": metric.get("definition", ""),
+            "definition": f"{metric.get('definition', '')} {_directions(metric)}".strip(),
             "limits": metric.get("limits", ""),
             "hits": "، ".join(hits[kind] for kind in of.get(name, ()) if kind in hits),
         }
         for name, metric in content.get("metrics", {}).items()
     ]
+
+
+def _directions(metric: Mapping[str, Any]) -> str:
+    """`Higher is better on critical cases, lower on neutral and non-critical cases.`, where it depends on the cases."""
+    strata: dict[str, list[str]] = {}
+    for stratum, better in metric["better"].items():
+        if better != "neither":
+            strata.setdefault(better, []).append(stratum.replace("_", "-"))
+    if not strata:
+        return "Neither higher nor lower is better."
+    if len(metric["better"]) == len(next(iter(strata.values()))):
+        return f"{next(iter(strata)).capitalize()} is better."
+    first, *others = (f"{better} is better on {' and '.join(names)} cases" for better, names in strata.items())
+    return f"{', '.join((first.capitalize(), *others))}."
 
 
 def _examples(shown: Any) -> dict[str, str]:
@@ -265,10 +279,6 @@ def _facts(run: RunContent, evaluation: Mapping[str, Any] | None) -> dict[str, l
 
 def _shown_facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts({key: value for key, value in content.items() if key not in _HIDDEN_FACTS})
-
-
-def _level(evaluation: Mapping[str, Any] | None) -> str:
-    return f"{(evaluation or {}).get('evaluation', {}).get('confidence_level', 0.95):.0%}"
 
 
 def _shared(answers: Mapping[str, Mapping[str, Any]]) -> int:

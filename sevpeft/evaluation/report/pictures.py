@@ -10,11 +10,11 @@ from typing import Any
 
 from sevpeft.evaluation.report.plots import Bar, Plot, forest, lengths, loss_curves, reliability, weight_histogram
 from sevpeft.evaluation.report.reading import ComparisonContent, RunContent
-from sevpeft.evaluation.report.tables import metric_label, plain
+from sevpeft.evaluation.report.tables import ARROWS, metric_label, plain
 from sevpeft.severity.probabilities import SEVERITIES
 
 _LOSSES = {"all": "eval_loss", **{name: f"eval_loss_{name}" for name in reversed(SEVERITIES)}}
-_INTERVALS = "Point and interval; dashed: no difference."
+_INTERVALS = "Point and interval; dashed: no difference. ↑ higher, ↓ lower is better there. Colored where p < .05."
 
 
 def run_pictures(run: RunContent) -> list[Plot]:
@@ -98,8 +98,7 @@ def _differences_to_base(content: Mapping[str, Any]) -> list[Plot]:
             if (bar := _bar(plain(stratum), found["metrics"].get(name, {}).get("difference"), metric)) is not None
         ]
         if bars:
-            better = metric.get("better")
-            caption = f"Adapter − base model; {better} is better. {_INTERVALS}" if better else _INTERVALS
+            caption = f"Adapter − base model. {_INTERVALS}"
             plots.append(forest(bars, f"Difference: {metric['label']}", caption, metric_label(metric)))
     return plots
 
@@ -117,12 +116,8 @@ def _differences_of_arms(recipe: Mapping[str, Any], content: Mapping[str, Any], 
             if (bar := _bar(f"{arm} − {reference}", difference, metric)) is not None
         ]
         if bars:
-            caption = f"{metric.get('better', '').capitalize()} is better. {_INTERVALS} Coloured where Holm's p < .05."
-            plots.append(
-                forest(
-                    bars, f"{title}Differences in {metric['label']}, {plain(stratum)}", caption, metric_label(metric)
-                )
-            )
+            heading = f"{title}Differences in {metric['label']}, {plain(stratum)}"
+            plots.append(forest(bars, heading, _INTERVALS, metric_label(metric)))
     return plots
 
 
@@ -130,7 +125,7 @@ def _bar(label: str, found: Mapping[str, Any] | None, metric: Mapping[str, Any])
     if not found or any(found.get(name) is None for name in ("value", "low", "high")):
         return None
     value, low, high = (found[name] * metric.get("shown_times", 1) for name in ("value", "low", "high"))
-    return Bar(label, value, low, high, str(found.get("outcome") or ""))
+    return Bar(f"{label} {ARROWS[found['better']]}".rstrip(), value, low, high, str(found["outcome"]))
 
 
 def _lengths(answers: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> list[Plot]:

@@ -72,7 +72,7 @@ def read_content(folder: Path) -> RunContent | ComparisonContent:
 
 
 def _comparison(folder: Path) -> ComparisonContent:
-    content = _object(folder / COMPARISON, ("arms", "seeds", "primary", "metrics", "verdict", "recipes"))
+    content = _object(folder / COMPARISON, ("arms", "seeds", "primary", "metrics", "methods", "verdict", "recipes"))
     runs: dict[str, dict[str, RunContent]] = {}
     for name, recipe in content["recipes"].items():
         for arm, places in recipe.get("runs", {}).items():
@@ -95,7 +95,7 @@ def _run(folder: Path) -> RunContent:
         _object(folder / "metrics.json"),
         _object(folder / "environment.json"),
         _lines(folder / "log.jsonl", ("step",)),
-        _object(folder / "evaluation.json", ("scores", "metrics", "columns", "notes")) or None,
+        _object(folder / "evaluation.json", ("scores", "metrics", "methods", "columns", "notes")) or None,
         answers,
     )
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sevpeft.evaluation.significance import shown_p
 from sevpeft.severity.probabilities import SEVERITIES
 
-ARROWS = {"higher": "↑", "lower": "↓"}
+ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
 _UNBROKEN = "\N{NO-BREAK SPACE}"
 # What a page of one run begins with, where it was measured.
 HEADLINE = ("nll", "bertscore_f1", "chrf", "urgent_referral", "false_reassurance")
@@ -31,7 +32,7 @@ OPEN_STRATA = (SEVERITIES[-1], "all")
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as it is shown, its interval, and an outcome that colours it ("better", "worse" or "")."""
+    """A number as it is shown, its interval, and an outcome; "better" and "worse" have a color."""
 
     value: str
     interval: str = ""
@@ -77,9 +78,9 @@ def cell(found: Mapping[str, Any] | None, metric: Mapping[str, Any], *, sign: bo
     return Cell(number(found["value"], times, sign=sign, places=places), f"[{low}, {high}]" if there else "")
 
 
-def metric_label(metric: Mapping[str, Any]) -> str:
-    """`Urgent referral, % ↑`; the arrow stays with what stands before it."""
-    unit, arrow = metric.get("unit", ""), ARROWS.get(metric.get("better", ""), "")
+def metric_label(metric: Mapping[str, Any], stratum: str = "") -> str:
+    """`Urgent referral, % ↑`; the arrow, which depends on the stratum, stays with what stands before it."""
+    unit, arrow = metric.get("unit", ""), ARROWS[metric["better"].get(stratum, "neither")]
     return f"{metric['label']}{f', {unit}' if unit else ''}{_UNBROKEN}{arrow}".rstrip()
 
 
@@ -96,8 +97,13 @@ def evaluation_tables(content: Mapping[str, Any]) -> list[Table]:
     for stratum, found in content["scores"].items():
         rows = tuple(
             (
-                metric_label(metrics[name]),
-                tuple(cell(by.get(column), metrics[name], sign=column == "difference") for column in columns),
+                metric_label(metrics[name], stratum),
+                tuple(
+                    difference_cell(by[column], metrics[name], with_p=True)
+                    if column == "difference" and column in by
+                    else cell(by.get(column), metrics[name])
+                    for column in columns
+                ),
             )
             for name, by in found["metrics"].items()
         )
@@ -107,8 +113,8 @@ def evaluation_tables(content: Mapping[str, Any]) -> list[Table]:
 
 
 def headline_cards(content: Mapping[str, Any]) -> tuple[str, list[Card]]:
-    """The figures of the gravest stratum there is: its heading, and a card for each."""
-    stratum = next(iter(content["scores"]))
+    """The figures of the gravest stratum there is: its heading, and a card for each, with the price on the others."""
+    stratum, *others = content["scores"]
     cards = []
     for name in HEADLINE:
         by = content["scores"][stratum]["metrics"].get(name, {})
@@ -117,11 +123,15 @@ def headline_cards(content: Mapping[str, Any]) -> tuple[str, list[Card]]:
         metric = content["metrics"][name]
         beside = f"base model {cell(by['base'], metric).value}" if "base" in by else ""
         if "difference" in by:
-            difference = cell(by["difference"], metric, sign=True)
+            difference = difference_cell(by["difference"], metric, with_p=True)
             beside += f"; difference {difference.value} {difference.interval}"
+        for other in others:
+            there = content["scores"][other]["metrics"].get(name, {}).get("difference")
+            if there and there["rows"] and other != "all":
+                beside += f"; {plain(other)} {difference_cell(there, metric).value} ({there['outcome']})"
         floors = [f"{COLUMNS[column]} {cell(by[column], metric).value}" for column in _FLOORS if column in by]
         beside = "; ".join(part for part in (beside, *floors) if part)
-        cards.append(Card(metric_label(metric), cell(by["adapter"], metric), beside))
+        cards.append(Card(metric_label(metric, stratum), cell(by["adapter"], metric), beside))
     return plain(stratum), cards
 
 
@@ -136,7 +146,7 @@ def score_tables(recipe: Mapping[str, Any], metrics: Mapping[str, Any], arms: Se
             if any(arm in by for by in found["metrics"].values())
         )
         title = f"{plain(stratum).capitalize()}: {found['rows']:,} rows, {found['questions']:,} questions"
-        headings = tuple(metric_label(metrics[name]) for name in names)
+        headings = tuple(metric_label(metrics[name], stratum) for name in names)
         tables.append(Table(title, headings, rows, stratum not in OPEN_STRATA))
     return tables
 
@@ -154,23 +164,29 @@ def difference_tables(
                 for reference, difference in by.get(arm, {}).get("against", {}).items()
             )
             if rows:
-                headings = ("difference", "p (Holm)", "detectable", "outcome")
+                headings = ("difference", "p (Holm)", "smallest detectable", "outcome")
                 open_ = name == primary.get("metric") and stratum in OPEN_STRATA
-                title = f"{plain(stratum).capitalize()}: {metric_label(metrics[name])}"
+                title = f"{plain(stratum).capitalize()}: {metric_label(metrics[name], stratum)}"
                 tables.append(Table(title, headings, rows, not open_))
     return tables
 
 
-def _difference_cells(found: Mapping[str, Any], metric: Mapping[str, Any]) -> tuple[Cell, ...]:
+def difference_cell(found: Mapping[str, Any], metric: Mapping[str, Any], *, with_p: bool = False) -> Cell:
+    """A difference in the color of its outcome; "no data" where no row has a value."""
+    if not found["rows"]:
+        return Cell("no data")
     shown = cell(found, metric, sign=True)
-    outcome = str(found.get("outcome") or "")
-    p = found.get("p_holm")
+    p = f"p {shown_p(found['p'], found['p_at_most'])}" if with_p else ""
+    return Cell(shown.value, f"{shown.interval} {p}".strip(), str(found["outcome"]))
+
+
+def _difference_cells(found: Mapping[str, Any], metric: Mapping[str, Any]) -> tuple[Cell, ...]:
     places = 3 if metric.get("unit") == "nats a token" else None
     return (
-        Cell(shown.value, shown.interval, outcome if outcome in ("better", "worse") else ""),
-        Cell("–" if p is None else "< .001" if p < 0.001 else f"{p:.3f}"),
-        Cell(number(found.get("detectable"), metric.get("shown_times", 1), places=places)),
-        Cell(outcome, "", outcome if outcome in ("better", "worse") else ""),
+        difference_cell(found, metric),
+        Cell(shown_p(found["p"], found["p_at_most"]), f"of {found['comparisons']}" if found["p"] is not None else ""),
+        Cell(number(found["detectable"], metric.get("shown_times", 1), places=places)),
+        Cell(found["outcome"], "", found["outcome"]),
     )
 
 

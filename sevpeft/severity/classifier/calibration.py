@@ -13,15 +13,13 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from sevpeft.errors import DataError
 from sevpeft.severity.probabilities import SEVERITIES, sharpened
 from sevpeft.severity.source import SeverityClassifier
-
-CalibrationMethod = Literal["temperature", "bias_corrected", "isotonic"]
 
 # Below this a probability has no logarithm worth scaling: no classifier here knows better than one in a billion.
 _SMALLEST = 1e-9

@@ -140,16 +140,6 @@ def bootstrap(
     return {name: np.concatenate([part[name] for part in parts]) for name in FIGURES}
 
 
-def difference(
-    one: np.ndarray, other: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, seed: int = 0
-) -> dict[str, Estimate]:
-    """By how much the figures of `one` (n, 3) exceed those of `other` (n, 3) on the same rows, resample by resample."""
-    ones = np.ones((1, len(labels)))
-    first, second = (_Statistics(probabilities, labels).of(ones) for probabilities in (one, other))
-    drawn, against = (bootstrap(probabilities, labels, groups, seed=seed) for probabilities in (one, other))
-    return {name: _estimate(float(first[name][0] - second[name][0]), drawn[name] - against[name]) for name in FIGURES}
-
-
 def judge_positive(
     scores: np.ndarray, positive: np.ndarray, groups: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[Estimate, list[Threshold]]:

@@ -9,7 +9,6 @@ from sklearn import metrics
 from sevpeft.severity.classifier.judging import (
     FIGURES,
     bootstrap,
-    difference,
     judge,
     judge_positive,
     reliability_bins,
@@ -146,18 +145,6 @@ def test_a_figure_that_is_not_defined_is_no_number() -> None:
     figures = judge(np.full((4, 3), 1 / 3), labels, np.arange(4), resamples=20).figures
     assert np.isnan(figures["auc_critical"].value) and np.isnan(figures["recall_critical"].value)
     assert np.isfinite(figures["accuracy"].value)
-
-
-def test_a_difference_is_paired() -> None:
-    probabilities, labels = many(200)
-    worse = probabilities.copy()
-    worse[:20] = worse[:20][:, [1, 2, 0]]
-    found = difference(probabilities, worse, labels, np.arange(200))["accuracy"]
-    single = judge(probabilities, labels, np.arange(200), curve=False).figures["accuracy"]
-    assert found.low <= found.value <= found.high
-    assert found.high - found.low < single.high - single.low
-    same = difference(probabilities, probabilities, labels, np.arange(200))["auc_critical"]
-    assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
 def test_the_curve_gives_recall_and_precision_at_its_thresholds() -> None:
