@@ -1,9 +1,9 @@
 """From where an expression stands in a question to whether it says that the patient has this now.
 
 "لا أعاني من ضيق تنفس", "كان عندي نزيف من سنة وخف", "والدي توفي بجلطة" and "هل ممكن يسبب جلطة؟" name red flags that
-are not there. Each rule looks at a few words around the expression, in its clause or sentence. Where a rule is
-in doubt, the expression counts: an emergency that is taken for a denial costs more than a denial taken for an
-emergency. What is handled, and what is not, is listed in lexicons/README.md.
+are not there; "لو في خطورة؟" asks for one. Each rule looks at a few words around the expression, in its clause or
+sentence. Where a rule is in doubt, the expression counts: an emergency that is taken for a denial costs more than a
+denial taken for an emergency. What is handled, and what is not, is listed in lexicons/README.md.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Literal
 from sevpeft.severity.cues import BIT, CUES
 from sevpeft.severity.words import Text
 
-Context = Literal["stated", "negated", "other", "past", "hypothetical"]
+Context = Literal["stated", "negated", "other", "past", "hypothetical", "asked"]
 
 # How far a denial reaches: "ما عندي لا حرارة ولا كحة ولا ضيق نفس" and the like.
 DENIAL_REACH = 6
 # Thoughts of suicide are often told as a fear or a possibility; they count all the same.
 NEVER_HYPOTHETICAL = frozenset({"suicidal"})
+# Words that are no complaint: whoever asks whether there is danger has not said that there is.
+_DANGER = "danger"
+_SWALLOWED = "poisoning_bites"
 
 _NOT, _NOR, _WITHOUT, _HAS = (BIT[name] for name in ("not", "nor", "without", "has"))
 _HAVING = _HAS | BIT["feels"]
@@ -31,6 +34,7 @@ _SINCE = BIT["since"] | BIT["before"]
 _DATES = sum(BIT[name] for name in ("formerly", "year", "long"))
 _OF_OTHERS = sum(BIT[name] for name in ("died", "family", "kin"))
 _OF_THE_POSSIBLE = sum(BIT[name] for name in ("fear", "cause", "be"))
+_OF_QUESTIONS = BIT["whether"] | BIT["choice"]
 # What in "كل ما", "بعد ما", "زي ما" is no negation.
 _WHEN = "كل بعد قبل زي مثل متل اول وقت حسب ساعه يوم عند كيف قد ساعات لحد مجرد وبعد وكل عشان"
 _AFTER = frozenset(("ما", "بعد", "منذ", "لما", "ان", "من"))
@@ -44,6 +48,7 @@ class Surroundings:
         self._words = text.words
         self._clauses = text.clauses
         self._sentences = text.sentences
+        self._asking = text.asking
         self._cues = list(map(CUES.__getitem__, text.words))
         # Most words are no cue: what looks for one goes through these alone.
         self._cued = [(position, cue) for position, cue in enumerate(self._cues) if cue]
@@ -53,17 +58,25 @@ class Surroundings:
         self._negators = self._find_negators() if self._any & _DENIES else []
         self._dates = self._find_dates() if self._any & _DATES else set()
 
-    def context(self, positions: Sequence[int], category: str = "") -> Context:
+    def context(self, positions: Sequence[int], category: str = "", *, critical: bool = True) -> Context:
         """Whether an expression, by the positions of its words, is stated, and if not, why not."""
         if self._negators and self._negated(positions):
             return "negated"
+        # "صعوبة في بلع الدواء", "لازم اخد شريط": nothing was swallowed.
+        before = positions[0] - 1 - self._is(positions[0] - 1, BIT["into"])
+        if category == _SWALLOWED and self._is(before, BIT["hard"]):
+            return "asked"
         if self._any & _OF_OTHERS and self._other(positions, category):
             return "other"
         if self._any & _OF_THE_PAST and self._past(positions):
             return "past"
-        doubtful = self._any & _OF_THE_POSSIBLE and category not in NEVER_HYPOTHETICAL
-        if doubtful and self._hypothetical(positions[0]):
-            return "hypothetical"
+        if category == _DANGER and self._asked(positions[0], positions[-1]):
+            return "asked"
+        doubtful = self._any & _OF_THE_POSSIBLE and self._hypothetical(positions[0])
+        if critical and self._any & _OF_QUESTIONS:
+            doubtful = doubtful or self._asked_if(positions[0], positions[-1])
+        if doubtful and category not in NEVER_HYPOTHETICAL:
+            return "asked" if category == _DANGER else "hypothetical"
         return "stated"
 
     def _is(self, position: int, cue: int) -> bool:
@@ -265,6 +278,46 @@ class Surroundings:
             return True
         being = self._near(max(begin, first - 3), first - 1, BIT["be"])
         return bool(being) and bool(self._near(max(begin, being[-1] - 4), being[-1] - 1, BIT["may"]))
+
+    def _asked(self, first: int, last: int) -> bool:
+        """Whether its clause asks for danger: "هل هذا خطر", "لو في خطورة", "خطير ولا لا", "في خطر عليا؟"."""
+        begin, _ = self._clause_of(first)
+        asking = self._near(max(begin, first - 4), first - 1, BIT["whether"])
+        asking += self._near(max(begin, first - 3), first - 1, BIT["if"])
+        # "لو سمحت حالته خطيره", "ممكن حد يرد" ask for something else.
+        if any(not self._is(position + 1, BIT["polite"]) for position in asking):
+            return True
+        if begin < first and self._is(first - 1, BIT["degree"]):
+            return True
+        choices = self._near(max(begin, first - 3), first - 1, BIT["choice"])
+        if any(first - position < 3 or self._is(position - 1, BIT["plain"]) for position in choices):
+            return True
+        choices = self._near(last + 1, last + 3, BIT["choice"])
+        if any(self._is(position + 1, BIT["plain"] | BIT["degree"] | _NOT) for position in choices):
+            return True
+        # "الكيس دا خطير او خلقي"
+        if last + 1 in choices and self._is(first - 1, BIT["this"]):
+            return True
+        # A question mark asks for the last words before it, not for the whole sentence.
+        _, closing = self._sentence_of(last)
+        short = closing == last or (closing <= last + 2 and self._is(last + 1, BIT["onto"]))
+        return short and self._sentences[last] in self._asking
+
+    def _asked_if(self, first: int, last: int) -> bool:
+        """Whether it is all that is asked: "هل هذه جلطة", "عندي جلطة ولا لا", "هل ده شد عضلي ولا جلطة"."""
+        begin, end = self._clause_of(last)
+        chosen = self._is(last + 1, BIT["choice"])
+        if chosen and self._is(last + 2, BIT["plain"]):
+            return True
+        before = first - 1 - self._is(first - 1, BIT["this"] | _HAVING)
+        # One more word may name its kind: "هل عندي ذبحة صدرية"; in "هل هذا النزيف طبيعي" it is there.
+        kind = before == first - 2 and last + 1 == end and not self._is(end, BIT["plain"])
+        if last != end and not chosen and (not kind or self._words[first].startswith("ال")):
+            return False
+        if before >= begin and self._is(before, BIT["whether"]):
+            return True
+        asking = self._near(max(begin, first - 6), first - 2, BIT["whether"])
+        return self._is(first - 1, BIT["choice"]) and any(self._is(position + 1, BIT["this"]) for position in asking)
 
 
 def _extent(numbers: Sequence[int], position: int) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from typing import TypeVar
 from sevpeft.data.cleaning import fold_for_matching
 
 # Letters that no Arabic or Latin text has and that folding leaves alone, to carry punctuation through it.
-_STOP, _COMMA, POINT = "ʘ", "ʗ", "ʞ"
-_MARKS = frozenset((_STOP, _COMMA))
+_STOP, _ASKING, _COMMA, POINT = "ʘ", "ʖ", "ʗ", "ʞ"
+_MARKS = frozenset((_STOP, _ASKING, _COMMA))
 _DECIMAL = re.compile(r"(?<=\d)[.,٫](?=\d)")
 _SENTENCE_END = re.compile(r"[.!?؟;؛…]+")
 _CLAUSE_END = re.compile(r"[،,:()\[\]\-–—]+")
@@ -63,6 +63,8 @@ class Text:
     """Number of the sentence of each word: parted by . ! ? ؛ and line breaks."""
     clauses: list[int]
     """Number of the clause of each word: parted by commas, colons, dashes and brackets too."""
+    asking: set[int]
+    """Numbers of the sentences that end with a question mark."""
 
 
 def read(question: str) -> Text:
@@ -73,16 +75,19 @@ def read(question: str) -> Text:
     words: list[str] = []
     sentences: list[int] = []
     clauses: list[int] = []
+    asking: set[int] = set()
     sentence = clause = 0
     for part in chain.from_iterable(map(_FOLDED.__getitem__, question.split())):
         if part in _MARKS:
+            if part == _ASKING:
+                asking.add(sentence)
             clause += 1
-            sentence += part == _STOP
+            sentence += part != _COMMA
         else:
             words.append(part)
             sentences.append(sentence)
             clauses.append(clause)
-    return Text(words, sentences, clauses)
+    return Text(words, sentences, clauses, asking)
 
 
 def _folded(written: str) -> tuple[str, ...]:
@@ -90,9 +95,13 @@ def _folded(written: str) -> tuple[str, ...]:
 
     Word by word and remembered, because folding whole questions takes longer than all the rest of matching.
     """
-    marked = _SENTENCE_END.sub(f" {_STOP} ", _DECIMAL.sub(POINT, written))
+    marked = _SENTENCE_END.sub(_mark_of_end, _DECIMAL.sub(POINT, written))
     folded = fold_for_matching(_CLAUSE_END.sub(f" {_COMMA} ", marked))
     return tuple(part for word in folded.split() for part in parts_of(word))
+
+
+def _mark_of_end(end: re.Match[str]) -> str:
+    return f" {_ASKING if set(end[0]) & set('?؟') else _STOP} "
 
 
 _FOLDED = Remembered(_folded)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sevpeft.severity.lexicon import PACKAGE_LEXICON
+from sevpeft.severity.lexicon import PACKAGE_LEXICON, load_lexicon
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.rules import COUNTS, PRIOR, STRENGTH, Match, Rules, probabilities_of
 
@@ -290,6 +291,185 @@ STILL_STATED = [
     ("صداع عمري ما حسيت زيه ومعه اغماء", "loss_of_consciousness"),
 ]
 
+# Swallowed what harms, or too much of it: MSA, Egyptian, Levantine, Gulf, Maghrebi.
+SWALLOWED = """
+ابتلع طفلي دواء الضغط الخاص بجدته
+تناولت عشرين حبة من الباراسيتامول
+ابتلعت ابنتي مادة منظفة
+طفلي شرب من زجاجة المبيد
+تناول ابني جرعة مضاعفة من الدواء
+شرب الكيروسين بالخطأ
+بلعت دواء الضغط
+ابني بلع حباية الضغط
+البيبي شرب كلور
+بنتي بلعت حباية منوم بتاعة تيتة
+ابني خد دوا السكر بتاع جدته اعمل ايه؟
+خدت شريط كامل
+مراتي واخدة شريط برشام كله
+شربت كلوريكس بالغلط
+اخويا خد حبة الغلة
+ابني شرب ازازة الدوا كلها
+الواد بلع برشام امه
+اديته جرعة زيادة من الدوا
+خدت الدوا بالغلط مرتين
+شرب مية نار
+ابني شرب كاز بالغلط
+بنتي بلعت حبوب ستها
+اخدت كمشة حبوب
+بلع ابني دوا اعصاب
+اخذت ظرف كامل
+شرب سائل فليت
+ولدي شارب كلوركس
+بزرتي بلعت حبوب الضغط
+اخذت شريط كامل بندول
+ماخذة حبوب وايد
+بلعت ٣٠ حبة
+الجاهل شرب قاز
+وليدي شرب جافيل
+بنتي كلات الدوا ديال جداتها كامل
+خذيت بلاكة كاملة ديال الدوا
+كليت فانيد بزاف وبلعت بلاكيت
+شربات الماء القاطع والجافيل
+وليدي سرط كينة ديال القلب
+شربت رهج
+ابني بلع بطارية ريموت
+بلعت بطارية
+طفلتي بلعت حبوب الحديد
+بلعت كميات كبيرة من حبوب الاكتئاب
+اخذت كل الحبوب اللي في البيت
+عملت اوفر دوز
+ابني لحس معجون الفئران
+خالتي شربت دوا الصراصير
+اديت بنتي دوا غلط
+بلع مسحوق الغسيل
+الدراري كلاو الدوا
+حاولت تنتحر وشربت برشام كتير
+ابني بلع دوا ولا اعرف كم حبة
+ممكن حد يرد ابني شرب كلور
+هل اروح الطوارئ ابني بلع حبوب الضغط؟
+"""
+# The same words in the ways of every day.
+EVERYDAY = """
+الدكتور كتبلي دواء الضغط
+عندي صعوبة في البلع
+صعوبة في بلع الدواء
+لا أستطيع ابتلاع الحبوب
+مش عارف ابلع البرشام
+ما بقدر ابلع حبوب الضغط
+الم عند بلع الريق
+بحس بوجع لما ابلع ريقي
+اخدت حباية الضغط الصبح
+خدت قرص بنادول
+اخذت حبة بروفين وما خف الصداع
+باخد دوا السكر بانتظام
+والدتي اخدت دوا الضغط المعتاد بتاعها
+كم جرعة الدواء في اليوم؟
+ايه الجرعة المناسبة لطفل سنتين
+ممكن اخد حبتين؟
+هل الجرعة زائدة؟
+ابني ياخد دوا الكحة
+ابني خد الدوا وسخونيته نزلت
+خلصت شريط المضاد الحيوي
+اخدت شريط المضاد ومفيش تحسن
+اخدت ادوية كتير ومفيش فايدة
+خدت برشام اسهال ومطهر للمعدة
+اشرب قنينة مية كاملة كل يوم
+ما هي كمية الماء المناسبة
+شربت صبغة قبل الاشعة
+تناول حمض الفوليك
+باخد 10 مجم من الدوا
+نسيت اخد حبة الضغط
+بلعت ريقي
+بلعت لقمة كبيرة
+استخدمت الكلور في تنظيف البيت
+بتاكل حبوب الافطار كل يوم
+رجيم وبشرب شاي اخضر
+ابني بيلعب كورة
+بلعوم محتقن
+خذيت كينة ديال الراس
+شربت الدوا في وقتو
+خدت 3 قرص في اليوم
+الدواء يوخذ حبة كل 8 ساعات
+سابلع الدواء بعد الاكل
+شربت بيبسي بالغلط وانا صايم
+ابني شرب لبن بالغلط
+اخدت 5 سم من الدوا
+كيف اخلي طفلي يبلع الحبوب
+اخدت علبة كاملة من الدواء ولم اتحسن
+دخلت المستشفى وخدت كل الادوية
+"""
+# Whoever asks whether there is danger has not said that there is.
+ASKED = """
+هل في خطورة
+لو في خطورة ؟
+اكشف ايه لو في خطورة
+يعني خطير؟
+هل هذا خطر
+ده خطير ولا لا
+ده خطير ولا عادي
+هو ده طبيعي ولا في حاجة خطر
+في خطر عليا؟
+واش خطير
+واش هادشي خطير؟
+وش خطورته
+هل الورم ده خطير
+بدي اعرف اذا خطير
+ما بعرف اذا الموضوع خطير او لا
+حابة اعرف هو خطير او بسيط
+ممكن يكون خطير
+ما مدى خطورة هذا المرض
+ما خطورة ذلك؟
+ايه خطورة الكيس ده
+شو خطورة الكيس
+هل يشكل خطرا على الجنين؟
+هل ابني ممكن يموت
+ياترى ده خطر
+خطير؟
+خطير ام لا
+شنو خطورة هاد الدوا
+متى تكون الدهون خطيرة
+هل هذه جلطة
+هل ممكن يكون جلطة ؟
+عندي جلطة ولا لا
+هل ده شد عضلي ولا جلطة
+هل هذا شد عضلي أم جلطة؟
+هل عندي ذبحة صدرية؟
+واش هادي جلطة
+حد يفهمني الكيس دا خطير او خلقي
+عايز اطمن هو خطير
+في خطورة من العملية؟
+خطر عليا ولا ايه
+"""
+# A question beside it takes nothing from what is stated.
+BESIDE_A_QUESTION = """
+ابني مش بيتنفس اعمل ايه؟
+ابني مش بيتنفس، هل ده خطير؟
+هل في خطورة؟ عندي الم شديد في الصدر
+عندي نزيف شديد هل اروح الطوارئ؟
+نزيف شديد؟
+لو سمحت مش قادر اتنفس اعمل ايه؟
+واش نمشي للمستعجلات صدري كيضرني بزاف؟
+هل ضيق التنفس هذا طبيعي؟
+هل الم الصدر ده خطير ولا عادي
+ما الحل عندي نزيف شديد؟
+جاله تشنج ومش بيرد علينا خطير ولا لا
+شو اعمل غابت عن الوعي؟
+وش الحل ابوي ما يستجيب لنا؟
+هل لازم طوارئ ابني شرب كلور؟
+"""
+# Danger itself, stated.
+IN_DANGER = """
+حالته خطيرة جدا
+لو سمحت حالتها خطيرة
+لو سمحتم الوضع خطير
+حالته خطيره جدا اعمل ايه؟
+ابني بيموت الحقوني
+الحقوني ابويا بيموت اعمل ايه؟
+حياته في خطر
+ممكن حد يرد الحالة خطيرة
+الدكتور قال الوضع خطير
+"""
+
 
 def of_category(question: str, category: str) -> list[Match]:
     return [match for match in RULES.matches(question) if match.category == category]
@@ -336,6 +516,41 @@ def test_what_is_not_so_now_is_discounted(question: str, category: str, context:
 )
 def test_a_look_alike_is_no_red_flag(question: str) -> None:
     assert [match.words for match in RULES.matches(question) if match.level == "critical"] == []
+
+
+def stated(question: str, *categories: str) -> bool:
+    found = RULES.matches(question)
+    return any(match.context == "stated" and match.category in categories for match in found)
+
+
+def most_probable(question: str) -> str:
+    return SEVERITIES[RULES.probabilities([question])[0].argmax()]
+
+
+def test_swallowed_harm_and_danger_are_told_from_every_day_and_from_questions() -> None:
+    swallowing = ("poisoning_bites", "choking_foreign_body")
+
+    def swallowed(question: str) -> list[Match]:
+        return [match for category in swallowing for match in of_category(question, category)]
+
+    red_flags = {pattern.category for pattern in load_lexicon()[0] if pattern.level == "critical"}
+    tables: list[tuple[str, Callable[[str], bool]]] = [
+        (SWALLOWED, lambda question: stated(question, *swallowing) and most_probable(question) == "critical"),
+        (EVERYDAY, lambda question: all(match.evidence <= STRENGTH["L"] for match in swallowed(question))),
+        (ASKED, lambda question: not stated(question, *red_flags) and most_probable(question) != "critical"),
+        (
+            BESIDE_A_QUESTION,
+            lambda question: stated(question, *red_flags - {"danger"}) and most_probable(question) == "critical",
+        ),
+        (IN_DANGER, lambda question: stated(question, "danger")),
+    ]
+    wrong = [
+        f"{question}: {RULES.evidence(question)}"
+        for rows, holds in tables
+        for question in rows.strip().splitlines()
+        if not holds(question)
+    ]
+    assert wrong == []
 
 
 def test_there_are_sentences_enough() -> None:

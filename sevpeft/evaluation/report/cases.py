@@ -176,7 +176,8 @@ def _piece(text: str, match: Match | None) -> Piece:
 _CONTEXTS = {
     "negated": "negated",
     "past": "in the past",
-    "hypothetical": "only asked about",
+    "hypothetical": "only possible",
+    "asked": "only asked about",
     "other": "about another person",
 }
 
