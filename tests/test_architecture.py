@@ -147,7 +147,7 @@ def test_no_module_is_a_drawer() -> None:
 def test_a_module_says_what_it_is_and_is_one_idea(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert path.name == "__main__.py" or ast.get_docstring(ast.parse(text)), "opens without a docstring"
-    assert len(text.splitlines()) <= 350
+    assert len(text.splitlines()) <= 500
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
 
 
