@@ -38,6 +38,7 @@ class Fitting:
         total: parameters that transformers counts.
         vram: GB that were asked about; None for none.
         changes: that make it fit there.
+        bits: of a quantized base; None for 16 or 32.
     """
 
     origin: str
@@ -49,6 +50,7 @@ class Fitting:
     cards: list[Card]
     vram: float | None
     changes: list[Change]
+    bits: int | None
 
     @property
     def fits(self) -> bool:
@@ -101,6 +103,7 @@ def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryP
             cards=verdicts(plan),
             vram=vram,
             changes=[] if vram is None else changes(plan, vram),
+            bits=4 if recipe.quantization.load_in_4bit else 8 if recipe.quantization.load_in_8bit else None,
         ),
         plan,
     )
@@ -177,6 +180,13 @@ def announce_fitting(found: Fitting, console: Console) -> None:
             say(console, f"  {card.gb} GB", f"{note} of {found.length} tokens")
         else:
             say(console, f"  {card.gb} GB", "does not fit", style="yellow")
+    if found.bits:
+        say(
+            console,
+            "Sharing",
+            f"the adapter belongs to the {found.bits}-bit weights; over the unquantized base, as vLLM serves it, it is "
+            "another model. `sevpeft merge` measures by how much, and can merge into the weights that were trained on",
+        )
     if found.vram is None:
         return
     if found.fits:
