@@ -13,6 +13,12 @@ from sevpeft.cli.application import app, quiet_libraries
 from sevpeft.errors import UsageError
 
 
+class BaseChoice(str, Enum):
+    auto = "auto"
+    unquantized = "unquantized"
+    dequantized = "dequantized"
+
+
 class DtypeChoice(str, Enum):
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -24,6 +30,9 @@ class DtypeChoice(str, Enum):
 def merge(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for the merged model, a new one", show_default=False)],
+    base: Annotated[
+        BaseChoice, typer.Option("--base", help="Weights to merge a 4- or 8-bit run into; auto: the nearer ones.")
+    ] = BaseChoice.auto,
     dtype: Annotated[
         DtypeChoice, typer.Option("--dtype", help="Precision of the weights; auto: as the base model is stored.")
     ] = DtypeChoice.auto,
@@ -32,8 +41,9 @@ def merge(
 ) -> None:
     """Merge a run's adapter into its base model, for programs that read no adapters.
 
-    The base is loaded unquantised, also for a run in 4 bit. What was written is
-    read back and compared; a model that lost the adapter to rounding is not kept.
+    A run in 4 or 8 bit is merged into the unquantized base and into the dequantized
+    one that it was trained on; both are measured, and the nearer one is written.
+    A model that is farther from what was trained than the base alone is not kept.
 
     Example: sevpeft merge runs/quickstart-20260101-120000 merged
     """
@@ -49,7 +59,14 @@ def merge(
         from sevpeft.sharing.merge import merge as merge_run
         from sevpeft.sharing.merge_report import announce_merged
 
-    merged = merge_run(Run(run), output, dtype=dtype.value, max_shard_size=max_shard_size.upper(), console=messages)
+    merged = merge_run(
+        Run(run),
+        output,
+        base=base.value,
+        dtype=dtype.value,
+        max_shard_size=max_shard_size.upper(),
+        console=messages,
+    )
     if as_json:
         print_json({"output": str(output), **merged.as_dict()})
         return

@@ -6,11 +6,14 @@ and no name of a person or machine is quoted: a card is published.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from sevpeft.modeling.loading import Precision, quantization_config
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
@@ -47,11 +50,7 @@ with shuffled ones (`severity.control: shuffled`).
 ## Use
 
 ```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("ADAPTER")
-tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
+{{ use }}
 ```
 
 {{ prompt }}
@@ -70,6 +69,12 @@ The whole recipe:
 
 def write_card(run: Run) -> Path:
     """Writes RUN/adapter/README.md and returns its path."""
+    path = run.adapter / "README.md"
+    write_atomically(path, card_text(run), shared=True)
+    return path
+
+
+def card_text(run: Run) -> str:
     recipe = load_recipe(run.folder / "recipe.yaml")
     metrics, environment = run.metrics(), run.environment()
     base = public_name(metrics["model"]["name_or_path"])
@@ -89,13 +94,59 @@ def write_card(run: Run) -> Path:
         weights=weights_lines(recipe, metrics["weights"]),
         validation_rows=f"{metrics['data']['encoding']['validation']['rows']:,}",
         losses=losses_table(metrics),
-        prompt=prompt_lines(recipe),
+        use=_use_lines(recipe, metrics["model"]),
+        prompt="\n\n".join([*_unquantized_lines(metrics), prompt_lines(recipe)]),
         made=made_lines(metrics, environment),
         recipe=without_paths(recipe).to_yaml().strip(),
     )
-    path = run.adapter / "README.md"
-    write_atomically(path, str(card), shared=True)
-    return path
+    return str(card)
+
+
+def note_unquantized_base(run: Run, **figures: dict[str, Any]) -> None:
+    """Puts the distance over the unquantized base into the run, and into its card where nobody has edited that."""
+    card = run.adapter / "README.md"
+    with suppress(OSError):  # a run that may only be read is merged all the same
+        untouched = card.is_file() and card.read_text(encoding="utf-8") == card_text(run)
+        run.update_metrics(unquantized_base=figures)
+        if untouched:
+            write_card(run)
+
+
+def distance(found: dict[str, Any]) -> str:
+    """A `Difference` in words."""
+    return f"KL {found['kl']:.2g} nats per token, {found['equal_next_tokens']:.1%} equal next tokens"
+
+
+def _use_lines(recipe: Recipe, model: dict[str, Any]) -> str:
+    """Python that loads the adapter, on a quantized base where it was trained on one."""
+    config = quantization_config(recipe, Precision(getattr(torch, model["dtype"]), bf16=False, fp16=False))
+    loaded, classes = '"ADAPTER"', "AutoTokenizer"
+    if config is not None:
+        known = config.to_diff_dict()
+        settings = ", ".join(f"{key}={known[key]!r}" for key in recipe.quantization.model_dump() if key in known)
+        arguments = ('"ADAPTER"', f'dtype="{model["dtype"]}"', f"quantization_config=BitsAndBytesConfig({settings})")
+        loaded = "\n" + "".join(f"    {argument},\n" for argument in arguments)
+        classes += ", BitsAndBytesConfig"
+    return (
+        f"from peft import AutoPeftModelForCausalLM\nfrom transformers import {classes}\n\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({loaded})\n"
+        'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")'
+    )
+
+
+def _unquantized_lines(metrics: dict[str, Any]) -> list[str]:
+    bits, measured = metrics["model"].get("bits"), metrics.get("unquantized_base")
+    if not bits:
+        return []
+    how_far = (
+        f"measured: {distance(measured['gap'])}, where the adapter itself is worth {measured['effect']['kl']:.2g}"
+        if measured
+        else "how far off was not measured"
+    )
+    return [
+        f"It was trained on the base in {bits} bit. Over the unquantized base, as vLLM loads it, it is another model "
+        f"({how_far}). `sevpeft merge` makes a plain model of the weights that were trained on."
+    ]
 
 
 def data_lines(metrics: dict[str, Any]) -> str:

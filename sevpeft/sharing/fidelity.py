@@ -1,26 +1,30 @@
-"""Measures how far one model's answers are from another's, on bundled consultations and never on the user's.
+"""Distance between the answers of two models, on the run's own validation rows.
 
-A merged model must answer as base + adapter did. What rounding does to it is compared with what the adapter does: the
-Kullback-Leibler divergence between the two predictions of every answer token, beside the one between adapter and base.
+A merged model must answer as the model that was trained. The distance is the Kullback-Leibler divergence between the
+two predictions of every answer token. The yardstick is measured too: what the adapter itself does to its base.
 """
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from sevpeft.data.sources import load_consultations
+from sevpeft.errors import SevpeftError
 from sevpeft.modeling.prompts import Prompt
+from sevpeft.recipe import Recipe
+from sevpeft.training.encoding import IGNORED, encode_rows
+from sevpeft.training.preparation import load_splits
 
 CONSULTATIONS = 8
-# Of what the adapter does, in divergence, which grows with the square of a small change: at a tenth, a third of the
-# adapter's effect would be noise. In float32 nothing is rounded that could be seen, so that more is a mistake.
-LARGEST_SHARE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
-# Two ways to add the same float32 numbers differ by about 1e-5 in a logit, so by 1e-10 nats.
-ROUNDING_OF_FLOAT32 = 1e-8
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Difference:
     """Between the predictions P of one model and Q of another, over the answer tokens of all consultations.
 
     Attributes:
-        kl: mean over tokens of KL(P‖Q), in nats.
+        kl: mean over tokens of KL(P‖Q), in nats; infinite where a model answers with numbers that are not finite.
         largest_logit_difference: over all tokens and the vocabulary.
         equal_next_tokens: share of the tokens at which both find the same one likeliest.
         tokens: answer tokens that were compared.
@@ -48,22 +52,40 @@ class Difference:
     tokens: int
 
 
-def bundled_texts(prompt: Prompt, context: int | None) -> list[Text]:
-    """Bundled consultations as the model was trained to read them, cut to its context."""
-    rows = load_consultations("builtin:consultations").rows
-    chosen = rows.select(range(0, len(rows), len(rows) // CONSULTATIONS)).select(range(CONSULTATIONS))
-    texts = []
-    asked, answered = prompt.prompt_ids(chosen["question"][:]), prompt.answer_ids(chosen["answer"][:])
-    for question, answer in zip(asked, answered, strict=True):
-        # Cut from the front, so that there is always an answer to predict.
-        ids = [*question, *answer][-(context or len(question) + len(answer)) :]
-        texts.append(Text(ids, max(1, len(ids) - len(answer))))
-    return texts
+def texts_of(recipe: Recipe, prompt: Prompt, context: int | None) -> tuple[list[Text], str]:
+    """Consultations as the model was trained to read them, and what they are.
+
+    They are validation rows of the run, or bundled consultations where the run's data cannot be read here.
+    """
+    try:
+        _, splits, _ = load_splits(recipe)
+        own = splits.validation if len(splits.validation) else splits.train
+        return _encoded(own, recipe, prompt, context), "rows of the run's data"
+    except SevpeftError:
+        rows = load_consultations("builtin:consultations").rows
+        return _encoded(rows, recipe, prompt, context), "bundled consultations, as the run's data cannot be read here"
+
+
+def _encoded(rows: Dataset, recipe: Recipe, prompt: Prompt, context: int | None) -> list[Text]:
+    spread = np.linspace(0, len(rows) - 1, min(CONSULTATIONS, len(rows))).astype(int)
+    limits = [limit for limit in (recipe.training.settings()["max_length"], context) if limit]
+    with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
+        encoded, _ = encode_rows(
+            rows.select(spread),
+            prompt,
+            min(limits, default=None),
+            strata=None,
+            cache_file=Path(scratch) / "rows.arrow",
+        )
+        return [
+            Text(row["input_ids"], next(at for at, label in enumerate(row["labels"]) if label != IGNORED))
+            for row in encoded
+        ]
 
 
 @torch.no_grad()
 def answer_logits(
-    model: PreTrainedModel, texts: Sequence[Text], on_text: Callable[[], None] = lambda: None
+    model: PreTrainedModel, texts: Sequence[Text], on_text: Callable[[int], None] = lambda _: None
 ) -> list[torch.Tensor]:
     """Logits (answer tokens, vocabulary) of every text, in the model's own precision, on the CPU.
 
@@ -74,7 +96,7 @@ def answer_logits(
         ids = torch.tensor([text.ids], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, text.answer - 1 : -1]
         found.append(logits.cpu().clone())
-        on_text()
+        on_text(1)
     return found
 
 
@@ -88,14 +110,4 @@ def difference(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) ->
         largest = max(largest, float((ours.double() - theirs.double()).abs().max()))
         equal += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
         tokens += len(ours)
-    return Difference(kl / tokens, largest, equal / tokens, tokens)
-
-
-def keeps_the_adapter(rounding: Difference, effect: Difference, dtype: torch.dtype) -> bool:
-    """Whether what lies between adapter and merged model is small beside what lies between adapter and base.
-
-    Args:
-        dtype: of the merged weights.
-    """
-    noise = ROUNDING_OF_FLOAT32 if dtype == torch.float32 else 0.0
-    return rounding.kl <= LARGEST_SHARE[dtype] * effect.kl + noise
+    return Difference(math.inf if math.isnan(kl) else kl / tokens, largest, equal / tokens, tokens)

@@ -1,51 +1,44 @@
-"""Turns a run's adapter and its base model into one model that needs no PEFT, and proves that it is the same.
+"""Merging of a run's adapter into its base model, measured against the model that was trained.
 
-The base is loaded in the precision it is stored in and never quantised: adding to 4-bit weights quantises them anew and
-moves the logits some thirty times as far. What was merged is written, read again and compared with base + adapter
-before the folder gets its name.
+An adapter belongs to the weights that it was trained on. For a run in 4 or 8 bit these are the dequantized weights, and
+the unquantized ones are another base: both are merged and measured, and the nearer one is written. What was written is
+read again and compared before the folder gets its name.
 """
 
 from __future__ import annotations
 
 import gc
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sevpeft.console import Screen
-from sevpeft.errors import ModelError, RunError, SevpeftError
+from sevpeft.errors import ModelError, UsageError
 from sevpeft.evaluation.generation import context_length
+from sevpeft.evaluation.progress import RowProgress
 from sevpeft.evaluation.switching import check_adapter
-from sevpeft.modeling.loading import (
-    LARGEST_4BIT_ON_CPU,
-    Precision,
-    choose_precision,
-    count_parameters,
-    load_config,
-    load_model,
-    load_tokenizer,
-    uses_gpu,
-)
-from sevpeft.modeling.packing import ROUNDING
+from sevpeft.modeling.loading import Precision, count_parameters, load_config, load_model, load_tokenizer
 from sevpeft.modeling.saved_adapters import WEIGHTS, attach_adapter
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.recipe.sections import QuantizationSection
 from sevpeft.runs import Run
-from sevpeft.sharing.fidelity import Difference, Text, answer_logits, bundled_texts, difference, keeps_the_adapter
-from sevpeft.sharing.merged_card import write_merged_card
+from sevpeft.sharing.card import note_unquantized_base
+from sevpeft.sharing.fidelity import Difference, Text, answer_logits, difference, texts_of
+from sevpeft.sharing.merged_card import check_card_sources, write_merged_card
 from sevpeft.sharing.merged_folder import (
+    checksums,
     merged_folder,
+    read_back,
     refuse_output,
     refuse_without_room,
     stored_dtype,
@@ -55,32 +48,36 @@ from sevpeft.sharing.serving import modelfile
 from sevpeft.training.preparation import prompt_of
 from sevpeft.training.progress import say
 
+UNQUANTIZED, DEQUANTIZED = "unquantized", "dequantized"
+
 
 @dataclass(frozen=True)
 class Merged:
-    """What was merged and how it was checked.
+    """What was merged, and how far it is from the model that was trained.
 
     Attributes:
         base: the base model, as the recipe names it.
+        weights: of the base that the adapter was merged into, "unquantized" or "dequantized".
         dtype: of the written weights.
+        bits: of the base that the adapter was trained on; None where it was not quantized.
         parameters: of the merged model.
         matrices: weights that the adapter changed by adding to them.
-        rounding: between base + adapter and the model that was read back from the folder.
-        effect: between base + adapter and the base alone, the yardstick.
-        quantised: between the quantised base + adapter that was trained and the merged model; None for a run on an
-            unquantised base, or where it cannot be loaded here.
-        bits: of the quantised base that the adapter was trained on.
+        rows: what the models were compared on.
+        effect: between the trained model and its base alone, the yardstick.
+        gaps: between the trained model and the merged one, for each base that was tried; that of `weights` is of the
+            model as it was read back from the folder.
         bytes: of the folder.
     """
 
     base: str
+    weights: str
     dtype: str
+    bits: int | None
     parameters: int
     matrices: int
-    rounding: Difference
+    rows: str
     effect: Difference
-    quantised: Difference | None
-    bits: int | None
+    gaps: dict[str, Difference]
     bytes: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,13 +85,20 @@ class Merged:
 
 
 def merge(
-    run: Run, output: Path, *, dtype: str = "auto", max_shard_size: str = "5GB", console: Console | None = None
+    run: Run,
+    output: Path,
+    *,
+    base: str = "auto",
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    console: Console | None = None,
 ) -> Merged:
     """Merges the adapter of a finished run into its base model and writes it to a folder.
 
     Args:
         output: folder that does not exist yet, or is empty.
-        dtype: auto (as the base is stored; bfloat16 for a quantised run that does not say), bfloat16, float16, float32.
+        base: weights to merge into: unquantized, dequantized, or auto for those that come nearer to what was trained.
+        dtype: auto (as the base is stored; bfloat16 for a quantized run that does not say), bfloat16, float16, float32.
         max_shard_size: of one safetensors file, as 5GB.
         console: where progress is shown.
 
@@ -104,64 +108,67 @@ def merge(
     console = console or Screen(quiet=True)
     recipe = load_recipe(run.folder / "recipe.yaml")
     check_adapter(run)
-    _refuse_what_the_card_lacks(run)
+    check_card_sources(run)
     refuse_output(output)
-    _refuse_what_cannot_be_merged(run, recipe)
+    about = run.metrics()["model"]
+    bits, precision = about["bits"], Precision(getattr(torch, about["dtype"]), bf16=False, fp16=False)
     plain = recipe.model_copy(update={"quantization": QuantizationSection()})
     config = load_config(plain)
-    chosen = stored_dtype(plain, config, recipe.quantization.quantised()) if dtype == "auto" else getattr(torch, dtype)
+    bases = _bases(recipe, config, bits, base)
+    chosen = stored_dtype(plain, config, bool(bits)) if dtype == "auto" else getattr(torch, dtype)
     parameters = count_parameters(config)
-    refuse_without_room(output, config, parameters, chosen, (run.adapter / WEIGHTS).stat().st_size)
+    packed_bytes = parameters * (bits or 0) // 8
+    refuse_without_room(output, config, parameters, chosen, (run.adapter / WEIGHTS).stat().st_size + packed_bytes)
     tokenizer = load_tokenizer(plain, config)
     prompt = prompt_of(plain, tokenizer)
-    texts = bundled_texts(prompt, context_length(config))
-    name, numbers = recipe.model.name_or_path, str(chosen).removeprefix("torch.")
+    texts, rows = texts_of(recipe, prompt, context_length(config))
+    name, number_format = recipe.model.name_or_path, str(chosen).removeprefix("torch.")
+    say(console, "Base model", f"{name} ({config.model_type}, {parameters:,} parameters), merged in {number_format}")
+    say(console, "Compared on", f"{len(texts)} {rows}")
 
-    trained = _logits_as_trained(run, recipe, parameters, texts, console)
-    say(console, "Base model", f"{name} ({config.model_type}, {parameters:,} parameters), unquantised, {numbers}")
-    with console.status("Loading the base model"):
-        model = load_model(plain, Precision(chosen, bf16=False, fp16=False)).eval()
-    base = _answers(model, texts, "Base alone", console)
-    model = attach_adapter(model, run.adapter, plain)
-    _refuse_bias_without_place(model, name)
-    adapter = _answers(model, texts, "Base + adapter", console)
-    effect = difference(adapter, base)
-    del base
-    model, matrices = merge_in_place(model, console)
-    _refuse_no_numbers(adapter, chosen)
-    merged = _answers(model, texts, "Merged", console)
-    _refuse_another_model(difference(adapter, merged), effect, chosen)
+    trained, effect, packed = _as_trained(run, recipe, precision, texts, console)
+    if DEQUANTIZED not in bases:
+        packed = None  # the same weights are loaded once more
+    gaps: dict[str, Difference] = {}
+    for weights in bases:
+        model = None  # beside the next one it may not fit
+        model, matrices = _merged(run, plain, weights, chosen, packed, console)
+        if len(bases) > 1:
+            gaps[weights] = difference(trained, _answers(model, texts, f"{weights.capitalize()} base", console))
+    if base == "auto" and gaps and (nearest := min(gaps, key=lambda each: gaps[each].kl)) != weights:
+        weights, model = nearest, None
+        model, matrices = _merged(run, plain, weights, chosen, packed, console)
+    del packed
+    sums = checksums(model)
     with merged_folder(output) as folder:
         with console.status(f"Writing {output}"):
             write_model(model, tokenizer, prompt, plain, config, folder, max_shard_size)
         del model
         gc.collect()  # the model that is read back would stand beside it
         with console.status("Reading it back"):
-            again = read_back(folder, plain)
-        found = _answers(again, texts, "Read back", console)
-        _refuse_another_model(difference(adapter, found), effect, chosen)
-        if difference(merged, found).largest_logit_difference > ROUNDING[chosen]:
-            raise ModelError(
-                f"What was written to {output} does not answer as what was merged, so it is not kept; please report "
-                f"this for the model type {config.model_type}."
-            )
+            again = read_back(folder, plain, sums)
+        gaps[weights] = difference(trained, _answers(again, texts, "Read back", console))
+        _check_gap(gaps[weights], effect, weights, bits, chosen, base)
         result = Merged(
             base=name,
-            dtype=numbers,
+            weights=weights,
+            dtype=number_format,
+            bits=bits,
             parameters=again.num_parameters(),
             matrices=matrices,
-            rounding=difference(adapter, found),
+            rows=rows,
             effect=effect,
-            quantised=None if trained is None else difference(trained, found),
-            bits=next((b for b in (4, 8) if getattr(recipe.quantization, f"load_in_{b}bit")), None),
+            gaps=gaps,
             bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         )
         (folder / "Modelfile").write_text(modelfile(prompt, recipe), encoding="utf-8")
         write_merged_card(run, recipe, result.as_dict(), folder)
+    if bits and UNQUANTIZED in gaps:
+        note_unquantized_base(run, gap=asdict(gaps[UNQUANTIZED]), effect=asdict(effect))
     return result
 
 
-def merge_in_place(model: PeftModel, console: Console | None = None) -> tuple[PreTrainedModel, int]:
+def merge_in_place(model: PeftModel) -> tuple[PreTrainedModel, int]:
     """The base model with the adapter in its weights, and the number of matrices that it was added to.
 
     Each matrix is added in float32 and rounded once. PEFT (0.21, `merge(safe_merge=True)`) rounds the product BA to the
@@ -172,7 +179,7 @@ def merge_in_place(model: PeftModel, console: Console | None = None) -> tuple[Pr
     """
     _untie_adapted_embedding(model)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    with _bar(console or Screen(quiet=True), "Merging", len(layers)) as step, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "already merged", of all that were merged here
         for name, layer in layers:
             base = layer.get_base_layer()
@@ -187,7 +194,6 @@ def merge_in_place(model: PeftModel, console: Console | None = None) -> tuple[Pr
                 value.data = value.data.to(own[key])
                 if not torch.isfinite(value.data).all():
                     raise ModelError(_not_finite(name))
-            step()
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except ValueError as error:
@@ -195,36 +201,91 @@ def merge_in_place(model: PeftModel, console: Console | None = None) -> tuple[Pr
     return merged, len(layers)
 
 
-def read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
-    """The written model, loaded as anyone will load it.
+def _bases(recipe: Recipe, config: PretrainedConfig, bits: int | None, asked: str) -> list[str]:
+    """Weights to try, the one that is asked for last."""
+    name = recipe.model.name_or_path
+    if _stored_quantized(config):
+        if bits is None:
+            raise ModelError(
+                f"{name} is stored in a quantization that cannot be undone here; use the adapter on it without merging."
+            )
+        bases = [DEQUANTIZED]
+    else:
+        bases = [UNQUANTIZED, DEQUANTIZED] if bits else [UNQUANTIZED]
+    if asked not in ("auto", *bases):
+        why = "its base was not quantized" if asked == DEQUANTIZED else f"{name} is stored quantized"
+        raise UsageError(f"--base {asked} does not exist for this run, because {why}; write --base {bases[-1]}.")
+    return sorted(bases, key=asked.__eq__)
 
-    Raises:
-        ModelError: it lacks weights, or has some that do not belong to it.
+
+def _stored_quantized(config: PretrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _as_trained(
+    run: Run, recipe: Recipe, precision: Precision, texts: list[Text], console: Console
+) -> tuple[list[torch.Tensor], Difference, PreTrainedModel]:
+    """Answers of base + adapter as they were trained, what the adapter does there, and that base."""
+    with console.status("Loading the base model as it was trained on"):
+        model = load_model(recipe, precision).eval()
+    # Before the adapter is there: some starts (OLoRA, PiSSA) and trained biases change the base itself.
+    alone = _answers(model, texts, "Base alone", console)
+    model = attach_adapter(model, run.adapter, recipe)
+    trained = _answers(model, texts, "Base + adapter", console)
+    effect = difference(trained, alone)
+    if not effect.kl < float("inf"):
+        number_format = str(precision.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"Base + adapter answers with numbers that are not finite in {number_format}, the precision of its "
+            "training, so its weights are broken; copy base model and adapter again."
+        )
+    return trained, effect, model.unload()
+
+
+def _merged(
+    run: Run,
+    recipe: Recipe,
+    weights: str,
+    dtype: torch.dtype,
+    packed: PreTrainedModel | None,
+    console: Console,
+) -> tuple[PreTrainedModel, int]:
+    """The adapter merged into the unquantized weights of the recipe's base, or into those of the quantized model."""
+    gc.collect()
+    config = load_config(recipe)
+    with console.status(f"Merging into the {weights} base model"):
+        if _stored_quantized(config):
+            del config.quantization_config
+            trust = recipe.model.trust_remote_code
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
+        else:
+            model = load_model(recipe, Precision(dtype, bf16=False, fp16=False)).eval()
+        if weights == DEQUANTIZED:
+            assert packed is not None
+            _dequantize_into(model, packed)
+        model = attach_adapter(model, run.adapter, recipe)
+        _refuse_bias_without_place(model, recipe.model.name_or_path)
+        return merge_in_place(model)
+
+
+@torch.no_grad()
+def _dequantize_into(model: PreTrainedModel, packed: PreTrainedModel) -> None:
+    """Gives a plain model the weights that the quantized one computes with.
+
+    `PreTrainedModel.dequantize` would leave buffers in the precision of the training, and GPT-2's matrices transposed.
     """
-    attention = recipe.model.attn_implementation
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto",
-        use_safetensors=True,
-        trust_remote_code=recipe.model.trust_remote_code,
-        output_loading_info=True,
-        **({"attn_implementation": attention} if attention else {}),
-    )
-    strange = sorted([*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]])
-    if strange:
-        raise ModelError(
-            f"What was written cannot be read back whole ({len(strange)} weights, such as {strange[0]}), so it is not "
-            f"kept; please report this for the model type {model.config.model_type}."
-        )
-    return model.eval()
-
-
-def _refuse_what_cannot_be_merged(run: Run, recipe: Recipe) -> None:
-    if recipe.quantization.quantised() and recipe.lora.init_lora_weights == "loftq":
-        raise ModelError(
-            f"The adapter in {run.adapter} was started with loftq, so it holds what the quantised base model had lost, "
-            "and merging it into the unquantised one would add that twice; use it as an adapter on the base in 4 bit."
-        )
+    own = model.state_dict()
+    for place, module in packed.named_modules():
+        for key, value in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            name = f"{place}.{key}" if place else key
+            if name not in own:
+                continue
+            if key == "weight":
+                value = dequantize_module_weight(module)
+                if isinstance(model.get_submodule(place), Conv1D) and not isinstance(module, Conv1D):
+                    value = value.T
+            own[name].copy_(value)
+    model.generation_config = packed.generation_config
 
 
 def _refuse_bias_without_place(model: PeftModel, name: str) -> None:
@@ -234,28 +295,6 @@ def _refuse_bias_without_place(model: PeftModel, name: str) -> None:
                 f"The adapter was trained with lora.lora_bias=true, and {name} has no bias at {place.split('.')[-1]} "
                 "to merge it into; use it as an adapter, or train it without lora_bias."
             )
-
-
-def _refuse_no_numbers(adapter: list[torch.Tensor], dtype: torch.dtype) -> None:
-    if not all(bool(torch.isfinite(logits).all()) for logits in adapter):
-        raise ModelError(
-            f"Base + adapter answers in {str(dtype).removeprefix('torch.')} with numbers that are not finite, so there "
-            "is nothing that a merged model could be compared with; try --dtype bfloat16 or float32."
-        )
-
-
-def _refuse_what_the_card_lacks(run: Run) -> None:
-    """Raises RunError now and not when all is merged."""
-    for name, read, needed in (
-        ("metrics.json", run.metrics, ("model", "data", "weights", "training", "after")),
-        ("environment.json", run.environment, ("versions", "seed")),
-    ):
-        try:
-            whole = set(needed) <= set(read())
-        except ValueError:
-            whole = False
-        if not whole:
-            raise RunError(f"{run.folder / name} is damaged or incomplete; copy it back, or finish the run first.")
 
 
 def _untie_adapted_embedding(model: PeftModel) -> None:
@@ -270,57 +309,27 @@ def _untie_adapted_embedding(model: PeftModel) -> None:
         model.get_base_model().config.tie_word_embeddings = False
 
 
-def _refuse_another_model(rounding: Difference, effect: Difference, dtype: torch.dtype) -> None:
-    if keeps_the_adapter(rounding, effect, dtype):
+def _check_gap(
+    gap: Difference, effect: Difference, weights: str, bits: int | None, dtype: torch.dtype, base: str
+) -> None:
+    """Raises ModelError where merging changes the answers by more than the whole adapter does."""
+    if gap.kl <= effect.kl:
         return
-    found = (
-        f"the merged model is {rounding.kl:.2g} nats per token from base + adapter, and the base alone {effect.kl:.2g}"
-    )
-    if dtype == torch.float32:
-        raise ModelError(f"Merging lost the adapter ({found}), so nothing is kept; use it as an adapter instead.")
+    number_format = str(dtype).removeprefix("torch.")
+    remedies = [f"use it as an adapter on the base in {bits} bit" if bits else "use it as an adapter"]
+    if dtype != torch.float32:
+        remedies.insert(0, "merge with --dtype float32")
+    if base == UNQUANTIZED and bits:
+        remedies.insert(0, "leave --base unquantized out")
     raise ModelError(
-        f"Rounding to {str(dtype).removeprefix('torch.')} takes the adapter away ({found}), so nothing is kept; merge "
-        "with --dtype float32, or use it as an adapter."
+        f"Merged into the {weights} weights in {number_format}, the model is {gap.kl:.2g} nats per token from what was "
+        f"trained, and the adapter itself is worth {effect.kl:.2g}, so nothing is kept; {', or '.join(remedies)}."
     )
-
-
-def _logits_as_trained(
-    run: Run, recipe: Recipe, parameters: int, texts: list[Text], console: Console
-) -> list[torch.Tensor] | None:
-    """Answers of the quantised base + adapter; None where nothing was quantised or it would take hours here."""
-    if not recipe.quantization.quantised():
-        return None
-    if not uses_gpu(recipe) and parameters > LARGEST_4BIT_ON_CPU:
-        say(console, "Quantised base", "not compared with, because this machine shows no GPU to load it on")
-        return None
-    try:
-        with console.status("Loading the quantised base model, as it was trained on"):
-            model = load_model(recipe, choose_precision(recipe)).eval()
-            model = attach_adapter(model, run.adapter, recipe)
-    except SevpeftError as error:
-        say(console, "Quantised base", f"not compared with: {error}", style="yellow")
-        return None
-    found = _answers(model, texts, "As trained", console)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    return found
 
 
 def _answers(model: PreTrainedModel, texts: list[Text], label: str, console: Console) -> list[torch.Tensor]:
-    started = time.monotonic()
-    with _bar(console, f"Asking: {label.lower()}", len(texts)) as step:
-        found = answer_logits(model, texts, step)
-    say(console, label, f"asked {len(texts)} bundled questions, {time.monotonic() - started:.0f} s")
-    return found
-
-
-@contextmanager
-def _bar(console: Console, label: str, total: int) -> Iterator[Any]:
-    columns = (TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+    with RowProgress(console, label, len(texts)) as done:
+        return answer_logits(model, texts, done)
 
 
 def _not_finite(name: str) -> str:

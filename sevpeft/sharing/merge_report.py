@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from sevpeft.modeling.saved_adapters import read_adapter_config
 from sevpeft.modeling.tiny import TINY
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
+from sevpeft.sharing.card import distance
 from sevpeft.sharing.fidelity import Difference
 from sevpeft.sharing.merge import Merged
 from sevpeft.sharing.serving import adapter_command, asking, conversion_commands
@@ -27,19 +29,16 @@ def announce_merged(merged: Merged, run: Run, output: Path, console: Console) ->
         "Merged",
         f"{merged.matrices:,} weights of {merged.base} in {merged.dtype} ({merged.parameters:,} parameters, {size})",
     )
-    say(
-        console, "Checked", f"on {merged.rounding.tokens:,} answer tokens of bundled consultations, read back from disk"
-    )
+    say(console, "Checked", f"read back, on {merged.effect.tokens:,} answer tokens of {merged.rows}")
     console.print()
     console.print(_table(merged))
     console.print()
-    if merged.bits:
-        told = "" if merged.quantised else ", and by how much they differ was not measured"
+    gap = merged.gaps.get("unquantized") if merged.bits else None
+    if gap is not None and merged.weights == "unquantized":
         say(
             console,
-            "Unquantised",
-            f"trained on the base in {merged.bits} bit, merged into the unquantised one, which is not quite the model "
-            f"that was trained{told}",
+            "Unquantized",
+            f"not quite the model that was trained: {_over_unquantized(merged, gap)}",
             style="yellow",
         )
     recipe = load_recipe(run.folder / "recipe.yaml")
@@ -50,6 +49,8 @@ def announce_merged(merged: Merged, run: Run, output: Path, console: Console) ->
     say(console, "Model", f"{output}, its card in README.md. Not a medical device.")
     merged_command = f"vllm serve {shlex.quote(str(output))}"
     _commands(console, "With vLLM, merged or as an adapter:", [merged_command, command or f"# {reason}"])
+    if command and gap is not None:
+        console.print(f"  # As an adapter it is served {_over_unquantized(merged, gap)}.", soft_wrap=True)
     console.print(f"  {asking(recipe)}", soft_wrap=True)
     _commands(
         console, "With llama.cpp and Ollama; quantising changes the model once more:", [convert, quantise, create]
@@ -58,15 +59,23 @@ def announce_merged(merged: Merged, run: Run, output: Path, console: Console) ->
         console.print("  Take vowel marks out of questions first, as the training did.", soft_wrap=True)
 
 
+def _over_unquantized(merged: Merged, gap: Difference) -> str:
+    return (
+        f"over the unquantized base, {distance(asdict(gap))} with {merged.bits} bit + adapter; the adapter itself is "
+        f"worth {merged.effect.kl:.2g}"
+    )
+
+
 def _table(merged: Merged) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("From base + adapter to", style="bold")
+    base = f"{merged.bits} bit" if merged.bits else "base"
+    table.add_column(f"From {base} + adapter to", style="bold")
     for title in ("KL, nats/token", "largest logit gap", "same next token"):
         table.add_column(title, justify="right")
-    table.add_row("the merged model", *_cells(merged.rounding))
-    table.add_row("the base alone", *_cells(merged.effect))
-    if merged.quantised is not None:
-        table.add_row(f"From {merged.bits} bit + adapter to merged", *_cells(merged.quantised))
+    for weights, gap in merged.gaps.items():
+        chosen = "merged" if weights == merged.weights else "not merged"
+        table.add_row(f"{weights} ({chosen})" if merged.bits else "the merged model", *_cells(gap))
+    table.add_row("its base alone", *_cells(merged.effect))
     return table
 
 

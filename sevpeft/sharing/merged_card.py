@@ -7,12 +7,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from sevpeft.errors import RunError
 from sevpeft.modeling.saved_adapters import read_adapter_config
 from sevpeft.modeling.tiny import TINY
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, write_atomically
 from sevpeft.sharing.card import (
     data_lines,
+    distance,
     losses_table,
     made_lines,
     prompt_lines,
@@ -101,6 +103,20 @@ The whole recipe:
 """
 
 
+def check_card_sources(run: Run) -> None:
+    """Raises RunError where the run lacks what the card is written from: before merging, which takes long."""
+    for name, read, needed in (
+        ("metrics.json", run.metrics, ("model", "data", "weights", "training", "after")),
+        ("environment.json", run.environment, ("versions", "seed")),
+    ):
+        try:
+            whole = set(needed) <= set(read())
+        except ValueError:
+            whole = False
+        if not whole:
+            raise RunError(f"{run.folder / name} is damaged or incomplete; copy it back, or finish the run first.")
+
+
 def write_merged_card(run: Run, recipe: Recipe, figures: dict[str, Any], folder: Path) -> Path:
     """Writes FOLDER/README.md and returns its path.
 
@@ -136,7 +152,7 @@ def write_merged_card(run: Run, recipe: Recipe, figures: dict[str, Any], folder:
         losses=losses_table(metrics),
         prompt=prompt_lines(recipe),
         asking=asking(recipe),
-        as_adapter=f"The adapter alone is served by `{command}`." if command else f"{reason}.",
+        as_adapter=_as_adapter(command, figures) if command else f"{reason}.",
         conversion="\n".join(conversion_commands("OUTPUT", figures["dtype"])),
         made=made_lines(metrics, run.environment()),
         recipe=without_paths(recipe).to_yaml().strip(),
@@ -147,30 +163,34 @@ def write_merged_card(run: Run, recipe: Recipe, figures: dict[str, Any], folder:
 
 
 def merging_lines(figures: dict[str, Any]) -> str:
-    """The verification as a list."""
-    rounding, effect = figures["rounding"], figures["effect"]
+    """The measurements as a list."""
+    gaps, bits, weights = figures["gaps"], figures["bits"], figures["weights"]
+    base = f"base in {bits} bit" if bits else "base"
     lines = [
-        f"- {figures['matrices']:,} weights of the base in {figures['dtype']}, each added in float32 and rounded once",
-        f"- read back from its files and compared with base + adapter on {rounding['tokens']:,} answer tokens of "
-        f"bundled consultations: KL(base + adapter ‖ merged) {rounding['kl']:.2g} nats per token, largest difference "
-        f"of a logit {rounding['largest_logit_difference']:.2g}, the same likeliest token at "
-        f"{rounding['equal_next_tokens']:.1%}",
-        f"- for comparison, what the adapter does: KL(base + adapter ‖ base) {effect['kl']:.2g} nats per token, the "
-        f"same likeliest token at {effect['equal_next_tokens']:.1%}",
+        f"- {figures['matrices']:,} weights of the {weights} base in {figures['dtype']}, each added in float32 and "
+        "rounded once",
+        f"- read back from its files and compared with the model that was trained ({base} + adapter) on "
+        f"{figures['effect']['tokens']:,} answer tokens: {distance(gaps[weights])}, largest difference of a logit "
+        f"{gaps[weights]['largest_logit_difference']:.2g}",
+        f"- for comparison, what the adapter does to the {base}: {distance(figures['effect'])}",
     ]
-    if figures["bits"]:
-        quantised = figures["quantised"]
-        measured = (
-            f": KL {quantised['kl']:.2g} nats per token, the same likeliest token at "
-            f"{quantised['equal_next_tokens']:.1%}"
-            if quantised
-            else ", by how much was not measured"
-        )
-        lines.append(
-            f"- the adapter was trained on the base in {figures['bits']} bit and stands here on the unquantised one, "
-            f"which is not quite the model that was trained{measured}"
-        )
+    if bits:
+        lines += [
+            f"- merged into the {other} base instead: {distance(gap)}"
+            for other, gap in gaps.items()
+            if other != weights
+        ]
     return "\n".join(lines)
+
+
+def _as_adapter(command: str, figures: dict[str, Any]) -> str:
+    text = f"The adapter alone is served by `{command}`."
+    if not figures["bits"] or "unquantized" not in figures["gaps"]:
+        return text
+    return (
+        f"{text} That is over the unquantized base, which it was not trained on: "
+        f"{distance(figures['gaps']['unquantized'])}, where the adapter itself is worth {figures['effect']['kl']:.2g}."
+    )
 
 
 def _licence(recipe: Recipe) -> str | None:

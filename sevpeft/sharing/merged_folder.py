@@ -1,4 +1,4 @@
-"""Writes a merged model into a folder that appears whole or not at all.
+"""The folder of a merged model: written and read back, and there whole or not at all.
 
 Everything goes into a hidden folder beside it, which gets its name at the end; what an earlier attempt that was killed
 has left there is taken away by the next one.
@@ -9,14 +9,21 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import torch
 from safetensors import safe_open
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from sevpeft.errors import ModelError, RunError, first_sentence
@@ -141,9 +148,46 @@ def write_model(
         raise ModelError(f"The merged model cannot be written ({first_sentence(error)}).") from error
     name = resolved_name(recipe)
     for beside in BESIDE:
-        found = Path(name, beside) if Path(name).is_dir() else _from_hub(name, beside, recipe.model.revision)
-        if found is not None and found.is_file() and not (folder / beside).exists():
-            shutil.copyfile(found, folder / beside)
+        if not (folder / beside).exists():
+            with suppress(OSError):  # the base has no such file
+                shutil.copyfile(cached_file(name, beside, revision=recipe.model.revision), folder / beside)
+
+
+def checksums(model: PreTrainedModel) -> dict[str, int]:
+    """CRC-32 of every weight, by its name."""
+    return {
+        name: zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy())
+        for name, value in model.state_dict().items()
+    }
+
+
+def read_back(folder: Path, recipe: Recipe, sums: dict[str, int]) -> PreTrainedModel:
+    """The written model, loaded as anyone will load it.
+
+    Args:
+        sums: of the model that was written.
+
+    Raises:
+        ModelError: it lacks weights, has some that do not belong to it, or others than were written.
+    """
+    attention = recipe.model.attn_implementation
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        use_safetensors=True,
+        trust_remote_code=recipe.model.trust_remote_code,
+        output_loading_info=True,
+        **({"attn_implementation": attention} if attention else {}),
+    )
+    strange = sorted([*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]])
+    if not strange:
+        strange = sorted(name for name, found in checksums(model).items() if sums.get(name) != found)
+    if strange:
+        raise ModelError(
+            f"What was written cannot be read back whole ({len(strange)} weights, such as {strange[0]}), so it is not "
+            f"kept; please report this for the model type {model.config.model_type}."
+        )
+    return model.eval()
 
 
 def _generation_config(theirs: GenerationConfig | None, prompt: Prompt) -> GenerationConfig:
@@ -164,18 +208,6 @@ def _generation_config(theirs: GenerationConfig | None, prompt: Prompt) -> Gener
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
     return config
-
-
-def _from_hub(name: str, file: str, revision: str | None) -> Path | None:
-    found = cached_file(
-        name,
-        file,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return Path(found) if found else None
 
 
 def _remove_abandoned(output: Path) -> None:

@@ -45,6 +45,7 @@ class Fitting:
         split_for: GB of the GPU that batch and checkpointing were chosen for; None where the recipe sets them.
         vram: GB that were asked about; None for none.
         changes: that make it fit there.
+        bits: of a quantized base; None for 16 or 32.
     """
 
     origin: str
@@ -58,6 +59,7 @@ class Fitting:
     cards: list[Card]
     vram: float | None
     changes: list[Change]
+    bits: int | None
 
     @property
     def fits(self) -> bool:
@@ -152,6 +154,7 @@ def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryP
             cards=verdicts(smallest),
             vram=vram,
             changes=[] if vram is None else changes(plan, vram),
+            bits=4 if recipe.quantization.load_in_4bit else 8 if recipe.quantization.load_in_8bit else None,
         ),
         plan,
     )
@@ -230,6 +233,13 @@ def announce_fitting(found: Fitting, console: Console) -> None:
             say(console, f"  {card.gb} GB", f"{note} of {found.length} tokens")
         else:
             say(console, f"  {card.gb} GB", "does not fit", style="yellow")
+    if found.bits:
+        say(
+            console,
+            "Sharing",
+            f"the adapter belongs to the {found.bits}-bit weights; over the unquantized base, as vLLM serves it, it is "
+            "another model. `sevpeft merge` measures by how much, and can merge into the weights that were trained on",
+        )
     if found.vram is None:
         return
     if found.fits:

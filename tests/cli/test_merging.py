@@ -22,17 +22,18 @@ def test_the_figures_and_the_commands_are_shown(
     assert code == 0
     for words in (
         "14 weights of",
-        "the merged model",
-        "the base alone",
+        "dequantized (merged)",
+        "unquantized (not merged)",
         "From 4 bit + adapter",
+        "its base alone",
         "Not a medical device",
     ):
         assert words in out, words
-    assert "trained on the base in 4 bit" in out
+    assert "  # As an adapter it is served over the unquantized base, KL" in out
     assert "  vllm serve merged\n" in out
     assert "--enable-lora --lora-modules severity=run/adapter --max-lora-rank 8\n" in out
     assert "  python convert_hf_to_gguf.py merged --outfile merged/model.gguf --outtype f32\n" in out
-    commands = ("  vllm", "  python", "  llama-quantize", "  ollama", "  Ask")
+    commands = ("  vllm", "  python", "  llama-quantize", "  ollama", "  Ask", "  #")
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(commands))
 
 
@@ -45,8 +46,8 @@ def test_json_holds_the_figures_alone(
     found = json.loads(out)
     assert code == 0 and "Base model" in err
     assert (found["output"], found["dtype"], found["matrices"]) == ("merged", "bfloat16", 14)
-    assert 0 <= found["rounding"]["kl"] < found["effect"]["kl"]
-    assert found["quantised"] is None and found["bits"] is None
+    assert 0 <= found["gaps"]["unquantized"]["kl"] < found["effect"]["kl"]
+    assert found["weights"] == "unquantized" and found["bits"] is None
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,8 @@ def test_json_holds_the_figures_alone(
         (["nowhere", "merged"], 1, "There is no run in nowhere"),
         (["run"], 2, "Missing argument 'output'"),
         (["run", "merged", "--dtype", "int8"], 2, "'int8' is not one of"),
+        (["run", "merged", "--base", "4bit"], 2, "'4bit' is not one of"),
+        (["run", "merged", "--base", "dequantized"], 2, "write --base unquantized"),
         (["run", "merged", "--max-shard-size", "big"], 2, "--max-shard-size big is no size; write 5GB"),
         (["run", "merged", "--max-shard-size", "0GB"], 2, "is no size"),
         (["run", "merged", "--max-shard-size", "²GB"], 2, "is no size"),

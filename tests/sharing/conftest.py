@@ -70,8 +70,9 @@ def made_run(tmp_path: Path, model_folder: Callable[..., Path]) -> Callable[...,
         model.save_pretrained(run.adapter)
         sort_target_modules(run.adapter)
         run.write_text("recipe.yaml", recipe.to_yaml())
+        bits = next((bits for bits in (4, 8) if getattr(recipe.quantization, f"load_in_{bits}bit")), None)
         about = {
-            **{"name_or_path": str(folder), "model_type": base.config.model_type, "dtype": "float32", "bits": None},
+            **{"name_or_path": str(folder), "model_type": base.config.model_type, "dtype": "float32", "bits": bits},
             **{"parameters": 1000, "trainable_parameters": 100},
         }
         run.write_json("metrics.json", {"model": about, **METRICS})

@@ -17,15 +17,18 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sevpeft.modeling.loading
 import sevpeft.sharing.merge
 import sevpeft.sharing.merged_folder
-from sevpeft.errors import ModelError, RunError
+from sevpeft.errors import ModelError, RunError, UsageError
+from sevpeft.modeling.loading import Precision, load_model
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
+from sevpeft.sharing.card import write_card
 from sevpeft.sharing.merge import Merged, merge, merge_in_place
 from tests.conftest import ARCHITECTURES, CHAT_TEMPLATES
 from tests.sharing.conftest import config_of, tensors
@@ -53,7 +56,7 @@ def merged_model(folder: Path) -> torch.nn.Module:
 
 def refusal(run: Run, output: Path, **options: Any) -> str:
     before = sorted(output.parent.rglob("*"))
-    with pytest.raises((ModelError, RunError)) as caught:
+    with pytest.raises((ModelError, RunError, UsageError)) as caught:
         merge(run, output, **options)
     text = str(caught.value)
     assert "\n" not in text and text.endswith(".") and len(text) < 500
@@ -73,8 +76,9 @@ def test_the_merged_model_answers_as_base_and_adapter(made_run: MadeRun, tmp_pat
     assert torch.allclose(logits(again), expected, atol=2e-5)
     assert float((logits(AutoModelForCausalLM.from_pretrained(base_of(run))) - expected).abs().max()) > 1e-2
     assert again.config.model_type == architecture and found.dtype == "float32"
-    assert found.rounding.kl < 1e-9 < 1e-5 < found.effect.kl
-    assert found.rounding.equal_next_tokens > 0.99 and found.rounding.tokens > 100
+    gap = found.gaps["unquantized"]
+    assert gap.kl < 1e-9 < 1e-5 < found.effect.kl
+    assert gap.equal_next_tokens > 0.99 and gap.tokens > 100
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -101,7 +105,7 @@ def test_every_variant_of_lora_is_merged(made_run: MadeRun, tmp_path: Path, vari
 def test_variants_are_merged_in_16_bit_too(made_run: MadeRun, tmp_path: Path, variant: str) -> None:
     found = merge(made_run("qwen2", lora=VARIANTS[variant]), tmp_path / "merged", dtype="bfloat16")
     assert {value.dtype for value in tensors(tmp_path / "merged").values()} == {torch.bfloat16}
-    assert found.rounding.kl < 0.01 * found.effect.kl
+    assert found.gaps["unquantized"].kl < 0.01 * found.effect.kl
 
 
 def test_a_bias_of_the_adapter_goes_into_the_bias_of_the_base(made_run: MadeRun, tmp_path: Path) -> None:
@@ -155,12 +159,40 @@ def test_an_output_behind_a_link_is_written_where_the_link_points(made_run: Made
     assert (tmp_path / "disk" / "merged" / "config.json").is_file() and (tmp_path / "link").is_symlink()
 
 
-@pytest.mark.parametrize("quantization", [{"load_in_4bit": True}, {"load_in_8bit": True}])
-def test_a_quantised_run_is_merged_into_the_unquantised_base(
-    made_run: MadeRun, tmp_path: Path, quantization: dict[str, bool]
+# A run in 4 or 8 bit
+
+
+def quantized_base(run: Run, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    recipe = load_recipe(run.folder / "recipe.yaml")
+    return load_model(recipe, Precision(dtype, bf16=False, fp16=False))
+
+
+def trained_model(run: Run, dtype: torch.dtype = torch.float32) -> PeftModel:
+    return PeftModel.from_pretrained(quantized_base(run, dtype), run.adapter)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+def test_a_quantized_run_is_merged_into_the_weights_that_it_was_trained_on(
+    made_run: MadeRun, tmp_path: Path, architecture: str, bits: int
 ) -> None:
-    run = made_run("llama", quantization=quantization)
+    """GPT-2's matrices lie the other way round, and bitsandbytes turns them."""
+    run = made_run(architecture, quantization={f"load_in_{bits}bit": True})
     found = merge(run, tmp_path / "merged")
+    again = merged_model(tmp_path / "merged")
+    assert "quantization_config" not in config_of(tmp_path / "merged") and not hasattr(again, "hf_quantizer")
+    assert {value.dtype for value in again.state_dict().values()} == {torch.float32}
+    assert (found.weights, found.bits, list(found.gaps)) == ("dequantized", bits, ["unquantized", "dequantized"])
+    # In 8 bit the activations are rounded too, which is no matter of weights.
+    assert found.gaps["dequantized"].kl < (1e-9 if bits == 4 else found.gaps["unquantized"].kl)
+    assert found.gaps["unquantized"].kl > 1e-7
+    if bits == 4:
+        assert torch.allclose(logits(again), logits(trained_model(run)), atol=2e-5)
+
+
+def test_the_unquantized_weights_are_taken_where_they_are_asked_for(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", quantization={"load_in_4bit": True})
+    found = merge(run, tmp_path / "merged", base="unquantized")
     base, adapter, merged = tensors(base_of(run)), tensors(run.adapter), tensors(tmp_path / "merged")
     assert merged.keys() == base.keys()
     for name, weight in base.items():
@@ -169,9 +201,98 @@ def test_a_quantised_run_is_merged_into_the_unquantised_base(
         if f"{key}.lora_A.weight" in adapter:
             expected = weight + adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"] * (8 / 4)
         assert torch.allclose(merged[name], expected, atol=1e-6), name
-    assert found.bits == (4 if "load_in_4bit" in quantization else 8) and found.quantised is not None
-    # The distance between the two bases, which is no fault of the merging.
-    assert found.rounding.kl < 1e-9 < found.quantised.kl
+    assert found.weights == "unquantized" and found.gaps["dequantized"].kl < found.gaps["unquantized"].kl
+
+
+def test_unquantized_weights_are_taken_where_they_come_nearer(
+    made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made_run("llama", quantization={"load_in_4bit": True})
+    dequantize = sevpeft.sharing.merge._dequantize_into
+
+    def badly(model: torch.nn.Module, packed: torch.nn.Module) -> None:
+        dequantize(model, packed)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight *= -1
+
+    monkeypatch.setattr(sevpeft.sharing.merge, "_dequantize_into", badly)
+    found = merge(run, tmp_path / "merged")
+    assert found.weights == "unquantized"
+    norms = {name: value for name, value in tensors(base_of(run)).items() if "lora" not in name and "norm" in name}
+    assert all(torch.equal(tensors(tmp_path / "merged")[name], value) for name, value in norms.items())
+    assert torch.allclose(logits(merged_model(tmp_path / "merged")), logits(with_adapter(run)), atol=2e-5)
+
+
+def test_a_gap_larger_than_the_adapter_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", size=0.002, quantization={"load_in_4bit": True})
+    text = refusal(run, tmp_path / "merged", base="unquantized")
+    assert "the adapter itself is worth" in text and "leave --base unquantized out" in text
+    assert merge(run, tmp_path / "merged").weights == "dequantized"
+
+
+def test_a_run_is_compared_in_the_precision_that_it_was_trained_in(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", quantization={"load_in_4bit": True})
+    metrics = run.metrics()
+    run.update_metrics(model={**metrics["model"], "dtype": "bfloat16"})
+    merge(run, tmp_path / "merged", dtype="float32")
+    name = "model.layers.1.mlp.down_proj"
+    delta = with_adapter(run).base_model.model.get_submodule(name).get_delta_weight("default")
+    base = dequantize_module_weight(quantized_base(run, torch.bfloat16).get_submodule(name)).float()
+    other = dequantize_module_weight(quantized_base(run).get_submodule(name))
+    merged = tensors(tmp_path / "merged")[f"{name}.weight"]
+    assert torch.allclose(merged, base + delta, atol=1e-6) and not torch.allclose(merged, other + delta, atol=1e-6)
+
+
+def test_a_base_that_is_stored_quantized_is_merged_too(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", quantization={"load_in_4bit": True})
+    model = quantized_base(run)
+    expected = logits(trained_model(run))
+    for file in base_of(run).glob("*.safetensors"):
+        file.unlink()
+    model.save_pretrained(base_of(run))
+    assert "quantization_config" in config_of(base_of(run))
+    assert "write --base dequantized" in refusal(run, tmp_path / "merged", base="unquantized")
+    found = merge(run, tmp_path / "merged", dtype="float32")
+    assert found.gaps.keys() == {"dequantized"} and "quantization_config" not in config_of(tmp_path / "merged")
+    assert torch.allclose(logits(merged_model(tmp_path / "merged")), expected, atol=2e-5)
+
+
+def test_dequantized_weights_of_a_base_that_was_not_quantized_are_refused(made_run: MadeRun, tmp_path: Path) -> None:
+    assert "write --base unquantized" in refusal(made_run(), tmp_path / "merged", base="dequantized")
+
+
+def test_the_cards_and_the_run_say_what_the_unquantized_base_means(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", quantization={"load_in_4bit": True})
+    card = write_card(run)
+    assert "in 4 bit" in card.read_text(encoding="utf-8") and "not measured" in card.read_text(encoding="utf-8")
+    found = merge(run, tmp_path / "merged")
+    figure = f"KL {found.gaps['unquantized'].kl:.2g} nats per token"
+    assert run.metrics()["unquantized_base"]["effect"]["kl"] == found.effect.kl
+    assert figure in card.read_text(encoding="utf-8")
+    merged_card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert merged_card.count(figure) == 2  # what was not merged, and what vLLM would serve
+    card.write_text("mine", encoding="utf-8")
+    merge(run, tmp_path / "again")
+    assert card.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("quantization", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_the_python_of_the_card_loads_the_model_that_was_trained(
+    made_run: MadeRun, quantization: dict[str, bool]
+) -> None:
+    run = made_run("llama", quantization=quantization)
+    code = write_card(run).read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    AutoTokenizer.from_pretrained(base_of(run)).save_pretrained(run.adapter)
+    names: dict[str, Any] = {}
+    exec(code.replace("ADAPTER", str(run.adapter)), names)
+    assert torch.allclose(logits(names["model"]), logits(trained_model(run)), atol=2e-5)
+
+
+def test_where_the_data_is_gone_bundled_consultations_are_asked(made_run: MadeRun, tmp_path: Path) -> None:
+    assert merge(made_run(), tmp_path / "own").rows == "rows of the run's data"
+    run = made_run(name="other", data={"path": str(tmp_path / "gone.csv")})
+    found = merge(run, tmp_path / "merged")
+    assert found.rows.startswith("bundled consultations") and found.effect.tokens > 100
 
 
 def test_each_matrix_is_rounded_once(made_run: MadeRun, tmp_path: Path) -> None:
@@ -213,22 +334,22 @@ def test_without_a_word_in_the_config_the_weights_say_it(made_run: MadeRun, tmp_
 def test_an_adapter_that_rounding_takes_away_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
     run = made_run("llama", size=2e-4)
     text = refusal(run, tmp_path / "merged", dtype="bfloat16")
-    assert "Rounding to bfloat16 takes the adapter away" in text and "--dtype float32" in text
-    assert merge(run, tmp_path / "merged", dtype="float32").rounding.kl < 1e-9
+    assert "in bfloat16" in text and "the adapter itself is worth" in text and "--dtype float32" in text
+    assert merge(run, tmp_path / "merged", dtype="float32").gaps["unquantized"].kl < 1e-9
 
 
 def test_a_merging_that_went_wrong_is_refused(
     made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def badly(model: PeftModel, console: object) -> tuple[torch.nn.Module, int]:
+    def badly(model: PeftModel) -> tuple[torch.nn.Module, int]:
         merged, count = merge_in_place(model)
         with torch.no_grad():
-            merged.model.layers[1].mlp.up_proj.weight[3] *= 3
+            merged.lm_head.weight *= -1
         return merged, count
 
     run = made_run("llama")
     monkeypatch.setattr(sevpeft.sharing.merge, "merge_in_place", badly)
-    assert refusal(run, tmp_path / "merged").startswith("Merging lost the adapter")
+    assert "so nothing is kept; use it as an adapter" in refusal(run, tmp_path / "merged")
 
 
 def test_what_was_written_wrongly_is_refused(
@@ -245,7 +366,7 @@ def test_what_was_written_wrongly_is_refused(
 
     run = made_run("llama")
     monkeypatch.setattr(sevpeft.sharing.merge, "write_model", badly)
-    assert refusal(run, tmp_path / "merged").startswith("Merging lost the adapter")
+    assert "(1 weights, such as model.layers.0.mlp.up_proj.weight)" in refusal(run, tmp_path / "merged")
 
     def lacking(*arguments: Any) -> None:
         real(*arguments)
@@ -257,20 +378,22 @@ def test_what_was_written_wrongly_is_refused(
     assert "cannot be read back whole (1 weights, such as model.norm.weight)" in refusal(run, tmp_path / "merged")
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(math.nan, "auto"), (math.inf, "auto"), (1e6, "float16")])
-def test_a_weight_that_is_no_number_is_refused(made_run: MadeRun, tmp_path: Path, value: float, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (math.nan, "auto", "weights are broken"),
+        (math.inf, "auto", "weights are broken"),
+        (1e6, "float16", "layers.1.self_attn.v_proj is not a finite number"),
+    ],
+)
+def test_a_weight_that_is_no_number_is_refused(
+    made_run: MadeRun, tmp_path: Path, value: float, dtype: str, message: str
+) -> None:
     run = made_run("llama")
     weights = load_file(run.adapter / "adapter_model.safetensors")
     weights["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][2, 1] = value
     save_file(weights, run.adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = refusal(run, tmp_path / "merged", dtype=dtype)
-    assert "layers.1.self_attn.v_proj is not a finite number" in text
-
-
-def test_what_makes_up_for_a_quantised_base_is_not_added_to_the_whole_one(made_run: MadeRun, tmp_path: Path) -> None:
-    lora = {"init_lora_weights": "loftq", "r": 4, "lora_alpha": 4}
-    run = made_run("llama", lora=lora, quantization={"load_in_4bit": True})
-    assert "was started with loftq" in refusal(run, tmp_path / "merged")
+    assert message in refusal(run, tmp_path / "merged", dtype=dtype)
 
 
 def test_a_run_without_an_adapter_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
@@ -400,8 +523,8 @@ def test_the_card_holds_the_measured_figures_and_the_warning(merged: tuple[Run, 
     card = ModelCard.load(output / "README.md")
     assert card.data.library_name == "transformers" and card.data.license is None
     assert "Not a medical device" in card.text
-    assert f"KL(base + adapter ‖ base) {found.effect.kl:.2g} nats per token" in card.text
-    assert f"KL(base + adapter ‖ merged) {found.rounding.kl:.2g} nats per token" in card.text
+    assert f"KL {found.effect.kl:.2g} nats per token" in card.text
+    assert f"KL {found.gaps['unquantized'].kl:.2g} nats per token" in card.text
     assert "vllm serve BASE --enable-lora --lora-modules severity=RUN/adapter --max-lora-rank 8" in card.text
     assert "python convert_hf_to_gguf.py OUTPUT --outfile OUTPUT/model.gguf --outtype f32" in card.text
 
@@ -415,9 +538,7 @@ def test_the_card_names_a_base_of_the_hub_with_its_licence(made_run: MadeRun, tm
     card = ModelCard.load(sevpeft.sharing.merge.write_merged_card(run, recipe, figures, tmp_path / "merged"))
     assert (card.data.base_model, card.data.base_model_relation) == ("LiquidAI/LFM2-350M", "finetune")
     assert (card.data.license, card.data.license_name) == ("other", "lfm-1.0")
-    assert found.quantised is not None
-    assert "the base in 4 bit and stands here on the unquantised one" in card.text
-    assert f"KL {found.quantised.kl:.2g} nats per token" in card.text
+    assert "the dequantized base" in card.text and "merged into the unquantized base instead" in card.text
 
 
 def test_the_base_that_is_merged_into_is_the_one_that_was_trained_on(made_run: MadeRun, tmp_path: Path) -> None:
@@ -440,9 +561,9 @@ def test_the_toy_model_is_merged_too(made_run: MadeRun, tmp_path: Path, monkeypa
     )
 
 
-def test_a_base_that_answers_without_numbers_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
+def test_a_merged_model_that_answers_without_numbers_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
     run = made_run("llama")
     weights = tensors(base_of(run))
-    weights["model.norm.weight"] *= 1e38
+    weights["model.norm.weight"] *= 1e6
     save_file(weights, base_of(run) / "model.safetensors", metadata={"format": "pt"})
-    assert "answers in float16 with numbers that are not finite" in refusal(run, tmp_path / "merged", dtype="float16")
+    assert "merge with --dtype float32" in refusal(run, tmp_path / "merged", dtype="float16")

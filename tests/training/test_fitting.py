@@ -58,6 +58,11 @@ def test_what_does_not_fit_is_told_with_what_to_change(gb: int, fits: bool, eigh
     assert ("choose a smaller base model, or a larger card" in text) != fits
 
 
+def test_a_plan_in_4_bit_says_what_the_adapter_belongs_to(eight_billion: Fitting) -> None:
+    assert eight_billion.bits == 4 and "sevpeft merge" in shown(eight_billion)
+    assert "sevpeft merge" not in shown(dataclasses.replace(eight_billion, bits=None))
+
+
 def test_the_plan_is_json(eight_billion: Fitting) -> None:
     found = json.loads(json.dumps(eight_billion.as_dict()))
     assert found["bytes"]["total"] == sum(size for name, size in found["bytes"].items() if name != "total")
