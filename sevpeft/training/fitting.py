@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
@@ -103,11 +104,12 @@ def split_here(recipe: Recipe) -> Recipe:
     return resolve_split(recipe, plan, available, processes=processes, on_gpu=on_gpu)
 
 
-def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel) -> Recipe:
+def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel, lengths: np.ndarray) -> Recipe:
     """The resolved recipe, with padding_free chosen by what the model does with packed rows.
 
     Args:
         asked: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
+        lengths: (n,) tokens of the training rows.
 
     Raises:
         ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
@@ -122,9 +124,29 @@ def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel) -> Re
         return with_training(resolved, padding_free=False)
     # Eager attention holds every pair of positions of the row: of 8 rows in one, 8 times as many as of 8 rows apart.
     possible = model.config._attn_implementation != "eager" and not weights_are_sharded()
-    if possible and documents_stay_apart(model)[0]:
+    rows = training["per_device_train_batch_size"]
+    if possible and less_work_in_one_row(model, lengths, rows) and documents_stay_apart(model)[0]:
         return with_training(resolved, padding_free=True)
     return split_here(with_training(asked, padding_free=False))
+
+
+def less_work_in_one_row(model: PreTrainedModel, lengths: np.ndarray, rows: int) -> bool:
+    """Whether a batch takes fewer operations as one long row than as rows padded to the longest.
+
+    A token costs 2 operations for each number of the layers; a pair of positions 4 for each number of the attention's
+    width, those under the mask included, in each layer. One row has no padding, and rows² times the pairs.
+    """
+    text = model.config.get_text_config()
+    heads, width = text.num_attention_heads, text.hidden_size
+    pair = 4 * heads * (getattr(text, "head_dim", None) or width // heads) * text.num_hidden_layers
+    numbers = sum(
+        one.numel() for name, one in model.named_parameters() if "embed" not in name and "lm_head" not in name
+    )
+    drawn = np.random.default_rng(0).choice(lengths, (1000, rows))
+    one_row, longest = drawn.sum(1).astype(float), drawn.max(1).astype(float)
+    free = 2 * numbers * one_row + pair * one_row**2
+    padded = 2 * numbers * rows * longest + pair * rows * longest**2
+    return bool(free.mean() <= padded.mean())
 
 
 def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryPlan]:

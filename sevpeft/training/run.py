@@ -45,7 +45,7 @@ from sevpeft.training.initialisation import make_plain, refuse_start, start_adap
 from sevpeft.training.launch import check_launch, refuse_absent_deepspeed
 from sevpeft.training.leaving import Leaving, command_to_go_on
 from sevpeft.training.optimizer import loraplus_settings, refuse_optimizer
-from sevpeft.training.preparation import Prepared, prepare, prompt_of
+from sevpeft.training.preparation import Prepared, lengths_of, prepare, prompt_of
 from sevpeft.training.progress import RunProgress, keep_tensorboard_in, say
 from sevpeft.training.resuming import as_started, checkpoint_to_go_on_from, refuse_other_data, refuse_other_recipe
 from sevpeft.training.settings import plain_refusals, refuse_no_batch, sft_config
@@ -130,7 +130,7 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
         model = load_model(recipe, precision, state.local_process_index)
         if resume:
             refuse_other_weights(recipe, run)
-        recipe = choose_layout(asked, recipe, model)
+        recipe = choose_layout(asked, recipe, model, lengths_of(prepared.train))
         arguments = sft_config(recipe, precision, run.checkpoints)
         announce_batch(recipe, console)
         adapter = lora_config(recipe, model)
