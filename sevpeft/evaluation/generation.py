@@ -9,7 +9,7 @@ answers, to the rounding of the device: in float32 greedy answers are equal toke
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,17 +27,14 @@ from transformers import (
 )
 
 from sevpeft.errors import ModelError, RunError
-from sevpeft.evaluation.answer_cache import can_join
-from sevpeft.evaluation.padding import Together, answered_together
+from sevpeft.evaluation.padding import Together, possible_batches
 from sevpeft.evaluation.rows import EvaluationRows
-from sevpeft.evaluation.under_way import AnswersUnderWay
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.training.encoding import shortened_prompt
 
-# Prompts that are read together are at least this part of the longest: padding costs as much as reading does.
-_ABOUT_AS_LONG = 0.85
-# The part of a batch that must be free before others join, because reading few is slow on a GPU.
-_FREE = 0.25
+# Tokens of padding that a batch may hold for every token of an answer: one more batch means that many more steps, and
+# measured on a CPU, where a step mostly reads the weights, a step of a batch costs as much as reading 32 tokens.
+_PADDING = 32
 
 
 @dataclass(frozen=True)
@@ -83,15 +80,17 @@ def generate(
     settings: GenerationSettings,
     *,
     on_batch: Callable[[int], None] | None = None,
+    on_slow: Callable[[str], None] | None = None,
 ) -> Iterator[list[Prediction]]:
     """Answers the rows' questions, longest first, so that a lack of memory shows at once.
 
     Args:
         model: with the adapter that is to answer, or with none; dropout is off while it answers.
-        on_batch: told the number of rows after every batch.
+        on_batch: gets the number of rows after every batch.
+        on_slow: gets one sentence where not all prompts may share a batch.
 
     Yields:
-        The predictions that are ready, in an order of its own: join them to the rows by id.
+        The predictions of a batch, in an order of its own: join them to the rows by id.
 
     Raises:
         ModelError: max_new_tokens leave no room for a question.
@@ -103,59 +102,89 @@ def generate(
     was_training = model.training
     model.eval()
     size = settings.per_device_eval_batch_size
+    padding = _PADDING * settings.max_new_tokens
     try:
         with _own_settings(model):
-            together: Together = (
-                "none" if size == 1 else answered_together(model, prompt.tokenizer.pad_token_id, prompt.end_id)
-            )
-            if together == "any" and settings.repetition_penalty != 1:
-                together = "one length"  # padding would be taken for something that was said
-            joining = together == "any" and can_join(model)
-            under_way = _nothing_yet(model, prompt, rows.ids, settings)
-            while waiting or len(under_way):
-                ended: dict[int, list[int]] = {}
-                asked = list(under_way.rows)
-                full = False
+            together = _together(model, prompt, settings, on_slow) if min(size, len(rows)) > 1 else "none"
+            while waiting:
+                batch = next_batch(waiting, lengths, size, together, padding)
                 try:
-                    while waiting and (not len(under_way) or joining) and size - len(under_way) >= max(1, _FREE * size):
-                        batch = next_batch(waiting, lengths, size - len(under_way), together, joining=joining)
-                        asked = [*under_way.rows, *batch]
-                        ended |= under_way.join(batch, [prompts[i] for i in batch])
-                        waiting = waiting[len(batch) :]
-                    ended |= under_way.advance()
+                    answers = _answers(model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings)
                 except torch.OutOfMemoryError as error:
-                    if len(asked) == 1:
+                    if len(batch) == 1:
                         raise RunError(
                             "The GPU's memory is full with a single question; lower generation.max_new_tokens, or "
                             "evaluate on a GPU with more memory. Finished answers are kept."
                         ) from error
-                    full = True
-                if full:  # out here nothing holds the memory any more
-                    size = len(asked) // 2
-                    waiting = [i for i in [*asked, *waiting] if i not in ended]
-                    waiting = sorted(dict.fromkeys(waiting), key=lambda i: (-lengths[i], rows.ids[i]))
-                    under_way = under_way.anew()
+                    answers = None
+                if answers is None:  # out here nothing holds the memory any more
+                    size = len(batch) // 2
                     torch.cuda.empty_cache()
-                done = [prediction(rows.ids[i], tokens, prompt, lost[i]) for i, tokens in ended.items()]
-                if done:
-                    if on_batch is not None:
-                        on_batch(len(done))
-                    yield done
+                    continue
+                waiting = waiting[len(batch) :]
+                if on_batch is not None:
+                    on_batch(len(batch))
+                yield [
+                    prediction(rows.ids[i], tokens, prompt, lost[i]) for i, tokens in zip(batch, answers, strict=True)
+                ]
     finally:
         model.train(was_training)
 
 
-def next_batch(order: list[int], lengths: list[int], size: int, together: Together, *, joining: bool) -> list[int]:
-    """The rows to read next, at most `size` from the beginning of the order, which goes from long to short.
+def next_batch(order: list[int], lengths: list[int], size: int, together: Together, padding: int) -> list[int]:
+    """The rows to answer next, at most `size` from the beginning of the order, which goes from long to short.
 
     Args:
-        joining: others can be read later and join, so that these need not have all lengths.
+        padding: tokens of padding that the batch may hold.
     """
-    if together == "none":
-        return order[:1]
-    if together == "one length":
-        return [i for i in order[:size] if lengths[i] == lengths[order[0]]]
-    return [i for i in order[:size] if not joining or lengths[i] >= _ABOUT_AS_LONG * lengths[order[0]]]
+    longest, count = lengths[order[0]], 1
+    while count < min(size, len(order)) and together != "none":
+        padding -= longest - lengths[order[count]]
+        if padding < 0 or (together == "one length" and lengths[order[count]] != longest):
+            break
+        count += 1
+    return order[:count]
+
+
+def _together(
+    model: PreTrainedModel, prompt: Prompt, settings: GenerationSettings, on_slow: Callable[[str], None] | None
+) -> Together:
+    together, reason = possible_batches(model, prompt.tokenizer.pad_token_id, prompt.end_id)
+    if together == "any" and settings.repetition_penalty != 1:
+        together, reason = "one length", "generation.repetition_penalty would count padding as text"
+    if reason and on_slow is not None:
+        how = "one at a time" if together == "none" else "in batches of one prompt length"
+        on_slow(f"Questions are answered {how}, which is slower: {reason}.")
+    return together
+
+
+@torch.no_grad()
+def _answers(
+    model: PreTrainedModel, prompt: Prompt, prompts: dict[str, list[int]], settings: GenerationSettings
+) -> list[list[int]]:
+    """The tokens of the answers, with the end token where it came; prompts are row id → tokens."""
+    pad, longest = prompt.tokenizer.pad_token_id, max(map(len, prompts.values()))
+    padded = [[pad] * (longest - len(row)) + row for row in prompts.values()]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in prompts.values()]
+    output = model.generate(
+        input_ids=torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        logits_processor=_processors(list(prompts), settings),
+        generation_config=GenerationConfig(
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,  # a processor draws, so that the drawing belongs to the row
+            num_beams=1,
+            repetition_penalty=settings.repetition_penalty,
+            use_cache=True,
+            eos_token_id=prompt.end_id,
+            pad_token_id=pad,
+        ),
+    )
+    # After its end a row is padded until the last of the batch has ended.
+    return [
+        answer[: answer.index(prompt.end_id) + 1] if prompt.end_id in answer else answer
+        for answer in output[:, longest:].tolist()
+    ]
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -221,20 +250,7 @@ def _own_settings(model: PreTrainedModel) -> Iterator[None]:
         base.generation_config = theirs
 
 
-def _nothing_yet(
-    model: PreTrainedModel, prompt: Prompt, ids: list[str], settings: GenerationSettings
-) -> AnswersUnderWay:
-    return AnswersUnderWay(
-        model,
-        pad_id=prompt.tokenizer.pad_token_id,
-        end_id=prompt.end_id,
-        max_new_tokens=settings.max_new_tokens,
-        choosing=lambda rows, said: _processors([ids[i] for i in rows], said, settings),
-        repetition_penalty=settings.repetition_penalty,
-    )
-
-
-def _processors(ids: list[str], said: list[int], settings: GenerationSettings) -> LogitsProcessorList:
+def _processors(ids: list[str], settings: GenerationSettings) -> LogitsProcessorList:
     if not settings.do_sample:
         return LogitsProcessorList()
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(settings.temperature)]
@@ -242,29 +258,28 @@ def _processors(ids: list[str], said: list[int], settings: GenerationSettings) -
         warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
         warpers.append(TopPLogitsWarper(settings.top_p))
-    return LogitsProcessorList([*warpers, SeededDraw(ids, settings.seed, settings.max_new_tokens, said)])
+    return LogitsProcessorList([*warpers, SeededDraw(ids, settings.seed, settings.max_new_tokens)])
 
 
 class SeededDraw(LogitsProcessor):
     """Draws one token for every row by its probability, and leaves nothing else to choose.
 
     Transformers' own sampling takes the random numbers of a batch from one stream, so that a row's answer would depend
-    on its neighbours. Here row i has a stream of its own, seeded with its id, and a token is the first at which the
+    on its neighbors. Here row i has a stream of its own, seeded with its id, and a token is the first at which the
     cumulated probability passes the row's next uniform number.
 
     Args:
         ids: of the batch's rows.
         steps: tokens that an answer has at most.
-        said: tokens that each row has drawn before.
     """
 
-    def __init__(self, ids: list[str], seed: int, steps: int, said: Sequence[int] | None = None) -> None:
+    def __init__(self, ids: list[str], seed: int, steps: int) -> None:
         self.uniform = torch.from_numpy(np.stack([row_stream(identity, seed).random(steps) for identity in ids]))
-        self.step = torch.tensor(said or [0] * len(ids))
+        self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         cumulated = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
-        drawn = self.uniform.gather(1, self.step[:, None]).to(scores.device) * cumulated[:, -1:]
+        drawn = self.uniform[:, self.step, None].to(scores.device) * cumulated[:, -1:]
         self.step += 1
         chosen = torch.searchsorted(cumulated, drawn, right=True).clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)

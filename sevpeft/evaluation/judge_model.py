@@ -86,7 +86,7 @@ class LocalJudge:
             max_new_tokens=self.settings.max_tokens, per_device_eval_batch_size=self.settings.concurrency
         )
         try:
-            for batch in generate(model, self.prompt, rows, settings):
+            for batch in generate(model, self.prompt, rows, settings, on_slow=self.console.print):
                 for one in batch:
                     on_reply(one.id, one.text)
         finally:

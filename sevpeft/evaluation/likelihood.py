@@ -1,16 +1,14 @@
-"""Turns reference answers into their negative log-likelihood under a model: the most sensitive score, without decoding.
+"""Negative log-likelihood of reference answers under a model: the most sensitive score, without decoding.
 
 The rows are encoded by the training's own function, so that the figure is the validation loss of the training, row by
-row. Only positions from the first answer token of a batch on are scored: the vocabulary is the large part of the work.
+row. Rows of about one length share a batch, and only labeled positions reach the head.
 """
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +19,11 @@ from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.training.encoding import IGNORED, encode_rows
 
+# A batch holds so many tokens, with its padding: enough to keep a GPU busy when nothing is kept for a backward pass.
+_TOKENS = 4096
+# And so many logits, which take 1 GB in float32.
+_LOGITS = 2**28
+
 
 def reference_nll(
     model: PreTrainedModel,
@@ -28,7 +31,6 @@ def reference_nll(
     rows: EvaluationRows,
     *,
     max_length: int | None,
-    batch_size: int,
     references: list[str] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +39,7 @@ def reference_nll(
     Args:
         max_length: as in training; a question is shortened to it, an answer never.
         references: (n,) other answers to score instead, such as shuffled ones.
-        on_batch: told the number of rows after every batch.
+        on_batch: gets the number of rows after every batch.
 
     Returns:
         nll (n,) float64, nats summed over the answer and the token that ends it; NaN for a row whose answer leaves no
@@ -55,22 +57,25 @@ def reference_nll(
         except DataError:
             return nll, tokens  # no row fits
         read = encoded[:]
+    # Longest first, so that a lack of memory shows at once.
     order = sorted(range(len(read["labels"])), key=lambda i: -len(read["labels"][i]))
     was_training = model.training
     model.eval()
-    size = batch_size
+    room = min(_TOKENS, _LOGITS // model.config.get_text_config().vocab_size)
     try:
         while order:
-            batch = order[:size]
+            batch = order[: max(1, room // len(read["labels"][order[0]]))]
             try:
                 sums = _batch_nll(model, [read["input_ids"][i] for i in batch], [read["labels"][i] for i in batch])
             except torch.OutOfMemoryError as error:
-                if size == 1:
+                if len(batch) == 1:
                     raise RunError(
                         "The GPU's memory is full with a single row; lower training.max_length in another run, or "
                         "evaluate on a GPU with more memory. Finished rows are kept."
                     ) from error
-                size = max(1, len(batch) // 2)
+                sums = None
+            if sums is None:  # out here nothing holds the memory any more
+                room = len(batch) // 2 * len(read["labels"][order[0]])
                 torch.cuda.empty_cache()
                 continue
             order = order[len(batch) :]
@@ -91,21 +96,19 @@ def _batch_nll(model: PreTrainedModel, input_ids: list[list[int]], labels: list[
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in input_ids], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in input_ids], device=model.device)
     wanted = torch.tensor([row + [IGNORED] * (longest - len(row)) for row in labels], device=model.device)
-    first = min(next(at for at, label in enumerate(row) if label != IGNORED) for row in labels) - 1
-    logits, offset = _logits_from(model, first, input_ids=ids, attention_mask=mask, use_cache=False)
-    sums = []
-    for row, targets in zip(logits, wanted, strict=True):
-        at = torch.nonzero(targets != IGNORED).squeeze(1)
-        # One row at a time: in float32 the scores of a whole batch over the vocabulary would be gigabytes.
-        scores = row[at - 1 - offset].float()
-        sums.append(float(torch.nn.functional.cross_entropy(scores, targets[at], reduction="sum")))
-    return sums
-
-
-def _logits_from(model: PreTrainedModel, first: int, **inputs: Any) -> tuple[torch.Tensor, int]:
-    """Logits of the positions from `first` on, where the model can leave the others out, and the first position."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
-        return model(**inputs).logits, 0
-    positions = torch.arange(first, inputs["input_ids"].shape[1], device=model.device)
-    return model(**inputs, logits_to_keep=positions).logits, first
+    at = (wanted[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    head = model.get_output_embeddings()
+    # The model itself scales or caps what the head returns, so its own forward is used, with fewer positions.
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][at][None], *inputs[1:]))
+    try:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+    finally:
+        handle.remove()
+    sums = torch.zeros(len(ids), dtype=torch.float64, device=model.device)
+    for part in torch.arange(len(logits), device=model.device).split(256):
+        # In float32 all scores at once would be twice the memory of a model in half precision.
+        losses = torch.nn.functional.cross_entropy(
+            logits[part].float(), wanted[:, 1:][at][part], reduction="none"
+        ).double()
+        sums.index_add_(0, at[0][part], losses)
+    return sums.tolist()

@@ -26,6 +26,7 @@ from sevpeft.modeling.loading import choose_precision, load_config, load_tokeniz
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 from sevpeft.training.preparation import prompt_of
+from sevpeft.training.progress import say
 
 Backend = Literal["transformers", "vllm"]
 # Likelihoods are kept after so many rows.
@@ -95,7 +96,6 @@ class RowWork:
                         switch.prompt,
                         part,
                         max_length=self.max_length,
-                        batch_size=self.recipe.training.settings()["per_device_eval_batch_size"],
                         references=[self.shuffled[identity] for identity in part.ids] if arm == SHUFFLED else None,
                         on_batch=progress,
                     )
@@ -154,7 +154,7 @@ class RowWork:
                 prompt = prompt_of(self.recipe, load_tokenizer(self.recipe, load_config(self.recipe)))
                 self._engine = VllmEngine(self.recipe, prompt, self.adapters, self.settings)
             return self._engine.speaking(arm)
-        return self._switched().speaking(arm, self.settings)
+        return self._switched().speaking(arm, self.settings, lambda text: say(self.console, "Batches", text))
 
 
 def _line(arm: str, one: Prediction, rows: EvaluationRows, at: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import peft
@@ -14,8 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sevpeft.errors import ModelError, RunError
-from sevpeft.evaluation import generation, under_way
-from sevpeft.evaluation.answer_cache import can_join
+from sevpeft.evaluation import generation
 from sevpeft.evaluation.generation import (
     GenerationSettings,
     Prediction,
@@ -24,9 +23,8 @@ from sevpeft.evaluation.generation import (
     generate,
     next_batch,
 )
-from sevpeft.evaluation.padding import answered_together, neighbour_shift
+from sevpeft.evaluation.padding import possible_batches
 from sevpeft.evaluation.rows import EvaluationRows
-from sevpeft.evaluation.under_way import AnswersUnderWay
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import recipe_from_values
 from tests.conftest import SENTENCES, build_model
@@ -88,41 +86,93 @@ def test_a_batched_answer_is_the_answer_alone_token_for_token(architecture: str,
         assert list(together[identity].token_ids) == alone(model, prompt, question, GREEDY.max_new_tokens)
 
 
-def test_a_model_that_reads_its_padding_is_found_out_and_answers_prompts_of_one_length_together(prompt: Prompt) -> None:
-    model = build_model("gpt2")
+def without(model: torch.nn.Module, *hidden: str) -> torch.nn.Module:
+    """The model with arguments that it is given and does not look at, as an architecture of that kind."""
     forward = model.forward
 
     @functools.wraps(forward)
-    def blind(*args: object, attention_mask: object = None, position_ids: object = None, **rest: object) -> object:
-        return forward(*args, **rest)
+    def blind(*args: object, **given: object) -> object:
+        return forward(*args, **{name: value for name, value in given.items() if name not in hidden})
 
-    assert answered_together(model, 1, 0) == "any"
     model.forward = blind
-    assert answered_together(model, 1, 0) == "one length"
-    together = said(model, prompt)
-    assert together == said(model, prompt, dataclasses.replace(GREEDY, per_device_eval_batch_size=1))
-    for identity, question in zip(ROWS.ids, ROWS.questions, strict=True):
-        assert list(together[identity].token_ids) == alone(model, prompt, question, GREEDY.max_new_tokens)
+    return model
 
 
-def test_a_model_whose_rows_disturb_each_other_answers_each_alone(prompt: Prompt) -> None:
-    # In transformers 5.23 a cached step of this architecture depends on the other rows of the batch.
+def rwkv() -> torch.nn.Module:
+    # In transformers 5.24 a cached step of this architecture depends on the other rows of the batch.
     config = AutoConfig.for_model("rwkv", vocab_size=512, hidden_size=48, num_hidden_layers=2, attention_hidden_size=48)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    assert neighbour_shift(model, 1, 0, 24) > 0.1 < neighbour_shift(model, 1, 0, 9)
-    assert answered_together(model, 1, 0) == "none"
-    assert said(model, prompt) == said(model, prompt, dataclasses.replace(GREEDY, per_device_eval_batch_size=1))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def experts(name: str, **shape: object) -> torch.nn.Module:
+    config = AutoConfig.for_model(
+        name, vocab_size=512, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, **shape,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_may_share_a_batch_is_measured_in_every_precision(dtype: torch.dtype) -> None:
+    harmless = ("gpt2", "bloom", "lfm2", "llama", "gemma2", "gemma3_text", "falcon_h1")
+    table = {name: (functools.partial(build_model, name), "any") for name in harmless}
+    # Their scores change by rounding with what else is in the call.
+    table["qwen3_moe"] = functools.partial(experts, "qwen3_moe", num_experts=8, moe_intermediate_size=32), "any"
+    table["mixtral"] = functools.partial(experts, "mixtral", num_local_experts=4), "any"
+    table["rwkv"] = rwkv, "none"
+    for name in ("gpt2", "llama", "lfm2"):
+        table[f"{name}, mask"] = lambda name=name: without(build_model(name), "attention_mask"), "one length"
+    table["gpt2, positions"] = lambda: without(build_model("gpt2"), "position_ids"), "one length"
+    # Rotary positions are relative: a shift of all of them is rounding.
+    table["llama, positions"] = lambda: without(build_model("llama"), "position_ids"), "any"
+    found = {name: possible_batches(make().to(dtype), 1, 0) for name, (make, _) in table.items()}
+    assert {name: together for name, (together, _) in found.items()} == {
+        name: right for name, (_, right) in table.items()
+    }
+    assert all(bool(reason) == (together != "any") for together, reason in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_as_large_as_a_real_model_s_is_no_fault(dtype: torch.dtype) -> None:
+    # The head of a trained model gives logits of tens, so that one step of rounding is a tenth of a nat and more.
+    model = build_model("qwen3")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    model = model.to(dtype)
+    assert possible_batches(model, 1, 0) == ("any", "")
+    assert possible_batches(without(model, "attention_mask"), 1, 0)[0] == "one length"
+
+
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [
+        (lambda: without(build_model("gpt2"), "attention_mask", "position_ids"), "in batches of one prompt length"),
+        (rwkv, "one at a time"),
+    ],
+)
+def test_a_model_that_cannot_answer_all_lengths_together_says_so_and_answers_right(
+    make: Callable[[], torch.nn.Module], how: str, prompt: Prompt
+) -> None:
+    model, lines = make(), []
+    together = {one.id: one for batch in generate(model, prompt, ROWS, GREEDY, on_slow=lines.append) for one in batch}
+    assert together == said(model, prompt, dataclasses.replace(GREEDY, per_device_eval_batch_size=1))
+    assert len(lines) == 1 and how in lines[0]
+    lines.clear()
+    list(generate(build_model("gpt2"), prompt, ROWS, GREEDY, on_slow=lines.append))
+    assert not lines
 
 
 def test_batches_are_what_may_be_answered_together() -> None:
     lengths = [7, 7, 7, 5, 5]
-    assert next_batch([0, 1, 2, 3, 4], lengths, 4, "any", joining=False) == [0, 1, 2, 3]
-    assert next_batch([0, 1, 2, 3, 4], lengths, 2, "one length", joining=False) == [0, 1]
-    assert next_batch([2, 3, 4], lengths, 2, "one length", joining=False) == [2]
-    assert next_batch([2, 3, 4], lengths, 2, "none", joining=False) == [2]
-    # Where others can join later, a batch is read without much padding.
-    assert next_batch([0, 1, 2, 3, 4], lengths, 4, "any", joining=True) == [0, 1, 2]
+    assert next_batch([0, 1, 2, 3, 4], lengths, 4, "any", 100) == [0, 1, 2, 3]
+    assert next_batch([0, 1, 2, 3, 4], lengths, 2, "one length", 100) == [0, 1]
+    assert next_batch([2, 3, 4], lengths, 2, "one length", 100) == [2]
+    assert next_batch([2, 3, 4], lengths, 2, "none", 100) == [2]
+    # One long question does not make all others read as much padding.
+    assert next_batch([0, 1, 2, 3, 4], lengths, 5, "any", 3) == [0, 1, 2, 3]
+    assert next_batch([0, 1, 2, 3, 4], lengths, 5, "any", 0) == [0, 1, 2]
 
 
 def test_the_longest_question_is_answered_first(prompt: Prompt) -> None:
@@ -192,68 +242,6 @@ def test_a_repetition_penalty_is_used_and_padding_is_nothing_that_was_said(promp
     assert together["row-8"].token_ids[0] == wanted and together != free
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bloom", "lfm2"])
-@pytest.mark.parametrize("sampled", [False, True])
-def test_rows_that_have_ended_leave_the_batch_and_the_others_go_on_as_before(
-    architecture: str, sampled: bool, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = adapted(build_model(architecture))
-    settings = dataclasses.replace(SAMPLED if sampled else GREEDY, max_new_tokens=20)
-    whole = {identity: one.token_ids for identity, one in said(model, prompt, settings).items()}
-
-    def cut_at(end: int) -> dict[str, tuple[int, ...]]:
-        return {i: row[: row.index(end) + 1] if end in row else row for i, row in whole.items()}
-
-    # A token that some rows say early, some late and some never.
-    tokens = sorted({token for row in whole.values() for token in row})
-    end = max(tokens, key=lambda token: len(set(map(len, cut_at(token).values()))))
-    expected, prompt = cut_at(end), dataclasses.replace(prompt, end_id=end)
-    sizes: list[int] = []
-    generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda **asked: sizes.append(len(asked["input_ids"])) or generate(**asked))
-    for stride in (1, 3, 50):
-        monkeypatch.setattr(under_way, "_STRIDE", stride)
-        assert {i: one.token_ids for i, one in said(model, prompt, settings).items()} == expected
-    assert len(set(map(len, expected.values()))) > 1 and len(set(sizes)) > 2
-
-
-@pytest.mark.parametrize(("architecture", "sampled"), [("gpt2", False), ("qwen3", False), ("bloom", True)])
-def test_rows_join_a_batch_that_is_under_way_and_say_what_they_say_alone(
-    architecture: str, sampled: bool, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = adapted(build_model(architecture))
-    settings = dataclasses.replace(SAMPLED if sampled else GREEDY, max_new_tokens=8)
-    alone = dataclasses.replace(settings, per_device_eval_batch_size=1)
-    longest = ROWS.take([len(ROWS) - 1])
-    # The longest question is answered first and ends early, so that the others are padded for nothing.
-    end = said(model, prompt, alone, longest)[longest.ids[0]].token_ids[2]
-    prompt = dataclasses.replace(prompt, end_id=end)
-    expected = said(model, prompt, alone)
-    seen: list[tuple[int, int]] = []
-    cut: list[int] = []
-    join, without_columns = AnswersUnderWay.join, under_way.without_columns
-
-    def joining(self: AnswersUnderWay, rows: list[int], prompts: list[list[int]]) -> dict[int, list[int]]:
-        seen.append((len(self), len(rows)))
-        return join(self, rows, prompts)
-
-    monkeypatch.setattr(AnswersUnderWay, "join", joining)
-    monkeypatch.setattr(under_way, "without_columns", lambda cache, n: cut.append(n) or without_columns(cache, n))
-    monkeypatch.setattr(under_way, "_STRIDE", 3)
-    assert said(model, prompt, settings) == expected
-    assert any(before for before, _ in seen) and all(before + more <= 4 for before, more in seen) and cut
-
-
-def test_rows_join_only_where_every_layer_keeps_all_positions() -> None:
-    joins = {name: can_join(build_model(name)) for name in ("gpt2", "llama", "bloom", "lfm2")}
-    assert joins == {"gpt2": True, "llama": True, "bloom": True, "lfm2": False}
-    sliding = AutoConfig.for_model(
-        "mistral", vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, sliding_window=8,
-    )  # fmt: skip
-    assert not can_join(AutoModelForCausalLM.from_config(sliding))
-
-
 def test_a_sampled_answer_belongs_to_its_row_and_seed_and_not_to_its_batch(prompt: Prompt) -> None:
     model = build_model("gpt2")
     expected = said(model, prompt, SAMPLED)
@@ -298,7 +286,7 @@ def test_a_full_gpu_makes_batches_smaller_until_a_single_row_does_not_fit(
 ) -> None:
     model = build_model("gpt2")
     expected, generate, largest = said(model, prompt), model.generate, 2
-    monkeypatch.setattr(generation, "answered_together", lambda *_: "any")
+    monkeypatch.setattr(generation, "possible_batches", lambda *_: ("any", ""))
 
     def small(**asked: torch.Tensor) -> object:
         if len(asked["input_ids"]) > largest:
