@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sevpeft.errors import DataError, RunError
+from sevpeft.evaluation.generation import next_batch
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.training.encoding import IGNORED, encode_rows
@@ -23,6 +24,8 @@ from sevpeft.training.encoding import IGNORED, encode_rows
 _TOKENS = 4096
 # And so many logits, which take 1 GB in float32.
 _LOGITS = 2**28
+# And so many tokens of padding: one more batch reads the weights once more, which costs about as much.
+_PADDING = 128
 
 
 def reference_nll(
@@ -58,13 +61,14 @@ def reference_nll(
             return nll, tokens  # no row fits
         read = encoded[:]
     # Longest first, so that a lack of memory shows at once.
-    order = sorted(range(len(read["labels"])), key=lambda i: -len(read["labels"][i]))
+    lengths = [len(row) for row in read["labels"]]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     was_training = model.training
     model.eval()
     room = min(_TOKENS, _LOGITS // model.config.get_text_config().vocab_size)
     try:
         while order:
-            batch = order[: max(1, room // len(read["labels"][order[0]]))]
+            batch = next_batch(order, lengths, room // lengths[order[0]], "any", _PADDING)
             try:
                 sums = _batch_nll(model, [read["input_ids"][i] for i in batch], [read["labels"][i] for i in batch])
             except torch.OutOfMemoryError as error:
@@ -75,7 +79,7 @@ def reference_nll(
                     ) from error
                 sums = None
             if sums is None:  # out here nothing holds the memory any more
-                room = len(batch) // 2 * len(read["labels"][order[0]])
+                room = len(batch) // 2 * lengths[order[0]]
                 torch.cuda.empty_cache()
                 continue
             order = order[len(batch) :]

@@ -39,5 +39,5 @@ class RowProgress:
         if self.bar is not None:
             self.bar.stop()
         if kind is None:
-            seconds = max(time.monotonic() - self.started, 1e-9)
-            say(self.console, self.label, f"{self.done:,} rows, {self.done / seconds:,.1f} a second")
+            rate = self.done / max(time.monotonic() - self.started, 1e-9)
+            say(self.console, self.label, f"{self.done:,} rows, {rate:,.{1 if rate >= 10 else 2}f} a second")

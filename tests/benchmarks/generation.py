@@ -1,137 +1,91 @@
-"""Rows a second of `generate` against the published loop, which asks one question at a time.
+"""Seconds of `sevpeft evaluate` on a finished run: this checkout against another, through the real command.
 
-Both answer the same questions greedily with the same cap, and must say the same tokens; the two are timed in turn, so
-that a busy machine slows both. The published loop (arXiv 2604.06346) is `model.generate` on one row, sampled at T .7;
-sampling is off here to make the answers comparable.
+The two are started in turn on copies of the run, so that a busy machine slows both, and the least time of each part
+counts. Likelihoods must agree to rounding; how many answers are equal token for token is printed.
 
-    python -m tests.benchmarks.generation            # builtin:tiny and a GPT-2 of 100 million parameters (long)
-    python -m tests.benchmarks.generation --rows 16 --pairs 1 --threads 2
+    sevpeft train recipe.yaml --output RUN           # once, with either checkout
+    git worktree add ../before 2672e40
+    python -m tests.benchmarks.generation RUN --baseline ../before --limit 24 evaluation.bertscore=false
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import statistics
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
-# As the command line does, before torch loads OpenMP: spinning threads distort both sides on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
-
-from sevpeft.cli.application import quiet_libraries
-from sevpeft.evaluation.generation import GenerationSettings, generate
-from sevpeft.evaluation.rows import EvaluationRows
-from sevpeft.modeling.loading import load_config, load_tokenizer
-from sevpeft.modeling.prompts import Prompt
-from sevpeft.modeling.tiny import tiny_model_folder
-from sevpeft.recipe import recipe_from_values
-from sevpeft.training.preparation import load_splits, prompt_of
+HERE = Path(__file__).resolve().parents[2]
+_RATE = re.compile(r"^(NLL|Answers), (\w+)\s+([\d,]+) rows, ([\d,.]+) a second", re.MULTILINE)
+# Of one process, so that other work on the machine counts less than in seconds on the clock.
+TOTAL, CPU = "whole command", "whole command, CPU"
 
 
-@dataclass
-class Measured:
-    published: list[float]
-    ours: list[float]
-    cpu_ratios: list[float]
-    same: int
-    rows: int
-
-    def line(self, name: str) -> str:
-        one, many = (statistics.median(self.rows / seconds for seconds in side) for side in (self.published, self.ours))
-        cpu = statistics.median(self.cpu_ratios)
-        ratios = [slow / fast for slow, fast in zip(self.published, self.ours, strict=True)]
-        return (
-            f"{name:24} {one:9.2f} {many:9.2f} {statistics.median(ratios):8.1f}×  "
-            f"({min(ratios):.1f}–{max(ratios):.1f})  {cpu:8.1f}×  {self.same}/{self.rows}"
-        )
-
-
-def with_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear", init_lora_weights=False)
-    ).eval()
+def run_command(checkout: Path, run: Path, scratch: Path, options: list[str]) -> tuple[dict[str, float], Path]:
+    """Seconds of every part of one evaluation, and the copy of the run that it wrote into."""
+    copy = Path(shutil.copytree(run, Path(tempfile.mkdtemp(dir=scratch)) / "run"))
+    for name in ("predictions.jsonl", "likelihood.jsonl", "scores.jsonl", "evaluation.json"):
+        (copy / name).unlink(missing_ok=True)
+    before, started = os.times(), time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "sevpeft", "evaluate", str(copy), *options],
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{checkout}: {done.stderr.strip() or done.stdout}")
+    after = os.times()
+    seconds = {TOTAL: time.perf_counter() - started, CPU: after.children_user - before.children_user}
+    for part, arm, rows, rate in _RATE.findall(done.stdout + done.stderr):
+        seconds[f"{part}, {arm}"] = float(rows.replace(",", "")) / max(float(rate.replace(",", "")), 0.005)
+    return seconds, copy
 
 
-def tiny() -> PreTrainedModel:
-    return with_adapter(AutoModelForCausalLM.from_pretrained(tiny_model_folder()))
+def lines(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(line["arm"], line["id"]): line for line in read if "arm" in line}
 
 
-def gpt2_100m(vocabulary: int) -> PreTrainedModel:
-    """GPT-2 small with random weights and the tokenizer's vocabulary padded to 20,000: 101 million parameters."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=max(20_000, vocabulary), eos_token_id=0, bos_token_id=0)
-    return with_adapter(AutoModelForCausalLM.from_config(config))
-
-
-def published_loop(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows, cap: int) -> dict[str, list[int]]:
-    said = {}
-    for identity, question in zip(rows.ids, rows.questions, strict=True):
-        ids = torch.tensor(prompt.prompt_ids([question]))
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=cap,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=prompt.end_id,
-                pad_token_id=prompt.tokenizer.pad_token_id,
-            )
-        said[identity] = output[0, ids.shape[1] :].tolist()
-    return said
-
-
-def measure(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows, cap: int, batch: int, pairs: int) -> Measured:
-    settings = GenerationSettings(max_new_tokens=cap, per_device_eval_batch_size=batch)
-    list(generate(model, prompt, rows.take([0, 1]), settings))  # warm
-    published_loop(model, prompt, rows.take([0]), cap)
-    found = Measured([], [], [], 0, len(rows))
-    for _ in range(pairs):
-        started, cpu = time.perf_counter(), time.process_time()
-        alone = published_loop(model, prompt, rows, cap)
-        found.published.append(time.perf_counter() - started)
-        cpu_alone = time.process_time() - cpu
-        started, cpu = time.perf_counter(), time.process_time()
-        together = {one.id: list(one.token_ids) for many in generate(model, prompt, rows, settings) for one in many}
-        found.ours.append(time.perf_counter() - started)
-        found.cpu_ratios.append(cpu_alone / (time.process_time() - cpu))
-        found.same = sum(alone[identity] == together[identity] for identity in rows.ids)
-    return found
+def compare(ours: Path, theirs: Path) -> str:
+    pairs = {name: (lines(ours / name), lines(theirs / name)) for name in ("likelihood.jsonl", "predictions.jsonl")}
+    nll, others = pairs["likelihood.jsonl"]
+    gap = max(abs(line["nll"] - others[key]["nll"]) / line["tokens"] for key, line in nll.items() if line["tokens"])
+    said, also = pairs["predictions.jsonl"]
+    same = sum(line["prediction"] == also[key]["prediction"] for key, line in said.items())
+    return f"Largest difference of an NLL per token: {gap:.1e}. Equal answers: {same} of {len(said)}."
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--rows", type=int, default=256)
-    arguments.add_argument("--pairs", type=int, default=3)
-    arguments.add_argument("--cap", type=int, default=50, help="new tokens; 50 is the published figure")
-    arguments.add_argument("--batch", type=int, default=64)
-    arguments.add_argument("--models", default="tiny,gpt2", help="builtin:tiny, GPT-2 of 101 million parameters")
-    arguments.add_argument("--threads", type=int, default=2)
-    asked = arguments.parse_args()
-    quiet_libraries()
-    torch.set_num_threads(asked.threads)
-    recipe = recipe_from_values({})
-    tokenizer = load_tokenizer(recipe, load_config(recipe))
-    prompt = prompt_of(recipe, tokenizer)
-    table, _, _ = load_splits(recipe)
-    read = table.rows[: asked.rows]
-    count = len(read["id"])
-    zeros = np.zeros(count, dtype=np.int64)
-    rows = EvaluationRows(read["id"], read["question"], read["answer"], None, zeros, np.arange(count), "sample", "")
-    print(f"{asked.rows} rows, at most {asked.cap} tokens, batches of {asked.batch}, {asked.threads} threads")
-    print(f"{'model':24} {'one/s':>9} {'batched/s':>9} {'ratio':>9}  (min–max)  CPU time  same tokens")
-    models = {"tiny": lambda: tiny(), "gpt2": lambda: gpt2_100m(len(tokenizer))}
-    for name in asked.models.split(","):
-        model = models[name]()
-        print(measure(model, prompt, rows, asked.cap, asked.batch, asked.pairs).line(name), flush=True)
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.generation", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="a finished run")
+    parser.add_argument("--baseline", type=Path, required=True, help="checkout to compare with")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--limit", type=int, default=64, help="rows")
+    asked, settings = parser.parse_known_args()
+    options = ["--limit", str(asked.limit), *settings]
+    least: dict[Path, dict[str, float]] = {asked.baseline.resolve(): {}, HERE: {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        for _ in range(asked.pairs):
+            copies = []
+            for checkout, best in least.items():
+                seconds, copy = run_command(checkout, asked.run, Path(scratch), options)
+                copies.append(copy)
+                best.update({part: min(took, best.get(part, took)) for part, took in seconds.items()})
+            print(compare(*reversed(copies)), flush=True)
+    theirs, ours = least.values()
+    print(f"{'seconds':22} {'baseline':>9} {'here':>9} {'ratio':>6}   least of {asked.pairs}, {asked.limit} rows")
+    for part in ours:
+        if part in theirs:
+            print(f"{part:22} {theirs[part]:9.1f} {ours[part]:9.1f} {theirs[part] / ours[part]:5.1f}×")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,24 @@ def test_rounding_as_large_as_a_real_model_s_is_no_fault(dtype: torch.dtype) -> 
     assert possible_batches(without(model, "attention_mask"), 1, 0)[0] == "one length"
 
 
+def test_a_leak_that_is_smaller_than_rounding_is_found() -> None:
+    model = build_model("qwen3")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    model = model.to(torch.bfloat16)
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def leaking(*args: object, **given: torch.Tensor) -> object:
+        output, mask = forward(*args, **given), given.get("attention_mask")
+        if mask is not None and mask[-1, 0] == 0:  # one score of 512 is larger by what stands under the mask
+            output.logits[-1, :, int(given["input_ids"][-1, 0])] *= 1.02
+        return output
+
+    model.forward = leaking
+    assert possible_batches(model, 1, 0)[0] == "one length"
+
+
 @pytest.mark.parametrize(
     ("make", "how"),
     [
