@@ -20,6 +20,7 @@ from sevpeft.evaluation.predictions import differences
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.recipe.sections import SEVERITY_PRESETS
 from sevpeft.runs import Run, plain_disk_errors, write_atomically
+from sevpeft.training.resuming import as_started
 
 BASE_ARM, CE, OWN = "base", "ce", "own"
 CONTROLS = ("shuffled", "constant")
@@ -174,7 +175,7 @@ class Experiment:
             finished = run.finished
         except (SevpeftError, ValueError, OSError, TypeError):
             raise RunError(_damaged(run)) from None
-        if changed := sorted(differences(stored.model_dump(), recipe.model_dump())):
+        if changed := sorted(differences(stored.model_dump(), as_started(recipe, run).model_dump())):
             raise RunError(
                 f"{run.folder} was trained by another recipe: {'; '.join(changed)}. Compare with the same settings, or "
                 "give another --output."

@@ -15,6 +15,7 @@ from typing import Any
 from sevpeft.errors import RecipeError
 from sevpeft.modeling.memory import GIB, MemoryPlan
 from sevpeft.recipe import Recipe, recipe_from_values
+from sevpeft.recipe.library_sections import AUTO
 
 CARDS = (8, 12, 16, 24, 48, 80)
 # A card sold as 16 GB shows 14.6 to 16 GiB, and a desktop takes some.
@@ -118,7 +119,7 @@ def _checkpointing(plan: MemoryPlan, available: int) -> Proposal | None:
 
 
 def _validation_row_by_row(plan: MemoryPlan, available: int) -> Proposal | None:
-    if plan.recipe.training.settings()["per_device_eval_batch_size"] == 1:
+    if plan.recipe.training.settings()["per_device_eval_batch_size"] in (1, AUTO):
         return None
     return ("training.per_device_eval_batch_size=1",), "the same adapter, slower validation"
 
@@ -126,14 +127,15 @@ def _validation_row_by_row(plan: MemoryPlan, available: int) -> Proposal | None:
 def _fewer_rows_at_once(plan: MemoryPlan, available: int) -> Proposal | None:
     settings = plan.recipe.training.settings()
     batch, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
-    if batch == 1:
+    if batch in (1, AUTO):
         return None
     divisors = [rows for rows in range(1, batch) if batch % rows == 0]  # so that a step keeps its rows
     rows = divisors[max(0, bisect_right(divisors, available, key=plan.total_of_batch) - 1)]
-    return (
-        f"training.per_device_train_batch_size={rows}",
-        f"training.gradient_accumulation_steps={accumulation * batch // rows}",
-    ), "the same adapter, slower"
+    changed_rows = f"training.per_device_train_batch_size={rows}"
+    if accumulation == AUTO:
+        return (changed_rows,), "the same adapter, slower"
+    steps = f"training.gradient_accumulation_steps={accumulation * batch // rows}"
+    return (changed_rows, steps), "the same adapter, slower"
 
 
 def _packed_optimizer_state(plan: MemoryPlan, available: int) -> Proposal | None:
