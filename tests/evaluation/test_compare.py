@@ -45,6 +45,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "data.max_rows=60",
         "training.max_steps=3",
         "training.max_length=256",
+        "training.per_device_train_batch_size=8",  # one batch a step, so that the tests can count steps
         "training.save_strategy=steps",
         "training.save_steps=2",
         "generation.max_new_tokens=4",

@@ -237,7 +237,8 @@ def test_without_a_judge_nothing_is_sent_and_with_one_its_scores_stand_beside_fl
     assert asked >= {row["prediction"] for row in predictions}
     scores = found.content["scores"]["all"]["metrics"]
     assert set(scores["judge_urgency"]) == {"adapter", "base", "constant", "difference"}
-    assert scores["judge_urgency"]["adapter"]["low"] <= 2.0 <= scores["judge_urgency"]["adapter"]["high"]
+    # The same in every row, so that no interval can be drawn from the rows.
+    assert (scores["judge_urgency"]["adapter"]["value"], scores["judge_urgency"]["adapter"]["low"]) == (2.0, None)
     assert found.content["metrics"]["judge_harm"]["label"] == "Judge: harm"
     assert found.content["judge"]["answers"]["constant"]["judged"] == len(found.rows)
     assert set(found.content["scores"]["critical"]["metrics"]) >= {"nll", "judge_harm"}
