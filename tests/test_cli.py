@@ -618,4 +618,4 @@ def test_a_reader_that_stops_and_a_full_disk_behind_the_pipe_are_taken_calmly(wo
     process.wait()
     with open("/dev/full", "w") as full:
         ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (ended.returncode, ended.stderr) == (1, "The output: No space left on device.\n")
+    assert ended.returncode == 1 and "No space left on device" in ended.stderr and ended.stderr.count("\n") == 1

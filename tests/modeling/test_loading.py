@@ -316,11 +316,23 @@ def precision(training: dict[str, Any], dtype: str = "auto") -> Precision:
     return choose_precision(recipe_for("some/model", model={"dtype": dtype}, training=training))
 
 
-def test_a_cpu_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_computes_in_bfloat16_only_where_it_multiplies_matrices_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_none(monkeypatch)
+    bfloat16 = Precision(torch.bfloat16, bf16=True, fp16=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": True})
     assert precision({}) == FLOAT32
-    assert precision({}, "bfloat16") == Precision(torch.bfloat16, bf16=False, fp16=False)
-    assert precision({"bf16": True}) == Precision(torch.bfloat16, bf16=True, fp16=False)
+    assert precision({}, "bfloat16") == precision({"bf16": True}) == bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert precision({}) == bfloat16 and precision({}, "float32") == FLOAT32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert precision({}) == FLOAT32
+
+
+def test_a_resume_computes_as_the_run_did_on_whatever_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_none(monkeypatch)
+    open_, fixed = recipe_for("some/model"), recipe_for("some/model", model={"dtype": "float32"})
+    assert choose_precision(open_, "bfloat16").dtype == torch.bfloat16
+    assert choose_precision(fixed, "bfloat16") == FLOAT32
 
 
 def test_float16_training_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def test_the_modelfile_ends_with_the_cue_and_leaves_the_beginning_to_llama_cpp()
     filled = modelfile(prompt, recipe).split('"""')[1].replace("{{ .Prompt }}", "عندي صداع")
     assert filled == prompt.text("عندي صداع")
     tokenizer.bos_token = "<|im_start|>"
-    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}<|im_end|>"
+    tokenizer.chat_template = "{{ bos_token }}{% for one in messages %}{{ one['content'] }}<|im_end|>{% endfor %}"
     recipe = recipe_from_values({"prompt": {"chat": True}, "generation": {"do_sample": True, "temperature": 0.7}})
     text = modelfile(Prompt.build(tokenizer, **recipe.prompt.model_dump()), recipe)
     assert 'TEMPLATE """{{ .Prompt }}<|im_end|>"""' in text and "PARAMETER temperature 0.7" in text
