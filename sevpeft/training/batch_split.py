@@ -56,7 +56,7 @@ def resolve_split(
         RecipeError: the numbers do not make global_batch_size.
     """
     settings = recipe.training.settings()
-    rows, accumulation, checkpointing = (settings[key] for key in _KEYS)
+    rows, checkpointing = settings[_KEYS[0]], settings[_KEYS[2]]
     total, choices = _row_counts(settings, processes)
     ways = (False, True) if checkpointing == AUTO else (checkpointing,)
     padded = settings.get("padding_free") is False or recipe.model.attn_implementation == "eager"
@@ -78,7 +78,7 @@ def resolve_split(
     if settings["per_device_eval_batch_size"] == AUTO:
         fitting_sizes = (size for size in _EVAL_SIZES if plan and plan.total_of_validation(size) <= available)
         changes["per_device_eval_batch_size"] = next(fitting_sizes, min(chosen[0], 8))
-    if AUTO in (rows, accumulation) and processes == 1:
+    if rows == AUTO and processes == 1:
         changes["auto_find_batch_size"] = True  # what was chosen here may also be cut where memory runs out
     return with_training(recipe, **changes, global_batch_size=total)
 
@@ -107,9 +107,12 @@ def _row_counts(settings: dict[str, Any], processes: int) -> tuple[int, list[int
     known = [value for value in (rows, accumulation) if value != AUTO]
     each, rest = divmod(total, processes)
     if rest or (known and each % known[0]):
-        parts = " × ".join([f"{processes} processes", *map(str, known)])
+        parts = [
+            *([f"{processes} processes"] if processes > 1 else []),
+            *(f"{number} rows or passes" for number in known),
+        ]
         raise RecipeError(
-            f"training.global_batch_size={total} cannot be divided evenly by {parts}; write a multiple of it."
+            f"training.global_batch_size={total} cannot be divided evenly by {' × '.join(parts)}; write a multiple."
         )
     if rows != AUTO:
         return total, [rows]

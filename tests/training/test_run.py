@@ -20,6 +20,8 @@ from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
+from sevpeft.training.batch_split import is_automatic
+from sevpeft.training.resuming import as_started
 from sevpeft.training.run import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import SENTENCES
@@ -61,7 +63,8 @@ def test_a_run_folder_is_complete_and_says_what_happened(tmp_path: Path, setting
     recipe = load_recipe(QUICKSTART, settings)
     run = train(recipe, tmp_path / "run")
     write_card(run)
-    assert load_recipe(run.folder / "recipe.yaml") == recipe
+    stored = load_recipe(run.folder / "recipe.yaml")
+    assert not is_automatic(stored) and as_started(recipe, run) == stored
     environment = run.environment()
     assert environment["versions"]["trl"] and environment["seed"] == 42 and environment["processes"] == 1
     assert environment["data_fingerprint"].startswith("sha256:")
@@ -167,6 +170,7 @@ PACKED = ["severity.reduction=examples", "training.packing=true", "training.grad
 @pytest.mark.parametrize("more", [[], PACKED], ids=["padded", "packed"])
 def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, settings: list[str], more: list[str]) -> None:
     common = [*settings, *more, "lora.lora_dropout=0", "training.learning_rate=1e-3", "data.validation_size=13"]
+    common += ["training.global_batch_size=4"]
     one = train(load_recipe(QUICKSTART, [*common, "training.per_device_train_batch_size=4"]), tmp_path / "one")
     two = Run(tmp_path / "two")
     words = [*common, "training.per_device_train_batch_size=2"]
@@ -232,7 +236,8 @@ def test_full_memory_is_told_with_the_plan_or_the_batch_is_cut(
         return compute(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(SeveritySFTTrainer, "compute_loss", crowded)
-    words = [*settings, "training.per_device_train_batch_size=4", "lora.lora_dropout=0"]
+    words = [*settings, "training.per_device_train_batch_size=4", "training.global_batch_size=4"]
+    words += ["training.padding_free=false", "lora.lora_dropout=0"]
     with pytest.raises(RunError) as full:
         train(load_recipe(QUICKSTART, words), tmp_path / "full")
     said = str(full.value)

@@ -15,13 +15,14 @@ from sevpeft.recipe import recipe_from_values
 from sevpeft.recipe.combinations import BEST_IS_LEAST
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import settings
+from sevpeft.training.batch_split import resolve_split
 from sevpeft.training.settings import refuse_no_batch, sft_config
 
 FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
 
 
 def config(folder: Path, **training: object):
-    return sft_config(recipe_from_values({"training": training}), FLOAT32, folder)
+    return sft_config(resolve_split(recipe_from_values({"training": training}), None, 0), FLOAT32, folder)
 
 
 def test_settings_arrive_under_their_own_names(tmp_path: Path) -> None:
