@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -81,6 +82,20 @@ def resolve_split(
     if rows == AUTO and processes == 1:
         changes["auto_find_batch_size"] = True  # what was chosen here may also be cut where memory runs out
     return with_training(recipe, **changes, global_batch_size=total)
+
+
+def rows_with_least_work(lengths: np.ndarray, most: int, *, on_gpu: bool) -> int:
+    """Rows of a forward pass, at most `most`, with which these rows take the fewest tokens, padding and passes counted.
+
+    Args:
+        lengths: (n,) tokens of each row, longest first, as they are taken.
+    """
+
+    def tokens(size: int) -> float:
+        longest = lengths[::size]
+        return float(len(longest) * _PASS_COSTS_TOKENS[on_gpu] + (size * longest).sum())
+
+    return min((size for size in _EVAL_SIZES if size <= most), key=tokens)
 
 
 def with_training(recipe: Recipe, **changes: Any) -> Recipe:

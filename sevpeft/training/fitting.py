@@ -26,7 +26,13 @@ from sevpeft.modeling.sharding import weights_are_sharded
 from sevpeft.modeling.skeleton import base_config
 from sevpeft.recipe import Recipe
 from sevpeft.recipe.library_sections import AUTO
-from sevpeft.training.batch_split import device_memory, is_automatic, resolve_split, with_training
+from sevpeft.training.batch_split import (
+    device_memory,
+    is_automatic,
+    resolve_split,
+    rows_with_least_work,
+    with_training,
+)
 from sevpeft.training.progress import LABEL_WIDTH, say
 from sevpeft.training.trainer import CPU_VOCABULARY_TILE
 
@@ -104,16 +110,22 @@ def split_here(recipe: Recipe) -> Recipe:
     return resolve_split(recipe, plan, available, processes=processes, on_gpu=on_gpu)
 
 
-def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel, lengths: np.ndarray) -> Recipe:
-    """The resolved recipe, with padding_free chosen by what the model does with packed rows.
+def choose_layout(
+    asked: Recipe, resolved: Recipe, model: PreTrainedModel, lengths: np.ndarray, validation: np.ndarray
+) -> Recipe:
+    """The resolved recipe, with padding_free chosen by what the model does with packed rows, and validation by lengths.
 
     Args:
         asked: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
-        lengths: (n,) tokens of the training rows.
+        lengths: (n,) tokens of the training rows. validation: (m,) of the validation rows, longest first.
 
     Raises:
         ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
     """
+    if asked.training.settings()["per_device_eval_batch_size"] == AUTO:
+        most = resolved.training.settings()["per_device_eval_batch_size"]
+        size = rows_with_least_work(validation, most, on_gpu=uses_gpu(resolved))
+        asked, resolved = (with_training(one, per_device_eval_batch_size=size) for one in (asked, resolved))
     training = resolved.training.settings()
     for setting in ("packing", "padding_free"):
         if training.get(setting) is True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sevpeft.errors import RecipeError
 from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from sevpeft.runs import Run
-from sevpeft.training.batch_split import device_memory, is_automatic, resolve_split
+from sevpeft.training.batch_split import device_memory, is_automatic, resolve_split, rows_with_least_work
 from sevpeft.training.fitting import choose_layout, less_work_in_one_row, memory_plan, split_here
 from sevpeft.training.resuming import as_started
 from tests.conftest import build_model
@@ -155,10 +156,22 @@ def test_one_long_row_is_taken_where_it_is_less_work_than_padding() -> None:
 
 
 @pytest.mark.parametrize(("architecture", "layout", "rows"), [("llama", True, 8), ("bloom", False, 1)])
-def test_rows_are_put_into_one_where_the_model_keeps_them_apart(architecture: str, layout: bool, rows: int) -> None:
-    asked = recipe_from_values({"training": {"use_cpu": True, "gradient_checkpointing": False}})
-    resolved = choose_layout(asked, split_here(asked), build_model(architecture), np.array([20, 30, 40, 100]))
+def test_rows_are_put_into_one_where_the_model_keeps_them_apart(
+    model_folder: Callable[..., Path], architecture: str, layout: bool, rows: int
+) -> None:
+    model = {"name_or_path": str(model_folder(architecture))}
+    asked = recipe_from_values({"model": model, "training": {"use_cpu": True, "gradient_checkpointing": False}})
+    resolved = choose_layout(asked, split_here(asked), build_model(architecture), *[np.array([100, 40, 30, 20])] * 2)
     found = resolved.training.settings()
     assert found["padding_free"] is layout
     assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == 8
     assert found["per_device_train_batch_size"] >= rows
+
+
+def test_validation_takes_rows_together_that_are_about_as_long() -> None:
+    """One long row among short ones would pad them all; rows of one length are best in one pass."""
+    mixed, equal = np.array([500, 60, 60, 60, 50, 50, 50, 50]), np.full(64, 60)
+    found = [rows_with_least_work(lengths, 32, on_gpu=False) for lengths in (mixed, equal)]
+    assert found == [1, 32]
+    assert rows_with_least_work(equal, 4, on_gpu=False) == 4
+    assert rows_with_least_work(mixed, 32, on_gpu=True) > 1  # where a pass costs more than padding
