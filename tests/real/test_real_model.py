@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -126,11 +125,9 @@ def test_questions_are_answered_together(runs: dict[str, Path], name: str) -> No
 
 
 def test_a_4_bit_run_is_merged_into_what_was_trained(runs: dict[str, Path], tmp_path: Path) -> None:
-    screen = sevpeft("merge", runs["4 bit"], tmp_path / "merged")
-    gaps = {
-        name: float(re.search(rf"{name}.*?KL ([\d.e-]+)", screen, re.I | re.S)[1])
-        for name in ("dequantized", "unquantized")
-    }  # type: ignore[index]
+    printed = sevpeft("merge", runs["4 bit"], tmp_path / "merged", "--json")
+    figures, _ = json.JSONDecoder().raw_decode(printed[printed.index("{") :])
+    gaps = {name: gap["kl"] for name, gap in figures["gaps"].items()}
     assert gaps["dequantized"] < 0.01 < gaps["unquantized"]
     config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config
