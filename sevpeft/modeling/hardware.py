@@ -27,8 +27,9 @@ _NOT_BY_BITSANDBYTES = ("adamw_torch_8bit", "galore_adamw_8bit", "galore_adamw_8
 def dtype_of_cpu() -> torch.dtype:
     """bfloat16 where the processor multiplies matrices in it (AMX), else float32.
 
-    By capability, never by timing, so that the same command gives the same adapter. Measured on 2 cores with AMX: 2,025
-    GFLOP/s in bfloat16, 287 in float32; with AVX2 alone 10 and 50 (`python -m tests.benchmarks.real_model --dtypes`).
+    By capability, never by timing, so that the same command gives the same adapter. One matrix product on 2 cores with
+    AMX: 2,025 GFLOP/s in bfloat16, 287 in float32; with AVX2 alone, under load, 10 and 50. What a whole step gains
+    there has not been measured: `python -m tests.benchmarks.real_model --dtypes` does it.
     """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent before PyTorch 2.10
     return torch.bfloat16 if capabilities.get("amx_bf16") else torch.float32
