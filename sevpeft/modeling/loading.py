@@ -28,6 +28,7 @@ from transformers import (
 
 from sevpeft.data.hub import look_for_hub
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
+from sevpeft.modeling.document_attention import attend_within_documents
 from sevpeft.modeling.hardware import (
     dtype_of_cpu,
     refuse_bfloat16,
@@ -177,6 +178,7 @@ def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> P
         ModelError: folder without config or with pickle weights only, id not reachable, attention not supported,
             weights damaged or missing.
     """
+    attend_within_documents()
     config = load_config(recipe)
     quantization = quantization_config(recipe, precision)
     arguments: dict[str, Any] = {

@@ -110,55 +110,32 @@ def split_here(recipe: Recipe) -> Recipe:
     return resolve_split(recipe, plan, available, processes=processes, on_gpu=on_gpu)
 
 
-def choose_layout(
-    asked: Recipe, resolved: Recipe, model: PreTrainedModel, lengths: np.ndarray, validation: np.ndarray
-) -> Recipe:
+def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel, validation: np.ndarray) -> Recipe:
     """The resolved recipe, with padding_free chosen by what the model does with packed rows, and validation by lengths.
 
     Args:
         asked: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
-        lengths: (n,) tokens of the training rows. validation: (m,) of the validation rows, longest first.
+        validation: (m,) tokens of the validation rows, longest first.
 
     Raises:
         ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
     """
-    if asked.training.settings()["per_device_eval_batch_size"] == AUTO:
-        most = resolved.training.settings()["per_device_eval_batch_size"]
-        size = rows_with_least_work(validation, most, on_gpu=uses_gpu(resolved))
-        asked, resolved = (with_training(one, per_device_eval_batch_size=size) for one in (asked, resolved))
     training = resolved.training.settings()
     for setting in ("packing", "padding_free"):
         if training.get(setting) is True:
             check_packing(model, f"training.{setting}")
-    if training["padding_free"] != AUTO:
+    if training["padding_free"] == AUTO:
+        # Eager attention holds every pair of positions of the row: of 8 rows in one, 8 times as many as of 8 rows apart.
+        possible = not training.get("packing") and model.config._attn_implementation != "eager"
+        if possible and not weights_are_sharded() and documents_stay_apart(model)[0]:
+            return with_training(resolved, padding_free=True)
+        asked = with_training(asked, padding_free=False)
+        resolved = split_here(asked)
+    padded = resolved.training.settings()
+    if asked.training.settings()["per_device_eval_batch_size"] != AUTO or padded.get("padding_free"):
         return resolved
-    if training.get("packing"):
-        return with_training(resolved, padding_free=False)
-    # Eager attention holds every pair of positions of the row: of 8 rows in one, 8 times as many as of 8 rows apart.
-    possible = model.config._attn_implementation != "eager" and not weights_are_sharded()
-    rows = training["per_device_train_batch_size"]
-    if possible and less_work_in_one_row(model, lengths, rows) and documents_stay_apart(model)[0]:
-        return with_training(resolved, padding_free=True)
-    return split_here(with_training(asked, padding_free=False))
-
-
-def less_work_in_one_row(model: PreTrainedModel, lengths: np.ndarray, rows: int) -> bool:
-    """Whether a batch takes fewer operations as one long row than as rows padded to the longest.
-
-    A token costs 2 operations for each number of the layers; a pair of positions 4 for each number of the attention's
-    width, those under the mask included, in each layer. One row has no padding, and rows² times the pairs.
-    """
-    text = model.config.get_text_config()
-    heads, width = text.num_attention_heads, text.hidden_size
-    pair = 4 * heads * (getattr(text, "head_dim", None) or width // heads) * text.num_hidden_layers
-    numbers = sum(
-        one.numel() for name, one in model.named_parameters() if "embed" not in name and "lm_head" not in name
-    )
-    drawn = np.random.default_rng(0).choice(lengths, (1000, rows))
-    one_row, longest = drawn.sum(1).astype(float), drawn.max(1).astype(float)
-    free = 2 * numbers * one_row + pair * one_row**2
-    padded = 2 * numbers * rows * longest + pair * rows * longest**2
-    return bool(free.mean() <= padded.mean())
+    size = rows_with_least_work(validation, padded["per_device_eval_batch_size"], on_gpu=uses_gpu(resolved))
+    return with_training(resolved, per_device_eval_batch_size=size)
 
 
 def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryPlan]:

@@ -8,7 +8,6 @@ step, which may take longer than the step, and lets a validation draw no random 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -140,19 +139,12 @@ class ResumableSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Of all rows, padded: `dataloader_drop_last` and `padding_free` are about the batches that are trained on.
-
-        Rows of one length stand together (`training/preparation.py`), so that padding is little, and attention does
-        not look through the other rows of a batch as it does in one long row.
-        """
+        """Of all rows: `dataloader_drop_last` is about the batches that are trained on."""
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        collator: Any = getattr(self, "data_collator")  # noqa: B009 (TRL leaves it untyped)
-        if getattr(collator, "padding_free", False):
-            self.data_collator = dataclasses.replace(collator, padding_free=False)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.args.dataloader_drop_last, self.data_collator = dropping, collator
+            self.args.dataloader_drop_last = dropping
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)

@@ -130,7 +130,7 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
         model = load_model(recipe, precision, state.local_process_index)
         if resume:
             refuse_other_weights(recipe, run)
-        recipe = choose_layout(asked, recipe, model, *map(lengths_of, (prepared.train, prepared.validation)))
+        recipe = choose_layout(asked, recipe, model, lengths_of(prepared.validation))
         arguments = sft_config(recipe, precision, run.checkpoints)
         announce_batch(recipe, console)
         adapter = lora_config(recipe, model)

@@ -15,7 +15,7 @@ from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from sevpeft.runs import Run
 from sevpeft.training.batch_split import device_memory, is_automatic, resolve_split, rows_with_least_work
-from sevpeft.training.fitting import choose_layout, less_work_in_one_row, memory_plan, split_here
+from sevpeft.training.fitting import choose_layout, memory_plan, split_here
 from sevpeft.training.resuming import as_started
 from tests.conftest import build_model
 
@@ -146,22 +146,13 @@ def test_a_resume_takes_what_the_run_chose(tmp_path: Any) -> None:
     assert as_started(other, run) != started
 
 
-def test_one_long_row_is_taken_where_it_is_less_work_than_padding() -> None:
-    """Attention sees all pairs of one long row, so rows of one length are better apart."""
-    model = build_model("llama")
-    mixed, equal = np.array([20, 30, 40, 400]), np.full(100, 400)
-    expected = {("mixed", 8): True, ("equal", 8): False, ("equal", 1): True, ("mixed", 1): True}
-    lengths = {"mixed": mixed, "equal": equal}
-    assert {key: less_work_in_one_row(model, lengths[key[0]], key[1]) for key in expected} == expected
-
-
 @pytest.mark.parametrize(("architecture", "layout", "rows"), [("llama", True, 8), ("bloom", False, 1)])
 def test_rows_are_put_into_one_where_the_model_keeps_them_apart(
     model_folder: Callable[..., Path], architecture: str, layout: bool, rows: int
 ) -> None:
     model = {"name_or_path": str(model_folder(architecture))}
     asked = recipe_from_values({"model": model, "training": {"use_cpu": True, "gradient_checkpointing": False}})
-    resolved = choose_layout(asked, split_here(asked), build_model(architecture), *[np.array([100, 40, 30, 20])] * 2)
+    resolved = choose_layout(asked, split_here(asked), build_model(architecture), np.array([100, 40, 30, 20]))
     found = resolved.training.settings()
     assert found["padding_free"] is layout
     assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == 8
