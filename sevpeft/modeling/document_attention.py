@@ -7,6 +7,7 @@ FlashAttention has kernels for it on some GPUs; this works everywhere that `sdpa
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' `sdpa_attention_forward`, once for each document of the mask (1, 1, T, T)."""
-    parts = _documents(attention_mask) if attention_mask is not None and kwargs.get("position_bias") is None else []
-    if len(parts) < 2:
+    parts = [] if attention_mask is None or kwargs.get("position_bias") is not None else _documents(attention_mask)
+    if attention_mask is None or len(parts) < 2:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs = []
     for begin, end, causal in parts:
@@ -59,7 +60,7 @@ def _find_documents(mask: torch.Tensor) -> list[tuple[int, int, bool]]:
     begins = (~mask.diagonal(-1)).nonzero().flatten() + 1
     bounds = [0, *begins.tolist(), len(mask)]
     documents, seen = [], 0
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         block = mask[begin:end, begin:end]
         count = int(block.sum())
         seen += count

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
@@ -34,6 +34,7 @@ from sevpeft.recipe.stopping import StoppingSection
 from sevpeft.recipe.yaml_text import KeyPath, Mistake, read_value, read_yaml, write_yaml
 
 _OVERRIDE = "command line"
+_Settings = TypeVar("_Settings", bound=Section)
 # Bytes of a recipe; those of the house have 2,000.
 _LONGEST = 50_000
 
@@ -128,6 +129,37 @@ def recipe_from_values(values: Mapping[str, Any], source: str = "recipe") -> Rec
     return recipe
 
 
+def settings_from(
+    schema: type[_Settings], overrides: Sequence[str], given: Mapping[str, Any] | None = None
+) -> _Settings:
+    """Settings of a verb that takes no recipe, from KEY=VALUE words, checked like those of a recipe.
+
+    Args:
+        schema: with sections below it, or not. given: values that have arguments of their own, such as data.path.
+
+    Raises:
+        RecipeError: one line for each mistake.
+    """
+    values: dict[str, Any] = {}
+    lines, set_before = [], set()
+    for key, value in (given or {}).items():
+        section, _, name = key.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[name] = value
+        set_before.add(tuple(key.split(".")))
+    for override in overrides:
+        path = tuple(override.partition("=")[0].strip().split("."))
+        mistake = f"{'.'.join(path)}: is given already, as an argument." if path in set_before else None
+        mistake = mistake or _apply(override, values, set(), schema)
+        lines += [f"{_OVERRIDE}: {mistake}"] if mistake else []
+    try:
+        settings = schema.model_validate(values)
+    except ValidationError as error:
+        lines += _lines(list(sentences(error, values, schema).items()), _OVERRIDE)
+    if lines:
+        raise RecipeError("\n".join(lines))
+    return settings
+
+
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file, for the editors that check and complete YAML with one."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
@@ -169,16 +201,20 @@ def _lines(mistakes: Sequence[Mistake], source: str) -> list[str]:
     return [f"{source}: {'.'.join(path)}: {sentence.rstrip('.')}." for path, sentence in mistakes]
 
 
-def _apply(override: str, values: dict[str, Any], overridden: set[KeyPath]) -> str | None:
+def _apply(
+    override: str, values: dict[str, Any], overridden: set[KeyPath], schema: type[BaseModel] | None = None
+) -> str | None:
     """Puts one override into the values; returns what is wrong with it."""
+    schema = schema or Recipe
     key, equals, text = override.partition("=")
     path = tuple(key.strip().split("."))
+    example = "training.learning_rate=1e-4" if schema is Recipe else "data.max_rows=100"
     if not equals:
-        return f"{override}: has no =; write it as training.learning_rate=1e-4."
+        return f"{override}: has no =; write it as {example}."
     if not all(path):
-        return f"{override}: names no key before the =; write it as training.learning_rate=1e-4."
-    if len(path) == 1 and path[0] in Recipe.model_fields:
-        return f"{key}: is a whole section; override one of its settings, as training.learning_rate=1e-4."
+        return f"{override}: names no key before the =; write it as {example}."
+    if len(path) == 1 and _is_section(path[0], schema):
+        return f"{key}: is a whole section; override one of its settings, as {example}."
     place = values
     for depth, part in enumerate(path[:-1], start=1):
         below = place.get(part)
@@ -188,7 +224,7 @@ def _apply(override: str, values: dict[str, Any], overridden: set[KeyPath]) -> s
             return f"{key}: {'.'.join(path[:depth])} holds one value and no keys; override it as a whole."
         place[part] = place = {} if below is None else dict(below)
     value = read_value(text)
-    place[path[-1]] = text if _takes_only_text(path) and isinstance(value, bool | int | float) else value
+    place[path[-1]] = text if _takes_only_text(path, schema) and isinstance(value, bool | int | float) else value
     overridden.add(path)
     return None
 
@@ -199,9 +235,14 @@ def _as_weights(weights: Any) -> Any:
     return dict(zip(SeverityWeights.model_fields, SEVERITY_PRESETS[weights], strict=True))
 
 
-def _takes_only_text(path: KeyPath) -> bool:
+def _is_section(key: str, schema: type[BaseModel]) -> bool:
+    kind = schema.model_fields[key].annotation if key in schema.model_fields else None
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _takes_only_text(path: KeyPath, schema: type[BaseModel]) -> bool:
     """On a command line a commit id or a file called 2024 needs no quotes."""
-    field = field_at(path, Recipe)
+    field = field_at(path, schema)
     return field is not None and set(get_args(field.annotation) or (field.annotation,)) <= {str, type(None)}
 
 

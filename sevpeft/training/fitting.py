@@ -125,7 +125,7 @@ def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel, valid
         if training.get(setting) is True:
             check_packing(model, f"training.{setting}")
     if training["padding_free"] == AUTO:
-        # Eager attention holds every pair of positions of the row: of 8 rows in one, 8 times as many as of 8 rows apart.
+        # Eager attention holds every pair of positions: of 8 rows in one, 8 times as many as of 8 rows apart.
         possible = not training.get("packing") and model.config._attn_implementation != "eager"
         if possible and not weights_are_sharded() and documents_stay_apart(model)[0]:
             return with_training(resolved, padding_free=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -16,7 +17,9 @@ from pydantic import ValidationError
 from sevpeft.errors import RecipeError
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe, recipe_from_values, recipe_schema
 from sevpeft.recipe.library_fields import lora_fields, sft_fields
+from sevpeft.recipe.reading import settings_from
 from sevpeft.recipe.rules import GONE, LORA_MANAGED, RENAMED, TRAINING_MANAGED
+from sevpeft.recipe.sections import DataSection, Section
 from sevpeft.recipe.yaml_text import read_value, read_yaml, write_yaml
 
 
@@ -714,3 +717,37 @@ def test_aliases_that_multiply_are_refused_at_once_and_a_few_are_read():
         "b": {"x": 1},
         "c": {"x": 1, "y": 2},
     }
+
+
+def test_a_verb_without_a_recipe_takes_settings_of_its_own() -> None:
+    class Cleaning(Section):
+        emoji: Literal["keep", "remove"] = "keep"
+
+    class Settings(Section):
+        data: DataSection = DataSection()
+        cleaning: Cleaning = Cleaning()
+        split_by: str | None = None
+
+    words = ["cleaning.emoji=remove", "split_by=2024", "data.max_rows=3"]
+    found = settings_from(Settings, words, {"data.path": "x.csv"})
+    assert (found.data.path, found.data.max_rows, found.cleaning.emoji, found.split_by) == (
+        "x.csv",
+        3,
+        "remove",
+        "2024",
+    )
+    wrong = {
+        "cleaning.emojy=keep": "cleaning.emoji",
+        "splitby=year": "split_by",
+        "data=3": "data.max_rows=100",
+        "data.max_rows=x": "data.max_rows",
+        "year": "data.max_rows=100",
+        "data.path=y": "given already",
+    }
+    failed = []
+    for word, remedy in wrong.items():
+        with pytest.raises(RecipeError) as error:
+            settings_from(Settings, [word], {"data.path": "x.csv"})
+        if remedy not in str(error.value):
+            failed.append((word, str(error.value)))
+    assert failed == []
