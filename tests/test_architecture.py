@@ -76,7 +76,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 def test_an_import_that_runs_back_would_be_seen() -> None:
-    inside = "def f():\n    from sevpeft.training.run import train\n"
+    inside = "def f():\n    from sevpeft.training.train import train\n"
     for room, text in (
         ("data", "from sevpeft.severity import weighting"),
         ("errors", "import sevpeft.recipe\nimport sevpeft.data.sources"),

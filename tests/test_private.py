@@ -24,7 +24,7 @@ from sevpeft.severity.classifier.examples import labelled_examples
 from sevpeft.severity.classifier.linear import fit_linear
 from sevpeft.severity.classifier.storage import new_folder, write_classifier
 from sevpeft.severity.rules import Rules
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 from tests.evaluation.judge_server import good, serving
 
 ROOT = Path(__file__).parent.parent

@@ -110,7 +110,7 @@ def annotate(
         target_of(output)
         processes = Processes.of_launch()
         if any(name.startswith("ACCELERATE_") for name in os.environ):
-            from sevpeft.training.launch import check_processes
+            from sevpeft.training.distributed import check_processes
 
             check_processes(processes.count)
         status(f"Reading {data}")

@@ -43,8 +43,8 @@ def train(
     with console.status(f"Reading {recipe} and loading the libraries"):
         quiet_libraries()
         from sevpeft.sharing.card import write_card
-        from sevpeft.training.run import train as train_recipe
-    from sevpeft.training.summary import run_summary
+        from sevpeft.training.train import train as train_recipe
+    from sevpeft.training.screen import run_summary
 
     run = train_recipe(loaded, output, resume=resume, console=console)
     if is_main_process():

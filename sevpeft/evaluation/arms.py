@@ -20,7 +20,7 @@ from sevpeft.evaluation.predictions import differences
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.recipe.sections import SEVERITY_PRESETS
 from sevpeft.runs import Run, plain_disk_errors, write_atomically
-from sevpeft.training.resuming import as_started
+from sevpeft.training.checkpoints import as_started
 
 BASE_ARM, CE, OWN = "base", "ce", "own"
 CONTROLS = ("shuffled", "constant")

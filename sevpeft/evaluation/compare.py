@@ -42,7 +42,7 @@ from sevpeft.evaluation.rows import EvaluationRows, test_rows
 from sevpeft.evaluation.significance import methods
 from sevpeft.runs import Run, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 
 COMPARISON = "comparison.json"
 # Weights of the controls where no weighted arm is asked for.

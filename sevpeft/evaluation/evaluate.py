@@ -42,7 +42,7 @@ from sevpeft.evaluation.vllm_engine import check_vllm
 from sevpeft.modeling.loading import load_config, load_tokenizer
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_run, write_atomically
-from sevpeft.training.preparation import prompt_of
+from sevpeft.training.data import prompt_of
 
 EVALUATION, SCORES = "evaluation.json", "scores.jsonl"
 

@@ -30,7 +30,7 @@ from sevpeft.errors import ModelError, RunError
 from sevpeft.evaluation.padding import Together, possible_batches
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.training.encoding import shortened_prompt
+from sevpeft.training.data import shortened_prompt
 
 # Tokens of padding that a batch may hold for every token of an answer: one more batch means that many more steps, and
 # measured on a CPU, where a step mostly reads the weights, a step of a batch costs as much as reading 32 tokens.

@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sevpeft.training.progress import SECONDS_BETWEEN_LINES, say
+from sevpeft.training.callbacks import SECONDS_BETWEEN_LINES, say
 
 
 class RowProgress:

@@ -25,8 +25,8 @@ from sevpeft.evaluation.vllm_engine import VllmEngine
 from sevpeft.modeling.loading import choose_precision, load_config, load_tokenizer
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
-from sevpeft.training.preparation import prompt_of
-from sevpeft.training.progress import say
+from sevpeft.training.callbacks import say
+from sevpeft.training.data import prompt_of
 
 Backend = Literal["transformers", "vllm"]
 # Likelihoods are kept after so many rows.

@@ -21,7 +21,7 @@ from sevpeft.errors import RunError
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.preparation import load_splits, source_index
+from sevpeft.training.data import load_splits, source_index
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sevpeft.modeling.prompts import Prompt
 from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
-from sevpeft.training.preparation import prompt_of
+from sevpeft.training.data import prompt_of
 
 Speaker = Callable[[EvaluationRows, Callable[[int], None]], Iterator[list[Prediction]]]
 

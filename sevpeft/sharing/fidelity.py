@@ -21,8 +21,7 @@ from sevpeft.data.sources import load_consultations
 from sevpeft.errors import SevpeftError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
-from sevpeft.training.encoding import IGNORED, encode_rows
-from sevpeft.training.preparation import load_splits
+from sevpeft.training.data import IGNORED, encode_rows, load_splits
 
 CONSULTATIONS = 8
 

@@ -45,8 +45,8 @@ from sevpeft.sharing.merged_folder import (
     write_model,
 )
 from sevpeft.sharing.serving import modelfile
-from sevpeft.training.preparation import prompt_of
-from sevpeft.training.progress import say
+from sevpeft.training.callbacks import say
+from sevpeft.training.data import prompt_of
 
 UNQUANTIZED, DEQUANTIZED = "unquantized", "dequantized"
 

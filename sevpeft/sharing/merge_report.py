@@ -18,7 +18,7 @@ from sevpeft.sharing.card import distance
 from sevpeft.sharing.fidelity import Difference
 from sevpeft.sharing.merge import Merged
 from sevpeft.sharing.serving import adapter_command, asking, conversion_commands
-from sevpeft.training.progress import say
+from sevpeft.training.callbacks import say
 
 
 def announce_merged(merged: Merged, run: Run, output: Path, console: Console) -> None:

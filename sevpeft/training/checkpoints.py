@@ -1,24 +1,30 @@
-"""Turns a folder of checkpoints into the newest one that is whole, so that a resumed training is the same training.
-
-A checkpoint whose optimiser, scheduler or random state is missing, or whose adapter holds zeros, is loaded by the
-libraries without a word and goes on as another training. So each gets a manifest with the size and SHA-256 of all its
-files, written last: what has none was cut off, and what differs from it was damaged.
-"""
+"""Checkpoints of a run: sealed with a manifest, verified before a resume, and locked against a second training."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, DistributedType
+from filelock import FileLock, Timeout
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from rich.console import Console
+from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from sevpeft.data.tables import cache_folder
+from sevpeft.errors import RunError
+from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe.library_sections import AUTO
 from sevpeft.runs import Run, write_atomically
+from sevpeft.training.callbacks import say
+from sevpeft.training.resolve import CHOSEN_WITH, with_training
 
 MANIFEST = "manifest.json"
 COUNTS = "counts.json"
@@ -122,3 +128,100 @@ def _sha256(file: Path) -> str:
         while part := opened.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+_MOST_SHOWN = 5
+
+
+def checkpoint_to_go_on_from(run: Run, console: Console, required: Sequence[str]) -> Path | None:
+    """The newest whole checkpoint; None where the training begins again. What was found damaged is told.
+
+    log.jsonl is cut back to what was in it when that checkpoint was written, since the rest happens again.
+
+    Args:
+        required: files that a checkpoint must hold.
+    """
+    checkpoint, damaged = newest_whole(run, required)
+    remove_unfinished(run)
+    for sentence in damaged:
+        say(console, "Checkpoint", sentence, style="yellow")
+    lines = 0
+    if checkpoint is not None:
+        lines = len(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)
+    run.keep_log(lines)
+    return checkpoint
+
+
+def as_started(recipe: Recipe, run: Run) -> Recipe:
+    """The recipe with what the run chose at its start in place of each `auto`."""
+    stored = load_recipe(run.folder / "recipe.yaml").training.settings()
+    now = recipe.training.settings()
+    open_keys = [key for key, value in now.items() if value == AUTO]
+    if not open_keys:
+        return recipe
+    unsaid = [key for key in CHOSEN_WITH if now.get(key) is None]
+    return with_training(recipe, **{key: stored[key] for key in (*open_keys, *unsaid) if key in stored})
+
+
+def refuse_other_recipe(recipe: Recipe, run: Run) -> None:
+    """Raises RunError with every setting that differs from the run's, as it was and as it is now."""
+    stored = load_recipe(run.folder / "recipe.yaml")
+    if stored == recipe:
+        return
+    old, new = _settings(stored.model_dump()), _settings(recipe.model_dump())
+    changed = [
+        f"{key} ({_shown(old.get(key))} then, {_shown(new.get(key))} now)"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
+    more = f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else ""
+    raise RunError(
+        f"The recipe differs from the one that {run.folder} was started with, in {', '.join(changed[:_MOST_SHOWN])}"
+        f"{more}; resume with the same settings, such as those in {run.folder / 'recipe.yaml'}, or start another run."
+    )
+
+
+def refuse_other_data(fingerprint: str, source: str, run: Run) -> None:
+    """Raises RunError when the data is not what the run was started with."""
+    # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
+    if fingerprint != run.environment().get("data_fingerprint") and fingerprint.startswith("sha256:"):
+        raise RunError(
+            f"{source} is not the data that {run.folder} was started with: its content has "
+            "changed; bring that content back, or start another run."
+        )
+
+
+def _settings(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Key's path → value, of the innermost keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = f"{path}.{key}" if path else key
+        found |= _settings(value, inner) if isinstance(value, dict) and value else {inner: value}
+    return found
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Holds a run folder, there already or not, for this process.
+
+    Raises:
+        RunError: another training on this machine holds it.
+    """
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(cache_folder("locks") / f"{digest}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"{folder} is being written by another training; wait until it ends, or choose another --output."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,21 +1,11 @@
-"""Turns encoded, weighted rows into an adapter: TRL's SFTTrainer whose per-token loss is multiplied by a weight.
-
-The loss itself stays TRL's. `compute_loss` of SFTTrainer calls the model and reads `log_probs` (B, T-1) from what it
-returns; here it is handed a callable that calls the model and returns the same outputs with log-probabilities
-multiplied by `token_weights`. Normalisation, accumulation, several processes and metrics are then TRL's own, and with
-all weights one the result is stock SFT to the bit (on a CPU, for vocabularies over 4,096, but for rounding: see
-CPU_VOCABULARY_TILE).
-
-Two more things differ. Only positions with a label go through the LM head, on every device (TRL does so on GPUs
-only). And validation loss comes from sums over tokens, per severity, not from a mean of batch means, which would
-change with the batch size.
-"""
+"""TRAINERDOC"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
@@ -26,15 +16,15 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer import utils as trl_utils
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import FusedCausalLMOutput, pad
 
 from sevpeft.errors import WeightError
 from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.collator import SeverityCollator
-from sevpeft.training.guarded import GuardedSFTTrainer
-from sevpeft.training.optimizer import loraplus_optimizer
-from sevpeft.training.sharding import refuse_other_engine, set_up_engine
+from sevpeft.training.distributed import refuse_other_engine, set_up_engine
+from sevpeft.training.resolve import loraplus_optimizer
+from sevpeft.training.robust_trainer import GuardedSFTTrainer
 
 IGNORED = -100
 # Where Triton runs, TRL's own LM head passes over the positions without a label.
@@ -274,3 +264,38 @@ def _check_weights(dataset: Dataset) -> None:
         positive = positive or bool(highest)
     if not positive:
         raise WeightError("All token_weights of the training data are zero, so nothing would be learnt.")
+
+
+@dataclass
+class SeverityCollator(DataCollatorForLanguageModeling):
+    """Collates rows of `input_ids, labels, token_weights` (training) or `input_ids, labels, severity` (validation).
+
+    Returns what TRL's collator returns, and `token_weights` (float32, the shape of `labels`) and `severity` (int64,
+    one number per row) where the rows have them.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super().torch_call(examples)
+        weighted = ["token_weights" in example for example in examples]
+        if any(weighted):
+            if not all(weighted):
+                raise WeightError("Some rows of a batch have token_weights and some have none.")
+            output["token_weights"] = self._laid_out_like_labels(examples)
+        if "severity" in examples[0]:
+            output["severity"] = torch.tensor([example["severity"] for example in examples], dtype=torch.long)
+        return output
+
+    def _laid_out_like_labels(self, examples: list[dict[str, Any]]) -> torch.Tensor:
+        rows = []
+        for example in examples:
+            if len(example["token_weights"]) != len(example["input_ids"]):
+                raise WeightError(
+                    f"A row has {len(example['token_weights'])} token_weights for {len(example['input_ids'])} tokens."
+                )
+            rows.append(torch.tensor(example["token_weights"], dtype=torch.float32))
+        if self.padding_free:
+            rows = [torch.cat(rows)]
+        padded: torch.Tensor = pad(
+            rows, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
+        )
+        return padded

@@ -66,8 +66,8 @@ def train_with_stock_trl(options: argparse.Namespace, output: Path) -> None:
     from sevpeft.modeling.adapters import lora_config
     from sevpeft.modeling.loading import load_tokenizer
     from sevpeft.recipe import load_recipe
-    from sevpeft.training.batch_split import resolve_split
-    from sevpeft.training.preparation import prepare, prompt_of
+    from sevpeft.training.data import prepare, prompt_of
+    from sevpeft.training.resolve import resolve_split
 
     overrides = command(options, output)[5:-2]
     recipe = resolve_split(load_recipe(options.recipe, overrides), None, 0)

@@ -12,7 +12,7 @@ import pytest
 from sevpeft.cli import application, main
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 
 QUICKSTART = str(Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml")
 

@@ -9,7 +9,7 @@ import pytest
 
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 from tests.conftest import build_model, build_tokenizer
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"

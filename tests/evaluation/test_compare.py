@@ -25,7 +25,7 @@ from sevpeft.evaluation.compare import Comparison
 from sevpeft.evaluation.scoring import SAFETY
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import build_model, build_tokenizer
 from tests.evaluation.conftest import QUICKSTART

@@ -16,7 +16,7 @@ from sevpeft.evaluation import rows as of_rows
 from sevpeft.evaluation.rows import refuse_other_data, training_answers
 from sevpeft.recipe import load_recipe, recipe_from_values
 from sevpeft.runs import Run
-from sevpeft.training.preparation import load_splits
+from sevpeft.training.data import load_splits
 from tests.evaluation.conftest import QUICKSTART
 
 SEVERE = ("non_critical", "neutral", "critical")

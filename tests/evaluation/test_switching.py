@@ -13,7 +13,7 @@ from sevpeft.evaluation import switching
 from sevpeft.evaluation.switching import BASE, AdapterSwitch, check_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 from tests.evaluation.conftest import QUICKSTART
 
 IDS = torch.arange(20)[None]
@@ -60,7 +60,7 @@ def test_arms_are_switched_and_never_reloaded(run: Run, tmp_path: Path, loads: l
 def test_an_adapter_that_takes_weights_out_of_the_base_model_is_found_out(
     start: str, run: Run, tmp_path: Path, loads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sevpeft.training.run.make_plain", lambda *_: None)  # as other tools save it
+    monkeypatch.setattr("sevpeft.training.train.make_plain", lambda *_: None)  # as other tools save it
     stored = load_recipe(run.folder / "recipe.yaml")
     settings = [
         "data.max_rows=60",

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sevpeft.errors import ModelError
 from sevpeft.modeling.prompts import Prompt, choose_pad_token
 from sevpeft.recipe import Recipe
-from sevpeft.training.encoding import encode_rows
+from sevpeft.training.data import encode_rows
 from tests.conftest import CHAT_TEMPLATES, SENTENCES, build_tokenizer
 
 QUESTIONS = [*SENTENCES[:3], "وش الحل؟ 39.5°C", "سطر أول\nسطر ثان"]

@@ -14,7 +14,7 @@ from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
 from sevpeft.sharing.chat import Chat
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 

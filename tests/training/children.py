@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["sevpeft.training.run"])
+_CONTEXT.set_forkserver_preload(["sevpeft.training.train"])
 _WRITING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
@@ -75,7 +75,7 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: 
 def train_in_child(recipe: Path, settings: list[str], folder: Path, kill_at: int | None) -> None:
     """Trains, or goes on; where the folder is written to for the `kill_at`-th time, SIGKILL comes just before."""
     from sevpeft.recipe import load_recipe
-    from sevpeft.training.run import train
+    from sevpeft.training.train import train
 
     count = 0
 

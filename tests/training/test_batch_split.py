@@ -14,9 +14,9 @@ from sevpeft.errors import RecipeError
 from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from sevpeft.runs import Run
-from sevpeft.training.batch_split import device_memory, is_automatic, resolve_split, rows_with_least_work
-from sevpeft.training.fitting import choose_layout, memory_plan, split_here
-from sevpeft.training.resuming import as_started
+from sevpeft.training.checkpoints import as_started
+from sevpeft.training.plan import choose_layout, memory_plan, split_here
+from sevpeft.training.resolve import device_memory, is_automatic, resolve_split, rows_with_least_work
 from tests.conftest import build_model
 
 

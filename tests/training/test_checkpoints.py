@@ -18,7 +18,7 @@ from rich.console import Console
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.checkpoints import MANIFEST, damage_of, files_to_resume, newest_whole, remove_unfinished, seal
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 REQUIRED = [

@@ -8,8 +8,8 @@ import pytest
 
 from sevpeft.errors import RunError
 from sevpeft.recipe import load_recipe
-from sevpeft.training.claim import claimed
-from sevpeft.training.run import train
+from sevpeft.training.checkpoints import claimed
+from sevpeft.training.train import train
 from tests.training.test_plan import QUICKSTART
 
 

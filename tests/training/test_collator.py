@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sevpeft.errors import WeightError
-from sevpeft.training.collator import SeverityCollator
+from sevpeft.training.trainer import SeverityCollator
 
 PAD = 7
 ROWS: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from sevpeft.errors import DataError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
-from sevpeft.training.encoding import (
+from sevpeft.training.data import (
     FEWEST_QUESTION_WORDS,
     IGNORED,
     EncodingReport,

@@ -17,7 +17,7 @@ from sevpeft.modeling.cards import Change
 from sevpeft.modeling.memory import GIB
 from sevpeft.recipe import load_recipe
 from sevpeft.training import fitting as module
-from sevpeft.training.fitting import Fitting, announce_fitting, announce_time, fitting, refuse_what_cannot_fit
+from sevpeft.training.plan import Fitting, announce_fitting, announce_time, fitting, refuse_what_cannot_fit
 from tests.modeling.test_cards import eight_billion as eight_billion_plan
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"

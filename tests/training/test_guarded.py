@@ -13,10 +13,10 @@ from trl import pack_dataset
 
 from sevpeft.errors import RunError
 from sevpeft.recipe.stopping import StoppingSection
+from sevpeft.training.callbacks import Leaving
 from sevpeft.training.checkpoints import damage_of, files_to_resume
-from sevpeft.training.guarded import WINDOW, Divergence
-from sevpeft.training.leaving import Leaving
-from sevpeft.training.row_names import RowNames
+from sevpeft.training.data import RowNames
+from sevpeft.training.robust_trainer import WINDOW, Divergence
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import build_model
 from tests.training.test_trainer import adapter_of, assert_equal, losses_of, make_rows, make_trainer

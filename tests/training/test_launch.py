@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from sevpeft.errors import RunError
 from sevpeft.recipe import recipe_from_values
 from sevpeft.training import launch
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -121,7 +121,7 @@ def test_processes_that_cannot_find_one_another_are_one_sentence(
     def alone(**_: object) -> None:
         raise ValueError("Looks like distributed multinode run but MASTER_ADDR env not set. Set it.")
 
-    monkeypatch.setattr("sevpeft.training.run.PartialState", alone)
+    monkeypatch.setattr("sevpeft.training.train.PartialState", alone)
     with pytest.raises(RunError, match=r"cannot find one another \(Looks like .* not set\); start it with `accelerate"):
         train(recipe_from_values({}), tmp_path / "run")
 

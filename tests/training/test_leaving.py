@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sevpeft.training import leaving as module
-from sevpeft.training.leaving import SIGNALS, Leaving, command_to_go_on
+from sevpeft.training.callbacks import SIGNALS, Leaving, command_to_go_on
 
 
 def test_signals_are_heard_inside_only(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ sys.exit(subprocess.call([sys.executable, "-c", sys.argv[-1]]))
 """
 TRAINING = """
 import pathlib, sys, time
-from sevpeft.training.leaving import Leaving
+from sevpeft.training.callbacks import Leaving
 with Leaving(pathlib.Path("."), lambda sentence: pathlib.Path("heard").write_text(sentence)):
     pathlib.Path("begun").touch()
     for _ in range(3000):

@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from sevpeft.errors import RecipeError
 from sevpeft.recipe import recipe_from_values
-from sevpeft.training.optimizer import loraplus_settings, refuse_optimizer
+from sevpeft.training.resolve import loraplus_settings, refuse_optimizer
 from tests.conftest import build_model
 from tests.training.test_trainer import adapter_of, assert_close, assert_equal, make_rows, make_trainer
 

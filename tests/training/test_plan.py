@@ -15,7 +15,7 @@ from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.recipe import load_recipe
 from sevpeft.training import plan as module
 from sevpeft.training.plan import announce_plan, plan
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 

@@ -10,7 +10,7 @@ import pytest
 from sevpeft.data.preparing import Preparation, prepare
 from sevpeft.errors import DataError
 from sevpeft.recipe import recipe_from_values
-from sevpeft.training.preparation import load_splits, summary_of
+from sevpeft.training.data import load_splits, summary_of
 
 
 @pytest.fixture

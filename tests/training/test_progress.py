@@ -12,7 +12,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sevpeft.recipe import load_recipe
-from sevpeft.training.run import train
+from sevpeft.training.train import train
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 SHORT = ["data.max_rows=60", "training.max_length=160", "training.max_steps=4", "training.logging_steps=1"]
@@ -29,7 +29,7 @@ def trained(folder: Path, model: Path, *more: str, terminal: bool = False) -> st
 def test_the_screen_shows_steps_time_left_loss_speed_and_memory(
     tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sevpeft.training.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("sevpeft.training.callbacks.SECONDS_BETWEEN_LINES", 0.0)
     lines = trained(tmp_path / "run", model_folder())
     assert re.search(r"step 3/4, \S+ left  loss \d\.\d+  [\d,]+ tokens/s  \d+\.\d GiB", lines), lines
     bar = trained(tmp_path / "terminal", model_folder(), terminal=True)

@@ -19,8 +19,8 @@ from sevpeft.modeling.adapters import lora_config
 from sevpeft.modeling.loading import Precision, load_config, load_model
 from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
-from sevpeft.training.fitting import memory_plan
-from sevpeft.training.run import train
+from sevpeft.training.plan import memory_plan
+from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import ARCHITECTURES, build_tokenizer
 from tests.training.test_trainer import adapter_of, batch_loss, losses_of, make_config, make_rows, make_trainer

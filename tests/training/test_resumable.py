@@ -13,9 +13,9 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from sevpeft.errors import Interrupted, RunError
+from sevpeft.training.callbacks import Leaving
 from sevpeft.training.checkpoints import damage_of, files_to_resume
-from sevpeft.training.leaving import Leaving
-from sevpeft.training.resumable import COUNTS, Counts
+from sevpeft.training.robust_trainer import COUNTS, Counts
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.training.test_trainer import adapter_of, assert_close, assert_equal, losses_of, make_rows, make_trainer
 

@@ -10,7 +10,7 @@ import pytest
 from sevpeft.errors import RunError
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.resuming import refuse_other_data, refuse_other_recipe
+from sevpeft.training.checkpoints import refuse_other_data, refuse_other_recipe
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 

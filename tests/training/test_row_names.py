@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from sevpeft.training.row_names import RowNames
+from sevpeft.training.data import RowNames
 
 IDS = [[1, 2, 3], [4, 5], [1, 2, 3], [4, 5, 6]]
 

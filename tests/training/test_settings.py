@@ -15,8 +15,7 @@ from sevpeft.recipe import recipe_from_values
 from sevpeft.recipe.combinations import BEST_IS_LEAST
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import settings
-from sevpeft.training.batch_split import resolve_split
-from sevpeft.training.settings import refuse_no_batch, sft_config
+from sevpeft.training.resolve import refuse_no_batch, resolve_split, sft_config
 
 FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
 

@@ -26,15 +26,15 @@ from sevpeft.errors import ModelError, RecipeError, RunError
 from sevpeft.modeling.loading import Precision, quantization_config
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.run import train
-from sevpeft.training.settings import sft_config
-from sevpeft.training.sharding import (
+from sevpeft.training.distributed import (
     refuse_incomplete_adapter,
     refuse_other_engine,
     refuse_other_processes,
     refuse_what_cannot_be_sharded,
     set_up_engine,
 )
+from sevpeft.training.resolve import sft_config
+from sevpeft.training.train import train
 from tests.conftest import build_model
 from tests.training.children import exit_codes, said_by, start, train_in_child
 from tests.training.sharded_on_gloo import ENGINES_DEVICE, pose_as_gpus

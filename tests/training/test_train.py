@@ -20,9 +20,9 @@ from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
-from sevpeft.training.batch_split import is_automatic
-from sevpeft.training.resuming import as_started
-from sevpeft.training.run import train
+from sevpeft.training.checkpoints import as_started
+from sevpeft.training.resolve import is_automatic
+from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import SENTENCES
 from tests.training.children import exit_codes, said_by, start, train_in_child

@@ -1,20 +1,21 @@
-"""Sees to it that FSDP2 and DeepSpeed train and save the adapter that one process would, or says why they cannot.
-
-What a setting breaks there shows late or never: an optimizer that fails at its first step, a checkpoint without an
-adapter, log-probabilities rounded to eight bits. So it is refused or put right before the first step.
-"""
+"""FSDP2, DeepSpeed and several processes: what a launcher was asked for, and what it needs of the adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin, is_deepspeed_available
 from accelerate.utils.dataclasses import get_module_class_from_name
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule, StateDictType
@@ -24,7 +25,7 @@ from trl import SFTConfig
 
 from sevpeft.errors import RunError, first_sentence
 from sevpeft.modeling.adapters import cast_trained
-from sevpeft.modeling.sharding import fsdp_asked, weights_are_sharded, zero3
+from sevpeft.modeling.sharding import deepspeed_asked, fsdp_asked, weights_are_sharded, zero3
 from sevpeft.recipe import Recipe
 
 # PyTorch's own, which compute on the parts of a parameter. Those of bitsandbytes have no rule for parts (0.50.2), and
@@ -198,3 +199,149 @@ def refuse_other_processes(accelerator: Accelerator, environment: dict[str, Any]
 
 def _words(kind: DistributedType) -> str:
     return "one process" if kind is DistributedType.NO else "DDP" if kind in DDP else str(kind).rpartition(".")[2]
+
+
+ON_A_CPU = (DistributedType.NO, DistributedType.MULTI_CPU)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a command line asks of `accelerate launch`.
+
+    Attributes:
+        processes: over all machines; None when accelerate is left to count the devices.
+        machines: that work together.
+        engine: FSDP or DEEPSPEED; None for any other.
+    """
+
+    processes: int | None
+    machines: int
+    engine: DistributedType | None
+
+
+def refuse_absent_deepspeed() -> None:
+    """Raises RunError when DeepSpeed is asked for and not installed; to be called before accelerate looks for it."""
+    if deepspeed_asked() and not is_deepspeed_available():
+        raise RunError(
+            "accelerate launch was asked for DeepSpeed, which is not installed: pip install 'sevpeft[deepspeed]', or "
+            "use accelerate_configs/fsdp2.yaml, which needs nothing more."
+        )
+
+
+def check_launch(state: PartialState) -> None:
+    """Raises RunError when `accelerate launch` was asked for another number of processes or machines, or for another
+    engine, than runs."""
+    check_processes(state.num_processes)
+    asked = _asked()
+    for engine, wanted, runs in (
+        ("FSDP", asked.engine is DistributedType.FSDP or fsdp_asked(), state.distributed_type not in ON_A_CPU),
+        (
+            "DeepSpeed",
+            asked.engine is DistributedType.DEEPSPEED or deepspeed_asked(),
+            state.distributed_type is DistributedType.DEEPSPEED,
+        ),
+    ):
+        if wanted and not runs:
+            instead = "DDP, the whole model in each process," if state.num_processes > 1 else "a single process"
+            raise RunError(
+                f"accelerate launch was asked for {engine}, but {instead} would run, because this run is on the CPU; "
+                "run it where `nvidia-smi` lists GPUs, or use accelerate_configs/cpu_2.yaml on a CPU."
+            )
+
+
+def check_processes(running: int) -> None:
+    """Raises RunError when `accelerate launch` was asked for another number of processes or machines than runs.
+
+    Args:
+        running: processes, over all machines.
+    """
+    asked = _asked()
+    if asked.processes is not None and asked.processes != running:
+        raise RunError(
+            f"accelerate launch was asked for {asked.processes} processes, but {running} "
+            f"run{'s' if running == 1 else ''}; "
+            "on a CPU it starts several only with `distributed_type: MULTI_GPU` and `use_cpu: true`, "
+            "as in accelerate_configs/cpu_2.yaml."
+        )
+    machines = _machines()
+    if asked.machines != machines:
+        raise RunError(
+            f"accelerate launch was asked for {asked.machines} machines, but {machines} "
+            f"take{'s' if machines == 1 else ''} part; start the same command on each, with its own --machine_rank "
+            "and the same --main_process_ip, as accelerate_configs/multi_node.yaml says."
+        )
+
+
+def _asked() -> Launch:
+    """What the nearest launcher above this process was asked for; nothing in particular where there is none."""
+    nothing = Launch(None, _machines(), None)
+    return next(filter(None, (asked_launch(line) for line in _ancestors())), nothing)
+
+
+def _machines() -> int:
+    """Number of machines that work together, from what torchrun or DeepSpeed's launcher sets."""
+    return int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("CROSS_SIZE") or 1)
+
+
+def asked_launch(command: Sequence[str]) -> Launch | None:
+    """What a command line asks of `accelerate launch`: on the line itself, else in the config file.
+
+    Args:
+        command: the words of the command line.
+
+    Returns:
+        None for another command.
+    """
+    arguments = _launch_arguments(command)
+    if arguments is None:
+        return None
+    try:
+        parsed, _ = launch_command_parser().parse_known_args(arguments)
+    except SystemExit:
+        return None
+    path = parsed.config_file or (
+        default_config_file if Path(default_config_file).is_file() and not parsed.cpu else None
+    )
+    config = load_config_from_file(path) if path is not None and Path(path).is_file() else None
+    processes = parsed.num_processes or getattr(config, "num_processes", None)
+    machines = parsed.num_machines or getattr(config, "num_machines", None)
+    flags = {
+        DistributedType.FSDP: parsed.use_fsdp,
+        DistributedType.DEEPSPEED: parsed.use_deepspeed,
+        None: parsed.multi_gpu or parsed.cpu or parsed.tpu,
+    }
+    # A flag of the command line puts the file's distributed_type out of force.
+    chosen = [engine for engine, set_here in flags.items() if set_here]
+    engine = chosen[0] if chosen else getattr(config, "distributed_type", None)
+    return Launch(
+        processes=int(processes) if processes and processes > 0 else None,
+        machines=int(machines) if machines else 1,
+        engine=engine if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED) else None,
+    )
+
+
+def launcher_is_parent() -> bool:
+    """Whether this process was started by `accelerate launch` itself."""
+    return any(_launch_arguments(line) is not None for line in _ancestors()[:1])
+
+
+def _launch_arguments(command: Sequence[str]) -> list[str] | None:
+    for index, word in enumerate(command):
+        name = Path(word).name
+        if name == "accelerate-launch" or word == "accelerate.commands.launch":
+            return list(command[index + 1 :])
+        is_cli = name in ("accelerate", "accelerate.commands.accelerate_cli")
+        if is_cli and command[index + 1 : index + 2] == ["launch"]:
+            return list(command[index + 2 :])
+    return None
+
+
+def _ancestors() -> list[list[str]]:
+    """Command lines of the processes above this one, nearest first; those of other users are left out."""
+    lines = []
+    for process in psutil.Process().parents():
+        try:
+            lines.append(process.cmdline())
+        except psutil.Error:
+            continue
+    return lines

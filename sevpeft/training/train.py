@@ -37,24 +37,29 @@ from sevpeft.modeling.quantization import check_form
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.announcement import announce_batch, announce_data
-from sevpeft.training.checkpoints import files_to_resume, remove_unfinished
-from sevpeft.training.claim import claimed
-from sevpeft.training.fitting import choose_layout, memory_is_full, refuse_what_cannot_fit, split_here
-from sevpeft.training.initialisation import make_plain, refuse_start, start_adapter
-from sevpeft.training.launch import check_launch, refuse_absent_deepspeed
-from sevpeft.training.leaving import Leaving, command_to_go_on
-from sevpeft.training.optimizer import loraplus_settings, refuse_optimizer
-from sevpeft.training.preparation import Prepared, lengths_of, prepare, prompt_of
-from sevpeft.training.progress import RunProgress, keep_tensorboard_in, say
-from sevpeft.training.resuming import as_started, checkpoint_to_go_on_from, refuse_other_data, refuse_other_recipe
-from sevpeft.training.settings import plain_refusals, refuse_no_batch, sft_config
-from sevpeft.training.sharding import (
+from sevpeft.training.callbacks import Leaving, RunProgress, command_to_go_on, keep_tensorboard_in, say
+from sevpeft.training.checkpoints import (
+    as_started,
+    checkpoint_to_go_on_from,
+    claimed,
+    files_to_resume,
+    refuse_other_data,
+    refuse_other_recipe,
+    remove_unfinished,
+)
+from sevpeft.training.data import Prepared, lengths_of, prepare, prompt_of
+from sevpeft.training.distributed import (
+    check_launch,
     engine_of,
+    refuse_absent_deepspeed,
     refuse_incomplete_adapter,
     refuse_other_processes,
     refuse_what_cannot_be_sharded,
 )
+from sevpeft.training.eva import make_plain, refuse_start, start_adapter
+from sevpeft.training.plan import choose_layout, memory_is_full, refuse_what_cannot_fit, split_here
+from sevpeft.training.resolve import loraplus_settings, plain_refusals, refuse_no_batch, refuse_optimizer, sft_config
+from sevpeft.training.screen import announce_batch, announce_data
 from sevpeft.training.trainer import SeveritySFTTrainer
 
 

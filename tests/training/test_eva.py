@@ -20,7 +20,7 @@ from sevpeft.modeling.loading import Precision, load_model
 from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.runs import Run
 from sevpeft.training import initialisation
-from sevpeft.training.initialisation import make_plain, refuse_start, start_adapter
+from sevpeft.training.eva import make_plain, refuse_start, start_adapter
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import build_tokenizer
 from tests.training.test_trainer import adapter_of, assert_equal, make_config, make_rows
