@@ -15,8 +15,12 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.status import Status
+from rich.table import Table
 from rich.text import Text
 
+# Width of the labels of `print_labeled`, and seconds between two lines of progress where no bar can be drawn.
+LABEL_WIDTH = 18
+SECONDS_BETWEEN_LINES = 15.0
 # C0 without tab and line end, DEL, C1, separators of lines, and what turns the direction of the text that follows.
 # The marks U+200E, U+200F and U+061C stay: Arabic is written with them.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f]|\r(?!\n)")
@@ -64,3 +68,12 @@ class _PlainStatus(Status):
 
 def _plain(status: Any) -> Any:
     return Text(visible(status)) if isinstance(status, str) else status
+
+
+def print_labeled(console: Console, label: str, text: str, style: str = "") -> None:
+    """Prints `label  text`, the text in a column of its own, so that a long line stays readable in 80 columns."""
+    line = Table.grid(padding=0)
+    line.add_column(width=LABEL_WIDTH, style="bold")
+    line.add_column(overflow="fold", style=style)
+    line.add_row(label, Text(text))
+    console.print(line)

@@ -84,14 +84,14 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     with Screen(stderr=True).status(f"Reading {recipe} and its data"):
         quiet_libraries()
-        from sevpeft.training.plan import announce_plan
         from sevpeft.training.plan import plan as plan_of
+        from sevpeft.training.plan import show_plan
 
         found = plan_of(loaded, vram=vram, tflops=tflops, efficiency=efficiency)
     if as_json:
         print_json(found.as_dict())
     else:
-        announce_plan(found, Screen())
+        show_plan(found, Screen())
     if vram is not None and found.fitting is None:
         raise ModelError(
             f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown} The numbers may also "

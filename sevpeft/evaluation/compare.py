@@ -142,8 +142,8 @@ class Comparison:
             busy = []
             for number, unit in waiting:
                 place = f"{unit.experiment.recipe.name}: {unit.run.folder.name} ({number} of {len(units)})"
-                with _claimed(unit) as claimed:
-                    if claimed:
+                with _claimed(unit) as run_lock:
+                    if run_lock:
                         self._finish(unit, place)
                         continue
                 busy.append((number, unit))

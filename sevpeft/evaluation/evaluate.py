@@ -23,7 +23,7 @@ from sevpeft.evaluation.judging import Judging
 from sevpeft.evaluation.metrics import METRICS, Scores, constant_answer
 from sevpeft.evaluation.predictions import only_one_at_a_time
 from sevpeft.evaluation.row_work import Backend, RowWork
-from sevpeft.evaluation.rows import EvaluationRows, refuse_other_data, test_rows, training_answers
+from sevpeft.evaluation.rows import EvaluationRows, check_same_data, test_rows, training_answers
 from sevpeft.evaluation.safety import lexicon_versions
 from sevpeft.evaluation.scoring import (
     COLUMNS,
@@ -117,7 +117,7 @@ def evaluate(
     if backend == "vllm" and answers:
         check_vllm(recipe, adapters)
     every = test_rows(recipe, split)
-    refuse_other_data(every, run)
+    check_same_data(every, run)
     rows = every.limited(limit)
     _refuse_too_few(rows, every, limit)
     if answers:

@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sevpeft.training.callbacks import SECONDS_BETWEEN_LINES, say
+from sevpeft.console import SECONDS_BETWEEN_LINES, print_labeled
 
 
 class RowProgress:
@@ -33,11 +33,11 @@ class RowProgress:
             self.bar.update(self.task, completed=self.done)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            say(self.console, self.label, f"{self.done:,} of {self.rows:,} rows")
+            print_labeled(self.console, self.label, f"{self.done:,} of {self.rows:,} rows")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()
         if kind is None:
             rate = self.done / max(time.monotonic() - self.started, 1e-9)
-            say(self.console, self.label, f"{self.done:,} rows, {rate:,.{1 if rate >= 10 else 2}f} a second")
+            print_labeled(self.console, self.label, f"{self.done:,} rows, {rate:,.{1 if rate >= 10 else 2}f} a second")

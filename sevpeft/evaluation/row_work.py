@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
+from sevpeft.console import print_labeled
 from sevpeft.data.sources import file_fingerprint
 from sevpeft.evaluation.generation import GenerationSettings, Prediction
 from sevpeft.evaluation.likelihood import reference_nll
@@ -25,7 +26,6 @@ from sevpeft.evaluation.vllm_engine import VllmEngine
 from sevpeft.modeling.loading import choose_precision, load_config, load_tokenizer
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
-from sevpeft.training.callbacks import say
 from sevpeft.training.data import prompt_of
 
 Backend = Literal["transformers", "vllm"]
@@ -154,7 +154,7 @@ class RowWork:
                 prompt = prompt_of(self.recipe, load_tokenizer(self.recipe, load_config(self.recipe)))
                 self._engine = VllmEngine(self.recipe, prompt, self.adapters, self.settings)
             return self._engine.speaking(arm)
-        return self._switched().speaking(arm, self.settings, lambda text: say(self.console, "Batches", text))
+        return self._switched().speaking(arm, self.settings, lambda text: print_labeled(self.console, "Batches", text))
 
 
 def _line(arm: str, one: Prediction, rows: EvaluationRows, at: int) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def training_answers(recipe: Recipe, most: int = 10_000) -> list[str]:
     return list(splits.train.select(np.sort(chosen))["answer"])
 
 
-def refuse_other_data(rows: EvaluationRows, run: Run) -> None:
+def check_same_data(rows: EvaluationRows, run: Run) -> None:
     """Raises RunError when the data's content is not that of the training.
 
     The split would be another one, with rows in it that were trained on.

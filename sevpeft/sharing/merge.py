@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sevpeft.console import Screen
+from sevpeft.console import Screen, print_labeled
 from sevpeft.errors import ModelError, UsageError
 from sevpeft.evaluation.generation import context_length
 from sevpeft.evaluation.progress import RowProgress
@@ -45,7 +45,6 @@ from sevpeft.sharing.merged_folder import (
     write_model,
 )
 from sevpeft.sharing.serving import modelfile
-from sevpeft.training.callbacks import say
 from sevpeft.training.data import prompt_of
 
 UNQUANTIZED, DEQUANTIZED = "unquantized", "dequantized"
@@ -123,8 +122,9 @@ def merge(
     prompt = prompt_of(plain, tokenizer)
     texts, rows = texts_of(recipe, prompt, context_length(config))
     name, number_format = recipe.model.name_or_path, str(chosen).removeprefix("torch.")
-    say(console, "Base model", f"{name} ({config.model_type}, {parameters:,} parameters), merged in {number_format}")
-    say(console, "Compared on", f"{len(texts)} {rows}")
+    size = f"{config.model_type}, {parameters:,} parameters"
+    print_labeled(console, "Base model", f"{name} ({size}), merged in {number_format}")
+    print_labeled(console, "Compared on", f"{len(texts)} {rows}")
 
     trained, effect, packed = _as_trained(run, recipe, precision, texts, console)
     if DEQUANTIZED not in bases:

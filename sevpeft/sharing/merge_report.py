@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sevpeft.console import print_labeled
 from sevpeft.modeling.loading import resolved_name
 from sevpeft.modeling.saved_adapters import read_adapter_config
 from sevpeft.modeling.tiny import TINY
@@ -18,24 +19,23 @@ from sevpeft.sharing.card import distance
 from sevpeft.sharing.fidelity import Difference
 from sevpeft.sharing.merge import Merged
 from sevpeft.sharing.serving import adapter_command, asking, conversion_commands
-from sevpeft.training.callbacks import say
 
 
 def announce_merged(merged: Merged, run: Run, output: Path, console: Console) -> None:
     """Prints the figures, and the commands for llama.cpp, Ollama and vLLM."""
     size = f"{merged.bytes / 1e9:,.1f} GB" if merged.bytes >= 1e8 else f"{merged.bytes / 1e6:,.1f} MB"
-    say(
+    print_labeled(
         console,
         "Merged",
         f"{merged.matrices:,} weights of {merged.base} in {merged.dtype} ({merged.parameters:,} parameters, {size})",
     )
-    say(console, "Checked", f"read back, on {merged.effect.tokens:,} answer tokens of {merged.rows}")
+    print_labeled(console, "Checked", f"read back, on {merged.effect.tokens:,} answer tokens of {merged.rows}")
     console.print()
     console.print(_table(merged))
     console.print()
     gap = merged.gaps.get("unquantized") if merged.bits else None
     if gap is not None and merged.weights == "unquantized":
-        say(
+        print_labeled(
             console,
             "Unquantized",
             f"not quite the model that was trained: {_over_unquantized(merged, gap)}",
@@ -46,7 +46,7 @@ def announce_merged(merged: Merged, run: Run, output: Path, console: Console) ->
     base = resolved_name(recipe) if name == TINY else name
     command, reason = adapter_command(base, str(run.adapter), read_adapter_config(run.adapter))
     convert, quantise, create = conversion_commands(str(output), merged.dtype)
-    say(console, "Model", f"{output}, its card in README.md. Not a medical device.")
+    print_labeled(console, "Model", f"{output}, its card in README.md. Not a medical device.")
     merged_command = f"vllm serve {shlex.quote(str(output))}"
     _commands(console, "With vLLM, merged or as an adapter:", [merged_command, command or f"# {reason}"])
     if command and gap is not None:

@@ -19,27 +19,12 @@ import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from sevpeft.console import SECONDS_BETWEEN_LINES, print_labeled
 from sevpeft.errors import Interrupted, SevpeftError
 from sevpeft.runs import Run
-from sevpeft.training.distributed import launcher_is_parent
-
-SECONDS_BETWEEN_LINES = 15.0
-
-LABEL_WIDTH = 18
-
-
-def say(console: Console, label: str, text: str, style: str = "") -> None:
-    """Prints `label  text`, the text in a column of its own, so that a long line stays readable in 80 columns."""
-    line = Table.grid(padding=0)
-    line.add_column(width=LABEL_WIDTH, style="bold")
-    line.add_column(overflow="fold", style=style)
-    line.add_row(label, Text(text))
-    console.print(line)
 
 
 class RunProgress(TrainerCallback):
@@ -92,7 +77,7 @@ class RunProgress(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step, text=self.text)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            say(
+            print_labeled(
                 self.console,
                 "Training",
                 f"step {state.global_step:,}/{state.max_steps:,}, {self._left(state)} left  {self.text}",
@@ -166,22 +151,25 @@ _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_INSIST = 2.0
 
 
-def command_to_go_on(run: Path) -> str:
+def resume_command(run: Path) -> str:
     """The words that continue a run, for a shell."""
     folder = shlex.quote(str(run))
     return f"sevpeft train {shlex.quote(str(run / 'recipe.yaml'))} --output {folder} --resume"
 
 
-class Leaving(TrainerCallback):
-    """Callback and context: inside it signals are heard, and the training leaves after a checkpoint.
+class SignalHandler(TrainerCallback):
+    """Callback and context: a signal finishes the step, writes a checkpoint and ends the training.
+
+    Ctrl-C, a spot instance that is taken away and a Slurm job that runs out of time all come some seconds before the
+    end. Several processes agree on the step.
 
     Args:
-        run: folder of the run, for the command to go on.
-        tell: says a sentence on the screen.
+        run: folder of the run, for the command that resumes it.
+        on_message: called with a sentence for the screen.
     """
 
-    def __init__(self, run: Path, tell: Callable[[str], None]) -> None:
-        self.run, self.tell = run, tell
+    def __init__(self, run: Path, on_message: Callable[[str], None]) -> None:
+        self.run, self.on_message = run, on_message
         self._heard: int | None = None
         self._heard_at = 0.0
         self._reason: SevpeftError | None = None
@@ -190,13 +178,14 @@ class Leaving(TrainerCallback):
         self._process = os.getpid()
         self._bound = False
 
-    def __enter__(self) -> Leaving:
+    def __enter__(self) -> SignalHandler:
         # Python hands signals to the main thread only; a program that trains in another has to see to them itself.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
                     self._handlers[number] = signal.signal(number, self._hear)
-            self._bound = launcher_is_parent()
+            # `accelerate launch` always sets it for its processes.
+            self._bound = "ACCELERATE_MIXED_PRECISION" in os.environ
             if self._bound:
                 _end_with_parent(signal.SIGTERM)
         return self
@@ -207,7 +196,7 @@ class Leaving(TrainerCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def leave(self, reason: SevpeftError) -> None:
+    def stop_with(self, reason: SevpeftError) -> None:
         """Ends the training with this error after the present step, once its checkpoint is written."""
         self._reason = reason
 
@@ -238,7 +227,7 @@ class Leaving(TrainerCallback):
         now = time.monotonic()
         if self._heard is None:
             self._heard, self._heard_at = number, now
-            self.tell("finishing this step and writing a checkpoint; a second Ctrl-C leaves at once.")
+            self.on_message("finishing this step and writing a checkpoint; a second Ctrl-C stops at once.")
         elif number == signal.SIGINT and now - self._heard_at > _SECONDS_TO_INSIST:
             raise KeyboardInterrupt
 
@@ -254,7 +243,7 @@ class Leaving(TrainerCallback):
         number = self._heard or signal.SIGINT
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         return Interrupted(
-            f"Stopped by {name}. Go on from the newest checkpoint with: {command_to_go_on(self.run)}", 128 + number
+            f"Stopped by {name}. Resume from the newest checkpoint with: {resume_command(self.run)}", 128 + number
         )
 
 

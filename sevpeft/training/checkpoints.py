@@ -18,12 +18,12 @@ from rich.console import Console
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from sevpeft.console import print_labeled
 from sevpeft.data.tables import cache_folder
 from sevpeft.errors import RunError
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.recipe.library_sections import AUTO
 from sevpeft.runs import Run, write_atomically
-from sevpeft.training.callbacks import say
 from sevpeft.training.resolve import CHOSEN_WITH, with_training
 
 MANIFEST = "manifest.json"
@@ -55,7 +55,7 @@ def seal(checkpoint: Path) -> None:
     write_atomically(checkpoint / MANIFEST, json.dumps({"files": files}, indent=2) + "\n", shared=True)
 
 
-def damage_of(checkpoint: Path, required: Sequence[str]) -> str | None:
+def checkpoint_damage(checkpoint: Path, required: Sequence[str]) -> str | None:
     """What is wrong with a checkpoint, in words that end a sentence; None where it is as it was written.
 
     Args:
@@ -81,24 +81,24 @@ def damage_of(checkpoint: Path, required: Sequence[str]) -> str | None:
     return None
 
 
-def newest_whole(run: Run, required: Sequence[str]) -> tuple[Path | None, list[str]]:
+def latest_valid_checkpoint(run: Run, required: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence about each newer one that is not.
 
     Those are removed: the training writes them anew, under the same names.
     """
-    said: list[str] = []
+    messages: list[str] = []
     for checkpoint in sorted(_checkpoints(run), key=_step, reverse=True):
-        damage = damage_of(checkpoint, required)
+        damage = checkpoint_damage(checkpoint, required)
         if damage is None:
-            return checkpoint, said
-        said.append(f"{checkpoint.name} {damage}, so the one before it is used.")
+            return checkpoint, messages
+        messages.append(f"{checkpoint.name} {damage}, so the one before it is used.")
         shutil.rmtree(checkpoint, ignore_errors=True)
-    if said:
-        said[-1] = said[-1].replace("the one before it is used", "the training begins again")
-    return None, said
+    if messages:
+        messages[-1] = messages[-1].replace("the one before it is used", "the training begins again")
+    return None, messages
 
 
-def remove_unfinished(run: Run) -> None:
+def remove_incomplete(run: Run) -> None:
     """Takes away what a kill or a full disk cut off, because it holds space that may be needed."""
     for checkpoint in _checkpoints(run):
         if not (checkpoint / MANIFEST).is_file():
@@ -133,7 +133,7 @@ def _sha256(file: Path) -> str:
 _MOST_SHOWN = 5
 
 
-def checkpoint_to_go_on_from(run: Run, console: Console, required: Sequence[str]) -> Path | None:
+def resume_checkpoint(run: Run, console: Console, required: Sequence[str]) -> Path | None:
     """The newest whole checkpoint; None where the training begins again. What was found damaged is told.
 
     log.jsonl is cut back to what was in it when that checkpoint was written, since the rest happens again.
@@ -141,10 +141,10 @@ def checkpoint_to_go_on_from(run: Run, console: Console, required: Sequence[str]
     Args:
         required: files that a checkpoint must hold.
     """
-    checkpoint, damaged = newest_whole(run, required)
-    remove_unfinished(run)
+    checkpoint, damaged = latest_valid_checkpoint(run, required)
+    remove_incomplete(run)
     for sentence in damaged:
-        say(console, "Checkpoint", sentence, style="yellow")
+        print_labeled(console, "Checkpoint", sentence, style="yellow")
     lines = 0
     if checkpoint is not None:
         lines = len(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)
@@ -163,7 +163,7 @@ def as_started(recipe: Recipe, run: Run) -> Recipe:
     return with_training(recipe, **{key: stored[key] for key in (*open_keys, *unsaid) if key in stored})
 
 
-def refuse_other_recipe(recipe: Recipe, run: Run) -> None:
+def check_same_recipe(recipe: Recipe, run: Run) -> None:
     """Raises RunError with every setting that differs from the run's, as it was and as it is now."""
     stored = load_recipe(run.folder / "recipe.yaml")
     if stored == recipe:
@@ -181,7 +181,7 @@ def refuse_other_recipe(recipe: Recipe, run: Run) -> None:
     )
 
 
-def refuse_other_data(fingerprint: str, source: str, run: Run) -> None:
+def check_same_data(fingerprint: str, source: str, run: Run) -> None:
     """Raises RunError when the data is not what the run was started with."""
     # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
     if fingerprint != run.environment().get("data_fingerprint") and fingerprint.startswith("sha256:"):
@@ -207,7 +207,7 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Holds a run folder, there already or not, for this process.
 
     Raises:

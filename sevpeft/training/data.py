@@ -11,20 +11,24 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import pad
 
 from sevpeft.data.several import FILE_COLUMN
 from sevpeft.data.sources import PREPARED_ABOUT, Consultations, load_consultations
 from sevpeft.data.splits import Splits, question_key, split_rows
 from sevpeft.data.workers import workers_end_with_this_process
-from sevpeft.errors import DataError
+from sevpeft.errors import DataError, WeightError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
 from sevpeft.severity.probabilities import has_severity
 from sevpeft.severity.source import Severity, severity_of
 from sevpeft.severity.weighting import WeightSummary, severity_weights
+from sevpeft.training.compat import IGNORED
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
 ROWS_WORTH_A_BAR = 20_000
@@ -209,7 +213,6 @@ def _bars(rows: int) -> Iterator[None]:
         datasets.disable_progress_bars()
 
 
-IGNORED = -100
 # A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
 FEWEST_QUESTION_WORDS = 4
 
@@ -415,3 +418,49 @@ class RowNames:
     def _name(self, index: int) -> str:
         row = self._rows[index]
         return f"row {row['row']}{f' of {row[FILE_COLUMN]}' if FILE_COLUMN in row else ''}"
+
+
+@dataclass
+class SeverityCollator(DataCollatorForLanguageModeling):
+    """Collates rows of `input_ids, labels, token_weights` (training) or `input_ids, labels, severity` (validation).
+
+    Returns what TRL's collator returns, and `token_weights` (float32, the shape of `labels`) and `severity` (int64,
+    one number per row) where the rows have them.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super().torch_call(examples)
+        weighted = ["token_weights" in example for example in examples]
+        if any(weighted):
+            if not all(weighted):
+                raise WeightError("Some rows of a batch have token_weights and some have none.")
+            output["token_weights"] = self._laid_out_like_labels(examples)
+        if "severity" in examples[0]:
+            output["severity"] = torch.tensor([example["severity"] for example in examples], dtype=torch.long)
+        return output
+
+    def _laid_out_like_labels(self, examples: list[dict[str, Any]]) -> torch.Tensor:
+        rows = []
+        for example in examples:
+            if len(example["token_weights"]) != len(example["input_ids"]):
+                raise WeightError(
+                    f"A row has {len(example['token_weights'])} token_weights for {len(example['input_ids'])} tokens."
+                )
+            rows.append(torch.tensor(example["token_weights"], dtype=torch.float32))
+        if self.padding_free:
+            rows = [torch.cat(rows)]
+        padded: torch.Tensor = pad(
+            rows, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
+        )
+        return padded
+
+
+def documents_of(batch: dict[str, Any]) -> list[list[int]]:
+    """Tokens of each consultation of a batch, padded, padding-free or packed."""
+    ids = batch["input_ids"]
+    if "attention_mask" in batch:
+        masks = batch["attention_mask"].bool()
+        return [row[mask].tolist() for row, mask in zip(ids, masks, strict=True)]
+    begins = (batch["position_ids"].flatten() == 0).nonzero().flatten().tolist()
+    flat = ids.flatten()
+    return [flat[begin:end].tolist() for begin, end in zip(begins, [*begins[1:], len(flat)], strict=True)]

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, is_deepspeed_available
 from accelerate.utils.dataclasses import get_module_class_from_name
 from safetensors import safe_open
@@ -34,16 +29,16 @@ OPTIMIZERS_FOR_PARTS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "r
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
-def refuse_what_cannot_be_sharded(recipe: Recipe, arguments: SFTConfig) -> None:
+def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
     """Raises RunError when the engine that the launcher asks for cannot train or save what the recipe says.
 
     Args:
         arguments: made from the recipe; DeepSpeed's settings are in them.
     """
     if fsdp_asked():
-        _refuse_fsdp_settings(arguments)
+        _check_fsdp(arguments)
     if zero3():
-        _refuse_zero3_settings(arguments)
+        _check_zero3(arguments)
     if weights_are_sharded() and recipe.quantization.load_in_8bit:
         raise RunError(
             f"quantization.load_in_8bit=true does not work under {'FSDP' if fsdp_asked() else 'ZeRO-3'}, which divides "
@@ -52,7 +47,7 @@ def refuse_what_cannot_be_sharded(recipe: Recipe, arguments: SFTConfig) -> None:
         )
 
 
-def _refuse_fsdp_settings(arguments: SFTConfig) -> None:
+def _check_fsdp(arguments: SFTConfig) -> None:
     if os.environ.get("FSDP_VERSION", "1") != "2":  # accelerate's default
         raise RunError(
             "accelerate launch was asked for version 1 of FSDP, which joins the adapter and the frozen weights into "
@@ -84,7 +79,7 @@ def _refuse_fsdp_settings(arguments: SFTConfig) -> None:
         )
 
 
-def _refuse_zero3_settings(arguments: SFTConfig) -> None:
+def _check_zero3(arguments: SFTConfig) -> None:
     zero = arguments.deepspeed_plugin.deepspeed_config["zero_optimization"]
     if zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         raise RunError(
@@ -125,7 +120,7 @@ def set_up_engine(accelerator: Accelerator, model: Any) -> None:
         )
 
 
-def refuse_other_engine(accelerator: Accelerator, model: Any) -> None:
+def check_engine_of_model(accelerator: Accelerator, model: Any) -> None:
     """Raises RunError when the model that is about to take a step is not in the hands of the engine asked for."""
     kind = accelerator.distributed_type
     if kind in DDP and not isinstance(model, DistributedDataParallel):
@@ -141,7 +136,7 @@ def refuse_other_engine(accelerator: Accelerator, model: Any) -> None:
         )
 
 
-def refuse_incomplete_adapter(folder: Path, model: torch.nn.Module) -> None:
+def check_adapter_is_complete(folder: Path, model: torch.nn.Module) -> None:
     """Raises RunError when a saved adapter lacks numbers that were trained: parts, or tensors that were never gathered.
 
     Args:
@@ -176,7 +171,7 @@ def engine_of(accelerator: Accelerator) -> str:
     return _words(kind)
 
 
-def refuse_other_processes(accelerator: Accelerator, environment: dict[str, Any]) -> None:
+def check_same_processes(accelerator: Accelerator, environment: dict[str, Any]) -> None:
     """Raises RunError when a run was started by other processes than those that resume it.
 
     Optimizer and random state of a checkpoint are written part by part, in the form of their engine.
@@ -201,25 +196,7 @@ def _words(kind: DistributedType) -> str:
     return "one process" if kind is DistributedType.NO else "DDP" if kind in DDP else str(kind).rpartition(".")[2]
 
 
-ON_A_CPU = (DistributedType.NO, DistributedType.MULTI_CPU)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a command line asks of `accelerate launch`.
-
-    Attributes:
-        processes: over all machines; None when accelerate is left to count the devices.
-        machines: that work together.
-        engine: FSDP or DEEPSPEED; None for any other.
-    """
-
-    processes: int | None
-    machines: int
-    engine: DistributedType | None
-
-
-def refuse_absent_deepspeed() -> None:
+def check_deepspeed() -> None:
     """Raises RunError when DeepSpeed is asked for and not installed; to be called before accelerate looks for it."""
     if deepspeed_asked() and not is_deepspeed_available():
         raise RunError(
@@ -228,120 +205,16 @@ def refuse_absent_deepspeed() -> None:
         )
 
 
-def check_launch(state: PartialState) -> None:
-    """Raises RunError when `accelerate launch` was asked for another number of processes or machines, or for another
-    engine, than runs."""
-    check_processes(state.num_processes)
-    asked = _asked()
-    for engine, wanted, runs in (
-        ("FSDP", asked.engine is DistributedType.FSDP or fsdp_asked(), state.distributed_type not in ON_A_CPU),
-        (
-            "DeepSpeed",
-            asked.engine is DistributedType.DEEPSPEED or deepspeed_asked(),
-            state.distributed_type is DistributedType.DEEPSPEED,
-        ),
-    ):
-        if wanted and not runs:
-            instead = "DDP, the whole model in each process," if state.num_processes > 1 else "a single process"
-            raise RunError(
-                f"accelerate launch was asked for {engine}, but {instead} would run, because this run is on the CPU; "
-                "run it where `nvidia-smi` lists GPUs, or use accelerate_configs/cpu_2.yaml on a CPU."
-            )
-
-
-def check_processes(running: int) -> None:
-    """Raises RunError when `accelerate launch` was asked for another number of processes or machines than runs.
-
-    Args:
-        running: processes, over all machines.
-    """
-    asked = _asked()
-    if asked.processes is not None and asked.processes != running:
-        raise RunError(
-            f"accelerate launch was asked for {asked.processes} processes, but {running} "
-            f"run{'s' if running == 1 else ''}; "
-            "on a CPU it starts several only with `distributed_type: MULTI_GPU` and `use_cpu: true`, "
-            "as in accelerate_configs/cpu_2.yaml."
-        )
-    machines = _machines()
-    if asked.machines != machines:
-        raise RunError(
-            f"accelerate launch was asked for {asked.machines} machines, but {machines} "
-            f"take{'s' if machines == 1 else ''} part; start the same command on each, with its own --machine_rank "
-            "and the same --main_process_ip, as accelerate_configs/multi_node.yaml says."
-        )
-
-
-def _asked() -> Launch:
-    """What the nearest launcher above this process was asked for; nothing in particular where there is none."""
-    nothing = Launch(None, _machines(), None)
-    return next(filter(None, (asked_launch(line) for line in _ancestors())), nothing)
-
-
-def _machines() -> int:
-    """Number of machines that work together, from what torchrun or DeepSpeed's launcher sets."""
-    return int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("CROSS_SIZE") or 1)
-
-
-def asked_launch(command: Sequence[str]) -> Launch | None:
-    """What a command line asks of `accelerate launch`: on the line itself, else in the config file.
-
-    Args:
-        command: the words of the command line.
-
-    Returns:
-        None for another command.
-    """
-    arguments = _launch_arguments(command)
-    if arguments is None:
-        return None
-    try:
-        parsed, _ = launch_command_parser().parse_known_args(arguments)
-    except SystemExit:
-        return None
-    path = parsed.config_file or (
-        default_config_file if Path(default_config_file).is_file() and not parsed.cpu else None
-    )
-    config = load_config_from_file(path) if path is not None and Path(path).is_file() else None
-    processes = parsed.num_processes or getattr(config, "num_processes", None)
-    machines = parsed.num_machines or getattr(config, "num_machines", None)
-    flags = {
-        DistributedType.FSDP: parsed.use_fsdp,
-        DistributedType.DEEPSPEED: parsed.use_deepspeed,
-        None: parsed.multi_gpu or parsed.cpu or parsed.tpu,
+def check_engine(state: PartialState) -> None:
+    """Raises RunError when FSDP or DeepSpeed was asked for and another engine runs; accelerate replaces it silently."""
+    on_a_cpu = state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    engines = {
+        "FSDP": fsdp_asked() and on_a_cpu,
+        "DeepSpeed": deepspeed_asked() and state.distributed_type is not DistributedType.DEEPSPEED,
     }
-    # A flag of the command line puts the file's distributed_type out of force.
-    chosen = [engine for engine, set_here in flags.items() if set_here]
-    engine = chosen[0] if chosen else getattr(config, "distributed_type", None)
-    return Launch(
-        processes=int(processes) if processes and processes > 0 else None,
-        machines=int(machines) if machines else 1,
-        engine=engine if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED) else None,
-    )
-
-
-def launcher_is_parent() -> bool:
-    """Whether this process was started by `accelerate launch` itself."""
-    return any(_launch_arguments(line) is not None for line in _ancestors()[:1])
-
-
-def _launch_arguments(command: Sequence[str]) -> list[str] | None:
-    for index, word in enumerate(command):
-        name = Path(word).name
-        if name == "accelerate-launch" or word == "accelerate.commands.launch":
-            return list(command[index + 1 :])
-        is_cli = name in ("accelerate", "accelerate.commands.accelerate_cli")
-        if is_cli and command[index + 1 : index + 2] == ["launch"]:
-            return list(command[index + 2 :])
-    return None
-
-
-def _ancestors() -> list[list[str]]:
-    """Command lines of the processes above this one, nearest first; those of other users are left out."""
-    lines = []
-    for process in psutil.Process().parents():
-        try:
-            lines.append(process.cmdline())
-        except psutil.Error:
-            continue
-    return lines
+    for engine in (name for name, is_replaced in engines.items() if is_replaced):
+        instead = "DDP, the whole model in each process," if state.num_processes > 1 else "a single process"
+        raise RunError(
+            f"accelerate launch was asked for {engine}, but {instead} would run, because this run is on the CPU; "
+            "run it where `nvidia-smi` lists GPUs, or use accelerate_configs/cpu_2.yaml on a CPU."
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
 from datasets import Dataset
-from rich.console import Console
-from rich.text import Text
-from transformers import PreTrainedModel
 
 from sevpeft.errors import ModelError, RunError, UnknownModelError
 from sevpeft.modeling.cards import (
@@ -32,24 +27,16 @@ from sevpeft.modeling.cards import (
     verdicts,
 )
 from sevpeft.modeling.loading import load_config, load_tokenizer, uses_gpu
-from sevpeft.modeling.memory import GIB, LARGEST_BATCH, Budget, MemoryPlan, Parameters
-from sevpeft.modeling.packing import check_packing, documents_stay_apart
-from sevpeft.modeling.sharding import weights_are_sharded
-from sevpeft.modeling.skeleton import base_config
+from sevpeft.modeling.memory import GIB, Budget, MemoryPlan, Parameters
 from sevpeft.recipe import Recipe
-from sevpeft.recipe.library_sections import AUTO
 from sevpeft.severity.weighting import WeightSummary
-from sevpeft.training.callbacks import LABEL_WIDTH, say
+from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import load_splits, prepare, prompt_of, source_index, summary_of, weigh
 from sevpeft.training.resolve import (
-    device_memory,
     is_automatic,
+    memory_plan,
     resolve_split,
-    rows_with_least_work,
-    with_training,
 )
-from sevpeft.training.screen import announce_data
-from sevpeft.training.trainer import CPU_VOCABULARY_TILE, IGNORED
 
 # Letters of a token where the tokenizer is not at hand, on Arabic text: 2.0 for Qwen3, 2.2 for Command-R7B-Arabic, 2.3
 # for Fanar, 2.4 for Gemma 3 (published with almaghrabima/SARFTokenizer); one made for English may have fewer than 1.5.
@@ -82,6 +69,11 @@ class Plan:
     tflops: float
     efficiency: float
     memory_unknown: str | None
+
+    @property
+    def letters_per_token(self) -> float | None:
+        """That were assumed, where tokens could not be counted."""
+        return None if self.unknown is None else LETTERS_PER_TOKEN
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -160,28 +152,6 @@ def _estimated_tokens(train: Dataset, max_length: int | None) -> tuple[int, int]
     return round(tokens), round(labelled)
 
 
-def announce_plan(found: Plan, console: Console) -> None:
-    """Prints a plan as `train` prints its beginning."""
-    recipe = found.recipe
-    say(console, "Base model", recipe.model.name_or_path)
-    announce_data(found.data, found.weights, recipe, console)
-    settings = recipe.training.settings()
-    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    if found.steps is not None:
-        say(console, "Training", f"{found.steps:,} steps of {batch} rows on one process")
-    if found.unknown is not None:
-        say(
-            console, "Unknown", f"how many questions are shortened and answers refused: {found.unknown}", style="yellow"
-        )
-    if found.memory_unknown is not None and found.memory_unknown != found.unknown:
-        say(console, "Unknown", f"memory and cards: {found.memory_unknown}", style="yellow")
-    if found.fitting is not None:
-        announce_fitting(found.fitting, console)
-    if found.epoch_seconds is not None:
-        letters = LETTERS_PER_TOKEN if found.unknown is not None else None
-        announce_time(found.epoch_seconds, found.tokens, letters, console, found.tflops, found.efficiency)
-
-
 def _steps(rows: int, settings: dict[str, Any]) -> int:
     """Trainer's own count: batches are cut first, then grouped, and the last group of an epoch may be short."""
     limit = settings.get("max_steps", -1)
@@ -196,9 +166,6 @@ def _steps(rows: int, settings: dict[str, Any]) -> int:
 
 # GB of the GPU that `plan` chooses a split for, where neither --vram nor the recipe names one.
 _GPU_OF_PLAN = 24
-BAR_WIDTH = 79 - LABEL_WIDTH
-_BLOCKS = "█▓▒░▞▚▖▘"
-_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_black", "white")
 
 
 @dataclass(frozen=True)
@@ -247,55 +214,6 @@ class Fitting:
         }
 
 
-def memory_plan(recipe: Recipe, *, on_gpu: bool = True) -> tuple[MemoryPlan, str]:
-    """The plan of a recipe on a GPU or a CPU, and where its numbers come from.
-
-    Raises:
-        UnknownModelError: neither a config.json nor numbers in the recipe.
-    """
-    found = base_config(recipe)
-    return MemoryPlan(recipe, found.config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), found.origin
-
-
-def split_here(recipe: Recipe) -> Recipe:
-    """The recipe with its batch split chosen for the devices of this launch."""
-    on_gpu, plan = uses_gpu(recipe), None
-    if is_automatic(recipe) and not weights_are_sharded():
-        with suppress(UnknownModelError):
-            plan, _ = memory_plan(recipe, on_gpu=on_gpu)
-    processes = PartialState().num_processes
-    available = device_memory(recipe) // (1 if on_gpu else processes)
-    return resolve_split(recipe, plan, available, processes=processes, on_gpu=on_gpu)
-
-
-def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel, validation: np.ndarray) -> Recipe:
-    """The resolved recipe, with padding_free chosen by what the model does with packed rows, and validation by lengths.
-
-    Args:
-        asked: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
-        validation: (m,) tokens of the validation rows, longest first.
-
-    Raises:
-        ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
-    """
-    training = resolved.training.settings()
-    for setting in ("packing", "padding_free"):
-        if training.get(setting) is True:
-            check_packing(model, f"training.{setting}")
-    if training["padding_free"] == AUTO:
-        # Eager attention holds every pair of positions: of 8 rows in one, 8 times as many as of 8 rows apart.
-        possible = not training.get("packing") and model.config._attn_implementation != "eager"
-        if possible and not weights_are_sharded() and documents_stay_apart(model)[0]:
-            return with_training(resolved, padding_free=True)
-        asked = with_training(asked, padding_free=False)
-        resolved = split_here(asked)
-    padded = resolved.training.settings()
-    if asked.training.settings()["per_device_eval_batch_size"] != AUTO or padded.get("padding_free"):
-        return resolved
-    size = rows_with_least_work(validation, padded["per_device_eval_batch_size"], on_gpu=uses_gpu(resolved))
-    return with_training(resolved, per_device_eval_batch_size=size)
-
-
 def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryPlan]:
     """What the recipe needs on a GPU, and on which cards it fits.
 
@@ -329,33 +247,6 @@ def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryP
     )
 
 
-def refuse_what_cannot_fit(recipe: Recipe) -> None:
-    """Raises RunError when the plan of this recipe is larger than the whole memory of this machine's GPU.
-
-    Where it is smaller than the memory, the training itself is the judge: the plan takes every row for the longest.
-    """
-    if not uses_gpu(recipe):
-        return
-    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    try:
-        plan, _ = memory_plan(recipe)
-        least = plan.budget()
-    except UnknownModelError:
-        return
-    held = least.total - least.items.get("activations", 0) - least.items.get("logits tile", 0)
-    if weights_are_sharded():
-        held //= PartialState().num_processes
-    if held <= whole:
-        return
-    advice = changes(plan, whole / GIB / 0.95)
-    remedy = " ".join(setting for change in advice for setting in change.settings)
-    raise RunError(
-        f"{recipe.model.name_or_path} needs about {held / GIB:.1f} GiB before its first step, and this GPU has "
-        f"{whole / GIB:.1f}; "
-        + (f"add {remedy}." if advice and advice[-1].fits else "choose a smaller model or a larger GPU.")
-    )
-
-
 def memory_is_full(recipe: Recipe, run: Path) -> RunError:
     """What to say when a step did not fit: what the plan would change first, and whether the run can go on."""
     gpu = uses_gpu(recipe)
@@ -374,84 +265,3 @@ def memory_is_full(recipe: Recipe, run: Path) -> RunError:
         f"{where} full; start another run with {found}. Checkpoints of {run} are kept; "
         "training.auto_find_batch_size=true cuts a batch that does not fit in parts by itself, for the same step."
     )
-
-
-def announce_fitting(found: Fitting, console: Console) -> None:
-    """Prints parameters, the bar, the cards and what to change."""
-    count = found.parameters
-    share = count.trainable / (count.base + count.trainable)
-    say(
-        console,
-        "Adapter",
-        f"{count.trainable:,} trainable parameters beside {count.base:,} frozen ones ({share:.2%}), on "
-        + ", ".join(f"{name} ×{times}" for name, times in count.targets.items()),
-    )
-    say(
-        console,
-        "GPU memory",
-        f"{found.budget.total / GIB:.1f} GiB at {found.batch} × {found.length} tokens in {found.number_format}, "
-        f"{'with' if found.checkpointing else 'without'} gradient checkpointing"
-        + (f" (split chosen for {found.split_for:g} GB)" if found.split_for else "")
-        + f"; all rows as long as that; the model's numbers are from {found.origin}",
-    )
-    _print_bar(found.budget, console)
-    for card in found.cards:
-        if card.fits or card.largest_batch:
-            rows = f"{card.largest_batch}{' or more' * (card.largest_batch == LARGEST_BATCH)}"
-            note = f"fits; largest batch {rows}" if card.fits else f"fits with batch {rows}"
-            say(console, f"  {card.gb} GB", f"{note} of {found.length} tokens")
-        else:
-            say(console, f"  {card.gb} GB", "does not fit", style="yellow")
-    if found.bits:
-        say(
-            console,
-            "Sharing",
-            f"the adapter belongs to the {found.bits}-bit weights; over the unquantized base, as vLLM serves it, it is "
-            "another model. `sevpeft merge` measures by how much, and can merge into the weights that were trained on",
-        )
-    if found.vram is None:
-        return
-    if found.fits:
-        say(console, "Verdict", f"fits in {found.vram:g} GB", style="green")
-        return
-    say(console, "Verdict", f"does not fit in {found.vram:g} GB; in the order of least harm:", style="red")
-    for change in found.changes:
-        for setting in change.settings:
-            console.print(Text(f"{'':{LABEL_WIDTH}}{setting}", style="bold"), soft_wrap=True)
-        say(console, "", f"{change.total / GIB:.1f} GiB then{': fits' if change.fits else ''}; {change.effect}")
-    if not found.changes or not found.changes[-1].fits:
-        say(console, "", "That is still too much: choose a smaller base model, or a larger card.")
-
-
-def announce_time(
-    seconds: float, tokens: int, letters: float | None, console: Console, tflops: float, efficiency: float
-) -> None:
-    """Args: letters: that a token was taken for, where they could not be counted."""
-    told = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
-    counted = "" if letters is None else f" (not counted: {letters:g} letters assumed for each)"
-    card = " (an RTX 4090)" if tflops == TFLOPS else ""
-    assumed = " assumed" if efficiency == EFFICIENCY else ""
-    say(
-        console,
-        "Time",
-        f"about {told} an epoch of {tokens:,} tokens{counted}, at {efficiency:.0%}{assumed} of {tflops:g} "
-        f"TFLOP/s{card}; padding and validation come on top",
-    )
-
-
-def _print_bar(budget: Budget, console: Console) -> None:
-    """One block of the bar for each item, the legend below in the same order."""
-    bar, legend = Text(" " * LABEL_WIDTH), []
-    left, total = BAR_WIDTH, budget.total
-    for number, (name, size) in enumerate(budget.items.items()):
-        last = number == len(budget.items) - 1
-        width = left if last else min(left, max(1, round(BAR_WIDTH * size / total)))
-        left -= width
-        bar.append(_BLOCKS[number] * width, style=_COLOURS[number])
-        legend.append((number, name, size))
-    console.print(bar)
-    for number, name, size in legend:
-        line = Text(" " * LABEL_WIDTH)
-        line.append(_BLOCKS[number], style=_COLOURS[number])
-        line.append(f" {name:30}{size / GIB:8.2f} GiB")
-        console.print(line)

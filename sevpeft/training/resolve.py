@@ -1,11 +1,15 @@
-"""Everything a training needs to know, resolved once, before data is read."""
+"""Resolves a recipe once, before data is read: device, precision, batch split, model config, tokenizer, prompt.
+
+All checks of settings stand here, in order. `train` begins with `resolve`; nothing after it asks the recipe what is
+left to choose, but for the layout of rows, which the loaded model decides (`with_layout`).
+"""
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +19,94 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
-from sevpeft.errors import RecipeError, SevpeftError, first_sentence
-from sevpeft.modeling.cards import usable
-from sevpeft.modeling.loading import Precision, uses_gpu
+from sevpeft.errors import RecipeError, RunError, SevpeftError, UnknownModelError, first_sentence
+from sevpeft.modeling.cards import changes, usable
+from sevpeft.modeling.loading import (
+    Precision,
+    choose_precision,
+    load_config,
+    load_tokenizer,
+    refuse_hopeless_start,
+    uses_gpu,
+)
 from sevpeft.modeling.memory import GIB, MemoryPlan
-from sevpeft.modeling.sharding import engine_asked
+from sevpeft.modeling.packing import check_packing, documents_stay_apart
+from sevpeft.modeling.prompts import Prompt
+from sevpeft.modeling.quantization import check_form
+from sevpeft.modeling.sharding import engine_asked, weights_are_sharded
+from sevpeft.modeling.skeleton import base_config
 from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.recipe.combinations import BEST_IS_LEAST
 from sevpeft.recipe.library_sections import AUTO, GLOBAL_BATCH_SIZE
+from sevpeft.training.compat import CPU_VOCABULARY_TILE, forget_compilation_of_launcher, mixed_precision_of_recipe
+from sevpeft.training.data import prompt_of
+from sevpeft.training.distributed import check_sharding
+from sevpeft.training.eva import check_eva
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What a training needs to know of its recipe on this machine.
+
+    Attributes:
+        recipe: with numbers in place of every `auto` but padding_free. asked: as it was given.
+        arguments: TRL's settings, made from the recipe.
+    """
+
+    recipe: Recipe
+    asked: Recipe
+    precision: Precision
+    arguments: SFTConfig
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt
+
+    def with_layout(self, model: PreTrainedModel, validation: np.ndarray) -> ResolvedRun:
+        """With padding_free chosen by what the model does with packed rows, and validation batches by lengths.
+
+        Args:
+            validation: (m,) tokens of the validation rows, longest first.
+
+        Raises:
+            ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
+        """
+        recipe = choose_layout(self.asked, self.recipe, model, validation)
+        arguments = sft_config(recipe, self.precision, Path(self.arguments.output_dir))
+        check_optimizer(arguments, model)
+        return replace(self, recipe=recipe, arguments=arguments)
+
+
+def resolve(recipe: Recipe, checkpoints: Path, *, dtype_before: str | None = None) -> ResolvedRun:
+    """Resolves a recipe for a training on this machine.
+
+    Args:
+        checkpoints: folder of the trainer's state. dtype_before: of the run that is resumed.
+
+    Raises:
+        SevpeftError: a setting that cannot work here.
+    """
+    precision = choose_precision(recipe, dtype_before)
+    split = split_here(recipe, check_fit=True)
+    arguments = sft_config(split, precision, checkpoints)
+    check_sharding(split, arguments)
+    refuse_hopeless_start(split)
+    check_eva(split)
+    with PartialState().main_process_first():
+        config = load_config(split)
+    check_form(split, config)
+    tokenizer = load_tokenizer(split, config)
+    return ResolvedRun(split, recipe, precision, arguments, config, tokenizer, prompt_of(split, tokenizer))
 
 
 def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTConfig:
@@ -66,9 +146,8 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
             "training.activation_offloading moves activations from a GPU, and this run has none; leave it out."
         )
     if not settings.get("torch_compile"):
-        for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
-            del os.environ[name]
-    with plain_refusals(), _of_the_recipe(precision):
+        forget_compilation_of_launcher()
+    with settings_errors(), mixed_precision_of_recipe(precision.bf16, precision.fp16):
         config = SFTConfig(**settings)
     absent = sorted(set(config.report_to) - set(get_available_reporting_integrations()))
     if absent:
@@ -79,22 +158,7 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
 
 
 @contextmanager
-def _of_the_recipe(precision: Precision) -> Iterator[None]:
-    """Hides from transformers what a launcher says of mixed precision: it obeys that where the settings say no."""
-    name = "ACCELERATE_MIXED_PRECISION"
-    before = os.environ.get(name)
-    os.environ[name] = "bf16" if precision.bf16 else "fp16" if precision.fp16 else "no"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextmanager
-def plain_refusals() -> Iterator[None]:
+def settings_errors() -> Iterator[None]:
     """Turns what TRL and transformers raise about settings, in SFTConfig or in the trainer's constructor."""
     try:
         yield
@@ -106,7 +170,7 @@ def plain_refusals() -> Iterator[None]:
         raise RecipeError(f"The training section is refused: {said}") from error
 
 
-def refuse_no_batch(args: SFTConfig, rows: int) -> None:
+def check_one_batch(args: SFTConfig, rows: int) -> None:
     """Raises RecipeError when `dataloader_drop_last` leaves nothing of so many training rows."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch:
@@ -120,21 +184,21 @@ def loraplus_settings(recipe: Recipe) -> dict[str, float] | None:
     """Arguments of PEFT's `create_loraplus_optimizer` that the recipe sets; None without LoRA+.
 
     Raises:
-        RecipeError: the training is sharded, where the optimiser is not built from these groups.
+        RecipeError: the training is sharded, where the optimizer is not built from these groups.
     """
     names = ("loraplus_lr_ratio", "loraplus_lr_embedding")
     found = {name: getattr(recipe.lora, name) for name in names if getattr(recipe.lora, name) is not None}
     engine = engine_asked()
     if found and engine:
         raise RecipeError(
-            f"lora.loraplus_lr_ratio does not reach the optimiser that {engine} builds; leave it out, or train on one "
+            f"lora.loraplus_lr_ratio does not reach the optimizer that {engine} builds; leave it out, or train on one "
             "GPU or with several whole copies of the model (accelerate_configs without fsdp or deepspeed)."
         )
     return found or None
 
 
-def refuse_optimizer(args: TrainingArguments, model: PreTrainedModel) -> None:
-    """Raises RecipeError for an optimiser or a schedule that the trainer could not build.
+def check_optimizer(args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Raises RecipeError for an optimizer or a schedule that the trainer could not build.
 
     Args:
         model: the base model; GaLore and its kin look for their modules in it.
@@ -165,7 +229,7 @@ def _refused(setting: str, remedy: str) -> Iterator[None]:
 
 
 def loraplus_optimizer(model: PeftModel, args: TrainingArguments, settings: dict[str, float]) -> torch.optim.Optimizer:
-    """The optimiser of `args.optim` with LoRA+'s groups; a weight decay of `args` holds for all but biases and norms.
+    """The optimizer of `args.optim` with LoRA+'s groups; a weight decay of `args` holds for all but biases and norms.
 
     Args:
         settings: of `loraplus_settings`.
@@ -173,9 +237,89 @@ def loraplus_optimizer(model: PeftModel, args: TrainingArguments, settings: dict
     optimizer_cls, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
     taken: dict[str, Any] = {"loraplus_weight_decay": args.weight_decay, **settings, **arguments}
     optimizer = create_loraplus_optimizer(model, optimizer_cls, **taken)
-    # Groups that stay empty (no adapted embedding, say) are of no use, and not every optimiser bears them.
+    # Groups that stay empty (no adapted embedding, say) are of no use, and not every optimizer bears them.
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
+
+
+def memory_plan(recipe: Recipe, *, on_gpu: bool = True) -> tuple[MemoryPlan, str]:
+    """The plan of a recipe on a GPU or a CPU, and where its numbers come from.
+
+    Raises:
+        UnknownModelError: neither a config.json nor numbers in the recipe.
+    """
+    found = base_config(recipe)
+    return MemoryPlan(recipe, found.config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), found.origin
+
+
+def split_here(recipe: Recipe, *, check_fit: bool = False) -> Recipe:
+    """The recipe with its batch split chosen for the devices of this launch.
+
+    Args:
+        check_fit: raise RunError where the plan without activations is larger than the whole memory of the GPU. Where
+            it is smaller, the training itself decides, because the plan takes every row for the longest.
+    """
+    on_gpu, memory = uses_gpu(recipe), None
+    if on_gpu or (is_automatic(recipe) and not weights_are_sharded()):
+        with suppress(UnknownModelError):
+            memory, _ = memory_plan(recipe, on_gpu=on_gpu)
+    processes = PartialState().num_processes
+    available = device_memory(recipe) // (1 if on_gpu else processes)
+    resolved = resolve_split(
+        recipe, None if weights_are_sharded() else memory, available, processes=processes, on_gpu=on_gpu
+    )
+    if check_fit and on_gpu and memory is not None:
+        _check_fit(memory.with_recipe(resolved), processes if weights_are_sharded() else 1)
+    return resolved
+
+
+def _check_fit(memory: MemoryPlan, parts: int) -> None:
+    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    least = memory.budget()
+    held = (least.total - least.items.get("activations", 0) - least.items.get("logits tile", 0)) // parts
+    if held <= whole:
+        return
+    advice = changes(memory, whole / GIB / 0.95)
+    remedy = " ".join(setting for change in advice for setting in change.settings)
+    raise RunError(
+        f"{memory.recipe.model.name_or_path} needs about {held / GIB:.1f} GiB before its first step, and this GPU has "
+        f"{whole / GIB:.1f}; "
+        + (f"add {remedy}." if advice and advice[-1].fits else "choose a smaller model or a larger GPU.")
+    )
+
+
+def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel, validation: np.ndarray) -> Recipe:
+    """The resolved recipe, with padding_free chosen by what the model does with packed rows, and validation by lengths.
+
+    Args:
+        asked: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
+        validation: (m,) tokens of the validation rows, longest first.
+
+    Raises:
+        ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
+    """
+    training = resolved.training.settings()
+    for setting in ("packing", "padding_free"):
+        if training.get(setting) is True:
+            check_packing(model, f"training.{setting}")
+    if training["padding_free"] == AUTO:
+        # Eager attention holds every pair of positions: of 8 rows in one, 8 times as many as of 8 rows apart.
+        possible = not training.get("packing") and model.config._attn_implementation != "eager"
+        if possible and not weights_are_sharded() and documents_stay_apart(model)[0]:
+            resolved = with_training(resolved, padding_free=True)
+        else:
+            asked = with_training(asked, padding_free=False)
+            resolved = split_here(asked)
+    if asked.training.settings()["per_device_eval_batch_size"] != AUTO:
+        return resolved
+    settings = resolved.training.settings()
+    most = settings["per_device_eval_batch_size"]
+    if settings["padding_free"]:
+        # The mask of one long row has a number for each pair of its tokens.
+        sizes = (size for size in _EVAL_SIZES if size <= most and size * validation[0] <= _LONGEST_ROW)
+        return with_training(resolved, per_device_eval_batch_size=next(sizes, 1))
+    size = rows_with_least_work(validation, most, on_gpu=uses_gpu(resolved))
+    return with_training(resolved, per_device_eval_batch_size=size)
 
 
 # A pass costs as much as this many more tokens: small matrices leave a device idle, and 4-bit weights are unpacked for
@@ -188,6 +332,7 @@ _CHECKPOINTING_COSTS = 4 / 3
 # Of a computer's memory; the rest is for the operating system, other programs and the libraries.
 _USABLE_OF_RAM = 0.6
 _EVAL_SIZES = (32, 16, 8, 4, 2, 1)
+_LONGEST_ROW = 8192
 # Set beside the numbers, where the recipe says nothing of them.
 CHOSEN_WITH = ("global_batch_size", "auto_find_batch_size")
 _KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,33 +12,24 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 from trl.models import enable_selective_activation_checkpointing
-from trl.trainer import utils as trl_utils
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import FusedCausalLMOutput, pad
+from trl.trainer.utils import FusedCausalLMOutput
 
 from sevpeft.errors import WeightError
 from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.distributed import refuse_other_engine, set_up_engine
+from sevpeft.training.compat import IGNORED, LabeledPositions
+from sevpeft.training.data import SeverityCollator
+from sevpeft.training.distributed import check_engine_of_model, set_up_engine
 from sevpeft.training.resolve import loraplus_optimizer
-from sevpeft.training.robust_trainer import GuardedSFTTrainer
-
-IGNORED = -100
-# Where Triton runs, TRL's own LM head passes over the positions without a label.
-SKIPPED_BY_TRL = ("cuda", "xpu")
-# When nearly every position has a label, picking them out costs more than it saves.
-WORTH_SKIPPING_BELOW = 0.9
-# Columns of the vocabulary that are scored at once there. TRL's 32,768 spill out of a CPU's caches, which costs up to
-# twice the head's time and eight times its memory. Summed in other tiles, a log-probability changes in its last bit.
-CPU_VOCABULARY_TILE = 4096
+from sevpeft.training.robust_trainer import RobustSFTTrainer
 
 
-class SeveritySFTTrainer(GuardedSFTTrainer):
+class SeveritySFTTrainer(RobustSFTTrainer):
     """SFTTrainer with a weight on every answer token.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, ...: as in SFTTrainer;
-            stopping, leaving, name_rows, tell: as in GuardedSFTTrainer.
+            stopping, signals, name_rows, on_message, sort_within_steps, split_on_oom: as in RobustSFTTrainer.
             `train_dataset` holds `input_ids`, `labels` (-100 on the prompt), `token_weights` (floats, one per token)
             and, when packed, `seq_lengths`; `eval_dataset` holds `input_ids`, `labels` and optionally `severity`
             (position in SEVERITIES, -1 for unknown).
@@ -70,7 +58,6 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
         _check_weights(train_dataset)
         self.reduction = reduction
         self.loraplus = loraplus
-        self._head_mask: torch.Tensor | None = None
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("selective"):
             # TRL 1.16 does this to the PeftModel, whose wrapper transformers 5.24 goes past.
@@ -87,7 +74,7 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
         self.model_accepts_loss_kwargs = True
         set_up_engine(self.accelerator, self.model)
         keep_4bit_weights_as_they_are(self.model)
-        self._causal_lm().base_model.register_forward_hook(self._keep_labelled_positions)
+        self._labeled_positions = LabeledPositions(self._causal_lm())
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -115,7 +102,7 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
             raise WeightError("A training batch arrived without token_weights; the collator was replaced.")
 
         def weighted_model(**kwargs: Any) -> FusedCausalLMOutput:
-            outputs = self._score_labelled_positions(model, kwargs)
+            outputs = self._labeled_positions(model, kwargs)
             if training:
                 return dataclasses.replace(outputs, log_probs=outputs.log_probs * weights[:, 1:])
             self._add_to_validation(outputs, kwargs, strata)
@@ -125,47 +112,12 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
             weighted_model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
 
-    def _score_labelled_positions(self, model: Any, kwargs: dict[str, Any]) -> FusedCausalLMOutput:
-        """Calls the model so that only labelled positions reach its LM head; fields come back as (B, T-1)."""
-        labels = kwargs["labels"][:, 1:]
-        mask = labels != IGNORED
-        if labels.device.type in SKIPPED_BY_TRL or mask.float().mean() > WORTH_SKIPPING_BELOW:
-            outputs: FusedCausalLMOutput = model(**kwargs)
-            return outputs
-        with self._only(mask), _small_vocabulary_tiles():
-            outputs = model(**{**kwargs, "labels": None}, shift_labels=labels[mask][None])
-
-        def spread(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-        return dataclasses.replace(
-            outputs,
-            log_probs=spread(outputs.log_probs),
-            entropy=spread(outputs.entropy),
-            is_top1=spread(outputs.is_top1),
-            label_mask=mask,
-        )
-
-    @contextmanager
-    def _only(self, mask: torch.Tensor) -> Iterator[None]:
-        self._head_mask = mask
-        try:
-            yield
-        finally:
-            self._head_mask = None
-
-    def _keep_labelled_positions(self, module: Any, args: Any, output: Any) -> Any:
-        """Forward hook of the backbone: what it hands to the LM head is one row of the labelled positions."""
-        if self._head_mask is not None:
-            output.last_hidden_state = output.last_hidden_state[:, :-1][self._head_mask][None]
-        return output
-
     def _causal_lm(self) -> PreTrainedModel:
         model = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        refuse_other_engine(self.accelerator, model)
+        check_engine_of_model(self.accelerator, model)
         return super().training_step(model, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -202,17 +154,6 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
         # gather_for_metrics drops the rows that the sampler repeated to fill the last batch of several processes.
         sums, strata = self.accelerator.gather_for_metrics((sums.T.contiguous(), strata))
         self._validation.index_add_(0, strata.cpu() % len(self._validation), sums.cpu())
-
-
-@contextmanager
-def _small_vocabulary_tiles() -> Iterator[None]:
-    """TRL 1.16 has no setting for it; backward takes the width that forward was called with."""
-    stock = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(stock, CPU_VOCABULARY_TILE)
-    try:
-        yield
-    finally:
-        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = stock
 
 
 def _answer_starts(labels: torch.Tensor) -> torch.Tensor:
@@ -264,38 +205,3 @@ def _check_weights(dataset: Dataset) -> None:
         positive = positive or bool(highest)
     if not positive:
         raise WeightError("All token_weights of the training data are zero, so nothing would be learnt.")
-
-
-@dataclass
-class SeverityCollator(DataCollatorForLanguageModeling):
-    """Collates rows of `input_ids, labels, token_weights` (training) or `input_ids, labels, severity` (validation).
-
-    Returns what TRL's collator returns, and `token_weights` (float32, the shape of `labels`) and `severity` (int64,
-    one number per row) where the rows have them.
-    """
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super().torch_call(examples)
-        weighted = ["token_weights" in example for example in examples]
-        if any(weighted):
-            if not all(weighted):
-                raise WeightError("Some rows of a batch have token_weights and some have none.")
-            output["token_weights"] = self._laid_out_like_labels(examples)
-        if "severity" in examples[0]:
-            output["severity"] = torch.tensor([example["severity"] for example in examples], dtype=torch.long)
-        return output
-
-    def _laid_out_like_labels(self, examples: list[dict[str, Any]]) -> torch.Tensor:
-        rows = []
-        for example in examples:
-            if len(example["token_weights"]) != len(example["input_ids"]):
-                raise WeightError(
-                    f"A row has {len(example['token_weights'])} token_weights for {len(example['input_ids'])} tokens."
-                )
-            rows.append(torch.tensor(example["token_weights"], dtype=torch.float32))
-        if self.padding_free:
-            rows = [torch.cat(rows)]
-        padded: torch.Tensor = pad(
-            rows, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
-        )
-        return padded

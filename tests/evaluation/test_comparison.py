@@ -167,7 +167,7 @@ def test_the_first_sentence_tells_the_price_beside_the_gain() -> None:
         for stratum in compared.strata
     }
     assert outcomes == {"critical": "better", "all": "higher", "neutral": "worse", "non_critical": "worse"}
-    # Where there is no row with a value, nothing is claimed and nothing is corrected for.
+    # Where there is no row with a value, nothing is run_lock and nothing is corrected for.
     nothing = compared.comparisons["neutral", "false_reassurance", "balanced", "ce"]
     assert nothing.outcome == "no data" and nothing.as_dict()["p"] is None and nothing.family == 2 * 3
     # Likelihoods alone say nothing of the answers, and the sentence says so.

@@ -267,7 +267,7 @@ def test_a_run_is_shown_with_its_scores_intervals_differences_and_floors(tmp_pat
 
 
 def test_to_send_harmless_cases_to_the_emergency_room_is_shown_as_worse(tmp_path: Path) -> None:
-    """Table, arrow, picture, headline and words go by the stratum; where no row has a value nothing is claimed."""
+    """Table, arrow, picture, headline and words go by the stratum; where no row has a value nothing is run_lock."""
     folder = write_run(tmp_path / "run")
     content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     rises = {name: METRICS["urgent_referral"].direction(name) for name in ("critical", "non_critical", "all")}

@@ -13,7 +13,7 @@ from sevpeft.data.preparing import prepare
 from sevpeft.data.sources import load_consultations
 from sevpeft.errors import RunError
 from sevpeft.evaluation import rows as of_rows
-from sevpeft.evaluation.rows import refuse_other_data, training_answers
+from sevpeft.evaluation.rows import check_same_data, training_answers
 from sevpeft.recipe import load_recipe, recipe_from_values
 from sevpeft.runs import Run
 from sevpeft.training.data import load_splits
@@ -109,4 +109,4 @@ def test_data_that_changed_since_the_training_is_refused(tmp_path: Path, run: Ru
     path = table(tmp_path / "data.jsonl")
     rows = of_rows.test_rows(recipe_from_values({"data": {"path": str(path)}}))
     with pytest.raises(RunError, match=r"is not the data that .* was trained on"):
-        refuse_other_data(rows, run)
+        check_same_data(rows, run)

@@ -15,8 +15,15 @@ from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from sevpeft.runs import Run
 from sevpeft.training.checkpoints import as_started
-from sevpeft.training.plan import choose_layout, memory_plan, split_here
-from sevpeft.training.resolve import device_memory, is_automatic, resolve_split, rows_with_least_work
+from sevpeft.training.resolve import (
+    choose_layout,
+    device_memory,
+    is_automatic,
+    memory_plan,
+    resolve_split,
+    rows_with_least_work,
+    split_here,
+)
 from tests.conftest import build_model
 
 

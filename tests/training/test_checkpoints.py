@@ -17,7 +17,14 @@ from rich.console import Console
 
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.checkpoints import MANIFEST, damage_of, files_to_resume, newest_whole, remove_unfinished, seal
+from sevpeft.training.checkpoints import (
+    MANIFEST,
+    checkpoint_damage,
+    files_to_resume,
+    latest_valid_checkpoint,
+    remove_incomplete,
+    seal,
+)
 from sevpeft.training.train import train
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
@@ -66,7 +73,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_the_training_seals_what_a_resume_needs(trained: Run) -> None:
     assert files_to_resume(Accelerator(cpu=True)) == REQUIRED
     assert {str(name) for name in files_of(trained)} >= {MANIFEST, *REQUIRED}
-    newest, said = newest_whole(trained, REQUIRED)
+    newest, said = latest_valid_checkpoint(trained, REQUIRED)
     assert newest is not None and newest.name == "checkpoint-4" and said == []
 
 
@@ -74,7 +81,7 @@ def test_the_training_seals_what_a_resume_needs(trained: Run) -> None:
 def test_each_file_removed_truncated_or_zeroed_is_noticed(damage: str, copied: Run, trained: Run) -> None:
     for name in files_of(trained):
         DAMAGES[damage](copied.checkpoints / "checkpoint-4" / name)
-        newest, said = newest_whole(copied, REQUIRED)
+        newest, said = latest_valid_checkpoint(copied, REQUIRED)
         assert newest is not None and newest.name == "checkpoint-2", name
         assert len(said) == 1 and said[0].startswith("checkpoint-4 ") and said[0].endswith("is used."), name
         if damage != "removed" and str(name) != MANIFEST:
@@ -101,7 +108,7 @@ def test_a_manifest_that_lists_not_all_that_a_resume_needs_is_damage(copied: Run
             (newest / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
             if not remains and name in REQUIRED:
                 (newest / name).unlink()
-            found, said = newest_whole(copied, REQUIRED)
+            found, said = latest_valid_checkpoint(copied, REQUIRED)
             noticed[name, remains] = (found and found.name, len(said), name not in REQUIRED or name in said[0])
             shutil.rmtree(newest, ignore_errors=True)
             shutil.copytree(trained.checkpoints / newest.name, newest)
@@ -129,13 +136,13 @@ def test_each_engine_needs_the_files_that_it_reads() -> None:
 
 def test_a_file_more_does_no_harm(copied: Run) -> None:
     (copied.checkpoints / "checkpoint-4" / "note.txt").write_text("mine", encoding="utf-8")
-    assert damage_of(copied.checkpoints / "checkpoint-4", REQUIRED) is None
+    assert checkpoint_damage(copied.checkpoints / "checkpoint-4", REQUIRED) is None
 
 
 def test_where_all_are_damaged_the_training_begins_again_and_says_so(copied: Run) -> None:
     for step in (2, 4):
         (copied.checkpoints / f"checkpoint-{step}" / "optimizer.pt").unlink()
-    newest, said = newest_whole(copied, REQUIRED)
+    newest, said = latest_valid_checkpoint(copied, REQUIRED)
     assert newest is None and [sentence.split()[0] for sentence in said] == ["checkpoint-4", "checkpoint-2"]
     assert said[-1].endswith("so the training begins again.")
     assert not list(copied.checkpoints.glob("checkpoint-*")), "they would be written under the same names"
@@ -148,13 +155,13 @@ def test_checkpoints_are_ordered_by_their_steps_and_not_by_their_names(tmp_path:
         (run.checkpoints / f"checkpoint-{step}" / "file").write_text("x", encoding="utf-8")
         seal(run.checkpoints / f"checkpoint-{step}")
     (run.checkpoints / "checkpoint-mine").mkdir()
-    newest, _ = newest_whole(run, [])
+    newest, _ = latest_valid_checkpoint(run, [])
     assert newest is not None and newest.name == "checkpoint-100"
 
 
 def test_what_has_no_manifest_yet_is_taken_away(copied: Run) -> None:
     (copied.checkpoints / "checkpoint-4" / MANIFEST).unlink()
-    remove_unfinished(copied)
+    remove_incomplete(copied)
     assert [path.name for path in copied.checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
 
 

@@ -17,7 +17,7 @@ from sevpeft.modeling.cards import Change
 from sevpeft.modeling.memory import GIB
 from sevpeft.recipe import load_recipe
 from sevpeft.training import fitting as module
-from sevpeft.training.plan import Fitting, announce_fitting, announce_time, fitting, refuse_what_cannot_fit
+from sevpeft.training.plan import Fitting, fitting, show_fitting, show_time
 from tests.modeling.test_cards import eight_billion as eight_billion_plan
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -32,7 +32,7 @@ def eight_billion() -> Fitting:
 
 def shown(found: Fitting) -> str:
     console = Console(file=io.StringIO(), width=80)
-    announce_fitting(found, console)
+    show_fitting(found, console)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
@@ -46,7 +46,7 @@ def test_bar_cards_and_verdict_fit_80_columns(eight_billion: Fitting) -> None:
 def test_every_item_has_its_part_of_the_bar(eight_billion: Fitting) -> None:
     lines = shown(eight_billion).splitlines()
     bar = next(line for line in lines if line.strip() and set(line.strip()) <= set("█▓▒░▞▚▖▘"))
-    assert len(bar.strip()) == module.BAR_WIDTH and len(set(bar.strip())) == len(eight_billion.budget.items)
+    assert len(bar.strip()) == screen.BAR_WIDTH and len(set(bar.strip())) == len(eight_billion.budget.items)
 
 
 @pytest.mark.parametrize(("gb", "fits"), [(12, True), (4, False)])
@@ -72,30 +72,24 @@ def test_the_plan_is_json(eight_billion: Fitting) -> None:
 @pytest.mark.parametrize(("seconds", "told"), [(20, "1 min"), (1800, "30 min"), (7200, "2.0 h")])
 def test_time_is_told_with_what_it_assumes(seconds: float, told: str) -> None:
     console = Console(file=io.StringIO(), width=80)
-    announce_time(seconds, 12_345, None, console, 165.0, 0.3)
+    show_time(seconds, 12_345, None, console, 165.0, 0.3)
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert f"about {told} an epoch of 12,345 tokens" in text and "30% assumed of 165 TFLOP/s (an RTX 4090)" in text
 
 
 def test_tokens_that_could_not_be_counted_are_said_to() -> None:
     console = Console(file=io.StringIO(), width=80)
-    announce_time(600, 12_345, 2.2, console, 165.0, 0.3)
+    show_time(600, 12_345, 2.2, console, 165.0, 0.3)
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "10 min an epoch of 12,345 tokens (not counted: 2.2 letters assumed for each), at 30%" in text
 
 
-@pytest.mark.parametrize(("recipe", "gib", "refused"), [("llama-3.1-70b", 24, True), ("llama-3.1-8b", 24, False)])
-def test_training_refuses_what_the_whole_card_cannot_hold(
-    recipe: str, gib: int, refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "uses_gpu", lambda recipe: True)
+def test_training_refuses_what_the_whole_gpu_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = SimpleNamespace(total_memory=24 * GIB)
+    monkeypatch.setattr(resolve, "uses_gpu", lambda recipe: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=round(gib * GIB))
-    )
-    loaded = load_recipe(RECIPES / f"{recipe}.yaml")
-    if not refused:
-        refuse_what_cannot_fit(loaded)
-        return
-    with pytest.raises(RunError, match=r"needs about \d\d\.\d GiB before its first step, and this GPU has 24\.0;"):
-        refuse_what_cannot_fit(loaded)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole)
+    fits = resolve.split_here(load_recipe(RECIPES / "llama-3.1-8b.yaml"), check_fit=True)
+    assert not resolve.is_automatic(fits)
+    with pytest.raises(RunError, match=r"this GPU has 24\.0; (add|choose)"):
+        resolve.split_here(load_recipe(RECIPES / "llama-3.1-70b.yaml"), check_fit=True)

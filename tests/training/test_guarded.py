@@ -13,8 +13,8 @@ from trl import pack_dataset
 
 from sevpeft.errors import RunError
 from sevpeft.recipe.stopping import StoppingSection
-from sevpeft.training.callbacks import Leaving
-from sevpeft.training.checkpoints import damage_of, files_to_resume
+from sevpeft.training.callbacks import SignalHandler
+from sevpeft.training.checkpoints import checkpoint_damage, files_to_resume
 from sevpeft.training.data import RowNames
 from sevpeft.training.robust_trainer import WINDOW, Divergence
 from sevpeft.training.trainer import SeveritySFTTrainer
@@ -49,7 +49,7 @@ def guarded(folder: Path, rows: Dataset, *, patience: int = 3, named: Dataset | 
     trainer.stopping = StoppingSection(nonfinite_patience=patience)
     trainer.name_rows = names_of(rows if named is None else named)
     said: list[str] = []
-    trainer.tell = said.append
+    trainer.on_message = lambda label, sentence: said.append(sentence)
     trainer.said = said
     return trainer
 
@@ -133,13 +133,13 @@ def test_means_are_over_the_steps_that_were_taken(tmp_path: Path) -> None:
 def test_after_the_patience_the_training_ends_with_a_checkpoint_of_the_good_adapter(tmp_path: Path) -> None:
     rows = poisoned(make_rows(), *range(16))
     trainer = guarded(tmp_path, rows, patience=2, max_steps=9)
-    trainer.leaving = Leaving(tmp_path, trainer.said.append)
-    trainer.add_callback(trainer.leaving)
+    trainer.signals = SignalHandler(tmp_path, trainer.said.append)
+    trainer.add_callback(trainer.signals)
     before = adapter_of(trainer)
     with pytest.raises(RunError, match=r"2 steps in a row had a loss that is not finite.*row 1\d.*checkpoint-2 holds"):
         trainer.train()
     assert_equal(before, adapter_of(trainer))
-    assert damage_of(tmp_path / "checkpoint-2", files_to_resume(trainer.accelerator)) is None
+    assert checkpoint_damage(tmp_path / "checkpoint-2", files_to_resume(trainer.accelerator)) is None
 
 
 def test_bad_steps_that_do_not_follow_each_other_use_up_no_patience(tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_a_diverging_training_keeps_the_checkpoints_from_before(
     monkeypatch.setattr(SeveritySFTTrainer, "compute_loss", growing)
     trainer.divergence = Divergence(ratio=1.5, patience=20)
     said: list[str] = []
-    trainer.tell = said.append
-    trainer.leaving = Leaving(tmp_path, said.append)
-    trainer.add_callback(trainer.leaving)
+    trainer.on_message = lambda label, sentence: said.append(sentence)
+    trainer.signals = SignalHandler(tmp_path, said.append)
+    trainer.add_callback(trainer.signals)
     with pytest.raises(RunError, match=r"for 20 steps its loss .* a lower training\.learning_rate"):
         trainer.train()
     begun = trainer.state.global_step + 1 - 19

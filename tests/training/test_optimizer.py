@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from sevpeft.errors import RecipeError
 from sevpeft.recipe import recipe_from_values
-from sevpeft.training.resolve import loraplus_settings, refuse_optimizer
+from sevpeft.training.resolve import check_optimizer, loraplus_settings
 from tests.conftest import build_model
 from tests.training.test_trainer import adapter_of, assert_close, assert_equal, make_rows, make_trainer
 
@@ -71,7 +71,7 @@ def test_an_optimizer_or_schedule_that_cannot_be_built_is_one_sentence(
     tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(RecipeError, match=said) as caught:
-        refuse_optimizer(SFTConfig(output_dir=str(tmp_path), use_cpu=True, **settings), build_model("llama"))
+        check_optimizer(SFTConfig(output_dir=str(tmp_path), use_cpu=True, **settings), build_model("llama"))
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
@@ -83,7 +83,7 @@ def test_those_that_can_be_built_are_not_refused(tmp_path: Path, optim: str, sch
     )
     model = build_model("llama")
     state = torch.get_rng_state()
-    refuse_optimizer(args, model)
+    check_optimizer(args, model)
     assert torch.equal(state, torch.get_rng_state()), "a resumed run would draw other numbers"
 
 

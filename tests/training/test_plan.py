@@ -14,7 +14,7 @@ from sevpeft.data.sources import load_consultations
 from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.recipe import load_recipe
 from sevpeft.training import plan as module
-from sevpeft.training.plan import announce_plan, plan
+from sevpeft.training.plan import plan, show_plan
 from sevpeft.training.train import train
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
@@ -32,7 +32,7 @@ def _memory_is_planned_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shown(found: object) -> str:
     console = Console(file=io.StringIO(), width=80)
-    announce_plan(found, console)  # type: ignore[arg-type]
+    show_plan(found, console)  # type: ignore[arg-type]
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 

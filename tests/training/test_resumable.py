@@ -13,8 +13,8 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from sevpeft.errors import Interrupted, RunError
-from sevpeft.training.callbacks import Leaving
-from sevpeft.training.checkpoints import damage_of, files_to_resume
+from sevpeft.training.callbacks import SignalHandler
+from sevpeft.training.checkpoints import checkpoint_damage, files_to_resume
 from sevpeft.training.robust_trainer import COUNTS, Counts
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.training.test_trainer import adapter_of, assert_close, assert_equal, losses_of, make_rows, make_trainer
@@ -67,7 +67,7 @@ def test_a_batch_that_does_not_fit_is_cut_in_parts_of_the_same_step(
     narrow: dict[str, Any] = {"train_rows": 1, "from_step": from_step, "at_first": at_first}
     trainer = crowded(tmp_path / "full", eval_dataset=make_rows(5, seed=2), **narrow)
     said: list[str] = []
-    trainer.accept_smaller_batches, trainer.on_smaller_batch = True, said.append
+    trainer.split_on_oom, trainer.on_message = True, lambda label, sentence: said.append(sentence)
     trainer.train()
     assert (trainer._train_batch_size, trainer.args.gradient_accumulation_steps) == (1, 8)
     assert ["2 rows" in said[0], "1 rows" in said[1], len(said)] == [True, True, 2]
@@ -81,10 +81,10 @@ def test_a_batch_that_does_not_fit_is_cut_in_parts_of_the_same_step(
 
 def test_a_resumed_run_begins_with_the_smaller_batches(tmp_path: Path) -> None:
     trainer = crowded(tmp_path, train_rows=2)
-    trainer.accept_smaller_batches = True
+    trainer.split_on_oom = True
     trainer.train()
     resumed = crowded(tmp_path)
-    resumed.accept_smaller_batches = True
+    resumed.split_on_oom = True
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert (resumed._train_batch_size, resumed.args.gradient_accumulation_steps) == (2, 4)
     assert_equal(adapter_of(resumed), adapter_of(trainer))
@@ -93,7 +93,7 @@ def test_a_resumed_run_begins_with_the_smaller_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("accepts", "rows"), [(False, 2), (True, 0)], ids=["not asked for", "not even one row"])
 def test_full_memory_without_a_way_out_is_an_error(tmp_path: Path, accepts: bool, rows: int) -> None:
     trainer = crowded(tmp_path, train_rows=rows)
-    trainer.accept_smaller_batches = accepts
+    trainer.split_on_oom = accepts
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
     assert should_reduce_batch_size(caught.value)
@@ -104,7 +104,7 @@ def test_validation_that_does_not_fit_is_cut_without_changing_a_figure(tmp_path:
     trainer = crowded(tmp_path, eval_rows=2, eval_dataset=validation, per_device_eval_batch_size=8)
     with pytest.raises(RunError, match=r"per_device_eval_batch_size \(now 8\)"):
         trainer.evaluate()
-    trainer.accept_smaller_batches, trainer.at_first = True, 1
+    trainer.split_on_oom, trainer.at_first = True, 1
     trainer.evaluate()
     found = trainer.state.log_history[-1]
     assert trainer.args.per_device_eval_batch_size == 2
@@ -159,7 +159,10 @@ def test_a_checkpoint_does_not_wait_for_the_validation_of_its_step(
     with pytest.raises(SystemExit):
         killed.train()
     checkpoint = tmp_path / "killed" / "checkpoint-2"
-    assert damage_of(checkpoint, files_to_resume(killed.accelerator)) is None and Counts.read(checkpoint).evaluation_due
+    assert (
+        checkpoint_damage(checkpoint, files_to_resume(killed.accelerator)) is None
+        and Counts.read(checkpoint).evaluation_due
+    )
     resumed = validating(tmp_path / "killed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_equal(adapter_of(resumed), adapter_of(whole))
@@ -169,7 +172,7 @@ def test_a_checkpoint_does_not_wait_for_the_validation_of_its_step(
 
 def test_a_validation_that_is_cut_off_has_its_steps_saved_first(tmp_path: Path) -> None:
     trainer = validating(tmp_path, save_steps=100)
-    leaving = Leaving(tmp_path, lambda sentence: None)
+    leaving = SignalHandler(tmp_path, lambda sentence: None)
     predicted = leaving.on_prediction_step
 
     def heard(args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
@@ -182,7 +185,8 @@ def test_a_validation_that_is_cut_off_has_its_steps_saved_first(tmp_path: Path) 
         trainer.train()
     checkpoint = tmp_path / "checkpoint-2"
     assert (
-        damage_of(checkpoint, files_to_resume(trainer.accelerator)) is None and Counts.read(checkpoint).evaluation_due
+        checkpoint_damage(checkpoint, files_to_resume(trainer.accelerator)) is None
+        and Counts.read(checkpoint).evaluation_due
     )
     whole = validating(tmp_path / "whole", save_steps=100)
     whole.train()

@@ -10,7 +10,7 @@ import pytest
 from sevpeft.errors import RunError
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.checkpoints import refuse_other_data, refuse_other_recipe
+from sevpeft.training.checkpoints import check_same_data, check_same_recipe
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 
@@ -23,14 +23,14 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_the_same_recipe_is_no_difference(run: Run) -> None:
-    refuse_other_recipe(load_recipe(QUICKSTART), run)
-    refuse_other_recipe(load_recipe(run.folder / "recipe.yaml"), run)
+    check_same_recipe(load_recipe(QUICKSTART), run)
+    check_same_recipe(load_recipe(run.folder / "recipe.yaml"), run)
 
 
 def test_each_difference_is_shown_as_it_was_and_as_it_is(run: Run) -> None:
     words = ["training.learning_rate=1e-5", "severity.weights={non_critical: 1, neutral: 1, critical: 3}"]
     with pytest.raises(RunError) as refused:
-        refuse_other_recipe(load_recipe(QUICKSTART, words), run)
+        check_same_recipe(load_recipe(QUICKSTART, words), run)
     said = str(refused.value)
     rate = load_recipe(QUICKSTART).training.learning_rate
     assert f"training.learning_rate ({rate} then, 1e-05 now)" in said
@@ -45,15 +45,15 @@ def test_many_differences_are_counted(run: Run) -> None:
         f"training.{name}=7" for name in ("seed", "save_steps", "eval_steps", "max_steps", "logging_steps", "data_seed")
     ]
     with pytest.raises(RunError, match="and 1 more; resume with the same settings"):
-        refuse_other_recipe(load_recipe(QUICKSTART, words), run)
+        check_same_recipe(load_recipe(QUICKSTART, words), run)
 
 
 def test_other_data_is_refused_where_its_content_is_known(run: Run) -> None:
     run.write_text("environment.json", json.dumps({"data_fingerprint": "sha256:one"}))
-    refuse_other_data("sha256:one", "rows.csv", run)
+    check_same_data("sha256:one", "rows.csv", run)
     with pytest.raises(RunError, match=r"rows\.csv is not the data that"):
-        refuse_other_data("sha256:other", "rows.csv", run)
-    refuse_other_data("5f2c", "someone/on-the-hub", run)  # changes with this machine's cache
+        check_same_data("sha256:other", "rows.csv", run)
+    check_same_data("5f2c", "someone/on-the-hub", run)  # changes with this machine's cache
 
 
 def test_the_log_is_cut_back_and_stays_json_whatever_is_logged(run: Run) -> None:

@@ -14,8 +14,8 @@ from sevpeft.modeling.loading import Precision
 from sevpeft.recipe import recipe_from_values
 from sevpeft.recipe.combinations import BEST_IS_LEAST
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training import settings
-from sevpeft.training.resolve import refuse_no_batch, resolve_split, sft_config
+from sevpeft.training import resolve
+from sevpeft.training.resolve import check_one_batch, resolve_split, sft_config
 
 FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
 
@@ -63,10 +63,10 @@ def test_a_loss_by_severity_that_can_be_asked_for_is_one_that_is_measured() -> N
 
 def test_dropping_the_last_batch_must_leave_one(tmp_path: Path) -> None:
     made = config(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=8)
-    refuse_no_batch(made, 8)
+    check_one_batch(made, 8)
     with pytest.raises(RecipeError, match="leaves no batch of 8 of the 7 training rows"):
-        refuse_no_batch(made, 7)
-    refuse_no_batch(config(tmp_path, per_device_train_batch_size=8), 7)
+        check_one_batch(made, 7)
+    check_one_batch(config(tmp_path, per_device_train_batch_size=8), 7)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_values_that_cannot_work_are_refused_in_one_sentence(tmp_path: Path, tra
 
 def test_several_processes_do_not_look_for_a_batch_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not config(tmp_path, auto_find_batch_size=True).auto_find_batch_size, "the trainer does it, in its own way"
-    monkeypatch.setattr(settings, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(resolve, "PartialState", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(RecipeError, match="auto_find_batch_size works on one process only"):
         config(tmp_path, auto_find_batch_size=True)
 

@@ -27,10 +27,10 @@ from sevpeft.modeling.loading import Precision, quantization_config
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.distributed import (
-    refuse_incomplete_adapter,
-    refuse_other_engine,
-    refuse_other_processes,
-    refuse_what_cannot_be_sharded,
+    check_adapter_is_complete,
+    check_engine_of_model,
+    check_same_processes,
+    check_sharding,
     set_up_engine,
 )
 from sevpeft.training.resolve import sft_config
@@ -188,7 +188,7 @@ def fsdp(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def refuse(tmp_path: Path, *changes: str) -> None:
     recipe = load_recipe(QUICKSTART, list(changes))
-    refuse_what_cannot_be_sharded(recipe, sft_config(recipe, ON_CPU, tmp_path / "checkpoints"))
+    check_sharding(recipe, sft_config(recipe, ON_CPU, tmp_path / "checkpoints"))
 
 
 def test_what_fsdp2_can_do_is_let_through(fsdp: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -292,27 +292,27 @@ def test_log_probabilities_are_not_rounded_by_fsdp(fsdp: pytest.MonkeyPatch) -> 
 
 def test_a_model_that_is_not_in_fsdps_hands_takes_no_step(fsdp: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="asked for FSDP, but one process would train"):
-        refuse_other_engine(Accelerator(cpu=True), adapted())
+        check_engine_of_model(Accelerator(cpu=True), adapted())
 
 
 def test_an_adapter_that_was_not_gathered_is_refused(tmp_path: Path) -> None:
     model = adapted()
     with pytest.raises(RunError, match="with 0 of its"):
-        refuse_incomplete_adapter(tmp_path, model)
+        check_adapter_is_complete(tmp_path, model)
     model.save_pretrained(tmp_path)
-    refuse_incomplete_adapter(tmp_path, model)
+    check_adapter_is_complete(tmp_path, model)
     path = tmp_path / "adapter_model.safetensors"
     whole = load_file(path)
     name = sorted(whole)[0]
     for part in (torch.empty(0), whole[name][: len(whole[name]) // 2].clone()):
         save_file(whole | {name: part}, path)
         with pytest.raises(RunError, match="were not gathered"):
-            refuse_incomplete_adapter(tmp_path, model)
+            check_adapter_is_complete(tmp_path, model)
 
 
 def test_a_run_is_resumed_by_the_processes_that_began_it_only() -> None:
     here = Accelerator(cpu=True)
-    refuse_other_processes(here, {"processes": 1, "engine": "one process"})
-    refuse_other_processes(here, {"processes": 1})
+    check_same_processes(here, {"processes": 1, "engine": "one process"})
+    check_same_processes(here, {"processes": 1})
     with pytest.raises(RunError, match="started with 2 of FSDP2 and would be resumed with one process"):
-        refuse_other_processes(here, json.loads('{"processes": 2, "engine": "FSDP2"}'))
+        check_same_processes(here, json.loads('{"processes": 2, "engine": "FSDP2"}'))

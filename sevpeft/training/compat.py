@@ -1,0 +1,140 @@
+"""Every private or undocumented name of torch, transformers, TRL and accelerate that training touches.
+
+Each entry says for which version it was written, and the upstream issue where one was found. tests/training/
+test_compat.py fails when a library moves what is used here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl import SFTTrainer
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import FusedCausalLMOutput
+
+IGNORED = -100
+# Columns of the vocabulary that are scored at once on a CPU. TRL's 32,768 spill out of its caches, which costs up to
+# twice the head's time and eight times its memory. Summed in other tiles, a log-probability changes in its last bit.
+CPU_VOCABULARY_TILE = 4096
+# Where Triton runs, TRL's own LM head passes over the positions without a label.
+_SKIPPED_BY_TRL = ("cuda", "xpu")
+# When nearly every position has a label, picking them out costs more than it saves.
+_WORTH_SKIPPING_BELOW = 0.9
+
+
+class LabeledPositions:
+    """Calls a model so that only labeled positions reach its LM head on a CPU, as TRL does on GPUs only.
+
+    TRL 1.16 takes log-probabilities from the backbone's output and the head's weight (`FusedCausalLMOutput`). A forward
+    hook hands it one row of the labeled positions. Upstream issue: none found.
+
+    Args:
+        model: the causal language model without its adapter's wrapper.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._mask: torch.Tensor | None = None
+        model.base_model.register_forward_hook(self._keep)
+
+    def __call__(self, model: Any, inputs: dict[str, Any]) -> FusedCausalLMOutput:
+        """Outputs of `model(**inputs)`, with fields of the shape (B, T-1)."""
+        labels = inputs["labels"][:, 1:]
+        mask = labels != IGNORED
+        if labels.device.type in _SKIPPED_BY_TRL or mask.float().mean() > _WORTH_SKIPPING_BELOW:
+            outputs: FusedCausalLMOutput = model(**inputs)
+            return outputs
+        self._mask = mask
+        try:
+            with _small_vocabulary_tiles():
+                outputs = model(**{**inputs, "labels": None}, shift_labels=labels[mask][None])
+        finally:
+            self._mask = None
+
+        def spread(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        fields = {name: spread(getattr(outputs, name)) for name in ("log_probs", "entropy", "is_top1")}
+        return replace(outputs, **fields, label_mask=mask)
+
+    def _keep(self, module: Any, args: Any, output: Any) -> Any:
+        if self._mask is not None:
+            output.last_hidden_state = output.last_hidden_state[:, :-1][self._mask][None]
+        return output
+
+
+@contextmanager
+def _small_vocabulary_tiles() -> Iterator[None]:
+    """TRL 1.16 has no setting for it; backward takes the width that forward was called with."""
+    stock = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(stock, CPU_VOCABULARY_TILE)
+    try:
+        yield
+    finally:
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = stock
+
+
+@contextmanager
+def mixed_precision_of_recipe(bf16: bool, fp16: bool) -> Iterator[None]:
+    """Hides the launcher's mixed precision from transformers 5.24, which obeys it where the settings say no."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    os.environ[name] = "bf16" if bf16 else "fp16" if fp16 else "no"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def forget_compilation_of_launcher() -> None:
+    """accelerate 1.15 compiles the model when the launcher says so, whatever SFTConfig says."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
+
+
+class SeededLengthGroupedSampler(LengthGroupedSampler):
+    """Draws the order of an epoch from the seed and the epoch, as accelerate does where lengths do not count.
+
+    The library's draws it from PyTorch's own state, which a resumed training gets back after the order was drawn.
+    """
+
+    def __init__(self, stock: LengthGroupedSampler, trainer: SFTTrainer) -> None:
+        super().__init__(stock.batch_size, lengths=stock.lengths)
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = _generator_of_epoch(self._trainer)
+        return iter(super().__iter__())
+
+
+class SortedWithinStepsSampler(Sampler[int]):
+    """The random order that accelerate draws, with the rows of each optimizer step from long to short."""
+
+    def __init__(self, lengths: list[int], trainer: SFTTrainer) -> None:
+        self.lengths, self._trainer = lengths, trainer
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        args = self._trainer.args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        order = torch.randperm(len(self), generator=_generator_of_epoch(self._trainer)).tolist()
+        for start in range(0, len(order), size):
+            yield from sorted(order[start : start + size], key=lambda row: -self.lengths[row])
+
+
+def _generator_of_epoch(trainer: SFTTrainer) -> torch.Generator:
+    """As accelerate 1.15 seeds its `SeedableRandomSampler`."""
+    args, epoch = trainer.args, int(trainer.state.epoch or 0)
+    return torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
