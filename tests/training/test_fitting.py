@@ -16,8 +16,10 @@ from sevpeft.errors import RunError
 from sevpeft.modeling.cards import Change
 from sevpeft.modeling.memory import GIB
 from sevpeft.recipe import load_recipe
-from sevpeft.training import fitting as module
-from sevpeft.training.plan import Fitting, fitting, show_fitting, show_time
+from sevpeft.training import plan as module
+from sevpeft.training import resolve, screen
+from sevpeft.training.plan import Fitting, fitting
+from sevpeft.training.screen import show_fitting, show_time
 from tests.modeling.test_cards import eight_billion as eight_billion_plan
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
