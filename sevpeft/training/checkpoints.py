@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,36 @@ from sevpeft.training.resolve import CHOSEN_WITH, with_training
 
 MANIFEST = "manifest.json"
 COUNTS = "counts.json"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a training has counted up to a step.
+
+    Attributes:
+        train_tokens: tokens of all batches, prompts included and padding not. loss_sum: of the losses of all steps up
+            to `last_logged`, the step of the last line in the log; pending_losses: of those since, of each process.
+        metrics: name → values since the last line. seconds: spent on training, by all processes one after the other.
+        watched: state of the NaN and divergence checks.
+        evaluation_due: whether the validation of this step was still to come.
+        cut: rows a batch on each device, and batches a step, where they are no longer the recipe's.
+    """
+
+    train_tokens: int = 0
+    loss_sum: float = 0.0
+    pending_losses: list[float] = field(default_factory=list)
+    last_logged: int = 0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    watched: dict[str, Any] = field(default_factory=dict)
+    evaluation_due: bool = True
+    cut: tuple[int, int] | None = None
+
+    @classmethod
+    def read(cls, checkpoint: str | Path) -> Counts:
+        """Those of a sealed checkpoint."""
+        found = json.loads((Path(checkpoint) / COUNTS).read_text(encoding="utf-8"))
+        return cls(**{**found, "cut": tuple(found["cut"]) if found["cut"] else None})
 
 
 def files_to_resume(accelerator: Accelerator) -> list[str]:

@@ -1,4 +1,12 @@
-"""Exact resume and NaN handling."""
+"""SFTTrainer that resumes exactly, skips steps with a loss or gradient that is not finite, and stops divergence.
+
+The libraries' checkpoint holds adapter, optimizer, schedule and random state. It lacks what was counted since the last
+line of the log, so a resumed run would log other values than an uninterrupted one. Each checkpoint gets these counts
+and a manifest, and is written before the validation of its step.
+
+One NaN in a gradient makes every number of the adapter NaN. Such a step is skipped and its rows are named. With a
+float16 GradScaler infinite gradients are normal and skipped by the scaler; only the loss counts there.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +34,9 @@ from sevpeft.errors import Interrupted, RunError
 from sevpeft.recipe.stopping import StoppingSection
 from sevpeft.runs import write_atomically
 from sevpeft.training.callbacks import SignalHandler
-from sevpeft.training.checkpoints import COUNTS, checkpoint_damage, files_to_resume, seal
+from sevpeft.training.checkpoints import COUNTS, Counts, checkpoint_damage, files_to_resume, seal
 from sevpeft.training.compat import SeededLengthGroupedSampler, SortedWithinStepsSampler
 from sevpeft.training.data import documents_of
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a training has counted up to a step.
-
-    Attributes:
-        train_tokens: tokens of all batches, prompts included and padding not. loss_sum: of the losses of all steps up
-            to `last_logged`, the step of the last line in the log; pending_losses: of those since, of each process.
-        metrics: name → values since the last line. seconds: spent on training, by all processes one after the other.
-        watched: what a subclass has seen of the steps.
-        evaluation_due: whether the validation of this step was still to come.
-        cut: rows a batch on each device, and batches a step, where they are no longer the recipe's.
-    """
-
-    train_tokens: int = 0
-    loss_sum: float = 0.0
-    pending_losses: list[float] = field(default_factory=list)
-    last_logged: int = 0
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0
-    watched: dict[str, Any] = field(default_factory=dict)
-    evaluation_due: bool = True
-    cut: tuple[int, int] | None = None
-
-    @classmethod
-    def read(cls, checkpoint: str | Path) -> Counts:
-        """Those of a sealed checkpoint."""
-        found = json.loads((Path(checkpoint) / COUNTS).read_text(encoding="utf-8"))
-        return cls(**{**found, "cut": tuple(found["cut"]) if found["cut"] else None})
-
 
 # Steps whose mean loss is looked at, so that one hard batch is no divergence.
 WINDOW = 10
@@ -69,14 +46,14 @@ NameRows = Callable[[Sequence[Sequence[int]]], list[str]]
 
 
 class Divergence:
-    """Whether a training has left what it has learnt.
+    """Counts the steps in a row whose mean loss is far above that of the first ones.
 
     Args:
         ratio: mean loss of WINDOW steps, over that of the first ones, above which it diverges. patience: such steps in
-            a row that are borne; None bears all.
+            a row before the training stops; None never stops it.
 
     Attributes:
-        steps: in a row that it has diverged for.
+        steps: of divergence in a row.
     """
 
     def __init__(self, ratio: float, patience: int | None) -> None:

@@ -14,8 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from sevpeft.errors import Interrupted, RunError
 from sevpeft.training.callbacks import SignalHandler
-from sevpeft.training.checkpoints import checkpoint_damage, files_to_resume
-from sevpeft.training.robust_trainer import COUNTS, Counts
+from sevpeft.training.checkpoints import COUNTS, Counts, checkpoint_damage, files_to_resume
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.training.test_trainer import adapter_of, assert_close, assert_equal, losses_of, make_rows, make_trainer
 
