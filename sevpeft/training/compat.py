@@ -34,7 +34,8 @@ class LabeledPositions:
     """Calls a model so that only labeled positions reach its LM head on a CPU, as TRL does on GPUs only.
 
     TRL 1.16 takes log-probabilities from the backbone's output and the head's weight (`FusedCausalLMOutput`). A forward
-    hook hands it one row of the labeled positions. Upstream issue: none found.
+    hook hands it one row of the labeled positions. Upstream: https://github.com/huggingface/trl/issues/7063 (the same
+    for all devices is planned).
 
     Args:
         model: the causal language model without its adapter's wrapper.
@@ -72,7 +73,7 @@ class LabeledPositions:
 
 @contextmanager
 def _small_vocabulary_tiles() -> Iterator[None]:
-    """TRL 1.16 has no setting for it; backward takes the width that forward was called with."""
+    """TRL 1.16 has no setting for it; backward takes the width that forward used. Upstream issue: none found."""
     stock = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(stock, CPU_VOCABULARY_TILE)
     try:
@@ -83,7 +84,10 @@ def _small_vocabulary_tiles() -> Iterator[None]:
 
 @contextmanager
 def mixed_precision_of_recipe(bf16: bool, fp16: bool) -> Iterator[None]:
-    """Hides the launcher's mixed precision from transformers 5.24, which obeys it where the settings say no."""
+    """Hides the launcher's mixed precision from transformers 5.24, which obeys it where the settings say no.
+
+    Upstream: https://github.com/huggingface/transformers/issues/32622 (intended, so that a launcher may decide).
+    """
     name = "ACCELERATE_MIXED_PRECISION"
     before = os.environ.get(name)
     os.environ[name] = "bf16" if bf16 else "fp16" if fp16 else "no"
@@ -97,7 +101,7 @@ def mixed_precision_of_recipe(bf16: bool, fp16: bool) -> Iterator[None]:
 
 
 def forget_compilation_of_launcher() -> None:
-    """accelerate 1.15 compiles the model when the launcher says so, whatever SFTConfig says."""
+    """accelerate 1.15 compiles the model when the launcher says so, whatever SFTConfig says. Issue: none found."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
 

@@ -1,0 +1,97 @@
+"""What training uses of the libraries without being promised it: each test fails when a release moves a name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+
+import accelerate
+import pytest
+import torch
+from transformers import Trainer
+from trl import SFTTrainer
+from trl.trainer import utils as trl_utils
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from sevpeft.training import compat
+from tests.conftest import build_model
+from tests.training.test_trainer import make_rows, make_trainer
+
+# Overridden or read by RobustSFTTrainer and SeveritySFTTrainer, with the parameters that they rely on.
+METHODS = {
+    "_get_train_sampler": ("train_dataset",),
+    "_init_training_state": (),
+    "_load_best_model": (),
+    "_maybe_log_save_evaluate": (),
+    "_save_checkpoint": ("model", "trial"),
+    "_get_grad_norm": ("model", "grad_norm"),
+    "_get_num_items_in_batch": ("batch_samples", "device"),
+    "_set_signature_columns_if_needed": (),
+    "_send_telemetry": (),
+    "create_model_card": (),
+    "training_step": ("model", "inputs"),
+    "evaluation_loop": ("metric_key_prefix",),
+}
+STATE = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "_total_train_tokens")
+
+
+def test_the_trainer_still_has_the_methods_that_are_overridden() -> None:
+    moved = []
+    for name, parameters in METHODS.items():
+        method = getattr(SFTTrainer, name, None)
+        found = inspect.signature(method).parameters if method else {}
+        if method is None or not set(parameters) <= set(found):
+            moved.append((name, list(found)))
+    assert moved == []
+
+
+def test_the_trainer_still_counts_in_the_attributes_that_a_resume_sets(tmp_path) -> None:
+    source = inspect.getsource(Trainer) + inspect.getsource(SFTTrainer)
+    assert [name for name in STATE if f"self.{name}" not in source] == []
+    trainer = make_trainer(tmp_path, make_rows(), stock=True)
+    assert set(trainer._metrics) == {"train", "eval"}
+
+
+def test_trl_scores_tiles_of_the_vocabulary_and_returns_log_probabilities() -> None:
+    fields = {field.name for field in dataclasses.fields(trl_utils.FusedCausalLMOutput)}
+    assert fields >= {"log_probs", "entropy", "is_top1", "label_mask"}
+    assert trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE > compat.CPU_VOCABULARY_TILE
+    with compat._small_vocabulary_tiles():
+        assert trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE == compat.CPU_VOCABULARY_TILE
+    assert {"padding_free", "pad_to_multiple_of"} <= {
+        f.name for f in dataclasses.fields(DataCollatorForLanguageModeling)
+    }
+
+
+def test_only_labeled_positions_reach_the_head(tmp_path) -> None:
+    """A batch whose prompts are long sends fewer positions through the head, and gives the same log-probabilities."""
+    trainer = make_trainer(tmp_path, make_rows())
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    seen = []
+    head = trainer.model.get_base_model().base_model
+    head.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state.shape[1]))
+    with torch.no_grad():
+        narrow = trainer._labeled_positions(trainer.model, inputs)
+        whole = trainer.model(**inputs)
+    labeled = inputs["labels"][:, 1:] != -100
+    assert seen[0] == int(labeled.sum()) and seen[1] == inputs["labels"].shape[1]
+    torch.testing.assert_close(narrow.log_probs[labeled], whole.log_probs[labeled], rtol=1e-5, atol=1e-5)
+
+
+def test_the_mixed_precision_of_the_launcher_is_hidden_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in ("bf16", None):
+        if before:
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", before)
+        else:
+            monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        with compat.mixed_precision_of_recipe(bf16=False, fp16=False):
+            assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+        assert os.environ.get("ACCELERATE_MIXED_PRECISION") == before
+    assert "ACCELERATE_MIXED_PRECISION" in inspect.getsource(accelerate.utils.launch)
+
+
+def test_a_backbone_still_returns_last_hidden_state() -> None:
+    output = build_model("llama").base_model(input_ids=torch.arange(4, 10)[None])
+    assert output.last_hidden_state.shape[:2] == (1, 6)
