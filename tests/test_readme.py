@@ -1,0 +1,131 @@
+"""Every command in a README works as it is written there, on a small model and few rows."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sevpeft.cli import main
+from sevpeft.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+READMES = [
+    *(ROOT / name for name in ("README.md", "recipes/README.md", "accelerate_configs/README.md", "tests/README.md")),
+    *sorted((ROOT / "sevpeft").glob("*/README.md")),
+]
+# Shorter, for the same verbs and settings.
+SHORTER = {
+    "base,ce,mild,balanced,strong,shuffled,constant": "base,ce,mild,shuffled",
+    "base,ce,mild,balanced,strong,shuffled": "base,ce,mild,shuffled",
+    "0,1,2": "0",
+}
+COLUMNS = ["question", "answer", "severity"]
+SMALL = (
+    "data: {max_rows: 60}\ntraining: {max_steps: 1, max_length: 160, eval_strategy: 'no', use_cpu: true}\n"
+    "generation: {max_new_tokens: 2}\nevaluation: {bertscore: false, n_resamples: 100}\n"
+)
+
+
+def commands(path: Path) -> list[str]:
+    """Lines of the sh blocks, continued ones joined, without comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the recipes, of which the one that is trained has a toy for its model, and consultations."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "recipes" / "qwen2.5-0.5b.yaml").write_text(SMALL, encoding="utf-8")
+    lines = (ROOT / "sevpeft" / "data" / "samples" / "consultations.jsonl").read_text(encoding="utf-8").splitlines()
+    for name, columns in (("consultations.csv", ["question", "answer"]), ("labeled.csv", [*COLUMNS, "source"])):
+        with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows({**json.loads(line), "source": index % 3} for index, line in enumerate(lines[:240]))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def call(command: str) -> None:
+        line, _, target = command.partition(" > ")
+        words = [SHORTER.get(word, word) for word in shlex.split(line)]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code in (0, None), command
+        assert not target or target.endswith(".json")
+
+    return call
+
+
+def test_the_commands_of_the_readme_in_their_order(checkout: Path, run: Callable[[str], None]) -> None:
+    verbs = [command for command in commands(ROOT / "README.md") if command.startswith("sevpeft ")]
+    assert [words.split()[1] for words in verbs] == ["prepare", "annotate", "train", "evaluate", "compare", "report"]
+    for command in verbs:
+        run(command)
+    assert (checkout / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
+    assert list((checkout / "comparison").glob("*.html"))
+
+
+def test_the_commands_of_the_other_readmes(checkout: Path, run: Callable[[str], None]) -> None:
+    ready = "sevpeft train recipes/qwen2.5-0.5b.yaml data.path=builtin:consultations --output RUN"
+    run("sevpeft prepare consultations.csv data/clean")
+    run("sevpeft annotate data/clean data/annotated method=rules")
+    run(ready)
+    shutil.rmtree("data/annotated")
+    shutil.rmtree("data/clean")
+    seen = set(commands(ROOT / "README.md"))
+    for path in READMES[1:]:
+        for command in commands(path):
+            if command in seen or not command.startswith("sevpeft "):
+                continue
+            seen.add(command)
+            if "data/clean" in command and not Path("data/clean").exists() and "prepare" not in command:
+                run("sevpeft prepare consultations.csv data/clean")
+            run(command)
+
+
+def test_launches_name_files_and_settings_that_exist() -> None:
+    wrong = []
+    for path in READMES:
+        for command in commands(path):
+            words = shlex.split(command.partition("&& ")[2] or command)
+            if words[0] == "accelerate":
+                config = words[words.index("--config_file") + 1]
+                position = words.index("sevpeft") + 2
+                settings = [word for word in words[position + 1 :] if re.match(r"[\w.]+=", word)]
+                load_recipe(ROOT / words[position], settings)
+                wrong += [] if (ROOT / config).is_file() else [command]
+            elif words[:2] == ["python", "-m"]:
+                wrong += [] if importlib.util.find_spec(words[2]) else [command]
+    assert wrong == []
+
+
+def test_the_readme_is_one_page_and_its_links_lead_somewhere() -> None:
+    wrong = []
+    for path in READMES:
+        text = path.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            if not (path.parent / link).exists():
+                wrong.append((path.name, link))
+        if len(text.splitlines()) > 150:
+            wrong.append((str(path), "more than 150 lines"))
+    assert wrong == []
+
+
+def test_the_table_of_recipes_is_the_folder() -> None:
+    listed = set(re.findall(r"\]\(([\w.-]+\.yaml)\)", (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in (ROOT / "recipes").glob("*.yaml")}
