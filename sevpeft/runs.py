@@ -191,8 +191,8 @@ def _disk_is_full(error: Exception) -> bool:
     """Also as the libraries say it: safetensors and Arrow in words of their own, torch.save by a wrong position."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    said = str(error)
-    return "No space left" in said or ("inline_container" in said and "pos" in said)
+    message = str(error)
+    return "No space left" in message or ("inline_container" in message and "pos" in message)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -63,11 +63,11 @@ def plan(
     ] = None,
     vram: Annotated[
         float | None,
-        typer.Option(min=1, max=1e5, help="GB of your card; exit code 1 if too small.", show_default=False),
+        typer.Option(min=1, max=1e5, help="GB of your GPU; exit code 1 if too small.", show_default=False),
     ] = None,
     tflops: Annotated[
         float,
-        typer.Option(min=0.1, max=1e6, help="Dense bfloat16 peak of your card; an RTX 4090's by default."),
+        typer.Option(min=0.1, max=1e6, help="Dense bfloat16 peak of your GPU; an RTX 4090's by default."),
     ] = 165.0,
     efficiency: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of that peak that a training reaches.")
@@ -109,7 +109,7 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
 ) -> None:
-    """Ask a trained adapter. What it says is no medical advice.
+    """Chat with a trained adapter. Its answers are no medical advice.
 
     Example: sevpeft chat runs/quickstart-20260101-120000 --question "عندي صداع من امبارح"
     """
@@ -136,7 +136,7 @@ def chat(
 def recipes(
     folder: Annotated[Path, typer.Argument(help="Folder of recipes")] = Path("recipes"),
     vram: Annotated[
-        float | None, typer.Option(min=1, max=1e5, help="Only those that fit a card of so many GB.", show_default=False)
+        float | None, typer.Option(min=1, max=1e5, help="Only those that fit a GPU of so many GB.", show_default=False)
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,

@@ -170,8 +170,8 @@ class SignalHandler(TrainerCallback):
 
     def __init__(self, run: Path, on_message: Callable[[str], None]) -> None:
         self.run, self.on_message = run, on_message
-        self._heard: int | None = None
-        self._heard_at = 0.0
+        self._received: int | None = None
+        self._received_at = 0.0
         self._reason: SevpeftError | None = None
         self._saves_next = False
         self._handlers: dict[int, Any] = {}
@@ -183,7 +183,7 @@ class SignalHandler(TrainerCallback):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
-                    self._handlers[number] = signal.signal(number, self._hear)
+                    self._handlers[number] = signal.signal(number, self._on_signal)
             # `accelerate launch` always sets it for its processes.
             self._bound = "ACCELERATE_MIXED_PRECISION" in os.environ
             if self._bound:
@@ -221,26 +221,26 @@ class SignalHandler(TrainerCallback):
         if args.metric_for_best_model is None and self._agreed(args):
             raise self._interruption()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker of the data loader, which has inherited this handler
             raise SystemExit(128 + number)
         now = time.monotonic()
-        if self._heard is None:
-            self._heard, self._heard_at = number, now
+        if self._received is None:
+            self._received, self._received_at = number, now
             self.on_message("finishing this step and writing a checkpoint; a second Ctrl-C stops at once.")
-        elif number == signal.SIGINT and now - self._heard_at > _SECONDS_TO_INSIST:
+        elif number == signal.SIGINT and now - self._received_at > _SECONDS_TO_INSIST:
             raise KeyboardInterrupt
 
     def _agreed(self, args: TrainingArguments) -> bool:
-        """Whether any process has heard a signal; all have the same answer, in the same step."""
+        """Whether any process has received a signal; all have the same answer, in the same step."""
         if args.world_size > 1:
-            highest = torch.tensor(self._heard or 0, device=args.device)
+            highest = torch.tensor(self._received or 0, device=args.device)
             torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
-            self._heard = int(highest) or None
-        return self._heard is not None
+            self._received = int(highest) or None
+        return self._received is not None
 
     def _interruption(self) -> Interrupted:
-        number = self._heard or signal.SIGINT
+        number = self._received or signal.SIGINT
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         return Interrupted(
             f"Stopped by {name}. Resume from the newest checkpoint with: {resume_command(self.run)}", 128 + number

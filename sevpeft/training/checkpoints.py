@@ -165,7 +165,7 @@ _MOST_SHOWN = 5
 
 
 def resume_checkpoint(run: Run, console: Console, required: Sequence[str]) -> Path | None:
-    """The newest whole checkpoint; None where the training begins again. What was found damaged is told.
+    """The newest valid checkpoint; None where the training begins again. Damaged ones are reported.
 
     log.jsonl is cut back to what was in it when that checkpoint was written, since the rest happens again.
 

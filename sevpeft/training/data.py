@@ -385,9 +385,9 @@ def _weight_batch(
 ) -> dict[str, list[list[float]]]:
     columns = []
     for index, labels in zip(indices, batch["labels"], strict=True):
-        labelled = np.asarray(labels) != IGNORED
-        weight = weights[index] / labelled.sum() if per_example else weights[index]
-        columns.append(np.where(labelled, weight, 0.0).astype(np.float32).tolist())
+        labeled = np.asarray(labels) != IGNORED
+        weight = weights[index] / labeled.sum() if per_example else weights[index]
+        columns.append(np.where(labeled, weight, 0.0).astype(np.float32).tolist())
     return {"token_weights": columns}
 
 

@@ -89,14 +89,14 @@ def _check_zero3(arguments: SFTConfig) -> None:
     for setting in ("packing", "padding_free"):
         if getattr(arguments, setting):
             raise RunError(
-                f"training.{setting}=true is refused under ZeRO-3, because whether the model keeps packed documents "
-                "apart is found out by asking it, and no process has it whole; leave it out, or use "
+                f"training.{setting}=true is refused under ZeRO-3, because no process has the whole model, which would be measured for keeping packed documents "
+                "apart; leave it out, or use "
                 "accelerate_configs/fsdp2.yaml."
             )
 
 
 def set_up_engine(accelerator: Accelerator, model: Any) -> None:
-    """Number formats of the adapter, and what FSDP is told of the model, before the engine takes it.
+    """Number formats of the adapter, and the layers that FSDP wraps, before the engine takes the model.
 
     TRL casts QLoRA adapters to bfloat16: at lr 5e-5 two thirds of the updates are then rounded away, a float16
     GradScaler fails, and a resumed run goes on in float32. So they are float32, which FSDP2 needs of them all and
@@ -121,7 +121,7 @@ def set_up_engine(accelerator: Accelerator, model: Any) -> None:
 
 
 def check_engine_of_model(accelerator: Accelerator, model: Any) -> None:
-    """Raises RunError when the model that is about to take a step is not in the hands of the engine asked for."""
+    """Raises RunError when the model that is about to take a step is not wrapped by the requested engine."""
     kind = accelerator.distributed_type
     if kind in DDP and not isinstance(model, DistributedDataParallel):
         # accelerate 1.15 skips DDP for a model that evaluate() prepared first (Accelerator.prepare_model).
@@ -183,11 +183,11 @@ def check_same_processes(accelerator: Accelerator, environment: dict[str, Any]) 
     there = (environment.get("processes", here[0]), environment.get("engine", here[1]))
     if here != there:
 
-        def told(processes: int, engine: str) -> str:
+        def described(processes: int, engine: str) -> str:
             return "one process" if processes == 1 and engine == "one process" else f"{processes} of {engine}"
 
         raise RunError(
-            f"The run was started with {told(*there)} and would be resumed with {told(*here)}, which cannot read its "
+            f"The run was started with {described(*there)} and would be resumed with {described(*here)}, which cannot read its "
             "checkpoints; resume it with the same --config_file and number of processes, or start another run."
         )
 

@@ -50,7 +50,7 @@ class Plan:
     Attributes:
         weights: of the training rows.
         data: as the summary of a run's data; `encoding` is empty without a tokenizer.
-        steps: optimiser steps on one process; None while packing makes their number unknown.
+        steps: optimizer steps on one process; None while packing makes their number unknown.
         unknown: why nothing is known about tokens; None when all is.
         fitting: memory on a GPU; None where nothing is known about the base model.
         memory_unknown: why not; None when it is.
@@ -98,8 +98,8 @@ def plan(recipe: Recipe, *, vram: float | None = None, tflops: float = TFLOPS, e
     """Everything that is known before training.
 
     Args:
-        vram: GB of a card to judge the memory by.
-        tflops: dense peak of the card in bfloat16, TFLOP/s. efficiency: share of it that is reached.
+        vram: GB of the GPU that the memory is compared with.
+        tflops: dense peak of the GPU in bfloat16, TFLOP/s. efficiency: share of it that is reached.
 
     Raises:
         SevpeftError: whatever `train` would refuse about the data, the severity, the prompt or the adapter.
@@ -120,36 +120,36 @@ def plan(recipe: Recipe, *, vram: float | None = None, tflops: float = TFLOPS, e
         _, weights = weigh(recipe, severity, source_index(splits.train))
         steps = None if settings.get("packing") else _steps(len(splits.train), settings)
         data = summary_of(table, splits, severity, {})
-        tokens, labelled = _estimated_tokens(splits.train, settings["max_length"])
-        seconds = epoch_seconds(memory, tokens, labelled, len(splits.train), **rate) if memory else None
+        tokens, labeled = _estimated_tokens(splits.train, settings["max_length"])
+        seconds = epoch_seconds(memory, tokens, labeled, len(splits.train), **rate) if memory else None
         return Plan(recipe, weights, data, steps, str(error), found, tokens, seconds, **assumed)
     prompt = prompt_of(recipe, tokenizer)
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         prepared = prepare(recipe, prompt, Path(scratch))
-        tokens, labelled = _tokens(prepared.train)
-        seconds = epoch_seconds(memory, tokens, labelled, len(prepared.train), **rate) if memory else None
+        tokens, labeled = _tokens(prepared.train)
+        seconds = epoch_seconds(memory, tokens, labeled, len(prepared.train), **rate) if memory else None
         steps = _steps(len(prepared.train), settings)
         return Plan(recipe, prepared.weights, prepared.summary, steps, None, found, tokens, seconds, **assumed)
 
 
 def _tokens(train: Dataset) -> tuple[int, int]:
-    """Tokens of the training rows, and how many of them are learnt."""
-    tokens = labelled = 0
+    """Tokens of the training rows, and how many of them are learned."""
+    tokens = labeled = 0
     for table in train.select_columns(["labels"]).with_format("arrow").iter(batch_size=2000):
         labels = pc.list_flatten(table["labels"].combine_chunks())
         tokens += len(labels)
-        labelled += pc.sum(pc.not_equal(labels, IGNORED)).as_py() or 0
-    return tokens, labelled
+        labeled += pc.sum(pc.not_equal(labels, IGNORED)).as_py() or 0
+    return tokens, labeled
 
 
 def _estimated_tokens(train: Dataset, max_length: int | None) -> tuple[int, int]:
-    """Tokens of the training rows, and how many of them are learnt, from their letters."""
-    tokens = labelled = 0.0
+    """Tokens of the training rows, and how many of them are learned, from their letters."""
+    tokens = labeled = 0.0
     for table in train.select_columns(["question", "answer"]).with_format("arrow").iter(batch_size=2000):
         question, answer = (pc.utf8_length(table[name]).to_numpy() / LETTERS_PER_TOKEN for name in table.column_names)
         tokens += np.minimum(question + answer, max_length or np.inf).sum()
-        labelled += np.minimum(answer, max_length or np.inf).sum()
-    return round(tokens), round(labelled)
+        labeled += np.minimum(answer, max_length or np.inf).sum()
+    return round(tokens), round(labeled)
 
 
 def _steps(rows: int, settings: dict[str, Any]) -> int:
@@ -215,7 +215,7 @@ class Fitting:
 
 
 def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, MemoryPlan]:
-    """What the recipe needs on a GPU, and on which cards it fits.
+    """What the recipe needs on a GPU, and on which GPUs it fits.
 
     Args:
         vram: GB of a GPU to judge; the batch split is chosen for it, or else for the GPU that the recipe names.
@@ -252,7 +252,7 @@ def memory_is_full(recipe: Recipe, run: Path) -> RunError:
     gpu = uses_gpu(recipe)
     whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else 0
     try:
-        # A full memory in validation is told by the trainer, with another remedy.
+        # The trainer reports a full memory in validation, with another remedy.
         plan, _ = memory_plan(changed(recipe, ("training.per_device_eval_batch_size=1",)), on_gpu=gpu)
         advice = next(savings(plan, whole / GIB / 0.95), None)
     except ModelError:

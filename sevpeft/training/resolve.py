@@ -122,7 +122,7 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     """
     settings = copy.deepcopy(recipe.training.settings())  # transformers writes into accelerator_config
     del settings["global_batch_size"]  # of `resolve_split`, which has made numbers of it
-    settings["padding_free"] = settings["padding_free"] is True  # auto: as long as the model was not asked
+    settings["padding_free"] = settings["padding_free"] is True  # auto: until the model is measured
     settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints))
     settings.setdefault("use_cpu", not uses_gpu(recipe))
     # The filter replaces a NaN loss by the last good one in the log, and nobody notices. The trainer looks itself, and
@@ -165,9 +165,9 @@ def settings_errors() -> Iterator[None]:
     except SevpeftError:
         raise
     except (ValueError, TypeError, ImportError, KeyError, FileNotFoundError) as error:
-        said = " ".join(str(error).split())
-        said = f"{said} is not known" if isinstance(error, KeyError) else said
-        raise RecipeError(f"The training section is refused: {said}") from error
+        message = " ".join(str(error).split())
+        message = f"{message} is not known" if isinstance(error, KeyError) else message
+        raise RecipeError(f"The training section is refused: {message}") from error
 
 
 def check_one_batch(args: SFTConfig, rows: int) -> None:

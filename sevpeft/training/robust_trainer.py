@@ -389,7 +389,7 @@ class RobustSFTTrainer(SFTTrainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called by Trainer when the gradient of a step is whole and clipped, before the optimiser sees it."""
+        """Called by Trainer when the gradient of a step is whole and clipped, before the optimizer sees it."""
         norm = super()._get_grad_norm(model, grad_norm)
         loss = self.accelerator.reduce(torch.stack(self._losses).double().sum(), "mean").item()
         gradient = float(norm) if norm is not None else 0.0

@@ -188,7 +188,7 @@ def show_plan(found: Plan, console: Console) -> None:
             console, "Unknown", f"how many questions are shortened and answers refused: {found.unknown}", style="yellow"
         )
     if found.memory_unknown is not None and found.memory_unknown != found.unknown:
-        print_labeled(console, "Unknown", f"memory and cards: {found.memory_unknown}", style="yellow")
+        print_labeled(console, "Unknown", f"memory and GPUs: {found.memory_unknown}", style="yellow")
     if found.fitting is not None:
         show_fitting(found.fitting, console)
     if found.epoch_seconds is not None:
@@ -197,7 +197,7 @@ def show_plan(found: Plan, console: Console) -> None:
 
 
 def show_fitting(found: Fitting, console: Console) -> None:
-    """Prints parameters, the bar, the cards and what to change."""
+    """Prints parameters, the bar, the GPUs and what to change."""
     count = found.parameters
     share = count.trainable / (count.base + count.trainable)
     print_labeled(
@@ -242,21 +242,21 @@ def show_fitting(found: Fitting, console: Console) -> None:
             console, "", f"{change.total / GIB:.1f} GiB then{': fits' if change.fits else ''}; {change.effect}"
         )
     if not found.changes or not found.changes[-1].fits:
-        print_labeled(console, "", "That is still too much: choose a smaller base model, or a larger card.")
+        print_labeled(console, "", "That is still too much: choose a smaller base model, or a larger GPU.")
 
 
 def show_time(
     seconds: float, tokens: int, letters: float | None, console: Console, tflops: float, efficiency: float
 ) -> None:
     """Args: letters: that a token was taken for, where they could not be counted."""
-    told = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
+    duration = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
     counted = "" if letters is None else f" (not counted: {letters:g} letters assumed for each)"
     card = " (an RTX 4090)" if tflops == TFLOPS else ""
     assumed = " assumed" if efficiency == EFFICIENCY else ""
     print_labeled(
         console,
         "Time",
-        f"about {told} an epoch of {tokens:,} tokens{counted}, at {efficiency:.0%}{assumed} of {tflops:g} "
+        f"about {duration} an epoch of {tokens:,} tokens{counted}, at {efficiency:.0%}{assumed} of {tflops:g} "
         f"TFLOP/s{card}; padding and validation come on top",
     )
 

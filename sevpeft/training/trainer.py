@@ -204,4 +204,4 @@ def _check_weights(dataset: Dataset) -> None:
             raise WeightError("The training data has negative token_weights.")
         positive = positive or bool(highest)
     if not positive:
-        raise WeightError("All token_weights of the training data are zero, so nothing would be learnt.")
+        raise WeightError("All token_weights of the training data are zero, so nothing would be learned.")

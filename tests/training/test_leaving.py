@@ -23,7 +23,9 @@ def test_signals_are_heard_inside_only(tmp_path: Path) -> None:
     said: list[str] = []
     with SignalHandler(tmp_path, said.append) as leaving:
         ignored = signal.SIG_IGN  # SIGHUP, where the tests themselves run under nohup
-        assert all(signal.getsignal(number) == leaving._hear for number in SIGNALS if before[number] is not ignored)
+        assert all(
+            signal.getsignal(number) == leaving._on_signal for number in SIGNALS if before[number] is not ignored
+        )
         os.kill(os.getpid(), signal.SIGTERM)
         assert len(said) == 1 and "checkpoint" in said[0]
     assert {number: signal.getsignal(number) for number in SIGNALS} == before

@@ -175,7 +175,7 @@ def test_a_validation_that_is_cut_off_has_its_steps_saved_first(tmp_path: Path) 
     predicted = leaving.on_prediction_step
 
     def heard(args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        leaving._heard = 15 if state.global_step == 2 else None
+        leaving._received = 15 if state.global_step == 2 else None
         predicted(args, state, *rest, **kwargs)
 
     leaving.on_prediction_step = heard  # type: ignore[method-assign]
