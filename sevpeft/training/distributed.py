@@ -89,9 +89,8 @@ def _check_zero3(arguments: SFTConfig) -> None:
     for setting in ("packing", "padding_free"):
         if getattr(arguments, setting):
             raise RunError(
-                f"training.{setting}=true is refused under ZeRO-3, because no process has the whole model, which would be measured for keeping packed documents "
-                "apart; leave it out, or use "
-                "accelerate_configs/fsdp2.yaml."
+                f"training.{setting}=true is refused under ZeRO-3: whether documents stay apart is measured on the "
+                "whole model, and no process has it; leave it out, or use accelerate_configs/fsdp2.yaml."
             )
 
 
@@ -187,8 +186,8 @@ def check_same_processes(accelerator: Accelerator, environment: dict[str, Any]) 
             return "one process" if processes == 1 and engine == "one process" else f"{processes} of {engine}"
 
         raise RunError(
-            f"The run was started with {described(*there)} and would be resumed with {described(*here)}, which cannot read its "
-            "checkpoints; resume it with the same --config_file and number of processes, or start another run."
+            f"The run was started with {described(*there)} and would be resumed with {described(*here)}, which cannot read "
+            "its checkpoints; resume it with the same --config_file and number of processes, or start another run."
         )
 
 
