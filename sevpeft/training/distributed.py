@@ -186,8 +186,8 @@ def check_same_processes(accelerator: Accelerator, environment: dict[str, Any]) 
             return "one process" if processes == 1 and engine == "one process" else f"{processes} of {engine}"
 
         raise RunError(
-            f"The run was started with {described(*there)} and would be resumed with {described(*here)}, which cannot read "
-            "its checkpoints; resume it with the same --config_file and number of processes, or start another run."
+            f"The run was started with {described(*there)} and would be resumed with {described(*here)}, which cannot "
+            "read its checkpoints; resume it with the same --config_file and number of processes, or start another run."
         )
 
 

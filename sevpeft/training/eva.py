@@ -62,7 +62,7 @@ def initialize_from_rows(trainer: SeveritySFTTrainer, checkpoint: str | None = N
 
 
 def _directions(trainer: SeveritySFTTrainer) -> dict[str, torch.Tensor] | ModelError:
-    """Module name → (rank, features) directions in which its inputs vary; or the error, to re-raise on all processes."""
+    """Module name → (rank, features) directions in which its inputs vary; or the error, to raise on all processes."""
     config = trainer.model.peft_config[trainer.model.active_adapter]
     ranks = [config.r, *(config.rank_pattern or {}).values()]
     batches = _batches_of_tokens(trainer, round(max(ranks) * config.eva_config.rho), config.eva_config.use_label_mask)
