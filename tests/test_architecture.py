@@ -1,6 +1,6 @@
 """The house as it is meant: small rooms, imports that run one way, a light ground floor, no code that came with data.
 
-What a linter knows (pickle, eval, unsafe YAML, errors that disappear, print) is among the rules of ruff (pyproject.toml).
+What a linter knows (pickle, eval, unsafe YAML, errors that disappear, print) is a rule of ruff in pyproject.toml.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.recipe.listing import list_recipes, recipes_table
 from sevpeft.sharing.card import write_card
+from sevpeft.training.compat import CPU_VOCABULARY_TILE
 from sevpeft.training.train import train
-from sevpeft.training.trainer import CPU_VOCABULARY_TILE
 from tests.conftest import ARCHITECTURES, CHAT_TEMPLATES, build_model
 
 FOLDER = Path(__file__).parent.parent / "recipes"

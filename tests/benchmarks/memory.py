@@ -81,7 +81,7 @@ def measure_here(case: str) -> dict[str, float]:
 
     from sevpeft.modeling.memory import MemoryPlan
     from sevpeft.recipe import recipe_from_values
-    from sevpeft.training.trainer import CPU_VOCABULARY_TILE
+    from sevpeft.training.compat import CPU_VOCABULARY_TILE
 
     torch.set_num_threads(1)
     for parameter, value in _MALLOPT.values():
@@ -135,7 +135,7 @@ def _train(recipe: Any, config: Any, rows: int, length: int, ready: Any = lambda
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
-    from sevpeft.training.trainer import CPU_VOCABULARY_TILE
+    from sevpeft.training.compat import CPU_VOCABULARY_TILE
 
     model = AutoModelForCausalLM.from_config(config)
     if recipe.quantization.load_in_4bit:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sevpeft.errors import WeightError
-from sevpeft.training.trainer import SeverityCollator
+from sevpeft.training.data import SeverityCollator
 
 PAD = 7
 ROWS: list[dict[str, Any]] = [

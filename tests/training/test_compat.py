@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -30,7 +31,7 @@ METHODS = {
     "_set_signature_columns_if_needed": (),
     "_send_telemetry": (),
     "create_model_card": (),
-    "training_step": ("model", "inputs"),
+    "training_step": (),
     "evaluation_loop": ("metric_key_prefix",),
 }
 STATE = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "_total_train_tokens")
@@ -46,7 +47,7 @@ def test_the_trainer_still_has_the_methods_that_are_overridden() -> None:
     assert moved == []
 
 
-def test_the_trainer_still_counts_in_the_attributes_that_a_resume_sets(tmp_path) -> None:
+def test_the_trainer_still_counts_in_the_attributes_that_a_resume_sets(tmp_path: Path) -> None:
     source = inspect.getsource(Trainer) + inspect.getsource(SFTTrainer)
     assert [name for name in STATE if f"self.{name}" not in source] == []
     trainer = make_trainer(tmp_path, make_rows(), stock=True)
@@ -64,20 +65,18 @@ def test_trl_scores_tiles_of_the_vocabulary_and_returns_log_probabilities() -> N
     }
 
 
-def test_only_labeled_positions_reach_the_head(tmp_path) -> None:
-    """A batch whose prompts are long sends fewer positions through the head, and gives the same log-probabilities."""
+def test_only_labeled_positions_reach_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, make_rows())
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    seen = []
-    head = trainer.model.get_base_model().base_model
-    head.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state.shape[1]))
-    with torch.no_grad():
-        narrow = trainer._labeled_positions(trainer.model, inputs)
-        whole = trainer.model(**inputs)
-    labeled = inputs["labels"][:, 1:] != -100
-    assert seen[0] == int(labeled.sum()) and seen[1] == inputs["labels"].shape[1]
-    torch.testing.assert_close(narrow.log_probs[labeled], whole.log_probs[labeled], rtol=1e-5, atol=1e-5)
+    seen: list[int] = []
+    trainer.model.get_base_model().base_model.register_forward_hook(
+        lambda module, args, output: seen.append(output.last_hidden_state.shape[:2].numel())
+    )
+    narrow = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(20))
+    monkeypatch.setattr(compat, "_WORTH_SKIPPING_BELOW", 0)
+    whole = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(20))
+    assert seen == [int((batch["labels"][:, 1:] != -100).sum()), batch["labels"].numel()]
+    torch.testing.assert_close(narrow, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_the_mixed_precision_of_the_launcher_is_hidden_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_told_with_what_to_change(gb: int, fits: bool, eigh
     text = " ".join(shown(dataclasses.replace(eight_billion, vram=1.0, changes=advised)).split())
     assert "does not fit in 1 GB" in text and "quantization.load_in_4bit=true 7.4 GiB then" in text
     assert (": fits; QLoRA" in text) == fits
-    assert ("choose a smaller base model, or a larger card" in text) != fits
+    assert ("choose a smaller base model, or a larger GPU" in text) != fits
 
 
 def test_a_plan_in_4_bit_says_what_the_adapter_belongs_to(eight_billion: Fitting) -> None:
@@ -87,11 +87,13 @@ def test_tokens_that_could_not_be_counted_are_said_to() -> None:
 
 
 def test_training_refuses_what_the_whole_gpu_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = SimpleNamespace(total_memory=24 * GIB)
+    gpu = SimpleNamespace(total_memory=24 * GIB)
     monkeypatch.setattr(resolve, "uses_gpu", lambda recipe: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole)
-    fits = resolve.split_here(load_recipe(RECIPES / "llama-3.1-8b.yaml"), check_fit=True)
-    assert not resolve.is_automatic(fits)
-    with pytest.raises(RunError, match=r"this GPU has 24\.0; (add|choose)"):
-        resolve.split_here(load_recipe(RECIPES / "llama-3.1-70b.yaml"), check_fit=True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(resolve, "memory_plan", lambda recipe, on_gpu: (eight_billion_plan(), "the recipe"))
+    recipe = load_recipe(RECIPES / "llama-3.1-8b.yaml")
+    assert not resolve.is_automatic(resolve.split_here(recipe, check_fit=True))
+    gpu.total_memory = 4 * GIB
+    with pytest.raises(RunError, match=r"this GPU has 4\.0; (add|choose)"):
+        resolve.split_here(recipe, check_fit=True)

@@ -14,7 +14,8 @@ from sevpeft.data.sources import load_consultations
 from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.recipe import load_recipe
 from sevpeft.training import plan as module
-from sevpeft.training.plan import plan, show_plan
+from sevpeft.training.plan import plan
+from sevpeft.training.screen import show_plan
 from sevpeft.training.train import train
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"

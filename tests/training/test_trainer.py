@@ -14,7 +14,8 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer import utils as trl_utils
 
 from sevpeft.errors import WeightError
-from sevpeft.training.trainer import CPU_VOCABULARY_TILE, SeveritySFTTrainer
+from sevpeft.training.compat import CPU_VOCABULARY_TILE
+from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import ARCHITECTURES, VOCABULARY, build_model
 
 EXAMPLES = 16
