@@ -47,6 +47,9 @@ def _attention(
 
 def _documents(mask: torch.Tensor) -> list[tuple[int, int, bool]]:
     """Begin, end and whether it is plainly causal, of each block of a boolean mask; empty where there are no blocks."""
+    # A compiled graph, and tensors without numbers (of the memory plan), have no blocks to look for.
+    if torch.compiler.is_compiling() or type(mask) is not torch.Tensor or mask.is_meta:
+        return []
     if mask.dtype != torch.bool or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
         return []
     if mask not in _found:

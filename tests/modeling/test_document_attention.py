@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -79,3 +80,13 @@ def test_other_masks_go_to_pytorch_as_they_are(shapes: list[tuple[int, bool]]) -
         torch.testing.assert_close(output, sdpa_attention_forward(module, *inputs, four)[0])
         found[name] = list(shapes)
     assert found == {name: calls for name, (_, calls) in expected.items()}
+
+
+def test_tensors_without_numbers_are_let_through(shapes: list[tuple[int, bool]]) -> None:
+    """The memory plan runs a step with fake tensors, also in a process that has loaded a model."""
+    module = SimpleNamespace(is_causal=True)
+    for context in (torch.device("meta"), FakeTensorMode()):
+        with context:
+            mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+            ALL_ATTENTION_FUNCTIONS["sdpa"](module, *[torch.empty(1, 2, 6, 4) for _ in range(3)], mask)
+    assert shapes == [(6, True), (6, True)]
