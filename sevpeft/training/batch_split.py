@@ -19,8 +19,7 @@ from sevpeft.errors import RecipeError
 from sevpeft.modeling.cards import usable
 from sevpeft.modeling.loading import uses_gpu
 from sevpeft.modeling.memory import GIB, MemoryPlan
-from sevpeft.recipe import Recipe, recipe_from_values
-from sevpeft.recipe.library_sections import AUTO, GLOBAL_BATCH_SIZE
+from sevpeft.recipe import AUTO, GLOBAL_BATCH_SIZE, Recipe, recipe_from_values
 
 # A pass costs as much as this many more tokens: small matrices leave a device idle, and 4-bit weights are unpacked for
 # each. CPU: 8 rows of 90 tokens in one pass took .7 of 8 passes (Gemma-3-270M, 2 cores). GPU: an assumption.

@@ -24,8 +24,7 @@ from sevpeft.modeling.memory import GIB, LARGEST_BATCH, Budget, MemoryPlan, Para
 from sevpeft.modeling.packing import check_packing, documents_stay_apart
 from sevpeft.modeling.sharding import weights_are_sharded
 from sevpeft.modeling.skeleton import base_config
-from sevpeft.recipe import Recipe
-from sevpeft.recipe.library_sections import AUTO
+from sevpeft.recipe import AUTO, Recipe
 from sevpeft.training.batch_split import (
     device_memory,
     is_automatic,

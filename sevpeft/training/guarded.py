@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 
 from sevpeft.errors import RunError
-from sevpeft.recipe.stopping import StoppingSection
+from sevpeft.recipe import StoppingSection
 from sevpeft.training.leaving import Leaving
 from sevpeft.training.resumable import ResumableSFTTrainer
 

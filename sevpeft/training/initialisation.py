@@ -26,8 +26,7 @@ from sevpeft.errors import ModelError, RunError, first_sentence
 from sevpeft.modeling.adapters import cast_trained
 from sevpeft.modeling.loading import resolved_name, uses_gpu
 from sevpeft.modeling.sharding import engine_asked
-from sevpeft.recipe import Recipe
-from sevpeft.recipe.combinations import CHANGING_THE_BASE
+from sevpeft.recipe import CHANGING_THE_BASE, Recipe
 from sevpeft.runs import Run
 from sevpeft.training.trainer import IGNORED, SeveritySFTTrainer
 

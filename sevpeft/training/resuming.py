@@ -15,8 +15,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sevpeft.errors import RunError
-from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.recipe.library_sections import AUTO
+from sevpeft.recipe import AUTO, Recipe, load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.batch_split import CHOSEN_WITH, with_training
 from sevpeft.training.checkpoints import newest_whole, remove_unfinished

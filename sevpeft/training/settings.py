@@ -14,8 +14,7 @@ from trl import SFTConfig
 
 from sevpeft.errors import RecipeError, SevpeftError
 from sevpeft.modeling.loading import Precision, uses_gpu
-from sevpeft.recipe import Recipe
-from sevpeft.recipe.combinations import BEST_IS_LEAST
+from sevpeft.recipe import BEST_IS_LEAST, Recipe
 
 
 def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTConfig:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import pack_dataset
 
 from sevpeft.errors import RunError
-from sevpeft.recipe.stopping import StoppingSection
+from sevpeft.recipe import StoppingSection
 from sevpeft.training.checkpoints import damage_of, files_to_resume
 from sevpeft.training.guarded import WINDOW, Divergence
 from sevpeft.training.leaving import Leaving

@@ -11,8 +11,7 @@ import torch
 
 from sevpeft.errors import RecipeError
 from sevpeft.modeling.loading import Precision
-from sevpeft.recipe import recipe_from_values
-from sevpeft.recipe.combinations import BEST_IS_LEAST
+from sevpeft.recipe import BEST_IS_LEAST, recipe_from_values
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import settings
 from sevpeft.training.batch_split import resolve_split
