@@ -1,17 +1,18 @@
 """A YAML recipe with KEY=VALUE overrides, read into a checked `Recipe`. Nothing here imports torch."""
 # ruff: noqa: F401
 
-from sevpeft.recipe.combinations import BEST_IS_LEAST, CHANGING_THE_BASE
-from sevpeft.recipe.evidence import EvaluationSection, JudgeSection
-from sevpeft.recipe.library_sections import AUTO, GLOBAL_BATCH_SIZE
-from sevpeft.recipe.reading import Recipe, load_recipe, recipe_from_values, recipe_schema, settings_from
-from sevpeft.recipe.rules import JUDGE_KEY
-from sevpeft.recipe.sections import (
+from sevpeft.recipe.checks import BEST_IS_LEAST, CHANGING_THE_BASE
+from sevpeft.recipe.library import AUTO, GLOBAL_BATCH_SIZE
+from sevpeft.recipe.load import Recipe, load_recipe, recipe_from_values, recipe_schema, settings_from
+from sevpeft.recipe.schema import (
+    JUDGE_KEY,
     SEVERITY_PRESETS,
     DataSection,
+    EvaluationSection,
+    JudgeSection,
     ModelSection,
     QuantizationSection,
     Section,
     SeverityWeights,
+    StoppingSection,
 )
-from sevpeft.recipe.stopping import StoppingSection
