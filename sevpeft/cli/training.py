@@ -85,7 +85,7 @@ def plan(
     with Screen(stderr=True).status(f"Reading {recipe} and its data"):
         quiet_libraries()
         from sevpeft.training.plan import plan as plan_of
-        from sevpeft.training.plan import show_plan
+        from sevpeft.training.screen import show_plan
 
         found = plan_of(loaded, vram=vram, tflops=tflops, efficiency=efficiency)
     if as_json:

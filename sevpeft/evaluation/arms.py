@@ -17,8 +17,7 @@ from filelock import FileLock, Timeout
 
 from sevpeft.errors import RunError, SevpeftError, UsageError
 from sevpeft.evaluation.predictions import differences
-from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.recipe.sections import SEVERITY_PRESETS
+from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, plain_disk_errors, write_atomically
 from sevpeft.training.checkpoints import as_started
 

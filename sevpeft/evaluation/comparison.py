@@ -30,7 +30,7 @@ from sevpeft.evaluation.significance import (
     shown_p,
 )
 from sevpeft.evaluation.statistics import Difference, Estimate, interval, paired_difference
-from sevpeft.recipe.evidence import EvaluationSection
+from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
 
 CRITICAL, PRIMARY = SEVERITIES[-1], "nll"

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 
 from sevpeft.errors import RunError, UsageError
-from sevpeft.recipe.evidence import JUDGE_KEY, JudgeSection
+from sevpeft.recipe import JUDGE_KEY, JudgeSection
 
 # Tries for one reply, and the seconds before the second; each later wait is twice as long.
 _TRIES, _PAUSE = 4, 1.0

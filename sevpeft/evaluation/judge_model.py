@@ -15,9 +15,7 @@ from sevpeft.evaluation.judge_endpoint import OnReply
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.modeling.loading import choose_precision, load_config, load_model, load_tokenizer, uses_gpu
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.recipe import Recipe
-from sevpeft.recipe.evidence import JudgeSection
-from sevpeft.recipe.sections import ModelSection, QuantizationSection
+from sevpeft.recipe import JudgeSection, ModelSection, QuantizationSection, Recipe
 
 
 class LocalJudge:

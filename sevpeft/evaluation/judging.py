@@ -28,8 +28,7 @@ from sevpeft.evaluation.predictions import RowFile
 from sevpeft.evaluation.progress import RowProgress
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.evaluation.rubric import Rubric, Verdict
-from sevpeft.recipe import Recipe
-from sevpeft.recipe.evidence import JUDGE_KEY, JudgeSection
+from sevpeft.recipe import JUDGE_KEY, JudgeSection, Recipe
 
 JUDGEMENTS = "judgements.jsonl"
 _FIELDS = ("digest", "ratings", "reason")

@@ -18,7 +18,8 @@ from sevpeft.errors import DataError, RunError
 from sevpeft.evaluation.generation import next_batch
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.training.data import IGNORED, encode_rows
+from sevpeft.training.compat import IGNORED
+from sevpeft.training.data import encode_rows
 
 # A batch holds so many tokens, with its padding: enough to keep a GPU busy when nothing is kept for a backward pass.
 _TOKENS = 4096

@@ -18,7 +18,7 @@ from scipy import stats
 from sevpeft.errors import DataError
 from sevpeft.evaluation.metrics import Direction
 from sevpeft.evaluation.statistics import PERMUTATIONS, Difference, Estimate
-from sevpeft.recipe.evidence import EvaluationSection
+from sevpeft.recipe import EvaluationSection
 
 ALPHA = 0.05
 POWER = 0.8

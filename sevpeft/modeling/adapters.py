@@ -21,8 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from sevpeft.errors import ModelError, first_sentence
 from sevpeft.modeling.sharding import on_paper
 from sevpeft.modeling.targets import refuse_unmatched
-from sevpeft.recipe import Recipe
-from sevpeft.recipe.combinations import CHANGING_THE_BASE
+from sevpeft.recipe import CHANGING_THE_BASE, Recipe
 
 
 def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:

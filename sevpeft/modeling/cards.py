@@ -14,8 +14,7 @@ from typing import Any
 
 from sevpeft.errors import RecipeError
 from sevpeft.modeling.memory import GIB, MemoryPlan
-from sevpeft.recipe import Recipe, recipe_from_values
-from sevpeft.recipe.library_sections import AUTO
+from sevpeft.recipe import AUTO, Recipe, recipe_from_values
 
 CARDS = (8, 12, 16, 24, 48, 80)
 # A card sold as 16 GB shows 14.6 to 16 GiB, and a desktop takes some.

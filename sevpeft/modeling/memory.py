@@ -27,8 +27,7 @@ from sevpeft.errors import UnknownModelError
 from sevpeft.modeling.hardware import dtype_of_cpu
 from sevpeft.modeling.skeleton import extension, layers_are_alike, weightless
 from sevpeft.modeling.step_memory import Course, Rehearsal, Step
-from sevpeft.recipe import Recipe
-from sevpeft.recipe.library_sections import AUTO
+from sevpeft.recipe import AUTO, Recipe
 
 GIB = 2**30
 # Blocks of bitsandbytes: numbers that share an absolute maximum, and maxima that share one when packed twice.

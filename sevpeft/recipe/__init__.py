@@ -1,6 +1,18 @@
-"""From a YAML file and KEY=VALUE overrides to a checked recipe. Ground floor: nothing here imports torch."""
+"""A YAML recipe with KEY=VALUE overrides, read into a checked `Recipe`. Nothing here imports torch."""
+# ruff: noqa: F401
 
-from sevpeft.recipe.reading import Recipe, load_recipe, recipe_from_values, recipe_schema
-from sevpeft.recipe.sections import SEVERITY_PRESETS, SeverityWeights
-
-__all__ = ["SEVERITY_PRESETS", "Recipe", "SeverityWeights", "load_recipe", "recipe_from_values", "recipe_schema"]
+from sevpeft.recipe.checks import BEST_IS_LEAST, CHANGING_THE_BASE
+from sevpeft.recipe.library import AUTO, GLOBAL_BATCH_SIZE
+from sevpeft.recipe.load import Recipe, load_recipe, recipe_from_values, recipe_schema, settings_from
+from sevpeft.recipe.schema import (
+    JUDGE_KEY,
+    SEVERITY_PRESETS,
+    DataSection,
+    EvaluationSection,
+    JudgeSection,
+    ModelSection,
+    QuantizationSection,
+    Section,
+    SeverityWeights,
+    StoppingSection,
+)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from sevpeft.data.folders import refuse_existing
 from sevpeft.data.sources import Consultations
 from sevpeft.errors import ModelError
-from sevpeft.recipe.sections import SEVERITY_PRESETS
+from sevpeft.recipe import SEVERITY_PRESETS
 from sevpeft.severity.annotated_files import (
     EVIDENCE,
     METHOD,

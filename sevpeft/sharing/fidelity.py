@@ -21,7 +21,8 @@ from sevpeft.data.sources import load_consultations
 from sevpeft.errors import SevpeftError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
-from sevpeft.training.data import IGNORED, encode_rows, load_splits
+from sevpeft.training.compat import IGNORED
+from sevpeft.training.data import encode_rows, load_splits
 
 CONSULTATIONS = 8
 

@@ -29,8 +29,7 @@ from sevpeft.evaluation.progress import RowProgress
 from sevpeft.evaluation.switching import check_adapter
 from sevpeft.modeling.loading import Precision, count_parameters, load_config, load_model, load_tokenizer
 from sevpeft.modeling.saved_adapters import WEIGHTS, attach_adapter
-from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.recipe.sections import QuantizationSection
+from sevpeft.recipe import QuantizationSection, Recipe, load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import note_unquantized_base
 from sevpeft.sharing.fidelity import Difference, Text, answer_logits, difference, texts_of

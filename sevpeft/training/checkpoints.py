@@ -22,8 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME
 from sevpeft.console import print_labeled
 from sevpeft.data.tables import cache_folder
 from sevpeft.errors import RunError
-from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.recipe.library_sections import AUTO
+from sevpeft.recipe import AUTO, Recipe, load_recipe
 from sevpeft.runs import Run, write_atomically
 from sevpeft.training.resolve import CHOSEN_WITH, with_training
 

@@ -46,9 +46,7 @@ from sevpeft.modeling.prompts import Prompt
 from sevpeft.modeling.quantization import check_form
 from sevpeft.modeling.sharding import engine_asked, weights_are_sharded
 from sevpeft.modeling.skeleton import base_config
-from sevpeft.recipe import Recipe, recipe_from_values
-from sevpeft.recipe.combinations import BEST_IS_LEAST
-from sevpeft.recipe.library_sections import AUTO, GLOBAL_BATCH_SIZE
+from sevpeft.recipe import AUTO, BEST_IS_LEAST, GLOBAL_BATCH_SIZE, Recipe, recipe_from_values
 from sevpeft.training.compat import CPU_VOCABULARY_TILE, forget_compilation_of_launcher, mixed_precision_of_recipe
 from sevpeft.training.data import prompt_of
 from sevpeft.training.distributed import check_sharding

@@ -31,7 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 from trl import SFTTrainer
 
 from sevpeft.errors import Interrupted, RunError
-from sevpeft.recipe.stopping import StoppingSection
+from sevpeft.recipe import StoppingSection
 from sevpeft.runs import write_atomically
 from sevpeft.training.callbacks import SignalHandler
 from sevpeft.training.checkpoints import COUNTS, Counts, checkpoint_damage, files_to_resume, seal

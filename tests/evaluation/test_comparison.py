@@ -28,7 +28,7 @@ from sevpeft.evaluation.metrics import METRICS
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.evaluation.significance import Outcome, methods, shown_p
 from sevpeft.evaluation.statistics import paired_difference
-from sevpeft.recipe.evidence import EvaluationSection
+from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
 
 SETTINGS = EvaluationSection(n_resamples=100)

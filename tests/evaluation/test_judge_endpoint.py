@@ -14,7 +14,7 @@ from sevpeft.errors import RunError, SevpeftError, UsageError
 from sevpeft.evaluation import judge_endpoint
 from sevpeft.evaluation.judge_endpoint import Endpoint
 from sevpeft.evaluation.rubric import Rubric
-from sevpeft.recipe.evidence import JUDGE_KEY, JudgeSection
+from sevpeft.recipe import JUDGE_KEY, JudgeSection
 from tests.evaluation.judge_server import GOOD, KEY, Play, Request, good, serving, slow
 
 RUBRIC = Rubric.load()

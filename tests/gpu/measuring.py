@@ -25,8 +25,7 @@ from sevpeft.modeling.adapters import lora_config
 from sevpeft.modeling.loading import Precision, keep_4bit_weights_as_they_are, quantization_config
 from sevpeft.modeling.memory import GIB
 from sevpeft.recipe import Recipe
-from sevpeft.training.plan import memory_plan
-from sevpeft.training.resolve import sft_config
+from sevpeft.training.resolve import memory_plan, sft_config
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import build_tokenizer
 

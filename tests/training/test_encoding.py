@@ -14,14 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from sevpeft.errors import DataError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
-from sevpeft.training.data import (
-    FEWEST_QUESTION_WORDS,
-    IGNORED,
-    EncodingReport,
-    add_token_weights,
-    encode_rows,
-    pack_rows,
-)
+from sevpeft.training.compat import IGNORED
+from sevpeft.training.data import FEWEST_QUESTION_WORDS, EncodingReport, add_token_weights, encode_rows, pack_rows
 from tests.conftest import SENTENCES
 
 ANSWERS = ["راجع طبيب القلب اليوم", "لا", "أعطه سوائل كثيرة واعرضه على طبيب الأطفال إن استمرت الحرارة"]

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import pack_dataset
 
 from sevpeft.errors import RunError
-from sevpeft.recipe.stopping import StoppingSection
+from sevpeft.recipe import StoppingSection
 from sevpeft.training.callbacks import SignalHandler
 from sevpeft.training.checkpoints import checkpoint_damage, files_to_resume
 from sevpeft.training.data import RowNames

@@ -19,7 +19,7 @@ from sevpeft.modeling.adapters import lora_config
 from sevpeft.modeling.loading import Precision, load_config, load_model
 from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
-from sevpeft.training.plan import memory_plan
+from sevpeft.training.resolve import memory_plan
 from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import ARCHITECTURES, build_tokenizer

@@ -11,8 +11,7 @@ import torch
 
 from sevpeft.errors import RecipeError
 from sevpeft.modeling.loading import Precision
-from sevpeft.recipe import recipe_from_values
-from sevpeft.recipe.combinations import BEST_IS_LEAST
+from sevpeft.recipe import BEST_IS_LEAST, recipe_from_values
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import resolve
 from sevpeft.training.resolve import check_one_batch, resolve_split, sft_config

@@ -1,0 +1,151 @@
+"""Settings that the libraries' types allow, but that would silently change, bypass or lose a training.
+
+Each has its reason and what to write instead. What TRL, PEFT or transformers refuse clearly themselves is left to them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+KeyPath = tuple[str, ...]
+Mistake = tuple[KeyPath, str]
+
+# Starts of an adapter that move a part of the base weights into it, or that need a pass over data or weights.
+CHANGING_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Starts that PEFT's constructor computes, but not with quantized base weights.
+_FROM_WHOLE_WEIGHTS = ("orthogonal", "mica")
+# Figures of a validation. Transformers takes the least as best for names in -loss only, so loss_critical needs help.
+BEST_IS_LEAST = ("loss", "loss_non_critical", "loss_neutral", "loss_critical")
+
+_LEAVE = "leave it out"
+_UPLOAD = f"a run stays on this machine; {_LEAVE}, and upload the adapter later with `hf upload REPO_ID RUN/adapter`"
+_LAUNCHER = f"the launcher decides it; {_LEAVE}, and use `accelerate launch --config_file accelerate_configs/FILE.yaml`"
+_BYPASSED = f"the severity weights would be bypassed; {_LEAVE}"
+_PASS = "needs a pass over data or weights that is not made here; use init_lora_weights: true, gaussian or eva"
+
+# Section, keys, values that are allowed all the same, and why others are refused.
+_ROWS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
+    ("training", "output_dir", (), "the command line chooses the run folder; use --output RUN"),
+    ("training", "resume_from_checkpoint", (), "a run finds its last valid checkpoint itself; use --resume"),
+    ("training", "dataset_kwargs label_names remove_unused_columns dataset_text_field truncation_mode", (),
+     f"sevpeft encodes the consultations itself, with their weights; {_LEAVE}, and name columns in section data"),
+    ("training", "completion_only_loss", (True,), f"only the answer is learned, never the question; {_LEAVE}"),
+    ("training", "assistant_only_loss", (False,), f"only the answer is learned already; {_LEAVE}"),
+    ("training", "model_init_kwargs trust_remote_code", (),
+     "sevpeft loads the base model; use the sections model and quantization"),
+    ("training", "activation_checkpointing activation_checkpointing_kwargs", (),
+     "TRL reads the older name; write gradient_checkpointing or gradient_checkpointing_kwargs"),
+    ("training", "chat_template_path", (),
+     "generation must use the training prompt; use prompt.template or prompt.chat"),
+    ("training", "eos_token pad_token", (), f"the base model's tokenizer decides; {_LEAVE}"),
+    ("training", "loss_type", ("nll",), _BYPASSED),
+    ("training", "label_smoothing_factor", (0, 0.0), _BYPASSED),
+    ("training", "use_liger_kernel", (False,), _BYPASSED),
+    ("training", "packing_strategy", ("bfd",), f"the other strategies cut answers in two; write bfd, or {_LEAVE}"),
+    ("training", "eval_packing", (None, False), f"the validation loss is summed row by row; {_LEAVE}"),
+    ("training", "average_tokens_across_devices", (True,),
+     f"the loss would change with the number of processes; {_LEAVE}"),
+    ("training", "push_to_hub", (False,), _UPLOAD),
+    ("training", "hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision", (), _UPLOAD),
+    ("training", "hub_token", (),
+     "a token does not belong in a recipe, which is copied into the run; log in with `hf auth login`"),
+    ("training", "ignore_data_skip dataloader_persistent_workers", (False,),
+     f"a resumed run would see other rows than an uninterrupted one; {_LEAVE}"),
+    ("training", "dataloader_in_order", (True,), f"each run would see the rows in another order; {_LEAVE}"),
+    ("training", "bf16_full_eval fp16_full_eval", (False,),
+     f"a validation after the last step would round the adapter itself; {_LEAVE}"),
+    ("training", "enable_jit_checkpoint", (False,), f"a signal ends a run with a checkpoint already; {_LEAVE}"),
+    ("training", "save_only_model", (False,), f"no run could resume from such a checkpoint; {_LEAVE}"),
+    ("training", "do_train do_eval do_predict", (), "it has no effect; use training.eval_strategy for validation"),
+    ("training", "fsdp fsdp_config deepspeed parallelism_config", (None,), _LAUNCHER),
+    ("lora", "task_type peft_type base_model_name_or_path revision", (),
+     f"sevpeft sets it; {_LEAVE}, and use model.name_or_path and model.revision"),
+    ("lora", "inference_mode", (False,), f"an adapter in inference mode is not trained; {_LEAVE}"),
+    ("lora", "alora_invocation_tokens", (None,),
+     f"an aLoRA acts after its invocation tokens only, which the prompts lack; {_LEAVE}"),
+    ("lora", "use_qalora", (False,), f"PEFT has QA-LoRA for GPTQ only, and would train plain LoRA; {_LEAVE}"),
+    ("lora", "kasa_config monteclora_config", (None,), f"it needs terms of the loss that are not added; {_LEAVE}"),
+    ("lora", "corda_config lora_ga_config", (None,), _PASS),
+    ("lora", "loftq_config", (None, {}), _PASS),
+)  # fmt: skip
+# (section, key) → allowed values, reason and remedy.
+MANAGED = {(section, key): (allowed, why) for section, keys, allowed, why in _ROWS for key in keys.split()}
+
+
+def settable(section: str, key: str) -> bool:
+    """Whether a recipe may hold the key at all, with whatever value."""
+    return (section, key) not in MANAGED or bool(MANAGED[section, key][0])
+
+
+def failed_checks(values: Mapping[str, Any]) -> Iterator[Mistake]:
+    """What is wrong with the plain values of a recipe: the key's path, and "reason; remedy".
+
+    It reads plain values, so that it reports also where other values have the wrong type.
+    """
+    for (section, name), (allowed, why) in MANAGED.items():
+        given = _section(values, section)
+        if name in given and not any(type(given[name]) is type(right) and given[name] == right for right in allowed):
+            yield (section, name), why
+    yield from ((("training", key), why) for key, why in _training(_section(values, "training")))
+    adapter = _adapter(_section(values, "lora"), _section(values, "quantization"))
+    yield from ((("lora", key), why) for key, why in adapter)
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _training(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    steps = training.get("max_steps")
+    if type(steps) is int and steps < 1 and steps != -1:
+        yield "max_steps", f"must be at least 1, or -1 for whole epochs, not {steps}"
+    if "num_steps" in _section(_section(training, "accelerator_config"), "gradient_accumulation_kwargs"):
+        yield "accelerator_config", "num_steps changes the batch; write gradient_accumulation_steps instead"
+    if _section(training, "gradient_checkpointing_kwargs").get("preserve_rng_state", True) is not True:
+        yield "gradient_checkpointing_kwargs", f"without preserve_rng_state gradients are wrong; {_LEAVE}"
+    if training.get("packing") is True and training.get("max_length", 0) is None:
+        yield "max_length", "is null, and packing fills rows up to a length; write one, such as 512"
+    metric = training.get("metric_for_best_model")
+    name = str(metric).removeprefix("eval_")
+    most = name == "mean_token_accuracy"
+    if metric is not None and not most and name not in BEST_IS_LEAST:
+        # Transformers notices after the first validation.
+        known = ", ".join((*BEST_IS_LEAST, "mean_token_accuracy"))
+        yield "metric_for_best_model", f"{metric!r} is no figure of the validation; write one of {known}"
+    elif metric is not None and training.get("greater_is_better") is (not most):
+        yield "greater_is_better", f"would keep the worst checkpoint by {metric}; {_LEAVE}"
+    waits = training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    if waits and most and _section(training, "lr_scheduler_kwargs").get("mode") != "max":
+        yield "lr_scheduler_kwargs", f"the learning rate would fall while {metric} rises; write mode: max there"
+
+
+def _adapter(lora: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    eight = quantization.get("load_in_8bit") is True
+    start = lora.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "eva"):
+        if start.lower().startswith(CHANGING_THE_BASE):
+            yield "init_lora_weights", f"{start} changes the base model or {_PASS}"
+        elif start not in _FROM_WHOLE_WEIGHTS:
+            yield "init_lora_weights", f"{start!r} is unknown; write true, gaussian or eva"
+        elif eight or quantization.get("load_in_4bit") is True:
+            yield "init_lora_weights", f"{start} needs an unquantized base model; write true, gaussian or eva"
+    for key in ("use_dora", "layer_replication"):
+        if eight and lora.get(key):
+            yield key, f"fails on an 8-bit base model; use quantization.load_in_4bit, or {_LEAVE}"
+    if lora.get("loraplus_lr_embedding") is not None and lora.get("loraplus_lr_ratio") is None:
+        yield "loraplus_lr_embedding", f"has no effect without loraplus_lr_ratio; write that too, or {_LEAVE}"
+    targets, excluded = lora.get("target_modules"), lora.get("exclude_modules")
+    names = targets if isinstance(targets, list) else []
+    try:
+        # PEFT matches a text as a regular expression with the whole name, a list with the ends of names.
+        if isinstance(targets, str) and re.fullmatch(targets, "lm_head"):
+            names = ["lm_head"]
+    except re.error as error:
+        yield "target_modules", f"is no regular expression ({error.msg}); write module names or all-linear"
+    head = any(str(name).split(".")[-1] == "lm_head" for name in names)
+    if head and "lm_head" not in (excluded if isinstance(excluded, list) else [excluded]):
+        # TRL computes the loss from that weight directly, past the adapter.
+        yield "target_modules", "names lm_head, where an adapter would not be trained; take lm_head out"

@@ -1,0 +1,179 @@
+"""The sections `training` and `lora` of a recipe: every setting of TRL's SFTConfig and of PEFT's LoraConfig.
+
+Importing these classes takes seconds (torch), so their settings are read from library_fields.json beside this module.
+After an upgrade of trl, transformers or peft, write that file again:
+
+    python -c "from sevpeft.recipe.library import write_fields; write_fields()"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import operator
+import types
+from enum import Enum
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import Field, create_model, model_serializer
+
+from sevpeft.recipe.schema import Section
+
+# Section, setting → types (names of _TYPES, or a list of one), further values that are allowed, default where it is a
+# plain value, and help; in the order of the library.
+_FIELDS = Path(__file__).with_name("library_fields.json")
+# YAML has no tuples. A recipe's `3` stays 3 where the library says float: `logging_steps` takes 3 as a count.
+_TYPES: dict[str, Any] = {
+    "bool": bool, "int": int, "float": int | float, "str": str, "dict": dict[str, Any], "null": None, "any": Any,
+}  # fmt: skip
+
+# Chosen for the model and the device before training, see sevpeft/training/batch_split.py.
+AUTO = "auto"
+# Consultations of an optimizer step. As the values below down to max_grad_norm, it is the published one
+# (arXiv 2604.06346, there 1 row × 8 accumulation steps).
+GLOBAL_BATCH_SIZE = 8
+_LORA_DEFAULTS: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "bias": "none",
+    "target_modules": "all-linear",
+}
+_TRAINING_DEFAULTS: dict[str, Any] = {
+    "max_length": 512,
+    "global_batch_size": None,
+    "per_device_train_batch_size": AUTO,
+    "per_device_eval_batch_size": AUTO,
+    "gradient_accumulation_steps": AUTO,
+    "gradient_checkpointing": AUTO,
+    "padding_free": AUTO,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "num_train_epochs": 3,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+# Outside these, a training would fail after the model is loaded, or would train nothing.
+_BOUNDS: dict[str, dict[str, Any]] = {
+    "lora_dropout": {"ge": 0, "lt": 1},
+    "learning_rate": {"ge": 0},
+    "num_train_epochs": {"gt": 0},
+    "max_length": {"ge": 2},
+    "lora_alpha": {"ge": 1},
+    "per_device_train_batch_size": {"ge": 1},
+    "per_device_eval_batch_size": {"ge": 1},
+    "gradient_accumulation_steps": {"ge": 1},
+}
+
+
+class LibrarySection(Section):
+    """Settings that go to a library by their own names; one that is neither set nor in `ours` is None."""
+
+    ours: ClassVar[dict[str, Any]]
+
+    @model_serializer
+    def _written(self) -> dict[str, Any]:
+        """What the recipe sets and what sevpeft defaults; everything else is left to the library."""
+        names = type(self).model_fields
+        return {name: getattr(self, name) for name in names if name in self.ours or name in self.model_fields_set}
+
+    def settings(self) -> dict[str, Any]:
+        """What to hand to the library's configuration; for `training` also global_batch_size."""
+        return {name: value for name, value in self.model_dump().items() if not name.startswith("loraplus_")}
+
+
+def _settings_of(section: str, ours: dict[str, Any]) -> Any:
+    """A section with every setting of the library; typed as Any, because mypy cannot know a class made here."""
+    settings: dict[str, Any] = {"ours": (ClassVar[dict[str, Any]], ours)}
+    for name, about in json.loads(_FIELDS.read_text(encoding="utf-8"))[section].items():
+        kinds = [_type(kind) for kind in about["types"]]
+        if about["choices"]:
+            kinds.append(Literal.__getitem__(tuple(about["choices"])))
+        annotation: Any = Annotated[reduce(operator.or_, kinds), Field(**_BOUNDS.get(name, {}))]
+        if ours.get(name) == AUTO:
+            annotation = annotation | Literal["auto"]
+        default = ours.get(name)
+        shown = {"default": about["default"] if default is None else default}
+        settings[name] = (annotation, Field(default, description=about["help"] or None, json_schema_extra=shown))
+    return create_model(f"_{section}", __base__=LibrarySection, __module__=__name__, **settings)
+
+
+def _type(name: str) -> Any:
+    return list[_type(name[5:-1])] if name.startswith("list[") else _TYPES[name]  # type: ignore[misc]
+
+
+class LoraSection(_settings_of("lora", _LORA_DEFAULTS)):  # type: ignore[misc]
+    """The adapter: every setting of PEFT's LoraConfig, and LoRA+ (arXiv 2402.12354)."""
+
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)
+    """LoRA+: the matrices B learn so many times faster than training.learning_rate (16 in the paper); unset, once."""
+    loraplus_lr_embedding: float | None = Field(default=None, gt=0)
+    """LoRA+: learning rate of adapters on an embedding; unset, PEFT's."""
+
+
+class TrainingSection(_settings_of("training", _TRAINING_DEFAULTS)):  # type: ignore[misc]
+    """The training: every setting of TRL's SFTConfig, and the batch of a step."""
+
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Consultations that one optimizer step sees, over all processes; unset, 8, or what the other numbers make."""
+
+
+def write_fields() -> None:
+    """Writes library_fields.json from the installed libraries."""
+    _FIELDS.write_text(json.dumps(installed_fields(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def installed_fields() -> dict[str, dict[str, Any]]:
+    """The content of library_fields.json for the installed trl, transformers and peft. Imports them."""
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    found: dict[str, dict[str, Any]] = {}
+    for section, config in (("training", SFTConfig), ("lora", LoraConfig)):
+        hints = get_type_hints(config)
+        fields = [field for field in dataclasses.fields(config) if field.init]
+        found[section] = {field.name: _described(field, hints[field.name]) for field in fields}
+    return found
+
+
+def _described(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    choices = list(field.metadata.get("choices") or ())
+    kinds = []
+    for kind in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        if get_origin(kind) is Literal:
+            choices += get_args(kind)
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            choices += [member.value for member in kind]
+        else:
+            kinds.append(_name(kind))
+    if any("[" in str(choice) for choice in choices):
+        kinds, choices = [*kinds, "str"], []  # an open list: "pissa_niter_[number of iters]"
+    elif any(isinstance(choice, str) for choice in choices):
+        kinds = [kind for kind in kinds if kind != "str"]  # `SchedulerType | str` means the name of a scheduler
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    default = default.value if isinstance(default, Enum) else default
+    return {
+        "types": sorted(set(kinds)),  # `typing` may give `str | list[str]` as `list[str] | str`, made earlier
+        "choices": choices,
+        "default": default if isinstance(default, bool | int | float | str) or default in ([], {}) else None,
+        # argparse needs the percent sign twice.
+        "help": " ".join(str(field.metadata.get("help") or "").replace("%%", "%").split()),
+    }
+
+
+def _name(kind: Any) -> str:
+    origin = get_origin(kind) or kind
+    if origin in (list, tuple, set):
+        inner = {_name(part) for part in get_args(kind)}
+        return f"list[{inner.pop() if len(inner) == 1 else 'any'}]"
+    if origin is dict or dataclasses.is_dataclass(origin):
+        return "dict"
+    return "null" if kind is type(None) else kind.__name__ if kind in (bool, int, float, str) else "any"

@@ -1,0 +1,314 @@
+"""The sections of a recipe that are sevpeft's own: each setting with its type, default and meaning.
+
+`lora` and `training` are the libraries' and stand in library.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+# (α, β, γ): the weight of a surely non-critical, neutral and critical consultation (arXiv 2604.06346).
+SEVERITY_PRESETS: dict[str, tuple[float, float, float]] = {
+    "mild": (0.75, 1.0, 1.25),
+    "balanced": (0.5, 1.0, 1.5),
+    "strong": (0.25, 1.0, 1.75),
+}
+# The one environment variable whose content is sent to a judge.
+JUDGE_KEY = "SEVPEFT_JUDGE_API_KEY"
+
+
+class Section(BaseModel):
+    """Settings of one part of a job; unknown keys are errors, and values are neither converted nor changed later."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class AboutSection(Section):
+    """What `sevpeft recipes` prints about a recipe; nothing of it changes the training."""
+
+    title: str | None = None
+    """One line that says what the recipe trains."""
+    parameters: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?[KMBT]$")
+    """Size of the base model, as 0.49B or 135M."""
+    licence: str | None = None
+    """Licence of the base model, in the words of its page."""
+    gated: bool = False
+    """Whether access to the base model must be requested on the Hub."""
+    vram_gib: float | None = Field(default=None, gt=0)
+    """The smallest usual GPU, in GB, that the recipe fits as it stands, by `sevpeft plan`."""
+    config: dict[str, Any] | None = None
+    """What decides memory in the base model's config.json, with model_type; `plan` uses it before the download."""
+
+    def parameter_count(self) -> int | None:
+        """`parameters` as a number: 0.49B is 490,000,000."""
+        if self.parameters is None:
+            return None
+        return round(float(self.parameters[:-1]) * 1000 ** ("KMBT".index(self.parameters[-1]) + 1))
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name_or_path: str = Field(default="builtin:tiny", min_length=1)
+    """Hub id, folder, or builtin:tiny (a toy that is made on first use)."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; a commit makes the run repeatable."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base model's weights; auto lets the device and the model decide."""
+    attn_implementation: str | None = None
+    """Attention kernel, such as sdpa, eager or flash_attention_2; unset, the library decides."""
+    trust_remote_code: bool = False
+    """Runs Python code that comes with the model. Read that code first."""
+
+
+class QuantizationSection(Section):
+    """How the frozen base model is quantized (bitsandbytes)."""
+
+    load_in_4bit: bool = False
+    """QLoRA: the base model in 4 bits."""
+    load_in_8bit: bool = False
+    """The base model in 8 bits (LLM.int8)."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit number format."""
+    bnb_4bit_use_double_quant: bool = True
+    """Also compresses the scales, which saves about 0.4 bits a parameter."""
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type in which the 4-bit weights are multiplied; auto takes bfloat16 where the device has it."""
+    bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = "auto"
+    """Storage type of the 4-bit weights; auto takes uint8, or under FSDP and ZeRO-3 the type of the other weights."""
+
+    @field_validator("load_in_8bit")
+    @classmethod
+    def _one_format(cls, load_in_8bit: bool, info: ValidationInfo) -> bool:
+        if load_in_8bit and info.data.get("load_in_4bit"):
+            raise ValueError("is true together with load_in_4bit; set one of them to false")
+        return load_in_8bit
+
+    def quantised(self) -> bool:
+        """Whether the base model is quantized at all."""
+        return self.load_in_4bit or self.load_in_8bit
+
+
+class DataSection(Section):
+    """Where the consultations come from and how they are split."""
+
+    path: str = Field(default="builtin:consultations", min_length=1)
+    """CSV, TSV, XLSX, JSON, JSONL or Parquet file, a folder or pattern, a Hub dataset, or builtin:consultations."""
+    name: str | None = None
+    """Configuration of a Hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    split: str = "train"
+    """Split of a Hub dataset to read."""
+    encoding: str | None = None
+    """Encoding of a text file, such as windows-1256; unset, UTF-8."""
+    question_column: str | None = None
+    """Column of the patient's question; unset, it is guessed from the names."""
+    answer_column: str | None = None
+    """Column of the doctor's answer; unset, it is guessed from the names."""
+    severity_column: str | None = None
+    """Column of a hard severity label; unset, it is guessed from the names."""
+    id_column: str | None = None
+    """Column of the consultation's id; unset, it is guessed from the names."""
+    dialect_column: str | None = None
+    """Column of the question's dialect; unset, it is guessed from the names."""
+    split_column: str | None = None
+    """Column that says train, validation or test; unset, it is guessed from the names."""
+    validation_size: int | float = 0.1
+    """Share (between 0 and 1) or number (1 or more) of the consultations to validate on."""
+    test_size: int | float = 0.1
+    """Share (between 0 and 1) or number (1 or more) of the consultations kept for the test; 0 keeps none."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the split."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Reads no more than so many rows."""
+
+    @field_validator("validation_size", "test_size")
+    @classmethod
+    def _share_or_number(cls, size: int | float, info: ValidationInfo) -> int | float:
+        none = info.field_name == "test_size" and size == 0
+        share = isinstance(size, float) and 0 < size < 1
+        if not none and not share and not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"{size} is neither a share nor a number of rows; write 0.1 for a tenth, 500 for 500 rows")
+        return 0 if none else size
+
+
+class PromptSection(Section):
+    """How a question becomes the text that the model continues with the answer."""
+
+    chat: bool = False
+    """Uses the chat template of the model's tokenizer instead of template and answer_cue."""
+    template: str = "السؤال: {question}\n{answer_cue}"
+    """Text of the prompt; {question} and {answer_cue} are filled in."""
+    answer_cue: str = "الجواب:"
+    """Last words before the answer."""
+    system: str | None = None
+    """System message."""
+    dialect_prefixes: dict[str, str] | None = None
+    """Text put before the prompt for each dialect, for models that were trained with such prefixes."""
+    dialect: str | None = None
+    """The dialect of the rows that name none; needed with dialect_prefixes."""
+    strip_marks: bool = False
+    """Removes vowel marks and elongation and writes digits as 0 to 9, for models that were trained so."""
+
+    @field_validator("template")
+    @classmethod
+    def _fills_in_the_question(cls, template: str) -> str:
+        names = re.findall(r"\{([^{}\n]*)\}", template)
+        if unknown := sorted({*names} - {"question", "answer_cue"}):
+            raise ValueError(f"holds {{{unknown[0]}}}; only {{question}} and {{answer_cue}} are filled in")
+        if "question" not in names:
+            raise ValueError("lacks {question}, so the model would never see the question; add {question}")
+        return template
+
+    @field_validator("dialect")
+    @classmethod
+    def _has_prefixes(cls, dialect: str | None, info: ValidationInfo) -> str | None:
+        if dialect and not info.data.get("dialect_prefixes"):
+            raise ValueError("has no effect without dialect_prefixes; add them, or leave it out")
+        return dialect
+
+
+class SeverityWeights(Section):
+    """The loss weight of a surely non-critical, a surely neutral and a surely critical consultation."""
+
+    non_critical: float = Field(ge=0)
+    neutral: float = Field(ge=0)
+    critical: float = Field(ge=0)
+
+
+class SeveritySection(Section):
+    """How much each consultation counts in the loss."""
+
+    source: Literal["columns", "rules", "linear", "rules+linear", "transformer"] = "columns"
+    """Where the severity comes from: columns of the data, the lexicon's rules, or a fitted classifier."""
+    classifier: str | None = Field(default=None, validate_default=True)
+    """Folder that `sevpeft classifier fit` made; columns take none, rules may have one, the others need one."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Contrast of the probabilities, p^(1/T) over its sum: below 1 sharpens, above 1 flattens, 1 changes nothing."""
+    weights: Literal["mild", "balanced", "strong"] | SeverityWeights = "balanced"
+    """A published preset, or three weights {non_critical, neutral, critical}."""
+    normalize: Literal["none", "mean"] = "none"
+    """mean divides by the mean weight of the training set, so that the step size is that of plain cross-entropy."""
+    reduction: Literal["tokens", "examples"] = "tokens"
+    """tokens: every answer token counts alike (TRL's mean); examples: every consultation does (the paper's)."""
+    control: Literal["none", "shuffled", "constant", "uniform"] = "none"
+    """Trains a control instead: the weights shuffled over the consultations, their mean for all, or 1 for all."""
+
+    @field_validator("classifier")
+    @classmethod
+    def _belongs_to_the_source(cls, classifier: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source")
+        if source == "columns" and classifier:
+            raise ValueError("has no effect while severity.source is columns; set source to the classifier's kind")
+        if source in ("linear", "rules+linear", "transformer") and not classifier:
+            raise ValueError(f"is missing for source {source}; name a folder made by `sevpeft classifier fit`")
+        return classifier
+
+    def coefficients(self) -> tuple[float, float, float]:
+        """(α, β, γ) of non-critical, neutral and critical."""
+        if isinstance(self.weights, str):
+            return SEVERITY_PRESETS[self.weights]
+        return self.weights.non_critical, self.weights.neutral, self.weights.critical
+
+
+class StoppingSection(Section):
+    """When a training that goes wrong is stopped; the adapter is kept as it was before."""
+
+    nonfinite_patience: int = Field(default=3, ge=1)
+    """Steps in a row whose loss or gradient is NaN or infinite before the training stops; each changes nothing."""
+    divergence_ratio: float = Field(default=1.5, gt=1)
+    """The training diverges while the mean loss of ten steps is so many times that of its first ten."""
+    divergence_patience: int | None = Field(default=50, ge=1)
+    """Steps of divergence in a row before the training stops; null never stops it."""
+
+
+class GenerationSection(Section):
+    """How answers are generated, the same for every arm; named as in transformers' GenerationConfig."""
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest answer, in tokens; one that reaches it without an end counts as truncated."""
+    do_sample: bool = False
+    """Draws every token by its probability instead of taking the most probable one."""
+    temperature: float = Field(default=0.7, gt=0)
+    """Contrast of the probabilities that are drawn from; used with do_sample."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draws from the most probable tokens that make up so much probability; used with do_sample."""
+    top_k: int = Field(default=0, ge=0)
+    """Draws from so many most probable tokens, 0 from all; used with do_sample."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Makes tokens that stand in the text already less probable when above 1."""
+    per_device_eval_batch_size: int = Field(default=64, ge=1)
+    """Questions answered at once; it changes the speed and the memory, not the answers."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the drawing; every question has random numbers of its own, whatever batch it is in."""
+
+
+class JudgeSection(Section):
+    """A language model that rates the answers by a rubric: at an OpenAI-compatible URL, in this process, or replayed.
+
+    The key of an endpoint is read from SEVPEFT_JUDGE_API_KEY of the environment and from nowhere else: a recipe that
+    could name the variable could send any secret of the environment to any host.
+    """
+
+    model: str | None = Field(default=None, min_length=1)
+    """Name of the model at `url`; without `url`, Hub id or folder of a model that this process runs."""
+    url: str | None = None
+    """Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; all answers are sent there."""
+    file: str | None = Field(default=None, min_length=1)
+    """A judgements.jsonl to take verdicts from; without `model` nothing else is asked."""
+    rubric: str | None = Field(default=None, min_length=1)
+    """YAML file of another rubric than the one that comes with sevpeft."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds that the endpoint has for one reply."""
+    concurrency: int = Field(default=4, ge=1, le=256)
+    """Requests under way at once, or answers judged at once in this process."""
+    max_tokens: int = Field(default=512, ge=16)
+    """Longest reply, in tokens; a model that thinks before it answers needs several thousand."""
+
+    @field_validator("url")
+    @classmethod
+    def _plain_base_url(cls, url: str | None) -> str | None:
+        host = r"(\[[0-9a-fA-F:.]+\]|[^\s/@?#:\[\]]+)(:[0-9]{1,5})?"
+        if url is not None and not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?", url):
+            # The value is not repeated: it may hold a password.
+            raise ValueError(
+                "must be host and path only, such as http://127.0.0.1:8000/v1; put a key into the environment variable "
+                f"{JUDGE_KEY}"
+            )
+        return url and url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _judges(self) -> JudgeSection:
+        if not self.model and (self.url or not self.file):
+            raise ValueError("names no model; add evaluation.judge.model, or evaluation.judge.file to replay verdicts")
+        return self
+
+
+class EvaluationSection(Section):
+    """How answers are judged."""
+
+    bertscore: bool = True
+    """Computes BERTScore, which needs an encoder."""
+    bertscore_model: str = Field(default="bert-base-multilingual-cased", min_length=1)
+    """Encoder of BERTScore: Hub id or folder."""
+    bertscore_layer: int = Field(default=9, ge=1)
+    """Layer of the encoder whose vectors are compared."""
+    n_resamples: int = Field(default=2000, ge=100)
+    """Bootstrap samples behind an interval."""
+    confidence_level: float = Field(default=0.95, gt=0, lt=1)
+    """Coverage of the intervals."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the bootstrap and of the shuffled references."""
+    judge: JudgeSection | None = None
+    """A language model that rates the answers by a rubric; null, the default, asks none and sends nothing."""
