@@ -79,13 +79,13 @@ def test_an_import_that_runs_back_would_be_seen() -> None:
     inside = "def f():\n    from sevpeft.training.run import train\n"
     for room, text in (
         ("data", "from sevpeft.severity import weighting"),
-        ("errors", "import sevpeft.recipe\nimport sevpeft.data.sources"),
+        ("errors", "import sevpeft.recipe\nimport sevpeft.data.read"),
         ("modeling", inside),
         ("sharing", "from sevpeft import cli"),
     ):
         assert len(running_back(ast.parse(text), room)) == 1, text
     assert (
-        running_back(ast.parse("from sevpeft.data import cleaning\nfrom sevpeft import __version__"), "training") == []
+        running_back(ast.parse("from sevpeft.data import columns\nfrom sevpeft import __version__"), "training") == []
     )
 
 

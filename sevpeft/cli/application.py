@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Collection
 from types import NoneType, TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
@@ -126,11 +126,9 @@ def keys_help(schema: type[BaseModel], *, without: Collection[str] = (), above: 
         key, default = f"{above}{name}", field.get_default(call_default_factory=True)
         if key in without:
             continue
-        if hasattr(default, "model_fields"):
-            entries.append(keys_help(type(default), without=without, above=f"{key}."))
+        if hasattr(field.annotation, "model_fields"):
+            entries.append(keys_help(cast(Any, field.annotation), without=without, above=f"{key}."))
             continue
-        if hasattr(default, "model_dump"):
-            default = default.model_dump()
         shown = default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)
         sentence = re.split(r"(?<=\.)\s", field.description or "", maxsplit=1)[0]
         width = min(shutil.get_terminal_size().columns, 100)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sevpeft.data.tables import cache_folder
 from sevpeft.errors import RunError
+from sevpeft.runs import cache_folder
 
 
 @contextmanager

@@ -18,11 +18,11 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sevpeft.data.sources import PREPARED_ABOUT, Consultations, load_consultations
-from sevpeft.data.splits import Splits, question_key, split_rows
-from sevpeft.data.workers import workers_end_with_this_process
+from sevpeft.data.read import PREPARED_ABOUT, Consultations, Keep, load_consultations
+from sevpeft.data.split import Splits, question_key, split_rows
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
+from sevpeft.runs import workers_end_with_this_process
 from sevpeft.severity.probabilities import has_severity
 from sevpeft.severity.source import Severity, severity_of
 from sevpeft.severity.weighting import WeightSummary, severity_weights
@@ -52,21 +52,8 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         plain cross-entropy.
     """
     data = recipe.data
-    table = load_consultations(
-        data.path,
-        name=data.name,
-        revision=data.revision,
-        split=data.split,
-        encoding=data.encoding,
-        question_column=data.question_column,
-        answer_column=data.answer_column,
-        severity_column=data.severity_column,
-        id_column=data.id_column,
-        dialect_column=data.dialect_column,
-        split_column=data.split_column,
-        max_rows=data.max_rows,
-        keep=("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped",
-    )
+    keep: Keep = ("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped"
+    table = load_consultations(data, keep=keep)
     asked = recipe.severity
     plain = asked.control == "uniform" and asked.source == "columns" and not has_severity(table.rows)
     severity = None
@@ -75,15 +62,8 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
             table.rows, source=asked.source, classifier=asked.classifier, temperature=asked.temperature
         )
     rows = table.rows.add_column("source_index", np.arange(len(table.rows)))
-    splits = split_rows(
-        rows,
-        validation_size=data.validation_size,
-        test_size=data.test_size,
-        seed=data.seed,
-        strata=None if severity is None else severity.strata,
-        keys=_groups(rows, data.seed),
-        named=data.split_column is not None,
-    )
+    strata = None if severity is None else severity.strata
+    splits = split_rows(rows, data, strata=strata, keys=_groups(rows, data.seed))
     return table, splits, severity
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from sevpeft.data.several import FILE_COLUMN
+from sevpeft.data.files import FILE_COLUMN
 
 
 class RowNames:
