@@ -12,15 +12,13 @@ import codecs
 import contextlib
 import csv
 import gzip
+import io
 import itertools
 import json
 import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -82,34 +80,25 @@ def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str,
             )
     names = list(dict.fromkeys([*(name for table in tables for name in table.names), FILE_COLUMN]))
     note = "; ".join(f"{path.name}: {table.note}" for path, table in zip(paths, tables, strict=True) if table.note)
-    marked = [_marked(path.name, table) for path, table in zip(paths, tables, strict=True)]
-    return replace(_joined(marked), names=names, note=note)
+    return replace(_joined(tables, [path.name for path in paths]), names=names, note=note)
 
 
-def _marked(name: str, table: Table) -> Table:
-    def read(columns: Collection[str]) -> Iterator[Row]:
-        for number, cells in table.read(set(columns) & set(table.names)):
-            yield number, {FILE_COLUMN: name, **cells}
-
-    return replace(table, read=read)
-
-
-def _joined(tables: Sequence[Table]) -> Table:
-    """The rows of one table after the other, numbered on."""
+def _joined(tables: Sequence[Table], files: Sequence[str] | None = None) -> Table:
+    """The rows of one table after the other, numbered on, with the name of their file where there are several."""
     begins: list[int] = []
 
     def read(columns: Collection[str]) -> Iterator[Row]:
         begins.clear()
         last = 0
-        for table in tables:
+        for at, table in enumerate(tables):
             begins.append(last)
-            for number, cells in table.read(columns):
+            for number, cells in table.read(set(columns) & set(table.names)):
                 last = begins[-1] + number
-                yield last, cells
+                yield last, {FILE_COLUMN: files[at], **cells} if files else cells
 
     def place(number: int) -> str:
-        index = bisect.bisect_left(begins, number) - 1
-        return tables[index].place(number - begins[index])
+        at = bisect.bisect_left(begins, number) - 1
+        return tables[at].place(number - begins[at])
 
     return Table(tables[0].names, read, place)
 
@@ -144,19 +133,16 @@ def _binary(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _seekable(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file that is read out of order; gzip data is unpacked to an unnamed temporary file first."""
-    with _binary(path) as stream, tempfile.TemporaryFile() as unpacked:
-        if path.suffix.lower() == ".gz":
-            shutil.copyfileobj(stream, unpacked)
-            unpacked.seek(0)
-        yield unpacked if path.suffix.lower() == ".gz" else stream
+    """The bytes of a file that is read out of order, which gzip data can only be in memory."""
+    with _binary(path) as stream:
+        yield io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
 
 
 @contextlib.contextmanager
-def _text(path: Path, encoding: str) -> Iterator[TextIOWrapper]:
+def _text(path: Path, encoding: str) -> Iterator[io.TextIOWrapper]:
     with _binary(path) as stream:
         try:
-            yield TextIOWrapper(stream, encoding=encoding, newline="")
+            yield io.TextIOWrapper(stream, encoding=encoding, newline="")
         except UnicodeDecodeError:
             raise DataError(f"{path.name} is not {encoding.removesuffix('-sig')}{_damage(path)}.") from None
 
@@ -217,7 +203,7 @@ def _check_names(label: str, names: list[str]) -> None:
         raise DataError(f"{label} has more than one column named {listed(twice)}: rename them apart.")
 
 
-def _lines(path: Path, text: TextIOWrapper) -> Iterator[str]:
+def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
     for number, line in enumerate(text, start=1):
         if "\0" in line:
             place = line.index("\0") + 1

@@ -1,7 +1,7 @@
 """Consultations from what `data.path` names: files, a prepared folder, a Hub data set, or the bundled sample.
 
-The rows are a table in memory-mapped Arrow under the cache folder, found again by its key. The key holds the SHA-256
-of the input's bytes and every setting that shaped the table: a changed file is never answered from an old one.
+The rows are a table in memory-mapped Arrow under the cache folder. Its name is a hash of the input's bytes and of every
+setting that shaped it: a changed file is never answered from an old table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ PREPARED_ABOUT, PREPARED_ROWS = "dataset.json", "consultations.parquet"
 
 _BATCH = 1000
 _TABLE_VERSION = 4  # counts up when the same input gives another table
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_PATIENCE = 10.0  # seconds
 
 
@@ -79,22 +78,6 @@ class Consultations:
 Keep = Literal["mapped", "all"] | Collection[str]
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """The settings that shape a table."""
-
-    chosen: dict[str, str | None]
-    """Canonical field -> column that the user named."""
-    max_rows: int | None
-    keep: Keep
-
-    def key(self, *parts: Any) -> str:
-        """Name of the table that this reading makes of the input that `parts` tell apart."""
-        keep = self.keep if isinstance(self.keep, str) else list(self.keep)
-        content = [_TABLE_VERSION, self.chosen, self.max_rows, keep, *parts]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-
-
 def load_consultations(
     data: DataSection | str | os.PathLike[str], *, keep: Keep = "mapped", **settings: Any
 ) -> Consultations:
@@ -114,25 +97,17 @@ def load_consultations(
     """
     if not isinstance(data, DataSection):
         data = DataSection(path=os.fspath(data), **settings)
-    fields = ("question", "answer", "severity", "id", "dialect", "split")
-    reading = _Reading({name: getattr(data, f"{name}_column") for name in fields}, data.max_rows, keep)
-    if data.path.startswith("builtin:"):
-        if data.path != BUILTIN:
-            raise DataError(f"data.path={data.path} is not bundled: the sample is {BUILTIN}.")
-        return _from_files([_SAMPLE], BUILTIN, None, reading)
+    if data.path == BUILTIN:
+        return _from_files([_SAMPLE], data, keep)
     path = Path(data.path).expanduser()
     prepared = os.path.isfile(path / PREPARED_ABOUT)
-    files = [] if prepared else _files_of(data.path)
-    if not prepared and not files:
-        return _from_hub(data, reading)
+    files = [path / PREPARED_ROWS] if prepared else _files_of(data.path)
+    if not files:
+        return _from_hub(data, keep)
     for setting, value in (("name", data.name), ("revision", data.revision), ("split", data.split)):
         if value not in (None, "train"):
-            raise DataError(
-                f"data.{setting}={value} chooses within a Hub data set, but {path.name} is none: remove it."
-            )
-    return (
-        _from_prepared(path, data.path, reading) if prepared else _from_files(files, data.path, data.encoding, reading)
-    )
+            raise DataError(f"data.{setting}={value} chooses within a Hub data set, {path.name} is none: remove it.")
+    return _from_prepared(path, data, keep) if prepared else _from_files(files, data, keep)
 
 
 def _files_of(given: str) -> list[Path]:
@@ -144,27 +119,26 @@ def _files_of(given: str) -> list[Path]:
         DataError: there are none, they are of several formats, or one is no regular file.
     """
     path = Path(given).expanduser()
-    if os.path.isdir(path):
-        files = sorted(file for file in path.iterdir() if file_format(file) and not file.name.startswith((".", "~$")))
-    elif not os.path.lexists(path) and glob.has_magic(given):
-        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    elif os.path.lexists(path):
-        if not path.is_file():  # a pipe or a device may never end
-            raise DataError(f"data.path={given} is no regular file: save its content to one.")
+    if os.path.isfile(path):
         return [path]
-    elif file_format(path) is None and _HUB_ID.fullmatch(given):
+    if os.path.isdir(path):
+        found = [file for file in path.iterdir() if file_format(file) and not file.name.startswith((".", "~$"))]
+    elif os.path.lexists(path):  # a pipe or a device may never end
+        raise DataError(f"data.path={given} is no regular file: save its content to one.")
+    elif glob.has_magic(given):
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    elif file_format(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
         return []
     else:
         raise DataError(f"data.path={given}: there is no such file{_alike(path)}.")
-    files = [file for file in files if file.is_file()]
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise DataError(f"data.path={given}: there is no file in this folder or pattern that is read here.")
     formats = list(dict.fromkeys(file_format(file) or file.suffix for file in files))
     if len(formats) > 1:
-        pattern = f"{path if path.is_dir() else path.parent}/*{formats[0]}"
         raise DataError(
             f"data.path={given} names files of several formats ({', '.join(formats)}): name one file, or those of one "
-            f"format, as in {pattern}."
+            f"format, as in {files[0].parent}/*{formats[0]}."
         )
     return files
 
@@ -177,9 +151,7 @@ def _alike(file: Path) -> str:
     return f", but there is {' and '.join(str(file.parent / other) for other in close)}" if close else ""
 
 
-def _from_files(
-    files: list[Path], source: str, encoding: str | None, reading: _Reading, numbers: str | None = None
-) -> Consultations:
+def _from_files(files: list[Path], data: DataSection, keep: Keep, numbers: str | None = None) -> Consultations:
     """The rows of files as one source, whose fingerprint covers their names, order and bytes.
 
     Args:
@@ -193,7 +165,7 @@ def _from_files(
 
     @contextlib.contextmanager
     def opened() -> Iterator[Table]:
-        table = open_files(files, encoding, reading.chosen)
+        table = open_files(files, data.encoding, _chosen(data))
         yield _numbered_by(numbers, table) if numbers else table
         for file, then in zip(files, before, strict=True):
             now = os.stat(file)
@@ -201,16 +173,18 @@ def _from_files(
                 raise DataError(f"{file.name} changed while it was read: run this again when nobody writes to it.")
 
     label = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    read = _table(reading.key(fingerprint, file_format(files[0]), encoding, numbers), opened(), label, reading)
-    return replace(
-        read,
-        fingerprint=fingerprint,
-        source=f"{source} ({read.source})" if read.source else source,
-        files=parts if len(files) > 1 else [],
-    )
+    read = _table([fingerprint, file_format(files[0]), data.encoding, numbers], opened(), label, data, keep)
+    source = f"{data.path} ({read.source})" if read.source else data.path
+    return replace(read, fingerprint=fingerprint, source=source, files=parts if len(files) > 1 else [])
 
 
-def _from_prepared(folder: Path, source: str, reading: _Reading) -> Consultations:
+def _chosen(data: DataSection) -> dict[str, str | None]:
+    """Canonical field -> column that the user named."""
+    fields = ("question", "answer", "severity", "id", "dialect", "split")
+    return {field: getattr(data, f"{field}_column") for field in fields}
+
+
+def _from_prepared(folder: Path, data: DataSection, keep: Keep) -> Consultations:
     """The rows of a folder that `sevpeft prepare` made, if they are those that it wrote."""
     try:
         about = json.loads((folder / PREPARED_ABOUT).read_text(encoding="utf-8"))
@@ -226,8 +200,8 @@ def _from_prepared(folder: Path, source: str, reading: _Reading) -> Consultation
             "prepare the data again, or name the Parquet file itself as data.path."
         )
     # A prepared column has the canonical name already; a carried one that is named alike must not be guessed for it.
-    chosen = {name: column or (name if name in names else None) for name, column in reading.chosen.items()}
-    return replace(_from_files([file], source, None, replace(reading, chosen=chosen), "row"), provenance=about)
+    own = {f"{name}_column": name for name, column in _chosen(data).items() if column is None and name in names}
+    return replace(_from_files([file], data.model_copy(update=own), keep, "row"), provenance=about)
 
 
 def _numbered_by(column: str, table: Table) -> Table:
@@ -254,25 +228,21 @@ def look_for_hub() -> None:
         datasets.config.HF_HUB_OFFLINE = True
 
 
-def _from_hub(data: DataSection, reading: _Reading) -> Consultations:
+def _from_hub(data: DataSection, keep: Keep) -> Consultations:
     look_for_hub()
     try:
         loaded = datasets.load_dataset(data.path, data.name, revision=data.revision, split=data.split)
-    except ConnectionError:
-        raise DataError(
-            f"data.path={data.path} is no file here, and the Hub cannot be reached{_alike(Path(data.path))}: "
-            "correct the name, or check the connection."
-        ) from None
-    except FileNotFoundError:
-        raise DataError(
-            f"data.path={data.path} is neither a file here nor a data set that the Hub hands out "
-            f"(unknown, private or gated){_alike(Path(data.path))}."
-        ) from None
     except Exception as error:  # datasets lets through whatever its builders and fsspec raise
-        reason = first_sentence(error) if isinstance(error, ValueError) else type(error).__name__
+        reason = type(error).__name__
+        if isinstance(error, ConnectionError):
+            reason = "the Hub cannot be reached"
+        elif isinstance(error, FileNotFoundError):
+            reason = "unknown, private or gated"
+        elif isinstance(error, ValueError):
+            reason = first_sentence(error)
         raise DataError(
-            f"data.path={data.path} is no file here, and the Hub's data set could not be loaded ({reason}): "
-            "look at data.name, data.revision and data.split."
+            f"data.path={data.path} is no file here{_alike(Path(data.path))}, and no data set of the Hub could be "
+            f"loaded ({reason}): correct the name, or look at data.name, data.revision and data.split."
         ) from None
 
     def read(columns: Collection[str]) -> Iterator[Row]:
@@ -287,23 +257,31 @@ def _from_hub(data: DataSection, reading: _Reading) -> Consultations:
     fingerprint = f"hub:{data.path}@{data.revision or 'main'}:{loaded._fingerprint}"
     source = f"{data.path} ({', '.join(part for part in (data.name, data.split, data.revision) if part)}) on the Hub"
     table = Table(loaded.column_names, read, lambda number: f"{data.path}, row {number}")
-    key = reading.key(fingerprint, data.name, data.split)
-    found = _table(key, contextlib.nullcontext(table), data.path, reading)
+    found = _table([fingerprint, data.name, data.split], contextlib.nullcontext(table), data.path, data, keep)
     return replace(found, fingerprint=fingerprint, source=source)
 
 
-def _table(key: str, opened: contextlib.AbstractContextManager[Table], label: str, reading: _Reading) -> Consultations:
-    """The table `key` of the cache, written first where there is none or the disk has lost a part of it.
+def _table(
+    source: list[Any],
+    opened: contextlib.AbstractContextManager[Table],
+    label: str,
+    data: DataSection,
+    keep: Keep,
+) -> Consultations:
+    """The table of a source in the cache, written first where there is none or the disk has lost a part of it.
 
     It has no fingerprint yet, and its source is the note of what was opened.
     """
+    kept = keep if isinstance(keep, str) else list(keep)
+    content = json.dumps([_TABLE_VERSION, _chosen(data), data.max_rows, kept, *source])
+    key = hashlib.sha256(content.encode()).hexdigest()[:32]
     folder = cache_folder("tables") / key
     found = _finished(folder)
     if found is None:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             with whole_folder(folder, **CACHE_REMEDY) as partial, opened as table:
-                _write(partial, table, label, reading)
+                _write(partial, table, label, data, keep)
         except RunError:
             if not folder.exists():  # it does where another process was quicker with the same table
                 raise
@@ -335,7 +313,7 @@ def _finished(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]] | None:
         return None
 
 
-def _write(folder: Path, table: Table, label: str, reading: _Reading) -> None:
+def _write(folder: Path, table: Table, label: str, data: DataSection, keep: Keep) -> None:
     """Writes rows.arrow, about.json and, where columns are carried, rejected.jsonl with the rows that are none.
 
     Raises:
@@ -343,8 +321,8 @@ def _write(folder: Path, table: Table, label: str, reading: _Reading) -> None:
     """
     if not table.names:
         raise DataError(f"{label} holds no rows.")
-    columns = map_columns(table.names, reading.chosen, label)
-    carried = carried_columns(table.names, columns, reading.keep, label)
+    columns = map_columns(table.names, _chosen(data), label)
+    carried = carried_columns(table.names, columns, keep, label)
     wanted = {*columns.values(), *carried.values()}
     rejected: dict[str, int] = {}
 
@@ -364,11 +342,11 @@ def _write(folder: Path, table: Table, label: str, reading: _Reading) -> None:
     kept, schema = 0, features(columns, carried).arrow_schema
     with contextlib.ExitStack() as stack:
         aside = None
-        if reading.keep != "mapped":
+        if keep != "mapped":
             aside = stack.enter_context((folder / "rejected.jsonl").open("w", encoding="utf-8"))
         sink = stack.enter_context(pa.OSFile(str(folder / "rows.arrow"), "wb"))
         writer = stack.enter_context(pa.ipc.new_stream(sink, schema))
-        rows = islice(consultations(aside), reading.max_rows)
+        rows = islice(consultations(aside), data.max_rows)
         while batch := list(islice(rows, _BATCH)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
             kept += len(batch)

@@ -13,7 +13,6 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,7 +29,7 @@ from sevpeft.data.prepare.mask import mask
 from sevpeft.data.prepare.reject import REASONS, reject
 from sevpeft.data.prepare.settings import Cleaning, Masking, PrepareSettings
 from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load_consultations
-from sevpeft.data.split import SIDES, VALIDATION, HoldOut, crossing, draw_sides, given_sides, hold_out, question_key
+from sevpeft.data.split import SIDES, VALIDATION, crossing, draw_sides, given_sides, hold_out, question_key
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, RunError
 from sevpeft.runs import check_absent, file_hash, whole_folder, workers_end_with_this_process
@@ -79,7 +78,7 @@ def prepare(settings: PrepareSettings, output: Path) -> dict[str, Any]:
 
 
 def _prepare(table: Consultations, settings: PrepareSettings, folder: Path, scratch: Path) -> dict[str, Any]:
-    rows, data = table.rows, settings.data
+    rows = table.rows
     refined = _refined(rows, settings, scratch)
     reasons = np.array(refined["reason"][:], object)
     left = np.flatnonzero(reasons == "")
@@ -90,23 +89,33 @@ def _prepare(table: Consultations, settings: PrepareSettings, folder: Path, scra
             f"look at the rows; allow=[{next(iter(found))}] would keep those of the first reason."
         )
     questions = (row["question"] for row in refined.select_columns(["question"]).select(left))
-    groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=data.seed)
-    labels = _labels(rows)
-    numbers = np.asarray(rows["row"][:], np.int64)
-    conflicts = _write_conflicts(folder / "conflicts.jsonl", groups.numbers, numbers[left], labels, left)
+    groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=settings.data.seed)
+    codes, names = _labels(rows)
+    conflicts = _write_conflicts(folder / "conflicts.jsonl", rows["row"][:], left, groups.numbers, codes[left], names)
 
-    repeated = _repeated(refined, rows, left, groups, labels.codes, settings.drop_duplicates)
+    repeated = _repeated(refined, rows, left, groups, codes, settings.drop_duplicates)
     reasons[left[repeated]] = "near_duplicate" if settings.drop_duplicates == "near" else "duplicate"
-    stay = left[~repeated]
-    division = _divide(table, settings, stay, groups.numbers[~repeated], groups.keys[~repeated], labels)
-    reasons[stay[division.crossed]] = "crosses_split"
+    stay = ~repeated
+    strata = None if names is None else codes[left[stay]]
+    chosen, splits = _divide(table, settings, left[stay], groups.numbers[stay], groups.keys[stay], strata)
+    reasons[left[stay][chosen < 0]] = "crosses_split"
 
     sides, group_of = np.full(len(reasons), -1, np.int8), np.full(len(reasons), -1, np.int64)
-    sides[stay[~division.crossed]] = division.sides[~division.crossed]
-    group_of[left] = groups.numbers
-    used = division.by == "column split"
+    sides[left[stay]], group_of[left] = chosen, groups.numbers
+    used = splits["by"] == "column split"
     columns = _write_kept(folder / PREPARED_ROWS, rows, refined, sides, group_of, split_is_used=used)
     rejected = _write_rejected(folder / "rejected.jsonl", table, reasons)
+
+    def of_sides(some: NDArray[np.int8]) -> dict[str, int]:
+        return {name: int((some == side).sum()) for side, name in enumerate(SIDES)}
+
+    named = dict(enumerate(names)) | {-1: "none"} if names else {}
+    by_label = {name: of_sides(sides[codes == code]) for code, name in named.items()}
+    splits |= {
+        "rows": of_sides(sides),
+        "severity": {name: counts for name, counts in by_label.items() if any(counts.values())},
+        "labeled": names is not None,
+    }
 
     def sums(name: str) -> dict[str, int]:
         counts = np.array(refined[name][:], np.int64)
@@ -139,9 +148,9 @@ def _prepare(table: Consultations, settings: PrepareSettings, folder: Path, scra
             "near_questions": groups.near,
             "largest_group": groups.largest,
             "conflicting_groups": conflicts,
-            "conflicting_equal_questions": len(conflicting_groups(groups.questions, labels.codes[left])),
+            "conflicting_equal_questions": len(conflicting_groups(groups.questions, codes[left])),
         },
-        "splits": _split_counts(sides, labels, division),
+        "splits": splits,
     }
 
 
@@ -203,21 +212,13 @@ def _repeated(
     return repeated
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """Severity of the rows, as far as one is needed to divide them evenly.
+def _labels(rows: datasets.Dataset) -> tuple[NDArray[np.int64], list[str] | None]:
+    """The severity that the rows name, or else the likeliest by their three probabilities.
 
-    Attributes:
-        codes: (n,) int64, one for each name, -1 where a row has none. names: as the rows write them; None where
-        there are so many or so long ones that they are no labels.
+    Returns:
+        A code (n,) for each name, -1 where a row has none; and the names as the rows write them, None where there are
+        so many or so long ones that they are no labels.
     """
-
-    codes: NDArray[np.int64]
-    names: list[str] | None
-
-
-def _labels(rows: datasets.Dataset) -> _Labels:
-    """The severity that the rows name, or else the likeliest by their three probabilities."""
     if "severity" in rows.column_names:
         written = [(cell or "").strip() for cell in rows["severity"][:]]
         folded = {cell: fold_for_matching(cell) or cell for cell in set(written)}
@@ -227,26 +228,14 @@ def _labels(rows: datasets.Dataset) -> _Labels:
         code = {fold: index for index, fold in enumerate(names)}
         few = len(names) <= _MOST_LABELS and all(len(name) <= _LONGEST_LABEL for name in names.values())
         codes = np.array([code[folded[cell]] if cell else -1 for cell in written], np.int64)
-        return _Labels(codes, list(names.values()) if few else None)
+        return codes, list(names.values()) if few else None
     codes = np.full(len(rows), -1, np.int64)
     if not set(PROBABILITIES) <= set(rows.column_names):
-        return _Labels(codes, [])
+        return codes, []
     probabilities = np.stack([np.array(rows[name][:], np.float64) for name in PROBABILITIES], axis=1)
     whole = np.isfinite(probabilities).all(axis=1)
     codes[whole] = probabilities[whole].argmax(axis=1)
-    return _Labels(codes, [name.removeprefix("p_") for name in PROBABILITIES])
-
-
-@dataclass(frozen=True)
-class _Division:
-    """Side (m,) of every row that is left, those included that have to go (`crossed`), and how it came about."""
-
-    sides: NDArray[np.int8]
-    crossed: NDArray[np.bool_]
-    by: str
-    held: HoldOut | None
-    carved: bool
-    """Whether the validation was drawn from the training rows although the test was not."""
+    return codes, [name.removeprefix("p_") for name in PROBABILITIES]
 
 
 def _column(table: Consultations, wanted: str) -> str:
@@ -266,19 +255,29 @@ def _divide(
     stay: NDArray[np.int64],
     groups: NDArray[np.int64],
     keys: NDArray[np.uint64],
-    labels: _Labels,
-) -> _Division:
-    """The rows `stay` (m,) of a table on their sides; `groups` and `keys` (m,) say which have to be together."""
-    given, held, by = None, None, "random"
+    strata: NDArray[np.int64] | None,
+) -> tuple[NDArray[np.int8], dict[str, Any]]:
+    """The side (m,) of the rows that `stay`, -1 where a near-duplicate stands on a stricter one; and how it came about.
+
+    `groups`, `keys` (m,): equal where rows have to be on one side.
+    """
+    given, about = None, {"by": "random"}
+    rows = table.rows.select(stay)
     if settings.split_by is not None:
         name = _column(table, settings.split_by)
-        cells = [as_text(cell, name, "") for cell in table.rows.select_columns([name]).select(stay)[:][name]]
-        held = hold_out(cells, settings.split_by, settings.data)
-        given, by = held.sides, f"column {settings.split_by}"
-    elif not settings.resplit:
-        given = given_sides(table.rows.select(stay), settings.data)
-        by = by if given is None else "column split"
-    strata = None if labels.names is None else labels.codes[stay]
+        held = hold_out([as_text(cell, name, "") for cell in rows[name][:]], settings.split_by, settings.data)
+        given = held.sides
+        about = {
+            "by": f"column {settings.split_by}",
+            "held_out": {
+                "ordered": held.ordered,
+                "values": {name: _values(held.values[side], held.ordered) for side, name in enumerate(SIDES)},
+                "rows_without_value": held.empty,
+                "validation_from_train": not (given == VALIDATION).any(),
+            },
+        }
+    elif not settings.resplit and (given := given_sides(rows, settings.data)) is not None:
+        about = {"by": "column split"}
     sides = draw_sides(keys, settings.data, strata=strata, given=given)
     crossed = crossing(sides, groups)
     for side, name in enumerate(SIDES):
@@ -287,7 +286,7 @@ def _divide(
                 f"Each of the {int((sides == side).sum())} {name} rows has a near-duplicate on another side, so that "
                 "none is left: raise near_duplicates, or split another way."
             )
-    return _Division(sides, crossed, by, held, given is not None and not (given == VALIDATION).any())
+    return np.where(crossed, np.int8(-1), sides), about | {"crossed": int(crossed.sum())}
 
 
 def _write_kept(
@@ -347,47 +346,28 @@ def _write_rejected(file: Path, table: Consultations, reasons: NDArray[np.object
 
 
 def _write_conflicts(
-    file: Path, groups: NDArray[np.int64], numbers: NDArray[np.int64], labels: _Labels, left: NDArray[np.int64]
+    file: Path,
+    numbers: list[int],
+    left: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    codes: NDArray[np.int64],
+    names: list[str] | None,
 ) -> int:
     """Writes, for each group whose rows have several labels, its number, its row numbers and their labels; counts them.
 
-    `groups` and `numbers` are (m,), of the rows `left`. Labels that may be a patient's words are left out.
+    `groups` and `codes` are those of the rows `left` (m,). `names` is None where labels may be a patient's words.
     """
-    codes = labels.codes[left]
     found = conflicting_groups(groups, codes)
     members: dict[int, list[int]] = {group: [] for group in found.tolist()}
     for at in np.flatnonzero(np.isin(groups, found)).tolist():
         members[int(groups[at])].append(at)
     with file.open("w", encoding="utf-8") as lines:
         for group, inside in members.items():
-            entry: dict[str, Any] = {"group": group, "rows": numbers[inside].tolist()}
-            if labels.names is not None:
-                entry["severities"] = [labels.names[code] if code >= 0 else "" for code in codes[inside]]
+            entry: dict[str, Any] = {"group": group, "rows": [numbers[at] for at in left[inside]]}
+            if names is not None:
+                entry["severities"] = [names[code] if code >= 0 else "" for code in codes[inside]]
             lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
     return len(found)
-
-
-def _split_counts(sides: NDArray[np.int8], labels: _Labels, division: _Division) -> dict[str, Any]:
-    def of_sides(some: NDArray[np.int8]) -> dict[str, int]:
-        return {name: int((some == side).sum()) for side, name in enumerate(SIDES)}
-
-    names = dict(enumerate(labels.names)) | {-1: "none"} if labels.names else {}
-    of_label = {name: of_sides(sides[labels.codes == code]) for code, name in names.items()}
-    counts: dict[str, Any] = {
-        "by": division.by,
-        "rows": of_sides(sides),
-        "severity": {name: found for name, found in of_label.items() if any(found.values())},
-        "labeled": labels.names is not None,
-        "crossed": int(division.crossed.sum()),
-    }
-    if held := division.held:
-        counts["held_out"] = {
-            "ordered": held.ordered,
-            "values": {name: _values(held.values[side], held.ordered) for side, name in enumerate(SIDES)},
-            "rows_without_value": held.empty,
-            "validation_from_train": division.carved,
-        }
-    return counts
 
 
 def _values(values: list[str], ordered: bool) -> str:
@@ -400,30 +380,32 @@ def _values(values: list[str], ordered: bool) -> str:
 def _warnings(about: Mapping[str, Any]) -> list[str]:
     rows, duplicates, splits = about["rows"], about["duplicates"], about["splits"]
     largest, held = duplicates["largest_group"], splits.get("held_out", {})
+    conflicts, crossed, empty = duplicates["conflicting_groups"], splits["crossed"], held.get("rows_without_value")
     unlabeled = sum(splits["severity"].get("none", {}).values())
-    found = {
-        f"Only {rows['kept']} of {rows['read']} rows are left.": 2 * rows["kept"] < rows["read"],
-        f"{duplicates['conflicting_groups']} groups of near-duplicate questions have several severities; their rows "
-        "are listed in conflicts.jsonl.": duplicates["conflicting_groups"],
-        f"The largest group of near-duplicates has {largest} rows: it may be a chain; look at it, or raise "
-        "near_duplicates.": largest > max(50, _CHAINED * rows["kept"]),
-        f"{splits['crossed']} rows were taken out because a near-duplicate stands on a stricter side of the "
-        "split.": splits["crossed"],
-        "There were too few values to hold out a validation; it was drawn from the training rows.": held.get(
-            "validation_from_train"
+    found = [
+        (2 * rows["kept"] < rows["read"], f"Only {rows['kept']} of {rows['read']} rows are left."),
+        (conflicts, f"{conflicts} groups of near-duplicates have several severities, listed in conflicts.jsonl."),
+        (
+            largest > max(50, _CHAINED * rows["kept"]),
+            f"The largest group of near-duplicates has {largest} rows: it may be a chain; look at it, or raise "
+            "near_duplicates.",
         ),
-        f"{held.get('rows_without_value')} rows have no value to hold out by; they are trained on.": held.get(
-            "rows_without_value"
+        (crossed, f"{crossed} rows were taken out because a near-duplicate stands on a stricter side of the split."),
+        (
+            held.get("validation_from_train"),
+            "There were too few values to hold out a validation; it was drawn from the training rows.",
         ),
-        "The severity column holds too many different values to be labels; the split is not stratified.": not splits[
-            "labeled"
-        ],
-        f"{unlabeled} of the kept rows have no severity.": unlabeled,
-    }
+        (empty, f"{empty} rows have no value to hold out by; they are trained on."),
+        (
+            not splits["labeled"],
+            "The severity column holds too many different values to be labels; the split is not stratified.",
+        ),
+        (unlabeled, f"{unlabeled} of the kept rows have no severity."),
+    ]
     for name, counts in splits["severity"].items():
         absent = [side for side, count in counts.items() if not count and splits["rows"][side]]
-        found[f"No row of severity {name} is in {' and '.join(absent)}."] = bool(absent and name != "none")
-    return [sentence for sentence, holds in found.items() if holds]
+        found.append((absent and name != "none", f"No row of severity {name} is in {' and '.join(absent)}."))
+    return [sentence for holds, sentence in found if holds]
 
 
 def data_card(about: Mapping[str, Any]) -> str:

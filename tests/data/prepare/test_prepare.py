@@ -194,7 +194,7 @@ def test_conflicting_severities_are_listed_by_row_and_without_text(
     assert json.loads(lines[0]) == {
         **{"group": kept[1]["group"], "rows": [2, 31], "severities": ["neutral", "critical"]}
     }
-    assert len(lines) == 2 and "2 groups of near-duplicate questions" in about["warnings"][0]
+    assert len(lines) == 2 and "2 groups of near-duplicates" in about["warnings"][0]
 
 
 def test_probabilities_are_kept_as_numbers_and_stratify(prepared: Callable[..., Any]) -> None:
