@@ -74,10 +74,7 @@ def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str,
     for path, table in zip(paths, tables, strict=True):
         # Rows of JSON bring their own names; in a table, a column that is missing is another table.
         if (only := set(table.names) ^ set(tables[0].names)) and file_format(path) not in _JSON:
-            raise DataError(
-                f"{path.name} has not the same columns as {paths[0].name}, only one has {listed(sorted(only))}: rename "
-                "them alike, or name the files that belong together."
-            )
+            raise DataError(f"{path.name} or {paths[0].name} lacks {listed(sorted(only))}: rename the columns alike.")
     names = list(dict.fromkeys([*(name for table in tables for name in table.names), FILE_COLUMN]))
     note = "; ".join(f"{path.name}: {table.note}" for path, table in zip(paths, tables, strict=True) if table.note)
     return replace(_joined(tables, [path.name for path in paths]), names=names, note=note)
@@ -144,7 +141,8 @@ def _text(path: Path, encoding: str) -> Iterator[io.TextIOWrapper]:
         try:
             yield io.TextIOWrapper(stream, encoding=encoding, newline="")
         except UnicodeDecodeError:
-            raise DataError(f"{path.name} is not {encoding.removesuffix('-sig')}{_damage(path)}.") from None
+            remedy = "save it as UTF-8, or set data.encoding (old Arabic files are mostly cp1256)"
+            raise DataError(f"{path.name} is not {encoding.removesuffix('-sig')}: {remedy}.") from None
 
 
 def _checked_encoding(path: Path, head: bytes, encoding: str | None) -> str:
@@ -160,21 +158,6 @@ def _checked_encoding(path: Path, head: bytes, encoding: str | None) -> str:
     return "utf-8-sig" if codec in ("utf-8", "ascii") else codec
 
 
-def _damage(path: Path) -> str:
-    """Where the first line is that is not UTF-8, and the encoding in which it is Arabic."""
-    with _binary(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                foreign = [letter for letter in line.decode("cp1256", errors="replace") if not letter.isascii()]
-                # Of UTF-8 with one broken spot, half of the bytes are Arabic letters in Windows-1256.
-                arabic = sum("\u0621" <= letter <= "\u064a" for letter in foreign) > 0.8 * len(foreign)
-                looks = "it looks like Windows-1256: set data.encoding=cp1256"
-                return f" (line {number}): {looks if arabic else 'save it as UTF-8, or set data.encoding'}"
-    return ": set data.encoding to what it is"
-
-
 def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int, list[Any]]]]) -> Table:
     """A table whose first record holds the names. Columns without one are left out: the index of a data frame."""
     names = _header(next(records(), (0, []))[1])
@@ -185,10 +168,8 @@ def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int
     def read(columns: Collection[str]) -> Iterator[Row]:
         for number, cells in itertools.islice(records(), 1, None):
             if len(cells) != len(names):
-                raise DataError(
-                    f"{label}, {unit} {number}: {len(cells)} cells where the header has {len(names)}: "
-                    "quote cells that hold the separator or a line break."
-                )
+                cause = f"{len(cells)} cells where the header has {len(names)}"
+                raise DataError(f"{label}, {unit} {number}: {cause}: quote cells that hold a separator or line break.")
             yield number, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
     return Table([name for name in names if name], read, lambda number: f"{label}, {unit} {number}")
@@ -207,10 +188,8 @@ def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
     for number, line in enumerate(text, start=1):
         if "\0" in line:
             place = line.index("\0") + 1
-            raise DataError(
-                f"{path.name}, line {number}: character {place} is a zero byte: remove it, or, if the whole file is "
-                "UTF-16, set data.encoding=utf-16."
-            )
+            remedy = "remove it, or set data.encoding=utf-16"
+            raise DataError(f"{path.name}, line {number}, character {place}: a zero byte: {remedy}.")
         yield line
 
 
@@ -253,9 +232,7 @@ def _book(path: Path) -> Iterator[Any]:
         except DataError:
             raise
         except Exception:  # openpyxl lets through whatever zipfile, its XML parser or a missing part raises
-            raise DataError(
-                f"{path.name} is damaged, has a password or is no Excel workbook: save it again as .xlsx, without one."
-            ) from None
+            raise DataError(f"{path.name} is damaged, has a password or is no workbook: save it as .xlsx.") from None
 
 
 def _sheet(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
@@ -279,14 +256,16 @@ def _workbook(path: Path, chosen: Mapping[str, str | None]) -> Table:
     headers = {title: names for title, row in rows.items() if (names := [name for name in row if name])}
     if not headers:
         raise DataError(f"{path.name} is empty.")
-    fitting = [title for title, names in headers.items() if _can_map(names, chosen)]
+    fitting = []
+    for title, names in headers.items():
+        with contextlib.suppress(DataError):
+            map_columns(names, chosen, title)
+            fitting.append(title)
     main = fitting[0] if fitting else max(headers, key=lambda title: len(headers[title]))
     alike = [title for title in headers if set(headers[title]) == set(headers[main])]
     if other := [title for title in fitting if title not in alike]:
-        raise DataError(
-            f"{path.name} has consultations on the sheets {listed([main, other[0]])}, under different columns: rename "
-            "the columns alike, or save one of the sheets as a file of its own."
-        )
+        sheets = listed([main, other[0]])
+        raise DataError(f"{path.name}: the sheets {sheets} have consultations in different columns: rename them alike.")
     left_out = [title for title in headers if title not in alike]
     note = f"sheets {listed(alike)}{', not ' * bool(left_out)}{listed(left_out)}" if len(headers) > 1 else ""
 
@@ -298,13 +277,6 @@ def _workbook(path: Path, chosen: Mapping[str, str | None]) -> Table:
         return _with_header(f"{path.name}, sheet '{title}'", "row", records)
 
     return replace(_joined([table(title) for title in alike]), note=note)
-
-
-def _can_map(names: Sequence[str], chosen: Mapping[str, str | None]) -> bool:
-    try:
-        return bool(map_columns(names, chosen, ""))
-    except DataError:
-        return False
 
 
 def _parquet(path: Path) -> Table:

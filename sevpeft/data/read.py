@@ -136,10 +136,7 @@ def _files_of(given: str) -> list[Path]:
         raise DataError(f"data.path={given}: there is no file in this folder or pattern that is read here.")
     formats = list(dict.fromkeys(file_format(file) or file.suffix for file in files))
     if len(formats) > 1:
-        raise DataError(
-            f"data.path={given} names files of several formats ({', '.join(formats)}): name one file, or those of one "
-            f"format, as in {files[0].parent}/*{formats[0]}."
-        )
+        raise DataError(f"data.path={given} names files of several formats: name one, as *{' or *'.join(formats)}.")
     return files
 
 
@@ -190,14 +187,12 @@ def _from_prepared(folder: Path, data: DataSection, keep: Keep) -> Consultations
         about = json.loads((folder / PREPARED_ABOUT).read_text(encoding="utf-8"))
         recorded, names = about["fingerprint"], about["columns"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{folder / PREPARED_ABOUT} cannot be read or is none that `sevpeft prepare` wrote: prepare the data again."
-        ) from None
+        raise DataError(f"{folder / PREPARED_ABOUT} is none that `sevpeft prepare` wrote: prepare it again.") from None
     file = folder / PREPARED_ROWS
     if file_hash(file) != recorded:
         raise DataError(
-            f"{file} is not as `sevpeft prepare` wrote it, so that what {PREPARED_ABOUT} says is no longer true of it: "
-            "prepare the data again, or name the Parquet file itself as data.path."
+            f"{file} is not as `sevpeft prepare` wrote it, and {PREPARED_ABOUT} no longer true of it: prepare the data "
+            "again, or name the Parquet file itself as data.path."
         )
     # A prepared column has the canonical name already; a carried one that is named alike must not be guessed for it.
     own = {f"{name}_column": name for name, column in _chosen(data).items() if column is None and name in names}
@@ -352,16 +347,15 @@ def _write(folder: Path, table: Table, label: str, data: DataSection, keep: Keep
             kept += len(batch)
     if not kept:
         counts = ", ".join(f"{count} with {reason}" for reason, count in rejected.items())
-        raise DataError(
-            f"{label} has no row with both question and answer ({counts})." if counts else f"{label} holds no rows."
-        )
+        found = f"no row with both question and answer ({counts})" if counts else "no rows"
+        raise DataError(f"{label} holds {found}.")
     if "id" in columns:
-        _check_ids(folder / "rows.arrow", columns["id"], label, table.place)
+        _check_ids(folder / "rows.arrow", columns["id"], table.place)
     about = {"rows": kept, "columns": columns, "carried": carried, "rejected": rejected, "note": table.note}
     (folder / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
 
-def _check_ids(file: Path, column: str, label: str, place: Callable[[int], str]) -> None:
+def _check_ids(file: Path, column: str, place: Callable[[int], str]) -> None:
     with pa.memory_map(str(file)) as source:
         written = pa.ipc.open_stream(source).read_all()
         counts = pc.value_counts(written["id"])
@@ -369,7 +363,6 @@ def _check_ids(file: Path, column: str, label: str, place: Callable[[int], str])
         if len(several):
             same = written["row"].filter(pc.equal(written["id"], several.field("values")[0])).to_pylist()
             raise DataError(
-                f"{label}: {len(several)} ids of column '{column}' stand on several rows, such as "
-                f"{place(same[0])} and {place(same[1])}: make them unique, or set data.id_column=row to number the "
-                "rows."
+                f"{len(several)} ids of column '{column}' stand on several rows, such as {place(same[0])} and "
+                f"{place(same[1])}: make them unique, or set data.id_column=row to number the rows."
             )

@@ -226,15 +226,11 @@ def hold_out(cells: Sequence[str], column: str, data: DataSection) -> HoldOut:
     wanted = {TEST: _row_count(data.test_size, len(cells)), VALIDATION: _row_count(data.validation_size, len(cells))}
     filled = [index for index, value in enumerate(values) if value]
     if len(filled) < 2:
-        raise DataError(
-            f"Column '{column}' has {len(filled) or 'no'} value in all {len(cells)} rows, so nothing can be held out "
-            "by it: name a column with two values or more, or leave it out to split at random."
-        )
+        found = f"{len(filled) or 'no'} value in all {len(cells)} rows"
+        raise DataError(f"Column '{column}' has {found}, so nothing can be held out by it: name another one.")
     if sum(wanted.values()) >= len(cells):
-        raise DataError(
-            f"data.validation_size={data.validation_size} and data.test_size={data.test_size} leave none of "
-            f"{len(cells)} rows to train on: make them smaller."
-        )
+        asked = f"data.validation_size={data.validation_size} and data.test_size={data.test_size}"
+        raise DataError(f"{asked} leave none of {len(cells)} rows to train on: make them smaller.")
     places = _places([values[index] for index in filled])
     if places is None:
         order = sorted(filled, key=lambda index: question_key(values[index], data.seed))

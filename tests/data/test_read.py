@@ -452,7 +452,7 @@ def test_a_prepared_folder_that_was_changed_is_refused(prepared: Path) -> None:
 def test_a_description_that_is_none_is_refused(prepared: Path) -> None:
     for text in ("{", "[]", "{}", '{"fingerprint": "sha256:0"}'):
         (prepared / "dataset.json").write_text(text, encoding="utf-8")
-        assert "dataset.json cannot be read or is none" in refusal(prepared)
+        assert "dataset.json is none that `sevpeft prepare` wrote" in refusal(prepared)
     (prepared / "dataset.json").write_text('{"fingerprint": "x", "columns": []}', encoding="utf-8")
     assert "data.revision=main chooses" in refusal(prepared, revision="main")
 
@@ -514,7 +514,7 @@ def test_errors_in_several_files_name_the_file_and_its_own_line(maqa: Path) -> N
     csv_file(maqa, header, "eye,q,a", "eye,q,a,more", name="train.csv")
     assert "train.csv, line 3: 4 cells" in refusal(maqa)
     csv_file(maqa, "question,q_body,a_body", "x,q,a", name="train.csv")
-    assert "train.csv has not the same columns as test.csv" in refusal(maqa) and "'category'" in refusal(maqa)
+    assert "train.csv or test.csv lacks 'category', 'question'" in refusal(maqa)
     for name, number in (("test", "0.5"), ("train", "secret")):
         csv_file(maqa, "question,answer,p_critical", f"q,a,{number}", f"q,a,{number}", name=f"{name}.csv")
     said = refusal(maqa)

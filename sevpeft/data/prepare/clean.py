@@ -16,7 +16,7 @@ import ftfy
 from ftfy import badness
 
 from sevpeft.data.prepare.settings import Cleaning
-from sevpeft.data.prepare.words import WORDS, pattern
+from sevpeft.data.prepare.words import PATTERNS, WORDS
 from sevpeft.data.text import DIGITS, INVISIBLE, TASHKEEL, TATWEEL
 
 
@@ -173,8 +173,8 @@ def _named_emoji(text: str) -> str:
 
 # What may stand between a greeting and the text, and belongs to neither; a minus sign or a bracket may be the text's.
 _BETWEEN = r"[\s،,.:؛;!…~*]"
-_OPENING = re.compile(rf"(?:{_BETWEEN}*(?:{pattern('greetings')})(?![\w]){_BETWEEN}*)+", re.IGNORECASE)
-_CLOSING = re.compile(rf"(?:(?<![\w])(?:{pattern('thanks')}){_BETWEEN}*)+\Z", re.IGNORECASE)
+_OPENING = re.compile(rf"(?:{_BETWEEN}*(?:{PATTERNS['greetings'].pattern})(?![\w]){_BETWEEN}*)+", re.IGNORECASE)
+_CLOSING = re.compile(rf"(?:(?<![\w])(?:{PATTERNS['thanks'].pattern}){_BETWEEN}*)+\Z", re.IGNORECASE)
 _THANKING = re.compile(r"شكر|جزا|تحيات|بارك|thank", re.IGNORECASE)
 _LONGEST_CLOSING, _LONGEST_BEFORE_THANKS = 120, 30
 

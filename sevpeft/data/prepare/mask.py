@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import phonenumbers
 
-from sevpeft.data.prepare.words import WORDS
+from sevpeft.data.prepare.words import PATTERNS, WORDS
 from sevpeft.data.text import DIGITS, fold_for_matching
 
 MASKS = {"email": "[بريد]", "link": "[رابط]", "national_id": "[هوية]", "phone": "[هاتف]", "name": "[اسم]"}
@@ -47,46 +47,19 @@ def _masked(text: str, kind: str, counts: dict[str, int]) -> str:
     return "".join(parts) + text[end:] if parts else text
 
 
-_EMAIL = re.compile(
-    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+\s?(?:@|[(\[](?:at|AT)[)\]])\s?[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}"
-)
-_ENDINGS = "com|net|org|info|edu|gov|mil|biz|online|site|app|ly|ws"
-_ENDINGS_BEFORE_A_PATH = f"{_ENDINGS}|me|co|io|tv|be|gl|eg|sa|ae|jo|iq|ma|dz|kw|qa|bh|om|ye|lb|sy|ps|tn|sd|uk|fr|de"
-# Arabic letters belong to a path inside it only: people write on right after a link.
-_PATH = r"(?:[A-Za-z0-9\-._~:/?#@!$&'*+,;=%]|(?<=[/\-_=])[\u0621-\u064A0-9]+(?=[/\-_&]|\s|\Z))*"
-_LINK = re.compile(
-    rf"(?:https?|ftp)\s?:\s?//[A-Za-z0-9\-.]+(?::\d+)?(?:[/?#]{_PATH})?"
-    rf"|(?<![A-Za-z0-9@.\-])www\.[A-Za-z0-9\-.]+(?:[/?#]{_PATH})?"
-    rf"|(?<![A-Za-z0-9@.\-])(?:[a-z0-9\-]+\.)+(?:(?:{_ENDINGS})(?![A-Za-z0-9\-])(?:[/?#]{_PATH})?|(?:{_ENDINGS_BEFORE_A_PATH})/{_PATH})",
-    re.IGNORECASE,
-)
-_MAYBE_LINK = re.compile(rf"://|www\.|\.(?:{_ENDINGS_BEFORE_A_PATH})(?![a-z])", re.IGNORECASE)
-
-
 def _emails(text: str) -> Iterator[_Span]:
     if re.search(r"@|[(\[]at[)\]]", text, re.IGNORECASE):
-        yield from (match.span() for match in _EMAIL.finditer(text))
+        yield from (match.span() for match in PATTERNS["email"].finditer(text))
 
 
 def _links(text: str) -> Iterator[_Span]:
-    if _MAYBE_LINK.search(text):
-        for match in _LINK.finditer(text):
+    if PATTERNS["maybe_link"].search(text):
+        for match in PATTERNS["link"].finditer(text):
             # The sentence's own punctuation is not the link's.
             yield match.start(), match.start() + len(match[0].rstrip(".,;:!?'"))
 
 
 _MANY_DIGITS = re.compile(r"\d(?:[ \-–‑.()]{0,2}\d){7}")
-_ID = re.compile(
-    r"(?<![\d+])(?<!\d[.,:/])"
-    r"(?:784[ \-]?(?:19|20)\d\d[ \-]?\d{7}[ \-]?\d|\d{14}|\d{12}|\d{10}|\d{9}|\d{11})(?!\d)(?![.,:/]\d)"
-)
-_ID_NAMED = re.compile(
-    r"(?:قوم[يى]|وطن[يى]|هوي[ةه]|[اإ]قام[ةه]|بطاق[ةه]|مدن[يى]|جواز|national|civil|iqama|passport|\bID)\W{0,3}"
-    r"(?:\w+\W{1,3}){0,2}\Z",
-    re.IGNORECASE,
-)
-_EGYPTIAN = re.compile(r"[23]\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:0[1-4]|1[1-9]|2[1-9]|3[1-5]|88)\d{5}")
-_KUWAITI = re.compile(r"[1-3]\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{5}")
 _KUWAITI_WEIGHTS = (2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 _BEFORE_A_NUMBER = 40
 
@@ -95,8 +68,8 @@ def _is_national_id(digits: str) -> bool:
     """Egypt: century, date of birth, governorate. Saudi Arabia: 1 or 2 and a Luhn digit. Kuwait: date, check digit.
     Emirates: 784 and the year of birth, which is form enough."""
     if len(digits) == 14:
-        return _EGYPTIAN.fullmatch(digits) is not None
-    if len(digits) == 12 and _KUWAITI.fullmatch(digits):
+        return PATTERNS["egyptian"].fullmatch(digits) is not None
+    if len(digits) == 12 and PATTERNS["kuwaiti"].fullmatch(digits):
         weighted = sum(int(digit) * weight for digit, weight in zip(digits, _KUWAITI_WEIGHTS, strict=False))
         return 11 - weighted % 11 == int(digits[-1])
     if len(digits) == 10 and digits[0] in "12":
@@ -113,23 +86,14 @@ def _national_ids(text: str) -> Iterator[_Span]:
     if not _MANY_DIGITS.search(text):
         return
     ascii_text = text.translate(DIGITS)
-    for match in _ID.finditer(ascii_text):
-        named = _ID_NAMED.search(text, max(0, match.start() - _BEFORE_A_NUMBER), match.start())
+    for match in PATTERNS["national_id"].finditer(ascii_text):
+        named = PATTERNS["before_national_id"].search(text, max(0, match.start() - _BEFORE_A_NUMBER), match.start())
         if named or _is_national_id(re.sub(r"\D", "", match[0])):
             yield match.span()
 
 
-# The dot is a separator for numbers with + only: elsewhere it is a decimal point.
-_RUN = re.compile(r"(?<![A-Za-z\d])(?<!\d[.,:/])(?:\+ ?|00)?\(?\d+(?:[ \-–‑()]{1,2}\d+|(?<=\d)\.(?=\d{2,}\.?)\d+)*")
-_DATE = re.compile(
-    r"(?<!\d)(?<!\d[\-/.])(?:(?:19|20)\d\d([\-/.])\d\d?\1\d\d?|\d\d?([\-/.])\d\d?\2(?:(?:19|20)\d\d|\d\d))(?![\-/.]?\d)"
-)
 _YEAR = re.compile(r"(?:19|20)\d\d")
 _GROUP = re.compile(r"\d+")
-_PHONE_NAMED = re.compile(
-    r"(?:رقم|تلي?فون|هاتف|موباي?ل|محمول|جوال|نقال|وا?تس|فون|اتصل|تواصل|كلمن[يى]|ت:|phone|mobile|tel|whats|call|contact|mob)",
-    re.IGNORECASE,
-)
 # fmt: off
 _REGIONS = ("EG", "SA", "AE", "JO", "IQ", "MA", "DZ", "KW", "QA", "BH", "OM", "YE", "LB", "SY", "PS", "TN", "LY", "SD")
 # fmt: on
@@ -139,11 +103,11 @@ _CODES = tuple(str(phonenumbers.country_code_for_region(region)) for region in _
 def _phones(text: str) -> Iterator[_Span]:
     if not _MANY_DIGITS.search(text):
         return
-    ascii_text = _DATE.sub(lambda date: "/" * len(date[0]), text.translate(DIGITS))
-    for run in _RUN.finditer(ascii_text):
+    ascii_text = PATTERNS["date"].sub(lambda date: "/" * len(date[0]), text.translate(DIGITS))
+    for run in PATTERNS["digits"].finditer(ascii_text):
         if len(run[0]) < 8:
             continue
-        named = _PHONE_NAMED.search(text, max(0, run.start() - _BEFORE_A_NUMBER), run.start()) is not None
+        named = PATTERNS["before_phone"].search(text, max(0, run.start() - _BEFORE_A_NUMBER), run.start()) is not None
         groups = [(run.start() + group.start(), run.start() + group.end()) for group in _GROUP.finditer(run[0])]
         first = 0
         while first < len(groups):
@@ -194,38 +158,18 @@ def _is_valid(number: str, region: str | None) -> bool:
         return False
 
 
-_SIGN = r"\s*[./:]\s*"
-# A vowel mark is no \w, and a letter after one is in the middle of a word.
-_TITLE = re.compile(
-    r"(?<![\w\u064B-\u065F\u0670])(?:"
-    rf"(?P<strong>[وفبل]?(?:[أا]\.?\s?)?(?:م\.?\s?)?د{_SIGN}|(?:[Dd]r|DR|[Pp]rof){_SIGN}|(?:Dr|DR|Prof)\s+(?=[A-Z])|Dr(?=[A-Z][a-z]))"
-    r"|(?P<weak>(?:[وفبلك]?ال|لل|[وفبلك])?(?:دكتور[ةه]?|بروفي?سور[ةه]?|طبيب[ةه]?|[أا]ستاذ[ةه]?)(?:/[ةه])?"
-    rf"(?:{_SIGN}|\s+)|(?<!فيتامين )د\s|[أا]{_SIGN}|dr\s+|(?:يا)?(?:ال)?(?:دكتور|د)(?=[امع]))"
-    rf"|(?P<own>[وف]?[أإا]سم[يى](?:{_SIGN}|\s+)(?:هو\s)?|(?i:my name is)\s+)"
-    r")"
-)
-_MAYBE_TITLE = re.compile(
-    r"دكتور|طبيب|بروف|ستاذ|[أإا]سم[يى]|(?<![^\W_])د[\sامع]|[دأا]\s*[./:]|[Dd][Rr]|[Pp]rof|name is|NAME IS|Name is"
-)
 _ARABIC_WORD = re.compile(r"[ \u00A0]*([\u0621-\u065F\u0670-\u06D3]+)")
 _LATIN_WORD = re.compile(r"[ \u00A0]*([A-Za-z][A-Za-z'\-]*)")
 _END = re.compile(r"[ \u00A0]*(?:\Z|[^\w \u00A0])")
 _MOST_WORDS = 3
-# Endings of verbs and plurals, beginnings of present and future tenses, joined particles: an unknown word with one of
-# these is hardly a name.
-_INFLECTED = re.compile(
-    r"(?:و|ب|ل|ف|ك)?ال.*|(?:لل|بي|بت|بن|هي|هت|حي|حت|سي|ست|مي|ما|ا?ست|[ويتن]).*"
-    r"|.*(?:ها|هم|هن|كم|كن|ني|لي|لك|له|لنا|وا|تي|ات|ين|ون|ش|يه)"
-)
-
 _folded = lru_cache(maxsize=1 << 16)(fold_for_matching)
 
 
 def _names(text: str) -> Iterator[_Span]:
-    if not _MAYBE_TITLE.search(text):
+    if not PATTERNS["maybe_title"].search(text):
         return
     masked = 0
-    for title in _TITLE.finditer(text):
+    for title in PATTERNS["title"].finditer(text):
         strength, start = title.lastgroup or "", title.end()
         if title.start() < masked:
             continue
@@ -285,16 +229,15 @@ def _width_of_name(word: str, following: str, ends: bool, after: str, begun: boo
         return 0
     if after == "own" and following in WORDS["after_own_name"]:
         return 1
-    if after == "glued" or len(word) < 3 or _INFLECTED.fullmatch(word):
+    if after == "glued" or len(word) < 3 or PATTERNS["inflected"].fullmatch(word):
         return 0
     return int(supported or ends) if after != "weak" else int(named and not begun)
 
 
 def _is_family(word: str) -> bool:
     """Whether a word after a given name is its family name, by the list or its look: after a place or a tribe."""
-    return word in WORDS["family"] or (
-        word not in WORDS["never"] and re.fullmatch(r"ال\w{3,}ي|\w{2,}اوي", word) is not None
-    )
+    looks = word not in WORDS["never"] and PATTERNS["of_a_place"].fullmatch(word) is not None
+    return looks or word in WORDS["family"]
 
 
 def _end_of_latin_name(text: str, start: int, strength: str) -> int | None:

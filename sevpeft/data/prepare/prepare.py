@@ -44,6 +44,7 @@ _MORE_REASONS = {
 _UNREADABLE = {"empty question": "empty", "empty answer": "empty", "broken characters": "encoding_damage"}
 # More different ones are no labels of severity, and may be somebody's words.
 _MOST_LABELS, _LONGEST_LABEL = 20, 40
+_OF_INPUT = ("source", "fingerprint", "columns", "carried", "provenance", "files")
 _CHAINED = 0.01  # share of the rows from which on a group is too large to be one question
 _SMALL = 2_000  # rows below which starting processes takes longer than the work
 _SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
@@ -84,10 +85,8 @@ def _prepare(table: Consultations, settings: PrepareSettings, folder: Path, scra
     left = np.flatnonzero(reasons == "")
     if not len(left):
         found = Counter(reasons.tolist())
-        raise DataError(
-            f"None of {len(reasons)} rows is left ({', '.join(f'{count} {name}' for name, count in found.items())}): "
-            f"look at the rows; allow=[{next(iter(found))}] would keep those of the first reason."
-        )
+        counts = ", ".join(f"{count} {name}" for name, count in found.items())
+        raise DataError(f"None of {len(reasons)} rows is left ({counts}); allow=[{next(iter(found))}] would keep some.")
     questions = (row["question"] for row in refined.select_columns(["question"]).select(left))
     groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=settings.data.seed)
     codes, names = _labels(rows)
@@ -125,14 +124,7 @@ def _prepare(table: Consultations, settings: PrepareSettings, folder: Path, scra
         "sevpeft": sevpeft.__version__,
         "fingerprint": file_hash(folder / PREPARED_ROWS),
         "columns": columns,
-        "input": {
-            "source": table.source,
-            "fingerprint": table.fingerprint,
-            "columns": table.columns,
-            "carried": table.carried,
-            "provenance": table.provenance,
-            "files": table.files,
-        },
+        "input": {name: getattr(table, name) for name in _OF_INPUT},
         "settings": settings.model_dump(exclude={"data": {"path"}}),
         "rows": {
             "read": len(reasons) + sum(table.rejected.values()),
@@ -282,10 +274,8 @@ def _divide(
     crossed = crossing(sides, groups)
     for side, name in enumerate(SIDES):
         if (sides == side).any() and not (sides[~crossed] == side).any():
-            raise DataError(
-                f"Each of the {int((sides == side).sum())} {name} rows has a near-duplicate on another side, so that "
-                "none is left: raise near_duplicates, or split another way."
-            )
+            count = int((sides == side).sum())
+            raise DataError(f"Each of the {count} {name} rows has a near-duplicate on another side: split another way.")
     return np.where(crossed, np.int8(-1), sides), about | {"crossed": int(crossed.sum())}
 
 

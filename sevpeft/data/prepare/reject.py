@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection
 
 from sevpeft.data.prepare.clean import is_damaged, without_greetings
-from sevpeft.data.prepare.words import WORDS, pattern
+from sevpeft.data.prepare.words import PATTERNS, WORDS
 from sevpeft.data.text import fold_for_matching
 
 REASONS: dict[str, str] = {
@@ -106,7 +106,6 @@ def _is_cut(text: str) -> bool:
     return len(text) >= _LEAST_CUT and _CUT.search(text) is not None and not _TYPED_DOTS.search(text[:-4])
 
 
-_PICTURES, _SHEETS = re.compile(pattern("pictures")), re.compile(pattern("sheets"))
 # Who writes the readings down asks about them, not about the sheet. An age and a few days are no readings.
 _NUMBER = re.compile(r"\d+(?:[.,/]\d+)?")
 _FEWEST_READINGS = 4
@@ -122,9 +121,9 @@ def _points_to_a_picture(question: str, answer: str) -> bool:
     if not (picture or sheet):
         return False
     folded = fold_for_matching(question)
-    if picture and _PICTURES.search(folded):
+    if picture and PATTERNS["pictures"].search(folded):
         return True
-    return bool(sheet and len(_NUMBER.findall(question)) < _FEWEST_READINGS and _SHEETS.search(folded))
+    return bool(sheet and len(_NUMBER.findall(question)) < _FEWEST_READINGS and PATTERNS["sheets"].search(folded))
 
 
 _CHECKS: dict[str, Callable[[str, str], bool]] = {
