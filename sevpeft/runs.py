@@ -6,24 +6,30 @@ temporary name and moved into place; an existing run is continued or refused, ne
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sevpeft.errors import RunError, SevpeftError
+from filelock import FileLock, Timeout
+
+from sevpeft.errors import DataError, RunError, SevpeftError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
@@ -231,3 +237,126 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def file_hash(path: Path) -> str:
+    """ "sha256:..." of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The object of every line with the line's number, from 1; empty lines are left out.
+
+    Raises:
+        DataError: a line holds none; with its number, and without what it says.
+    """
+    for number, line in enumerate(lines, start=1):
+        line = line.strip(" \t\r\n\ufeff")  # files put one after the other keep their byte order marks
+        if not line:
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{label}, line {number} {json_problem(error)}.") from None
+        if not isinstance(content, dict):
+            raise DataError(f"{label}, line {number} is not a JSON object with named values.")
+        yield number, content
+
+
+def json_problem(error: ValueError | RecursionError) -> str:
+    """Why Python's parser refused a text, as the end of a sentence; it never quotes the text."""
+    if isinstance(error, RecursionError):
+        return "nests lists or objects too deep: flatten them"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not valid JSON ({error.msg})"
+    return "holds a number of thousands of digits: put it in quotes"
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder `kind` under SEVPEFT_CACHE (~/.cache/sevpeft), made for its owner alone: it holds patients' text."""
+    folder = Path(os.environ.get("SEVPEFT_CACHE") or "~/.cache/sevpeft").expanduser() / kind
+    with plain_disk_errors(folder, **CACHE_REMEDY):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    return folder
+
+
+CACHE_REMEDY = {
+    "when_full": "free some, or set SEVPEFT_CACHE to a folder on another disk",
+    "remedy": "set SEVPEFT_CACHE to another folder",
+}
+_LOCK = ".building"
+
+
+@contextmanager
+def whole_folder(
+    output: Path, *, when_full: str = "free some, then run this again", remedy: str = "choose another OUTPUT"
+) -> Iterator[Path]:
+    """A new folder, mode 0700, which becomes `output` when the block ends without an error.
+
+    It is built beside its place under a hidden name. A failure takes it away. What a kill leaves behind is taken away
+    when the same folder is made the next time: whoever builds one holds a lock on it.
+
+    Raises:
+        RunError: `output` exists, before the block or at its end, or the disk refuses.
+    """
+    output = Path(os.path.abspath(output))
+    with plain_disk_errors(output, when_full=when_full, remedy=remedy):
+        check_absent(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in output.parent.glob(f".{output.name}.*/{_LOCK}"):
+            with suppress(Timeout, OSError), FileLock(abandoned, timeout=0):
+                shutil.rmtree(abandoned.parent, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        try:
+            with FileLock(partial / _LOCK):
+                yield partial
+                check_absent(output)
+                (partial / _LOCK).unlink()
+                keep_private(partial)
+                partial.rename(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_absent(output: Path) -> None:
+    """Raises RunError where something stands at `output`: nothing is overwritten."""
+    if os.path.lexists(output):
+        raise RunError(f"{output} exists already; choose an OUTPUT that does not exist yet, or remove it first.")
+
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_parent: int | None = None
+
+
+@contextmanager
+def workers_end_with_this_process() -> Iterator[None]:
+    """Every process that is forked in this block is killed when this one ends (on Linux).
+
+    A pool whose parent is killed waits for work for ever, with patients' text and the lock on a half-built folder.
+    """
+    global _parent
+    if sys.platform == "linux":
+        _end_forks_with_parent()
+        _parent = os.getpid()
+    try:
+        yield
+    finally:
+        _parent = None
+
+
+@functools.cache
+def _end_forks_with_parent() -> None:
+    libc = ctypes.CDLL(None)
+
+    def set_signal() -> None:
+        if _parent is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != _parent:  # it ended before the signal was set
+                os._exit(1)
+
+    os.register_at_fork(after_in_child=set_signal)

@@ -18,11 +18,9 @@ import peft.peft_model
 import pytest
 import torch
 import transformers.trainer
-from huggingface_hub import constants
 from safetensors import SafetensorError
 
-import sevpeft.data.hub
-import sevpeft.data.tables
+import sevpeft.data.read
 import sevpeft.modeling.tiny
 import sevpeft.runs
 from sevpeft.cli import main
@@ -336,27 +334,6 @@ def test_packing_is_refused_for_bloom(refusal: Callable[..., str], model_folder:
     assert not Path("run").exists()
 
 
-def test_a_hub_that_does_not_answer_is_asked_once_and_then_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    class Cut:
-        def head(self, url: str, timeout: float) -> None:
-            asked.append(url)
-            raise OSError("no network")
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sevpeft.data.hub.huggingface_hub, "get_session", Cut)
-    sevpeft.data.hub.look_for_hub.cache_clear()
-    try:
-        sevpeft.data.hub.look_for_hub()
-        sevpeft.data.hub.look_for_hub()
-    finally:
-        sevpeft.data.hub.look_for_hub.cache_clear()
-    assert len(asked) == 1
-    assert constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
-
-
 def _a_file(folder: Path) -> Path:
     (folder / "file").write_text("x")
     return folder / "file"
@@ -411,7 +388,7 @@ def test_a_full_cache_is_named_and_left_clean(
 
     monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path / "cache"))
     if kind == "tables":
-        monkeypatch.setattr(sevpeft.data.tables, "_write_rows", full)
+        monkeypatch.setattr(sevpeft.data.read, "_write", full)
         model = str(model_folder())
     else:
         monkeypatch.setattr(sevpeft.modeling.tiny, "make_tiny_model", full)
@@ -543,7 +520,7 @@ def test_ctrl_c_before_training_leaves_nothing(
         raise KeyboardInterrupt
 
     module, name = {
-        "data": (sevpeft.data.tables, "canonical_rows"),
+        "data": (sevpeft.data.read, "canonical_row"),
         "model": (sevpeft.modeling.tiny, "make_tiny_model"),
         "trainer": (SeveritySFTTrainer, "__init__"),
     }[moment]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from sevpeft.data.preparing import prepare
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.prepare.prepare import prepare
+from sevpeft.data.prepare.settings import PrepareSettings
+from sevpeft.data.read import load_consultations
 from sevpeft.evaluation.evaluate import evaluate
 from sevpeft.evaluation.report.page import write_report
 from sevpeft.recipe import load_recipe
@@ -85,7 +86,7 @@ def test_every_file_with_words_or_ids_of_patients_is_its_owners_alone(
         (tmp_path / name).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / name))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    prepare(consultations, tmp_path / "prepared")
+    prepare(PrepareSettings.model_validate({"data": {"path": str(consultations)}}), tmp_path / "prepared")
     for ending in (*ENDINGS, ""):
         rows = load_consultations(consultations, keep="all")
         annotate(Job(rows, Rules.load(None), tmp_path / f"annotated{ending}", replace=True))

@@ -34,7 +34,7 @@ from sevpeft.errors import DataError, Interrupted, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sevpeft.data.sources import Consultations
+    from sevpeft.data.read import Consultations
     from sevpeft.severity.annotating import Annotation, Job
     from sevpeft.severity.dealing import Processes
     from sevpeft.severity.source import SeverityClassifier
@@ -172,7 +172,7 @@ def _job(
     source: dict[str, Any],
     processes: Processes,
 ) -> Job:
-    from sevpeft.data.sources import load_consultations
+    from sevpeft.data.read import load_consultations
     from sevpeft.severity.annotating import Job
 
     consultations: Consultations | None = None

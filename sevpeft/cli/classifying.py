@@ -47,7 +47,7 @@ from sevpeft.errors import DataError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sevpeft.data.sources import Consultations
+    from sevpeft.data.read import Consultations
     from sevpeft.severity.classifier.calibration import Calibrated
 
 classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or judge one.")
@@ -266,7 +266,7 @@ def _working(as_json: bool) -> Iterator[tuple[Console, Callable[[str], None]]]:
 
 
 def _read(data: str, context: typer.Context) -> Consultations:
-    from sevpeft.data.sources import load_consultations
+    from sevpeft.data.read import load_consultations
 
     with said_as_options():
         return load_consultations(data, keep="all", **chosen(context))

@@ -1,232 +1,207 @@
-"""From one file to a stream of numbered rows: CSV, TSV, XLSX, JSON, JSON lines, Parquet, each also gzipped.
+"""Numbered rows of CSV, TSV, XLSX, JSON, JSON lines and Parquet files, each also gzipped.
 
-Nothing here holds more than a batch of rows, so that several hundred thousand consultations fit any machine.
-A damaged file is refused with the line or row at which it went wrong: quietly reading half of a set would
-train on half of it. Messages name numbers and columns only, because a cell is somebody's complaint.
+A damaged file is refused with the line or row at which it went wrong: reading half of a set would train on half of it.
+Messages name numbers and columns only, because a cell is somebody's complaint. Of all formats but a JSON array no more
+than a batch of rows is in memory.
 """
+
+from __future__ import annotations
 
 import bisect
 import codecs
 import contextlib
 import csv
 import gzip
+import io
 import itertools
+import json
 import re
-import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from io import TextIOWrapper
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
-from sevpeft.data.columns import can_map, listed
-from sevpeft.data.json_rows import LONGEST, array_rows, is_array, line_rows
+from sevpeft.data.columns import listed, map_columns
 from sevpeft.errors import DataError
+from sevpeft.runs import json_lines, json_problem
 
 Row = tuple[int, dict[str, Any]]
 
-SUFFIXES = (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".ndjson", ".parquet")
-_HEAD = 1 << 16
-_OLD = "is in the old Excel format: open it and save it as .xlsx."
+FILE_COLUMN = "file"
+_JSON = (".json", ".jsonl", ".ndjson")
+SUFFIXES = (".csv", ".tsv", ".xlsx", *_JSON, ".parquet")
+# Letters of one cell. More is a quote that is not closed, and would fill the memory.
+_LONGEST_CELL = 1 << 24
 
 
 @dataclass(frozen=True)
 class Table:
-    """A file's rows: `read(columns)` yields (number, cells), the number 1-based in `unit`s ("line" or "row").
+    """Rows of a file, of a sheet, or of several of them.
 
-    `names` is None where every row brings its own names (JSON); such a table can be read again, the others
-    once. `place` says where a number stands, for rows of several files or sheets; None where the unit says it.
-    `note` names the sheets of a workbook with several.
+    Attributes:
+        read: yields (number, cells) of each row; the number is 1-based, in lines or rows. Only the columns asked for
+            need to be there.
+        place: where the row of a number stands, for messages. note: which sheets of a workbook were read.
     """
 
-    names: list[str] | None
-    unit: str
+    names: list[str]
     read: Callable[[Collection[str]], Iterator[Row]]
-    place: Callable[[int], str] | None = None
+    place: Callable[[int], str]
     note: str = ""
 
 
 def file_format(path: Path) -> str | None:
-    """Return the suffix that decides how `path` is read (".csv" of "x.csv.gz"), None where none does."""
+    """The suffix that decides how `path` is read (".csv" of "x.csv.gz"), None where none does."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def open_table(path: Path, encoding: str | None = None, chosen: Mapping[str, str | None] | None = None) -> Table:
-    """Open `path` by its suffix; `encoding` is for text formats, `chosen` (columns by field) finds a workbook's sheets.
+def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str, str | None]) -> Table:
+    """The rows of one file, or of several of the same columns, in whose rows `file` names the file.
+
+    Args:
+        encoding: of text files. chosen: columns by field, by which the right sheets of a workbook are found.
 
     Raises:
-        DataError: now or while reading: the file is unreadable, damaged, or not what its name says.
+        DataError: now or while reading: a file is damaged, not what its name says, or of other columns.
     """
+    tables = [_open(path, encoding, chosen) for path in paths]
+    if len(tables) == 1:
+        return tables[0]
+    for path, table in zip(paths, tables, strict=True):
+        # Rows of JSON bring their own names; in a table, a column that is missing is another table.
+        if (only := set(table.names) ^ set(tables[0].names)) and file_format(path) not in _JSON:
+            raise DataError(f"{path.name} or {paths[0].name} lacks {listed(sorted(only))}: rename the columns alike.")
+    names = list(dict.fromkeys([*(name for table in tables for name in table.names), FILE_COLUMN]))
+    note = "; ".join(f"{path.name}: {table.note}" for path, table in zip(paths, tables, strict=True) if table.note)
+    return replace(_joined(tables, [path.name for path in paths]), names=names, note=note)
+
+
+def _joined(tables: Sequence[Table], files: Sequence[str] | None = None) -> Table:
+    """The rows of one table after the other, numbered on, with the name of their file where there are several."""
+    begins: list[int] = []
+
+    def read(columns: Collection[str]) -> Iterator[Row]:
+        begins.clear()
+        last = 0
+        for at, table in enumerate(tables):
+            begins.append(last)
+            for number, cells in table.read(set(columns) & set(table.names)):
+                last = begins[-1] + number
+                yield last, {FILE_COLUMN: files[at], **cells} if files else cells
+
+    def place(number: int) -> str:
+        at = bisect.bisect_left(begins, number) - 1
+        return tables[at].place(number - begins[at])
+
+    return Table(tables[0].names, read, place)
+
+
+def _open(path: Path, encoding: str | None, chosen: Mapping[str, str | None]) -> Table:
     suffix = file_format(path)
     if suffix is None:
-        unknown = f"has no suffix that is read here: {', '.join(SUFFIXES)}, each also .gz."
-        raise DataError(f"{path.name} {_OLD if path.suffix.lower() == '.xls' else unknown}")
-    with _plainly(path), _binary(path) as stream:
-        head = stream.read(_HEAD)
+        raise DataError(f"{path.name} has no suffix that is read here: {', '.join(SUFFIXES)}, each also .gz.")
+    with _binary(path) as stream:
+        head = stream.read(1 << 16)
     if not head.strip(b" \t\r\n\0\xef\xbb\xbf"):
         raise DataError(f"{path.name} is empty.")
     if suffix == ".parquet":
         return _parquet(path)
     if suffix == ".xlsx":
-        return _workbook(path, chosen or {})
+        return _workbook(path, chosen)
     encoding = _checked_encoding(path, head, encoding)
     if suffix in (".csv", ".tsv"):
-        return _with_header(path.name, "line", _delimited(path, encoding, "," if suffix == ".csv" else "\t"))
+        return _with_header(path.name, "line", lambda: _delimited(path, encoding, "," if suffix == ".csv" else "\t"))
     return _json(path, encoding, suffix)
 
 
 @contextlib.contextmanager
-def _plainly(path: Path) -> Iterator[None]:
+def _binary(path: Path) -> Iterator[IO[bytes]]:
+    packed = path.suffix.lower() == ".gz"
     try:
-        yield
-    except EOFError:
-        raise DataError(f"{path.name} breaks off inside its gzip data: copy or download it again.") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        if "Not a gzipped file" in str(error):
-            raise DataError(f"{path.name} is not gzip data: take the .gz off its name or compress it.") from None
-        raise DataError(f"{path.name} is damaged gzip data: copy or download it again.") from None
-    except PermissionError:
-        raise DataError(f"{path.name} may not be read by this user: change its permissions.") from None
-    except OSError as error:
-        raise DataError(f"{path.name} cannot be read ({error.strerror or type(error).__name__}).") from None
-
-
-def _binary(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+        with gzip.open(path, "rb") if packed else path.open("rb") as stream:
+            yield cast(IO[bytes], stream)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise DataError(f"{path.name} is no gzip data, or breaks off: copy or download it again.") from None
 
 
 @contextlib.contextmanager
 def _seekable(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that is read out of order; gzip data is unpacked to an unnamed temporary file first."""
+    """The bytes of a file that is read out of order, which gzip data can only be in memory."""
     with _binary(path) as stream:
-        if path.suffix.lower() != ".gz":
-            yield stream
-            return
-        with tempfile.TemporaryFile() as unpacked:
-            while chunk := stream.read(1 << 20):
-                unpacked.write(chunk)
-            unpacked.seek(0)
-            yield cast(IO[bytes], unpacked)
+        yield io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
 
 
 @contextlib.contextmanager
-def _text(path: Path, encoding: str, newline: str | None = None) -> Iterator[TextIOWrapper]:
-    with _plainly(path), _binary(path) as stream:
-        text = TextIOWrapper(stream, encoding=encoding, newline=newline)
+def _text(path: Path, encoding: str) -> Iterator[io.TextIOWrapper]:
+    with _binary(path) as stream:
         try:
-            yield text
+            yield io.TextIOWrapper(stream, encoding=encoding, newline="")
         except UnicodeDecodeError:
-            raise _undecodable(path, encoding) from None
+            remedy = "save it as UTF-8, or set data.encoding (old Arabic files are mostly cp1256)"
+            raise DataError(f"{path.name} is not {encoding.removesuffix('-sig')}: {remedy}.") from None
 
 
 def _checked_encoding(path: Path, head: bytes, encoding: str | None) -> str:
-    """Return the codec to read with, UTF-8 by default, if the file's start does not speak against it."""
+    """The codec to read with, UTF-8 by default, unless the file's start shows that it would read gibberish."""
     if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"PAR1", b"\xd0\xcf\x11\xe0")):
         raise DataError(f"{path.name} is a workbook or packed data: give it the suffix of what it is.")
-    try:
-        "".encode(encoding or "utf-8")
-        codec = codecs.lookup(encoding or "utf-8").name
-    except (LookupError, ValueError):
-        raise DataError(f"data.encoding={encoding} names no encoding: try utf-8, cp1256 or utf-16.") from None
-    if not codec.startswith(("utf-16", "utf-32")):
-        for wide in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be") if b"\0" in head else ():
-            # Read as UTF-16, text in UTF-8 becomes Chinese: its letters are pairs of bytes, none of them zero.
-            text = head[: len(head) // 4 * 4].decode(wide, errors="replace")
-            letters = text.removeprefix("\ufeff")
-            if sum("\0" < letter < "\u0800" for letter in letters) > 0.7 * len(letters):
-                named = wide if text == letters else wide[:6]
-                raise DataError(f"{path.name} looks like {wide[:6].upper()}: set data.encoding={named}.")
-    if codec in ("utf-8", "utf-8-sig", "ascii"):
-        return "utf-8-sig"
+    codec = codecs.lookup(encoding or "utf-8").name
     if not codec.startswith("utf"):
         # Every byte is a character in Windows-1256: UTF-8 read as that trains on gibberish without an error.
         with contextlib.suppress(UnicodeDecodeError):
             if not codecs.getincrementaldecoder("utf-8")().decode(head).isascii():
                 raise DataError(f"{path.name} is UTF-8, not {encoding}: remove data.encoding.")
-    return codec
+    return "utf-8-sig" if codec in ("utf-8", "ascii") else codec
 
 
-def _undecodable(path: Path, encoding: str) -> DataError:
-    decoder = codecs.getincrementaldecoder(encoding)()
-    line = 1
-    with _binary(path) as stream:
-        while True:
-            chunk = stream.read(_HEAD)
-            try:
-                line += decoder.decode(chunk, final=not chunk).count("\n")
-            except UnicodeDecodeError as error:
-                line += error.object[: error.start].count(b"\n")
-                where = f"byte 0x{error.object[error.start]:02X} at line {line}"
-                name = "UTF-8" if encoding.startswith("utf-8") else encoding
-                return DataError(f"{path.name} is not {name} ({where}){_likely_encoding(error.object)}.")
-            if not chunk:
-                return DataError(f"{path.name} changed while it was read.")
-
-
-def _likely_encoding(sample: bytes) -> str:
-    def arabic(encoding: str) -> float:
-        foreign = [char for char in sample.decode(encoding, errors="replace") if not char.isascii()]
-        return sum("\u0621" <= char <= "\u064a" for char in foreign) / max(len(foreign), 1)
-
-    # Of UTF-8 with one broken spot, half of the bytes are Arabic letters in Windows-1256: that is not enough.
-    for codec, name in (("cp1256", "Windows-1256"), ("iso-8859-6", "ISO-8859-6")):
-        if arabic(codec) > 0.8:
-            return f"; it looks like {name}: set data.encoding={codec}"
-    return ": save it as UTF-8 or set data.encoding"
-
-
-def _with_header(label: str, unit: str, records: Iterator[tuple[int, list[Any]]]) -> Table:
-    names = _header(records)
+def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int, list[Any]]]]) -> Table:
+    """A table whose first record holds the names. Columns without one are left out: the index of a data frame."""
+    names = _header(next(records(), (0, []))[1])
     if not any(names):
         raise DataError(f"{label} is empty.")
-    _refuse_twice(label, [name for name in names if name])
-    # Data frames leave the index column without a name, spreadsheets the cells right of the table.
-    named = [(index, name) for index, name in enumerate(names) if name]
+    _check_names(label, [name for name in names if name])
 
     def read(columns: Collection[str]) -> Iterator[Row]:
-        for number, cells in records:
+        for number, cells in itertools.islice(records(), 1, None):
             if len(cells) != len(names):
-                raise DataError(
-                    f"{label}, {unit} {number}: {len(cells)} cells where the header has {len(names)}: "
-                    "quote cells that hold the separator or a line break."
-                )
-            yield number, {name: cells[index] for index, name in named}
+                cause = f"{len(cells)} cells where the header has {len(names)}"
+                raise DataError(f"{label}, {unit} {number}: {cause}: quote cells that hold a separator or line break.")
+            yield number, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
-    return Table([name for _, name in named], unit, read)
+    return Table([name for name in names if name], read, lambda number: f"{label}, {unit} {number}")
 
 
-def _header(records: Iterator[tuple[int, list[Any]]]) -> list[str]:
-    _, cells = next(records, (0, []))
+def _header(cells: Sequence[Any]) -> list[str]:
     return ["" if cell is None else str(cell).strip().strip("\ufeff\u200e\u200f") for cell in cells]
 
 
-def _refuse_twice(label: str, names: list[str]) -> None:
-    twice = {name: None for name in names if names.count(name) > 1}
-    if twice:
+def _check_names(label: str, names: list[str]) -> None:
+    if twice := {name: None for name in names if names.count(name) > 1}:
         raise DataError(f"{label} has more than one column named {listed(twice)}: rename them apart.")
 
 
-def _lines(path: Path, text: TextIOWrapper) -> Iterator[str]:
+def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
     for number, line in enumerate(text, start=1):
         if "\0" in line:
             place = line.index("\0") + 1
-            raise DataError(f"{path.name}, line {number}: character {place} is a zero byte: remove it.")
+            remedy = "remove it, or set data.encoding=utf-16"
+            raise DataError(f"{path.name}, line {number}, character {place}: a zero byte: {remedy}.")
         yield line
 
 
 def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, list[Any]]]:
-    csv.field_size_limit(LONGEST)
-    with _text(path, encoding, newline="") as stream:
+    csv.field_size_limit(_LONGEST_CELL)
+    with _text(path, encoding) as stream:
         lines = _lines(path, stream)
         before, delimiter, first = 0, None, next(lines, "")
         while first and not first.strip():
             before, first = before + 1, next(lines, "")
-        if said := re.fullmatch(r"sep=(.)\s*", first, flags=re.IGNORECASE):  # Excel's own way to say it
-            delimiter, before, first = said.group(1), before + 1, next(lines, "")
+        if named := re.fullmatch(r"sep=(.)\s*", first, flags=re.IGNORECASE):  # Excel's own way to name it
+            delimiter, before, first = named.group(1), before + 1, next(lines, "")
         if delimiter is None:
             # Excel writes ";" where the comma is the decimal mark, as in much of the Arab world.
             delimiter = max((default, ",", ";", "\t"), key=re.sub('"[^"]*"', "", first).count)
@@ -236,7 +211,7 @@ def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, l
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                long = f", or a cell is over {LONGEST:,} letters long" if "field limit" in str(error) else ""
+                long = f", or a cell is over {_LONGEST_CELL:,} letters long" if "field limit" in str(error) else ""
                 raise DataError(
                     f"{path.name}, line {line}: a quote is stray or not closed in the row that begins there{long}: "
                     'put cells in quotes and double the quotes inside them ("").'
@@ -251,17 +226,13 @@ def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, l
 def _book(path: Path) -> Iterator[Any]:
     import openpyxl
 
-    with _plainly(path), _seekable(path) as stream:
-        if stream.read(4) == b"\xd0\xcf\x11\xe0":
-            locked = "EncryptedPackage".encode("utf-16-le") in stream.read()
-            raise DataError(f"{path.name} {'is protected by a password: save it without one.' if locked else _OLD}")
-        stream.seek(0)
+    with _seekable(path) as stream:
         try:
             yield openpyxl.load_workbook(stream, read_only=True, data_only=True)
         except DataError:
             raise
         except Exception:  # openpyxl lets through whatever zipfile, its XML parser or a missing part raises
-            raise DataError(f"{path.name} is damaged or no Excel workbook: save it again as .xlsx.") from None
+            raise DataError(f"{path.name} is damaged, has a password or is no workbook: save it as .xlsx.") from None
 
 
 def _sheet(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
@@ -279,39 +250,33 @@ def _sheet(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
 
 
 def _workbook(path: Path, chosen: Mapping[str, str | None]) -> Table:
-    """Open the sheets that hold consultations as one table."""
+    """The sheets that hold consultations as one table; the note names them, and those that were left out."""
     with _book(path) as book:
-        read_names = {sheet.title: list(filter(None, _header(_sheet(sheet)))) for sheet in book.worksheets}
-    headers = {title: names for title, names in read_names.items() if names}
+        rows = {sheet.title: _header(next(_sheet(sheet), (0, []))[1]) for sheet in book.worksheets}
+    headers = {title: names for title, row in rows.items() if (names := [name for name in row if name])}
     if not headers:
         raise DataError(f"{path.name} is empty.")
-    fitting = [title for title, names in headers.items() if can_map(names, chosen)]
+    fitting = []
+    for title, names in headers.items():
+        with contextlib.suppress(DataError):
+            map_columns(names, chosen, title)
+            fitting.append(title)
     main = fitting[0] if fitting else max(headers, key=lambda title: len(headers[title]))
     alike = [title for title in headers if set(headers[title]) == set(headers[main])]
     if other := [title for title in fitting if title not in alike]:
-        raise DataError(
-            f"{path.name} has consultations on the sheets {listed([main, other[0]])}, under different columns: rename "
-            "the columns alike, or save one of the sheets as a file of its own."
-        )
+        sheets = listed([main, other[0]])
+        raise DataError(f"{path.name}: the sheets {sheets} have consultations in different columns: rename them alike.")
     left_out = [title for title in headers if title not in alike]
     note = f"sheets {listed(alike)}{', not ' * bool(left_out)}{listed(left_out)}" if len(headers) > 1 else ""
-    labels = [f"{path.name}, sheet '{title}'" for title in alike]
-    begins: list[int] = []
 
-    def read(columns: Collection[str]) -> Iterator[Row]:
-        begins[:], last = [], 0
-        with _book(path) as book:
-            for title, label in zip(alike, labels, strict=True):
-                begins.append(last)
-                for number, cells in _with_header(label, "row", _sheet(book[title])).read(columns):
-                    last = begins[-1] + number
-                    yield last, cells
+    def table(title: str) -> Table:
+        def records() -> Iterator[tuple[int, list[Any]]]:
+            with _book(path) as book:
+                yield from _sheet(book[title])
 
-    def place(number: int) -> str:
-        index = bisect.bisect_left(begins, number) - 1
-        return f"{labels[index]}, row {number - begins[index]}"
+        return _with_header(f"{path.name}, sheet '{title}'", "row", records)
 
-    return Table(headers[main], "row", read, place, note)
+    return replace(_joined([table(title) for title in alike]), note=note)
 
 
 def _parquet(path: Path) -> Table:
@@ -320,7 +285,7 @@ def _parquet(path: Path) -> Table:
 
     @contextlib.contextmanager
     def opened() -> Iterator[pq.ParquetFile]:
-        with _plainly(path), _seekable(path) as stream:
+        with _seekable(path) as stream:
             try:
                 yield pq.ParquetFile(stream)
             except (pa.ArrowException, OSError):  # Arrow's own "unexpected end" is an OSError
@@ -328,23 +293,60 @@ def _parquet(path: Path) -> Table:
 
     with opened() as file:
         names = file.schema_arrow.names
-    _refuse_twice(path.name, names)
+    _check_names(path.name, names)
 
     def read(columns: Collection[str]) -> Iterator[Row]:
         with opened() as file:
             batches = file.iter_batches(batch_size=1000, columns=sorted(columns))
             yield from enumerate((cells for batch in batches for cells in batch.to_pylist()), start=1)
 
-    return Table(names, "row", read)
+    return Table(names, read, lambda number: f"{path.name}, row {number}")
 
 
 def _json(path: Path, encoding: str, suffix: str) -> Table:
-    if suffix == ".json":
-        with _text(path, encoding) as text:
-            suffix = "array" if is_array(text) else suffix
+    """Objects, one a line or in an array. Each brings its own names, so that all are read once to know them."""
+    lines = suffix != ".json" or _holds_lines(path, encoding)
 
     def read(columns: Collection[str]) -> Iterator[Row]:
         with _text(path, encoding) as text:
-            yield from array_rows(text, path.name) if suffix == "array" else line_rows(_lines(path, text), path.name)
+            yield from json_lines(_lines(path, text), path.name) if lines else _array(text.read(), path.name)
 
-    return Table(None, "row" if suffix == "array" else "line", read)
+    names = list(dict.fromkeys(name for _, cells in read(()) for name in cells))
+    return Table(names, read, lambda number: f"{path.name}, {'line' if lines else 'row'} {number}")
+
+
+def _holds_lines(path: Path, encoding: str) -> bool:
+    with _text(path, encoding) as text, contextlib.suppress(ValueError, RecursionError):
+        first = json.loads(next(filter(str.strip, text), ""))
+        return isinstance(first, dict) and not isinstance(first.get("data"), list)
+    return False
+
+
+def _array(document: str, label: str) -> Iterator[Row]:
+    """The rows of an array, or of the one under "data", by Python's parser, which has limits."""
+    number = 0
+    try:
+        for number, cells in enumerate(_elements(document), start=1):
+            if not isinstance(cells, dict):
+                raise DataError(f"{label}, row {number} is not a JSON object with named values.")
+            yield number, cells
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{label}, row {number + 1} or what follows it {json_problem(error)}.") from None
+
+
+def _elements(document: str) -> Iterator[Any]:
+    """One element after the other, so that memory holds the text and not all that it says."""
+    mark = re.match(r"\s*\[\s*(\]?)\s*", document)
+    if not mark:
+        whole = json.loads(document)
+        if not isinstance(whole, dict) or not isinstance(whole.get("data"), list):
+            raise json.JSONDecodeError("no array of rows, none under data, and no row in each line", document, 0)
+        yield from whole["data"]
+        return
+    decoder, separator = json.JSONDecoder(), re.compile(r"\s*(,|\])\s*")
+    while mark and mark[1] != "]":
+        element, end = decoder.raw_decode(document, mark.end())
+        yield element
+        mark = separator.match(document, end)
+    if not mark or mark.end() < len(document):
+        raise json.JSONDecodeError("expecting , or ] and the end", document, 0)

@@ -35,7 +35,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from sevpeft.data.hub import look_for_hub
+from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
 
 DEFAULT_ENCODER = "bert-base-multilingual-cased"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from sevpeft.data.sources import file_fingerprint
 from sevpeft.errors import RunError
 from sevpeft.evaluation.arms import BASE_ARM, Experiment
 from sevpeft.evaluation.evaluate import EVALUATION, SCORES
@@ -22,7 +21,7 @@ from sevpeft.evaluation.predictions import LIKELIHOOD
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.evaluation.statistics import same_order
 from sevpeft.evaluation.switching import ADAPTER, BASE
-from sevpeft.runs import Run
+from sevpeft.runs import Run, file_hash
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Unit:
         stored = stored_json(self.run.folder / EVALUATION)
         generation = {**self.experiment.recipe.generation.model_dump(), "backend": "transformers"}
         return (
-            stored.get("adapter") == file_fingerprint(self.run.adapter / "adapter_model.safetensors")
+            stored.get("adapter") == file_hash(self.run.adapter / "adapter_model.safetensors")
             and stored.get("data", {}).get("content") == rows.content_hash()
             and stored["data"].get("evaluated") == len(rows)
             and set(self.columns) <= set(stored.get("columns", ()))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 from sevpeft.severity.lexicon import Pattern, load_lexicon
 from sevpeft.severity.matching import Matcher
 from sevpeft.severity.words import read

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 
 
 def chrf(predictions: Sequence[str], references: Sequence[str], *, beta: int = 2) -> NDArray[np.float64]:

@@ -13,8 +13,6 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from sevpeft.console import print_labeled
-from sevpeft.data.sources import file_fingerprint
 from sevpeft.evaluation.generation import GenerationSettings, Prediction
 from sevpeft.evaluation.likelihood import reference_nll
 from sevpeft.evaluation.predictions import LIKELIHOOD, PREDICTIONS, RowFile
@@ -25,8 +23,9 @@ from sevpeft.evaluation.switching import ADAPTER, AdapterSwitch
 from sevpeft.evaluation.vllm_engine import VllmEngine
 from sevpeft.modeling.loading import choose_precision, load_config, load_tokenizer
 from sevpeft.recipe import Recipe
-from sevpeft.runs import Run
+from sevpeft.runs import Run, file_hash
 from sevpeft.training.data import prompt_of
+from sevpeft.training.progress import say
 
 Backend = Literal["transformers", "vllm"]
 # Likelihoods are kept after so many rows.
@@ -66,7 +65,7 @@ class RowWork:
         generation = {**recipe.generation.model_dump(), "backend": backend}
         del generation["per_device_eval_batch_size"]  # answers do not depend on it
         origin: dict[str, Any] = {
-            "adapter": file_fingerprint(run.adapter / "adapter_model.safetensors"),
+            "adapter": file_hash(run.adapter / "adapter_model.safetensors"),
             "model": recipe.model.model_dump(),
             "quantization": recipe.quantization.model_dump(),
             "dtype": str(choose_precision(recipe).dtype).removeprefix("torch."),
@@ -154,7 +153,7 @@ class RowWork:
                 prompt = prompt_of(self.recipe, load_tokenizer(self.recipe, load_config(self.recipe)))
                 self._engine = VllmEngine(self.recipe, prompt, self.adapters, self.settings)
             return self._engine.speaking(arm)
-        return self._switched().speaking(arm, self.settings, lambda text: print_labeled(self.console, "Batches", text))
+        return self._switched().speaking(arm, self.settings, lambda text: say(self.console, "Batches", text))
 
 
 def _line(arm: str, one: Prediction, rows: EvaluationRows, at: int) -> dict[str, Any]:

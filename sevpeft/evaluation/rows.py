@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from sevpeft.data.sources import Consultations, load_consultations
-from sevpeft.data.splits import question_keys
+from sevpeft.data.read import Consultations, load_consultations
+from sevpeft.data.split import question_keys
 from sevpeft.errors import RunError
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run

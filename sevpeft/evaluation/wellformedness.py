@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 
 NGRAM = 4
 # Arabic, its supplements and presentation forms.

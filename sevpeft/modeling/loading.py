@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sevpeft.data.hub import look_for_hub
+from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
 from sevpeft.modeling.document_attention import attend_within_documents
 from sevpeft.modeling.hardware import (

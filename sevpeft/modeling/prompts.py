@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sevpeft.data.cleaning import strip_marks
+from sevpeft.data.text import strip_marks
 from sevpeft.errors import ModelError
 
 _PROBE = "جواب"

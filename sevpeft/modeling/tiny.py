@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sevpeft.console import print_text
-from sevpeft.data.sources import cache_folder, load_consultations
-from sevpeft.runs import plain_disk_errors
+from sevpeft.data.read import load_consultations
+from sevpeft.runs import cache_folder, plain_disk_errors
 
 TINY = "builtin:tiny"
 # Part of the folder's name: a changed recipe for the toy is another toy.

@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 
 import sevpeft
 from sevpeft.data.columns import free_name, listed
-from sevpeft.data.sources import PREPARED_ABOUT, PREPARED_ROWS, Consultations, file_fingerprint
+from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations
 from sevpeft.errors import DataError, UsageError
+from sevpeft.runs import file_hash
 from sevpeft.severity.probabilities import PROBABILITY_COLUMNS
 
 # What `annotate` adds; evidence where the classifier gives it.
@@ -218,7 +219,7 @@ def write_folder(
         shutil.copyfile(consultations.rejected_rows, folder / "rejected.jsonl")
     about["severity"] = {**severity, "input_fingerprint": consultations.fingerprint}
     about["columns"] = pq.read_schema(folder / PREPARED_ROWS).names
-    about["fingerprint"] = file_fingerprint(folder / PREPARED_ROWS)
+    about["fingerprint"] = file_hash(folder / PREPARED_ROWS)
     (folder / PREPARED_ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(about), encoding="utf-8")
 
@@ -232,10 +233,9 @@ def _copy_aside(source: Path, folder: Path) -> None:
 def _card(about: dict[str, Any]) -> str:
     """The card of the preparation, where there was one, with a part on the severity."""
     if "splits" in about:
-        from sevpeft.data.datacard import data_card
-        from sevpeft.data.preparing import ALL_REASONS
+        from sevpeft.data.prepare.prepare import data_card
 
-        before = data_card(about, ALL_REASONS)
+        before = data_card(about)
     else:
         before = _OWN_CARD.format(rows=about["rows"]["kept"], fingerprint=about["fingerprint"])
     severity = about["severity"]

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sevpeft.data.folders import refuse_existing
-from sevpeft.data.sources import Consultations
+from sevpeft.data.read import Consultations
 from sevpeft.errors import ModelError
 from sevpeft.recipe import SEVERITY_PRESETS
+from sevpeft.runs import check_absent
 from sevpeft.severity.annotated_files import (
     EVIDENCE,
     METHOD,
@@ -158,7 +158,7 @@ def annotate(
             finished = work.finished(job.settings())
             if finished is None:
                 work.remove_empty()
-                refuse_existing(work.output)
+                check_absent(work.output)
         if finished is not None:
             if processes.main:
                 tell(f"{job.output} was finished by an earlier try.")

@@ -18,8 +18,8 @@ from datetime import timedelta
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
-from sevpeft.data.workers import workers_end_with_this_process
 from sevpeft.errors import RunError, SevpeftError
+from sevpeft.runs import workers_end_with_this_process
 
 Shared = TypeVar("Shared")
 Done = TypeVar("Done")

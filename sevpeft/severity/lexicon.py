@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.words import parts_of

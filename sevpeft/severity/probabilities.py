@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import WeightError
 
 SEVERITIES = ("non_critical", "neutral", "critical")

@@ -18,9 +18,8 @@ import numpy as np
 from datasets import Dataset
 from datasets.utils import tqdm
 
-from sevpeft.data.tables import cache_folder
 from sevpeft.errors import WeightError
-from sevpeft.runs import plain_disk_errors
+from sevpeft.runs import cache_folder, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES, severity_probabilities, sharpened
 
 _BATCH = 1000

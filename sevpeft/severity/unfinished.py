@@ -17,9 +17,8 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from sevpeft.data.folders import refuse_existing
 from sevpeft.errors import RunError
-from sevpeft.runs import keep_private, plain_disk_errors, write_atomically
+from sevpeft.runs import check_absent, keep_private, plain_disk_errors, write_atomically
 
 _STATE, _LOCK, _WHOLE = "state.json", ".lock", "whole"
 
@@ -114,7 +113,7 @@ class Unfinished:
         path = self.folder / _WHOLE
         # Said before it is done: a kill right after the move would else leave parts that nobody takes away.
         self._write_state({**settings, "done": {"inode": path.stat().st_ino, "result": result}})
-        refuse_existing(self.output)
+        check_absent(self.output)
         keep_private(path)
         path.rename(self.output)
         self.remove()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 
 # Letters that no Arabic or Latin text has and that folding leaves alone, to carry punctuation through it.
 _STOP, _ASKING, _COMMA, POINT = "ʘ", "ʖ", "ʗ", "ʞ"

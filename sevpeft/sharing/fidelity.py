@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
 from sevpeft.errors import SevpeftError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe

@@ -20,14 +20,14 @@ from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from sevpeft.console import print_labeled
-from sevpeft.data.tables import cache_folder
 from sevpeft.errors import RunError
 from sevpeft.recipe import AUTO, Recipe, load_recipe
-from sevpeft.runs import Run, write_atomically
+from sevpeft.runs import Run, cache_folder, file_hash, write_atomically
 from sevpeft.training.resolve import CHOSEN_WITH, with_training
 
 MANIFEST = "manifest.json"
 COUNTS = "counts.json"
+_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def files_to_resume(accelerator: Accelerator) -> list[str]:
 def seal(checkpoint: Path) -> None:
     """Writes the manifest of a checkpoint of which every other file is written."""
     files = {
-        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": _sha256(checkpoint / name)}
+        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": file_hash(checkpoint / name)}
         for name in _files(checkpoint)
     }
     write_atomically(checkpoint / MANIFEST, json.dumps({"files": files}, indent=2) + "\n", shared=True)
@@ -102,7 +102,7 @@ def checkpoint_damage(checkpoint: Path, required: Sequence[str]) -> str | None:
                 return f"has lost {name}"
             if file.stat().st_size != written["bytes"]:
                 return f"holds {name} in another size than was written"
-            if _sha256(file) != written["sha256"]:
+            if file_hash(file) != written["sha256"]:
                 return f"holds {name} with another content than was written"
     except FileNotFoundError:
         return "was cut off while it was written"
@@ -150,17 +150,6 @@ def _files(checkpoint: Path) -> list[str]:
         for path in checkpoint.rglob("*")
         if path.is_file() and path.name != MANIFEST
     )
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-_MOST_SHOWN = 5
 
 
 def resume_checkpoint(run: Run, console: Console, required: Sequence[str]) -> Path | None:

@@ -18,13 +18,13 @@ from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from sevpeft.data.several import FILE_COLUMN
-from sevpeft.data.sources import PREPARED_ABOUT, Consultations, load_consultations
-from sevpeft.data.splits import Splits, question_key, split_rows
-from sevpeft.data.workers import workers_end_with_this_process
+from sevpeft.data.files import FILE_COLUMN
+from sevpeft.data.read import PREPARED_ABOUT, Consultations, Keep, load_consultations
+from sevpeft.data.split import Splits, question_key, split_rows
 from sevpeft.errors import DataError, WeightError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
+from sevpeft.runs import workers_end_with_this_process
 from sevpeft.severity.probabilities import has_severity
 from sevpeft.severity.source import Severity, severity_of
 from sevpeft.severity.weighting import WeightSummary, severity_weights
@@ -53,21 +53,8 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         plain cross-entropy.
     """
     data = recipe.data
-    table = load_consultations(
-        data.path,
-        name=data.name,
-        revision=data.revision,
-        split=data.split,
-        encoding=data.encoding,
-        question_column=data.question_column,
-        answer_column=data.answer_column,
-        severity_column=data.severity_column,
-        id_column=data.id_column,
-        dialect_column=data.dialect_column,
-        split_column=data.split_column,
-        max_rows=data.max_rows,
-        keep=("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped",
-    )
+    keep: Keep = ("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped"
+    table = load_consultations(data, keep=keep)
     asked = recipe.severity
     plain = asked.control == "uniform" and asked.source == "columns" and not has_severity(table.rows)
     severity = None
@@ -76,15 +63,8 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
             table.rows, source=asked.source, classifier=asked.classifier, temperature=asked.temperature
         )
     rows = table.rows.add_column("source_index", np.arange(len(table.rows)))
-    splits = split_rows(
-        rows,
-        validation_size=data.validation_size,
-        test_size=data.test_size,
-        seed=data.seed,
-        strata=None if severity is None else severity.strata,
-        keys=_groups(rows, data.seed),
-        named=data.split_column is not None,
-    )
+    strata = None if severity is None else severity.strata
+    splits = split_rows(rows, data, strata=strata, keys=_groups(rows, data.seed))
     return table, splits, severity
 
 

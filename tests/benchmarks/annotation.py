@@ -168,7 +168,7 @@ def measure_transformer(repetitions: int, rows: int, few: int, console: Console)
 
 def sample_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Consultations of words of the bundled sample, whole sentences where they are long enough."""
-    from sevpeft.data.sources import BUILTIN, load_consultations
+    from sevpeft.data.read import BUILTIN, load_consultations
 
     generator = random.Random(seed)
     sample = load_consultations(BUILTIN).rows
@@ -184,7 +184,7 @@ def sample_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def build_linear() -> Any:
-    from sevpeft.data.sources import BUILTIN, load_consultations
+    from sevpeft.data.read import BUILTIN, load_consultations
     from sevpeft.severity.classifier.calibration import Calibrated, Temperature
     from sevpeft.severity.classifier.examples import labelled_examples
     from sevpeft.severity.classifier.linear import fit_linear
@@ -200,7 +200,7 @@ def cpu_seconds() -> tuple[float, float]:
 
 
 def measure_annotate(repetitions: int, rows: int, console: Console) -> None:
-    from sevpeft.data.sources import load_consultations
+    from sevpeft.data.read import load_consultations
     from sevpeft.severity.annotating import Job, annotate
     from sevpeft.severity.dealing import available_cores
     from sevpeft.severity.rules import Rules

@@ -36,7 +36,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
 
 SIZES = (27_000, 108_000, 430_000)
 SECONDS, MEGABYTES = 600, 4_000
@@ -111,7 +111,7 @@ def measured(rows: int, num_proc: int | None, folder: Path) -> dict[str, float]:
             lengths += len(row["question"].split()) + len(row["answer"].split())
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
     command = [sys.executable, "-m", "sevpeft", "prepare", str(file), str(folder / f"prepared-{rows}"), "--json"]
-    command += ["--num-proc", str(num_proc)] if num_proc else []
+    command += [f"num_proc={num_proc}"] if num_proc else []
     environment = {**os.environ, "SEVPEFT_CACHE": str(folder / "cache")}
     begun, peak, used = time.perf_counter(), 0.0, os.times()
     with (folder / "said.json").open("w+", encoding="utf-8") as said:

@@ -10,8 +10,8 @@ from statistics import median
 
 import pytest
 
-from sevpeft.data.cleaning import fold_for_matching
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
+from sevpeft.data.text import fold_for_matching
 
 FOLDER = Path(__file__).parent.parent.parent / "sevpeft" / "data" / "samples"
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")

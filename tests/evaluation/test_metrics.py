@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, ModelError
 from sevpeft.evaluation.bertscore import Encoder
 from sevpeft.evaluation.metrics import METRICS, constant_answer, shuffled_references, text_scores

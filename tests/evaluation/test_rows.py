@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sevpeft.data.cleaning import fold_for_matching
-from sevpeft.data.preparing import prepare
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.prepare.prepare import prepare
+from sevpeft.data.prepare.settings import PrepareSettings
+from sevpeft.data.read import load_consultations
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import RunError
 from sevpeft.evaluation import rows as of_rows
 from sevpeft.evaluation.rows import check_same_data, training_answers
@@ -63,7 +64,8 @@ def test_the_groups_of_a_prepared_folder_are_its_near_duplicates(tmp_path: Path)
     ]
     source = tmp_path / "data.jsonl"
     source.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
-    prepare(str(source), tmp_path / "prepared")
+    settings = PrepareSettings.model_validate({"data": {"path": str(source)}})
+    prepare(settings, tmp_path / "prepared")
     data = {"path": str(tmp_path / "prepared")}
     rows = of_rows.test_rows(recipe_from_values({"data": data}))
     assert len(rows) > 2 and len({fold_for_matching(question) for question in rows.questions}) == len(rows)

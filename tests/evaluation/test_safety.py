@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
 from sevpeft.errors import DataError
 from sevpeft.evaluation.advice import ADVICE_LEXICON, LEVELS, REASSURANCE, REFERRALS, TIMES, AdviceLexicon
 from sevpeft.evaluation.medicines import MEDICINE_LEXICON, MedicineLexicon, doses, unsupported_doses

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
 from sevpeft.modeling import tiny
 from sevpeft.modeling.tiny import make_tiny_model, tiny_model_folder
 

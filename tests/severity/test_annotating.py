@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
 from sevpeft.errors import DataError, ModelError, RunError, UsageError, WeightError
 from sevpeft.severity import annotating, dealing
 from sevpeft.severity.annotated_files import ADDED, target_of
@@ -184,14 +184,17 @@ def test_the_summary_counts_what_stands_in_the_output(tmp_path: Path) -> None:
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     """A folder as `sevpeft prepare` makes it."""
-    from sevpeft.data.preparing import Preparation, prepare
+    from sevpeft.data.prepare.prepare import prepare
+    from sevpeft.data.prepare.settings import PrepareSettings
 
     words = ["صداع", "حرارة", "نزيف", "دوخة", "سعال", "حكة", "ألم", "تعب"]
     rows = []
     for i in range(24):
         question = f"عندي {words[i % 8]} وأيضا {words[(i * 3 + 1) % 8]} منذ {i} أيام"
         rows.append({"question": question, "answer": f"راجع الطبيب رقم {i} غدا", "source": ("forum", "clinic")[i % 2]})
-    prepare(jsonl(tmp_path / "raw.jsonl", rows), tmp_path / "prepared", Preparation(near_duplicates=1), num_proc=1)
+    raw = jsonl(tmp_path / "raw.jsonl", rows)
+    settings = {"data": {"path": str(raw)}, "near_duplicates": 1, "num_proc": 1}
+    prepare(PrepareSettings.model_validate(settings), tmp_path / "prepared")
     return tmp_path / "prepared"
 
 
@@ -390,7 +393,7 @@ _KILLER = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 from tests.severity.test_annotating import Judge
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
 from sevpeft.severity import annotating
 from sevpeft.severity.annotating import Job, annotate
 from sevpeft.severity.unfinished import Unfinished

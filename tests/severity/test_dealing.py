@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
 from sevpeft.errors import DataError, RunError
 from sevpeft.severity import annotating
 from sevpeft.severity.annotating import Job, annotate

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.severity.lexicon import COLUMNS, DIALECTS, PACKAGE_LEXICON, STRENGTHS, Word, load_lexicon, parse_lexicon
 from sevpeft.severity.matching import Matcher

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
 from sevpeft.errors import WeightError
 from sevpeft.severity import source
 from sevpeft.severity.probabilities import severity_probabilities, sharpened
@@ -70,7 +70,7 @@ def test_a_kept_file_that_was_cut_off_is_made_again(
 ) -> None:
     monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path))
     whole = severity_of(rows, source="linear", classifier="somewhere").probabilities
-    from sevpeft.data.tables import cache_folder
+    from sevpeft.runs import cache_folder
 
     (kept,) = cache_folder("severity").glob("*.npy")
     kept.write_bytes(kept.read_bytes()[:-100])

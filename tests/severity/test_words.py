@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 from sevpeft.severity.words import Remembered, parts_of, read
 
 

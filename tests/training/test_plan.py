@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sevpeft.data.sources import load_consultations
+from sevpeft.data.read import load_consultations
 from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.recipe import load_recipe
 from sevpeft.training import plan as module

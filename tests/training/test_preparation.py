@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sevpeft.data.preparing import Preparation, prepare
+from sevpeft.data.prepare.prepare import prepare
+from sevpeft.data.prepare.settings import PrepareSettings
 from sevpeft.errors import DataError
 from sevpeft.recipe import recipe_from_values
 from sevpeft.training.data import load_splits, summary_of
@@ -25,7 +26,8 @@ def folder(tmp_path: Path) -> Path:
             rows.append({"question": question, "answer": f"راجع الطبيب غدا {number} {ending}", "severity": "neutral"})
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    prepare(str(file), tmp_path / "prepared", Preparation(near_duplicates=0.8, test_size=0), num_proc=1)
+    settings = {"data": {"path": str(file), "test_size": 0}, "near_duplicates": 0.8, "num_proc": 1}
+    prepare(PrepareSettings.model_validate(settings), tmp_path / "prepared")
     return tmp_path / "prepared"
 
 

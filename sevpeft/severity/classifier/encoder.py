@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sevpeft.data.hub import look_for_hub
+from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
 from sevpeft.severity.probabilities import SEVERITIES
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sevpeft.data.sources import Consultations
-from sevpeft.data.splits import question_keys
+from sevpeft.data.read import Consultations
+from sevpeft.data.split import question_keys
 from sevpeft.errors import DataError
 from sevpeft.severity.probabilities import SEVERITIES, severity_probabilities
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sevpeft.data.sources import Consultations
+from sevpeft.data.read import Consultations
 from sevpeft.severity.classifier.calibration import Calibrated
 from sevpeft.severity.classifier.crossvalidation import (
     FOLDS,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sevpeft.data.cleaning import fold_for_matching
+from sevpeft.data.text import fold_for_matching
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sevpeft.data.sources import Consultations, load_consultations
+from sevpeft.data.read import Consultations, load_consultations
 from sevpeft.errors import DataError, SevpeftError
 from sevpeft.severity.classifier.examples import binary_examples, complete_rows, labelled_examples, question_groups
 

@@ -1,9 +1,11 @@
-"""From a consultation to one without what identifies a person: each find gives way to a mask that says what stood.
+"""A mask for what identifies a person: phone numbers, e-mails, links, national ids, and names after a title.
 
-Phone numbers, e-mails, links and national ids have a form that can be checked, by check digits, dates and the number
-plans of `phonenumbers`; doses, readings, ages and dates do not pass. Names have none: they are looked for after titles
-only, and the title stays. What is masked is gone for good, so doubt leaves the text alone; it is no anonymisation.
+The first four have a form that can be checked, by check digits, dates and the number plans of `phonenumbers`; doses,
+readings, ages and dates do not pass. Names have none: they are looked for after titles only, and the title stays.
+What is masked is gone for good, so doubt leaves the text alone; it is no anonymization.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -11,35 +13,17 @@ from functools import lru_cache
 
 import phonenumbers
 
-from sevpeft.data.cleaning import fold_for_matching
-from sevpeft.data.names import (
-    AMBIGUOUS,
-    BEGINNINGS,
-    COMPLETIONS,
-    FAMILY,
-    GIVEN,
-    LATIN_GIVEN,
-    LATIN_NEVER,
-    NEVER,
-    is_family_name,
-    may_be_unknown_name,
-    words_of,
-)
+from sevpeft.data.prepare.words import PATTERNS, WORDS
+from sevpeft.data.text import DIGITS, fold_for_matching
 
-MASKS: dict[str, str] = {
-    "email": "[بريد]",
-    "link": "[رابط]",
-    "national_id": "[هوية]",
-    "phone": "[هاتف]",
-    "name": "[اسم]",
-}
+MASKS = {"email": "[بريد]", "link": "[رابط]", "national_id": "[هوية]", "phone": "[هاتف]", "name": "[اسم]"}
 """Kind of find -> what stands in its place, in the order in which they are looked for."""
 
 _Span = tuple[int, int]
 
 
 def mask(text: str, kinds: Collection[str] = tuple(MASKS)) -> tuple[str, dict[str, int]]:
-    """Return `text` with the finds of `kinds` masked, and how many there were of each kind that was found.
+    """The text with the finds of `kinds` masked, and how many there were of each kind that was found.
 
     Masking again finds nothing, and never cuts a mask: none holds a digit, a dot or a word outside its brackets.
     """
@@ -63,48 +47,19 @@ def _masked(text: str, kind: str, counts: dict[str, int]) -> str:
     return "".join(parts) + text[end:] if parts else text
 
 
-_EMAIL = re.compile(
-    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+\s?(?:@|\((?:at|AT)\)|\[(?:at|AT)\])\s?[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}"
-)
-_ENDINGS = "com|net|org|info|edu|gov|mil|biz|online|site|app|ly|ws"
-_ENDINGS_BEFORE_A_PATH = f"{_ENDINGS}|me|co|io|tv|be|gl|eg|sa|ae|jo|iq|ma|dz|kw|qa|bh|om|ye|lb|sy|ps|tn|sd|uk|fr|de"
-# Arabic letters belong to a path inside it only: people write on right after a link.
-_PATH = r"(?:[A-Za-z0-9\-._~:/?#@!$&'*+,;=%]|(?<=[/\-_=])[\u0621-\u064A0-9]+(?=[/\-_&]|\s|\Z))*"
-_LINK = re.compile(
-    rf"(?:https?|ftp)\s?:\s?//[A-Za-z0-9\-.]+(?::\d+)?(?:[/?#]{_PATH})?"
-    rf"|(?<![A-Za-z0-9@.\-])www\.[A-Za-z0-9\-.]+(?:[/?#]{_PATH})?"
-    rf"|(?<![A-Za-z0-9@.\-])(?:[a-z0-9\-]+\.)+(?:(?:{_ENDINGS})(?![A-Za-z0-9\-])(?:[/?#]{_PATH})?|(?:{_ENDINGS_BEFORE_A_PATH})/{_PATH})",
-    re.IGNORECASE,
-)
-_MAYBE_LINK = re.compile(rf"://|www\.|\.(?:{_ENDINGS_BEFORE_A_PATH})(?![a-z])", re.IGNORECASE)
-
-
 def _emails(text: str) -> Iterator[_Span]:
-    if "@" in text or "(at)" in text.lower() or "[at]" in text.lower():
-        for match in _EMAIL.finditer(text):
-            yield match.span()
+    if re.search(r"@|[(\[]at[)\]]", text, re.IGNORECASE):
+        yield from (match.span() for match in PATTERNS["email"].finditer(text))
 
 
 def _links(text: str) -> Iterator[_Span]:
-    if _MAYBE_LINK.search(text):
-        for match in _LINK.finditer(text):
+    if PATTERNS["maybe_link"].search(text):
+        for match in PATTERNS["link"].finditer(text):
             # The sentence's own punctuation is not the link's.
             yield match.start(), match.start() + len(match[0].rstrip(".,;:!?'"))
 
 
-_TO_ASCII = str.maketrans("٠١٢٣٤٥٦٧٨٩۰۱۲۳۴۵۶۷۸۹", "0123456789" * 2)
 _MANY_DIGITS = re.compile(r"\d(?:[ \-–‑.()]{0,2}\d){7}")
-_ID = re.compile(
-    r"(?<![\d+])(?<!\d[.,:/])"
-    r"(?:784[ \-]?(?:19|20)\d\d[ \-]?\d{7}[ \-]?\d|\d{14}|\d{12}|\d{10}|\d{9}|\d{11})(?!\d)(?![.,:/]\d)"
-)
-_ID_SAID = re.compile(
-    r"(?:قوم[يى]|وطن[يى]|هوي[ةه]|[اإ]قام[ةه]|بطاق[ةه]|مدن[يى]|جواز|national|civil|iqama|passport|\bID)\W{0,3}"
-    r"(?:\w+\W{1,3}){0,2}\Z",
-    re.IGNORECASE,
-)
-_EGYPTIAN = re.compile(r"[23]\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:0[1-4]|1[1-9]|2[1-9]|3[1-5]|88)\d{5}")
-_KUWAITI = re.compile(r"[1-3]\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{5}")
 _KUWAITI_WEIGHTS = (2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 _BEFORE_A_NUMBER = 40
 
@@ -113,8 +68,8 @@ def _is_national_id(digits: str) -> bool:
     """Egypt: century, date of birth, governorate. Saudi Arabia: 1 or 2 and a Luhn digit. Kuwait: date, check digit.
     Emirates: 784 and the year of birth, which is form enough."""
     if len(digits) == 14:
-        return _EGYPTIAN.fullmatch(digits) is not None
-    if len(digits) == 12 and _KUWAITI.fullmatch(digits):
+        return PATTERNS["egyptian"].fullmatch(digits) is not None
+    if len(digits) == 12 and PATTERNS["kuwaiti"].fullmatch(digits):
         weighted = sum(int(digit) * weight for digit, weight in zip(digits, _KUWAITI_WEIGHTS, strict=False))
         return 11 - weighted % 11 == int(digits[-1])
     if len(digits) == 10 and digits[0] in "12":
@@ -130,36 +85,29 @@ def _luhn(digits: str) -> bool:
 def _national_ids(text: str) -> Iterator[_Span]:
     if not _MANY_DIGITS.search(text):
         return
-    ascii_text = text.translate(_TO_ASCII)
-    for match in _ID.finditer(ascii_text):
-        said = _ID_SAID.search(text, max(0, match.start() - _BEFORE_A_NUMBER), match.start())
-        if said or _is_national_id(re.sub(r"\D", "", match[0])):
+    ascii_text = text.translate(DIGITS)
+    for match in PATTERNS["national_id"].finditer(ascii_text):
+        named = PATTERNS["before_national_id"].search(text, max(0, match.start() - _BEFORE_A_NUMBER), match.start())
+        if named or _is_national_id(re.sub(r"\D", "", match[0])):
             yield match.span()
 
 
-# The dot is a separator for numbers with + only: elsewhere it is a decimal point.
-_RUN = re.compile(r"(?<![A-Za-z\d])(?<!\d[.,:/])(?:\+ ?|00)?\(?\d+(?:[ \-–‑()]{1,2}\d+|(?<=\d)\.(?=\d{2,}\.?)\d+)*")
-_DATE = re.compile(
-    r"(?<!\d)(?<!\d[\-/.])(?:(?:19|20)\d\d([\-/.])\d\d?\1\d\d?|\d\d?([\-/.])\d\d?\2(?:(?:19|20)\d\d|\d\d))(?![\-/.]?\d)"
-)
 _YEAR = re.compile(r"(?:19|20)\d\d")
 _GROUP = re.compile(r"\d+")
-_PHONE_SAID = re.compile(
-    r"(?:رقم|تلي?فون|هاتف|موباي?ل|محمول|جوال|نقال|وا?تس|فون|اتصل|تواصل|كلمن[يى]|ت:|phone|mobile|tel|whats|call|contact|mob)",
-    re.IGNORECASE,
-)
-_REGIONS = tuple(words_of("EG SA AE JO IQ MA DZ KW QA BH OM YE LB SY PS TN LY SD"))
-_COUNTRY_CODES = tuple(words_of("20 966 971 962 964 212 213 965 974 973 968 967 961 963 970 216 218 249"))
+# fmt: off
+_REGIONS = ("EG", "SA", "AE", "JO", "IQ", "MA", "DZ", "KW", "QA", "BH", "OM", "YE", "LB", "SY", "PS", "TN", "LY", "SD")
+# fmt: on
+_CODES = tuple(str(phonenumbers.country_code_for_region(region)) for region in _REGIONS)
 
 
 def _phones(text: str) -> Iterator[_Span]:
     if not _MANY_DIGITS.search(text):
         return
-    ascii_text = _DATE.sub(lambda date: "/" * len(date[0]), text.translate(_TO_ASCII))
-    for run in _RUN.finditer(ascii_text):
+    ascii_text = PATTERNS["date"].sub(lambda date: "/" * len(date[0]), text.translate(DIGITS))
+    for run in PATTERNS["digits"].finditer(ascii_text):
         if len(run[0]) < 8:
             continue
-        said = _PHONE_SAID.search(text, max(0, run.start() - _BEFORE_A_NUMBER), run.start()) is not None
+        named = PATTERNS["before_phone"].search(text, max(0, run.start() - _BEFORE_A_NUMBER), run.start()) is not None
         groups = [(run.start() + group.start(), run.start() + group.end()) for group in _GROUP.finditer(run[0])]
         first = 0
         while first < len(groups):
@@ -167,7 +115,7 @@ def _phones(text: str) -> Iterator[_Span]:
             if ascii_text[groups[first][0] - 1 : groups[first][0]] in ("-", "–", "‑"):
                 first += 1
                 continue
-            last = _end_of_phone(ascii_text, groups, first, plus, said)
+            last = _end_of_phone(ascii_text, groups, first, plus, named)
             if last is not None:
                 opening = ascii_text[groups[first][0] - 1 : groups[first][0]] == "("
                 start = run.start() if first == 0 else groups[first][0] - opening
@@ -176,31 +124,31 @@ def _phones(text: str) -> Iterator[_Span]:
             first += 1
 
 
-def _end_of_phone(text: str, groups: list[_Span], first: int, plus: bool, said: bool) -> int | None:
+def _end_of_phone(text: str, groups: list[_Span], first: int, plus: bool, named: bool) -> int | None:
     """Number of the last group of digits of the phone number that begins with group `first`, the longest first."""
     for last in range(min(len(groups), first + 7) - 1, first - 1, -1):
         digits = "".join(text[start:end] for start, end in groups[first : last + 1])
         width = groups[first][1] - groups[first][0]
         if last > first and ((width == 1 and not plus) or _YEAR.fullmatch(digits[:width])):
             continue
-        if 7 <= len(digits) <= 15 and _is_phone(digits, plus, said):
+        if 7 <= len(digits) <= 15 and _is_phone(digits, plus, named):
             return last
     return None
 
 
 @lru_cache(maxsize=4096)
-def _is_phone(digits: str, plus: bool, said: bool) -> bool:
+def _is_phone(digits: str, plus: bool, named: bool) -> bool:
     """Whether a number plan has `digits`: abroad's after + or 00, a country's own after 0, any other only where the
     words before it speak of a telephone."""
     if plus:
         return _is_valid(f"+{digits}", None)
     if digits.startswith("00"):
         return _is_valid(f"+{digits[2:]}", None)
-    if len(digits) >= 11 and digits.startswith(_COUNTRY_CODES) and _is_valid(f"+{digits}", None):
+    if len(digits) >= 11 and digits.startswith(_CODES) and _is_valid(f"+{digits}", None):
         return True
     if digits.startswith("0"):
         return 9 <= len(digits) <= 11 and any(_is_valid(digits, region) for region in _REGIONS)
-    return said and not digits.endswith("0000") and any(_is_valid(digits, region) for region in _REGIONS)
+    return named and not digits.endswith("0000") and any(_is_valid(digits, region) for region in _REGIONS)
 
 
 def _is_valid(number: str, region: str | None) -> bool:
@@ -210,34 +158,18 @@ def _is_valid(number: str, region: str | None) -> bool:
         return False
 
 
-_SIGN = r"\s*[./:]\s*"
-# A vowel mark is no \w, and a letter after one is in the middle of a word.
-_TITLE = re.compile(
-    r"(?<![\w\u064B-\u065F\u0670])(?:"
-    rf"(?P<strong>[وفبل]?(?:[أا]\.?\s?)?(?:م\.?\s?)?د{_SIGN}|(?:[Dd]r|DR|[Pp]rof){_SIGN}|(?:Dr|DR|Prof)\s+(?=[A-Z])|Dr(?=[A-Z][a-z]))"
-    r"|(?P<weak>(?:[وفبلك]?ال|لل|[وفبلك])?(?:دكتور[ةه]?|بروفي?سور[ةه]?|طبيب[ةه]?|[أا]ستاذ[ةه]?)(?:/[ةه])?"
-    rf"(?:{_SIGN}|\s+)|(?<!فيتامين )د\s|[أا]{_SIGN}|dr\s+|(?:يا)?(?:ال)?(?:دكتور|د)(?=[امع]))"
-    rf"|(?P<own>[وف]?[أإا]سم[يى](?:{_SIGN}|\s+)(?:هو\s)?|(?i:my name is)\s+)"
-    r")"
-)
-_MAYBE_TITLE = re.compile(
-    r"دكتور|طبيب|بروف|ستاذ|[أإا]سم[يى]|(?<![^\W_])د[\sامع]|[دأا]\s*[./:]|[Dd][Rr]|[Pp]rof|name is|NAME IS|Name is"
-)
 _ARABIC_WORD = re.compile(r"[ \u00A0]*([\u0621-\u065F\u0670-\u06D3]+)")
 _LATIN_WORD = re.compile(r"[ \u00A0]*([A-Za-z][A-Za-z'\-]*)")
 _END = re.compile(r"[ \u00A0]*(?:\Z|[^\w \u00A0])")
 _MOST_WORDS = 3
-_OF_GOD = words_of("نصر فتح جاب عطا عطيه حسب رزق جاد خلف سعد فضل نعمه هبه حبيب ضيف امه خير")
-_AFTER_OWN_NAME = words_of("عمري وعمري من عندي وعندي السن انا وانا ابلغ سني عندى وعندى وابلغ اعاني واعاني")
-
 _folded = lru_cache(maxsize=1 << 16)(fold_for_matching)
 
 
 def _names(text: str) -> Iterator[_Span]:
-    if not _MAYBE_TITLE.search(text):
+    if not PATTERNS["maybe_title"].search(text):
         return
     masked = 0
-    for title in _TITLE.finditer(text):
+    for title in PATTERNS["title"].finditer(text):
         strength, start = title.lastgroup or "", title.end()
         if title.start() < masked:
             continue
@@ -279,39 +211,43 @@ def _width_of_name(word: str, following: str, ends: bool, after: str, begun: boo
     `ends`: a sign or the end comes next. `after`: a "strong" title, a "weak" one, one that is "glued" to the word, or
     the patient's "own" ("my name is"). `begun`: a part of the name stands before `word`.
     """
-    known, named = word in GIVEN, following in GIVEN
-    if (word == "عبد" and following.startswith("ال")) or (following == "الله" and word in _OF_GOD):
+    known, ambiguous, named = word in WORDS["given"], word in WORDS["ambiguous"], following in WORDS["given"]
+    if (word == "عبد" and following.startswith("ال")) or (following == "الله" and word in WORDS["of_god"]):
         return 2
-    if following in COMPLETIONS and (known or word in AMBIGUOUS):
+    if following in WORDS["completions"] and (known or ambiguous):
         return 2
     if known:
         return 1
-    if word in BEGINNINGS:
-        return 2 if begun and (named or is_family_name(following)) else 0
-    supported = named or following in FAMILY
-    if word in AMBIGUOUS:
+    if word in WORDS["beginnings"]:
+        return 2 if begun and (named or _is_family(following)) else 0
+    supported = named or following in WORDS["family"]
+    if ambiguous:
         return int(after != "glued" and (supported or after == "own" or (ends and (begun or after != "weak"))))
-    if begun and is_family_name(word):
+    if begun and _is_family(word):
         return 1
-    if after == "own" and following in _AFTER_OWN_NAME:
-        return int(word not in NEVER)
-    if after == "glued" or not may_be_unknown_name(word):
+    if word in WORDS["never"]:
         return 0
-    if after == "own":
-        return int(supported or ends)
-    if after == "strong":
-        return int(supported or ends)
-    return int(named and not begun)
+    if after == "own" and following in WORDS["after_own_name"]:
+        return 1
+    if after == "glued" or len(word) < 3 or PATTERNS["inflected"].fullmatch(word):
+        return 0
+    return int(supported or ends) if after != "weak" else int(named and not begun)
+
+
+def _is_family(word: str) -> bool:
+    """Whether a word after a given name is its family name, by the list or its look: after a place or a tribe."""
+    looks = word not in WORDS["never"] and PATTERNS["of_a_place"].fullmatch(word) is not None
+    return looks or word in WORDS["family"]
 
 
 def _end_of_latin_name(text: str, start: int, strength: str) -> int | None:
     stop = None
     for word, end in _words(text, start, _LATIN_WORD)[:_MOST_WORDS]:
-        plain = word.lower()
-        known = plain in LATIN_GIVEN
-        guessed = stop is not None or strength == "strong" or strength == "own"
-        capital = word[0].isupper() or (strength == "own" and stop is None)
-        if plain in LATIN_NEVER or len(word) < 2 or not (known or (guessed and capital)):
+        guessed = (stop is not None or strength in ("strong", "own")) and (
+            word[0].isupper() or (strength == "own" and stop is None)
+        )
+        known = word.lower() in WORDS["latin_given"]
+        if word.lower() in WORDS["latin_never"] or len(word) < 2 or not (known or guessed):
             break
         stop = end
     return stop

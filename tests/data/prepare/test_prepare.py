@@ -1,5 +1,7 @@
 """What goes in comes out, kept or rejected with a reason; nothing crosses the split; and it is the same every time."""
 
+from __future__ import annotations
+
 import errno
 import gzip
 import json
@@ -13,11 +15,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from sevpeft.data import preparing
-from sevpeft.data.masking import MASKS
-from sevpeft.data.preparing import ALL_REASONS, Preparation, prepare
-from sevpeft.data.sources import load_consultations
-from sevpeft.errors import DataError, RunError, UsageError
+from sevpeft.data.prepare import prepare as preparing
+from sevpeft.data.prepare.mask import MASKS
+from sevpeft.data.prepare.prepare import prepare
+from sevpeft.data.prepare.settings import PrepareSettings
+from sevpeft.data.read import load_consultations
+from sevpeft.errors import DataError, RunError
 
 ANSWER = "راجع طبيب الأعصاب اليوم ولا تتناول مسكنا قبل الفحص"
 WORDS = (
@@ -45,16 +48,12 @@ def prepared(tmp_path: Path) -> Callable[..., Any]:
     """Prepares rows: (dataset.json, rows kept, rows rejected)."""
 
     def run(
-        rows: list[dict[str, object]],
-        *,
-        name: str = "out",
-        num_proc: int | None = 1,
-        source: Any = None,
-        **settings: Any,
+        rows: list[dict[str, object]], *, name: str = "out", data: dict[str, Any] | None = None, **settings: Any
     ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        about = prepare(file, tmp_path / name, Preparation(**settings), num_proc=num_proc, **(source or {}))
+        settings = {"num_proc": 1, "data": {"path": str(file), **(data or {})}, **settings}
+        about = prepare(PrepareSettings.model_validate(settings), tmp_path / name)
         kept = pq.read_table(tmp_path / name / "consultations.parquet").to_pylist()
         rejected = (tmp_path / name / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
         return about, kept, [json.loads(line) for line in rejected]
@@ -62,10 +61,7 @@ def prepared(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-def test_every_row_is_kept_or_rejected_with_its_reason_and_all_that_it_held(
-    prepared: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sevpeft.data.prepared_files._BATCH", 5)
+def test_every_row_is_kept_or_rejected_with_its_reason_and_all_that_it_held(prepared: Callable[..., Any]) -> None:
     rows = consultations(60, clinic=lambda n: f"c{n}", reason=lambda n: "note", row=lambda n: n * 10)
     rows[3]["answer"] = "نعم"
     rows[5]["question"] = None
@@ -88,7 +84,7 @@ def test_every_row_is_kept_or_rejected_with_its_reason_and_all_that_it_held(
         *("id", "question", "answer", "clinic", "reason", "original_row", "row", "group", "split"),
     }
     assert (kept[0]["clinic"], kept[0]["original_row"], kept[0]["row"]) == ("c0", "0", 1)
-    assert set(about["rows"]["rejected"]) <= set(ALL_REASONS)
+    assert rejected[2]["question"] == "\ud83d"
 
 
 def test_texts_are_cleaned_and_masked_and_the_changes_counted(prepared: Callable[..., Any]) -> None:
@@ -99,14 +95,18 @@ def test_texts_are_cleaned_and_masked_and_the_changes_counted(prepared: Callable
     assert kept[0]["answer"] == f"{ANSWER} واتصل على {MASKS['phone']}" and kept[1]["question"] == question(1)
     assert about["masked"]["phone"] == {"masks": 1, "rows": 1} and set(about["masked"]) == set(MASKS)
     assert sum(about["cleaned"].values()) >= 1
-    about, kept, _ = prepared(rows, name="unmasked", masks=("email",))
-    assert "01012345678" in kept[0]["answer"] and set(about["masked"]) == {"email"}
+    about, kept, _ = prepared(rows, name="unmasked", masking={"phone": False})
+    assert "01012345678" in kept[0]["answer"] and set(about["masked"]) == set(MASKS) - {"phone"}
 
 
 def test_an_allowed_reason_rejects_no_row(prepared: Callable[..., Any]) -> None:
     rows = consultations(30)
     rows[3]["answer"] = "نعم"
-    assert prepared(rows, allow=("short_answer",))[0]["rows"]["kept"] == 30
+    assert prepared(rows, allow=["short_answer"])[0]["rows"]["kept"] == 30
+
+
+def settings_of(path: Path) -> PrepareSettings:
+    return PrepareSettings.model_validate({"num_proc": 1, "data": {"path": str(path)}})
 
 
 def groups_across(kept: list[dict[str, Any]]) -> int:
@@ -167,19 +167,19 @@ def test_the_column_to_split_by_may_be_mapped_or_the_row_number(prepared: Callab
     assert [row["row"] for row in kept if row["split"] == "test"] == [37, 38, 39, 40]
 
 
-@pytest.mark.parametrize(
-    ("drop", "kept", "reason"), [("none", 34, {}), ("exact", 33, {"duplicate": 1}), ("near", 30, {"near_duplicate": 4})]
-)
-def test_repeated_rows_are_dropped_as_asked(
-    prepared: Callable[..., Any], drop: str, kept: int, reason: dict[str, int]
-) -> None:
+def test_repeated_rows_are_dropped_as_asked(prepared: Callable[..., Any]) -> None:
     rows = consultations(30, severity=lambda n: "neutral")
     rows += [
         *(dict(rows[0]), rows[1] | {"severity": "critical"}, rows[2] | {"answer": f"{ANSWER} فورا وبلا تأخير"}),
         rows[3] | {"question": f"{rows[3]['question']} الآن"},
     ]
-    about = prepared(rows, drop_duplicates=drop)[0]
-    assert about["rows"]["kept"] == kept and about["rows"]["rejected"] == reason
+    for drop, kept, reasons in (
+        ("none", 34, {}),
+        ("exact", 33, {"duplicate": 1}),
+        ("near", 30, {"near_duplicate": 4}),
+    ):
+        about = prepared(rows, name=drop, drop_duplicates=drop)[0]
+        assert about["rows"]["kept"] == kept and about["rows"]["rejected"] == reasons
 
 
 def test_conflicting_severities_are_listed_by_row_and_without_text(
@@ -194,7 +194,7 @@ def test_conflicting_severities_are_listed_by_row_and_without_text(
     assert json.loads(lines[0]) == {
         **{"group": kept[1]["group"], "rows": [2, 31], "severities": ["neutral", "critical"]}
     }
-    assert len(lines) == 2 and "2 groups of near-duplicate questions" in about["warnings"][0]
+    assert len(lines) == 2 and "2 groups of near-duplicates" in about["warnings"][0]
 
 
 def test_probabilities_are_kept_as_numbers_and_stratify(prepared: Callable[..., Any]) -> None:
@@ -208,7 +208,7 @@ def test_probabilities_are_kept_as_numbers_and_stratify(prepared: Callable[..., 
 
 def test_a_severity_column_of_free_text_is_not_shown_and_does_not_stratify(prepared: Callable[..., Any]) -> None:
     rows = consultations(60, label=lambda n: f"المريض رقم {n}")
-    about, _, _ = prepared(rows, source={"severity_column": "label"})
+    about, _, _ = prepared(rows, data={"severity_column": "label"})
     assert about["splits"]["severity"] == {} and "too many different values" in about["warnings"][0]
     assert "المريض" not in json.dumps(about, ensure_ascii=False)
 
@@ -217,10 +217,10 @@ def test_the_result_is_the_same_for_any_number_of_processes(
     prepared: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparing, "_SMALL", 10)
-    monkeypatch.setattr("sevpeft.data.duplicates._SMALL", 10)
-    rows = consultations(300, severity=lambda n: "critical" if n % 4 else "neutral")
+    rows = consultations(200, severity=lambda n: "critical" if n % 4 else "neutral")
     rows += [row | {"question": f"{row['question']} الآن"} for row in rows[::3]]
-    one, two, other = prepared(rows), prepared(rows, name="two", num_proc=2), prepared(rows, name="other", seed=1)
+    one, two = prepared(rows), prepared(rows, name="two", num_proc=2)
+    other = prepared(rows, name="other", data={"seed": 1})
     assert one[0]["fingerprint"] == two[0]["fingerprint"] != other[0]["fingerprint"]
     assert one[1] == two[1]
 
@@ -267,7 +267,7 @@ def test_a_prepared_folder_is_trained_on_as_it_was_split(prepared: Callable[...,
 
 def test_a_prepared_folder_can_be_prepared_again(prepared: Callable[..., Any], tmp_path: Path) -> None:
     first, kept, _ = prepared(consultations(60))
-    again = prepare(tmp_path / "out", tmp_path / "again")
+    again = prepare(settings_of(tmp_path / "out"), tmp_path / "again")
     rows = pq.read_table(tmp_path / "again" / "consultations.parquet").to_pylist()
     assert [(row["question"], row["split"], row["row"]) for row in rows] == [
         (row["question"], row["split"], row["row"]) for row in kept
@@ -279,59 +279,38 @@ MAQA = "q_body,a_body,category"
 AHQAD = "Question, Answer, Category"
 
 
-@pytest.mark.parametrize("header", [MAQA, AHQAD])
-def test_the_shapes_of_maqa_and_ahqad_are_prepared(tmp_path: Path, header: str) -> None:
-    lines = [header, *(f'"{question(n)}\nوشكرا", "{ANSWER}, {n}",أعصاب'.replace('", "', '","') for n in range(40))]
-    with gzip.open(tmp_path / "x.csv.gz", "wt", encoding="utf-8-sig") as file:
-        file.write("\n".join(lines))
-    about = prepare(tmp_path / "x.csv.gz", tmp_path / "out")
-    assert about["rows"]["kept"] == 40 and "specialty" in about["columns"]
+def test_the_shapes_of_maqa_and_ahqad_are_prepared(tmp_path: Path) -> None:
+    for header in (MAQA, AHQAD):
+        lines = [header, *(f'"{question(n)}\nوشكرا","{ANSWER}, {n}",أعصاب' for n in range(40))]
+        with gzip.open(tmp_path / "x.csv.gz", "wt", encoding="utf-8-sig") as file:
+            file.write("\n".join(lines))
+        about = prepare(settings_of(tmp_path / "x.csv.gz"), tmp_path / header)
+        assert about["rows"]["kept"] == 40 and "specialty" in about["columns"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"allow": ("shortanswer",)}, "There is no reason 'shortanswer': there are "),
-        ({"allow": ("empty",)}, "cannot be allowed"),
-        ({"masks": ("fax",)}, "There is no mask 'fax': there are "),
-        ({"drop_duplicates": "all"}, "give none or exact or near"),
-    ],
-)
-def test_settings_that_name_nothing_are_wrong_usage(
-    prepared: Callable[..., Any], tmp_path: Path, settings: dict[str, Any], said: str
+def test_what_cannot_be_prepared_is_refused_in_one_sentence_and_leaves_nothing(
+    prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=said):
-        prepared(consultations(5), **settings)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "settings", "said"),
-    [
-        ({"answer": "نعم"}, {}, r"None of 30 rows is left \(30 short_answer\)"),
+    refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"answer": "نعم"}, {}, r"None of 30 rows is left \(30 short_answer\).*allow=\[short_answer\]"),
         ({"question": None}, {}, "no row with both question and answer"),
         ({}, {"split_by": "month"}, "no column 'month' to split by: there are 'question', 'answer', 'year', 'row'"),
         ({}, {"split_by": "question"}, "Column 'question' is the question"),
-        ({}, {"split_by": "year"}, "Column 'year' has one value in all 30 rows"),
-        ({}, {"near_duplicates": 0.2}, "give 0.5 to 1"),
-        ({}, {"validation_size": 0.5, "test_size": 0.5}, "leave none to train on"),
+        ({}, {"split_by": "year"}, "Column 'year' has 1 value in all 30 rows"),
+        ({}, {"data": {"validation_size": 0.5, "test_size": 0.5}}, "leave none to train on"),
         ({"question": "سؤال واحد للجميع"}, {"drop_duplicates": "none"}, "gives no validation rows"),
-    ],
-)
-def test_what_cannot_be_prepared_is_refused_in_one_sentence_and_leaves_nothing(
-    prepared: Callable[..., Any], tmp_path: Path, change: dict[str, Any], settings: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(DataError, match=said) as refused:
-        prepared([row | change for row in consultations(30, year=lambda n: 2020)], **settings)
-    assert "\n" not in str(refused.value) and "واحد" not in str(refused.value)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.jsonl"]
+        ({"part": "a"}, {"data": {"split_column": "part"}}, r"data\.split_column"),
+    ]
+    for change, settings, part in refused:
+        with pytest.raises(DataError, match=part) as error:
+            prepared([row | change for row in consultations(30, year=lambda n: 2020)], **settings)
+        assert "\n" not in str(error.value) and "واحد" not in str(error.value)
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.jsonl"]
 
 
-def test_a_column_that_was_named_for_the_split_and_is_none_is_refused(prepared: Callable[..., Any]) -> None:
+def test_resplit_ignores_a_column_that_was_named_for_the_split(prepared: Callable[..., Any]) -> None:
     rows = consultations(30, part=lambda n: f"part {n % 3}")
-    with pytest.raises(DataError, match=r"data\.split_column"):
-        prepared(rows, source={"split_column": "part"})
-    assert prepared(rows, name="anew", source={"split_column": "part"}, resplit=True)[0]["splits"]["by"] == "random"
+    assert prepared(rows, data={"split_column": "part"}, resplit=True)[0]["splits"]["by"] == "random"
 
 
 def test_a_side_that_would_lose_all_its_rows_is_refused(prepared: Callable[..., Any]) -> None:
@@ -344,7 +323,7 @@ def test_a_side_that_would_lose_all_its_rows_is_refused(prepared: Callable[..., 
 
 def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists already"):
-        prepare(tmp_path / "absent.csv", tmp_path)
+        prepare(settings_of(tmp_path / "absent.csv"), tmp_path)
 
 
 def test_a_full_disk_leaves_neither_a_folder_nor_a_part_of_one(
@@ -353,7 +332,7 @@ def test_a_full_disk_leaves_neither_a_folder_nor_a_part_of_one(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(preparing, "write_rejected", full)
+    monkeypatch.setattr(preparing, "_write_rejected", full)
     with pytest.raises(RunError, match="No space is left"):
         prepared(consultations(30))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.jsonl"]

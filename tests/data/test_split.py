@@ -1,14 +1,18 @@
 """Every question stands on one side, in every stratum's proportion, and the same rows are split the same everywhere."""
 
+from __future__ import annotations
+
+from collections import Counter
 from collections.abc import Sequence
 
 import datasets
 import numpy as np
 import pytest
 
-from sevpeft.data.cleaning import fold_for_matching
-from sevpeft.data.splits import Splits, split_rows
+from sevpeft.data.split import TEST, TRAIN, VALIDATION, HoldOut, Splits, hold_out, split_rows
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
+from sevpeft.recipe import DataSection
 
 
 def rows(questions: Sequence[str], split: Sequence[str | None] | None = None) -> datasets.Dataset:
@@ -20,8 +24,19 @@ def many(count: int) -> datasets.Dataset:
     return rows([f"سؤال رقم {number}" for number in range(count)])
 
 
-def split(data: datasets.Dataset, validation: float = 0.1, test: float = 0.1, seed: int = 0, **more: object) -> Splits:
-    return split_rows(data, validation_size=validation, test_size=test, seed=seed, **more)  # type: ignore[arg-type]
+def section(validation: float = 0.1, test: float = 0.1, seed: int = 0, column: str | None = None) -> DataSection:
+    return DataSection(validation_size=validation, test_size=test, seed=seed, split_column=column)
+
+
+def split(
+    data: datasets.Dataset,
+    validation: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+    column: str | None = None,
+    strata: Sequence[int] | None = None,
+) -> Splits:
+    return split_rows(data, section(validation, test, seed, column), strata=strata)
 
 
 def sizes(splits: Splits) -> tuple[int, int, int]:
@@ -32,14 +47,11 @@ def questions(part: datasets.Dataset) -> set[str]:
     return {fold_for_matching(question) for question in part["question"]}
 
 
-@pytest.mark.parametrize(
-    ("validation", "test", "expected"),
-    [(0.1, 0.2, (140, 20, 40)), (7, 13, (180, 7, 13)), (0.001, 0.0, (199, 1, 0)), (5, 0, (195, 5, 0))],
-)
-def test_sizes_are_fractions_or_numbers_of_rows(validation: float, test: float, expected: tuple[int, ...]) -> None:
-    splits = split(many(200), validation, test)
-    assert sizes(splits) == expected
-    assert (splits.by, splits.groups, splits.leaks) == ("random", 200, 0)
+def test_sizes_are_fractions_or_numbers_of_rows() -> None:
+    for asked, expected in (((0.1, 0.2), (140, 20, 40)), ((7, 13), (180, 7, 13)), ((0.001, 0), (199, 1, 0))):
+        splits = split(many(200), *asked)
+        assert sizes(splits) == expected
+        assert (splits.by, splits.groups, splits.leaks) == ("random", 200, 0)
 
 
 def test_the_parts_are_all_the_rows_each_once_and_in_order() -> None:
@@ -134,15 +146,13 @@ def test_questions_on_two_given_sides_are_counted_and_not_carved_into_a_third() 
     assert splits.validation["question"][:] == ["q 9"]
 
 
-@pytest.mark.parametrize("column", [["1", "2"] * 50, [""] * 100, [None] * 100])
-def test_a_column_split_of_something_else_is_not_used(column: list[str | None]) -> None:
-    assert split(rows([f"q {number}" for number in range(100)], column)).by == "random"
-
-
-@pytest.mark.parametrize("column", [["1", "2"] * 50, [""] * 100, [None] * 100, ["تدريب", "اختبار"] * 50])
-def test_a_column_that_was_named_for_the_split_and_is_none_is_refused(column: list[str | None]) -> None:
-    with pytest.raises(DataError, match=r"in 100 of 100 rows, first at 2.*data\.split_column"):
-        split(rows([f"q {number}" for number in range(100)], column), named=True)
+def test_a_column_split_of_something_else_is_not_used_unless_it_was_named() -> None:
+    columns: list[list[str | None]] = [["1", "2"] * 50, [""] * 100, [None] * 100, ["تدريب", "اختبار"] * 50]
+    for column in columns:
+        data = rows([f"q {number}" for number in range(100)], column)
+        assert split(data).by == "random"
+        with pytest.raises(DataError, match=r"in 100 of 100 rows, first at 2.*data\.split_column"):
+            split(data, column="part")
 
 
 def test_a_column_split_that_is_filled_in_part_is_refused_with_the_row() -> None:
@@ -155,29 +165,75 @@ def test_a_column_split_without_train_is_refused() -> None:
         split(rows(list("ab"), ["test", "dev"]))
 
 
-@pytest.mark.parametrize(
-    ("validation", "test", "said"),
-    [
-        (0, 0.1, r"data\.validation_size=0 gives no validation rows, and its size must be above 0"),
-        (0.5, 0.5, r"data\.validation_size=0\.5 and data\.test_size=0\.5 of 10 rows leave none to train on"),
-        (10, 0, "leave none to train on"),
-        (1.5, 0, "neither a fraction below 1 nor a number of rows"),
-        (-1, 0, "neither a fraction below 1 nor a number of rows"),
-        (0.1, -0.1, "neither a fraction below 1 nor a number of rows"),
-        (0.1, float("nan"), "neither a fraction below 1 nor a number of rows"),
-        (True, 0.1, "neither a fraction below 1 nor a number of rows"),
-    ],
-)
-def test_sizes_that_cannot_be_met_are_refused(validation: float, test: float, said: str) -> None:
-    with pytest.raises(DataError, match=said):
-        split(many(10), validation, test)
+def test_sizes_that_cannot_be_met_are_refused() -> None:
+    for validation, test, data, part in (
+        (0.5, 0.5, many(10), "data.validation_size=0.5 and data.test_size=0.5 of 10 rows"),
+        (10, 0, many(10), "leave none to train on"),
+        (5, 1, rows(["a"] * 5 + ["b"] * 5), "data.test_size=1 gives no test rows"),
+    ):
+        with pytest.raises(DataError) as refused:
+            split(data, validation, test)
+        assert part in str(refused.value)
 
 
-def test_a_side_that_no_group_fits_is_refused_with_the_remedy() -> None:
-    with pytest.raises(DataError, match=r"data\.test_size=1 gives no test rows, because each question.*raise it"):
-        split(rows(["a"] * 5 + ["b"] * 5), 5, 1)
+def held(cells: list[str], validation: float = 0.1, test: float = 0.1, seed: int = 0) -> HoldOut:
+    return hold_out(cells, "when", section(validation, test, seed))
 
 
-def test_strata_that_do_not_match_the_rows_are_refused() -> None:
-    with pytest.raises(DataError, match="3 strata for 10 rows"):
-        split(many(10), strata=[0, 1, 2])
+def sides(result: HoldOut) -> str:
+    return "".join("-vt"[side] for side in result.sides.tolist())
+
+
+def test_the_newest_values_are_the_test_and_those_before_them_the_validation() -> None:
+    result = held([str(number) for number in (9, 10, 1, 2, 3, 4, 5, 6, 7, 8)], 0.2, 0.1)
+    assert sides(result) == "vt-------v" and result.ordered
+    assert result.values[TEST] == ["10"] and result.values[VALIDATION] == ["8", "9"]
+    for dates in (
+        ["2019-05-01", "2021-01-31", "2020-12-01"],
+        ["2019-05", "2021-01", "2020-12"],
+        ["2019-05-01T10:00:00Z", "2021-01-31T00:00:00+03:00", "2020-12-01 10:00"],
+        ["٢٠١٩", "٢٠٢١", "٢٠٢٠"],
+        ["-3.5", "0", "-1"],
+    ):
+        assert sides(held(dates, 1, 1)) == "-tv", dates
+    assert not held(["1", "2", "3", "unknown"]).ordered and not held(["1e999999999", "2", "3"]).ordered
+
+
+def test_whole_values_come_as_near_to_the_size_as_they_can() -> None:
+    years = ["2018"] * 50 + ["2019"] * 30 + ["2020"] * 15 + ["2021"] * 5
+    assert Counter(sides(held(years, 0.3, 0.1))) == {"t": 5, "v": 45, "-": 50}
+    assert Counter(sides(held(years, 0.1, 0.18))) == {"t": 20, "v": 30, "-": 50}
+    smallest = held(["a"] * 50 + ["b"] * 30 + ["c"] * 20, 0.01, 0.01)
+    assert smallest.values == {TRAIN: ["a"], VALIDATION: ["b"], TEST: ["c"]}
+
+
+def test_words_are_drawn_by_the_seed_and_no_value_is_on_two_sides() -> None:
+    sources = [f"clinic {number % 20}" for number in range(400)]
+    result = held(sources, 0.1, 0.2)
+    assert not result.ordered and Counter(sides(result)) == {"-": 280, "v": 40, "t": 80}
+    assert len(set(zip(sources, result.sides.tolist(), strict=True))) == 20 == sum(map(len, result.values.values()))
+    assert sides(held(sources, 0.1, 0.2)) == sides(result) != sides(held(sources, 0.1, 0.2, seed=1))
+
+
+def test_of_two_values_one_is_held_out_and_train_always_keeps_one() -> None:
+    assert Counter(sides(held(["a"] * 6 + ["b"] * 4))) == {"-": 6, "t": 4}
+    assert Counter(sides(held(["a"] * 6 + ["b"] * 4, 0.1, 0))) == {"-": 6, "v": 4}
+    assert Counter(sides(held(["1"] * 6 + ["2"] * 4))) == {"-": 6, "t": 4}
+    for cells in (["1"] * 90 + ["2"] * 5 + ["3"] * 5, list("abcdefghij"), ["1"] * 5 + ["2"] * 5):
+        assert TRAIN in held(cells, 0.4, 0.4).sides.tolist()
+
+
+def test_rows_without_a_value_are_trained_on_and_counted() -> None:
+    result = held(["2020", "", "2021", " ", "2022"], 1, 1)
+    assert sides(result) == "--v-t" and result.empty == 2 and result.ordered
+
+
+def test_a_column_that_cannot_be_held_out_is_refused() -> None:
+    for cells, size, part in (
+        (["a"] * 5, 0.1, "has 1 value in all 5 rows"),
+        ([""] * 5, 0.1, "has no value"),
+        (["a", "", "a"], 0.1, "has 1 value"),
+        (list("abcd"), 0.5, "leave none of 4 rows to train on"),
+    ):
+        with pytest.raises(DataError, match=part):
+            held(cells, size, size)

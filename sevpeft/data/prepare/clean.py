@@ -1,0 +1,231 @@
+"""Text of a consultation without what only the keyboard, the web page or a broken encoding put there.
+
+Nothing is folded: hamza, teh marbuta and alef maqsura stay as they were written, as a reader needs them.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Callable
+from functools import lru_cache
+
+import emoji as emoji_names
+import ftfy
+from ftfy import badness
+
+from sevpeft.data.prepare.settings import Cleaning
+from sevpeft.data.prepare.words import PATTERNS, WORDS
+from sevpeft.data.text import DIGITS, INVISIBLE, TASHKEEL, TATWEEL
+
+
+def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
+    """The text cleaned, and the names of the switches that changed it, in the order of their steps.
+
+    Cleaning what is clean already changes nothing.
+    """
+    steps = _steps(switches)
+    changed: set[str] = set()
+    before = None
+    # One step can make work for another: an entity hides a tag, an invisible mark parts repeated letters. Texts get
+    # shorter with each such round, so there is a last one.
+    while before != text:
+        before = text
+        for name, step in steps:
+            after = step(text)
+            if after != text:
+                changed.add(name)
+                text = after
+    return text, tuple(name for name, _ in steps if name in changed)
+
+
+@lru_cache(maxsize=64)
+def _steps(switches: Cleaning) -> tuple[tuple[str, Callable[[str], str]], ...]:
+    chosen = {name: value for name, value in switches if value and value != "keep"}
+    return tuple((name, _EMOJI[value] if name == "emoji" else _STEPS[name]) for name, value in chosen.items())
+
+
+def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]], flags: int = 0) -> Callable[[str], str]:
+    """A step of pairs of a pattern and what takes its place, one after the other."""
+    compiled = [(re.compile(pattern, flags), by) for pattern, by in pairs]
+
+    def step(text: str) -> str:
+        for found, by in compiled:
+            text = found.sub(by, text)
+        return text
+
+    return step
+
+
+# Encodings. ftfy knows what UTF-8 looks like in the western code pages. Arabic forums have two accidents more: UTF-8
+# that was read as Windows-1256 ("ط§ظ„ظ…"), and Windows-1256 that was read as Windows-1252 ("ÇáÓáÇã"). The second has no
+# UTF-8 in it, so only a text whose letters are mostly accented is taken for it, as no French or German one is.
+
+# What each accident cannot do without; a text that has none of it is not looked at further.
+_SUSPECT = re.compile(r"[\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]")
+# Bytes D8 to DB begin an Arabic letter in UTF-8, bytes 80 to BF end it; in Windows-1256 the latter are no letters that
+# Arabic words have.
+_TRAILING = re.escape(bytes(range(0x80, 0xC0)).decode("cp1256"))
+_UTF8_AS_1256 = re.compile(f"(?:[طظعغ][{_TRAILING}])+")
+_SURELY_UTF8_AS_1256 = re.compile(f"(?:[طظ][{_TRAILING}]){{3}}")
+_ACCENTED = re.compile(r"[\u00C0-\u00FF]")
+_LATIN = re.compile(r"[A-Za-z]")
+_ARABIC = re.compile(r"[\u0620-\u064A]")
+_LOST = re.compile(
+    # The replacement character, private use, and what a code page without Arabic leaves of three words.
+    r"[\uFFFD\uE000-\uF8FF\U000F0000-\U0010FFFD]|(?<![^\s])\?+[^\S\n]+\?+[^\S\n]+\?+(?![^\s])|\?{3,}[^\W\d_]"
+)
+
+
+# What is left of Arabic in UTF-8 that was read in a western code page and then cut or changed.
+_REMAINS = re.compile(r"(?:[ØÙ][\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]){2}")
+
+
+def repaired(text: str) -> str:
+    """The text as it was meant, or as it is where nothing is broken or nothing can be done."""
+    if not _SUSPECT.search(text):
+        return text
+    if badness.is_bad(text):
+        text = ftfy.fix_encoding(text)
+    if _SURELY_UTF8_AS_1256.search(text):
+        text = _UTF8_AS_1256.sub(lambda run: _recoded(run[0], "cp1256", "utf-8"), text)
+    if _mostly_accented(text):
+        meant = _recoded(text, "sloppy-windows-1252", "cp1256")
+        if len(_ARABIC.findall(meant)) > 0.8 * sum(map(str.isalpha, meant)):
+            return meant
+    return text
+
+
+def is_damaged(text: str) -> bool:
+    """Whether letters of `text` are lost, or are there in a code page that `repaired` could not make out."""
+    if _LOST.search(text):
+        return True
+    return bool(_SUSPECT.search(text)) and (
+        bool(_SURELY_UTF8_AS_1256.search(text) or _REMAINS.search(text))
+        or _mostly_accented(text)
+        or bool(badness.is_bad(text))
+    )
+
+
+def _mostly_accented(text: str) -> bool:
+    accented = len(_ACCENTED.findall(text))
+    return accented >= 4 and accented > len(_LATIN.findall(text)) and not _ARABIC.search(text)
+
+
+def _recoded(text: str, read_as: str, meant: str) -> str:
+    try:
+        return text.encode(read_as).decode(meant)
+    except UnicodeError:
+        return text
+
+
+# Web pages.
+
+
+def _in_place_of(tag: re.Match[str]) -> str:
+    name = tag[1].lower()
+    if name == "sup" and tag[0][1] != "/":
+        return "^"  # 10<sup>9</sup> is not 109.
+    return "\n" if name in WORDS["breaking_tags"] else " " if name in WORDS["spacing_tags"] else ""
+
+
+_html = _substituted(
+    (r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,30});|&nbsp\b", lambda entity: html.unescape(entity[0])),
+    (r"<!--(?:(?!<!--).)*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>(?:(?!<\1\b).)*?</\1\s*>", " "),
+    # Only what is named like a tag is one: "Hb<12" and "العمر > 60" are readings.
+    (rf"</?({'|'.join(sorted(WORDS['html_tags']))})(?:\s[^<>]*|/)?>", _in_place_of),
+    flags=re.IGNORECASE | re.DOTALL,
+)
+
+
+# Keyboards.
+def _letters_of(forms: re.Match[str]) -> str:
+    # The isolated mark decomposes into a space and the mark, which would part the word.
+    return "".join(unicodedata.normalize("NFKC", form).strip() or " " for form in forms[0])
+
+
+_plain_forms = _substituted((r"[\uFB50-\uFDFF\uFE70-\uFEFC]+", _letters_of))
+
+
+def _in_place_of_stretch(match: re.Match[str]) -> str:
+    before, after = match.string[: match.start()][-1:], match.string[match.end() :][:1]
+    # "1ـ بنادول" and "3ـ5 أيام" are dashes, "1445هـ" and "مـرض" are not.
+    stretches = before.isalpha() or (after.isalpha() and not before.isdigit()) or unicodedata.combining(before or " ")
+    return "" if stretches else "-"
+
+
+_EASTERN_SIGNS = DIGITS | str.maketrans("٫٬٪", ".,%")
+_PICTURE = r"\u2600-\u27BF\u2B00-\u2BFF\uFE0F\U0001F000-\U0001FAFF"
+_KEYCAP = re.compile("([0-9#*])\ufe0f?\u20e3")
+
+
+def _without_emoji(text: str, name: Callable[[str, dict[str, str]], str] | str = " ") -> str:
+    if text.isascii() or not re.search(r"[\u00A9\u00AE\u203C-\u3299\U0001F000-\U0001FAFF]", text):
+        return text
+    return emoji_names.replace_emoji(_KEYCAP.sub(r"\1", text), name)  # a dose stays: "1️⃣ حبة"
+
+
+def _named_emoji(text: str) -> str:
+    emoji_names.config.load_language("ar")
+    return _without_emoji(text, lambda _, about: f" {(about.get('ar') or about['en']).strip(':').replace('_', ' ')} ")
+
+
+# What may stand between a greeting and the text, and belongs to neither; a minus sign or a bracket may be the text's.
+_BETWEEN = r"[\s،,.:؛;!…~*]"
+_OPENING = re.compile(rf"(?:{_BETWEEN}*(?:{PATTERNS['greetings'].pattern})(?![\w]){_BETWEEN}*)+", re.IGNORECASE)
+_CLOSING = re.compile(rf"(?:(?<![\w])(?:{PATTERNS['thanks'].pattern}){_BETWEEN}*)+\Z", re.IGNORECASE)
+_THANKING = re.compile(r"شكر|جزا|تحيات|بارك|thank", re.IGNORECASE)
+_LONGEST_CLOSING, _LONGEST_BEFORE_THANKS = 120, 30
+
+
+def without_greetings(text: str) -> str:
+    """The text without greetings at its beginning and thanks at its end; all of it if it is nothing else."""
+    opening = _OPENING.match(text)
+    start, end = opening.end() if opening else 0, len(text)
+    thanks = _THANKING.search(text, max(start, end - _LONGEST_CLOSING))
+    closing = _CLOSING.search(text, max(start, thanks.start() - _LONGEST_BEFORE_THANKS)) if thanks else None
+    rest = text[start : closing.start()].rstrip(" \t\n\r،,؛;:-") if closing else text[start:]
+    return rest if any(map(str.isalnum, rest)) else text
+
+
+_STEPS: dict[str, Callable[[str], str]] = {
+    "mojibake": repaired,
+    "html": _html,
+    "unicode": lambda text: unicodedata.normalize("NFC", _plain_forms(text)),
+    "invisible": _substituted(
+        (
+            rf"(?<=[{_PICTURE}])\u200D(?=[{_PICTURE}])|([{INVISIBLE}\x00-\x08\x0E-\x1F\x7F-\x84\x86-\x9F])",
+            lambda match: "" if match[1] else match[0],
+        )
+    ),
+    "tatweel": _substituted((f"{TATWEEL}+", _in_place_of_stretch)),
+    "tashkeel": _substituted((f"[{TASHKEEL}]+", "")),
+    "digits": _substituted(
+        ("[٠-٩۰-۹]+(?:[٫٬][٠-٩۰-۹]+)*٪?|(?<=[0-9])٪", lambda number: number[0].translate(_EASTERN_SIGNS))
+    ),
+    # Three equal letters are no spelling of any word but a handful (تتتبع), which two leave readable. A doubled vowel
+    # may begin one, as and-words do (ووجع).
+    "repeated_letters": _substituted(
+        (r"(?<=[^\W\d_])([اوىيآ])\1{2,}", r"\1"),
+        (
+            r"([\u0620-\u064A\u066E-\u06D3])\1{2,}|([a-z])\2{3,}|([\u064B-\u0652])\3+",
+            lambda match: match[3] or (match[1] or match[2]) * 2,
+        ),
+    ),
+    "repeated_punctuation": _substituted(
+        (
+            r"([؟?!،؛;,])\1+|([؟?!]{2})\2+|([*#_=~\-–—ـ●•▪■☆★♡♥|^()\[\]{}<>«»《》])\3{3,}|\.{4,}|[.…]*…[.…]+|\.+…",
+            lambda match: match[1] or match[2] or match[3] or "..",
+        )
+    ),
+    "greetings": without_greetings,
+    "whitespace": _substituted(
+        (r"\r\n|[\r\x0B\x0C\x85\u2028\u2029]", "\n"),
+        (r"[^\S\n]{2,}|[^\S\n ]", " "),
+        (r" ?\n ?", "\n"),
+        (r"\n{3,}", "\n\n"),
+        (r"\A\s+|\s+\Z", ""),
+    ),
+}
+_EMOJI: dict[str, Callable[[str], str]] = {"remove": _without_emoji, "name": _named_emoji}

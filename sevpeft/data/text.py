@@ -1,0 +1,42 @@
+"""Two plainer forms of Arabic text: one for comparing only, one for models that were trained without vowel marks.
+
+Arabic is typed with and without hamza, vowel marks, elongation and either set of digits; a question that was posted
+twice rarely comes out letter for letter the same.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Presentation forms of vowel marks: NFKC turns the isolated ones into a space and a mark, cutting words in two.
+_PRESENTATION_MARKS = r"\uFC5E-\uFC63\uFCF2-\uFCF4\uFE70-\uFE7F"
+INVISIBLE = r"\u00AD\u061C\u180E\u200B-\u200F\u202A-\u202E\u2060-\u2069\uFEFF"
+TASHKEEL = r"\u0610-\u061A\u064B-\u065F\u0670\u06D6-\u06DC\u06DF-\u06E8\u06EA-\u06ED\u08D3-\u08FF"
+TATWEEL = r"\u0640"
+
+_BEFORE_NORMALIZING = re.compile(f"[{_PRESENTATION_MARKS}{INVISIBLE}]")
+_MARKS = re.compile(f"[{TASHKEEL}{TATWEEL}]")
+_NOT_WORD = re.compile(r"[\W_]+")
+
+DIGITS = str.maketrans("٠١٢٣٤٥٦٧٨٩۰۱۲۳۴۵۶۷۸۹", "0123456789" * 2)
+# Keyboards for Persian and Urdu, common in Iraq and the Gulf, give look-alikes of yeh and kaf.
+_FOLD = str.maketrans("أإآٱىةؤئیک", "اااايهوييك") | DIGITS
+
+
+def fold_for_matching(text: str) -> str:
+    """Lower-case words parted by single spaces, without what varies between spellings. No model ever sees this form.
+
+    In order: invisible and bidi marks out, NFKC, tashkeel and tatweel out, hamza carriers and teh marbuta to
+    their plain letters, Arabic-Indic digits to ASCII, lower case, all that is no letter or digit to one space.
+    """
+    text = unicodedata.normalize("NFKC", _BEFORE_NORMALIZING.sub("", text))
+    return _NOT_WORD.sub(" ", _MARKS.sub("", text).translate(_FOLD).lower()).strip()
+
+
+def strip_marks(text: str) -> str:
+    """The text without tashkeel, tatweel and invisible marks, with ASCII digits; nothing that a reader needs is lost.
+
+    AraGPT2 was trained on such text (its model card, aubmindlab/aragpt2-base).
+    """
+    return _MARKS.sub("", _BEFORE_NORMALIZING.sub("", text)).translate(DIGITS)
