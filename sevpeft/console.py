@@ -9,14 +9,21 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.status import Status
+from rich.table import Table
 from rich.text import Text
 
+# Width of the labels of `print_labeled`, and seconds between two lines of progress where no bar can be drawn.
+LABEL_WIDTH = 18
+SECONDS_BETWEEN_LINES = 15.0
 # C0 without tab and line end, DEL, C1, separators of lines, and what turns the direction of the text that follows.
 # The marks U+200E, U+200F and U+061C stay: Arabic is written with them.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f]|\r(?!\n)")
@@ -64,3 +71,37 @@ class _PlainStatus(Status):
 
 def _plain(status: Any) -> Any:
     return Text(visible(status)) if isinstance(status, str) else status
+
+
+def print_labeled(console: Console, label: str, text: str, style: str = "") -> None:
+    """Prints `label  text`, the text in a column of its own, so that a long line stays readable in 80 columns."""
+    line = Table.grid(padding=0)
+    line.add_column(width=LABEL_WIDTH, style="bold")
+    line.add_column(overflow="fold", style=style)
+    line.add_row(label, Text(text))
+    console.print(line)
+
+
+@contextmanager
+def row_progress(console: Console, label: str, rows: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many rows are done; yields a function that gets the number of rows after every batch.
+
+    A terminal gets one line that is rewritten, a log a line every 15 seconds, and both the speed at the end.
+    """
+    started = last_line = time.monotonic()
+    done = 0
+    columns = (TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("rows", total=rows)
+
+        def advance(count: int) -> None:
+            nonlocal done, last_line
+            done += count
+            bar.update(task, completed=done)
+            if bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                print_labeled(console, label, f"{done:,} of {rows:,} rows")
+
+        yield advance
+    rate = done / max(time.monotonic() - started, 1e-9)
+    print_labeled(console, label, f"{done:,} rows, {rate:,.{1 if rate >= 10 else 2}f} a second")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from sevpeft.recipe.rules import JUDGE_KEY
 from sevpeft.recipe.sections import Section
@@ -35,33 +35,29 @@ class GenerationSection(Section):
 
 
 class JudgeSection(Section):
-    """A language model that rates the answers by a rubric: at an OpenAI-compatible URL, in this process, or replayed.
+    """A language model at an OpenAI-compatible URL that rates the answers by a rubric.
 
     The key of an endpoint is read from SEVPEFT_JUDGE_API_KEY of the environment and from nowhere else: a recipe that
     could name the variable could send any secret of the environment to any host.
     """
 
-    model: str | None = Field(default=None, min_length=1)
-    """Name of the model at `url`; without `url`, Hub id or folder of a model that this process runs."""
-    url: str | None = None
+    model: str = Field(min_length=1)
+    """Name of the model that the endpoint knows."""
+    url: str
     """Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; all answers are sent there."""
-    file: str | None = Field(default=None, min_length=1)
-    """A judgements.jsonl to take verdicts from; without `model` nothing else is asked."""
     rubric: str | None = Field(default=None, min_length=1)
     """YAML file of another rubric than the one that comes with sevpeft."""
     timeout: float = Field(default=60.0, gt=0)
     """Seconds that the endpoint has for one reply."""
     concurrency: int = Field(default=4, ge=1, le=256)
-    """Requests under way at once, or answers judged at once in this process."""
+    """Requests under way at once."""
     max_tokens: int = Field(default=512, ge=16)
     """Longest reply, in tokens; a model that thinks before it answers needs several thousand."""
 
     @field_validator("url")
     @classmethod
-    def _plain_base_url(cls, url: str | None) -> str | None:
+    def _plain_base_url(cls, url: str) -> str:
         # The value is never repeated: it may hold a password.
-        if url is None:
-            return None
         try:
             parts = urlsplit(url)
             sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -75,14 +71,6 @@ class JudgeSection(Section):
                 f"environment variable {JUDGE_KEY}"
             )
         return url.rstrip("/")
-
-    @model_validator(mode="after")
-    def _judges(self) -> JudgeSection:
-        if self.url and not self.model:
-            raise ValueError("names a url and no model; add evaluation.judge.model, the name that the endpoint knows")
-        if not self.model and not self.file:
-            raise ValueError("names no judge; add evaluation.judge.model or evaluation.judge.file, or leave it out")
-        return self
 
 
 class EvaluationSection(Section):
