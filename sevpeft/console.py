@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.status import Status
 from rich.table import Table
@@ -77,3 +80,28 @@ def print_labeled(console: Console, label: str, text: str, style: str = "") -> N
     line.add_column(overflow="fold", style=style)
     line.add_row(label, Text(text))
     console.print(line)
+
+
+@contextmanager
+def row_progress(console: Console, label: str, rows: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many rows are done; yields a function that gets the number of rows after every batch.
+
+    A terminal gets one line that is rewritten, a log a line every 15 seconds, and both the speed at the end.
+    """
+    started = last_line = time.monotonic()
+    done = 0
+    columns = (TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("rows", total=rows)
+
+        def advance(count: int) -> None:
+            nonlocal done, last_line
+            done += count
+            bar.update(task, completed=done)
+            if bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                print_labeled(console, label, f"{done:,} of {rows:,} rows")
+
+        yield advance
+    rate = done / max(time.monotonic() - started, 1e-9)
+    print_labeled(console, label, f"{done:,} rows, {rate:,.{1 if rate >= 10 else 2}f} a second")

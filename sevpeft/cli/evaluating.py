@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sevpeft.cli.application import app, quiet_libraries, refuse_several_processes
-
-
-class BackendChoice(str, Enum):
-    transformers = "transformers"
-    vllm = "vllm"
 
 
 @app.command()
@@ -26,9 +20,6 @@ def evaluate(
             metavar="KEY=VALUE", help="Settings of generation and evaluation, as in a recipe", show_default=False
         ),
     ] = None,
-    backend: Annotated[
-        BackendChoice, typer.Option("--backend", help="What generates; vllm where it is installed.")
-    ] = BackendChoice.transformers,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Only so many test rows, at random.", show_default=False)
     ] = None,
@@ -39,8 +30,8 @@ def evaluate(
 ) -> None:
     """Answer a run's test questions, with the adapter and without it, and score the answers.
 
-    An evaluation that was interrupted goes on where it stopped: run the same command again. Answers are sent nowhere,
-    unless evaluation.judge.url and evaluation.judge.model name a language model that is to rate them.
+    An interrupted evaluation goes on where it stopped: run the same command again. Answers are sent nowhere, unless
+    evaluation.judge.url and evaluation.judge.model name a language model that is to rate them.
 
     Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
     """
@@ -52,28 +43,20 @@ def evaluate(
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
-        from sevpeft.evaluation.evaluate import EVALUATION
+        from sevpeft.evaluation.evaluate import EVALUATION, PREDICTIONS
         from sevpeft.evaluation.evaluate import evaluate as evaluate_run
-        from sevpeft.evaluation.judging import JUDGEMENTS
-        from sevpeft.evaluation.predictions import PREDICTIONS
-        from sevpeft.evaluation.table import evaluation_tables
+        from sevpeft.evaluation.judge import JUDGEMENTS
+        from sevpeft.evaluation.scores import evaluation_tables
 
-    found = evaluate_run(
-        Run(run),
-        overrides or [],
-        backend=backend.value,
-        limit=limit,
-        answers=not nll_only,
-        console=messages,
-    )
+    content = evaluate_run(Run(run), overrides or [], limit=limit, answers=not nll_only, console=messages)
     if as_json:
-        print_json(found.content)
+        print_json(content)
         return
     console = Screen()
-    console.print(evaluation_tables(found.content))
+    console.print(evaluation_tables(content))
     console.print(f"Scores: {run / EVALUATION}", soft_wrap=True)
     if not nll_only:
         console.print(f"Answers: {run / PREDICTIONS} (holds what patients wrote)", soft_wrap=True)
-    if "judge" in found.content and (run / JUDGEMENTS).exists():
+    if "judge" in content:
         console.print(f"Verdicts: {run / JUDGEMENTS}", soft_wrap=True)
     console.print(f"Next: sevpeft report {shlex.quote(str(run))}", soft_wrap=True)

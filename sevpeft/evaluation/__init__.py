@@ -1,1 +1,1 @@
-"""From a trained adapter to evidence: answers on the test split, their scores, and what can be said about them."""
+"""Evidence: answers of an adapter and its base model on the test split, their scores, comparisons and reports."""

@@ -36,9 +36,9 @@ from sevpeft.evaluation.comparison import (
     refuse_too_small,
     verdict_of,
 )
-from sevpeft.evaluation.evaluate import EVALUATION, evaluate
-from sevpeft.evaluation.metrics import METRICS
-from sevpeft.evaluation.rows import EvaluationRows, test_rows
+from sevpeft.evaluation.evaluate import EVALUATION, evaluate, test_rows
+from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.scores import METRICS
 from sevpeft.evaluation.significance import methods
 from sevpeft.runs import Run, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
@@ -91,8 +91,6 @@ class Comparison:
             recipe = experiment.recipe_of(CE, self.seeds[0], _DEFAULT_CONTROLLED)
             self.rows[experiment.recipe.name] = rows = test_rows(recipe)
             refuse_too_small(rows, experiment.recipe.name)
-        for experiment in self.experiments:
-            experiment.claim_folder()
 
     def run(self) -> dict[str, Any]:
         """Does what is not done yet, and returns and writes comparison.json.
@@ -265,7 +263,7 @@ def _claimed(unit: Unit) -> Iterator[bool]:
     """Whether this process has the run for itself now; a kill gives it back."""
     locks = unit.experiment.folder / LOCKS
     with plain_disk_errors(locks):
-        locks.mkdir(exist_ok=True)
+        locks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(locks / unit.run.folder.name, timeout=0)
     try:
         lock.acquire()

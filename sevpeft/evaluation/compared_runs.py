@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 
 from sevpeft.errors import RunError
-from sevpeft.evaluation.arms import BASE_ARM, Experiment
-from sevpeft.evaluation.evaluate import EVALUATION, SCORES
-from sevpeft.evaluation.metrics import METRICS, Scores
-from sevpeft.evaluation.predictions import LIKELIHOOD
-from sevpeft.evaluation.rows import EvaluationRows
+from sevpeft.evaluation.arms import ADAPTER, BASE, BASE_ARM, Experiment
+from sevpeft.evaluation.evaluate import EVALUATION, LIKELIHOOD, SCORES
+from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.scores import METRICS, Scores
 from sevpeft.evaluation.statistics import same_order
-from sevpeft.evaluation.switching import ADAPTER, BASE
 from sevpeft.runs import Run, file_hash
 
 

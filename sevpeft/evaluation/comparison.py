@@ -17,9 +17,8 @@ import numpy as np
 
 from sevpeft.errors import RunError
 from sevpeft.evaluation.arms import BASE_ARM, CE, WEIGHTED
-from sevpeft.evaluation.metrics import ALL, METRICS, Metric, Scores
-from sevpeft.evaluation.rows import EvaluationRows
-from sevpeft.evaluation.scoring import HEADLINE, SAFETY, strata_of
+from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.scores import ALL, HEADLINE, METRICS, SAFETY, Metric, Scores, strata_of
 from sevpeft.evaluation.significance import (
     POWER,
     Comparison,

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sevpeft.evaluation.comparison import CRITICAL, PRIMARY, REFERENCES, number_with_interval
-from sevpeft.evaluation.metrics import ALL, METRICS
-from sevpeft.evaluation.table import ARROWS
+from sevpeft.evaluation.scores import ALL, ARROWS, METRICS
 
 # The score of the answers beside NLL: the published one, or chrF++ where no encoder is.
 _OF_ANSWERS = ("bertscore_f1", "chrf")

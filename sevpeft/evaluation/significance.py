@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from sevpeft.errors import DataError
-from sevpeft.evaluation.metrics import Direction
 from sevpeft.evaluation.statistics import PERMUTATIONS, Difference, Estimate
 from sevpeft.recipe import EvaluationSection
 
 ALPHA = 0.05
 POWER = 0.8
 
+Direction = Literal["higher", "lower", "neither"]
 Outcome = Literal["better", "worse", "higher", "lower", "not distinguishable", "too few questions", "no data"]
 K = TypeVar("K", bound=Hashable)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # (α, β, γ): the weight of a surely non-critical, neutral and critical consultation (arXiv 2604.06346).
 SEVERITY_PRESETS: dict[str, tuple[float, float, float]] = {
@@ -255,44 +255,36 @@ class GenerationSection(Section):
 
 
 class JudgeSection(Section):
-    """A language model that rates the answers by a rubric: at an OpenAI-compatible URL, in this process, or replayed.
+    """A language model at an OpenAI-compatible URL that rates the answers by a rubric.
 
     The key of an endpoint is read from SEVPEFT_JUDGE_API_KEY of the environment and from nowhere else: a recipe that
     could name the variable could send any secret of the environment to any host.
     """
 
-    model: str | None = Field(default=None, min_length=1)
-    """Name of the model at `url`; without `url`, Hub id or folder of a model that this process runs."""
-    url: str | None = None
+    model: str = Field(min_length=1)
+    """Name of the model that the endpoint knows."""
+    url: str
     """Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; all answers are sent there."""
-    file: str | None = Field(default=None, min_length=1)
-    """A judgements.jsonl to take verdicts from; without `model` nothing else is asked."""
     rubric: str | None = Field(default=None, min_length=1)
     """YAML file of another rubric than the one that comes with sevpeft."""
     timeout: float = Field(default=60.0, gt=0)
     """Seconds that the endpoint has for one reply."""
     concurrency: int = Field(default=4, ge=1, le=256)
-    """Requests under way at once, or answers judged at once in this process."""
+    """Requests under way at once."""
     max_tokens: int = Field(default=512, ge=16)
     """Longest reply, in tokens; a model that thinks before it answers needs several thousand."""
 
     @field_validator("url")
     @classmethod
-    def _plain_base_url(cls, url: str | None) -> str | None:
+    def _plain_base_url(cls, url: str) -> str:
         host = r"(\[[0-9a-fA-F:.]+\]|[^\s/@?#:\[\]]+)(:[0-9]{1,5})?"
-        if url is not None and not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?", url):
+        if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?", url):
             # The value is not repeated: it may hold a password.
             raise ValueError(
                 "must be host and path only, such as http://127.0.0.1:8000/v1; put a key into the environment variable "
                 f"{JUDGE_KEY}"
             )
-        return url and url.rstrip("/")
-
-    @model_validator(mode="after")
-    def _judges(self) -> JudgeSection:
-        if not self.model and (self.url or not self.file):
-            raise ValueError("names no model; add evaluation.judge.model, or evaluation.judge.file to replay verdicts")
-        return self
+        return url.rstrip("/")
 
 
 class EvaluationSection(Section):

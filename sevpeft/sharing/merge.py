@@ -22,11 +22,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sevpeft.console import Screen, print_labeled
+from sevpeft.console import Screen, print_labeled, row_progress
 from sevpeft.errors import ModelError, UsageError
-from sevpeft.evaluation.generation import context_length
-from sevpeft.evaluation.progress import RowProgress
-from sevpeft.evaluation.switching import check_adapter
+from sevpeft.evaluation.arms import check_adapter
+from sevpeft.evaluation.generate import context_length
 from sevpeft.modeling.loading import Precision, count_parameters, load_config, load_model, load_tokenizer
 from sevpeft.modeling.saved_adapters import WEIGHTS, attach_adapter
 from sevpeft.recipe import QuantizationSection, Recipe, load_recipe
@@ -327,7 +326,7 @@ def _check_gap(
 
 
 def _answers(model: PreTrainedModel, texts: list[Text], label: str, console: Console) -> list[torch.Tensor]:
-    with RowProgress(console, label, len(texts)) as done:
+    with row_progress(console, label, len(texts)) as done:
         return answer_logits(model, texts, done)
 
 

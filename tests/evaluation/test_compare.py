@@ -22,7 +22,7 @@ from sevpeft.errors import Interrupted, ModelError, RunError, SevpeftError, Usag
 from sevpeft.evaluation import compare as module
 from sevpeft.evaluation.arms import parse_arms, parse_seeds
 from sevpeft.evaluation.compare import Comparison
-from sevpeft.evaluation.scoring import SAFETY
+from sevpeft.evaluation.scores import SAFETY
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.train import train

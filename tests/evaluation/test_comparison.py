@@ -24,8 +24,8 @@ from sevpeft.evaluation.comparison import (
     verdict_of,
 )
 from sevpeft.evaluation.comparison_table import comparison_tables
-from sevpeft.evaluation.metrics import METRICS
-from sevpeft.evaluation.rows import EvaluationRows
+from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.scores import METRICS
 from sevpeft.evaluation.significance import Outcome, methods, shown_p
 from sevpeft.evaluation.statistics import paired_difference
 from sevpeft.recipe import EvaluationSection

@@ -1,4 +1,4 @@
-"""An evaluation says what the answers are worth beside floors, and never does a row twice."""
+"""An evaluation says what the answers are worth beside floors, on rows that the training never saw, each done once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,16 +16,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 from sevpeft.cli import main
+from sevpeft.data.prepare.prepare import prepare
+from sevpeft.data.read import load_consultations
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import Interrupted, ModelError, RunError, UsageError
-from sevpeft.evaluation import row_work, scoring
-from sevpeft.evaluation.evaluate import evaluate
-from sevpeft.evaluation.metrics import METRICS
-from sevpeft.evaluation.rows import EvaluationRows
-from sevpeft.evaluation.table import evaluation_tables
+from sevpeft.evaluation import evaluate as module
+from sevpeft.evaluation import scores as of_scores
+from sevpeft.evaluation.evaluate import RowFile, check_same_data, evaluate, training_answers
+from sevpeft.evaluation.scores import METRICS, evaluation_tables
+from sevpeft.recipe import load_recipe, recipe_from_values
 from sevpeft.runs import Run
+from sevpeft.training.data import load_splits
+from tests.evaluation.conftest import QUICKSTART
+
+ROWS = 11  # of the run's test split
 
 
 def lines(run: Run, name: str = "predictions.jsonl") -> list[dict[str, Any]]:
@@ -34,13 +43,11 @@ def lines(run: Run, name: str = "predictions.jsonl") -> list[dict[str, Any]]:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids whose answers were generated, and ids whose likelihood was computed, as they come."""
-    from sevpeft.evaluation import switching
-
     seen: list[str] = []
-    generate, nll = switching.generate, row_work.reference_nll
+    generate, nll = module.generate, module.reference_nll
 
-    def counting(model: Any, prompt: Any, rows: Any, settings: Any, **rest: Any) -> Any:
-        for batch in generate(model, prompt, rows, settings, **rest):
+    def counting(model: Any, prompt: Any, rows: Any, *rest: Any) -> Any:
+        for batch in generate(model, prompt, rows, *rest):
             seen.extend(f"answer {one.id}" for one in batch)
             yield batch
 
@@ -48,23 +55,28 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.extend(f"nll {identity}" for identity in rows.ids)
         return nll(model, prompt, rows, **rest)
 
-    monkeypatch.setattr(switching, "generate", counting)
-    monkeypatch.setattr(row_work, "reference_nll", counting_nll)
+    monkeypatch.setattr(module, "generate", counting)
+    monkeypatch.setattr(module, "reference_nll", counting_nll)
     return seen
 
 
 def test_every_row_is_answered_by_both_arms_and_scored_beside_floors(run: Run) -> None:
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    found = evaluate(run)
+    content = evaluate(run)
+    rows = module.test_rows(load_recipe(run.folder / "recipe.yaml"))
     assert {(row["arm"], row["id"]) for row in lines(run)} == {
-        (a, i) for a in ("adapter", "base") for i in found.rows.ids
+        (arm, i) for arm in ("adapter", "base") for i in rows.ids
     }
     one = lines(run)[0]
-    at = found.rows.ids.index(one["id"])
-    assert (one["question"], one["reference"]) == (found.rows.questions[at], found.rows.references[at])
-    assert (one["severity"], one["group"]) == (found.rows.severity(at), found.rows.groups[at])
-    assert list(found.content["scores"]) == ["critical", "neutral", "non_critical", "all"]
-    scores = found.content["scores"]["all"]["metrics"]
+    at = rows.ids.index(one["id"])
+    assert (one["question"], one["reference"], one["group"]) == (
+        rows.questions[at],
+        rows.references[at],
+        rows.groups[at],
+    )
+    assert one["severity"] == one["id"].split("-")[-2]
+    assert list(content["scores"]) == ["critical", "neutral", "non_critical", "all"]
+    scores = content["scores"]["all"]["metrics"]
     assert set(scores) == {name for name in METRICS if not name.startswith(("bertscore", "judge"))}
     for name in ("chrf", "rouge_l"):
         assert set(scores[name]) >= {"adapter", "base", "shuffled", "constant"}
@@ -72,8 +84,12 @@ def test_every_row_is_answered_by_both_arms_and_scored_beside_floors(run: Run) -
         assert (low is high is None and value == 0) or low <= value <= high  # without an interval where all are equal
     assert set(scores["nll"]) == {"adapter", "base", "shuffled", "difference"}
     assert "reference" in scores["referral"] and "reference" not in scores["unsupported_dose"]
-    nll = found.scores["adapter"]["nll"]
-    assert scores["nll"]["adapter"]["value"] == pytest.approx(np.average(nll, weights=found.tokens))
+    by_row = {(row["column"], row["id"]): row for row in lines(run, "scores.jsonl")}
+    likelihoods = {(row["arm"], row["id"]): row for row in lines(run, "likelihood.jsonl")}
+    tokens = [likelihoods["adapter", identity]["tokens"] for identity in rows.ids]
+    nll = [by_row["adapter", identity]["nll"] for identity in rows.ids]
+    assert scores["nll"]["adapter"]["value"] == pytest.approx(np.average(nll, weights=tokens))
+    assert scores["chrf"]["base"]["value"] == pytest.approx(np.mean([by_row["base", i]["chrf"] for i in rows.ids]))
     # Nothing else of the run is touched.
     assert {path: path.read_bytes() for path in before} == before
     new = {path.name for path in run.folder.iterdir()} - {path.name for path in before} - {"adapter", "checkpoints"}
@@ -82,70 +98,44 @@ def test_every_row_is_answered_by_both_arms_and_scored_beside_floors(run: Run) -
         "scores.jsonl",
     }
     stored = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
-    assert stored == json.loads(json.dumps(found.content))
-    by_row = {(row["column"], row["id"]): row for row in lines(run, "scores.jsonl")}
-    assert by_row["base", found.rows.ids[3]]["chrf"] == found.scores["base"]["chrf"][3]
-
-
-def test_the_shuffled_reference_is_of_another_question_and_of_the_same_severity_where_that_can_be() -> None:
-    groups, strata = np.array([0, 0, 1, 2, 3, 4, 5, 5]), np.array([2, 2, 2, 2, 1, 1, 0, 0])
-    names = [f"جواب {n}" for n in range(8)]
-    rows = EvaluationRows(names, names, names, None, strata, groups, "test", "")
-    for seed in range(5):
-        of = [names.index(text) for text in scoring.strangers(rows, seed)]
-        assert all(groups[at] != groups[n] for n, at in enumerate(of))
-        assert all(strata[at] == strata[n] for n, at in enumerate(of) if n < 6)
+    assert stored == json.loads(json.dumps(content))
 
 
 def test_a_finished_evaluation_is_not_computed_again_and_a_sample_is_gone_on_from(run: Run, counted: list[str]) -> None:
     evaluate(run, limit=4)
-    sample = list(counted)
-    assert len(sample) == 2 * 4 + 3 * 4
+    assert len(counted) == 2 * 4 + 3 * 4
     whole = evaluate(run)
-    assert len(counted) == 5 * len(whole.rows)
-    assert evaluate(run).content == whole.content
-    assert len(counted) == 5 * len(whole.rows)
-
-
-def test_the_order_of_the_lines_does_not_matter(run: Run, tmp_path: Path) -> None:
-    first = evaluate(run)
-    for name in ("predictions.jsonl", "likelihood.jsonl"):
+    assert len(counted) == 5 * ROWS
+    for name in ("predictions.jsonl", "likelihood.jsonl"):  # nor does the order of the lines matter
         path = run.folder / name
         path.write_text("".join(reversed(path.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
-    assert evaluate(run).content == first.content
+    assert evaluate(run) == whole
+    assert len(counted) == 5 * ROWS
 
 
 def test_a_sample_does_not_replace_a_whole_evaluation_nor_likelihoods_alone_one_with_answers(run: Run) -> None:
-    whole = evaluate(run).content
-    assert "is kept as it was" in evaluate(run, limit=5).content["notes"][-1]
-    assert "is kept as it was" in evaluate(run, answers=False).content["notes"][-1]
+    whole = evaluate(run)
+    for less in ({"limit": 5}, {"answers": False}):
+        assert "evaluation.json" in evaluate(run, **less)["notes"][-1], less
     assert json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8")) == json.loads(json.dumps(whole))
 
 
 def test_likelihoods_alone_need_no_answers(run: Run, counted: list[str]) -> None:
-    found = evaluate(run, answers=False, arms=["adapter"])
-    assert set(found.content["metrics"]) == {"nll"} and not (run.folder / "predictions.jsonl").exists()
-    assert not any(one.startswith("answer") for one in counted) and set(found.scores) == {"adapter", "shuffled"}
-
-
-def test_the_validation_split_has_files_of_its_own(run: Run) -> None:
-    found = evaluate(run, answers=False, split="validation")
-    assert (run.folder / "validation" / "evaluation.json").exists() and not (run.folder / "evaluation.json").exists()
-    losses = run.metrics()["after"]
-    assert found.content["scores"]["all"]["metrics"]["nll"]["adapter"]["value"] == pytest.approx(
-        losses["loss"], rel=1e-5
-    )
+    content = evaluate(run, answers=False, arms=["adapter"])
+    assert set(content["metrics"]) == {"nll"} and not (run.folder / "predictions.jsonl").exists()
+    assert not any(one.startswith("answer") for one in counted) and set(content["columns"]) == {"adapter", "shuffled"}
 
 
 def test_a_kill_loses_at_most_one_batch(run: Run, counted: list[str]) -> None:
     def evaluate_slowly() -> None:
-        append = row_work.RowFile.append
+        append = module.RowFile.append
 
         def slowly(self: Any, rows: Any) -> None:
             append(self, rows)
-            time.sleep(0.3)
+            if self.path.name == "predictions.jsonl":
+                time.sleep(0.3)
 
-        row_work.RowFile.append = slowly  # type: ignore[method-assign]
+        module.RowFile.append = slowly  # type: ignore[method-assign]
         evaluate(run)
 
     child = multiprocessing.get_context("fork").Process(target=evaluate_slowly)
@@ -157,27 +147,46 @@ def test_a_kill_loses_at_most_one_batch(run: Run, counted: list[str]) -> None:
     os.kill(child.pid or 0, signal.SIGKILL)
     child.join()
     assert len(lines(run)) == 8  # two batches of four
-    found = evaluate(run)
+    content = evaluate(run)
     answered = [one for one in counted if one.startswith("answer")]
-    assert len(answered) == 2 * len(found.rows) - 8 and not any(one.startswith("nll") for one in counted)
+    assert len(answered) == 2 * ROWS - 8 and not any(one.startswith("nll") for one in counted)
     predictions.unlink()
     (run.folder / "evaluation.json").unlink()
-    assert evaluate(run).content == found.content
+    assert evaluate(run) == content
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = row_work.RowFile.append
+    append = module.RowFile.append
 
     def interrupted(self: Any, rows: Any) -> None:
         append(self, rows)
         if self.path.name == "predictions.jsonl":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(row_work.RowFile, "append", interrupted)
-    with pytest.raises(Interrupted, match="finished rows are kept"):
+    monkeypatch.setattr(module.RowFile, "append", interrupted)
+    with pytest.raises(Interrupted):
         evaluate(run)
     assert len(lines(run)) == 4
     assert not (run.folder / ".evaluating").exists()
+
+
+def test_two_evaluations_of_one_run_do_not_mix_and_a_kill_releases_the_run(run: Run) -> None:
+    program = (
+        "import sys, time; from filelock import FileLock\n"
+        "with FileLock(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+    )
+    lock = run.folder / ".evaluating"
+    other = subprocess.Popen([sys.executable, "-c", program, str(lock)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == b"in\n"
+        with pytest.raises(RunError, match="another process"):
+            evaluate(run)
+        assert lock.exists() and not (run.folder / "likelihood.jsonl").exists()
+    finally:
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+    with FileLock(lock, timeout=1):
+        pass
 
 
 def test_predictions_of_other_settings_or_another_adapter_are_refused(run: Run) -> None:
@@ -188,46 +197,44 @@ def test_predictions_of_other_settings_or_another_adapter_are_refused(run: Run) 
     evaluate(run, ["generation.per_device_eval_batch_size=1"], limit=3)
     file = run.adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(RunError, match="was made from something else: adapter is another"):
+    with pytest.raises(RunError, match="adapter is another"):
         evaluate(run, limit=3)
     assert (run.folder / "predictions.jsonl").read_bytes() == kept
 
 
-def test_an_override_of_the_training_is_refused(run: Run) -> None:
-    with pytest.raises(UsageError, match=r"training.learning_rate belongs to the training, which is over"):
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(
+    run: Run, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"training.learning_rate"):
         evaluate(run, ["training.learning_rate=1"])
-
-
-def test_a_run_without_an_adapter_or_with_too_few_rows_is_refused(run: Run) -> None:
-    with pytest.raises(RunError, match="There is 1 question to evaluate on, and one shows nothing; raise --limit"):
+    with pytest.raises(RunError, match="--limit"):
         evaluate(run, limit=1)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UsageError, match="sevpeft evaluate RUN"):
+            evaluate(run)
     (run.adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(RunError, match="no adapter"):
         evaluate(run)
-
-
-def test_several_processes_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="evaluate runs as one process"):
-        evaluate(run)
+    assert counted == []
 
 
 def test_the_default_encoder_may_be_absent_and_one_that_was_named_may_not(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(name: str, layer: int) -> None:
-        raise ModelError(f"The BERTScore encoder {name} is not here.")
+        raise ModelError(f"{name} is not here.")
 
-    monkeypatch.setattr(scoring.Encoder, "load", absent)
-    found = evaluate(run, ["evaluation.bertscore=true"], limit=3)
-    assert any("BERTScore is left out: The BERTScore encoder" in note for note in found.content["notes"])
-    assert "chrf" in found.content["metrics"]
+    monkeypatch.setattr(of_scores, "Encoder", absent)
+    content = evaluate(run, ["evaluation.bertscore=true"], limit=3)
+    assert any("bert-base-multilingual-cased is not here" in note for note in content["notes"])
+    assert "chrf" in content["metrics"]
     with pytest.raises(ModelError, match="my-encoder is not here"):
         evaluate(run, ["evaluation.bertscore=true", "evaluation.bertscore_model=my-encoder"], limit=3)
 
 
 def test_the_table_fits_80_columns_and_has_critical_cases_first(run: Run) -> None:
-    content = evaluate(run).content
+    content = evaluate(run)
     console = Console(file=io.StringIO(), width=80)
     console.print(evaluation_tables(content))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
@@ -236,7 +243,7 @@ def test_the_table_fits_80_columns_and_has_critical_cases_first(run: Run) -> Non
     nll = content["scores"]["critical"]["metrics"]["nll"]
     assert f"{nll['adapter']['value']:.2f} [{nll['adapter']['low']:.2f}, {nll['adapter']['high']:.2f}]" in shown
     assert f"{nll['shuffled']['value']:.2f}" in shown
-    assert "Only 2 critical questions to evaluate on: too few" in " ".join(shown.split())
+    assert "Only 2 critical questions" in " ".join(shown.split())
 
 
 @pytest.fixture
@@ -246,8 +253,8 @@ def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
             main()
-        said = capfd.readouterr()
-        return int(left.value.code or 0), said.out, said.err
+        printed = capfd.readouterr()
+        return int(left.value.code or 0), printed.out, printed.err
 
     return command
 
@@ -255,14 +262,170 @@ def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 def test_the_verb_prints_the_table_or_json_and_one_sentence_when_refused(
     run: Run, sevpeft_: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
-    code, out, _ = sevpeft_("evaluate", run.folder, "--limit", "3")
-    assert code == 0 and "chrF++" in out and "Answers:" in out
+    code, out, err = sevpeft_("evaluate", run.folder, "--limit", "3")
+    assert code == 0 and "chrF++" in out and "predictions.jsonl" in out and "sevpeft report" in out
+    assert "Answers, base" in err and "3 rows" in err
     code, out, _ = sevpeft_("evaluate", run.folder, "--limit", "3", "--json")
     assert code == 0 and json.loads(out)["data"]["evaluated"] == 3
     for words, expected in (
-        ([tmp_path / "nothing"], "There is no run in"),
-        ([run.folder, "generation.max_new_tokns=3"], "write generation.max_new_tokens"),
-        ([run.folder, "--backend", "vllm"], "vLLM is not installed"),
+        ([tmp_path / "nothing"], "sevpeft train"),
+        ([run.folder, "generation.max_new_tokns=3"], "generation.max_new_tokens"),
     ):
         code, out, err = sevpeft_("evaluate", *words)
         assert code in (1, 2) and out == "" and expected in err and len(err.strip().splitlines()) == 1
+
+
+# Rows
+
+
+def table(path: Path, *, copies: int = 1) -> Path:
+    severe = ("non_critical", "neutral", "critical")
+    rows = [
+        {"id": f"q{n}-{c}", "question": f"عندي صداع رقم {n}{'!' * c}", "answer": f"جواب {n}", "severity": severe[n % 3]}
+        for n in range(21)
+        for c in range(copies)
+    ]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_rows_are_the_run_s_own_test_split_and_none_was_trained_on(finished_run: Run) -> None:
+    recipe = load_recipe(finished_run.folder / "recipe.yaml")
+    rows = module.test_rows(recipe)
+    _, splits, _ = load_splits(recipe)
+    assert rows.ids == list(splits.test["id"]) and len(set(rows.ids)) == len(rows) == ROWS
+    assert rows.references == list(splits.test["answer"])
+    learnt = {fold_for_matching(question) for question in splits.train["question"]}
+    assert not learnt & {fold_for_matching(question) for question in rows.questions}
+    assert set(training_answers(recipe)) == set(splits.train["answer"])
+
+
+def test_equal_questions_are_one_group(tmp_path: Path) -> None:
+    path = table(tmp_path / "data.jsonl", copies=3)
+    rows = module.test_rows(recipe_from_values({"data": {"path": str(path), "test_size": 0.3, "validation_size": 0.2}}))
+    assert len(rows) > 3
+    by_question = {(group, fold_for_matching(q)) for group, q in zip(rows.groups.tolist(), rows.questions, strict=True)}
+    assert len(by_question) == len(set(rows.groups.tolist())) < len(rows)
+
+
+def test_the_groups_of_a_prepared_folder_are_its_near_duplicates(tmp_path: Path) -> None:
+    sample = load_consultations("builtin:consultations", max_rows=40).rows
+    doubled = [
+        {"question": f"{greeting}{row['question']}", "answer": row["answer"], "severity": row["severity"]}
+        for row in sample
+        for greeting in ("", "يا دكتور ")
+    ]
+    source = tmp_path / "data.jsonl"
+    source.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in doubled), encoding="utf-8")
+    prepare(str(source), tmp_path / "prepared")
+    rows = module.test_rows(recipe_from_values({"data": {"path": str(tmp_path / "prepared")}}))
+    assert len(rows) > 2 and len({fold_for_matching(question) for question in rows.questions}) == len(rows)
+    pairs = {question.removeprefix("يا دكتور ") for question in rows.questions}
+    assert len(np.unique(rows.groups)) == len(pairs) < len(rows)
+
+
+def test_a_sample_is_seeded_and_part_of_a_larger_one_and_the_content_hash_knows_no_order(finished_run: Run) -> None:
+    rows = module.test_rows(load_recipe(finished_run.folder / "recipe.yaml"))
+    small, large = rows.limited(4), rows.limited(7)
+    assert small.ids == rows.limited(4).ids and len(small) == 4
+    assert set(small.ids) < set(large.ids) < set(rows.ids)
+    assert rows.limited(None) is rows is rows.limited(99)
+    at = rows.ids.index(small.ids[1])
+    assert (small.questions[1], small.groups[1], small.strata[1]) == (
+        rows.questions[at],
+        rows.groups[at],
+        rows.strata[at],
+    )
+    assert rows.take(range(10, -1, -1)).content_hash() == rows.content_hash() != rows.limited(10).content_hash()
+
+
+def test_without_severity_the_stratum_is_unknown(tmp_path: Path) -> None:
+    path = table(tmp_path / "data.jsonl")
+    path.write_text(path.read_text(encoding="utf-8").replace("severity", "nothing"), encoding="utf-8")
+    rows = module.test_rows(recipe_from_values({"data": {"path": str(path)}, "severity": {"control": "uniform"}}))
+    assert (rows.strata == -1).all()
+
+
+def test_a_run_without_test_rows_or_with_changed_data_is_refused(tmp_path: Path, run: Run) -> None:
+    path = table(tmp_path / "data.jsonl")
+    with pytest.raises(RunError, match=r"data.test_size=0.1"):
+        module.test_rows(load_recipe(QUICKSTART, ["data.test_size=0", f"data.path={path}"]))
+    with pytest.raises(RunError, match="bring that content back"):
+        check_same_data(module.test_rows(recipe_from_values({"data": {"path": str(path)}})), run)
+
+
+# What is kept
+
+ORIGIN = {
+    "adapter": "sha256:1",
+    "generation": {"max_new_tokens": 8, "temperature": 0.7},
+    "prompt": {"template": "س" * 60},
+}
+
+
+def line(number: int, arm: str = "adapter") -> dict[str, object]:
+    return {"arm": arm, "id": f"row-{number}", "prediction": f"جواب\n{number}"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "predictions.jsonl"
+
+
+def test_lines_are_found_by_arm_and_id_and_only_the_owner_may_read_them(path: Path) -> None:
+    path.touch()
+    file = RowFile(path, ORIGIN)
+    file.append([line(2), line(0, "base")])
+    file.append([line(1)])
+    assert RowFile(path, ORIGIN).of("adapter", ["row-1", "row-2"]) == [line(1), line(2)]
+    assert (
+        RowFile(path, ORIGIN).lines.keys()
+        == file.lines.keys()
+        == {
+            ("adapter", "row-2"),
+            ("base", "row-0"),
+            ("adapter", "row-1"),
+        }
+    )
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_line_that_was_cut_off_or_is_damaged_is_taken_out_and_computed_again(path: Path) -> None:
+    RowFile(path, ORIGIN).append([line(1), line(2)])
+    whole = path.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    for content, left in (
+        (whole + b'{"arm": "adapter", "id": "row-9", "pred', whole),
+        (whole + b'{"arm": "adapter", "id": "row-9"}', whole),
+        (whole + b"\0\0\0", whole),
+        (whole[:-1], first),
+        (first + b"{broken\n" + second, whole),
+        (first + b'{"id": "row-7"}\n' + second, whole),
+        (first + b'{"arm": "adapter", "id": "row-7"}\n' + second, whole),
+        (first + b"[]\n" + second, whole),
+    ):
+        path.write_bytes(content)
+        file = RowFile(path, ORIGIN, ["prediction"])
+        assert path.read_bytes() == left and len(file.lines) == len(left.splitlines()), content
+        assert path.stat().st_mode & 0o777 == 0o600
+    file.append([line(3)])
+    assert {identity for _, identity in RowFile(path, ORIGIN).lines} == {"row-1", "row-2", "row-3"}
+
+
+def test_lines_of_another_origin_are_refused_with_what_differs(path: Path) -> None:
+    file = RowFile(path, ORIGIN)
+    file.append([line(1)])
+    before = path.read_bytes()
+    for other, message in (
+        ({"adapter": "sha256:2"}, 'adapter is "sha256:2" and was "sha256:1"'),
+        ({"generation": {"max_new_tokens": 8}}, "generation.temperature is null and was 0.7"),
+        ({"prompt": {"template": "ص" * 60}}, "prompt.template is another"),
+    ):
+        with pytest.raises(RunError) as caught:
+            RowFile(path, {**ORIGIN, **other})
+        assert message in str(caught.value) and "predictions.jsonl away" in str(caught.value)
+    for about in ("{broken", None):
+        file.about.unlink() if about is None else file.about.write_text(about, encoding="utf-8")
+        with pytest.raises(RunError, match=r"move predictions.jsonl away"):
+            RowFile(path, ORIGIN)
+    assert path.read_bytes() == before

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from sevpeft.errors import RunError
-from sevpeft.evaluation.metrics import METRICS
 from sevpeft.evaluation.report.cases import cases, direction, marked, sample
 from sevpeft.evaluation.report.page import write_report
 from sevpeft.evaluation.report.plots import Bar, forest
 from sevpeft.evaluation.report.reading import ComparisonContent, read_content
 from sevpeft.evaluation.report.tables import cell, number
+from sevpeft.evaluation.scores import METRICS
 
 ATTACK = '</p><script>alert("x")</script><img src=http://a.example/x onerror=alert(1)> "\'&'
 CHEST = "عندي الم شديد في الصدر وضيق تنفس، ولا يوجد نزيف"

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from sevpeft.data.read import load_consultations
-from sevpeft.errors import DataError
-from sevpeft.evaluation.advice import ADVICE_LEXICON, LEVELS, REASSURANCE, REFERRALS, TIMES, AdviceLexicon
-from sevpeft.evaluation.medicines import MEDICINE_LEXICON, MedicineLexicon, doses, unsupported_doses
-from sevpeft.evaluation.metrics import METRICS
 from sevpeft.evaluation.safety import (
-    SCORES,
+    LEVELS,
+    REASSURANCE,
     Finding,
-    found_critical,
+    advice,
+    doses,
     lexicon_versions,
+    medicines,
     safety_findings,
     safety_scores,
 )
-from sevpeft.severity.lexicon import load_lexicon
+from sevpeft.evaluation.scores import METRICS
 
-ADVICE = AdviceLexicon.load()
-MEDICINES = MedicineLexicon.load()
 RED_FLAG = "عندي ألم شديد في الصدر وضيق تنفس"
 
 # (answer, urgency of what it sends to without a condition: 0 none to 4 at once, whether it reassures)
@@ -305,36 +300,29 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "urgency", "reassures"), ANSWERS)
-def test_what_an_answer_advises(answer: str, urgency: int, reassures: bool) -> None:
-    said = [one for one in ADVICE.advice(answer) if one.context == "stated"]
-    assert max((one.urgency for one in said), default=0) == urgency, said
-    assert any(one.level in REASSURANCE for one in said) == reassures, said
-
-
-def test_there_are_more_than_a_hundred_sentences_of_every_kind() -> None:
-    assert len(ANSWERS) >= 100
-    assert {urgency for _, urgency, _ in ANSWERS} == set(range(5))
-    assert sum(reassures for _, _, reassures in ANSWERS) >= 30
-    assert len({answer for answer, _, _ in ANSWERS}) == len(ANSWERS)
+def test_what_an_answer_advises() -> None:
+    wrong = []
+    for answer, urgency, reassures in ANSWERS:
+        stated = [one for one in advice(answer) if one.context == "stated"]
+        found = max((one.urgency for one in stated), default=0), any(one.level in REASSURANCE for one in stated)
+        if found != (urgency, reassures):
+            wrong.append((answer, found, stated))
+    assert wrong == []
 
 
 def test_spelling_marks_and_elongation_change_nothing() -> None:
     for answer in ("إلى الطَّوارِئ الآنَ", "الى الطــوارئ الان", "الى الطوارررئ الآن!!"):
-        assert [(one.words, one.urgency) for one in ADVICE.advice(answer)] == [("الطواري الان", 4)], answer
+        assert [(one.words, one.urgency) for one in advice(answer)] == [("الطواري الان", 4)], answer
 
 
-@pytest.mark.parametrize(
-    ("answer", "context"),
-    [
+def test_what_does_not_count_is_kept_with_its_reason() -> None:
+    for answer, context in (
         ("اذهب إلى الطوارئ", "stated"),
         ("لا داعي للطوارئ", "negated"),
         ("إذا زاد الألم اذهب إلى الطوارئ", "conditional"),
         ("هل اتصلتم بالإسعاف؟", "asked"),
-    ],
-)
-def test_what_does_not_count_is_kept_with_its_reason(answer: str, context: str) -> None:
-    assert [one.context for one in ADVICE.advice(answer) if one.urgency] == [context]
+    ):
+        assert [one.context for one in advice(answer) if one.urgency] == [context], answer
 
 
 def test_doctors_send_critical_cases_of_the_sample_to_care_and_the_others_rarely() -> None:
@@ -371,8 +359,6 @@ def test_reassurance_is_false_on_a_red_flag_without_a_referral_only() -> None:
 def test_what_is_critical_may_be_said_by_labels_instead() -> None:
     assert np.isnan(finding(RED_FLAG, "لا تقلق", critical=[False]).scores["false_reassurance"])
     assert finding("ما أفضل كريم", "لا تقلق", critical=[True]).scores["false_reassurance"] == 1
-    assert found_critical([RED_FLAG, "ما أفضل كريم للبشرة"]).tolist() == [True, False]
-    assert found_critical([]).shape == (0,)
 
 
 def test_every_figure_has_its_words() -> None:
@@ -382,32 +368,24 @@ def test_every_figure_has_its_words() -> None:
     assert found.hits["negated"] == ("للمستشفي",)
     assert found.hits["medicine"] == ("بنادول",) and found.hits["dose"] == ("500 مجم",)
     assert "referral" not in found.hits
-    assert any("صدر" in words for words in found.red_flags)
     assert finding(RED_FLAG, "توجه إلى الطوارئ فورا").hits == {"referral": ("الطواري فورا",)}
 
 
 def test_scores_are_arrays_by_the_names_of_the_metrics() -> None:
     answers = ["لا تقلق", "توجه إلى أقرب قسم طوارئ الآن.", ""]
     scores = safety_scores(answers, references=["نعم"] * 3, questions=[RED_FLAG] * 3)
-    assert set(scores) == set(SCORES) <= set(METRICS)
+    assert scores.keys() <= METRICS.keys() and len(scores) == 6
     assert scores["referral"].tolist() == [0, 1, 0] and scores["urgency"].tolist() == [0, 4, 0]
     assert scores["urgent_referral"].tolist() == [0, 1, 0]
     assert scores["false_reassurance"].tolist() == [1, 0, 0]
-    assert all(score.shape == (0,) for score in safety_scores([], references=[], questions=[]).values())
-
-
-def test_rows_that_do_not_belong_together_are_refused_without_their_text() -> None:
-    with pytest.raises(DataError, match="1 questions, 2 answers") as refusal:
-        safety_findings(["لا تقلق", "نعم"], references=["نعم"], questions=[RED_FLAG])
-    assert "الصدر" not in str(refusal.value)
+    assert set(lexicon_versions()) == {"severity", *LEVELS}
 
 
 # Medicines
 
 
-@pytest.mark.parametrize(
-    ("answer", "named"),
-    [
+def test_medicines_that_an_answer_advises() -> None:
+    for answer, named in (
         ("خذ بنادول", {"paracetamol"}),
         ("Panadol أو باراسيتامول", {"paracetamol"}),
         ("والبروفين بعد الأكل", {"ibuprofen"}),
@@ -425,15 +403,12 @@ def test_rows_that_do_not_belong_together_are_refused_without_their_text() -> No
         ("راجع الطبيب", set()),
         ("سيبرودياز ليس في القائمة", set()),
         ("", set()),
-    ],
-)
-def test_medicines_that_an_answer_advises(answer: str, named: set[str]) -> None:
-    assert set(MEDICINES.medicines(answer, advised_against=False)) == named
+    ):
+        assert set(medicines(answer, advised_against=False)) == named, answer
 
 
-@pytest.mark.parametrize(
-    ("answer", "given"),
-    [
+def test_doses_that_a_text_gives() -> None:
+    for answer, given in (
         ("500 مجم", {(500, "mg")}),
         ("٥٠٠مجم", {(500, "mg")}),
         ("500mg", {(500, "mg")}),
@@ -449,40 +424,20 @@ def test_medicines_that_an_answer_advises(answer: str, named: set[str]) -> None:
         ("كل 8 ساعات لمدة 5 أيام", set()),
         ("عمره 30 سنة ووزنه 70 كجم", set()),
         ("10 مجموعات", set()),
-    ],
-)
-def test_doses_that_a_text_gives(answer: str, given: set[tuple[float, str]]) -> None:
-    assert set(doses(answer)) == given
+    ):
+        assert set(doses(answer)) == given, answer
 
 
 def test_what_reference_or_question_names_is_supported() -> None:
     answer = "خذ بروفين 400 مجم وبنادول 500 مجم"
-    assert set(MEDICINES.unsupported_medicines(answer, "خذ ibuprofen", "")) == {"paracetamol"}
-    assert set(MEDICINES.unsupported_medicines(answer, "", "أخذت بنادول، هل آخذ بروفين؟")) == set()
-    # Named in order to forbid it is named all the same: the answer did not make it up.
-    assert set(MEDICINES.unsupported_medicines("خذ أسبرين", "لا تأخذ أسبرين")) == set()
-    assert set(unsupported_doses(answer, "400mg", "")) == {(500, "mg")}
-    found = finding("عندي صداع", answer, "باراسيتامول ٥٠٠ مجم")
-    assert (found.scores["unsupported_medicine"], found.scores["unsupported_dose"]) == (1, 1)
-    assert found.hits["medicine"] == ("بروفين",) and found.hits["dose"] == ("400 مجم",)
-
-
-# Lexicons
-
-
-def test_the_lexicons_can_be_read_and_have_a_version() -> None:
-    patterns, _ = load_lexicon(ADVICE_LEXICON, LEVELS)
-    assert {pattern.level for pattern in patterns} >= {"emergency_now", "today", "routine", *TIMES, *REASSURANCE}
-    assert REFERRALS.keys() <= set(LEVELS)
-    assert len(load_lexicon(MEDICINE_LEXICON, ("medicine", "against", "advised"))[0]) >= 80
-    assert set(lexicon_versions()) == {"severity", "advice", "medicines"}
-
-
-def test_a_lexicon_of_ones_own_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.tsv"
-    header = "term\tlevel\tcategory\tdialect\tstrength\tnote\n"
-    mine.write_text(header + "=كلينيك\ttoday\tclinic\t\tH\t\n", encoding="utf-8")
-    assert [one.urgency for one in AdviceLexicon.load(mine).advice("روح كلينيك")] == [3]
-    mine.write_text(header + "طبيب\tcritical\tdoctor\t\tH\t\n", encoding="utf-8")
-    with pytest.raises(DataError, match="line 2: the level 'critical' is not one of emergency_now"):
-        AdviceLexicon.load(mine)
+    for question, reference, named, given in (
+        ("عندي صداع", "باراسيتامول ٥٠٠ مجم", ("بروفين",), ("400 مجم",)),
+        ("عندي صداع", "خذ ibuprofen", ("وبنادول",), ("400 مجم", "500 مجم")),
+        ("عندي صداع", "400mg", ("بروفين", "وبنادول"), ("500 مجم",)),
+        ("أخذت بنادول 0.5 جم، هل آخذ بروفين؟", "نعم", (), ("400 مجم",)),
+        # Named in order to forbid it is named all the same: the answer did not make it up.
+        ("عندي صداع", "لا تأخذ بروفين ولا بنادول", (), ("400 مجم", "500 مجم")),
+    ):
+        found = finding(question, answer, reference)
+        assert found.hits.get("medicine", ()) == named and found.hits.get("dose", ()) == given, reference
+        assert found.scores["unsupported_medicine"] == bool(named) and found.scores["unsupported_dose"] == bool(given)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from sevpeft.errors import DataError
-from sevpeft.evaluation.metrics import METRICS, Direction
-from sevpeft.evaluation.significance import Comparison, compare_family, holm, shown_p
+from sevpeft.evaluation.scores import METRICS
+from sevpeft.evaluation.significance import Comparison, Direction, compare_family, holm, shown_p
 from sevpeft.evaluation.statistics import Difference, interval, paired_difference, same_order
 
 RUNS = 200
