@@ -7,6 +7,7 @@ screen, change its title or turn the order of a line; and square brackets in a p
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -64,3 +65,22 @@ class _PlainStatus(Status):
 
 def _plain(status: Any) -> Any:
     return Text(visible(status)) if isinstance(status, str) else status
+
+
+def number_text(value: float | None, figures: int = 3, *, sign: bool = False) -> str:
+    """So many figures, at most: 5.11, 61.2, 100, with a true minus; a dash for None and NaN."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = ""
+    for places in reversed(range(figures)):
+        text = f"{value:{'+' if sign else ''}.{places}f}"
+        if sum(map(str.isdigit, text)) <= figures:  # after rounding: 9.999 is 10.0
+            break
+    return text.replace("-", "−")
+
+
+def p_text(p: float | None) -> str:
+    """`.012`, `< .001`, and a dash where there is none."""
+    if p is None or not math.isfinite(p):
+        return "–"
+    return "< .001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)

@@ -36,7 +36,7 @@ from sevpeft.evaluation.scoring import (
     row_scores,
     summarise,
 )
-from sevpeft.evaluation.significance import methods
+from sevpeft.evaluation.statistics import methods
 from sevpeft.evaluation.switching import ADAPTER, BASE, check_adapter
 from sevpeft.evaluation.vllm_engine import check_vllm
 from sevpeft.modeling.loading import load_config, load_tokenizer

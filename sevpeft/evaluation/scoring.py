@@ -19,8 +19,7 @@ from sevpeft.evaluation.bertscore import DEFAULT_ENCODER, DEFAULT_LAYER, Encoder
 from sevpeft.evaluation.metrics import ALL, METRICS, Metric, Scores, shuffled_references, text_scores
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.evaluation.safety import safety_scores
-from sevpeft.evaluation.significance import compare_family, estimate_dict
-from sevpeft.evaluation.statistics import Difference, interval, paired_difference
+from sevpeft.evaluation.statistics import Difference, compare_family, estimate_dict, interval, paired_difference
 from sevpeft.evaluation.switching import ADAPTER, BASE
 from sevpeft.recipe import Recipe
 from sevpeft.severity.probabilities import SEVERITIES

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sevpeft.console import p_text
 from sevpeft.evaluation.metrics import ALL
 from sevpeft.evaluation.scoring import HEADLINE
-from sevpeft.evaluation.significance import shown_p
 from sevpeft.severity.probabilities import SEVERITIES
 
 # Column of the table → its heading; the first two are measured, with intervals, the others are for orientation.
@@ -67,7 +67,7 @@ def _differences(content: dict[str, Any], scores: dict[str, Any]) -> list[Text]:
             about = content["metrics"][metric]
             unit = " points" if about["unit"] == "%" else ""
             size = f"{_with_interval(found, about['shown_times'], sign='+')}{unit}"
-            told.append(f"{about['label']} {size}, p {shown_p(found['p'], found['p_at_most'])} ({found['outcome']})")
+            told.append(f"{about['label']} {size}, p {p_text(found['p'])} ({found['outcome']})")
     return [Text(f"adapter − base model: {'; '.join(told)}", style="dim")] if told else []
 
 
