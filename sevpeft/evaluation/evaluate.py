@@ -40,7 +40,7 @@ from sevpeft.evaluation.scores import (
     row_scores,
     summarize,
 )
-from sevpeft.evaluation.significance import methods
+from sevpeft.evaluation.statistics import methods
 from sevpeft.modeling.loading import choose_precision
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_run, file_hash, keep_private, plain_disk_errors, write_atomically

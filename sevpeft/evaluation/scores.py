@@ -24,14 +24,21 @@ from rich.text import Text
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
+from sevpeft.console import p_text
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, ModelError
 from sevpeft.evaluation.arms import ADAPTER, BASE
 from sevpeft.evaluation.bertscore import Encoder
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.safety import safety_scores
-from sevpeft.evaluation.significance import Direction, compare_family, estimate_dict, shown_p
-from sevpeft.evaluation.statistics import Difference, interval, paired_difference
+from sevpeft.evaluation.statistics import (
+    Difference,
+    Direction,
+    compare_family,
+    estimate_dict,
+    interval,
+    paired_difference,
+)
 from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
 
@@ -382,7 +389,7 @@ def evaluation_tables(content: dict[str, Any]) -> Group:
             if difference and difference["value"] is not None:
                 size = _with_interval(difference, about["shown_times"], sign="+")
                 unit = " points" if about["unit"] == "%" else ""
-                p = shown_p(difference["p"], difference["p_at_most"])
+                p = p_text(difference["p"], difference["p_at_most"])
                 differences.append(f"{about['label']} {size}{unit}, p {p} ({difference['outcome']})")
         if differences:
             parts.append(Text(f"adapter − base model: {'; '.join(differences)}", style="dim"))
