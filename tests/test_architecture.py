@@ -25,8 +25,8 @@ FLOORS = (
     ("sharing",),
     ("cli", "__main__"),
 )
-# Reads the annotations of the installed PEFT and TRL from their source, without builtins.
-EVALUATING = {"sevpeft/recipe/library_fields.py"}
+# Imports PEFT and TRL in one function only, which is run after an upgrade to write library_fields.json.
+SNAPSHOT = "sevpeft/recipe/library.py"
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "sklearn", "bert_score"}
 
 
@@ -96,7 +96,8 @@ def test_every_room_has_its_floor() -> None:
 
 @pytest.mark.parametrize("path", [path for path in MODULES if floor_of(room_of(path)) == 0], ids=name)
 def test_the_ground_floor_imports_no_heavy_library(path: Path) -> None:
-    assert [imported for _, imported in imports(tree_of(path)) if imported.split(".")[0] in HEAVY] == []
+    heavy = [imported for _, imported in imports(tree_of(path)) if imported.split(".")[0] in HEAVY]
+    assert heavy == ([] if name(path) != SNAPSHOT else ["peft.LoraConfig", "trl.SFTConfig"])
 
 
 def loaded_after(program: str) -> set[str]:
@@ -239,7 +240,7 @@ def printing(tree: ast.Module) -> list[int]:
 def test_no_error_disappears_and_nothing_that_was_downloaded_runs(path: Path) -> None:
     tree = tree_of(path)
     assert (silenced(tree), trusting(tree), unpickling(tree)) == ([], [], [])
-    assert evaluating(tree) == [] or name(path) in EVALUATING
+    assert evaluating(tree) == []
     assert printing(tree) == [] or path.name == "console.py"
 
 
