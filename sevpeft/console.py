@@ -1,14 +1,17 @@
-"""What reaches a terminal: one console for all verbs, which shows control characters instead of sending them.
+"""Terminal output: one console for all verbs, which escapes control characters and survives a closed pipe.
 
-Names of files, keys of recipes, rows and answers of models are data of others. Sent as they are, they could clear the
-screen, change its title or turn the order of a line; and square brackets in a path are no markup.
+File names, keys of recipes, rows and answers of models are data of others. Unescaped, they could clear the screen,
+change its title or reverse a line; and square brackets in a path are no markup.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +46,55 @@ def print_text(text: str, *, stderr: bool = False, end: str = "\n") -> None:
 def print_json(content: Any) -> None:
     """Prints what --json asks for."""
     print_text(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+class ResilientOutput(io.FileIO):
+    """Standard output or error that never fails: work must not be lost because a terminal or a pipe is gone.
+
+    Attributes:
+        error: the first error of a write; each later write is tried, as a disk may have space again.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left:
+                written = super().write(left)
+                if written is None:  # a terminal that another program has set to non-blocking
+                    select.select([], [self], [])
+                left = left[written or 0 :]
+        except OSError as error:
+            self.error = self.error or error
+        return size
+
+
+def guard_output() -> None:
+    """Puts `ResilientOutput` under stdout and stderr; what was closed from the start becomes /dev/null.
+
+    Else the next file that is opened would take the number of the closed one, and libraries would write into it.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        elif name != "stdin" and stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            guarded = io.TextIOWrapper(
+                ResilientOutput(stream.fileno(), "w", closefd=False),
+                encoding=stream.encoding,
+                errors="replace",  # a screen that is not UTF-8 gets a question mark for each bar
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, guarded)
+
+
+def output_error() -> OSError | None:
+    """The first error of writing to stdout; None where everything was written."""
+    sys.stdout.flush()
+    return getattr(getattr(sys.stdout, "buffer", None), "error", None)
 
 
 class Screen(Console):

@@ -1,14 +1,12 @@
-"""The command line itself: one app for all verbs, and a refusal as one plain sentence with an exit code."""
+"""The command line: one app for all verbs; an error is one plain sentence and an exit code."""
 
 from __future__ import annotations
 
 import errno
 import importlib
-import io
 import json
 import os
 import re
-import select
 import shutil
 import sys
 import textwrap
@@ -22,6 +20,7 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
+from sevpeft.console import guard_output, output_error, print_text
 from sevpeft.errors import SevpeftError, UsageError
 
 if TYPE_CHECKING:
@@ -41,77 +40,32 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Runs the command line; a refusal is one plain sentence, and SEVPEFT_DEBUG=1 shows where it came from."""
+    """Runs the command line; an error is one plain sentence, and SEVPEFT_DEBUG=1 shows its traceback."""
     # Read when huggingface_hub is imported; several libraries tell it what they are used for.
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    _guard_output()
+    guard_output()
     try:
-        _refuse_absent_scratch()
+        _check_scratch()
         # Typer's own handling would draw a box around an error and say nothing about Ctrl-C, for which it returns 130.
         code = app(standalone_mode=False)
         lost = output_error()
         if lost is not None and lost.errno != errno.EPIPE:  # whoever closes a pipe, as `head` does, knows it
-            _say(f"The output is incomplete: {lost.strerror}.")
+            _print_error(f"The output is incomplete: {lost.strerror}.")
         if lost is not None and ("--json" in sys.argv or set(sys.argv[1:2]) & _PRINTING_VERBS):
             code = code or 1
     except (SevpeftError, TyperException, OSError) as error:
         if os.environ.get("SEVPEFT_DEBUG"):
             raise
         if str(error):  # without a verb, typer has shown the help already and has nothing to add
-            _say(_sentence(error))
+            _print_error(_message(error))
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         code = 130
     finally:
         sys.excepthook = _show_traceback  # not before: typer puts its own there
     if code == 130:
-        _say("Interrupted.")
+        _print_error("Interrupted.")
     sys.exit(code if isinstance(code, int) else 0)
-
-
-class _Output(io.FileIO):
-    """Standard output or error that never fails: work must not be lost because a terminal or a pipe is gone.
-
-    Everything that is printed passes here: print, rich, logging, warnings, tqdm and the flush when Python ends.
-
-    Attributes:
-        error: the first error of a write that was given up; each later write is tried, as a disk may have space again.
-    """
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
-        try:
-            while left:
-                written = super().write(left)
-                if written is None:  # a terminal that another program has set to non-blocking
-                    select.select([], [self], [])
-                left = left[written or 0 :]
-        except OSError as error:
-            self.error = self.error or error
-        return size
-
-
-def _guard_output() -> None:
-    """Puts `_Output` under stdout and stderr; what was closed from the start becomes /dev/null.
-
-    Without that, the next file that is opened would take the number of the closed one, and libraries write into it.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-        elif name != "stdin" and stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
-            guarded = io.TextIOWrapper(
-                _Output(stream.fileno(), "w", closefd=False),
-                encoding=stream.encoding,
-                errors="replace",  # a screen that is not UTF-8 gets a question mark for each bar
-                line_buffering=stream.line_buffering,
-                write_through=stream.write_through,
-            )
-            setattr(sys, name, guarded)
 
 
 def keys_help(schema: type[BaseModel], *, without: Collection[str] = (), above: str = "") -> str:
@@ -160,8 +114,6 @@ def command_with_keys(settings: str, *, without: Collection[str] = ()) -> type[T
 
     class Command(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
-            from sevpeft.console import print_text
-
             super().format_help(ctx, formatter)
             module, _, name = settings.partition(":")
             print_text(f"KEY=VALUE:\n{keys_help(getattr(importlib.import_module(module), name), without=without)}")
@@ -169,34 +121,26 @@ def command_with_keys(settings: str, *, without: Collection[str] = ()) -> type[T
     return Command
 
 
-def output_error() -> OSError | None:
-    """Why something that was printed to stdout has not arrived; None where all has."""
-    sys.stdout.flush()
-    return getattr(getattr(sys.stdout, "buffer", None), "error", None)
-
-
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python does, but its last line may quote data of others."""
-    from sevpeft.console import print_text
-
+    """As Python does, but through `print_text`: its last line may quote data of others."""
     print_text("".join(traceback.format_exception(kind, error, trace)), stderr=True, end="")
 
 
-def _sentence(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'The output'}: {error.strerror or error}."
     if isinstance(error, SevpeftError):
         return str(error)
-    said = str(error.format_message()) if isinstance(error, TyperException) else str(error)
-    return f"{said}{'' if said.endswith(('.', '?')) else '.'} See `sevpeft --help`."
+    message = str(error.format_message()) if isinstance(error, TyperException) else str(error)
+    return f"{message}{'' if message.endswith(('.', '?')) else '.'} See `sevpeft --help`."
 
 
 def quiet_libraries() -> None:
-    """Leaves the screen to the verb: errors of the libraries are shown, their advice to programmers is not."""
+    """Hides warnings and progress bars of the libraries; their errors are still shown."""
     import logging
     import warnings
 
-    # Asked for before bitsandbytes is imported, because it speaks while it is.
+    # Set before the import of bitsandbytes, which logs while it is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -209,11 +153,11 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # It repeats each failed request five times and tells every time; what became of it is said in the end.
+    # It repeats each failed request five times and logs every try.
     huggingface_hub.logging.set_verbosity_error()
 
 
-def _refuse_absent_scratch() -> None:
+def _check_scratch() -> None:
     """Python would take another folder in silence, and patients' text would lie there for the length of a run."""
     asked = os.environ.get("TMPDIR")
     if asked and not os.path.isdir(asked):
@@ -239,11 +183,9 @@ def refuse_several_processes(verb: str, instead: str = "") -> None:
         raise UsageError(f"{verb} is the work of one process, and {count} run; start `sevpeft {verb}` itself{instead}.")
 
 
-def _say(sentence: str) -> None:
+def _print_error(message: str) -> None:
     if not is_main_process():
-        # What all refuse, the first one says, and the launcher then ends the others before they repeat it.
+        # An error of all processes is printed by the first; the launcher then ends the others before they repeat it.
         time.sleep(_SECONDS_FOR_THE_FIRST)
-        sentence = f"Process {os.environ['RANK']}: {sentence}"
-    from sevpeft.console import print_text
-
-    print_text(sentence, stderr=True)
+        message = f"Process {os.environ['RANK']}: {message}"
+    print_text(message, stderr=True)

@@ -268,7 +268,8 @@ def read_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        hint = "text that holds ': ' or begins with {, [, *, & or ! belongs in quotes"
-        raise RecipeError(f"{source}: {where}{problem}; correct it ({hint}).") from error
+        hint = " (text that holds ': ' or begins with {, [, *, & or ! belongs in quotes)"
+        hint = "" if "stands twice" in problem else hint
+        raise RecipeError(f"{source}: {where}{problem}; correct it{hint}.") from error
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{source}: the values are nested too deep or too long; shorten them.") from error

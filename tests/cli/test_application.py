@@ -49,11 +49,11 @@ def test_a_process_that_fails_alone_says_so_after_the_first(
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(application.time, "sleep", waited.append)
-    application._say("No.")
+    application._print_error("No.")
     monkeypatch.setenv("RANK", "1")
-    application._say("A stale variable.")
+    application._print_error("A stale variable.")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    application._say("No disk.")
+    application._print_error("No disk.")
     assert capsys.readouterr().err == "No.\nA stale variable.\nProcess 1: No disk.\n" and len(waited) == 1
 
 

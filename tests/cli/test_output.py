@@ -22,8 +22,8 @@ SHORT = ["data.max_rows=60", "training.max_length=160", "training.logging_steps=
 # All that Python prints with, and what it flushes when it ends.
 PRINTING = """
 import logging, sys, threading, warnings
-from sevpeft.cli.application import _guard_output
-_guard_output()
+from sevpeft.console import guard_output
+guard_output()
 from rich.console import Console
 from tqdm import tqdm
 for step in tqdm(range(200), mininterval=0):
@@ -100,7 +100,7 @@ def test_whatever_prints_goes_on_where_nothing_can_be_written(tmp_path: Path) ->
 def test_everything_arrives_where_a_reader_is_slow_and_the_pipe_does_not_block() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    program = "from sevpeft.cli.application import _guard_output as g; g(); print('x' * 1_000_000)"
+    program = "from sevpeft.console import guard_output as g; g(); print('x' * 1_000_000)"
     environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
     child = subprocess.Popen([sys.executable, "-c", program], stdout=writer, env=environment)
     os.close(writer)
