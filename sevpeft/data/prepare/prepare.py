@@ -87,7 +87,8 @@ def _prepare(table: Consultations, settings: PrepareSettings, folder: Path, scra
         found = Counter(reasons.tolist())
         counts = ", ".join(f"{count} {name}" for name, count in found.items())
         raise DataError(f"None of {len(reasons)} rows is left ({counts}); allow=[{next(iter(found))}] would keep some.")
-    questions = (row["question"] for row in refined.select_columns(["question"]).select(left))
+    batches = refined.select_columns(["question"]).select(left).iter(batch_size=1000)
+    questions = (question for batch in batches for question in batch["question"])
     groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=settings.data.seed)
     codes, names = _labels(rows)
     conflicts = _write_conflicts(folder / "conflicts.jsonl", rows["row"][:], left, groups.numbers, codes[left], names)
@@ -157,8 +158,9 @@ def _refined(rows: datasets.Dataset, settings: PrepareSettings, scratch: Path) -
     num_proc = settings.num_proc or cores
     return rows.select_columns(["question", "answer"]).map(
         _refine,
+        batched=True,
         features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
-        fn_kwargs={"settings": settings, "zeros": dict.fromkeys(list(kinds)[4:], 0)},
+        fn_kwargs={"settings": settings, "names": list(kinds)},
         cache_file_name=str(scratch / "refined.arrow"),
         load_from_cache_file=False,
         num_proc=num_proc if num_proc > 1 and len(rows) >= _SMALL else None,
@@ -166,17 +168,22 @@ def _refined(rows: datasets.Dataset, settings: PrepareSettings, scratch: Path) -
     )
 
 
-def _refine(row: dict[str, str], settings: PrepareSettings, zeros: dict[str, int]) -> dict[str, Any]:
+def _refine(batch: dict[str, list[str]], settings: PrepareSettings, names: list[str]) -> dict[str, list[Any]]:
     kinds = [kind for kind, on in settings.masking if on]
-    done: dict[str, Any] = dict(zeros)
-    for column in ("question", "answer"):
-        text, switches = clean(row[column], settings.cleaning)
-        done[column], found = mask(text, kinds)
-        done |= {f"changed_{switch}": 1 for switch in switches}
-        for kind, count in found.items():
-            done[f"masked_{kind}"] += count
-    reason = reject(done["question"], done["answer"], settings.allow) or ""
-    return done | {"reason": reason, "answer_key": question_key(fold_for_matching(done["answer"]), 0) - 2**63}
+    done: dict[str, list[Any]] = {name: [] for name in names}
+    for texts in zip(batch["question"], batch["answer"], strict=True):
+        row: dict[str, Any] = dict.fromkeys(names, 0)
+        for name, text in zip(("question", "answer"), texts, strict=True):
+            text, switches = clean(text, settings.cleaning)
+            row[name], found = mask(text, kinds)
+            row |= {f"changed_{switch}": 1 for switch in switches}
+            for kind, count in found.items():
+                row[f"masked_{kind}"] += count
+        row["reason"] = reject(row["question"], row["answer"], settings.allow) or ""
+        row["answer_key"] = question_key(fold_for_matching(row["answer"]), 0) - 2**63
+        for name in names:
+            done[name].append(row[name])
+    return done
 
 
 def _repeated(
