@@ -260,8 +260,8 @@ def _divide(
 
     `groups`, `keys` (m,): equal where rows have to be on one side.
     """
-    given, about = None, {"by": "random"}
-    rows = table.rows.select(stay)
+    rows, given = table.rows.select(stay), None
+    about: dict[str, Any] = {"by": "random"}
     if settings.split_by is not None:
         name = _column(table, settings.split_by)
         held = hold_out([as_text(cell, name, "") for cell in rows[name][:]], settings.split_by, settings.data)
@@ -379,24 +379,15 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
     largest, held = duplicates["largest_group"], splits.get("held_out", {})
     conflicts, crossed, empty = duplicates["conflicting_groups"], splits["crossed"], held.get("rows_without_value")
     unlabeled = sum(splits["severity"].get("none", {}).values())
+    chained, carved = largest > max(50, _CHAINED * rows["kept"]), held.get("validation_from_train")
     found = [
         (2 * rows["kept"] < rows["read"], f"Only {rows['kept']} of {rows['read']} rows are left."),
         (conflicts, f"{conflicts} groups of near-duplicates have several severities, listed in conflicts.jsonl."),
-        (
-            largest > max(50, _CHAINED * rows["kept"]),
-            f"The largest group of near-duplicates has {largest} rows: it may be a chain; look at it, or raise "
-            "near_duplicates.",
-        ),
+        (chained, f"The largest group of near-duplicates, maybe a chain, has {largest} rows: try near_duplicates=0.8."),
         (crossed, f"{crossed} rows were taken out because a near-duplicate stands on a stricter side of the split."),
-        (
-            held.get("validation_from_train"),
-            "There were too few values to hold out a validation; it was drawn from the training rows.",
-        ),
+        (carved, "Too few values to hold out a validation: it was drawn from the training rows."),
         (empty, f"{empty} rows have no value to hold out by; they are trained on."),
-        (
-            not splits["labeled"],
-            "The severity column holds too many different values to be labels; the split is not stratified.",
-        ),
+        (not splits["labeled"], "The severity column has too many different values for labels: it stratifies nothing."),
         (unlabeled, f"{unlabeled} of the kept rows have no severity."),
     ]
     for name, counts in splits["severity"].items():
