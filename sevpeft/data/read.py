@@ -257,11 +257,7 @@ def _from_hub(data: DataSection, keep: Keep) -> Consultations:
 
 
 def _table(
-    source: list[Any],
-    opened: contextlib.AbstractContextManager[Table],
-    label: str,
-    data: DataSection,
-    keep: Keep,
+    source: list[Any], opened: contextlib.AbstractContextManager[Table], label: str, data: DataSection, keep: Keep
 ) -> Consultations:
     """The table of a source in the cache, written first where there is none or the disk has lost a part of it.
 
@@ -271,31 +267,24 @@ def _table(
     content = json.dumps([_TABLE_VERSION, _chosen(data), data.max_rows, kept, *source])
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     folder = cache_folder("tables") / key
-    found = _finished(folder)
-    if found is None:
-        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists() and _finished(folder) is None:  # never half written, but the disk may have lost a part of it
+        shutil.rmtree(folder)
+    if not folder.exists():
         try:
             with whole_folder(folder, **CACHE_REMEDY) as partial, opened as table:
                 _write(partial, table, label, data, keep)
         except RunError:
             if not folder.exists():  # it does where another process was quicker with the same table
                 raise
-        found = _finished(folder)
+    found = _finished(folder)
     if found is None:
         raise DataError(f"The table of {label} is not in {folder} after writing it: look at that disk.")
     rows, about = found
     # From the content, not the path and time: what later steps keep in their caches then stays valid.
     rows = datasets.Dataset(rows.data, info=rows.info, fingerprint=key)
     aside = folder / "rejected.jsonl"
-    return Consultations(
-        rows,
-        about["columns"],
-        about["rejected"],
-        "",
-        about["note"],
-        about["carried"],
-        aside if aside.exists() else None,
-    )
+    apart = aside if aside.exists() else None
+    return Consultations(rows, about["columns"], about["rejected"], "", about["note"], about["carried"], apart)
 
 
 def _finished(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]] | None:

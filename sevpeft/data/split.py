@@ -283,5 +283,5 @@ def _held(order: list[int], counts: list[int], wanted: dict[int, int], *, newest
         if rows and not taken and len(left) > 1:
             taken = [left[0] if newest else min(left, key=lambda index: counts[index])]
         of_value[taken] = side
-        left = [index for index in left if index not in taken]
+        left = [index for index in left if of_value[index] == TRAIN]
     return of_value

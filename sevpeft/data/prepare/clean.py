@@ -46,13 +46,16 @@ def _steps(switches: Cleaning) -> tuple[tuple[str, Callable[[str], str]], ...]:
     return tuple((name, _EMOJI[value] if name == "emoji" else _STEPS[name]) for name, value in chosen.items())
 
 
-def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]], flags: int = 0) -> Callable[[str], str]:
-    """A step of pairs of a pattern and what takes its place, one after the other."""
-    compiled = [(re.compile(pattern, flags), by) for pattern, by in pairs]
+def _substituted(
+    *pairs: tuple[str, str | Callable[[re.Match[str]], str]], flags: int = 0, only_if: str = ""
+) -> Callable[[str], str]:
+    """A step of pairs of a pattern and what takes its place, one after the other, where `only_if` is found."""
+    compiled, needed = [(re.compile(pattern, flags), by) for pattern, by in pairs], re.compile(only_if)
 
     def step(text: str) -> str:
-        for found, by in compiled:
-            text = found.sub(by, text)
+        if needed.search(text):
+            for found, by in compiled:
+                text = found.sub(by, text)
         return text
 
     return step
@@ -212,6 +215,7 @@ _STEPS: dict[str, Callable[[str], str]] = {
             r"([\u0620-\u064A\u066E-\u06D3])\1{2,}|([a-z])\2{3,}|([\u064B-\u0652])\3+",
             lambda match: match[3] or (match[1] or match[2]) * 2,
         ),
+        only_if=r"([^\W\d_])\1\1|([\u064B-\u0652])\2",
     ),
     "repeated_punctuation": _substituted(
         (
@@ -226,6 +230,7 @@ _STEPS: dict[str, Callable[[str], str]] = {
         (r" ?\n ?", "\n"),
         (r"\n{3,}", "\n\n"),
         (r"\A\s+|\s+\Z", ""),
+        only_if=r"\s\s|[^\S\n ]|\A\s|\s\Z",
     ),
 }
 _EMOJI: dict[str, Callable[[str], str]] = {"remove": _without_emoji, "name": _named_emoji}

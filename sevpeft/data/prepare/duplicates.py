@@ -108,7 +108,10 @@ def bands_for(threshold: float) -> tuple[int, int]:
 def shingles(folded: str) -> NDArray[np.int32]:
     """The hashed four-letter shingles (s,) of a folded text, each once."""
     letters = np.frombuffer(folded.ljust(_SHINGLE).encode("utf-32-le"), np.uint32).astype(np.uint64)
-    hashed = np.lib.stride_tricks.sliding_window_view(letters, _SHINGLE) @ _FACTORS
+    windows = len(letters) - _SHINGLE + 1
+    hashed = np.zeros(windows, np.uint64)
+    for place, factor in enumerate(_FACTORS):
+        hashed += letters[place : place + windows] * factor
     hashed ^= hashed >> np.uint64(29)
     hashed *= _MIX
     return np.unique((hashed >> np.uint64(33)).astype(np.int32))

@@ -47,11 +47,6 @@ def _masked(text: str, kind: str, counts: dict[str, int]) -> str:
     return "".join(parts) + text[end:] if parts else text
 
 
-def _emails(text: str) -> Iterator[_Span]:
-    if re.search(r"@|[(\[]at[)\]]", text, re.IGNORECASE):
-        yield from (match.span() for match in PATTERNS["email"].finditer(text))
-
-
 def _links(text: str) -> Iterator[_Span]:
     if PATTERNS["maybe_link"].search(text):
         for match in PATTERNS["link"].finditer(text):
@@ -254,7 +249,7 @@ def _end_of_latin_name(text: str, start: int, strength: str) -> int | None:
 
 
 _FINDERS: dict[str, Callable[[str], Iterator[_Span]]] = {
-    "email": _emails,
+    "email": lambda text: (match.span() for match in PATTERNS["email"].finditer(text)),
     "link": _links,
     "national_id": _national_ids,
     "phone": _phones,

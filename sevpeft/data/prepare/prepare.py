@@ -87,7 +87,8 @@ def _prepare(table: Consultations, settings: PrepareSettings, folder: Path, scra
         found = Counter(reasons.tolist())
         counts = ", ".join(f"{count} {name}" for name, count in found.items())
         raise DataError(f"None of {len(reasons)} rows is left ({counts}); allow=[{next(iter(found))}] would keep some.")
-    questions = (row["question"] for row in refined.select_columns(["question"]).select(left))
+    batches = refined.select_columns(["question"]).select(left).iter(batch_size=1000)
+    questions = (question for batch in batches for question in batch["question"])
     groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=settings.data.seed)
     codes, names = _labels(rows)
     conflicts = _write_conflicts(folder / "conflicts.jsonl", rows["row"][:], left, groups.numbers, codes[left], names)
@@ -157,8 +158,9 @@ def _refined(rows: datasets.Dataset, settings: PrepareSettings, scratch: Path) -
     num_proc = settings.num_proc or cores
     return rows.select_columns(["question", "answer"]).map(
         _refine,
+        batched=True,
         features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
-        fn_kwargs={"settings": settings, "zeros": dict.fromkeys(list(kinds)[4:], 0)},
+        fn_kwargs={"settings": settings, "names": list(kinds)},
         cache_file_name=str(scratch / "refined.arrow"),
         load_from_cache_file=False,
         num_proc=num_proc if num_proc > 1 and len(rows) >= _SMALL else None,
@@ -166,17 +168,22 @@ def _refined(rows: datasets.Dataset, settings: PrepareSettings, scratch: Path) -
     )
 
 
-def _refine(row: dict[str, str], settings: PrepareSettings, zeros: dict[str, int]) -> dict[str, Any]:
+def _refine(batch: dict[str, list[str]], settings: PrepareSettings, names: list[str]) -> dict[str, list[Any]]:
     kinds = [kind for kind, on in settings.masking if on]
-    done: dict[str, Any] = dict(zeros)
-    for column in ("question", "answer"):
-        text, switches = clean(row[column], settings.cleaning)
-        done[column], found = mask(text, kinds)
-        done |= {f"changed_{switch}": 1 for switch in switches}
-        for kind, count in found.items():
-            done[f"masked_{kind}"] += count
-    reason = reject(done["question"], done["answer"], settings.allow) or ""
-    return done | {"reason": reason, "answer_key": question_key(fold_for_matching(done["answer"]), 0) - 2**63}
+    done: dict[str, list[Any]] = {name: [] for name in names}
+    for texts in zip(batch["question"], batch["answer"], strict=True):
+        row: dict[str, Any] = dict.fromkeys(names, 0)
+        for name, text in zip(("question", "answer"), texts, strict=True):
+            text, switches = clean(text, settings.cleaning)
+            row[name], found = mask(text, kinds)
+            row |= {f"changed_{switch}": 1 for switch in switches}
+            for kind, count in found.items():
+                row[f"masked_{kind}"] += count
+        row["reason"] = reject(row["question"], row["answer"], settings.allow) or ""
+        row["answer_key"] = question_key(fold_for_matching(row["answer"]), 0) - 2**63
+        for name in names:
+            done[name].append(row[name])
+    return done
 
 
 def _repeated(
@@ -253,8 +260,8 @@ def _divide(
 
     `groups`, `keys` (m,): equal where rows have to be on one side.
     """
-    given, about = None, {"by": "random"}
-    rows = table.rows.select(stay)
+    rows, given = table.rows.select(stay), None
+    about: dict[str, Any] = {"by": "random"}
     if settings.split_by is not None:
         name = _column(table, settings.split_by)
         held = hold_out([as_text(cell, name, "") for cell in rows[name][:]], settings.split_by, settings.data)
@@ -372,24 +379,15 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
     largest, held = duplicates["largest_group"], splits.get("held_out", {})
     conflicts, crossed, empty = duplicates["conflicting_groups"], splits["crossed"], held.get("rows_without_value")
     unlabeled = sum(splits["severity"].get("none", {}).values())
+    chained, carved = largest > max(50, _CHAINED * rows["kept"]), held.get("validation_from_train")
     found = [
         (2 * rows["kept"] < rows["read"], f"Only {rows['kept']} of {rows['read']} rows are left."),
         (conflicts, f"{conflicts} groups of near-duplicates have several severities, listed in conflicts.jsonl."),
-        (
-            largest > max(50, _CHAINED * rows["kept"]),
-            f"The largest group of near-duplicates has {largest} rows: it may be a chain; look at it, or raise "
-            "near_duplicates.",
-        ),
+        (chained, f"The largest group of near-duplicates, maybe a chain, has {largest} rows: try near_duplicates=0.8."),
         (crossed, f"{crossed} rows were taken out because a near-duplicate stands on a stricter side of the split."),
-        (
-            held.get("validation_from_train"),
-            "There were too few values to hold out a validation; it was drawn from the training rows.",
-        ),
+        (carved, "Too few values to hold out a validation: it was drawn from the training rows."),
         (empty, f"{empty} rows have no value to hold out by; they are trained on."),
-        (
-            not splits["labeled"],
-            "The severity column holds too many different values to be labels; the split is not stratified.",
-        ),
+        (not splits["labeled"], "The severity column has too many different values for labels: it stratifies nothing."),
         (unlabeled, f"{unlabeled} of the kept rows have no severity."),
     ]
     for name, counts in splits["severity"].items():
