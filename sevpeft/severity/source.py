@@ -12,7 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -21,24 +21,9 @@ from datasets.utils import tqdm
 from sevpeft.data.tables import cache_folder
 from sevpeft.errors import WeightError
 from sevpeft.runs import plain_disk_errors
-from sevpeft.severity.probabilities import SEVERITIES, severity_probabilities, sharpened
+from sevpeft.severity.probabilities import SEVERITIES, SeverityClassifier, severity_probabilities, sharpened
 
 _BATCH = 1000
-
-
-class SeverityClassifier(Protocol):
-    """Whatever gives severity probabilities for questions.
-
-    Attributes:
-        kind: "rules", "linear", "rules+linear" or "transformer".
-        version: changes when its probabilities may.
-    """
-
-    kind: str
-    version: str
-
-    def probabilities(self, questions: list[str]) -> np.ndarray:
-        """(n, 3), each row summing to one, in the order of `SEVERITIES`."""
 
 
 @dataclass(frozen=True)

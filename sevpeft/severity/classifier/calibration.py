@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sevpeft.errors import DataError
-from sevpeft.severity.probabilities import SEVERITIES, sharpened
-from sevpeft.severity.source import SeverityClassifier
+from sevpeft.severity.probabilities import SEVERITIES, SeverityClassifier, sharpened
 
 # Below this a probability has no logarithm worth scaling: no classifier here knows better than one in a billion.
 _SMALLEST = 1e-9

@@ -20,8 +20,7 @@ from sevpeft.severity.classifier.baselines import by_row_number, majority
 from sevpeft.severity.classifier.calibration import FITS, Calibrated
 from sevpeft.severity.classifier.examples import Examples, complete_rows
 from sevpeft.severity.classifier.judging import Judgement, judge
-from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.source import SeverityClassifier
+from sevpeft.severity.probabilities import SEVERITIES, SeverityClassifier
 
 Fit = Callable[[Examples, int], SeverityClassifier]
 """From training rows and a seed to a classifier that is not calibrated yet."""

@@ -20,8 +20,7 @@ from sevpeft.errors import DataError, RunError
 from sevpeft.runs import keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.classifier.calibration import Calibrated, calibration_from_json
 from sevpeft.severity.lexicon import PACKAGE_LEXICON
-from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.source import SeverityClassifier
+from sevpeft.severity.probabilities import SEVERITIES, SeverityClassifier
 
 ABOUT = "classifier.json"
 LEXICON, TRANSFORMER = "lexicon.tsv", "transformer"

@@ -23,7 +23,7 @@ from sevpeft.severity.classifier.crossvalidation import (
 from sevpeft.severity.classifier.examples import Examples
 from sevpeft.severity.classifier.judging import judge
 from sevpeft.severity.classifier.linear import fit_linear
-from sevpeft.severity.source import SeverityClassifier
+from sevpeft.severity.probabilities import SeverityClassifier
 
 from .conftest import build_examples
 
