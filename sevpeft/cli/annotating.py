@@ -194,7 +194,7 @@ def _classifier(
         from sevpeft.severity.rules import Rules
 
         return Rules.load(lexicon)
-    from sevpeft.severity.classifier.storage import load_classifier
+    from sevpeft.severity.classifier.store import load_classifier
 
     loaded = load_classifier(folder)
     if method is not None and loaded.kind != method.value:

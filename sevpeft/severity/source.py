@@ -66,7 +66,7 @@ def _classifier(source: str, folder: str | None) -> SeverityClassifier:
         from sevpeft.severity.rules import Rules
 
         return Rules.load()
-    from sevpeft.severity.classifier.storage import load_classifier
+    from sevpeft.severity.classifier.store import load_classifier
 
     loaded: SeverityClassifier = load_classifier(Path(folder or "").expanduser())
     if loaded.kind != source:

@@ -7,7 +7,7 @@ import pytest
 
 from sevpeft.data.sources import load_consultations
 from sevpeft.errors import DataError
-from sevpeft.severity.classifier.fitting import fingerprints
+from sevpeft.severity.classifier.examples import fingerprints
 
 HEADER = "category,q_body,a_body"
 
