@@ -18,12 +18,13 @@ from sevpeft.data.read import load_consultations
 from sevpeft.evaluation.evaluate import evaluate
 from sevpeft.evaluation.report.page import write_report
 from sevpeft.recipe import load_recipe
+from sevpeft.runs import whole_folder
 from sevpeft.severity.annotated_files import ENDINGS
 from sevpeft.severity.annotating import Job, annotate
-from sevpeft.severity.classifier.calibration import Calibrated, Temperature
-from sevpeft.severity.classifier.examples import labelled_examples
+from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
+from sevpeft.severity.classifier.examples import labeled_examples
 from sevpeft.severity.classifier.linear import fit_linear
-from sevpeft.severity.classifier.storage import new_folder, write_classifier
+from sevpeft.severity.classifier.store import write_classifier
 from sevpeft.severity.rules import Rules
 from sevpeft.training.train import train
 from tests.evaluation.judge_server import good, serving
@@ -90,10 +91,10 @@ def test_every_file_with_words_or_ids_of_patients_is_its_owners_alone(
     for ending in (*ENDINGS, ""):
         rows = load_consultations(consultations, keep="all")
         annotate(Job(rows, Rules.load(None), tmp_path / f"annotated{ending}", replace=True))
-    labelled = load_consultations(consultations, keep="all")
-    with new_folder(tmp_path / "classifier") as folder:
-        fitted = fit_linear(labelled_examples(labelled, None))
-        write_classifier(Calibrated(fitted, Temperature(1.0)), folder, training={"rows": 59})
+    labeled = load_consultations(consultations, keep="all")
+    with whole_folder(tmp_path / "classifier") as folder:
+        fitted = fit_linear(labeled_examples(labeled))
+        write_classifier(Calibrated(fitted, Calibration()), folder, {"rows": 59})
     settings = [
         f"model.name_or_path={model_folder()}",
         f"data.path={consultations}",

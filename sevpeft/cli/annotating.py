@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sevpeft.data.read import Consultations
     from sevpeft.severity.annotating import Annotation, Job
     from sevpeft.severity.dealing import Processes
-    from sevpeft.severity.source import SeverityClassifier
+    from sevpeft.severity.probabilities import SeverityClassifier
 
 _WIDTH = 79
 _SECONDS_BETWEEN_LINES = 15.0
@@ -194,7 +194,7 @@ def _classifier(
         from sevpeft.severity.rules import Rules
 
         return Rules.load(lexicon)
-    from sevpeft.severity.classifier.storage import load_classifier
+    from sevpeft.severity.classifier.store import load_classifier
 
     loaded = load_classifier(folder)
     if method is not None and loaded.kind != method.value:

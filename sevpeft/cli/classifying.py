@@ -1,4 +1,4 @@
-"""The verbs around a severity classifier: `classifier fit` and `classifier evaluate`."""
+"""The verbs `classifier fit` and `classifier evaluate`."""
 
 from __future__ import annotations
 
@@ -9,278 +9,108 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import app, quiet_libraries
-from sevpeft.cli.classifier_options import (
-    Balance,
-    BlockColumn,
-    Calibrate,
-    CalibrationSize,
-    Encoder,
-    Epochs,
-    JudgeBlocks,
-    Kind,
-    Lexicon,
-    LoraR,
-    Seed,
-    TrainBlocks,
-    block_names,
-    way_of,
-)
-from sevpeft.cli.reading import (
-    AnswerColumn,
-    DialectColumn,
-    Encoding,
-    IdColumn,
-    Input,
-    MaxRows,
-    Name,
-    QuestionColumn,
-    Revision,
-    SeverityColumn,
-    Split,
-    SplitColumn,
-    chosen,
-    said_as_options,
-)
+from sevpeft.cli.application import app, command_with_keys, quiet_libraries
 from sevpeft.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from sevpeft.severity.classifier.evaluate import Evaluation
 
-    from sevpeft.data.read import Consultations
-    from sevpeft.severity.classifier.calibration import Calibrated
-
-classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or judge one.")
+classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or evaluate one.")
 app.add_typer(classifier_verbs, name="classifier")
 
+_SETTINGS = "sevpeft.severity.classifier.settings"
+# Of a recipe's section: the argument INPUT, and how a recipe splits.
+_NO_KEYS = ("data.path", "data.validation_size", "data.test_size", "data.seed")
 
+Input = Annotated[str, typer.Argument(metavar="INPUT", help="Labeled consultations: file, folder, Hub data set")]
+Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
-@classifier_verbs.command()
+@classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:FitSettings", without=_NO_KEYS))
 def fit(
-    context: typer.Context,
     data: Input,
-    output: Annotated[Path, typer.Argument(help="Folder for the classifier; must not exist", show_default=False)],
-    kind: Annotated[Kind, typer.Option("--kind", help="What to fit.")] = Kind.linear,
-    calibration: Calibrate = None,
-    test_size: Annotated[float, typer.Option(min=0.05, max=0.5, help="Share of the rows to judge on.")] = 0.2,
-    calibration_size: CalibrationSize = None,
-    seed: Seed = 0,
-    block_column: BlockColumn = None,
-    judge_blocks: JudgeBlocks = None,
-    train_blocks: TrainBlocks = None,
-    lexicon: Lexicon = None,
-    encoder: Encoder = None,
-    balance: Balance = "weights",
-    lora_r: LoraR = None,
-    num_train_epochs: Epochs = 6,
-    question_column: QuestionColumn = None,
-    answer_column: AnswerColumn = None,
-    severity_column: SeverityColumn = None,
-    id_column: IdColumn = None,
-    dialect_column: DialectColumn = None,
-    split_column: SplitColumn = None,
-    encoding: Encoding = None,
-    name: Name = None,
-    revision: Revision = None,
-    split: Split = "train",
-    max_rows: MaxRows = None,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the classifier; must not exist")],
+    words: Words = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a severity classifier, calibrate it, judge it on rows of its own and write it with its report.
+    """Fit a severity classifier, calibrate it, evaluate it on rows of its own and write it with its report.
 
-    With --block-column it is also judged by holding out one block at a time, which is the honest figure where labels
-    depend on the place in the file.
+    With block_column=NAME it is also evaluated by holding out one block at a time, which is the honest figure where
+    labels depend on the place in the file.
 
-    Example: sevpeft classifier fit builtin:consultations severity-linear --kind linear
+    Example: sevpeft classifier fit builtin:consultations severity-linear kind=linear
     """
-    options = {"balance": balance, "lora_r": lora_r, "num_train_epochs": num_train_epochs}
-    way = way_of(kind, calibration, calibration_size, seed, lexicon, encoder, options)
-    judge, train = block_names(judge_blocks, block_column), block_names(train_blocks, block_column)
-    with _working(as_json) as (console, progress):
-        from sevpeft.console import print_json
-        from sevpeft.runs import write_atomically
-        from sevpeft.severity.classifier.card import card
-        from sevpeft.severity.classifier.examples import labelled_examples
-        from sevpeft.severity.classifier.fitting import cross_validate, fit_and_judge, training_record, within
-        from sevpeft.severity.classifier.results import Result
-        from sevpeft.severity.classifier.storage import check_new, new_folder, read_about, write_classifier
+    with _progress() as progress:
+        from sevpeft.recipe import settings_from
+        from sevpeft.runs import check_absent, whole_folder
+        from sevpeft.severity.classifier import examples, report, store
+        from sevpeft.severity.classifier.evaluate import fit_and_evaluate
+        from sevpeft.severity.classifier.settings import FitSettings
 
-        check_new(output)
-        consultations = _read(data, context)
-        every = labelled_examples(consultations, block_column)
-        examples = within(every, judge, train)
-        classifier, judged = fit_and_judge(examples, way, test_share=test_size, judge_blocks=judge, progress=progress)
-        evaluations = {"Test rows": judged}
-        if block_column is not None:
-            found = cross_validate(
-                every, way, judge_blocks=judge, train_blocks=train, random_grouped=False, progress=progress
-            )
-            evaluations["Blocks held out"] = found["block-held-out"]
-        progress("writing")
-        record = training_record(consultations, examples, way)
-        result = Result(evaluations, None)
-        about = {"kind": classifier.kind, "version": classifier.version, "training": record}
-        content = result.content(about)
-        with new_folder(output) as folder:
-            write_classifier(classifier, folder, training=record, lexicon=lexicon)
-            result.write(folder, content)
-            text = card(read_about(folder), record, evaluations, version=classifier.version)
-            write_atomically(folder / "README.md", text)
-    if as_json:
-        print_json(content)
-        return
-    for part in result.render():
-        console.print(part)
-    if block_column is None:
-        console.print(_NO_BLOCKS, style="yellow")
-    console.print(f"Wrote {output} ({classifier.version}).", soft_wrap=True)
-    console.print(f"Next: sevpeft annotate DATA OUTPUT --method {way.kind} --classifier {output}", soft_wrap=True)
+        settings = settings_from(FitSettings, words or [], {"data.path": data})
+        check_absent(output)
+        consultations, labeled = examples.load_examples(settings)
+        classifier, evaluations = fit_and_evaluate(labeled, settings, progress)
+        with whole_folder(output) as folder:
+            record = store.training_record(consultations, labeled, settings)
+            store.write_classifier(classifier, folder, record, settings.lexicon)
+            about = store.read_about(folder)
+            report.write_report(folder, about, evaluations)
+    _show(about, evaluations, as_json)
+    if not as_json:
+        typer.echo(f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}")
 
 
-@classifier_verbs.command()
-def evaluate(
-    context: typer.Context,
-    data: Input,
-    classifier: Annotated[
-        Path | None, typer.Option("--classifier", help="Judge this fitted classifier on DATA.", show_default=False)
-    ] = None,
-    kind: Annotated[
-        Kind | None, typer.Option("--kind", help="Judge this way of fitting by cross-validation.", show_default=False)
-    ] = None,
-    calibration: Calibrate = None,
-    calibration_size: CalibrationSize = None,
-    folds: Annotated[int, typer.Option(min=2, max=20, help="Of the random-grouped cross-validation.")] = 5,
-    seed: Seed = 0,
-    block_column: BlockColumn = None,
-    judge_blocks: JudgeBlocks = None,
-    train_blocks: TrainBlocks = None,
-    positive_column: Annotated[
-        str | None,
-        typer.Option(help="Judge p_critical by this column of 0 and 1 instead of severities.", show_default=False),
-    ] = None,
-    seen_data: Annotated[
-        bool, typer.Option("--seen-data", help="Judge on the data it was fitted on all the same.")
-    ] = False,
-    lexicon: Lexicon = None,
-    encoder: Encoder = None,
-    balance: Balance = "weights",
-    lora_r: LoraR = None,
-    num_train_epochs: Epochs = 6,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for metrics.json and pictures; must not exist", show_default=False)
-    ] = None,
-    question_column: QuestionColumn = None,
-    answer_column: AnswerColumn = None,
-    severity_column: SeverityColumn = None,
-    id_column: IdColumn = None,
-    dialect_column: DialectColumn = None,
-    split_column: SplitColumn = None,
-    encoding: Encoding = None,
-    name: Name = None,
-    revision: Revision = None,
-    split: Split = "train",
-    max_rows: MaxRows = None,
-    as_json: AsJson = False,
-) -> None:
-    """Judge a fitted classifier on other data, or a way of fitting by cross-validation, always beside baselines.
+@classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:EvaluateSettings", without=_NO_KEYS))
+def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
+    """Evaluate a fitted classifier on other data, or a way of fitting by cross-validation, beside baselines.
 
-    Example: sevpeft classifier evaluate consultations.csv --kind linear --block-column source
+    Example: sevpeft classifier evaluate consultations.csv kind=linear block_column=source
     """
-    if (classifier is None) == (kind is None):
-        raise UsageError("Give --classifier DIR to judge a fitted classifier, or --kind to judge a way of fitting.")
-    if positive_column and classifier is None:
-        raise UsageError("--positive-column judges a fitted classifier: give --classifier DIR, not --kind.")
-    if train_blocks and classifier is not None:
-        raise UsageError("--train-blocks is for --kind: a fitted classifier is not trained again.")
-    judge, train = block_names(judge_blocks, block_column), block_names(train_blocks, block_column)
-    with _working(as_json) as (console, progress):
-        from sevpeft.console import print_json
-        from sevpeft.severity.classifier.examples import binary_examples, labelled_examples
-        from sevpeft.severity.classifier.fitting import calibration_on, cross_validate, within
-        from sevpeft.severity.classifier.results import Result
-        from sevpeft.severity.classifier.storage import check_new, new_folder
+    with _progress() as progress:
+        from sevpeft.recipe import settings_from
+        from sevpeft.severity.classifier import examples, store
+        from sevpeft.severity.classifier.evaluate import evaluate_fitted, fit_and_evaluate
+        from sevpeft.severity.classifier.settings import EvaluateSettings
 
-        if output is not None:
-            check_new(output)
-        consultations = _read(data, context)
-        fitted = None if classifier is None else _unseen(classifier, consultations, seen_data)
-        about: dict[str, Any] = {"data": consultations.fingerprint}
-        if fitted is None:
-            options = {"balance": balance, "lora_r": lora_r, "num_train_epochs": num_train_epochs}
-            way = way_of(Kind(kind), calibration, calibration_size, seed, lexicon, encoder, options)
-            found = cross_validate(
-                labelled_examples(consultations, block_column),
-                way,
-                folds=folds,
-                judge_blocks=judge,
-                train_blocks=train,
-                progress=progress,
-            )
-            about |= {"kind": way.kind, "calibration": way.method, "seed": seed, "calibration_on": calibration_on(way)}
-            result = Result({name.capitalize(): evaluation for name, evaluation in found.items()}, None)
-        elif positive_column is None:
-            from sevpeft.severity.classifier.crossvalidation import evaluate_elsewhere
-
-            progress("judging")
-            examples = within(labelled_examples(consultations, block_column), judge, judge)
-            about |= {"kind": fitted.kind, "version": fitted.version}
-            result = Result({"Other data": evaluate_elsewhere(fitted, examples, seed=seed)}, None)
+        settings = settings_from(EvaluateSettings, words or [], {"data.path": data})
+        consultations, labeled = examples.load_examples(settings)
+        about: dict[str, Any] = {"kind": settings.kind, "seed": settings.seed}
+        if settings.classifier is None:
+            _, evaluations = fit_and_evaluate(labeled, settings, progress)
         else:
-            from sevpeft.severity.classifier.transfer import transfer
-
-            progress("judging")
-            about |= {"kind": fitted.kind, "version": fitted.version}
-            examples, positive = binary_examples(consultations, positive_column)
-            result = Result({}, transfer(fitted, examples, positive, positive_column, seed=seed))
-        content = result.content(about)
-        if output is not None:
-            with new_folder(output) as folder:
-                result.write(folder, content)
-    if as_json:
-        print_json(content)
-        return
-    for part in result.render():
-        console.print(part)
-    if fitted is None and block_column is None:
-        console.print(_NO_BLOCKS, style="yellow")
-    if output is not None:
-        console.print(f"Wrote {output}.", soft_wrap=True)
-
-
-_NO_BLOCKS = (
-    "Not judged by block. Where rows that stand together were labelled together, the figures above "
-    "flatter: name a column that tells such parts with --block-column."
-)
+            if unused := settings.model_fields_set & {"kind", "folds", "lexicon", "encoder"}:
+                raise UsageError(f"classifier= is evaluated as it was fitted; leave out {', '.join(sorted(unused))}.")
+            folder = Path(settings.classifier).expanduser()
+            about = store.read_about(folder)
+            seen = set(about.get("training", {}).get("fingerprints", []))
+            if seen & examples.fingerprints(consultations) and not settings.seen_data:
+                raise DataError(
+                    f"{folder} was fitted on {consultations.source} itself, where it looks better than it is; name "
+                    "other data, read the figures in its README.md, or insist with seen_data=true."
+                )
+            evaluations = {"Other data": evaluate_fitted(store.load_classifier(folder), labeled, settings.seed)}
+    _show(about, evaluations, as_json)
 
 
 @contextmanager
-def _working(as_json: bool) -> Iterator[tuple[Console, Callable[[str], None]]]:
-    """A console for the tables, and something to tell what is going on; it goes to stderr, away from --json."""
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows on stderr what is going on."""
     from sevpeft.console import Screen
 
     with Screen(stderr=True).status("Loading the libraries") as status:
         quiet_libraries()
-        yield Screen(quiet=as_json), lambda said: status.update(f"Severity classifier: {said}")
+        yield lambda message: status.update(f"Severity classifier: {message}")
 
 
-def _read(data: str, context: typer.Context) -> Consultations:
-    from sevpeft.data.read import load_consultations
+def _show(about: dict[str, Any], evaluations: dict[str, Evaluation], as_json: bool) -> None:
+    from rich.markdown import Markdown
 
-    with said_as_options():
-        return load_consultations(data, keep="all", **chosen(context))
+    from sevpeft.console import Screen, print_json
+    from sevpeft.severity.classifier import report
 
-
-def _unseen(folder: Path, consultations: Consultations, seen_data: bool) -> Calibrated:
-    """The classifier of a folder, if it was not fitted on these data."""
-    from sevpeft.severity.classifier.fitting import fingerprints
-    from sevpeft.severity.classifier.storage import load_classifier, read_about
-
-    seen = set(read_about(folder)["training"].get("fingerprints", []))
-    if seen & fingerprints(consultations) and not seen_data:
-        raise DataError(
-            f"{folder} was fitted on {consultations.source} itself, where it looks better than it is: judge it on "
-            "other data, read the test rows' figures in its README.md, or insist with --seen-data."
-        )
-    return load_classifier(folder)
+    if as_json:
+        print_json(report.as_json(about, evaluations))
+    for heading, evaluation in evaluations.items() if not as_json else ():
+        Screen().print(Markdown(report.markdown(heading, evaluation)))

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from sevpeft.cli.application import app, is_main_process, output_error, quiet_libraries, refuse_several_processes
+from sevpeft.cli.application import app, is_main_process, quiet_libraries, refuse_several_processes
+from sevpeft.console import output_error
 from sevpeft.errors import ModelError, UsageError
 
 

@@ -33,8 +33,7 @@ from sevpeft.severity.annotated_files import (
     write_folder,
 )
 from sevpeft.severity.dealing import Processes, available_cores, in_workers
-from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, sharpened
-from sevpeft.severity.source import SeverityClassifier
+from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, SeverityClassifier, sharpened
 from sevpeft.severity.unfinished import Unfinished
 from sevpeft.severity.weighting import WeightSummary, severity_weights
 

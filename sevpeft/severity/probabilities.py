@@ -7,6 +7,8 @@ severity would be trained with a weight that nobody chose.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -55,6 +57,21 @@ _NAMES = {
 
 
 _INDEX = {fold_for_matching(name): index for index, names in enumerate(_NAMES.values()) for name in names}
+
+
+class SeverityClassifier(Protocol):
+    """Whatever gives severity probabilities for questions.
+
+    Attributes:
+        kind: "rules", "linear", "rules+linear" or "transformer".
+        version: changes when its probabilities may.
+    """
+
+    kind: str
+    version: str
+
+    def probabilities(self, questions: list[str]) -> np.ndarray:
+        """(n, 3), each row summing to one, in the order of `SEVERITIES`."""
 
 
 def severity_index(name: str) -> int | None:

@@ -12,7 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -20,24 +20,9 @@ from datasets.utils import tqdm
 
 from sevpeft.errors import WeightError
 from sevpeft.runs import cache_folder, plain_disk_errors
-from sevpeft.severity.probabilities import SEVERITIES, severity_probabilities, sharpened
+from sevpeft.severity.probabilities import SEVERITIES, SeverityClassifier, severity_probabilities, sharpened
 
 _BATCH = 1000
-
-
-class SeverityClassifier(Protocol):
-    """Whatever gives severity probabilities for questions.
-
-    Attributes:
-        kind: "rules", "linear", "rules+linear" or "transformer".
-        version: changes when its probabilities may.
-    """
-
-    kind: str
-    version: str
-
-    def probabilities(self, questions: list[str]) -> np.ndarray:
-        """(n, 3), each row summing to one, in the order of `SEVERITIES`."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +65,7 @@ def _classifier(source: str, folder: str | None) -> SeverityClassifier:
         from sevpeft.severity.rules import Rules
 
         return Rules.load()
-    from sevpeft.severity.classifier.storage import load_classifier
+    from sevpeft.severity.classifier.store import load_classifier
 
     loaded: SeverityClassifier = load_classifier(Path(folder or "").expanduser())
     if loaded.kind != source:

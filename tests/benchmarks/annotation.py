@@ -65,8 +65,7 @@ def build_classifier() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-    from sevpeft.severity.classifier.encoder import LABELS
-    from sevpeft.severity.classifier.transformer import TransformerClassifier
+    from sevpeft.severity.classifier.transformer import LABELS, TransformerClassifier
 
     transformers.logging.set_verbosity_error()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -185,12 +184,12 @@ def sample_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 def build_linear() -> Any:
     from sevpeft.data.read import BUILTIN, load_consultations
-    from sevpeft.severity.classifier.calibration import Calibrated, Temperature
-    from sevpeft.severity.classifier.examples import labelled_examples
+    from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
+    from sevpeft.severity.classifier.examples import labeled_examples
     from sevpeft.severity.classifier.linear import fit_linear
 
-    examples = labelled_examples(load_consultations(BUILTIN, keep="all"))
-    return Calibrated(fit_linear(examples), Temperature(1.3))
+    examples = labeled_examples(load_consultations(BUILTIN, keep="all"))
+    return Calibrated(fit_linear(examples), Calibration((1 / 1.3,)))
 
 
 def cpu_seconds() -> tuple[float, float]:

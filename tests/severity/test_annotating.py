@@ -24,7 +24,7 @@ from sevpeft.errors import DataError, ModelError, RunError, UsageError, WeightEr
 from sevpeft.severity import annotating, dealing
 from sevpeft.severity.annotated_files import ADDED, target_of
 from sevpeft.severity.annotating import Annotation, Job, annotate
-from sevpeft.severity.classifier.calibration import Calibrated, Temperature
+from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
 from sevpeft.severity.dealing import Processes
 from sevpeft.severity.probabilities import severity_probabilities, sharpened
 from sevpeft.severity.rules import Rules
@@ -143,11 +143,11 @@ def test_rules_tell_their_evidence_also_when_calibrated(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", [{"question": "عندي ضيق تنفس شديد", "answer": "إلى الطوارئ"}] * 3)
     rules = Rules.load()
     run(source, tmp_path / "plain.jsonl", rules)
-    run(source, tmp_path / "calibrated.jsonl", Calibrated(rules, Temperature(2.0)))
+    run(source, tmp_path / "calibrated.jsonl", Calibrated(rules, Calibration((0.5,))))
     plain, calibrated = (table(tmp_path / f"{name}.jsonl") for name in ("plain", "calibrated"))
     assert plain["severity_evidence"][0] == rules.evidence("عندي ضيق تنفس شديد") != ""
     assert calibrated["severity_evidence"][0] == plain["severity_evidence"][0]
-    expected = Temperature(2.0).apply(severity_probabilities(plain))
+    expected = Calibration((0.5,)).apply(severity_probabilities(plain))
     assert np.abs(severity_probabilities(calibrated) - expected).max() < 1e-15
     assert plain["severity_method"][0] == calibrated["severity_method"][0] == "rules"
     assert plain["severity_version"][0] != calibrated["severity_version"][0]
@@ -599,7 +599,7 @@ def test_the_verb_prints_json_alone(verb: Callable[..., tuple[int, str, str]]) -
         (["builtin:consultations", "o.pdf", "--method", "rules"], 2, "end a file in .jsonl"),
         (["builtin:consultations", "o.jsonl", "--method", "rules"], 1, "has severity already ('severity')"),
         (["nope.csv", "o.jsonl", "--method", "rules"], 1, "there is no such file"),
-        (["in.jsonl", "o.jsonl", "--classifier", "nowhere"], 1, "There is no classifier folder nowhere"),
+        (["in.jsonl", "o.jsonl", "--classifier", "nowhere"], 1, "There is no classifier in nowhere"),
         (["in.jsonl", "o.jsonl", "--method", "rules", "--batch-size", "4"], 2, "--batch-size is for --method trans"),
         (["in.jsonl", "o.jsonl", "--classifier", "x", "--lexicon", "y"], 2, "--lexicon is for --method rules without"),
         (["in.jsonl", "o.jsonl", "--method", "rules", "--temperature", "-1"], 1, "must be a number above 0"),
@@ -621,13 +621,13 @@ def test_a_fitted_classifier_judges_and_must_be_of_the_kind_that_is_named(
 ) -> None:
     from sevpeft.severity.classifier.examples import Examples
     from sevpeft.severity.classifier.linear import fit_linear
-    from sevpeft.severity.classifier.storage import new_folder, write_classifier
+    from sevpeft.severity.classifier.store import write_classifier
 
     questions = ["نزيف حاد الآن", "صداع خفيف اليوم", "حكة في الجلد"] * 4
     examples = Examples(questions, np.array([2, 1, 0] * 4), np.arange(12), np.arange(12))
-    fitted = Calibrated(fit_linear(examples), Temperature(1.5))
-    with new_folder(tmp_path / "fitted") as folder:
-        write_classifier(fitted, folder, training={})
+    fitted = Calibrated(fit_linear(examples), Calibration((1 / 1.5,)))
+    (tmp_path / "fitted").mkdir()
+    write_classifier(fitted, tmp_path / "fitted", {})
     source = str(jsonl(tmp_path / "in.jsonl"))
     code, _, err = verb(source, "o.jsonl", "--method", "rules", "--classifier", "fitted")
     assert code == 1 and "of the kind linear, not rules" in err

@@ -89,8 +89,8 @@ def test_rules_need_no_classifier(rows: Any) -> None:
 
 
 def test_a_classifier_of_another_kind_is_refused(rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sevpeft.severity.classifier import storage
+    from sevpeft.severity.classifier import store
 
-    monkeypatch.setattr(storage, "load_classifier", lambda folder: Judge(kind="transformer"))
+    monkeypatch.setattr(store, "load_classifier", lambda folder: Judge(kind="transformer"))
     with pytest.raises(WeightError, match=r"set severity\.source=transformer"):
         severity_of(rows, source="linear", classifier=str(tmp_path))

@@ -1,1 +1,1 @@
-"""Severity classifiers: fitted on labelled questions, calibrated, judged beside their baselines, and stored."""
+"""Severity classifiers: fitted on labeled questions, calibrated, evaluated beside baselines, and stored."""

@@ -1,34 +1,33 @@
-"""From consultations to what a severity classifier learns from and is judged on: questions, labels, groups, blocks.
+"""Labeled questions, and splits of them that put no question on both sides.
 
-The label is a person's: a file that `annotate` wrote is refused, because agreement with a classifier is not accuracy.
-The group says which rows are one question, so that none is learnt and judged at once.
+A severity that a classifier wrote is refused as a label: agreement with a classifier is not accuracy. Rows that ask
+the same (near-duplicates included, where `prepare` found them) form one group, and splits are made of whole groups.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from sevpeft.data.read import Consultations
+from sevpeft.data.read import Consultations, load_consultations
 from sevpeft.data.split import question_keys
 from sevpeft.errors import DataError
+from sevpeft.severity.classifier.settings import ClassifierSettings
 from sevpeft.severity.probabilities import SEVERITIES, severity_probabilities
-
-SIDE_COLUMNS = ("answer", "specialty")
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled questions.
+    """Labeled questions.
 
     Attributes:
         questions: (n,) text.
         labels: (n,) int64, positions in `SEVERITIES`.
         groups: (n,) int64, equal where two rows ask the same.
-        rows: (n,) int64, number of the row in the user's file; a baseline is fitted on it.
-        blocks: (n,) names of the parts of the data (source, time, annotator), None where it is not known.
-        side: name → (n,) text of columns that help to fit and are not asked for later: answer and specialty.
+        rows: (n,) int64, number of the row in the user's file.
+        blocks: (n,) names of the parts of the data (source, time, annotator); None where they are not known.
     """
 
     questions: list[str]
@@ -36,7 +35,6 @@ class Examples:
     groups: np.ndarray
     rows: np.ndarray
     blocks: np.ndarray | None = None
-    side: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -49,19 +47,73 @@ class Examples:
             self.groups[index],
             self.rows[index],
             None if self.blocks is None else self.blocks[index],
-            {name: [column[i] for i in index.tolist()] for name, column in self.side.items()},
         )
 
-    def counts(self) -> dict[str, int]:
-        """Rows of each severity, in the order of `SEVERITIES`."""
-        numbers = np.bincount(self.labels, minlength=len(SEVERITIES)).tolist()
-        return dict(zip(SEVERITIES, numbers, strict=True))
+
+@dataclass(frozen=True)
+class Fold:
+    """Positions of the rows to train on and of the rows to evaluate on."""
+
+    name: str
+    train: np.ndarray
+    test: np.ndarray
+
+
+def load_examples(settings: ClassifierSettings) -> tuple[Consultations, Examples]:
+    """The consultations that the settings name, and the same as labeled examples."""
+    consultations = load_consultations(settings.data, keep="all")
+    return consultations, labeled_examples(consultations, settings.block_column)
+
+
+def labeled_examples(consultations: Consultations, block_column: str | None = None) -> Examples:
+    """Every row with its severity.
+
+    Args:
+        consultations: read with `keep="all"`, so that a block column and a prepared folder's groups are there.
+        block_column: as it is called in the input.
+
+    Raises:
+        DataError: no severity column, one that a classifier wrote, a severity without a row, or no such block column.
+        WeightError: a row's severity is missing or not known; the message gives the row's number.
+    """
+    rows, source = consultations.rows, consultations.source
+    if "severity" not in rows.column_names:
+        raise DataError(f"{source} has no severity column; name it with data.severity_column=NAME.")
+    if "severity_method" in rows.column_names and consultations.columns["severity"] == "severity":
+        raise DataError(
+            f"The severities of {source} were given by a classifier (it has a column severity_method); name a column "
+            "that people filled with data.severity_column=NAME."
+        )
+    labels = severity_probabilities(rows.select_columns(["severity", "row"])).argmax(axis=1).astype(np.int64)
+    check_severities(labels, source, "bring rows of every severity")
+    # In a file that was not prepared, a column `group` may be an age group.
+    grouped = bool(consultations.provenance) and "group" in rows.column_names
+    keys = np.array(rows["group"]) if grouped else question_keys(rows)
+    return Examples(
+        questions=list(rows["question"]),
+        labels=labels,
+        groups=np.unique(keys, return_inverse=True)[1].astype(np.int64),
+        rows=np.array(rows["row"], dtype=np.int64),
+        blocks=None if block_column is None else _blocks(consultations, block_column),
+    )
+
+
+def fingerprints(consultations: Consultations) -> set[str]:
+    """Fingerprints of the data and of whatever they were prepared from."""
+
+    def inside(content: Any) -> set[str]:
+        if isinstance(content, dict):
+            own = {value for key, value in content.items() if "fingerprint" in key and isinstance(value, str)}
+            return own.union(*map(inside, content.values()))
+        return set().union(*map(inside, content)) if isinstance(content, list) else set()
+
+    return {consultations.fingerprint} | inside(consultations.provenance) | inside(consultations.files)
 
 
 def complete_rows(labels: np.ndarray, blocks: np.ndarray | None) -> np.ndarray:
-    """(n,) bool: rows in blocks that have every severity; all rows where blocks are not known.
+    """(n,) bool: rows of blocks that have every severity; all rows where blocks are not known.
 
-    A block that lacks a severity was labelled under other conditions; its shares say nothing about other rows.
+    A block that lacks a severity was labeled under other conditions; its shares say nothing about other rows.
     """
     if blocks is None:
         return np.ones(len(labels), dtype=bool)
@@ -72,85 +124,62 @@ def complete_rows(labels: np.ndarray, blocks: np.ndarray | None) -> np.ndarray:
     return complete[index]
 
 
-def labelled_examples(consultations: Consultations, block_column: str | None = None) -> Examples:
-    """Every row with its severity.
-
-    Args:
-        consultations: read with `keep="all"`, so that a block column and a prepared folder's groups are there.
-        block_column: as it is called in the input.
-
-    Raises:
-        DataError: there is no severity column, it was written by a classifier, a class has no row, or there is no
-            such block column.
-        WeightError: a row's severity is missing or not known; it gives the row's number.
-    """
-    rows, source = consultations.rows, consultations.source
-    if "severity" not in rows.column_names:
-        raise DataError(
-            f"{source} has no severity column, and a classifier needs rows whose severity is known: name it with "
-            "--severity-column NAME."
-        )
-    if "severity_method" in rows.column_names and consultations.columns["severity"] == "severity":
-        raise DataError(
-            f"The severities of {source} were given by a classifier (it has a column severity_method): name a column "
-            "that people filled with --severity-column NAME."
-        )
-    names = rows.select_columns(["severity", "row"])
-    labels = severity_probabilities(names).argmax(axis=1).astype(np.int64)
-    missing = [name for i, name in enumerate(SEVERITIES) if not (labels == i).any()]
-    if missing:
-        raise DataError(
-            f"{source} has no {' and no '.join(missing)} row: a severity classifier is fitted and judged on all of "
-            f"{', '.join(SEVERITIES)}."
-        )
-    blocks = None if block_column is None else np.array(_texts(consultations, block_column, "--block-column"))
-    side = {name: [text or "" for text in rows[name]] for name in SIDE_COLUMNS if name in rows.column_names}
-    groups, numbers = question_groups(consultations), _row_numbers(consultations)
-    return Examples(list(rows["question"]), labels, groups, numbers, blocks, side)
+def check_severities(labels: np.ndarray, what: str, remedy: str) -> None:
+    """Raises DataError where a severity has no row."""
+    if missing := [name for i, name in enumerate(SEVERITIES) if not (labels == i).any()]:
+        raise DataError(f"{what} has no {' and no '.join(missing)} row; {remedy}.")
 
 
-def binary_examples(consultations: Consultations, column: str) -> tuple[Examples, np.ndarray]:
-    """Every row, its severity unknown (-1), and whether `column` says 1 for it: (n,) bool.
+def grouped_folds(examples: Examples, folds: int = 5, *, seed: int = 0) -> list[Fold]:
+    """Folds of whole groups, the severities in proportion.
 
     Raises:
-        DataError: there is no such column, it holds other things than 0 and 1, or only one of them.
+        DataError: a severity has fewer groups than there are folds.
     """
-    texts = _texts(consultations, column, "--positive-column")
-    values = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}
-    numbers = _row_numbers(consultations)
-    known = [values.get(text.strip().lower()) for text in texts]
-    if None in known:
-        bad = [int(number) for number, value in zip(numbers, known, strict=True) if value is None]
-        raise DataError(
-            f"Column '{column}' is neither 0 nor 1 in {len(bad)} row{'s' * (len(bad) > 1)} (the first is row "
-            f"{bad[0]}): name another with --positive-column, or correct it."
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    check_severities(examples.labels, "The data", "bring rows of every severity")
+    for position, name in enumerate(SEVERITIES):
+        groups = len(np.unique(examples.groups[examples.labels == position]))
+        if groups < folds:
+            raise DataError(f"{name} has {groups} distinct questions, too few for {folds} parts; bring more of them.")
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    parts = list(splitter.split(np.zeros(len(examples)), examples.labels, examples.groups))
+    for train, _ in parts:  # large groups can leave a severity to one part alone
+        check_severities(examples.labels[train], "A part to train on", "bring more questions of every severity")
+    return [Fold(f"fold {number}", train, test) for number, (train, test) in enumerate(parts, start=1)]
+
+
+def hold_out(examples: Examples, share: float, *, seed: int = 0) -> Fold:
+    """One fold: about `share` of the groups to evaluate (or calibrate) on, the severities in proportion."""
+    return grouped_folds(examples, folds=max(2, round(1 / share)), seed=seed)[0]
+
+
+def block_folds(examples: Examples) -> list[Fold]:
+    """One fold for each block that has every severity; rows elsewhere that ask what its rows ask are not trained on.
+
+    Raises:
+        DataError: what is left to train on lacks a severity.
+    """
+    if examples.blocks is None:
+        raise ValueError("examples without blocks")
+    folds = []
+    for name in sorted(set(examples.blocks[complete_rows(examples.labels, examples.blocks)].tolist())):
+        inside = examples.blocks == name
+        same = np.isin(examples.groups, examples.groups[inside])
+        train = np.flatnonzero(~inside & ~same)
+        check_severities(
+            examples.labels[train], f"Without block {name}, the training data", "name another block_column"
         )
-    positive = np.array(known, dtype=bool)
-    if positive.all() or not positive.any():
-        raise DataError(f"Column '{column}' is {int(positive[0])} in every row: there is nothing to tell apart.")
-    unknown = np.full(len(positive), -1, dtype=np.int64)
-    questions = list(consultations.rows["question"])
-    return Examples(questions, unknown, question_groups(consultations), numbers), positive
+        folds.append(Fold(name, train, np.flatnonzero(inside)))
+    return folds
 
 
-def question_groups(consultations: Consultations) -> np.ndarray:
-    """(n,) int64: the groups that `prepare` found, near-duplicates included, else one per distinct folded question."""
-    rows = consultations.rows
-    # In any other file a column `group` may be an age group.
-    if consultations.provenance and "group" in rows.column_names:
-        return np.unique(np.array(rows["group"]), return_inverse=True)[1].astype(np.int64)
-    return np.unique(question_keys(rows), return_inverse=True)[1].astype(np.int64)
-
-
-def _row_numbers(consultations: Consultations) -> np.ndarray:
-    return np.array(consultations.rows["row"], dtype=np.int64)
-
-
-def _texts(consultations: Consultations, column: str, option: str) -> list[str]:
-    """A column by its name in the input, whether it was recognised or carried."""
+def _blocks(consultations: Consultations, column: str) -> np.ndarray:
+    """A column by its name in the input, whether it was recognized or carried."""
     by_input = {name: own for own, name in (consultations.carried | consultations.columns).items()}
     own = by_input.get(column, column)
     if own not in consultations.rows.column_names:
-        there = ", ".join(sorted(name for name in by_input if len(name) <= 40)[:20])
-        raise DataError(f"{consultations.source} has no column '{column}', which {option} asks for: it has {there}.")
-    return ["" if value is None else str(value) for value in consultations.rows[own]]
+        known = ", ".join(sorted(name for name in by_input if len(name) <= 40)[:20])
+        raise DataError(f"{consultations.source} has no column '{column}' for block_column; it has {known}.")
+    return np.array(["" if value is None else str(value) for value in consultations.rows[own]])

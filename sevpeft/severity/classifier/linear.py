@@ -1,43 +1,64 @@
 """A severity classifier on character and word n-grams: logistic regression over TF-IDF, fitted in seconds on one core.
 
-The n-grams are parts of words, and light stems with pairs of them (see `ngrams`). Where the rows come in blocks that
-were labelled under different conditions, each block gets an intercept of its own while fitting, so that the words need
-not explain it, and blocks that lack a severity count little. Answers and specialties help to fit (see `privileged`).
+There are two views of the folded text. Parts of words, edges included, see through spelling, clitics and dialect
+endings. Words and pairs of words keep what a question says. They are cut to light stems (after Larkey et al. 2002,
+"Improving Stemming for Arabic Information Retrieval"), because a few hundred rows hold most words in one form only.
+Both views of a question have the same length, or the parts of words, being many more, would drown the words.
 
-A fitted classifier is three arrays and a list of n-grams, and is stored as such (safetensors and JSON, no pickle);
-fresh or loaded it goes through the same code.
+Where rows come in blocks that were labeled under different conditions, each block gets its own intercept during the
+fit, so that the words need not explain it. Blocks that lack a severity count little.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
-from sevpeft.runs import plain_disk_errors, write_atomically
 from sevpeft.severity.classifier.examples import Examples, complete_rows
-from sevpeft.severity.classifier.ngrams import FEATURES, even, features, views_of
-from sevpeft.severity.classifier.privileged import foretold
 from sevpeft.severity.probabilities import SEVERITIES
 
-ARRAYS, VOCABULARY = "linear.safetensors", "vocabulary.json"
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
+ARRAYS, VOCABULARY = "linear.safetensors", "vocabulary.json"
+# Counts up when `features` or `scale_views` change: the same arrays would then mean something else.
+FEATURES = 2
 C = 1.0
 """Inverse of the penalty, as scikit-learn has it."""
 BLOCK_SCALE = 3.0
-"""Of the columns that say the block: the larger, the less their intercepts are penalised."""
+"""Of the indicator columns of blocks: the larger, the less their intercepts are penalized."""
 INCOMPLETE_WEIGHT = 0.1
 """Of rows in blocks that lack a severity: what their annotators called critical, others may not."""
 MAX_FEATURES = 200_000
 
+CHARACTERS = (2, 3, 4, 5)
+# Most questions open and close with them.
+GREETINGS = frozenset(
+    fold_for_matching(
+        """السلام سلام عليكم وعليكم ورحمة رحمة الله وبركاته مساء صباح الخير النور خير الف مرحبا اهلا لو سمحت سمحتم
+        سمحتوا سمحتي يا دكتور دكتورة الادمن بدون اسم سؤال استشارة حد ممكن يفيدني ارجو الرد رد ضروري من فضلك فضلكم بعد
+        اذن اذنك اذنكم شكرا وشكرا جزيلا مقدما جزاكم خيرا"""
+    ).split()
+)
+_PROCLITIC = re.compile("^(?:وال|فال|بال|كال|لل|ال|و(?=...)|[فبل](?=....))")
+_SUFFIX = re.compile("(?:هما|كم|هم|ها|نا|ني|ين|ون|ات|ان|يه|ه|ي|ك|ت)$")
+_SHORTEST_STEM = 3
+# Starts the name of a stem or a pair: folded text has no such sign, so no part of a word is taken for one.
+_WORD = "="
+
 
 class LinearClassifier:
-    """Fitted weights of n-grams.
+    """Fitted weights of n-grams, stored as three arrays and a list of n-grams; nothing is pickled.
 
     Attributes:
         vocabulary: n-grams, the position being the column.
@@ -54,8 +75,8 @@ class LinearClassifier:
         self.vocabulary = list(vocabulary)
         # In C order: safetensors writes the memory of an array as it lies, and scikit-learn leaves `coef_` transposed.
         self.idf, self.coef, self.intercept = (np.ascontiguousarray(a, dtype="<f8") for a in (idf, coef, intercept))
-        self._weighting = TfidfVectorizer(analyzer=features, sublinear_tf=True, norm=None, vocabulary=self.vocabulary)
-        self._weighting.idf_ = self.idf
+        self._tfidf = TfidfVectorizer(analyzer=features, sublinear_tf=True, norm=None, vocabulary=self.vocabulary)
+        self._tfidf.idf_ = self.idf
         self._views = views_of(self.vocabulary)
         digest = hashlib.sha256(json.dumps([FEATURES, self.vocabulary]).encode())
         for array in (self.idf, self.coef, self.intercept):
@@ -68,15 +89,29 @@ class LinearClassifier:
 
         if not len(questions):
             return np.empty((0, len(SEVERITIES)))
-        rows = even(self._weighting.transform(questions), self._views)
+        rows = scale_views(self._tfidf.transform(questions), self._views)
         result: np.ndarray = softmax(rows @ self.coef.T + self.intercept, axis=1)
         return result
 
+    def save(self, folder: Path) -> None:
+        """Writes its two files into a folder."""
+        from safetensors.numpy import save_file
 
-def fit_linear(examples: Examples, seed: int = 0, *, max_features: int = MAX_FEATURES) -> LinearClassifier:
-    """Fits to examples that have every severity; with blocks, it gets the mean intercept of those that have it too.
+        save_file({"idf": self.idf, "coef": self.coef, "intercept": self.intercept}, folder / ARRAYS)
+        (folder / VOCABULARY).write_text(json.dumps(self.vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    The seed draws what is too much for exact sums: the topics of answers, and rows where there are very many.
+    @classmethod
+    def load(cls, folder: Path) -> LinearClassifier:
+        """What `save` wrote; whoever calls it compares the version, which covers every bit."""
+        from safetensors.numpy import load_file
+
+        arrays = load_file(folder / ARRAYS)
+        vocabulary = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
+        return cls(vocabulary, arrays["idf"], arrays["coef"], arrays["intercept"])
+
+
+def fit_linear(examples: Examples) -> LinearClassifier:
+    """Fits to examples that have every severity; the intercept is the mean one of blocks that have them all.
 
     Raises:
         DataError: the questions share no n-gram that stands in two of them.
@@ -85,66 +120,64 @@ def fit_linear(examples: Examples, seed: int = 0, *, max_features: int = MAX_FEA
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    weighting = TfidfVectorizer(analyzer=features, sublinear_tf=True, norm=None, min_df=2, max_features=max_features)
+    # An n-gram of one question alone, a name above all, is never stored.
+    tfidf = TfidfVectorizer(analyzer=features, sublinear_tf=True, norm=None, min_df=2, max_features=MAX_FEATURES)
     try:
-        counted = weighting.fit_transform(examples.questions)
-    except ValueError:  # scikit-learn's word for an empty vocabulary
-        raise DataError(
-            "No word or part of one stands in two of the training questions, so nothing can be learnt: bring more rows."
-        ) from None
-    vocabulary = weighting.get_feature_names_out().tolist()
-    rows = even(counted, views_of(vocabulary))
+        counted = tfidf.fit_transform(examples.questions)
+    except ValueError:  # an empty vocabulary
+        raise DataError("No word or part of one stands in two of the training questions; bring more rows.") from None
+    vocabulary = tfidf.get_feature_names_out().tolist()
+    rows = scale_views(counted, views_of(vocabulary))
     complete = complete_rows(examples.labels, examples.blocks)
-    blocks = examples.blocks if complete.any() else None
-    side = foretold(rows, examples.side, examples.groups, seed) if examples.side else None
-    which = np.empty((len(examples), 0))
-    if blocks is not None:
-        _, index = np.unique(blocks, return_inverse=True)
-        which = np.eye(index.max() + 1)[index] * BLOCK_SCALE
-    columns = [rows, csr_matrix(which), *([] if side is None else [csr_matrix(side[0])])]
-    weights = np.where(complete, 1.0, INCOMPLETE_WEIGHT) if blocks is not None else None
-    fitted = LogisticRegression(C=C, max_iter=1000).fit(hstack(columns).tocsr(), examples.labels, weights)
-
-    ends = np.cumsum([rows.shape[1], which.shape[1]])
-    coef, own, foretelling = np.split(fitted.coef_, ends, axis=1)
-    intercept = fitted.intercept_ + (own @ which[complete].mean(axis=0) if blocks is not None else 0.0)
-    if side is not None:
-        coef = coef + foretelling @ side[1].T
-    return LinearClassifier(vocabulary, weighting.idf_, coef, intercept)
+    if examples.blocks is None or not complete.any():
+        fitted = LogisticRegression(C=C, max_iter=1000).fit(rows, examples.labels)
+        return LinearClassifier(vocabulary, tfidf.idf_, fitted.coef_, fitted.intercept_)
+    _, index = np.unique(examples.blocks, return_inverse=True)
+    indicators = np.eye(index.max() + 1)[index] * BLOCK_SCALE
+    columns = hstack([rows, csr_matrix(indicators)]).tocsr()
+    weights = np.where(complete, 1.0, INCOMPLETE_WEIGHT)
+    fitted = LogisticRegression(C=C, max_iter=1000).fit(columns, examples.labels, weights)
+    coef, of_blocks = np.split(fitted.coef_, [rows.shape[1]], axis=1)
+    intercept = fitted.intercept_ + of_blocks @ indicators[complete].mean(axis=0)
+    return LinearClassifier(vocabulary, tfidf.idf_, coef, intercept)
 
 
-def write_linear(classifier: LinearClassifier, folder: Path) -> list[Path]:
-    """Writes its two files into a folder, and returns them."""
-    from safetensors.numpy import save
+def features(question: str) -> list[str]:
+    """The n-grams of a question: parts of its words, then stems and pairs of stems, marked with `=`."""
+    words = fold_for_matching(question).split()
+    stems = [stem(word) for word in words if word not in GREETINGS]
+    return [
+        *itertools.chain.from_iterable(map(_characters, words)),
+        *(_WORD + one for one in stems),
+        *(f"{_WORD}{one} {two}" for one, two in itertools.pairwise(stems)),
+    ]
 
-    arrays, vocabulary = folder / ARRAYS, folder / VOCABULARY
-    with plain_disk_errors(arrays, when_full="free some, then run this again"):
-        arrays.write_bytes(save({"idf": classifier.idf, "coef": classifier.coef, "intercept": classifier.intercept}))
-    content = {"features": FEATURES, "vocabulary": classifier.vocabulary}
-    write_atomically(vocabulary, json.dumps(content, ensure_ascii=False) + "\n")
-    return [arrays, vocabulary]
+
+def views_of(vocabulary: Sequence[str]) -> np.ndarray:
+    """(features,) int64: 1 for stems and their pairs, 0 for parts of words."""
+    return np.fromiter((name.startswith(_WORD) for name in vocabulary), dtype=np.int64, count=len(vocabulary))
 
 
-def read_linear(folder: Path) -> LinearClassifier:
-    """What `write_linear` wrote; raises DataError when it is absent, damaged or of another version."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def scale_views(rows: csr_matrix, views: np.ndarray) -> csr_matrix:
+    """Weighted counts (n, features), none negative, each view of a row scaled to the length √½: both make 1."""
+    place = 2 * np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr)) + views[rows.indices]
+    squares = np.bincount(place, weights=rows.data**2, minlength=2 * rows.shape[0])
+    result = rows.copy()
+    result.data = rows.data / np.sqrt(2 * squares)[place]
+    return result
 
-    damaged = DataError(f"The linear classifier in {folder} is damaged or incomplete: fit it again.")
-    try:
-        arrays = load_file(folder / ARRAYS)
-        content: dict[str, Any] = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
-        version, vocabulary = content["features"], content["vocabulary"]
-        idf, coef, intercept = arrays["idf"], arrays["coef"], arrays["intercept"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        raise damaged from None
-    if version != FEATURES:
-        raise DataError(
-            f"The linear classifier in {folder} counts n-grams in a way (version {version}) that this version of "
-            "sevpeft does not: fit it again."
-        )
-    size, classes = len(vocabulary), len(SEVERITIES)
-    fits = idf.shape == (size,) and coef.shape == (classes, size) and intercept.shape == (classes,)
-    if not fits or not size or not all(np.isfinite(array).all() for array in (idf, coef, intercept)) or idf.min() <= 0:
-        raise damaged
-    return LinearClassifier(vocabulary, idf, coef, intercept)
+
+# Few words make up most of a language; cutting them anew each time takes half of the time of a prediction.
+@functools.lru_cache(maxsize=1 << 15)
+def _characters(word: str) -> tuple[str, ...]:
+    edged = f" {word} "
+    return tuple(edged[start : start + size] for size in CHARACTERS for start in range(max(1, len(edged) - size + 1)))
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def stem(word: str) -> str:
+    """A word without one proclitic and one suffix, where three letters remain."""
+    for affix in (_PROCLITIC, _SUFFIX):
+        cut = affix.sub("", word) if len(word) > _SHORTEST_STEM else word
+        word = cut if len(cut) >= _SHORTEST_STEM else word
+    return word

@@ -1,171 +1,129 @@
-"""From evaluations to what people and programs read: tables of at most 80 columns, and the content of metrics.json.
+"""Report of an evaluation, as Markdown for the screen and the card, and as JSON for metrics.json.
 
-An accuracy never stands without its baselines here: both are columns of one table, and an `Evaluation` without a
-baseline cannot be made.
+The card is the README.md of a classifier's folder. It is published: no row of the data, no path and no name of a
+person or machine stands in it.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from sevpeft.severity.classifier.crossvalidation import Evaluation
-from sevpeft.severity.classifier.judging import CRITICAL, FIGURES, Estimate, Judgement, Threshold
+from sevpeft.severity.classifier.evaluate import CRITICAL, FIGURES, ClassifierMetrics, Evaluation
 from sevpeft.severity.probabilities import SEVERITIES
 
-if TYPE_CHECKING:
-    from rich.table import Table
+_CARD = """\
+---
+{{ card_data }}
+---
 
-WORDS = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "recall_critical": "recall critical",
-    "precision_critical": "precision crit.",
-    "auc_critical": "AUC critical",
-    "brier": "Brier score",
-    "ece_critical": "ECE critical",
-    "ece_top": "ECE likeliest",
-}
-RECALLS = (0.5, 0.6, 0.7, 0.8, 0.9)
+# Severity of Arabic medical questions: {{ about.kind }} classifier
 
+Gives each question the probabilities of being non-critical, neutral and critical. They weight the loss of a training;
+they were not made to tell a patient anything.
 
-def as_json(content: Any) -> Any:
-    """Dataclasses as objects and what is not a number as null, for metrics.json."""
-    if dataclasses.is_dataclass(content) and not isinstance(content, type):
-        content = dataclasses.asdict(content)
-    if isinstance(content, dict):
-        return {name: as_json(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [as_json(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+> **Not a medical device.** It misses critical questions (see recall) and raises alarm for others. No person may be sent
+> away, or made to wait, because of what it says.
 
+## Data
 
-def figures_table(evaluation: Evaluation) -> Table:
-    """Every figure with its interval, before calibration, and of every baseline."""
-    from rich import box
-    from rich.table import Table
+{{ about.training.rows }} rows, {{ about.training.questions }} distinct questions ({{ labels }});
+seed {{ about.training.seed }}.
+{%- if about.training.encoder %} Encoder: `{{ about.training.encoder }}`.{% endif %}
+{%- for fingerprint in about.training.fingerprints %}
+Fingerprint `{{ fingerprint }}`.
+{%- endfor %}
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left", title=title(evaluation))
-    table.add_column("")
-    table.add_column("calibrated, 95 %", justify="right", no_wrap=True)
-    table.add_column("before", justify="right")
-    for name in evaluation.baselines:
-        table.add_column(name.replace(" ", "\n"), justify="right")
-    for name in FIGURES:
-        others = [evaluation.raw, *evaluation.baselines.values()]
-        table.add_row(WORDS[name], interval(evaluation.calibrated.figures[name]), *(_number(o, name) for o in others))
-    return table
+{{ evaluations }}
+
+## Limits
+
+- The labels are those of the data above: what its annotators called critical, with their mistakes.
+- The figures hold for questions like those of the test rows. Other forums, dialects and years have other shares of
+  severe cases, and calibration follows the shares: evaluate it on your own rows
+  (`sevpeft classifier evaluate DATA classifier=DIR`).
+- The n-grams of a linear classifier are words, parts and pairs of words that stand in two training questions or more:
+  where those were not masked, some are names of patients. Its files are their owner's alone; mask the names
+  (`sevpeft prepare`) and fit it again before you share it.
+- Random splits flatter where a file's labels depend on the place in it. The row-number baseline shows by how much; only
+  an evaluation by block (`block_column=NAME`) leaves it out.
+
+Version `{{ about.version }}`.
+"""
 
 
-def confusion_table(judgement: Judgement) -> Table:
-    """Rows that have a severity, by their likeliest one."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left", title="Confusion")
-    table.add_column("is")
-    for name in SEVERITIES:
-        table.add_column(f"likeliest\n{name}", justify="right")
-    for name, counts in zip(SEVERITIES, judgement.confusion, strict=True):
-        table.add_row(name, *(f"{count:,}" for count in counts))
-    return table
-
-
-def tradeoff_table(curve: Sequence[Threshold], of: str = "critical") -> Table:
-    """What it costs to catch a given share: points of the curve that is drawn in precision_recall.png."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left", title=f"Catching {of}")
-    for heading in ("p_critical from", "flagged", "recall, 95 %", "precision, 95 %"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for point in chosen_points(curve):
-        table.add_row(
-            f"{point.threshold:.3f}", f"{point.flagged:.0%}", interval(point.recall), interval(point.precision)
-        )
-    return table
-
-
-def blocks_table(evaluation: Evaluation) -> Table | None:
-    """Each judged block alone: figures pooled over blocks mix what is in a block with which block it is."""
-    from rich import box
-    from rich.table import Table
-
-    if len(evaluation.blocks) < 2:
-        return None
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left", title="By block")
-    for heading in ("block", "rows", "critical", "accuracy, 95 %", "AUC critical, 95 %"):
-        table.add_column(heading, justify="left" if heading == "block" else "right", overflow="ellipsis", no_wrap=True)
-    for name, judgement in evaluation.blocks.items():
-        figures = (interval(judgement.figures[figure]) for figure in ("accuracy", "auc_critical"))
-        table.add_row(name[:20], f"{judgement.rows:,}", f"{judgement.labels['critical']:,}", *figures)
-    return table
-
-
-def remarks(evaluation: Evaluation) -> list[str]:
-    """What a reader of the table should not miss, one sentence each."""
-    judged = evaluation.calibrated
-    said = [
-        f"With this many rows a perfectly calibrated classifier has an ECE of {judged.ece_critical_if_perfect:.3f} "
-        f"(critical) and {judged.ece_top_if_perfect:.3f} (likeliest)."
+def markdown(heading: str, evaluation: Evaluation) -> str:
+    """Figures beside those of the baselines, each block alone, and what a reader should not miss."""
+    scored, others = evaluation.calibrated, {"before": evaluation.raw, **evaluation.baselines}
+    rows = [
+        [figure.replace("_", " "), _number(scored, figure), *(_number(other, figure) for other in others.values())]
+        for figure in FIGURES
     ]
-    accuracy = judged.figures["accuracy"]
-    best = max(evaluation.baselines, key=lambda name: evaluation.baselines[name].figures["accuracy"].value)
-    if accuracy.low <= evaluation.baselines[best].figures["accuracy"].value:
-        said.append(f"The accuracy is not clearly above what needs no reading (baseline {best}).")
-    area = judged.figures["auc_critical"]
-    if area.low <= 0.5:
-        said.append("It is not clear that it tells critical rows from others at all (AUC down to 0.5).")
-    if not any(row[CRITICAL] for row in judged.confusion):
-        said.append(
-            "No row's likeliest severity is critical: choose a threshold of p_critical from the table, or weight by "
-            "the probabilities, as training does."
+    parts = [f"## {heading}: {scored.rows:,} rows", _table(["", "calibrated, 95 %", *others], rows)]
+    if evaluation.blocks:
+        figures = ("accuracy", "auc_critical")
+        rows = [
+            [name[:20].replace("|", "/"), str(block.rows), *(_number(block, figure) for figure in figures)]
+            for name, block in evaluation.blocks.items()
+        ]
+        parts.append(_table(["block", "rows", "accuracy, 95 %", "auc critical, 95 %"], rows))
+    confusion = [[name, *map(str, counts)] for name, counts in zip(SEVERITIES, scored.confusion, strict=True)]
+    parts.append(_table(["likeliest:", *SEVERITIES], confusion))
+    return "\n\n".join([*parts, "\n".join(f"- {remark}" for remark in _remarks(heading, evaluation))])
+
+
+def write_report(folder: Path, about: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> None:
+    """Writes metrics.json and the card; `about` is what classifier.json says."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    (folder / "metrics.json").write_text(json.dumps(as_json(about, evaluations), indent=2) + "\n", encoding="utf-8")
+    tags = ["medical", "arabic", "severity", "sevpeft"]
+    data = ModelCardData(language="ar", library_name="sevpeft", pipeline_tag="text-classification", tags=tags)
+    sections = "\n\n".join(markdown(heading, evaluation) for heading, evaluation in evaluations.items())
+    labels = ", ".join(f"{count:,} {name}" for name, count in about["training"]["labels"].items())
+    card = ModelCard.from_template(data, template_str=_CARD, about=about, labels=labels, evaluations=sections)
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def as_json(about: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """What is known of the classifier and every figure; what is not a number becomes null."""
+    found = json.dumps({heading: asdict(evaluation) for heading, evaluation in evaluations.items()})
+    return {**about, "evaluations": json.loads(found, parse_constant=lambda constant: None)}
+
+
+def _remarks(heading: str, evaluation: Evaluation) -> list[str]:
+    scored, baselines = evaluation.calibrated, evaluation.baselines
+    remarks = [f"With so many rows, perfect calibration has an ECE (critical) of {scored.ece_critical_by_chance:.3f}."]
+    best = max(baselines, key=lambda name: baselines[name].figures["accuracy"].value)
+    if scored.figures["accuracy"].low <= baselines[best].figures["accuracy"].value:
+        remarks.append(f"The accuracy is not clearly above that of the baseline {best}, which reads no text.")
+    if scored.figures["auc_critical"].low <= 0.5:
+        remarks.append("It is not clear that critical rows are told from others at all (AUC down to 0.5).")
+    if not any(row[CRITICAL] for row in scored.confusion):
+        remarks.append("No row's likeliest severity is critical; weight by the probabilities, as training does.")
+    if evaluation.unscored is None and heading != "Other data":
+        remarks.append(
+            "Not evaluated by block. Where rows that stand together were labeled together, these figures flatter; name "
+            "the column that tells such parts with block_column=NAME."
         )
-    if evaluation.dropped:
-        said.append(f"{evaluation.dropped:,} rows were not trained on, because judged rows ask the same.")
-    return said
+    if evaluation.unscored:
+        remarks.append(f"Not evaluated on, for lack of a severity: {', '.join(n[:20] for n in evaluation.unscored)}.")
+    return remarks
 
 
-def render(evaluation: Evaluation) -> list[Any]:
-    """Everything about one evaluation, to be printed one after the other."""
-    from rich.text import Text
-
-    parts = [
-        figures_table(evaluation),
-        *(Text(said, style="dim") for said in remarks(evaluation)),
-        "",
-        confusion_table(evaluation.calibrated),
-        tradeoff_table(evaluation.calibrated.curve),
-    ]
-    blocks = blocks_table(evaluation)
-    return [*parts, blocks] if blocks is not None else parts
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def title(evaluation: Evaluation) -> str:
-    judged = evaluation.calibrated
-    counts = ", ".join(f"{count:,} {name}" for name, count in judged.labels.items())
-    return f"Judged on {evaluation.protocol}\n{judged.rows:,} rows, {judged.groups:,} questions: {counts}"
-
-
-def chosen_points(curve: Sequence[Threshold]) -> list[Threshold]:
-    """For each of `RECALLS` the highest threshold that reaches it, each point once."""
-    points: list[Threshold] = []
-    for recall in RECALLS:
-        reaching = [point for point in curve if point.recall.value >= recall]
-        if reaching and reaching[-1] not in points:
-            points.append(reaching[-1])
-    return points
-
-
-def interval(estimate: Estimate) -> str:
-    """0.482 [0.451, 0.509], or a dash where there is no such figure."""
+def _number(metrics: ClassifierMetrics, figure: str) -> str:
+    """0.482 [0.451, 0.509], without the interval where none was made, or a dash where there is no such figure."""
+    estimate = metrics.figures[figure]
     if not math.isfinite(estimate.value):
         return "–"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
-def _number(judgement: Judgement, figure: str) -> str:
-    value = judgement.figures[figure].value
-    return f"{value:.3f}" if math.isfinite(value) else "–"
+    interval = f" [{estimate.low:.3f}, {estimate.high:.3f}]" if math.isfinite(estimate.low) else ""
+    return f"{estimate.value:.3f}{interval}"

@@ -1,8 +1,11 @@
-"""A severity classifier on an Arabic encoder: fine-tuned with transformers' Trainer, stored as safetensors, no pickle.
+"""A severity classifier on an Arabic encoder, fine-tuned with transformers' Trainer and stored as safetensors.
 
-Rare severities count as much as frequent ones, by the weights of the loss or by repeating their rows. Training stops
-when a part of the rows that shares no question with the others gets no better, and the best epoch is kept. LoRA
-adapters are merged in the end: the stored folder then stands for itself, and what was judged is what is stored.
+Rare severities count as much as frequent ones, by the weights of the loss. Training stops when a part of the rows that
+shares no question with the others gets no better, and the best epoch is kept. LoRA adapters are merged in the end, so
+that what was evaluated is what is stored.
+
+transformers fills weights that a checkpoint lacks with random numbers, and makes up an empty tokenizer where there is
+none, both in silence. Both are errors here. Only safetensors are read, and no code from the Hub runs.
 """
 
 from __future__ import annotations
@@ -14,60 +17,44 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
-from transformers import (
-    DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sevpeft.errors import DataError, ModelError
-from sevpeft.runs import plain_disk_errors, write_atomically
-from sevpeft.severity.classifier.crossvalidation import hold_out
-from sevpeft.severity.classifier.encoder import load_encoder, load_fitted, longest_input
+from sevpeft.data.read import look_for_hub
+from sevpeft.data.split import hold_out
+from sevpeft.errors import ModelError, first_sentence
+from sevpeft.runs import plain_disk_errors
 from sevpeft.severity.classifier.examples import Examples
+from sevpeft.severity.classifier.settings import EncoderSection
 from sevpeft.severity.probabilities import SEVERITIES
 
-DEFAULT_ENCODER = "CAMeL-Lab/bert-base-arabic-camelbert-mix"
-SETTINGS = "severity.json"
-MAX_LENGTH = 256
-"""Tokens: of real questions, fewer than one in a hundred is longer; of those the end is not read."""
+LABELS = dict(enumerate(SEVERITIES))
 BATCH_SIZE = 32
-
+VALIDATION_SHARE = 0.2
 # Counts up when the same weights would be made to say something else.
 CODE_VERSION = 1
-VALIDATION_SHARE = 0.2
 _LEARNING_RATE = {"full": 2e-5, "lora": 3e-4}
-
-Balance = Literal["weights", "resampling", "none"]
 
 
 class TransformerClassifier:
     """A fitted encoder with its tokenizer.
 
     Attributes:
-        max_length: tokens from which on a question is cut.
-        batch_size: questions judged at a time; the padding, and with it the last digits, depends on it.
+        max_length: tokens of a question; the rest of a longer one is not read. Stored as the tokenizer's
+            model_max_length.
+        batch_size: questions of a forward pass; the padding, and with it the last digits, depends on it.
         shortened: questions that were cut since it was made.
         version: hash of weights, tokenizer and `max_length`.
     """
 
     kind = "transformer"
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int = MAX_LENGTH
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.max_length = longest_input(model, tokenizer, max_length)
         self.batch_size = BATCH_SIZE
         self.shortened = 0
@@ -89,83 +76,95 @@ class TransformerClassifier:
             self.shortened += sum(len(ids) > self.max_length for ids in whole)
         # Questions of one length stand together, so that little is padded.
         order = np.argsort(-lengths, kind="stable")
-        names = list(inputs)
         precision = _half_precision()
         autocast = torch.autocast("cuda", dtype=precision) if precision is not None else nullcontext()
         with torch.inference_mode(), autocast:
             for start in range(0, len(order), self.batch_size):
                 part = order[start : start + self.batch_size]
-                batch = self.tokenizer.pad(
-                    {name: [inputs[name][i] for i in part] for name in names}, return_tensors="pt"
-                )
-                logits = self.model(**batch.to(self.device)).logits
+                rows = {name: [values[i] for i in part] for name, values in inputs.items()}
+                logits = self.model(**self.tokenizer.pad(rows, return_tensors="pt").to(self.device)).logits
                 result[part] = torch.softmax(logits.double(), dim=-1).cpu().numpy()
-        if not np.isfinite(result).all():
-            raise ModelError("The transformer gives no numbers: its weights are broken; fit it again.")
         return result
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, configuration and tokenizer into a folder."""
+        self.tokenizer.model_max_length = self.max_length
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> TransformerClassifier:
+        """What `save` wrote, in float32; whoever calls it compares the version, which covers every weight."""
+        model, tokenizer, _ = _load(str(folder))
+        return cls(model, tokenizer, tokenizer.model_max_length)
+
+
+def load_encoder(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An encoder in float32 under a random head of three labels, to be fine-tuned, and its tokenizer.
+
+    Args:
+        name: Hub id or folder. A head of other labels is replaced.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks weights or a tokenizer.
+    """
+    labels = {label: position for position, label in LABELS.items()}
+    model, tokenizer, absent = _load(name, num_labels=len(LABELS), id2label=LABELS, label2id=labels)
+    prefix = f"{model.base_model_prefix}."
+    absent = [key for key in absent if key.startswith(prefix) and not key.startswith(f"{prefix}pooler.")]
+    if absent:
+        raise ModelError(
+            f"{name} lacks {len(absent)} of the weights that its config.json names, such as {absent[0]}, and they "
+            "would be random numbers; fetch it again, or name another encoder."
+        )
+    return model, tokenizer
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
+    """Tokens of the longest input: `wanted`, within what the encoder has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", wanted)
+    # RoBERTa and its kin begin to count positions after the pad token.
+    if "roberta" in model.config.model_type or model.config.model_type == "camembert":
+        positions -= (model.config.pad_token_id or 0) + 1
+    return int(min(wanted, positions, tokenizer.model_max_length))
 
 
 def fit_transformer(
-    questions: Sequence[str],
-    labels: np.ndarray,
-    groups: np.ndarray,
+    examples: Examples,
+    settings: EncoderSection,
     *,
     seed: int = 0,
-    encoder: str = DEFAULT_ENCODER,
-    balance: Balance = "weights",
-    lora_r: int | None = None,
-    num_train_epochs: float = 6,
-    learning_rate: float | None = None,
-    per_device_train_batch_size: int = 16,
-    early_stopping_patience: int = 2,
-    max_length: int = MAX_LENGTH,
-    progress: Callable[[str], None] = lambda said: None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> TransformerClassifier:
     """Fine-tunes an encoder; the same call gives the same weights, bit for bit on a CPU.
 
-    Args:
-        questions, labels, groups: (n,) texts, positions in `SEVERITIES`, and numbers, equal where two ask the same.
-        encoder: Hub id or folder.
-        balance: "weights" weights the loss (`class_weights`), "resampling" repeats rows of rarer severities until all
-            have as many as the most frequent one, "none" leaves the shares as they are.
-        lora_r: rank of LoRA adapters on all linear layers; None trains all weights.
-        learning_rate: None for 2e-5, or 3e-4 with LoRA.
-        early_stopping_patience: epochs without a better validation loss after which to stop.
-        progress: is told what is being done.
-
     Raises:
         DataError: a severity has too few questions to train and to validate on.
-        ModelError: the encoder cannot be loaded, or the training came to nothing.
+        ModelError: the encoder cannot be loaded, or the loss is not a number.
     """
-    labels = np.asarray(labels, dtype=np.int64)
-    examples = Examples(list(questions), labels, np.asarray(groups), np.arange(len(labels)))
     fold = hold_out(examples, VALIDATION_SHARE, seed=seed)
-    if not all(count for count in examples.take(fold.train).counts().values()):
-        raise DataError("A severity has no question left to train on: bring more rows of every severity.")
-    progress(f"loading {encoder}")
+    labels = examples.labels
+    progress(f"loading {settings.name_or_path}")
     # Before the head is made, whose weights are drawn.
-    set_seed(seed)
-    model, tokenizer = load_encoder(encoder)
-    max_length = longest_input(model, tokenizer, max_length)
+    transformers.set_seed(seed)
+    model, tokenizer = load_encoder(settings.name_or_path)
+    max_length = longest_input(model, tokenizer, settings.max_length)
     tokens = tokenizer(examples.questions, truncation=True, max_length=max_length)["input_ids"]
-    train = _resampled(labels, fold.train, seed) if balance == "resampling" else fold.train
-    weights = class_weights(labels[fold.train]) if balance == "weights" else torch.ones(len(SEVERITIES))
-    judged = class_weights(labels[fold.test]) if balance != "none" else torch.ones(len(SEVERITIES))
-    if lora_r is not None:
-        model = _with_lora(model, lora_r)
+    if settings.lora_r is not None:
+        model = _with_lora(model, settings.lora_r)
     half = _half_precision()
     with (
         tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch,
         plain_disk_errors(Path(scratch).parent, when_full="free some, or set TMPDIR to a folder on another disk"),
     ):
-        trainer = Trainer(
+        trainer = transformers.Trainer(
             model=model,
-            args=TrainingArguments(
+            args=transformers.TrainingArguments(
                 output_dir=scratch,
                 seed=seed,
-                num_train_epochs=num_train_epochs,
-                learning_rate=learning_rate or _LEARNING_RATE["full" if lora_r is None else "lora"],
-                per_device_train_batch_size=per_device_train_batch_size,
+                num_train_epochs=settings.num_train_epochs,
+                learning_rate=settings.learning_rate or _LEARNING_RATE["lora" if settings.lora_r else "full"],
+                per_device_train_batch_size=settings.per_device_train_batch_size,
                 per_device_eval_batch_size=BATCH_SIZE,
                 train_sampling_strategy="group_by_length",
                 weight_decay=0.01,
@@ -179,116 +178,87 @@ def fit_transformer(
                 save_only_model=True,
                 save_total_limit=1,
                 load_best_model_at_end=True,
-                metric_for_best_model="eval_severity_loss",
+                metric_for_best_model="eval_loss",
                 greater_is_better=False,
                 disable_tqdm=True,
                 report_to="none",
                 dataloader_pin_memory=False,
             ),
-            train_dataset=[{"input_ids": tokens[i], "labels": int(labels[i])} for i in train],
+            train_dataset=[{"input_ids": tokens[i], "labels": int(labels[i])} for i in fold.train],
             eval_dataset=[{"input_ids": tokens[i], "labels": int(labels[i])} for i in fold.test],
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_loss_func=WeightedLoss(weights),
-            compute_metrics=lambda predicted: {"severity_loss": _validation_loss(predicted, judged)},
-            callbacks=[EarlyStoppingCallback(early_stopping_patience), _Telling(progress)],
+            data_collator=transformers.DataCollatorWithPadding(tokenizer),
+            compute_loss_func=weighted_loss(class_weights(labels[fold.train])),
+            callbacks=[transformers.EarlyStoppingCallback(settings.early_stopping_patience), _Progress(progress)],
         )
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         best = trainer.state.best_metric
     if best is None or not np.isfinite(best):
-        raise ModelError("The training came to nothing, its loss is not a number; lower the learning rate.")
+        raise ModelError("The loss of the encoder is not a number; lower encoder.learning_rate.")
     fitted = trainer.accelerator.unwrap_model(trainer.model)
-    if lora_r is not None:
+    if settings.lora_r is not None:
         fitted = fitted.merge_and_unload()
     return TransformerClassifier(fitted, tokenizer, max_length)
 
 
 def class_weights(labels: np.ndarray) -> torch.Tensor:
-    """(3,) float32: n / (3 · n_k), so that every severity has the same part in the loss; their mean over rows is 1.
-
-    A severity without a row has the weight 0: there is nothing to weight.
-    """
-    counts = np.bincount(labels, minlength=len(SEVERITIES))
-    weights = np.divide(len(labels), len(SEVERITIES) * counts, out=np.zeros(len(SEVERITIES)), where=counts > 0)
+    """(3,) float32: n / (3 · n_k), so that every severity has the same part in the loss; their mean over rows is 1."""
+    weights = len(labels) / (len(SEVERITIES) * np.bincount(labels, minlength=len(SEVERITIES)))
     return torch.tensor(weights, dtype=torch.float32)
 
 
-class WeightedLoss:
-    """Σ_i w[y_i] · −log p_i[y_i] / n for a batch of n rows.
+def weighted_loss(weights: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Σ_i w[y_i] · −log p_i[y_i] / n for a batch of n rows, as the transformers.Trainer calls it.
 
     Unlike the weighted mean of torch, it does not divide by the weights of the batch: a batch that holds one critical
     row would then count it as much as a batch that holds ten.
     """
 
-    def __init__(self, weights: torch.Tensor) -> None:
-        self.weights = weights
-
-    def __call__(
-        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        weights = self.weights.to(outputs.logits.device)
-        total = cross_entropy(outputs.logits.float(), labels, weight=weights, reduction="sum")
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs.logits.float()
+        total = cross_entropy(logits, labels, weight=weights.to(logits.device), reduction="sum")
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
-
-def write_transformer(classifier: TransformerClassifier, folder: Path) -> None:
-    """Writes weights, configuration, tokenizer and settings into a folder that does not exist yet."""
-    folder.mkdir(parents=True)
-    with plain_disk_errors(folder, when_full="free some, then run this again", remedy="choose another folder"):
-        classifier.model.save_pretrained(folder)
-        classifier.tokenizer.save_pretrained(folder)
-    write_atomically(folder / SETTINGS, json.dumps({"max_length": classifier.max_length}) + "\n")
+    return loss
 
 
-def read_transformer(folder: Path) -> TransformerClassifier:
-    """What `write_transformer` wrote.
-
-    Raises:
-        ModelError: it is not there, damaged, without a fitted head, or its labels stand in another order.
-    """
-    try:
-        max_length = int(json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["max_length"])
-        if max_length < 1:
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ModelError(
-            f"{folder} holds no severity classifier of a transformer ({SETTINGS} is absent or damaged); fit one with "
-            "`sevpeft classifier fit DATA FOLDER --kind transformer`."
-        ) from None
-    model, tokenizer = load_fitted(folder)
-    return TransformerClassifier(model, tokenizer, max_length)
-
-
-class _Telling(TrainerCallback):
-    """Tells how far the training is."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell = tell
+class _Progress(transformers.TrainerCallback):
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self.show = show
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.tell(f"step {state.global_step} of at most {state.max_steps}")
+        self.show(f"step {state.global_step} of at most {state.max_steps}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        self.tell(f"epoch {state.epoch:g}: validation loss {metrics['eval_severity_loss']:.3f}")
+        self.show(f"epoch {state.epoch:g}: validation loss {metrics['eval_loss']:.3f}")
 
 
-def _validation_loss(predicted: EvalPrediction, weights: torch.Tensor) -> float:
-    """The loss of `WeightedLoss` over the whole validation part, whatever its batches were."""
-    scores = torch.as_tensor(predicted.predictions).double()
-    loss = cross_entropy(scores, torch.as_tensor(predicted.label_ids), weight=weights.double(), reduction="sum")
-    return float(loss) / len(scores)
-
-
-def _resampled(labels: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
-    """The positions, those of rarer severities again and again until every severity has as many as the largest."""
-    random = np.random.default_rng(seed)
-    by_class = [positions[labels[positions] == k] for k in range(len(SEVERITIES))]
-    most = max(map(len, by_class))
-    repeated = []
-    for own in by_class:
-        whole, rest = divmod(most, len(own))
-        repeated += [np.tile(own, whole), random.choice(own, rest, replace=False)]
-    return np.sort(np.concatenate(repeated))
+def _load(name: str, **head: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """A model, its tokenizer, and the names of weights that the checkpoint lacks or has in another shape."""
+    folder = Path(name).expanduser()
+    source = str(folder) if folder.is_dir() else name
+    if not folder.is_dir():
+        look_for_hub()
+    try:
+        model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the callers decide which names may differ
+            **head,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever a library raises on files that others wrote
+        raise ModelError(f"The encoder {name} cannot be loaded ({first_sentence(error)}); name another one.") from error
+    if (
+        tokenizer.pad_token_id is None
+        or not len(tokenizer.all_special_tokens) < len(tokenizer) <= model.config.vocab_size
+    ):
+        raise ModelError(f"{name} has no tokenizer, or that of another kind of model; name another encoder.")
+    absent = [*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])]
+    return model, tokenizer, sorted(absent)
 
 
 def _with_lora(model: PreTrainedModel, r: int) -> Any:
@@ -301,9 +271,7 @@ def _with_lora(model: PreTrainedModel, r: int) -> Any:
         if isinstance(module, torch.nn.Linear) and name.startswith(inside) and "pooler" not in name
     ]
     # A head and a pooler may have come with random weights, which no adapter of low rank would make up for.
-    whole = [
-        name for name, module in model.named_children() if name != model.base_model_prefix and list(module.parameters())
-    ]
+    whole = [name for name, child in model.named_children() if f"{name}." != inside and list(child.parameters())]
     whole += [name for name, _ in model.named_modules() if name == f"{inside}pooler"]
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
@@ -321,12 +289,11 @@ def _version(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_len
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    read: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
+    content: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
     if tokenizer.is_fast:
-        read = json.loads(tokenizer.backend_tokenizer.to_str())
-        # These two say what was read last, not what the tokenizer is.
-        read |= {"truncation": None, "padding": None}
-    digest.update(json.dumps(read, sort_keys=True).encode())
+        # Truncation and padding are those of the last call.
+        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()[:12]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sevpeft.severity.classifier import evaluate
 from sevpeft.severity.classifier.examples import Examples
+from sevpeft.severity.lexicon import COLUMNS
+from sevpeft.severity.probabilities import SEVERITIES
 
 WORDS = {
     0: ["شعر", "حبوب", "فيتامين", "بشره", "وزن"],
@@ -26,8 +29,8 @@ def build_examples(
     labels[:12] = np.arange(12) % 3
     questions = []
     for label in labels:
-        said = label if random.random() > noise else random.integers(3)
-        words = [*random.choice(FILLERS, 5), *random.choice(WORDS[int(said)], 2), f"رقم{random.integers(10**9)}"]
+        shown = label if random.random() > noise else random.integers(3)
+        words = [*random.choice(FILLERS, 5), *random.choice(WORDS[int(shown)], 2), f"رقم{random.integers(10**9)}"]
         questions.append(" ".join(random.permutation(words)))
     return Examples(questions, labels.astype(np.int64), np.arange(count), np.arange(1, count + 1))
 
@@ -38,11 +41,15 @@ def examples() -> Examples:
 
 
 @pytest.fixture
-def blocks() -> Callable[[Examples, int], Examples]:
-    """Deals examples into blocks of equal size, in the order of the rows."""
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals of 20 draws, for tests that look at other things."""
+    monkeypatch.setattr(evaluate, "RESAMPLES", 20)
 
-    def deal(examples: Examples, count: int) -> Examples:
-        names = np.array([f"block{number * count // len(examples)}" for number in range(len(examples))])
-        return Examples(examples.questions, examples.labels, examples.groups, examples.rows, names)
 
-    return deal
+@pytest.fixture
+def lexicon(tmp_path: Path) -> Path:
+    """A lexicon that knows every word whose severity shows."""
+    rows = [f"{word}\t{SEVERITIES[k]}\tsign\t\tH\t" for k, words in WORDS.items() for word in words]
+    path = tmp_path / "own.tsv"
+    path.write_text("\n".join(["\t".join(COLUMNS), *rows]), encoding="utf-8")
+    return path

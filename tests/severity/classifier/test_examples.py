@@ -1,8 +1,9 @@
-"""Rows become labelled examples by name, by group and by block, or are refused without being quoted."""
+"""Rows become labeled examples; splits of them keep a question and its duplicates on one side."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ import numpy as np
 import pytest
 
 from sevpeft.data.read import Consultations, load_consultations
+from sevpeft.data.split import hold_out
 from sevpeft.errors import DataError, SevpeftError
-from sevpeft.severity.classifier.examples import binary_examples, complete_rows, labelled_examples, question_groups
+from sevpeft.severity.classifier.examples import Examples, block_folds, complete_rows, grouped_folds, labeled_examples
+from sevpeft.severity.probabilities import SEVERITIES
+
+from .conftest import build_examples
 
 SECRET = "عندي سر"
-NAMES = ("non_critical", "neutral", "critical")
 
 
 def read(folder: Path, *changes: dict[str, Any], **columns: list[Any]) -> Consultations:
     rows = [
-        {"question": f"{SECRET} {number}", "answer": "راجع الطبيب", "severity": NAMES[number % 3]}
+        {"question": f"{SECRET} {number}", "answer": "راجع الطبيب", "severity": SEVERITIES[number % 3]}
         | {name: values[number] for name, values in columns.items()}
         for number in range(6)
     ]
@@ -30,85 +34,111 @@ def read(folder: Path, *changes: dict[str, Any], **columns: list[Any]) -> Consul
     return load_consultations(path, keep="all")
 
 
-def test_labels_rows_and_what_stands_beside_are_read(tmp_path: Path) -> None:
-    found = labelled_examples(read(tmp_path, specialty=["قلب"] * 6))
+def test_labels_rows_and_blocks_by_their_name_in_the_input_are_read(tmp_path: Path) -> None:
+    found = labeled_examples(read(tmp_path))
     assert found.labels.tolist() == [0, 1, 2, 0, 1, 2] and found.rows.tolist() == [1, 2, 3, 4, 5, 6]
-    assert found.counts() == {"non_critical": 2, "neutral": 2, "critical": 2}
-    assert found.side == {"answer": ["راجع الطبيب"] * 6, "specialty": ["قلب"] * 6} and found.blocks is None
+    assert found.blocks is None
+    # A carried column, a recognized one, and the severity itself.
+    for column, values in {"source": list("aaabbb"), "specialty": list("aaabbb"), "severity": None}.items():
+        found = labeled_examples(read(tmp_path, **({column: values} if values else {})), column)
+        assert found.blocks is not None and found.blocks.tolist() == (values or list(SEVERITIES * 2)), column
+    part = labeled_examples(read(tmp_path, source=list("abcdef")), "source").take(np.array([4, 1]))
+    assert part.questions == [f"{SECRET} 4", f"{SECRET} 1"] and part.rows.tolist() == [5, 2]
+    assert part.blocks is not None and part.blocks.tolist() == ["e", "b"]
 
 
-def test_spellings_of_one_question_are_one_group(tmp_path: Path) -> None:
-    groups = question_groups(read(tmp_path, {"question": "عندى إغماء"}, {"question": "عندي اغماء!"}))
+def test_spellings_of_one_question_are_one_group_and_a_column_named_group_is_none(tmp_path: Path) -> None:
+    rows = read(tmp_path, {"question": "عندى إغماء"}, {"question": "عندي اغماء!"}, group=["1"] * 6)
+    groups = labeled_examples(rows).groups
     assert groups[0] == groups[1] and len(set(groups.tolist())) == 5
 
 
-def test_a_column_named_group_means_nothing_in_a_file_that_was_not_prepared(tmp_path: Path) -> None:
-    assert len(set(question_groups(read(tmp_path, group=["1"] * 6)).tolist())) == 6
-
-
-@pytest.mark.parametrize("column", ["source", "specialty", "severity"])
-def test_blocks_are_any_column_by_its_name_in_the_input(tmp_path: Path, column: str) -> None:
-    values = ["a", "a", "a", "b", "b", "b"]
-    columns = {} if column == "severity" else {column: values}
-    found = labelled_examples(read(tmp_path, **columns), column)
-    assert found.blocks is not None
-    assert found.blocks.tolist() == (values if columns else list(NAMES * 2))
-
-
-def test_taking_rows_takes_all_that_is_theirs(tmp_path: Path) -> None:
-    whole = labelled_examples(read(tmp_path, source=list("abcdef"), specialty=list("uvwxyz")), "source")
-    part = whole.take(np.array([4, 1]))
-    assert part.questions == [f"{SECRET} 4", f"{SECRET} 1"] and part.rows.tolist() == [5, 2]
-    assert part.blocks is not None and part.blocks.tolist() == ["e", "b"] and part.side["specialty"] == ["y", "v"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_labels_that_do_not_serve_are_refused_without_being_quoted(tmp_path: Path) -> None:
+    for changes, expected in (
         ([{"severity": None}], "Row 1"),
         ([{"severity": "urgent?"}, {"severity": ""}], "2 rows (the first is row 1)"),
         ([{}, {}, {"severity": "neutral"}, {}, {}, {"severity": "neutral"}], "no critical row"),
-        ([{"severity": "critical"}] * 6, "no non_critical and no neutral row"),
-    ],
-)
-def test_labels_that_do_not_serve_are_refused(tmp_path: Path, changes: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(SevpeftError) as caught:
-        labelled_examples(read(tmp_path, *changes))
-    text = str(caught.value)
-    assert said in text and SECRET not in text and "\n" not in text
-
-
-def test_data_without_labels_and_columns_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text("question,answer\nألم,راجع الطبيب\n", encoding="utf-8")
-    with pytest.raises(DataError, match="no severity column"):
-        labelled_examples(load_consultations(path, keep="all"))
-    with pytest.raises(DataError, match="no column 'ward', which --block-column asks for: it has answer, question"):
-        labelled_examples(read(tmp_path), "ward")
-
-
-def test_severities_that_a_classifier_wrote_are_no_labels(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="given by a classifier"):
-        labelled_examples(read(tmp_path, severity_method=["rules"] * 6))
-
-
-def test_a_column_of_yes_and_no_is_read(tmp_path: Path) -> None:
-    examples, positive = binary_examples(read(tmp_path, first_aid=[0, 1, "1", "0", True, False]), "first_aid")
-    assert positive.tolist() == [False, True, True, False, True, False]
-    assert len(examples) == 6
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [([0, 1, 2, 0, 1, ""], "neither 0 nor 1 in 2 rows (the first is row 3)"), ([1] * 6, "is 1 in every row")],
-)
-def test_a_column_of_other_things_is_refused(tmp_path: Path, values: list[Any], said: str) -> None:
-    with pytest.raises(DataError) as caught:
-        binary_examples(read(tmp_path, first_aid=values), "first_aid")
-    assert said in str(caught.value)
+        ([{"severity_method": "rules"}] * 6, "severity_method"),
+    ):
+        with pytest.raises(SevpeftError) as caught:
+            labeled_examples(read(tmp_path, *changes))
+        assert expected in str(caught.value) and SECRET not in str(caught.value), changes
+    with pytest.raises(DataError, match="block_column"):
+        labeled_examples(read(tmp_path), "ward")
+    unlabeled = tmp_path / "rows.csv"
+    unlabeled.write_text("question,answer\nألم,راجع الطبيب\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"data\.severity_column=NAME"):
+        labeled_examples(load_consultations(unlabeled, keep="all"))
 
 
 def test_complete_rows_are_those_of_blocks_with_every_severity() -> None:
     labels, blocks = np.array([0, 1, 2, 2, 2, 0]), np.array(["a", "a", "a", "b", "b", "b"])
     assert complete_rows(labels, blocks).tolist() == [True, True, True, False, False, False]
     assert complete_rows(labels, None).all()
+
+
+def test_grouped_folds_test_every_row_once_part_no_group_and_keep_the_proportions() -> None:
+    examples = build_examples(200)
+    grouped = replace(examples, groups=np.arange(200) // 2)
+    folds = grouped_folds(grouped, folds=4)
+    assert sorted(np.concatenate([fold.test for fold in folds]).tolist()) == list(range(200))
+    for fold in folds:
+        assert not set(grouped.groups[fold.train]) & set(grouped.groups[fold.test])
+        assert len(fold.train) + len(fold.test) == 200
+    whole = np.bincount(examples.labels) / 200
+    for fold in grouped_folds(examples):
+        np.testing.assert_allclose(np.bincount(examples.labels[fold.test]) / len(fold.test), whole, atol=0.03)
+    for share in (0.5, 0.2, 0.1):
+        assert len(hold_out(examples, share).test) / 200 == pytest.approx(share, abs=0.05)
+    one, same, other = (grouped_folds(examples, seed=seed)[0].test.tolist() for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_held_out_block_is_not_trained_on_nor_are_its_duplicates_elsewhere(examples: Examples) -> None:
+    blocks = np.array([f"block{number * 3 // 240}" for number in range(240)])
+    groups = examples.groups.copy()
+    groups[100], groups[200] = groups[3], groups[4]
+    dealt = replace(examples, groups=groups, blocks=blocks)
+    folds = block_folds(dealt)
+    assert [fold.name for fold in folds] == ["block0", "block1", "block2"]
+    for fold in folds:
+        assert set(blocks[fold.test]) == {fold.name} and fold.name not in set(blocks[fold.train])
+        assert not set(groups[fold.train]) & set(groups[fold.test])
+    assert [240 - len(fold.train) - len(fold.test) for fold in folds] == [2, 1, 1]
+
+
+def test_a_block_that_lacks_a_severity_is_trained_on_and_not_held_out(examples: Examples) -> None:
+    blocks = np.array(["one", "two"], dtype="<U4")[np.arange(240) % 2]
+    blocks[(np.arange(240) < 60) & (examples.labels == 2)] = "ward"
+    folds = block_folds(replace(examples, blocks=blocks))
+    assert [fold.name for fold in folds] == ["one", "two"]
+    assert all("ward" in set(blocks[fold.train]) for fold in folds)
+
+
+def test_too_few_questions_or_severities_are_refused(examples: Examples) -> None:
+    few = np.concatenate([np.flatnonzero(examples.labels != 2), np.flatnonzero(examples.labels == 2)[:3]])
+    # One question, however often it stands there, is one.
+    copied = replace(examples, groups=np.where(examples.labels == 2, 10_000, examples.groups))
+    whole = replace(examples, blocks=np.full(240, "one"))
+    for split, expected in (
+        (lambda: grouped_folds(examples.take(few)), "critical has 3 distinct questions"),
+        (lambda: grouped_folds(copied), "critical has 1 distinct questions"),
+        (lambda: grouped_folds(examples.take(np.flatnonzero(examples.labels == 0))), "no neutral and no critical"),
+        (lambda: block_folds(whole), "Without block one"),
+    ):
+        with pytest.raises(DataError, match=expected):
+            split()
+
+
+def test_a_fold_without_a_severity_to_train_on_is_refused(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lopsided:
+        """As scikit-learn splits where large groups leave it no choice."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def split(self, _: object, labels: np.ndarray, groups: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+            return [(np.flatnonzero(labels != 2), np.flatnonzero(labels == 2))]
+
+    monkeypatch.setattr("sklearn.model_selection.StratifiedGroupKFold", Lopsided)
+    with pytest.raises(DataError, match="no critical row"):
+        grouped_folds(examples)

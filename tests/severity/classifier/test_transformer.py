@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +17,20 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
+from sevpeft.data.split import hold_out
 from sevpeft.errors import DataError, ModelError
-from sevpeft.severity.classifier.crossvalidation import hold_out
-from sevpeft.severity.classifier.encoder import longest_input
+from sevpeft.severity.classifier import transformer
+from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
 from sevpeft.severity.classifier.examples import Examples
+from sevpeft.severity.classifier.settings import EncoderSection
+from sevpeft.severity.classifier.store import TRANSFORMER, load_classifier, write_classifier
 from sevpeft.severity.classifier.transformer import (
     VALIDATION_SHARE,
     TransformerClassifier,
-    WeightedLoss,
     class_weights,
     fit_transformer,
-    read_transformer,
-    write_transformer,
+    longest_input,
+    weighted_loss,
 )
 
 WORDS = {
@@ -37,7 +41,7 @@ WORDS = {
 FILLERS = ["عندي", "منذ", "يومين", "السلام", "عليكم", "يا", "دكتور", "ما", "الحل", "شكرا"]
 
 
-def rows(count: int = 30, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray]:
+def rows(count: int = 30, seed: int = 0) -> Examples:
     """Questions whose severity one word decides, in random company; a group each."""
     random = np.random.default_rng(seed)
     labels = np.arange(count) % 3
@@ -46,7 +50,7 @@ def rows(count: int = 30, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndar
         company = random.choice(FILLERS, random.integers(2, 12)).tolist()
         company.insert(int(random.integers(len(company))), WORDS[int(label)][position // 3 % 2])
         questions.append(" ".join(company))
-    return questions, labels, np.arange(count)
+    return Examples(questions, labels, np.arange(count), np.arange(count))
 
 
 def build_bert_tokenizer() -> PreTrainedTokenizerFast:
@@ -86,11 +90,16 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoder_folder(tmp_path_factory.mktemp("encoder") / "tiny-bert")
 
 
-def fit(encoder: Path, **changes: Any) -> TransformerClassifier:
-    settings: dict[str, Any] = dict(
-        seed=5, encoder=str(encoder), num_train_epochs=12, learning_rate=3e-3, per_device_train_batch_size=4
-    )
-    return fit_transformer(*rows(), **{**settings, **changes})
+def fit(
+    encoder: Path,
+    examples: Examples | None = None,
+    seed: int = 5,
+    progress: Callable[[str], None] = lambda message: None,
+    **changes: Any,
+) -> TransformerClassifier:
+    settings: dict[str, Any] = dict(num_train_epochs=12, learning_rate=3e-3, per_device_train_batch_size=4)
+    section = EncoderSection(name_or_path=str(encoder), **{**settings, **changes})
+    return fit_transformer(rows() if examples is None else examples, section, seed=seed, progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +108,11 @@ def fitted(encoder: Path) -> TransformerClassifier:
 
 
 def test_thirty_rows_are_learnt_by_heart(fitted: TransformerClassifier) -> None:
-    questions, labels, _ = rows()
-    probabilities = fitted.probabilities(questions)
+    probabilities = fitted.probabilities(rows().questions)
     assert probabilities.shape == (30, 3) and probabilities.dtype == np.float64
     assert np.abs(probabilities.sum(axis=1) - 1).max() < 1e-12
     # A part of the rows only validated.
-    assert (probabilities.argmax(axis=1) == labels).mean() >= 0.9
+    assert (probabilities.argmax(axis=1) == rows().labels).mean() >= 0.9
 
 
 def test_the_same_call_gives_the_same_weights_bit_for_bit_and_another_seed_others(encoder: Path) -> None:
@@ -114,21 +122,27 @@ def test_the_same_call_gives_the_same_weights_bit_for_bit_and_another_seed_other
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
-def test_saved_and_loaded_it_says_the_same(fitted: TransformerClassifier, tmp_path: Path) -> None:
-    write_transformer(fitted, tmp_path / "classifier")
-    loaded = read_transformer(tmp_path / "classifier")
-    questions = rows(60, seed=5)[0]
-    assert (loaded.kind, loaded.version, loaded.max_length) == ("transformer", fitted.version, fitted.max_length)
+def test_saved_and_loaded_it_gives_the_same_probabilities(fitted: TransformerClassifier, tmp_path: Path) -> None:
+    write_classifier(Calibrated(fitted, Calibration()), tmp_path, {})
+    loaded = load_classifier(tmp_path).classifier
+    assert isinstance(loaded, TransformerClassifier)
+    questions = rows(60, seed=5).questions
+    assert (loaded.version, loaded.max_length) == (fitted.version, fitted.max_length)
     assert np.array_equal(loaded.probabilities(questions), fitted.probabilities(questions))
     # Nor does having read something change what it is.
     loaded.tokenizer(questions, truncation=False)
     assert TransformerClassifier(loaded.model, loaded.tokenizer, loaded.max_length).version == fitted.version
-    names = {path.name for path in (tmp_path / "classifier").iterdir()}
+    names = {path.name for path in (tmp_path / TRANSFORMER).iterdir()}
     assert "model.safetensors" in names and not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+    shorter = TransformerClassifier(loaded.model, loaded.tokenizer, 8)
+    (tmp_path / "shorter").mkdir()
+    write_classifier(Calibrated(shorter, Calibration()), tmp_path / "shorter", {})
+    again = load_classifier(tmp_path / "shorter").classifier
+    assert isinstance(again, TransformerClassifier) and again.max_length == 8
 
 
 def test_batches_and_their_order_do_not_change_what_a_question_gets(fitted: TransformerClassifier) -> None:
-    questions = rows(60, seed=6)[0]
+    questions = rows(60, seed=6).questions
     alone = np.concatenate([fitted.probabilities([question]) for question in questions])
     together = fitted.probabilities(questions)
     backwards = fitted.probabilities(questions[::-1])[::-1]
@@ -141,7 +155,7 @@ def test_batches_and_their_order_do_not_change_what_a_question_gets(fitted: Tran
 def test_dropout_is_off_although_the_encoder_has_it(fitted: TransformerClassifier) -> None:
     assert fitted.model.config.hidden_dropout_prob == 0.1
     again = TransformerClassifier(fitted.model.train(), fitted.tokenizer, fitted.max_length)
-    assert np.array_equal(again.probabilities(rows()[0]), again.probabilities(rows()[0]))
+    assert np.array_equal(again.probabilities(rows().questions), again.probabilities(rows().questions))
 
 
 def test_a_question_that_is_too_long_is_cut_and_counted(fitted: TransformerClassifier) -> None:
@@ -157,7 +171,6 @@ def test_class_weights_give_every_severity_the_same_part_and_are_those_of_the_fo
     weights = class_weights(labels)
     assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3])
     assert float(weights[labels].mean()) == pytest.approx(1)
-    assert class_weights(np.array([0, 0, 1])).tolist() == pytest.approx([0.5, 1, 0])
 
 
 def test_the_weighted_loss_is_the_one_computed_by_hand() -> None:
@@ -165,63 +178,34 @@ def test_the_weighted_loss_is_the_one_computed_by_hand() -> None:
     labels = torch.tensor([0, 1])
     log_p = logits - logits.exp().sum(dim=1, keepdim=True).log()
     by_hand = (0.5 * -log_p[0, 0] + 4.0 * -log_p[1, 1]) / 2
-    loss = WeightedLoss(torch.tensor([0.5, 4.0, 9.0]))
+    loss = weighted_loss(torch.tensor([0.5, 4.0, 9.0]))
     assert float(loss(SimpleNamespace(logits=logits), labels)) == pytest.approx(float(by_hand), rel=1e-6)
     # Over two steps of accumulation the number of rows of both divides.
     halves = [loss(SimpleNamespace(logits=logits[i : i + 1]), labels[i : i + 1], 2) for i in range(2)]
     assert float(sum(halves)) == pytest.approx(float(by_hand), rel=1e-6)
 
 
-def _uneven() -> tuple[list[str], np.ndarray, np.ndarray]:
-    questions, labels, groups = rows(90)
-    keep = np.flatnonzero((labels != 2) | (np.arange(90) < 27))
-    return [questions[i] for i in keep], labels[keep], groups[keep]
-
-
 def test_the_trainer_computes_the_weighted_loss(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[float], float]] = []
-    call = WeightedLoss.__call__
 
-    def spy(self: WeightedLoss, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = call(self, outputs, labels, num_items_in_batch)
-        by_hand = (
-            self.weights[labels] * -torch.log_softmax(outputs.logits.detach(), -1)[torch.arange(len(labels)), labels]
-        ).mean()
-        seen.append((self.weights.tolist(), abs(float(loss.detach() - by_hand))))
+    def watched(weights: torch.Tensor) -> Callable[..., torch.Tensor]:
+        compute = weighted_loss(weights)
+
+        def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+            found = compute(outputs, labels, num_items_in_batch)
+            log_p = torch.log_softmax(outputs.logits.detach(), -1)[torch.arange(len(labels)), labels]
+            by_hand = (weights[labels] * -log_p).mean()
+            seen.append((weights.tolist(), abs(float(found.detach() - by_hand))))
+            return found
+
         return loss
 
-    monkeypatch.setattr(WeightedLoss, "__call__", spy)
-    questions, labels, groups = _uneven()
-    fit_transformer(questions, labels, groups, encoder=str(encoder), num_train_epochs=1)
+    monkeypatch.setattr(transformer, "weighted_loss", watched)
+    labels = rows(90).labels
+    uneven = rows(90).take(np.flatnonzero((labels != 2) | (np.arange(90) < 27)))
+    fit(encoder, uneven, num_train_epochs=1)
     assert seen and max(difference for _, difference in seen) < 1e-6
     assert seen[0][0][2] > 2 * seen[0][0][0], "the rare severity weighs more"
-    seen.clear()
-    fit_transformer(questions, labels, groups, encoder=str(encoder), num_train_epochs=1, balance="none")
-    assert seen[0][0] == [1, 1, 1]
-
-
-def test_resampling_repeats_the_rows_of_rarer_severities(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[list[int]] = []
-    made = transformers.Trainer.__init__
-
-    def spy(self: Any, *positional: Any, **named: Any) -> None:
-        given.append([row["labels"] for row in named["train_dataset"]])
-        made(self, *positional, **named)
-
-    monkeypatch.setattr(transformers.Trainer, "__init__", spy)
-    questions, labels, groups = _uneven()
-    for balance in ("resampling", "weights"):
-        fit_transformer(
-            questions,
-            labels,
-            groups,
-            encoder=str(encoder),
-            num_train_epochs=1,
-            balance=balance,  # type: ignore[arg-type]
-        )
-    resampled, plain = (np.bincount(labels) for labels in given)
-    assert len(set(resampled.tolist())) == 1 and resampled[0] == plain.max()
-    assert plain[2] < plain[0]
 
 
 def test_no_question_is_trained_on_and_validated_on(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,52 +217,42 @@ def test_no_question_is_trained_on_and_validated_on(encoder: Path, monkeypatch: 
         made(self, *positional, **named)
 
     monkeypatch.setattr(transformers.Trainer, "__init__", spy)
-    questions, labels, groups = rows(45)
-    fit_transformer(questions * 2, np.tile(labels, 2), np.tile(groups, 2), encoder=str(encoder), num_train_epochs=1)
+    fit(encoder, rows(45).take(np.tile(np.arange(45), 2)), num_train_epochs=1)
     train, validation = ({tuple(row["input_ids"]) for row in part} for part in parts)
     assert train and validation and not train & validation
 
 
 def test_the_best_epoch_is_kept_and_the_training_stops_early(encoder: Path) -> None:
-    questions, labels, groups = rows(60)
-    wrong = np.random.default_rng(0).permutation(labels)
-    said: list[str] = []
-    kept = fit_transformer(
-        questions,
-        wrong,
-        groups,
-        encoder=str(encoder),
-        num_train_epochs=30,
-        learning_rate=3e-3,
-        per_device_train_batch_size=4,
-        early_stopping_patience=4,
-        progress=said.append,
-    )
-    losses = [float(line.rpartition(" ")[2]) for line in said if "validation loss" in line]
+    random = np.random.default_rng(0)
+    wrong = replace(rows(60), labels=random.permutation(rows(60).labels))
+    shown: list[str] = []
+    kept = fit(encoder, wrong, 0, shown.append, num_train_epochs=30, early_stopping_patience=4)
+    losses = [float(line.rpartition(" ")[2]) for line in shown if "validation loss" in line]
     assert 2 <= len(losses) < 30, "labels that mean nothing are soon not learnt any better"
     assert losses[-1] > min(losses) + 0.01, "else the last epoch would be the best one"
-    held = hold_out(Examples(questions, wrong, groups, groups), VALIDATION_SHARE, seed=0).test
-    probabilities = kept.probabilities([questions[i] for i in held])
-    weights = class_weights(wrong[held]).numpy()[wrong[held]]
-    loss = float((weights * -np.log(probabilities[np.arange(len(held)), wrong[held]])).mean())
-    assert loss == pytest.approx(min(losses), abs=1e-3)
-    assert any(line.startswith("step 1 of at most ") for line in said)
+    fold = hold_out(wrong, VALIDATION_SHARE, seed=0)
+    held = wrong.take(fold.test)
+    weights = class_weights(wrong.labels[fold.train]).numpy()[held.labels]
+    right = kept.probabilities(held.questions)[np.arange(len(held)), held.labels]
+    assert float((weights * -np.log(right)).mean()) == pytest.approx(min(losses), abs=1e-3)
+    assert any(line.startswith("step 1 of at most ") for line in shown)
 
 
 def test_lora_trains_adapters_and_stores_a_whole_model(encoder: Path, tmp_path: Path) -> None:
     adapted = fit(encoder, lora_r=4, learning_rate=1e-2, num_train_epochs=10, early_stopping_patience=10)
-    questions, labels, _ = rows()
-    assert (adapted.probabilities(questions).argmax(axis=1) == labels).mean() >= 0.6, "a third is chance"
+    examples = rows()
+    assert (adapted.probabilities(examples.questions).argmax(axis=1) == examples.labels).mean() >= 0.6, (
+        "chance: a third"
+    )
     original = BertModel.from_pretrained(encoder)
     query = "encoder.layer.0.attention.self.query.weight"
     change = adapted.model.bert.state_dict()[query] - original.state_dict()[query]
     assert torch.linalg.matrix_rank(change, atol=1e-5) <= 4 and change.abs().max() > 1e-4
     embeddings = "embeddings.word_embeddings.weight"
     assert torch.equal(adapted.model.bert.state_dict()[embeddings], original.state_dict()[embeddings])
-    write_transformer(adapted, tmp_path / "classifier")
-    loaded = read_transformer(tmp_path / "classifier")
+    adapted.save(tmp_path)
+    loaded = TransformerClassifier.load(tmp_path)
     assert isinstance(loaded.model, BertForSequenceClassification) and loaded.version == adapted.version
-    assert np.array_equal(loaded.probabilities(questions), adapted.probabilities(questions))
 
 
 # What is refused
@@ -314,42 +288,36 @@ def _no_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
-def _cut(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-
-
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "without config.json"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"holds no \*\.safetensors"),
-    "pickle only": (_only_pickle, "pickle files only"),
-    "no tokenizer": (_no_tokenizer, "no tokenizer that can be read"),
-    "a layer is missing": (_without("layer.1."), r"lacks \d+ of the weights .* such as bert\.encoder\.layer\.1"),
-    "cut weights": (_cut, "damaged weights"),
-    "larger than its weights": (_edit_config(intermediate_size=96), "lacks 6 of the weights"),
-    "tokenizer of another model": (_edit_config(vocab_size=20), "lacks 1 of the weights|tokenizer of"),
-    "cut config": (lambda folder: (folder / "config.json").write_text('{"model_type": "be'), "could not be loaded"),
-    "own code": (
-        _edit_config(
-            model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForSequenceClassification": "mine.M"}
-        ),
-        "own, which is never done here",
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "pickle only": _only_pickle,
+    "no tokenizer": _no_tokenizer,
+    "a layer is missing": _without("layer.1."),
+    "cut weights": lambda folder: (folder / "model.safetensors").write_bytes(
+        (folder / "model.safetensors").read_bytes()[:5000]
     ),
+    "larger than its weights": _edit_config(intermediate_size=96),
+    "tokenizer of another model": _edit_config(vocab_size=20),
+    "cut config": lambda folder: (folder / "config.json").write_text('{"model_type": "be'),
+    "own code": _edit_config(
+        model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForSequenceClassification": "mine.M"}
+    ),
+    "no folder": shutil.rmtree,
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_an_encoder_that_would_be_random_or_dangerous_is_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
-    change, said = BROKEN[name]
-    folder = encoder_folder(tmp_path / "encoder")
-    change(folder)
-    with pytest.raises(ModelError, match=said) as refused:
-        fit(folder)
-    assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
-
-
-def test_an_encoder_that_is_nowhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no folder here and could not be fetched"):
-        fit(Path("nobody/no-such-encoder"))
+def test_an_encoder_that_would_be_random_or_dangerous_is_refused(tmp_path: Path) -> None:
+    accepted = []
+    for name, change in BROKEN.items():
+        folder = encoder_folder(tmp_path / name)
+        change(folder)
+        try:
+            fit(folder, num_train_epochs=1)
+            accepted.append(name)
+        except ModelError as error:
+            assert str(folder) in str(error) and "\n" not in str(error), name
+    assert accepted == []
 
 
 def test_a_head_of_other_labels_is_replaced(tmp_path: Path) -> None:
@@ -359,30 +327,17 @@ def test_a_head_of_other_labels_is_replaced(tmp_path: Path) -> None:
     assert fit(folder, num_train_epochs=1).probabilities(["صداع"]).shape == (1, 3)
 
 
-def test_a_classifier_without_a_fitted_head_or_with_other_labels_is_refused(
-    fitted: TransformerClassifier, encoder: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ModelError, match=r"holds no severity classifier.*severity\.json is absent"):
-        read_transformer(encoder)
-    folder = tmp_path / "classifier"
-    write_transformer(fitted, folder)
-    _without("classifier.")(folder)
-    with pytest.raises(ModelError, match="without a fitted classification head"):
-        read_transformer(folder)
-    other = tmp_path / "other"
-    write_transformer(fitted, other)
-    _edit_config(id2label={"0": "critical", "1": "neutral", "2": "non_critical"})(other)
-    with pytest.raises(ModelError, match="has the labels critical, neutral, non_critical, not"):
-        read_transformer(other)
+def test_a_stored_classifier_without_its_head_is_refused(fitted: TransformerClassifier, tmp_path: Path) -> None:
+    write_classifier(Calibrated(fitted, Calibration()), tmp_path, {})
+    _without("classifier.")(tmp_path / TRANSFORMER)
+    with pytest.raises(DataError, match="fit it again"):
+        load_classifier(tmp_path)
 
 
-def test_too_few_questions_of_a_severity_are_refused(encoder: Path) -> None:
-    with pytest.raises(DataError, match="non_critical stands on 4 distinct questions"):
-        fit_transformer(["صداع"] * 9, np.array([0, 1, 0, 1, 0, 1, 0, 2, 2]), np.arange(9), encoder=str(encoder))
-
-
-def test_a_training_that_diverges_is_refused(encoder: Path) -> None:
-    with pytest.raises(ModelError, match="lower the learning rate"):
+def test_too_few_questions_and_a_training_that_diverges_are_refused(encoder: Path) -> None:
+    with pytest.raises(DataError, match="non_critical"):
+        fit(encoder, replace(rows(9), labels=np.array([0, 1, 0, 1, 0, 1, 0, 2, 2])))
+    with pytest.raises(ModelError, match=r"encoder\.learning_rate"):
         fit(encoder, learning_rate=float("1e30"), num_train_epochs=1)
 
 
