@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sevpeft.recipe.rules import JUDGE_KEY
 from sevpeft.recipe.sections import Section
@@ -41,9 +41,9 @@ class JudgeSection(Section):
     could name the variable could send any secret of the environment to any host.
     """
 
-    model: str = Field(min_length=1)
-    """Name of the model that the endpoint knows."""
-    url: str
+    model: str | None = Field(default=None, min_length=1)
+    """Name by which the endpoint knows the model."""
+    url: str | None = None
     """Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; all answers are sent there."""
     rubric: str | None = Field(default=None, min_length=1)
     """YAML file of another rubric than the one that comes with sevpeft."""
@@ -56,8 +56,10 @@ class JudgeSection(Section):
 
     @field_validator("url")
     @classmethod
-    def _plain_base_url(cls, url: str) -> str:
+    def _plain_base_url(cls, url: str | None) -> str | None:
         # The value is never repeated: it may hold a password.
+        if url is None:
+            return None
         try:
             parts = urlsplit(url)
             sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -71,6 +73,14 @@ class JudgeSection(Section):
                 f"environment variable {JUDGE_KEY}"
             )
         return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _judges(self) -> JudgeSection:
+        if self.url and not self.model:
+            raise ValueError("names a url and no model; add evaluation.judge.model, the name that the endpoint knows")
+        if not self.url:
+            raise ValueError("names no judge; add evaluation.judge.url and evaluation.judge.model, or leave it out")
+        return self
 
 
 class EvaluationSection(Section):
