@@ -7,6 +7,7 @@ screen, change its title or turn the order of a line; and square brackets in a p
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -105,3 +106,22 @@ def row_progress(console: Console, label: str, rows: int) -> Iterator[Callable[[
         yield advance
     rate = done / max(time.monotonic() - started, 1e-9)
     print_labeled(console, label, f"{done:,} rows, {rate:,.{1 if rate >= 10 else 2}f} a second")
+
+
+def number_text(value: float | None, figures: int = 3, *, sign: bool = False) -> str:
+    """So many figures, at most: 5.11, 61.2, 100, with a true minus; a dash for None and NaN."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = ""
+    for places in reversed(range(figures)):
+        text = f"{value:{'+' if sign else ''}.{places}f}"
+        if sum(map(str.isdigit, text)) <= figures:  # after rounding: 9.999 is 10.0
+            break
+    return text.replace("-", "−")
+
+
+def p_text(p: float | None) -> str:
+    """`.012`, `< .001`, and a dash where there is none."""
+    if p is None or not math.isfinite(p):
+        return "–"
+    return "< .001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)

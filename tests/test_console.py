@@ -14,7 +14,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from sevpeft.console import Screen, print_json, print_text, visible
+from sevpeft.console import Screen, number_text, p_text, print_json, print_text, visible
 
 # Clears the screen, sets its title, rings, overwrites the line, C1's CSI, turns the direction, splits a line.
 HOSTILE = ["\x1b[2J", "\x1b]0;owned\x07", "\x07", "\b", "a\rb", "\x7f", "\x9b2J", "\x85", "\u202e", "\u2066", "\u2028"]
@@ -110,3 +110,13 @@ def test_refusals_and_tracebacks_of_the_command_are_escaped() -> None:
         said = run.stderr.decode()
         assert run.returncode in (1, 2) and said and not sent(said), said
         assert bool(debug) == ("Traceback" in said)
+
+
+def test_numbers_and_p_have_one_form() -> None:
+    numbers = {5.111: "5.11", 61.23: "61.2", 100.0: "100", 9.999: "10.0", 12345.6: "12346", -0.5: "−0.50", None: "–"}
+    assert {value: number_text(value) for value in numbers} == numbers
+    assert [number_text(0.02, 4, sign=True), number_text(12.3456, 4), number_text(float("nan"))] == [
+        "+0.020", "12.35", "–",
+    ]  # fmt: skip
+    values = {0.0123: ".012", 0.0004: "< .001", 1.0: "1.000", None: "–"}
+    assert {p: p_text(p) for p in values} == values

@@ -13,15 +13,14 @@ from sevpeft.cli.application import app
 @app.command()
 def report(
     folder: Annotated[
-        Path,
-        typer.Argument(metavar="RUN_OR_COMPARISON", help="Folder that train or compare made", show_default=False),
+        Path, typer.Argument(metavar="RUN", help="Folder that train or compare made", show_default=False)
     ],
     answers: Annotated[
         int, typer.Option("--answers", min=0, help="Questions shown with their answers; 0 leaves patients' text out.")
     ] = 120,
-    as_json: Annotated[bool, typer.Option("--json", help="Print where it stands as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the path of the report as JSON.")] = False,
 ) -> None:
-    """Write one HTML file: verdict, tables, plots, and the answers side by side.
+    """Write one HTML file: verdict, plots, tables, and the answers side by side.
 
     It needs no network and holds what patients wrote: keep it where the data may be.
 
@@ -29,17 +28,14 @@ def report(
     """
     from sevpeft.console import Screen, print_json
 
-    messages = Screen(stderr=True)
-    with messages.status("Writing the report"):
+    with Screen(stderr=True).status("Writing the report"):
         from sevpeft.evaluation.report.page import write_report
 
         written = write_report(folder, answers=answers)
     if as_json:
-        found = {"report": str(written.path), "questions": written.shown, "missing": list(written.missing)}
-        print_json(found)
+        print_json({"report": str(written.path), "questions": written.shown, "missing": list(written.missing)})
         return
-    console = Screen()
     for line in written.missing:
-        console.print(line, style="yellow", soft_wrap=True)
+        Screen().print(line, style="yellow", soft_wrap=True)
     holds = f"holds what patients wrote, {written.shown:,} questions" if written.shown else "holds no text of patients"
-    console.print(f"Report: {written.path} ({holds})", soft_wrap=True)
+    Screen().print(f"Report: {written.path} ({holds})", soft_wrap=True)

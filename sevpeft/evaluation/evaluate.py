@@ -42,7 +42,7 @@ from sevpeft.evaluation.scores import (
     row_scores,
     summarize,
 )
-from sevpeft.evaluation.significance import methods
+from sevpeft.evaluation.statistics import methods
 from sevpeft.modeling.loading import choose_precision
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, load_recipe

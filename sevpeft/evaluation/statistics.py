@@ -1,44 +1,56 @@
-"""From scores of rows to a mean or a paired difference with an interval that counts questions, not rows.
+"""Means and paired differences of row scores, with intervals over questions, p-values and their correction.
 
-A question that stands in the test split three times is one piece of evidence, so duplicates are drawn together
-(cluster bootstrap; Field & Welsh 2007). A group's total and its mass are drawn as a pair, which makes the mean a ratio
-of two sums and lets `scipy.stats.bootstrap` do the work. Three things are not left to it:
+A question that occurs three times in the test split is one piece of evidence. So its rows are drawn together (cluster
+bootstrap; Field & Welsh 2007): `scipy.stats.bootstrap` draws pairs of a group's total and mass. Three things are added:
 
-- Percentile intervals are too narrow for few groups; they are widened to the coverage of Student's t (the expanded
+- Percentile intervals are too narrow for few groups. They are widened to the coverage of Student's t (the expanded
   percentile interval; Hesterberg 2015, §5.3).
-- Equal values have no spread to draw from. A share of rows (0 of 47) gets the exact binomial interval for its effective
-  sample size (Korn & Graubard 1998); any other mean has no interval then.
-- Seeds are a sample of all seeds, and three are too few to be drawn from. Their spread is added to the interval with
-  Student's t for so few (MOVER; Zou & Donner 2008), after what the rows of one seed vary by themselves is taken off.
-  With one seed nothing is known about others, and the interval is one for this seed.
+- Equal values have no spread to draw from, and rare ones too little. A share of rows (0 of 47) gets the exact binomial
+  interval for its effective sample size (Korn & Graubard 1998); any other mean of equal values has no interval.
+- Seeds are a sample of all seeds, and three are too few to draw from. Their spread, less what the rows of one seed vary
+  by themselves, is added with Student's t (MOVER; Zou & Donner 2008). One seed says nothing about others.
+
+A difference counts as one only if its corrected p is below 5 % and its interval leaves out zero. "Not distinguishable"
+is never "equal": beside it stands the smallest difference that this test set would have shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from sevpeft.console import number_text
 from sevpeft.errors import DataError
+
+if TYPE_CHECKING:
+    from sevpeft.recipe.evidence import EvaluationSection
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 PERMUTATIONS = 4999
+ALPHA = 0.05
+POWER = 0.8
 # Groups times draws that scipy holds at once: what fits the cache is drawn fastest, permutations are set up slowly.
 _DRAWN_AT_ONCE = 300_000
 _PERMUTED_AT_ONCE = 4_000_000
 
 Floats = NDArray[np.float64]
+Direction = Literal["higher", "lower", "neither"]
+Outcome = Literal["better", "worse", "higher", "lower", "not distinguishable", "too few questions", "no data"]
+ARROWS: dict[Direction, str] = {"higher": "↑", "lower": "↓", "neither": ""}
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A mean over rows and its interval; low and high are NaN where one group or equal values leave it open.
 
-    `standard_error` is the linearised one of a ratio of group totals; `rows` and `groups` are those that had a value.
+    `standard_error` is the linearized one of a ratio of group totals; `rows` and `groups` are those that had a value.
     """
 
     value: float
@@ -57,21 +69,17 @@ class Difference(Estimate):
         p: probability of such a difference or a larger one (two-sided) if the arms were the same. Groups of rows are
             swapped between the arms; with several seeds it is no smaller than that of a t test with the seeds' spread.
             NaN for fewer than two groups.
-        p_at_most: whether the number of permutations that were drawn limits p, so that it may be smaller.
-        smallest_p: what the permutations of all groups could have shown at the least.
-        degrees_of_freedom: Satterthwaite's (1946), of groups and seeds; for `minimal_detectable_difference`.
+        degrees_of_freedom: Satterthwaite's (1946), of groups and seeds.
         per_seed: the difference of each seed, in the order given.
     """
 
     p: float
-    p_at_most: bool
-    smallest_p: float
     degrees_of_freedom: float
     per_seed: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class _Clusters:
+class _Groups:
     """Per group the totals of its rows' values, (…, groups), and its mass, (groups,)."""
 
     totals: Floats
@@ -79,23 +87,29 @@ class _Clusters:
     rows: int
 
     @property
-    def groups(self) -> int:
+    def count(self) -> int:
         return len(self.masses)
 
-    @property
-    def mass(self) -> float:
-        return float(self.masses.sum())
+    def mean(self, totals: Floats) -> float:
+        return float(totals.sum() / self.masses.sum())
 
-    def no_spread(self, totals: Floats) -> bool:
+    def all_equal(self, totals: Floats) -> bool:
         """Whether all groups have the same mean."""
-        return np.allclose(totals, totals.sum() / self.mass * self.masses, rtol=1e-12, atol=0)
+        return np.allclose(totals, self.mean(totals) * self.masses, rtol=1e-12, atol=0)
+
+    def standard_error(self, totals: Floats) -> float:
+        """Of the mean over groups, by linearization; NaN for one group."""
+        if self.count < 2:
+            return float("nan")
+        rest = totals - self.mean(totals) * self.masses
+        return float(np.sqrt(np.sum(rest**2) * self.count / (self.count - 1)) / self.masses.sum())
 
 
 def interval(
-    values: Sequence[float] | Floats,
-    groups: Sequence[int] | NDArray[np.int64],
+    values: ArrayLike,
+    groups: ArrayLike,
     *,
-    weights: Sequence[float] | Floats | None = None,
+    weights: ArrayLike | None = None,
     share: bool = False,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
@@ -110,26 +124,25 @@ def interval(
             0 everywhere is no share.
 
     Raises:
-        DataError: the arrays differ in length, or a weight is negative or not finite.
+        DataError: a value is infinite.
     """
-    clusters = _clusters(np.atleast_2d(np.asarray(values, dtype=np.float64)), groups, weights)
-    if not clusters.groups:
+    data = _by_group(np.atleast_2d(np.asarray(values, dtype=np.float64)), groups, weights)
+    if not data.count:
         return Estimate(np.nan, np.nan, np.nan, np.nan, 0, 0)
-    value = float(clusters.totals[0].sum() / clusters.mass)
-    error = _standard_error(clusters.totals[0], clusters.masses)
+    totals = data.totals[0]
     if share:
-        low, high = _share_interval(value, error, clusters, confidence)
+        low, high = _share_interval(totals, data, confidence)
     else:
-        low, high = _bootstrap_interval(clusters.totals[0], clusters, confidence, resamples, seed)
-    return Estimate(value, low, high, error, clusters.rows, clusters.groups)
+        low, high = _bootstrap_interval(totals, data, confidence, resamples, seed)
+    return Estimate(data.mean(totals), low, high, data.standard_error(totals), data.rows, data.count)
 
 
 def paired_difference(
-    first: Sequence[float] | Floats,
-    second: Sequence[float] | Floats,
-    groups: Sequence[int] | NDArray[np.int64],
+    first: ArrayLike,
+    second: ArrayLike,
+    groups: ArrayLike,
     *,
-    weights: Sequence[float] | Floats | None = None,
+    weights: ArrayLike | None = None,
     share: bool = False,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
@@ -139,111 +152,64 @@ def paired_difference(
     """first − second, row by row, with an interval over groups and, where there are several, over seeds.
 
     Args:
-        first, second: scores (n,) of one seed, or (seeds, n); the rows in the same order (see `same_order`), the
-            seeds too. A row that lacks a value in any of them is left out of all.
+        first, second: scores (n,) or (seeds, n), rows and seeds in the same order; an arm without seeds, such as the
+            base model, is compared with every seed of the other. A row that lacks a value in any is left out of all.
         share: as in `interval`.
 
     Raises:
-        DataError: the arrays differ in shape, or a weight is negative or not finite.
+        DataError: a value is infinite.
     """
-    one, other = (np.atleast_2d(np.asarray(scores, dtype=np.float64)) for scores in (first, second))
-    if one.shape != other.shape:
-        raise DataError(
-            f"The arms have scores of other shapes ({one.shape[0]} seeds of {one.shape[1]} rows, {other.shape[0]} of "
-            f"{other.shape[1]}); compare the same rows and seeds."
-        )
+    one, other = np.broadcast_arrays(*(np.atleast_2d(np.asarray(of, dtype=np.float64)) for of in (first, second)))
     seeds = len(one)
-    clusters = _clusters(np.concatenate([one, other]), groups, weights)
-    if not clusters.groups:
+    data = _by_group(np.concatenate([one, other]), groups, weights)
+    if not data.count:
         nan = np.nan
-        return Difference(nan, nan, nan, nan, 0, 0, nan, False, nan, nan, (nan,) * seeds)
-    by_seed = clusters.totals[:seeds] - clusters.totals[seeds:]
+        return Difference(nan, nan, nan, nan, 0, 0, nan, nan, (nan,) * seeds)
+    by_seed = data.totals[:seeds] - data.totals[seeds:]
     mean = by_seed.mean(axis=0)
-    per_seed = by_seed.sum(axis=1) / clusters.mass
-    value = float(mean.sum() / clusters.mass)
-    low, high = _bootstrap_interval(mean, clusters, confidence, resamples, seed)
-    if share and clusters.no_spread(mean):
-        # Every question says the same; what part of all questions could differ is bounded by how many were asked.
-        unseen = _unseen(clusters.groups, confidence)
+    per_seed = by_seed.sum(axis=1) / data.masses.sum()
+    value = data.mean(mean)
+    low, high = _bootstrap_interval(mean, data, confidence, resamples, seed)
+    if share and data.all_equal(mean):
+        # Every question shows the same; the questions asked bound how many others could differ (Clopper–Pearson for 0).
+        unseen = float(1 - ((1 - confidence) / 2) ** (1 / data.count))
         low, high = max(-1.0, value - unseen), min(1.0, value + unseen)
-    of_rows = _standard_error(mean, clusters.masses)
-    of_seeds = _seed_error(by_seed, clusters.masses, per_seed)
-    p, p_at_most = _permutation_p(mean, permutations, seed)
-    error, freedom = of_rows, float(clusters.groups - 1)
+    of_rows, of_seeds = data.standard_error(mean), _seed_error(by_seed, data, per_seed)
+    p = _permutation_p(mean, permutations, seed)
+    error, freedom = of_rows, float(data.count - 1)
     if of_seeds > 0:
         margin = stats.t.ppf((1 + confidence) / 2, seeds - 1) * of_seeds
         # Rows without spread add nothing to that of the seeds.
         low = value - float(np.hypot(np.nan_to_num(value - low), margin))
         high = value + float(np.hypot(np.nan_to_num(high - value), margin))
         error = float(np.hypot(of_rows, of_seeds))
-        freedom = float(error**4 / (of_rows**4 / max(clusters.groups - 1, 1) + of_seeds**4 / (seeds - 1)))
-        of_t = float(2 * stats.t.sf(abs(value) / error, freedom))
-        p, p_at_most = max(p, of_t), p_at_most and of_t <= p
-    smallest_p = 2 / min(2.0**clusters.groups, permutations + 1)
-    seeds_values = tuple(float(difference) for difference in per_seed)
-    rows, count = clusters.rows, clusters.groups
-    return Difference(value, low, high, error, rows, count, p, p_at_most, smallest_p, freedom, seeds_values)
+        freedom = float(error**4 / (of_rows**4 / max(data.count - 1, 1) + of_seeds**4 / (seeds - 1)))
+        p = max(p, float(2 * stats.t.sf(abs(value) / error, freedom)))
+    by_seeds = tuple(float(difference) for difference in per_seed)
+    return Difference(value, low, high, error, data.rows, data.count, p, freedom, by_seeds)
 
 
-def same_order(ids: Sequence[str], others: Sequence[str]) -> NDArray[np.int64]:
-    """Positions in `others` of `ids`, so that `scores[positions]` belong to `ids`: rows pair by id, never by place.
-
-    Raises:
-        DataError: an id stands twice, or in one of them only.
-    """
-    place = {identifier: position for position, identifier in enumerate(others)}
-    if len(place) != len(others) or len(set(ids)) != len(ids):
-        raise DataError("An id stands twice in the predictions, so rows cannot be paired; give every row its own id.")
-    if place.keys() != set(ids):
-        absent, more = len(set(ids) - place.keys()), len(place.keys() - set(ids))
-        raise DataError(
-            f"The predictions to compare are not of the same rows ({absent} ids are missing in one, {more} in the "
-            "other); evaluate both on the same test split."
-        )
-    return np.array([place[identifier] for identifier in ids], dtype=np.int64)
-
-
-def _clusters(
-    values: Floats, groups: Sequence[int] | NDArray[np.int64], weights: Sequence[float] | Floats | None
-) -> _Clusters:
-    number = np.asarray(groups)
+def _by_group(values: Floats, groups: ArrayLike, weights: ArrayLike | None) -> _Groups:
+    if np.any(np.isinf(values)):  # left out like NaN, it would flatter the mean
+        raise DataError("A score is infinite, so there is no mean; look for the row in scores.jsonl.")
     mass = np.ones(values.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
-    if not values.shape[1] == len(number) == len(mass):
-        raise DataError(
-            f"There are {values.shape[1]} scores, {len(number)} groups and {len(mass)} weights for one set."
-        )
-    if not np.all(np.isfinite(mass)) or np.any(mass < 0):
-        raise DataError("A weight of a row is negative or not finite; weights are counts, such as tokens.")
-    if np.any(np.isinf(values)):
-        raise DataError(
-            "A score is infinite, so there is no mean; leave the row without a value, or correct the metric."
-        )
     there = np.all(np.isfinite(values), axis=0) & (mass > 0)
     kept, mass = values[:, there], mass[there]
-    distinct, index = np.unique(number[there], return_inverse=True)
+    distinct, index = np.unique(np.asarray(groups)[there], return_inverse=True)
     totals: Floats = np.stack([np.bincount(index, weights=row * mass, minlength=len(distinct)) for row in kept])
     masses: Floats = np.asarray(np.bincount(index, weights=mass, minlength=len(distinct)), dtype=np.float64)
-    return _Clusters(totals, masses, int(there.sum()))
-
-
-def _standard_error(totals: Floats, masses: Floats) -> float:
-    """Of Σ totals / Σ masses over groups, by linearisation; NaN for one group."""
-    count = len(masses)
-    if count < 2:
-        return float("nan")
-    mean = totals.sum() / masses.sum()
-    return float(np.sqrt(np.sum((totals - mean * masses) ** 2) * count / (count - 1)) / masses.sum())
+    return _Groups(totals, masses, int(there.sum()))
 
 
 def _bootstrap_interval(
-    totals: Floats, clusters: _Clusters, confidence: float, resamples: int, seed: int
+    totals: Floats, data: _Groups, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    count = clusters.groups
-    if count < 2 or clusters.no_spread(totals):
+    count = data.count
+    if count < 2 or data.all_equal(totals):
         return float("nan"), float("nan")
     expanded = 1 - 2 * stats.norm.cdf(-np.sqrt(count / (count - 1)) * stats.t.ppf((1 + confidence) / 2, count - 1))
     drawn = stats.bootstrap(
-        (totals, clusters.masses),
+        (totals, data.masses),
         lambda total, mass, axis: total.sum(axis=axis) / mass.sum(axis=axis),
         paired=True,
         vectorized=True,
@@ -256,49 +222,42 @@ def _bootstrap_interval(
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
-def _share_interval(value: float, error: float, clusters: _Clusters, confidence: float) -> tuple[float, float]:
+def _share_interval(totals: Floats, data: _Groups, confidence: float) -> tuple[float, float]:
     """Clopper–Pearson for as many independent rows as carry the information of these clustered ones."""
-    count = clusters.groups
-    if error == 0 or not 0 < value < 1:
-        effective = float(count)
-    elif count < 2:
-        return float("nan"), float("nan")
-    else:
-        tail = (1 + confidence) / 2
-        few_groups = stats.t.ppf(tail, max(clusters.rows - 1, 1)) / stats.t.ppf(tail, count - 1)
-        effective = min(value * (1 - value) / error**2 * few_groups**2, float(clusters.rows))
-    hits, tail = value * effective, (1 - confidence) / 2
-    low = 0.0 if value == 0 else float(stats.beta.ppf(tail, hits, effective - hits + 1))
-    high = 1.0 if value == 1 else float(stats.beta.ppf(1 - tail, hits + 1, effective - hits))
+    value, error, count = data.mean(totals), data.standard_error(totals), data.count
+    effective, tail = float(count), (1 + confidence) / 2
+    if 0 < value < 1:
+        if not error > 0:  # one question, or all have the same share
+            return float("nan"), float("nan")
+        few_groups = stats.t.ppf(tail, data.rows - 1) / stats.t.ppf(tail, count - 1)
+        effective = min(value * (1 - value) / error**2 * few_groups**2, float(data.rows))
+    hits = value * effective
+    low = 0.0 if value == 0 else float(stats.beta.ppf(1 - tail, hits, effective - hits + 1))
+    high = 1.0 if value == 1 else float(stats.beta.ppf(tail, hits + 1, effective - hits))
     return low, high
 
 
-def _unseen(count: int, confidence: float) -> float:
-    """Largest share of which `count` draws may well show none (Clopper–Pearson for 0)."""
-    return float(1 - ((1 - confidence) / 2) ** (1 / count))
-
-
-def _seed_error(by_seed: Floats, masses: Floats, per_seed: Floats) -> float:
+def _seed_error(by_seed: Floats, data: _Groups, per_seed: Floats) -> float:
     """Standard error that the choice of seeds adds: their spread less what the rows of one seed vary by themselves."""
     seeds, count = by_seed.shape
     if seeds < 2 or count < 2:
         return 0.0
-    rest = by_seed - by_seed.mean(axis=0) - (per_seed - per_seed.mean())[:, None] * masses
-    by_rows = np.sum(rest**2) * count / (count - 1) / masses.sum() ** 2 / (seeds - 1)
+    rest = by_seed - by_seed.mean(axis=0) - (per_seed - per_seed.mean())[:, None] * data.masses
+    by_rows = np.sum(rest**2) * count / (count - 1) / data.masses.sum() ** 2 / (seeds - 1)
     return float(np.sqrt(max(0.0, np.var(per_seed, ddof=1) - by_rows) / seeds))
 
 
-def _permutation_p(by_group: Floats, permutations: int, seed: int) -> tuple[float, bool]:
-    """p, and whether the number of permutations limits it: every way is tried where there are few, else a draw.
+def _permutation_p(by_group: Floats, permutations: int, seed: int) -> float:
+    """Two-sided p; all permutations are tried where there are few, else some are drawn.
 
     Groups are swapped between the arms as wholes, which turns the sign of their difference.
     """
     if len(by_group) < 2:
-        return float("nan"), False
+        return float("nan")
     # A group in which the arms are equal is the same swapped.
     differing = by_group[by_group != 0]
     if len(differing) < 2:
-        return 1.0, False  # of one group both signs are as extreme
+        return 1.0  # of one group both signs are as extreme
     tested = stats.permutation_test(
         (differing,),
         lambda differences, axis: differences.sum(axis=axis),
@@ -308,5 +267,137 @@ def _permutation_p(by_group: Floats, permutations: int, seed: int) -> tuple[floa
         batch=max(1, _PERMUTED_AT_ONCE // len(differing)),
         rng=np.random.default_rng(seed),
     )
-    p = float(tested.pvalue)
-    return p, 2.0 ** len(differing) > permutations and p <= 2 / (permutations + 1)
+    return float(tested.pvalue)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against another, in one score on the rows of one stratum.
+
+    Attributes:
+        difference: first arm − second arm.
+        better: the direction of the score that is good on these rows.
+        p: corrected by Holm for the comparisons of its family; NaN where it could not be made.
+        family: how many comparisons were corrected together.
+    """
+
+    difference: Difference
+    better: Direction
+    p: float
+    family: int
+
+    @property
+    def detectable(self) -> float:
+        """Smallest true difference that an experiment with this standard error finds with the given power.
+
+        (t_{1−α/2m} + t_power) · SE, with the difference's degrees of freedom; the m comparisons of the family share α
+        (Bonferroni, which is what Holm asks of the smallest p). NaN where there is no standard error, or where the
+        test has too few questions to find anything.
+        """
+        found = self.difference
+        if self._hopeless or not found.standard_error > 0 or found.degrees_of_freedom < 1:
+            return float("nan")
+        quantiles = stats.t.ppf([1 - ALPHA / self.family / 2, POWER], found.degrees_of_freedom)
+        return float(quantiles.sum() * found.standard_error)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the difference shows of the first arm; "higher" and "lower" where neither direction is good."""
+        found = self.difference
+        if not found.rows:
+            return "no data"
+        if self.p < ALPHA and not found.low <= 0 <= found.high:
+            rises = found.value > 0
+            if self.better == "neither":
+                return "higher" if rises else "lower"
+            return "better" if rises == (self.better == "higher") else "worse"
+        return "too few questions" if self._hopeless else "not distinguishable"
+
+    @property
+    def _hopeless(self) -> bool:
+        """Whether even the most extreme answers could not have given a p below α."""
+        smallest = 2 / min(2.0**self.difference.groups, PERMUTATIONS + 1)
+        return smallest * self.family >= ALPHA or not np.isfinite(self.p)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As evaluation.json and comparison.json hold it."""
+        return {
+            **estimate_dict(self.difference),
+            "p": _or_none(self.p),
+            "comparisons": self.family,
+            "per_seed": [_or_none(value) for value in self.difference.per_seed],
+            "detectable": _or_none(self.detectable),
+            "better": self.better,
+            "outcome": self.outcome,
+        }
+
+
+def compare_family(differences: Mapping[K, Difference], better: Callable[[K], Direction]) -> dict[K, Comparison]:
+    """Comparisons that are corrected together.
+
+    Args:
+        better: key → direction that is good there.
+    """
+    corrected = holm([found.p for found in differences.values()])
+    family = int(np.isfinite(corrected).sum())
+    return {
+        key: Comparison(found, better(key), float(p), family)
+        for (key, found), p in zip(differences.items(), corrected, strict=True)
+    }
+
+
+def holm(p: ArrayLike) -> Floats:
+    """p of several comparisons (n,), corrected so that one false finding among all is as rare as α (Holm 1979).
+
+    scipy has corrections of the false discovery rate only (`false_discovery_control`). NaN, a comparison that could
+    not be made, stays NaN and does not count.
+    """
+    given = np.asarray(p, dtype=np.float64)
+    corrected = np.full(given.shape, np.nan)
+    made = np.flatnonzero(np.isfinite(given))
+    order = made[np.argsort(given[made], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(given[order] * factors))
+    return corrected
+
+
+def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
+    """How every interval, p and detectable difference was computed, for the lines below the tables.
+
+    Args:
+        families: which comparisons are corrected together.
+    """
+    return {
+        "Interval": f"{settings.confidence_level:.0%}; bootstrap of questions, {settings.n_resamples:,} resamples, "
+        "widened for few questions. Differences also over seeds. A mean of yes or no: Korn–Graubard (exact binomial). "
+        "None where all values are equal.",
+        "Test": f"Paired, two-sided permutation test by question, {PERMUTATIONS:,} permutations (all, where there are "
+        "fewer). With several seeds, p is never below that of a t test with their spread.",
+        "Correction": f"Holm, for {families}.",
+        "Detectable": f"Smallest true difference found with {POWER:.0%} power at α = {ALPHA:g}, shared by the "
+        "comparisons corrected together.",
+    }
+
+
+def estimate_dict(found: Estimate) -> dict[str, Any]:
+    """As evaluation.json and comparison.json hold it."""
+    return {**{name: _or_none(getattr(found, name)) for name in ("value", "low", "high")}, "rows": found.rows}
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if np.isfinite(value) else None
+
+
+def estimate_text(found: Mapping[str, Any], metric: Mapping[str, Any], *, sign: bool = False) -> str:
+    """`5.110 [5.020, 5.200]` of what `estimate_dict` gives, in shown units; the value alone where there is no interval.
+
+    Args:
+        metric: `Metric.meaning()` of the score; four figures of nats and three of all others are shown.
+    """
+    figures, times = (4 if metric["unit"] == "nats a token" else 3), metric["shown_times"]
+    value, low, high = (None if found[name] is None else found[name] * times for name in ("value", "low", "high"))
+    text = number_text(value, figures, sign=sign)
+    return (
+        text if low is None or high is None else f"{text} [{number_text(low, figures)}, {number_text(high, figures)}]"
+    )

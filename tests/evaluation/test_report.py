@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import stat
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from sevpeft.errors import RunError
+from sevpeft.errors import RunError, SevpeftError
 from sevpeft.evaluation.report.cases import cases, direction, marked, sample
 from sevpeft.evaluation.report.page import write_report
-from sevpeft.evaluation.report.plots import Bar, forest
-from sevpeft.evaluation.report.reading import ComparisonContent, read_content
-from sevpeft.evaluation.report.tables import cell, number
+from sevpeft.evaluation.report.plots import forest
+from sevpeft.evaluation.report.tables import cell
 from sevpeft.evaluation.scores import METRICS
 
 ATTACK = '</p><script>alert("x")</script><img src=http://a.example/x onerror=alert(1)> "\'&'
@@ -39,8 +39,8 @@ def estimate(value: float, **more: Any) -> dict[str, Any]:
 
 
 def compared(value: float, **more: Any) -> dict[str, Any]:
-    """A difference as `significance.Comparison` writes it."""
-    about = {"p": 0.2, "p_at_most": False, "comparisons": 4, "detectable": 0.02, "better": "lower", "outcome": "better"}
+    """A difference as `statistics.Comparison` writes it."""
+    about = {"p": 0.2, "comparisons": 4, "detectable": 0.02, "better": "lower", "outcome": "better"}
     return {**estimate(value), "per_seed": [value], **about, **more}
 
 
@@ -59,7 +59,6 @@ def write_run(folder: Path, lines: list[dict[str, Any]] | None = None, *, evalua
         "consultations": 30,
         "mean": 1.0,
         "effective_sample_size": 25.7,
-        "histogram": [[0.5, 0.5, 10], [1.0, 1.0, 10], [1.5, 1.5, 10]],
     }
     metrics = {
         "model": {"name_or_path": "builtin:tiny"},
@@ -105,7 +104,7 @@ def write_comparison(folder: Path) -> Path:
         )
     difference = compared(-0.05, p=0.004, comparisons=24)
     nll = {arm: {**estimate(5.0), "against": {}} for arm in arms}
-    nll["balanced"]["against"] = {"ce": difference, "shuffled": {**difference, "p": 0.01, "p_at_most": True}}
+    nll["balanced"]["against"] = {"ce": difference, "shuffled": {**difference, "p": 0.01}}
     scores = {"rows": 4, "questions": 3, "metrics": {"nll": nll}}
     recipe = {
         "model": "builtin:tiny",
@@ -191,51 +190,39 @@ def test_without_answers_it_holds_no_word_of_a_patient_and_warns_of_none(tmp_pat
     assert "Confidential" not in html
 
 
-@pytest.mark.parametrize("write", [write_run, write_comparison], ids=["run", "comparison"])
-def test_it_needs_nothing_from_elsewhere(tmp_path: Path, write: Any) -> None:
-    path = write_report(write(tmp_path / "it")).path
-    html = path.read_text(encoding="utf-8")
-    page = Page(html)
-    assert not re.search(r"https?:|url\((?!#)|@import", html)
-    for tag, attributes in page.tags:
-        assert tag not in ("link", "iframe", "object", "embed", "base", "image")
-        for name in ("src", "href", "xlink:href", "action"):
-            assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
-        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
-    assert page.unbalanced == [] and page.open == []
+def test_it_needs_nothing_from_elsewhere_and_every_link_leads_somewhere(tmp_path: Path) -> None:
+    for write in (write_run, write_comparison):
+        html = write_report(write(tmp_path / write.__name__)).path.read_text(encoding="utf-8")
+        page = Page(html)
+        assert not re.search(r"https?:|url\((?!#)|@import", html)
+        for tag, attributes in page.tags:
+            assert tag not in ("link", "iframe", "object", "embed", "base", "image")
+            for name in ("src", "href", "xlink:href", "action"):
+                assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
+            assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert page.unbalanced == [] and page.open == []
+        names = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+        assert len(names) == len(set(names))
+        assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(names)
 
 
-@pytest.mark.parametrize("write", [write_run, write_comparison], ids=["run", "comparison"])
-def test_every_name_on_the_page_is_there_once_and_every_link_leads_somewhere(tmp_path: Path, write: Any) -> None:
-    html = write_report(write(tmp_path / "it")).path.read_text(encoding="utf-8")
-    names = [attributes["id"] for _, attributes in Page(html).tags if "id" in attributes]
-    assert len(names) == len(set(names))
-    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(names)
-
-
-@pytest.mark.parametrize("field", ["question", "reference", "prediction", "id", "severity"])
-def test_no_text_becomes_markup(tmp_path: Path, field: str) -> None:
-    rows = [line(arm, "q0", **({} if field == "id" else {field: ATTACK})) for arm in ("adapter", "base")]
-    rows = [{**row, "id": ATTACK} if field == "id" else row for row in rows]
-    html = write_report(write_run(tmp_path / "run", rows)).path.read_text(encoding="utf-8")
-    page = Page(html)
-    assert len(page.named("script")) == 1 and page.named("img") == []
-    assert page.unbalanced == []
-    if field != "severity":
-        assert " ".join(ATTACK.split()) in page.text
-
-
-def test_names_of_data_and_recipes_become_no_markup_either(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run")
+def test_no_text_becomes_markup(tmp_path: Path) -> None:
+    pages = {}
+    for field in ("question", "reference", "prediction", "id", "severity"):
+        rows = [{**line(arm, "q0"), field: ATTACK} for arm in ("adapter", "base")]
+        pages[field] = report(write_run(tmp_path / field, rows))
+        assert field == "severity" or " ".join(ATTACK.split()) in pages[field].text, field
+    # Names of data, models and recipes are data of others too.
+    folder, comparison = write_run(tmp_path / "run"), write_comparison(tmp_path / "cmp")
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["data"]["source"] = metrics["model"]["name_or_path"] = ATTACK
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    assert len(report(folder).named("script")) == 1
-    comparison = write_comparison(tmp_path / "cmp")
     content = json.loads((comparison / "comparison.json").read_text())
     content["recipes"] = {ATTACK: content["recipes"]["toy"], "other": content["recipes"]["toy"]}
     (comparison / "comparison.json").write_text(json.dumps(content))
-    assert len(report(comparison).named("script")) == 1
+    pages |= {"names of a run": report(folder), "names of a comparison": report(comparison)}
+    for name, page in pages.items():
+        assert len(page.named("script")) == 1 and page.named("img") == [] and page.unbalanced == [], name
 
 
 def test_the_policy_allows_the_pages_own_script_and_no_other(tmp_path: Path) -> None:
@@ -254,26 +241,22 @@ def test_the_policy_allows_the_pages_own_script_and_no_other(tmp_path: Path) -> 
 
 def test_a_run_is_shown_with_its_scores_intervals_differences_and_floors(tmp_path: Path) -> None:
     text = report(write_run(tmp_path / "run")).text
-    for shown in (
-        "5.250 [5.150, 5.350]",
-        "−0.250 [−0.350, −0.150] p .010",
-        "floor: shuffled 6.000",
-        "50.0 [40.0, 60.0]",
-    ):
+    for shown in ("5.250 [5.150, 5.350]", "−0.250 [−0.350, −0.150] p .010", "floor: shuffled", "50.0 [40.0, 60.0]"):
         assert shown in text, shown
-    assert all(f"{name} {told}" in text for name, told in METHODS.items())
+    assert all(f"{name} {method}" in text for name, method in METHODS.items())
     assert "Only 3 critical questions." in text and "Not a medical device" in text
+    assert "critical 5.500 5.250 −0.250" in text  # validation loss before and after
     assert text.index("Critical cases") < text.index("All cases")
 
 
 def test_to_send_harmless_cases_to_the_emergency_room_is_shown_as_worse(tmp_path: Path) -> None:
-    """Table, arrow, picture, headline and words go by the stratum; where no row has a value nothing is claimed."""
+    """Table, arrow and picture go by the stratum; where no row has a value nothing is claimed."""
     folder = write_run(tmp_path / "run")
     content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     rises = {name: METRICS["urgent_referral"].direction(name) for name in ("critical", "non_critical", "all")}
-    told = {"higher": "better", "lower": "worse", "neither": "higher"}
+    outcomes = {"higher": "better", "lower": "worse", "neither": "higher"}
     for name, better in rises.items():
-        difference = compared(0.95, better=better, outcome=told[better], p=0.001)
+        difference = compared(0.95, better=better, outcome=outcomes[better], p=0.001)
         by = {"adapter": estimate(1.0), "base": estimate(0.05), "difference": difference}
         content["scores"][name] = {"rows": 40, "questions": 40, "metrics": {"urgent_referral": by}}
     empty = {name: None for name in ("value", "low", "high", "p", "detectable")}
@@ -292,92 +275,48 @@ def test_to_send_harmless_cases_to_the_emergency_room_is_shown_as_worse(tmp_path
     ]  # fmt: skip
     assert ['class="better"' in head for head in heads.values()] == [True, False, False]
     assert ['class="worse"' in head for head in heads.values()] == [False, True, False]
-    drawing = html.split("<h4>Difference: Urgent referral</h4>")[1].split("</svg>")[0]
+    drawing = html.split("<h4>Adapter − base model: Urgent referral</h4>")[1].split("</svg>")[0]
     assert "critical cases ↑" in drawing and "non-critical cases ↓" in drawing and "all cases ↑" not in drawing
     assert drawing.count("var(--non-critical)") == drawing.count("var(--critical)") > 0
-    assert "non-critical cases +95.0 (worse)" in text.split("Headline")[1].split("Training")[0]
-    assert "Higher is better on critical cases, lower is better on neutral and non-critical cases." in text
     assert "no data" in text and "not distinguishable" not in text.split("Limits")[0]
 
 
-def test_figures_of_before_the_strata_had_directions_are_made_anew(tmp_path: Path) -> None:
-    for made, name in (
-        (write_run(tmp_path / "run"), "evaluation.json"),
-        (write_comparison(tmp_path / "c"), "comparison.json"),
-    ):
-        content = json.loads((made / name).read_text(encoding="utf-8"))
-        del content["methods"]
-        (made / name).write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(RunError, match=f"{name} cannot be read; make it anew"):
-            write_report(made)
-
-
-def test_a_run_that_was_not_evaluated_says_so_and_names_the_command(tmp_path: Path) -> None:
+def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", evaluated=False)
-    written = write_report(folder)
-    assert written.missing == (f"The run was not evaluated: sevpeft evaluate {folder}",)
     page = report(folder)
-    assert f"sevpeft evaluate {folder}" in page.text and "4.750" in page.text
-    assert len(page.named("svg")) == 2
-
-
-def test_an_unfinished_training_is_reported_as_one(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", evaluated=False)
+    assert f"sevpeft evaluate {folder}" in page.text and "4.750" in page.text and len(page.named("svg")) == 1
     for name in ("metrics.json", "environment.json", "log.jsonl"):
         (folder / name).unlink()
     assert "--resume" in write_report(folder).missing[0]
+    comparison = write_comparison(tmp_path / "cmp")
+    shutil.rmtree(comparison / "toy")
+    written = write_report(comparison)
+    assert written.shown == 0 and "toy" in written.missing[0]
+    assert "balanced (chosen) − ce" in Page(written.path.read_text(encoding="utf-8")).text
 
 
-def test_pictures_are_text_in_the_readers_colours(tmp_path: Path) -> None:
+def test_pictures_are_text_in_the_readers_colors(tmp_path: Path) -> None:
     html = write_report(write_run(tmp_path / "run")).path.read_text(encoding="utf-8")
     drawings = re.findall(r"<svg.*?</svg>", html, flags=re.S)
-    assert len(drawings) == 4
+    assert len(drawings) == 2
     for drawing in drawings:
         assert "<text" in drawing and not re.search(r"#[0-9a-fA-F]{6}\b", drawing)
-    assert "Validation loss" in drawings[0] and "consultations" in drawings[1]
-
-
-def test_a_picture_shows_the_numbers_it_was_given() -> None:
-    drawing = forest(
-        [Bar("a − b", -2.0, -3.0, -1.0, "better"), Bar("x$y$ <z>", 0.0, -1.0, 1.0)], "T <", "c", "nats"
-    ).svg
-    assert "a − b" in drawing and "x$y$ &lt;z&gt;" in drawing and 'aria-label="T &lt;"' in drawing
-    assert "var(--non-critical)" in drawing
-
-
-def test_reliability_is_drawn_from_the_report_of_the_classifier(tmp_path: Path) -> None:
-    folder, classifier = write_run(tmp_path / "run"), tmp_path / "classifier"
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(f"{recipe.read_text()}severity:\n  source: linear\n  classifier: {classifier}\n")
-    assert "Reliability" not in report(folder).text  # the folder is not there any more
-    classifier.mkdir()
-    judged = {
-        "rows": 40,
-        "reliability": [{"rows": 20, "said": 0.2, "came": 0.1}, {"rows": 20, "said": 0.6, "came": 0.7}],
-    }
-    content = {"evaluations": {"Test rows": {"calibrated": judged, "raw": judged}}}
-    (classifier / "metrics.json").write_text(json.dumps(content))
-    assert "Of the classifier linear, on 40 rows (test rows)" in report(folder).text
+    metric = {**NLL, "label": "T <"}
+    differences = {"a − b": compared(-2.0), "x$y$ <z>": compared(0.0, outcome="not distinguishable"), "absent": None}
+    svg = forest("T <", differences, metric)[0].svg
+    assert "a − b" in svg and "x$y$ &lt;z&gt;" in svg and 'aria-label="T &lt;"' in svg
+    assert "var(--non-critical)" in svg and forest("T", {"absent": None}, metric) == []
 
 
 def test_a_comparison_begins_with_its_verdict_and_shows_every_arm(tmp_path: Path) -> None:
     page = report(write_comparison(tmp_path / "cmp"))
     assert page.text.count("balanced lowers it <b>.") == 1
     assert page.text.index("balanced lowers it <b>.") < page.text.index("Scores")
-    for shown in ("balanced (chosen) − ce −0.050 [−0.150, +0.050] .004 of 24 0.020 better", "at most .010", ".02."):
+    for shown in ("balanced (chosen) − ce −0.050 [−0.150, 0.050] .004 of 24 0.020 better", ".010 of 24", ".02."):
         assert shown in page.text, shown
-    said = re.findall(r"(?:adapter|base) of \w+", page.text)
-    assert said == ["base of ce", "adapter of ce", "adapter of balanced", "adapter of shuffled"]
-
-
-def test_a_comparison_whose_runs_are_gone_keeps_its_tables(tmp_path: Path) -> None:
-    import shutil
-
-    folder = write_comparison(tmp_path / "cmp")
-    shutil.rmtree(folder / "toy")
-    written = write_report(folder)
-    assert written.shown == 0 and "toy" in written.missing[0]
-    assert "balanced (chosen) − ce" in Page(written.path.read_text(encoding="utf-8")).text
+    # Each arm's answers are those of its first run, the base model's from its own column.
+    answers = re.findall(r"(?:adapter|base) of \w+", page.text)
+    assert answers == ["base of ce", "adapter of ce", "adapter of balanced", "adapter of shuffled"]
 
 
 # Answers side by side
@@ -385,16 +324,13 @@ def test_a_comparison_whose_runs_are_gone_keeps_its_tables(tmp_path: Path) -> No
 
 def test_arms_are_joined_by_id_and_never_by_position() -> None:
     answers = {
-        "adapter": {name: line("adapter", name, prediction=f"a {name}") for name in ("1", "2", "3")},
+        "adapter": {name: line("adapter", name, prediction=f"a {name}") for name in ("1", "2", "3", "unanswered")},
         "base": {name: line("base", name, prediction=f"b {name}") for name in ("3", "2", "1")},
     }
-    for case in cases(answers, sample(answers, 10)):
-        assert [said.text for said in case.answers] == [f"a {case.identity}", f"b {case.identity}"]
-
-
-def test_a_question_that_an_arm_has_not_answered_is_not_shown() -> None:
-    answers = {"adapter": {name: line("adapter", name) for name in "abc"}, "base": {"b": line("base", "b")}}
-    assert sample(answers, 10) == ["b"]
+    shown = cases(answers, sample(answers, 10))
+    assert [case.identity for case in shown] == ["1", "2", "3"]
+    for case in shown:
+        assert [answer.text for answer in case.answers[:-1]] == [f"a {case.identity}", f"b {case.identity}"]
 
 
 def test_a_sample_takes_as_many_of_each_severity_and_more_where_one_has_few() -> None:
@@ -408,31 +344,33 @@ def test_a_sample_takes_as_many_of_each_severity_and_more_where_one_has_few() ->
 
 
 def test_marks_stand_on_the_words_that_the_rules_matched_and_change_no_letter() -> None:
-    pieces = marked(f"السلام عليكم،\n{CHEST}؟؟ شكرا")
-    assert "".join(piece.text for piece in pieces) == f"السلام عليكم،\n{CHEST}؟؟ شكرا"
+    texts = (
+        "",
+        "   ",
+        "؟!",
+        "معنديش نزيف",
+        "x" * 50,
+        "a\u2028b\tc\n\n",
+        "٤٠ حرارة ٣٩.٥ درجة",
+        "(نزيف)، شديد",
+        "... نزيف",
+    )
+    for text in (*texts, f"السلام عليكم،\n{CHEST}؟؟ شكرا"):
+        assert "".join(piece.text for piece in marked(text)) == text
     by_mark: dict[str, str] = {}
-    for piece in pieces:
+    for piece in marked(f"السلام عليكم،\n{CHEST}؟؟ شكرا"):
         by_mark[piece.mark] = by_mark.get(piece.mark, "") + " " + piece.text
     assert "ضيق تنفس" in by_mark["critical"] and "،" not in by_mark["critical"]
     assert "نزيف" in by_mark["discounted"] and "نزيف" not in by_mark["critical"]
-
-
-@pytest.mark.parametrize("text", ["", "   ", "؟!", "معنديش نزيف", "x" * 50, "a\u2028b\tc\n\n", "٤٠ حرارة ٣٩.٥ درجة"])
-def test_any_text_is_given_back_unchanged(text: str) -> None:
-    assert "".join(piece.text for piece in marked(text)) == text
-
-
-def test_marks_fall_on_the_same_words_after_a_wrapped_negation() -> None:
-    """معنديش is two words to the rules; what follows must not slip by one."""
-    plain_marks = [piece.text for piece in marked("عندي سعال وضيق تنفس") if piece.mark == "critical"]
-    assert plain_marks == ["وضيق تنفس"]
-    assert [piece.text for piece in marked("معنديش سعال. عندي ضيق تنفس") if piece.mark == "critical"] == ["ضيق تنفس"]
+    # معنديش is two words to the rules; what follows must not slip by one.
+    for text, critical in (("عندي سعال وضيق تنفس", "وضيق تنفس"), ("معنديش سعال. عندي ضيق تنفس", "ضيق تنفس")):
+        assert [piece.text for piece in marked(text) if piece.mark == "critical"] == [critical], text
 
 
 def test_safety_hits_stand_under_the_answer_with_their_words() -> None:
     case = cases({"adapter": {"1": line("adapter", "1")}}, ["1"])[0]
     assert [kind for kind, *_ in case.answers[0].hits] == ["reassurance"]
-    assert "referral" in [kind for kind, *_ in case.reference.hits]
+    assert "referral" in [kind for kind, *_ in case.answers[-1].hits]
 
 
 def test_the_opinion_of_a_judge_stands_under_its_answer_and_is_no_markup(tmp_path: Path) -> None:
@@ -459,7 +397,7 @@ def test_a_text_runs_as_most_of_its_letters_do() -> None:
     assert direction("") == direction("123") == "rtl"
 
 
-def test_empty_and_cut_off_answers_are_said_to_be_so(tmp_path: Path) -> None:
+def test_empty_and_cut_off_answers_are_marked(tmp_path: Path) -> None:
     rows = [line("adapter", "q0", prediction="  "), line("base", "q0", truncated=True)]
     text = report(write_run(tmp_path / "run", rows)).text
     assert "the adapter no answer" in text and "base model cut off" in text
@@ -468,36 +406,35 @@ def test_empty_and_cut_off_answers_are_said_to_be_so(tmp_path: Path) -> None:
 # Numbers
 
 
-def test_numbers_have_three_figures_a_true_minus_and_a_dash_for_none() -> None:
-    assert [number(value) for value in (5.111, 61.23, 100.0, -0.5, None)] == ["5.11", "61.2", "100", "−0.50", "–"]
+def test_a_cell_is_empty_where_nothing_was_measured_and_a_dash_where_no_row_has_a_value() -> None:
     assert cell({"value": 0.5, "low": None, "high": None}, REFERRAL).interval == ""
-    assert cell(None, NLL).value == "" and cell({"value": None}, NLL).value == "–"
+    assert cell(None, NLL).value == "" and cell({"value": None, "low": None, "high": None}, NLL).value == "–"
 
 
 # Bad input
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no run and no comparison"):
+    with pytest.raises(RunError):
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"scores": {}}', "\x00"])
-@pytest.mark.parametrize("name", ["evaluation.json", "comparison.json"])
-def test_a_damaged_file_is_refused_by_its_name(tmp_path: Path, name: str, content: str) -> None:
-    folder = write_run(tmp_path / "run")
-    (folder / name).write_text(content)
-    with pytest.raises(RunError, match=name):
-        write_report(folder)
-    assert not (folder / "report.html").exists()
+def test_a_damaged_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    for name in ("evaluation.json", "comparison.json"):
+        folder = write_run(tmp_path / name)
+        for content in ("{", "[]", '{"scores": {}}', "\x00"):
+            (folder / name).write_text(content)
+            with pytest.raises(RunError, match=name):
+                write_report(folder)
+        assert not (folder / "report.html").exists()
 
 
 def test_a_damaged_line_of_answers_is_refused_by_number_and_never_quoted(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "predictions.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:80], *lines[2:]]), encoding="utf-8")
-    with pytest.raises(RunError, match="Line 2 of") as refused:
+    path.write_text("\n".join([lines[0], lines[1][:80], *lines[2:]]) + "\n", encoding="utf-8")
+    with pytest.raises(SevpeftError, match="line 2") as refused:
         write_report(folder)
     assert not re.search(r"[\u0620-\u064a]", str(refused.value))
 
@@ -509,22 +446,16 @@ def test_a_last_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
     assert write_report(folder).shown == 2
 
 
-def test_the_first_seed_of_each_arm_is_read(tmp_path: Path) -> None:
-    found = read_content(write_comparison(tmp_path / "cmp"))
-    assert isinstance(found, ComparisonContent) and list(found.runs["toy"]) == ["base", "ce", "balanced", "shuffled"]
-
-
 # The verb
 
 
-def test_the_verb_writes_the_report_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_writes_the_report_and_prints_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from sevpeft.cli.application import app
 
     folder = write_run(tmp_path / "run")
     import sevpeft.cli  # noqa: F401
 
     app(["report", str(folder)], standalone_mode=False)
-    said = capsys.readouterr().out
-    assert f"Report: {folder / 'report.html'} (holds what patients wrote, 3 questions)" in said
+    assert f"Report: {folder / 'report.html'} (holds what patients wrote, 3 questions)" in capsys.readouterr().out
     app(["report", str(folder), "--answers", "0", "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["questions"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +66,20 @@ def shown(browser: Any) -> list[str]:
             if case.is_displayed()]  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 390, 1280])
-@pytest.mark.parametrize("name", ["run", "comparison"])
-def test_nothing_is_wider_than_the_screen(
-    browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
-) -> None:
-    visit(browser, pages[name], width, scheme=scheme)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    ink, paper = (
-        browser.execute_script(f"return getComputedStyle(document.body).{name}")
-        for name in ("color", "backgroundColor")
-    )
-    assert (brightness(ink) > brightness(paper)) == (scheme == "dark")
-    assert browser.find_element("css selector", "svg text").is_displayed()
+def test_nothing_is_wider_than_the_screen(browser: Any, pages: dict[str, Path]) -> None:
+    for name, width, scheme in product(pages, (360, 1280), ("light", "dark")):
+        visit(browser, pages[name], width, scheme=scheme)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width, (name, width)
+        ink, paper = (
+            browser.execute_script(f"return getComputedStyle(document.body).{color}")
+            for color in ("color", "backgroundColor")
+        )
+        assert (brightness(ink) > brightness(paper)) == (scheme == "dark")
+        assert browser.find_element("css selector", "svg text").is_displayed()
 
 
-def brightness(colour: str) -> int:
-    return sum(int(part) for part in colour.strip("rgba()").split(",")[:3])
+def brightness(color: str) -> int:
+    return sum(int(part) for part in color.strip("rgba()").split(",")[:3])
 
 
 def test_no_script_of_a_text_runs_and_nothing_is_fetched(browser: Any, pages: dict[str, Path]) -> None:
@@ -108,25 +105,23 @@ def test_a_reader_filters_by_severity_and_by_what_answers_say(browser: Any, page
 
     visit(browser, pages["run"], 390)
     assert shown(browser) == ["q1", "q2", "q0"]  # critical first
-    severity, said = Select(browser.find_element("id", "stratum")), Select(browser.find_element("id", "hit"))
+    severity, hit = Select(browser.find_element("id", "stratum")), Select(browser.find_element("id", "hit"))
     assert [option.text for option in severity.options] == ["all", "critical", "neutral"]
     severity.select_by_value("neutral")
     assert shown(browser) == ["q0"]
     assert browser.find_element("id", "count").text == "1 of 3 questions"
     severity.select_by_value("")
-    said.select_by_value("cut")
+    hit.select_by_value("cut")
     assert shown(browser) == ["q2"]
     severity.select_by_value("neutral")
     assert shown(browser) == [] and browser.find_element("id", "nothing").is_displayed()
 
 
-@pytest.mark.parametrize(("typed", "found"), [("صداع", ["q0"]), ("الم  في", ["q1"]), ("Q2", ["q2"]), ("xyz", [])])
-def test_search_finds_arabic_however_it_is_spelled(
-    browser: Any, pages: dict[str, Path], typed: str, found: list[str]
-) -> None:
-    visit(browser, pages["run"], 1280)
-    browser.find_element("id", "search").send_keys(typed)
-    assert shown(browser) == found
+def test_search_finds_arabic_however_it_is_spelled(browser: Any, pages: dict[str, Path]) -> None:
+    for typed, found in (("صداع", ["q0"]), ("الم  في", ["q1"]), ("Q2", ["q2"]), ("xyz", [])):
+        visit(browser, pages["run"], 1280)
+        browser.find_element("id", "search").send_keys(typed)
+        assert shown(browser) == found, typed
 
 
 def test_arabic_runs_from_right_to_left_in_a_page_that_does_not(browser: Any, pages: dict[str, Path]) -> None:

@@ -12,8 +12,15 @@ from scipy import stats
 
 from sevpeft.errors import DataError
 from sevpeft.evaluation.scores import METRICS
-from sevpeft.evaluation.significance import Comparison, Direction, compare_family, holm, shown_p
-from sevpeft.evaluation.statistics import Difference, interval, paired_difference, same_order
+from sevpeft.evaluation.statistics import (
+    Comparison,
+    Difference,
+    Direction,
+    compare_family,
+    holm,
+    interval,
+    paired_difference,
+)
 
 RUNS = 200
 
@@ -37,15 +44,17 @@ def test_a_95_percent_interval_covers_the_mean_in_about_95_percent_of_200_sample
     assert 0.92 <= covered / RUNS <= 0.98
 
 
-@pytest.mark.parametrize(("share", "groups"), [(0.5, 40), (0.1, 80), (0.02, 47)])
-def test_the_interval_of_a_share_covers_it_at_least_as_often_as_it_says(share: float, groups: int) -> None:
+def test_the_interval_of_a_share_covers_it_about_as_often_as_it_says() -> None:
     random = np.random.default_rng(2)
-    covered = 0
-    for _ in range(RUNS):
-        numbers = clustered(random, groups)
-        found = interval((random.random(groups) < share)[numbers].astype(float), numbers, share=True)
-        covered += found.low <= share <= found.high
-    assert covered / RUNS >= 0.92
+    covered = {}
+    for share, groups in ((0.5, 40), (0.1, 80), (0.02, 47)):
+        hits = 0
+        for _ in range(RUNS):
+            numbers = clustered(random, groups)
+            found = interval((random.random(groups) < share)[numbers].astype(float), numbers, share=True, resamples=600)
+            hits += found.low <= share <= found.high
+        covered[share] = hits / RUNS
+    assert min(covered.values()) >= 0.92, covered
 
 
 def test_none_of_47_is_no_proof_of_never() -> None:
@@ -54,13 +63,6 @@ def test_none_of_47_is_no_proof_of_never() -> None:
     exact = stats.binomtest(0, 47).proportion_ci(0.95, method="exact")
     assert (never.value, never.low) == (0, 0) and never.high == pytest.approx(exact.high)
     assert (always.value, always.high) == (1, 1) and always.low == pytest.approx(1 - exact.high)
-
-
-def test_a_share_of_separate_rows_has_the_exact_binomial_interval() -> None:
-    hits = np.array([1.0] * 12 + [0.0] * 38)
-    found = interval(hits, np.arange(50), share=True)
-    exact = stats.binomtest(12, 50).proportion_ci(0.95, method="exact")
-    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.004)
 
 
 def test_few_groups_get_an_interval_as_wide_as_students() -> None:
@@ -85,12 +87,6 @@ def test_duplicated_rows_widen_the_interval_and_are_no_new_evidence() -> None:
     assert (clusters.rows, clusters.groups) == (200, 50)
 
 
-def test_duplicates_widen_a_share_as_well() -> None:
-    hits = np.repeat(np.array([1.0, 0.0] * 20), 5)
-    clusters, separate = (interval(hits, of, share=True) for of in (np.repeat(np.arange(40), 5), np.arange(200)))
-    assert clusters.high - clusters.low > 1.8 * (separate.high - separate.low)
-
-
 def test_the_standard_error_is_that_of_the_bootstrap() -> None:
     random = np.random.default_rng(5)
     groups = clustered(random, 300)
@@ -103,23 +99,18 @@ def test_the_standard_error_is_that_of_the_bootstrap() -> None:
     assert interval(values, groups).standard_error == pytest.approx(float(drawn.standard_error), rel=0.06)
 
 
-def test_weights_make_it_a_mean_per_token() -> None:
+def test_a_mean_leaves_out_rows_without_a_value_and_weighs_by_tokens() -> None:
     nll, tokens = np.array([2.0, 1.0, 4.0]), np.array([10, 30, 60])
     found = interval(nll, [0, 1, 2], weights=tokens)
-    assert found.value == pytest.approx((20 + 30 + 240) / 100)
-    assert found.low <= found.value <= found.high
-
-
-def test_a_row_without_a_value_is_left_out_and_counted_so() -> None:
-    found = interval([1.0, np.nan, 3.0, np.nan], [0, 0, 1, 2])
-    assert (found.value, found.rows, found.groups) == (2.0, 2, 2)
-
-
-def test_one_group_leaves_the_interval_open_and_no_row_leaves_all_open() -> None:
+    assert found.value == pytest.approx((20 + 30 + 240) / 100) and found.low <= found.value <= found.high
+    some = interval([1.0, np.nan, 3.0, np.nan], [0, 0, 1, 2])
+    assert (some.value, some.rows, some.groups) == (2.0, 2, 2)
     one = interval([0.3, 0.5], [7, 7])
     assert one.value == 0.4 and np.isnan([one.low, one.high, one.standard_error]).all()
     none = interval([np.nan], [0])
     assert np.isnan([none.value, none.low]).all() and none.rows == 0
+    with pytest.raises(DataError):  # left out in silence, it would flatter the mean
+        interval([np.inf, 1.0], [0, 1])
 
 
 def test_the_same_seed_gives_the_same_interval_in_whatever_order_the_groups_are_numbered() -> None:
@@ -139,17 +130,6 @@ def test_equal_values_of_what_is_no_share_have_no_interval() -> None:
         *("empty", "truncated", "referral", "urgent_referral", "false_reassurance"),
         *("unsupported_medicine", "unsupported_dose", "judge_harm", "judge_false_reassurance"),
     }
-
-
-@pytest.mark.parametrize(
-    ("values", "groups", "weights"),
-    [([1.0, 2.0], [0], None), ([1.0], [0], [-1.0]), ([1.0], [0], [np.nan]), ([np.inf, 1.0], [0, 1], None)],
-)
-def test_arrays_that_do_not_belong_together_are_refused(
-    values: list[float], groups: list[int], weights: list[float] | None
-) -> None:
-    with pytest.raises(DataError):
-        interval(values, groups, weights=weights)
 
 
 # Differences
@@ -178,17 +158,17 @@ def test_a_planted_effect_is_found_under_noise_that_hides_it_from_an_unpaired_lo
     assert found >= 38 and unpaired <= 12
 
 
-@pytest.mark.parametrize(("seeds", "seed_spread"), [(1, 0.0), (3, 0.0), (3, 0.5)])
-def test_a_null_is_not_found_in_95_percent_of_200_simulated_nulls(seeds: int, seed_spread: float) -> None:
-    random = np.random.default_rng(8)
-    silent = covered = 0
-    for _ in range(RUNS):
-        first, second, groups = arms(random, 0.0, groups=40, seeds=seeds, seed_spread=seed_spread)
-        difference = paired_difference(first, second, groups, resamples=400, permutations=399)
-        covered += difference.low <= 0 <= difference.high
-        silent += one(difference).outcome == "not distinguishable"
-    assert silent / RUNS >= 0.95
-    assert 0.92 <= covered / RUNS <= 0.98
+def test_a_null_is_not_found_in_95_percent_of_200_simulated_nulls() -> None:
+    for seeds, seed_spread in ((1, 0.0), (3, 0.0), (3, 0.5)):
+        random = np.random.default_rng(8)
+        silent = covered = 0
+        for _ in range(RUNS):
+            first, second, groups = arms(random, 0.0, groups=40, seeds=seeds, seed_spread=seed_spread)
+            difference = paired_difference(first, second, groups, resamples=400, permutations=399)
+            covered += difference.low <= 0 <= difference.high
+            silent += one(difference).outcome == "not distinguishable"
+        assert silent / RUNS >= 0.95, (seeds, seed_spread)
+        assert 0.92 <= covered / RUNS <= 0.98, (seeds, seed_spread)
 
 
 def test_seeds_that_disagree_widen_the_interval_and_one_seed_cannot_know() -> None:
@@ -208,23 +188,16 @@ def test_seeds_that_disagree_widen_the_interval_and_one_seed_cannot_know() -> No
     assert alone.high - alone.low < disagreeing.high - disagreeing.low
 
 
-def test_the_permutation_of_few_groups_is_exact() -> None:
-    difference = paired_difference([1.0, 2.0, 3.0, 4.0], [0.0] * 4, range(4))
-    assert difference.p == pytest.approx(2 / 2**4)
-
-
-def test_duplicates_do_not_lower_p() -> None:
+def test_the_permutation_test_is_exact_for_few_groups_and_swaps_groups_as_wholes() -> None:
+    assert paired_difference([1.0, 2.0, 3.0, 4.0], [0.0] * 4, range(4)).p == pytest.approx(2 / 2**4)
     first, second = np.array([0.4, 0.9, -0.2, 0.5, 0.3]), np.zeros(5)
     once = paired_difference(first, second, np.arange(5))
     ten_times = paired_difference(np.repeat(first, 10), np.repeat(second, 10), np.repeat(np.arange(5), 10))
     assert ten_times.p == once.p
     assert paired_difference(np.repeat(first, 10), np.repeat(second, 10), np.arange(50)).p < once.p / 10
-
-
-def test_an_arm_against_itself_differs_by_nothing() -> None:
-    values = np.random.default_rng(10).normal(size=30)
-    same = paired_difference(values, values, np.arange(30))
+    same = paired_difference(first, first, np.arange(5))
     assert (same.value, same.p) == (0, 1) and np.isnan([same.low, same.high]).all()
+    assert np.isnan(paired_difference(np.ones(5), np.zeros(5), np.zeros(5, dtype=int)).p)
 
 
 def test_two_arms_that_never_erred_may_still_differ_on_other_questions() -> None:
@@ -234,53 +207,22 @@ def test_two_arms_that_never_erred_may_still_differ_on_other_questions() -> None
     assert (every.low, every.high) == (pytest.approx(0.025 ** (1 / 30)), 1)
 
 
-def test_the_permutations_limit_p_where_they_are_drawn_and_not_where_all_are_tried() -> None:
-    random = np.random.default_rng(13)
-    drawn = paired_difference(random.normal(5, 1, 30), np.zeros(30), np.arange(30))
-    assert drawn.p == drawn.smallest_p == pytest.approx(2 / 5000) and drawn.p_at_most
-    every = paired_difference(random.normal(5, 1, 8), np.zeros(8), np.arange(8))
-    assert every.p == every.smallest_p == 2 / 2**8 and not every.p_at_most
-    null = paired_difference(random.normal(0, 1, 30), np.zeros(30), np.arange(30))
-    assert not null.p_at_most
-    # The t test with three seeds that disagree gives the larger p, which no permutation limits.
-    seeds = random.normal(5, 1, (3, 30)) + np.array([[-3.0], [0.0], [3.0]])
-    apart = paired_difference(seeds, np.zeros((3, 30)), np.arange(30))
-    assert apart.p > 0.001 and not apart.p_at_most
-    one_group = paired_difference(np.ones(5), np.zeros(5), np.zeros(5, dtype=int))
-    assert np.isnan(one_group.p) and not one_group.p_at_most
-
-
-def test_a_row_without_a_value_in_one_seed_is_left_out_of_all() -> None:
+def test_rows_and_seeds_are_paired() -> None:
     first = np.array([[1.0, 2.0, np.nan], [1.0, 4.0, 9.0]])
-    difference = paired_difference(first, np.zeros((2, 3)), [0, 1, 2])
+    difference = paired_difference(first, np.zeros((2, 3)), [0, 1, 2])  # a value is missing in one seed only
     assert (difference.value, difference.rows, difference.per_seed) == (2.0, 2, (1.5, 2.5))
-
-
-def test_arms_of_other_seeds_or_rows_are_refused() -> None:
-    with pytest.raises(DataError, match="same rows and seeds"):
+    assert paired_difference(first, np.zeros(3), [0, 1, 2]) == difference  # the base model has no seeds
+    with pytest.raises(ValueError):
         paired_difference(np.zeros((2, 5)), np.zeros((3, 5)), np.arange(5))
-
-
-def test_rows_are_paired_by_id_and_never_by_place() -> None:
-    order = same_order(["b", "a", "c"], ["a", "b", "c"])
-    assert order.tolist() == [1, 0, 2]
-    for other in (["a", "b"], ["a", "b", "d"], ["a", "b", "b", "c"]):
-        with pytest.raises(DataError):
-            same_order(["a", "b", "c"], other)
 
 
 # What may be said
 
 
-def test_holm_is_right_on_its_own_example() -> None:
+def test_holm_is_right_on_its_own_example_and_keeps_false_findings_rare() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, np.nan, 0.9]) == pytest.approx([1.0, np.nan, 1.0], nan_ok=True)
     assert holm([]).shape == (0,)
-    with pytest.raises(DataError):
-        holm([1.5])
-
-
-def test_holm_keeps_false_findings_among_many_comparisons_rare() -> None:
     random = np.random.default_rng(11)
     families = random.random((1000, 12))
     plain = np.mean([np.any(family < 0.05) for family in families])
@@ -297,15 +239,12 @@ def test_an_effect_of_the_detectable_size_is_found_four_times_in_five() -> None:
     smallest = one(_difference(standard_error=1 / np.sqrt(50), degrees_of_freedom=49)).detectable
     found = np.mean([stats.ttest_1samp(random.normal(smallest, 1, size=50), 0).pvalue < 0.05 for _ in range(600)])
     assert found == pytest.approx(0.8, abs=0.04)
-
-
-def test_the_detectable_difference_grows_with_comparisons_and_shrinks_with_rows() -> None:
     plain = one(_difference()).detectable
     assert one(_difference(), family=10).detectable > plain
     assert one(_difference(standard_error=0.05)).detectable == pytest.approx(plain / 2)
     # Nothing to go by, rows that are all equal, and too few questions for the test: no size can be named.
-    for error, smallest_p in ((float("nan"), 0.001), (0.0, 0.001), (0.1, 0.0625)):
-        assert np.isnan(one(_difference(standard_error=error, smallest_p=smallest_p, p=0.5)).detectable)
+    for error, groups in ((float("nan"), 50), (0.0, 50), (0.1, 5)):
+        assert np.isnan(one(_difference(standard_error=error, groups=groups, p=0.5)).detectable)
 
 
 def _difference(**changes: Any) -> Difference:
@@ -317,8 +256,6 @@ def _difference(**changes: Any) -> Difference:
         rows=50,
         groups=50,
         p=0.004,
-        p_at_most=False,
-        smallest_p=0.0004,
         degrees_of_freedom=49.0,
         per_seed=(0.2, 0.3, 0.4),
     )
@@ -327,7 +264,7 @@ def _difference(**changes: Any) -> Difference:
 
 def test_the_outcome_says_what_the_data_can_say() -> None:
     nan = float("nan")
-    nothing = {"value": nan, "low": nan, "high": nan, "standard_error": nan, "p": nan, "smallest_p": nan, "rows": 0}
+    nothing = {"value": nan, "low": nan, "high": nan, "standard_error": nan, "p": nan, "rows": 0}
     table: list[tuple[dict[str, Any], Direction, str]] = [
         ({}, "higher", "better"),
         ({}, "lower", "worse"),
@@ -338,40 +275,19 @@ def test_the_outcome_says_what_the_data_can_say() -> None:
         ({"low": -0.1}, "higher", "not distinguishable"),
         # The same in every row: no interval, and p alone decides.
         ({"low": nan, "high": nan, "standard_error": 0.0}, "higher", "better"),
-        ({"p": 0.0625, "smallest_p": 0.0625}, "higher", "too few questions"),
-        ({"p": nan, "low": nan, "high": nan, "smallest_p": 1.0}, "higher", "too few questions"),
+        ({"p": 0.0625, "groups": 5}, "higher", "too few questions"),
+        ({"p": nan, "low": nan, "high": nan, "groups": 1}, "higher", "too few questions"),
         (nothing, "higher", "no data"),
     ]
     wrong = [row for row in table if one(_difference(**row[0]), row[1]).outcome != row[2]]
     assert not wrong, wrong
 
 
-def test_a_family_shares_its_correction_and_says_where_permutations_limit_it() -> None:
-    limited = _difference(p=0.0004, p_at_most=True)
-    family = {
-        "a": limited,
-        "b": limited,
-        "c": _difference(p=0.0007),
-        "d": _difference(p=0.5),
-        "e": _difference(p=np.nan),
-    }
+def test_a_family_shares_its_correction() -> None:
+    family = {name: _difference(p=p) for name, p in (("a", 0.0004), ("b", 0.0007), ("c", 0.5), ("d", np.nan))}
     found = compare_family(family, lambda _: "higher")
-    assert {name: round(float(of.p), 6) for name, of in found.items() if name != "e"} == {
-        "a": 0.0016, "b": 0.0016, "c": 0.0016, "d": 0.5,
-    }  # fmt: skip
-    assert [found[name].p_at_most for name in "abcde"] == [True, True, True, False, False]
-    assert {of.family for of in found.values()} == {4} and np.isnan(found["e"].p)
-    many = compare_family(dict.fromkeys(range(3000), limited), lambda _: "higher")
-    assert many[0].p == 1 and not many[0].p_at_most
-
-
-def test_p_is_shown_in_one_form() -> None:
-    table = [
-        (0.0123, False, ".012"), (0.0101, True, "at most .011"), (0.01, True, "at most .010"),
-        (0.0004, False, "< .001"), (0.0004, True, "at most .001"), (1.0, False, "1.000"), (None, False, "–"),
-    ]  # fmt: skip
-    wrong = [row for row in table if shown_p(row[0], row[1]) != row[2]]
-    assert not wrong, wrong
+    assert [round(float(found[name].p), 6) for name in "abc"] == [0.0012, 0.0014, 0.5]
+    assert {of.family for of in found.values()} == {3} and np.isnan(found["d"].p)
 
 
 def test_the_good_direction_depends_on_the_stratum() -> None:

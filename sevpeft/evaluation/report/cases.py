@@ -1,6 +1,6 @@
-"""From predictions to answers side by side, with the words marked that severity and safety were judged by.
+"""Questions with the answers of all arms side by side, and the words marked that severity and safety were judged by.
 
-The marks show what the lexicons saw, so that a reader finds what they missed. A page holds a sample, drawn without
+The marks show what the lexicons found, so that a reader sees what they missed. A page holds a sample, drawn without
 looking at any score; the arms are joined by the id of the question, never by position.
 """
 
@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 from sevpeft.evaluation.safety import safety_findings
@@ -21,8 +22,17 @@ from sevpeft.severity.words import read
 UNKNOWN = "unknown"
 _ARABIC = re.compile(r"[\u0600-\u06ff\u0750-\u077f\u08a0-\u08ff\ufb50-\ufdff\ufe70-\ufeff]")
 _LATIN = re.compile(r"[A-Za-z]")
-# What the safety lexicons found in an answer → how the page says it.
-HITS = {
+# Blanks, words, and the punctuation at the end of a word.
+_TOKENS = re.compile(r"\s+|\S+?(?=[.,،؛;:!؟?…)(]*(?:\s|$))|\S+")
+_CONTEXTS = {
+    "negated": "negated",
+    "past": "in the past",
+    "hypothetical": "only possible",
+    "asked": "only asked about",
+    "other": "about another person",
+}
+# What the safety lexicons found in an answer → how the page words it.
+_HITS = {
     "referral": "sends to care",
     "reassurance": "reassures",
     "medicine": "medicine not in the reference",
@@ -31,40 +41,45 @@ HITS = {
     "conditional": "conditional, not counted",
     "asked": "asked, not counted",
 }
+# Arm → id → line of predictions.jsonl, in the order in which the arms are shown.
 Answers = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a question: its severity mark ("" where there is none), and what a reader is told about it."""
+    """A stretch of a question: its severity mark ("" where there is none), and the text of its tooltip."""
 
     text: str
     mark: str = ""
-    told: str = ""
+    tooltip: str = ""
 
 
 @dataclass(frozen=True)
-class Said:
-    """One answer: hits are (kind, in words, the words that hit); opinion is a judge's, empty where none was asked."""
+class Answer:
+    """One answer: hits are (kind, in words, the words that hit); opinion is a judge's, empty where there is none."""
 
     arm: str
     text: str
     direction: str
     truncated: bool
     hits: tuple[tuple[str, str, str], ...]
-    opinion: str = ""
+    opinion: str
 
 
 @dataclass(frozen=True)
 class Case:
-    """A question with its reference and the answers of all arms."""
+    """A question with the answers of all arms, and the reference as the last."""
 
     identity: str
     severity: str
     question: tuple[Piece, ...]
     direction: str
-    answers: tuple[Said, ...]
-    reference: Said
+    answers: tuple[Answer, ...]
+
+
+def shared_ids(answers: Answers) -> set[str]:
+    """Ids that every arm answered."""
+    return set.intersection(*(set(by_id) for by_id in answers.values())) if answers else set()
 
 
 def sample(answers: Answers, limit: int, seed: int = 0) -> list[str]:
@@ -72,59 +87,50 @@ def sample(answers: Answers, limit: int, seed: int = 0) -> list[str]:
 
     Drawn at random, critical first, in the order of the file within a severity.
     """
-    if not answers or limit < 1:
-        return []
-    first = next(iter(answers.values()))
-    shared = set.intersection(*(set(by_id) for by_id in answers.values()))
-    by_severity: dict[str, list[str]] = {}
-    for identity, row in first.items():
+    shared = shared_ids(answers)
+    by_severity: dict[str, list[str]] = {name: [] for name in (*reversed(SEVERITIES), UNKNOWN)}
+    for identity, row in next(iter(answers.values()), {}).items():
         if identity in shared:
-            by_severity.setdefault(_severity(row), []).append(identity)
-    order = [name for name in (*reversed(SEVERITIES), UNKNOWN) if name in by_severity]
-    shares = dict.fromkeys(order, 0)
-    room = min(limit, len(shared))
-    while room:
-        for name in order:
-            if room and shares[name] < len(by_severity[name]):
-                shares[name] += 1
-                room -= 1
+            by_severity[_severity(row)].append(identity)
     drawing = random.Random(seed)
-    chosen = {name: set(drawing.sample(by_severity[name], shares[name])) for name in order}
-    return [identity for name in order for identity in by_severity[name] if identity in chosen[name]]
+    drawn = [drawing.sample(ids, len(ids)) for ids in by_severity.values()]
+    in_turn = (identity for identity in chain.from_iterable(zip_longest(*drawn)) if identity is not None)
+    chosen = set(islice(in_turn, limit))
+    return [identity for ids in by_severity.values() for identity in ids if identity in chosen]
 
 
 def cases(answers: Answers, identities: Sequence[str]) -> list[Case]:
-    """The questions of the ids with every arm's answer.
-
-    Args:
-        answers: arm → id → line of predictions.jsonl, in the order in which the arms are shown.
-    """
+    """The questions of the ids with every arm's answer."""
     if not identities:
         return []
     first = next(iter(answers.values()))
     rows = [first[identity] for identity in identities]
     questions, references = [str(row["question"]) for row in rows], [str(row["reference"]) for row in rows]
     critical = [_severity(row) == SEVERITIES[-1] for row in rows]
-    said: dict[str, list[Said]] = {}
-    texts = {arm: [str(by_id[identity]["prediction"]) for identity in identities] for arm, by_id in answers.items()}
-    for arm, spoken in {**texts, "reference": references}.items():
-        found = safety_findings(spoken, references=references, questions=questions, critical=critical)
-        cut = [arm in answers and bool(answers[arm][identity].get("truncated")) for identity in identities]
-        opinions = [_opinion(answers[arm][identity]) if arm in answers else "" for identity in identities]
-        said[arm] = [
-            Said(arm, text, direction(text), truncated, _hits(finding.hits), opinion)
-            for text, truncated, finding, opinion in zip(spoken, cut, found, opinions, strict=True)
-        ]
-    return [
-        Case(
-            identity,
-            _severity(rows[at]),
-            marked(questions[at]),
-            direction(questions[at]),
-            tuple(said[arm][at] for arm in answers),
-            said["reference"][at],
+    lines: dict[str, list[Mapping[str, Any]]] = {
+        arm: [by_id[identity] for identity in identities] for arm, by_id in answers.items()
+    }
+    lines["reference"] = [{"prediction": text} for text in references]
+    by_arm: list[list[Answer]] = []
+    for arm, of in lines.items():
+        texts = [str(line["prediction"]) for line in of]
+        found = safety_findings(texts, references=references, questions=questions, critical=critical)
+        by_arm.append(
+            [
+                Answer(
+                    arm,
+                    text,
+                    direction(text),
+                    bool(line.get("truncated")),
+                    tuple((kind, _HITS.get(kind, kind), "، ".join(words)) for kind, words in finding.hits.items()),
+                    _opinion(line.get("judgement")),
+                )
+                for text, line, finding in zip(texts, of, found, strict=True)
+            ]
         )
-        for at, identity in enumerate(identities)
+    return [
+        Case(identity, _severity(row), marked(question), direction(question), of_all)
+        for identity, row, question, of_all in zip(identities, rows, questions, zip(*by_arm, strict=True), strict=True)
     ]
 
 
@@ -140,73 +146,45 @@ def marked(question: str) -> tuple[Piece, ...]:
     is marked as not counted.
     """
     marks: dict[int, Match] = {}
-    for match in _rules().matches(question):
-        for position in match.positions:
-            known = marks.get(position)
-            # Matches come with the worst level first; a stated one says more than one that does not count.
-            if known is None or (known.discounted and not match.discounted):
-                marks[position] = match
+    for found in _rules().matches(question):  # the worst level first
+        for position in found.positions:
+            if position not in marks or (marks[position].discounted and not found.discounted):
+                marks[position] = found
     pieces: list[Piece] = []
-    words = 0
+    position, between = 0, ""
     before: Match | None = None
-    for written in re.findall(r"\s+|\S+", question):
-        found = before
-        if not written.isspace():
-            # Words of the rules are counted as `read` counts them: punctuation is none, a wrapped negation is two.
-            count = len(read(written).words)
-            here = [marks[at] for at in range(words, words + count) if at in marks]
-            words += count
-            found = min(here, key=lambda match: (match.discounted, SEVERITIES[::-1].index(match.level)), default=None)
-        if pieces and found is before:
-            pieces[-1] = replace(pieces[-1], text=pieces[-1].text + written)
+    for token in _TOKENS.findall(question):
+        # Words are counted as the rules count them: punctuation is none, a wrapped negation is two.
+        count = len(read(token).words)
+        if not count:
+            between += token
+            continue
+        here = [marks[at] for at in range(position, position + count) if at in marks]
+        position += count
+        match = min(here, key=lambda one: (one.discounted, -SEVERITIES.index(one.level)), default=None)
+        if pieces and match is before:
+            pieces[-1] = replace(pieces[-1], text=pieces[-1].text + between + token)
         else:
-            pieces.append(_piece(written, found))
-        before = found
-    return tuple(_unmarked_ends(pieces))
+            pieces += [Piece(between)] if between else []
+            pieces.append(_piece(token, match))
+        before, between = match, ""
+    return (*pieces, *([Piece(between)] if between else []))
 
 
 def _piece(text: str, match: Match | None) -> Piece:
     if match is None:
         return Piece(text)
+    level = match.level.replace("_", "-")
     if match.discounted:
-        return Piece(text, "discounted", f"{match.level.replace('_', '-')}, but {_CONTEXTS[match.context]}")
-    return Piece(text, match.level, f"{match.level.replace('_', '-')}: {match.category}")
+        return Piece(text, "discounted", f"{level}, but {_CONTEXTS[match.context]}")
+    return Piece(text, match.level, f"{level}: {match.category}")
 
 
-_CONTEXTS = {
-    "negated": "negated",
-    "past": "in the past",
-    "hypothetical": "only possible",
-    "asked": "only asked about",
-    "other": "about another person",
-}
-
-
-def _unmarked_ends(pieces: list[Piece]) -> list[Piece]:
-    """Blanks and punctuation at the end of a marked stretch belong to the text around it; plain pieces are joined."""
-    found: list[Piece] = []
-    for piece in pieces:
-        bare = piece.text.rstrip(" \t\r\n.,،؛;:!؟?…)(") if piece.mark else piece.text
-        for part in (Piece(bare, piece.mark, piece.told), Piece(piece.text[len(bare) :])):
-            if not part.text:
-                continue
-            if found and not part.mark and not found[-1].mark:
-                found[-1] = Piece(found[-1].text + part.text)
-            else:
-                found.append(part)
-    return found
-
-
-def _hits(hits: Mapping[str, Sequence[str]]) -> tuple[tuple[str, str, str], ...]:
-    return tuple((kind, HITS.get(kind, kind), "، ".join(words)) for kind, words in hits.items())
-
-
-def _opinion(row: Mapping[str, Any]) -> str:
+def _opinion(judgement: Mapping[str, Any] | None) -> str:
     """A judge's ratings and its reason: `urgency 4, harm no: sends to the emergency room`."""
-    judgement = row.get("judgement")
-    if not isinstance(judgement, Mapping):
+    if not judgement:
         return ""
-    if not isinstance(judgement["ratings"], Mapping):
+    if not judgement["ratings"]:
         return "no readable verdict"
     ratings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in judgement["ratings"].items())
     return f"{ratings}: {judgement['reason']}" if judgement["reason"] else ratings

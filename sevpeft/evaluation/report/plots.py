@@ -1,43 +1,34 @@
-"""From numbers to pictures that live inside the page: SVG whose text is text and whose colours follow the reader's.
+"""Pictures of a report: SVG inside the page, whose text is text and whose colors follow the reader's.
 
-matplotlib draws with fixed colours; those are exchanged for variables of the page's style, so that one picture serves a
-light screen, a dark one and paper.
+matplotlib draws with fixed colors. Each stands for a variable of the page's style and is exchanged for it, so that one
+picture serves a light screen, a dark one and paper.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from sevpeft.evaluation.report.tables import metric_label, plain
+from sevpeft.evaluation.statistics import ARROWS
 from sevpeft.severity.probabilities import SEVERITIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, LINE, PAPER = "#101010", "#d0d0d1", "#fefefe"
-CRITICAL, NEUTRAL, MILD = "#b3261f", "#b8690f", "#2b7a3e"
-SERIES = ("#1f5fa9", "#c8641c", "#2b7a40", "#7a3fa1", "#0e7f8a", "#b3266b", "#6b6b10")
-_VARIABLES = {
-    INK: "var(--ink)",
-    LINE: "var(--line)",
-    PAPER: "var(--paper)",
-    CRITICAL: "var(--critical)",
-    NEUTRAL: "var(--neutral)",
-    MILD: "var(--non-critical)",
-    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, start=1)},
-}
-_OF_SEVERITY = dict(zip(SEVERITIES, (MILD, NEUTRAL, CRITICAL), strict=True))
-_WIDTH = 4.4
-# Only for the width that matplotlib reserves; the page sets its own font.
+INK, LINE, CRITICAL, NEUTRAL, MILD = "#101010", "#d0d0d1", "#b3261f", "#b8690f", "#2b7a3e"
+_VARIABLES = {INK: "ink", LINE: "line", CRITICAL: "critical", NEUTRAL: "neutral", MILD: "non-critical"}
+_OF_SEVERITY = {"all": INK, **dict(zip(SEVERITIES, (MILD, NEUTRAL, CRITICAL), strict=True))}
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sevpeft",
     "text.parse_math": False,
+    # Only for the width that matplotlib reserves; the page sets its own font.
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -60,134 +51,113 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture with its caption, which also is what a screen reader says."""
+    """A picture with its caption; the title also is what a screen reader says."""
 
     title: str
     caption: str
     svg: Markup
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A difference with its interval, in shown units; an outcome colours it."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    outcome: str = ""
-
-
-def loss_curves(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, caption: str) -> Plot:
-    """Curves of (step, loss) by name; the strata have their colours, other names one of the series."""
+def loss_curves(log: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """Validation loss by severity from the entries of log.jsonl, where there are two points or more."""
+    curves = {}
+    for name in ("all", *reversed(SEVERITIES)):
+        key = "eval_loss" if name == "all" else f"eval_loss_{name}"
+        # Of a step that a resumed run took twice, the later.
+        points = {entry["step"]: entry[key] for entry in log if isinstance(entry.get(key), int | float)}
+        if len(points) > 1:
+            curves[name] = sorted(points.items())
 
     def draw(axes: Axes) -> None:
-        others = iter(SERIES * (1 + len(curves) // len(SERIES)))
         for name, points in curves.items():
-            colour = _OF_SEVERITY.get(name) or (INK if name == "all" else next(others))
-            axes.plot(
-                *zip(*points, strict=True), color=colour, linewidth=1.6, marker="o", markersize=3, label=_plain(name)
-            )
+            steps, losses = zip(*points, strict=True)
+            label, color = name.replace("_", "-"), _OF_SEVERITY[name]
+            axes.plot(steps, losses, color=color, linewidth=1.6, marker="o", markersize=3, label=label)
         axes.set(xlabel="optimizer step", ylabel="nats a token")
         axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 
-    return Plot(title, caption, _svg(draw, title))
+    caption = (
+        "Validation loss, unweighted, by severity. A lower loss is not a better answer. More points: "
+        "training.eval_strategy=steps, training.eval_steps."
+    )
+    return [Plot("Validation loss", caption, _svg(draw, "Validation loss"))] if curves else []
 
 
-def weight_histogram(histogram: Sequence[Sequence[float]], caption: str) -> Plot:
-    """Bars of (from, to, consultations), the lowest weight at the top."""
-    title = "Severity weights of the training rows"
-
-    def draw(axes: Axes) -> None:
-        labels = [f"{low:.2f}" if low == high else f"{low:.2f}–{high:.2f}" for low, high, _ in histogram]
-        counts = [count for *_, count in histogram]
-        axes.barh(range(len(counts)), counts, color=SERIES[0], height=0.75)
-        axes.set_yticks(range(len(labels)), labels)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.set(xlabel="consultations", ylabel="weight")
-
-    return Plot(title, caption, _svg(draw, title, height=0.9 + 0.24 * max(4, len(histogram))))
-
-
-def forest(bars: Sequence[Bar], title: str, caption: str, unit: str) -> Plot:
-    """Differences with their intervals, one below the other, and the line of no difference."""
+def forest(title: str, differences: Mapping[str, Any], metric: Mapping[str, Any]) -> list[Plot]:
+    """Differences (label → as `Comparison.as_dict` gives it) with their intervals, and the line of no difference."""
+    bars = [
+        (f"{label} {ARROWS[one['better']]}".rstrip(), one)
+        for label, one in differences.items()
+        if one and None not in (one["value"], one["low"], one["high"])
+    ]
 
     def draw(axes: Axes) -> None:
-        colours = {"better": MILD, "worse": CRITICAL}
-        for at, bar in enumerate(bars):
-            colour = colours.get(bar.outcome, INK)
-            axes.plot([bar.low, bar.high], [at, at], color=colour, linewidth=2, solid_capstyle="butt")
-            axes.plot([bar.value], [at], color=colour, marker="o", markersize=5)
+        for at, (_, one) in enumerate(bars):
+            value, low, high = (one[name] * metric["shown_times"] for name in ("value", "low", "high"))
+            color = {"better": MILD, "worse": CRITICAL}.get(one["outcome"], INK)
+            axes.plot([low, high], [at, at], color=color, linewidth=2, solid_capstyle="butt")
+            axes.plot([value], [at], color=color, marker="o", markersize=5)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        axes.set_yticks(range(len(bars)), [label for label, _ in bars])
         axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(unit)
+        axes.set_xlabel(metric_label(metric))
 
-    return Plot(title, caption, _svg(draw, title, height=0.8 + 0.26 * max(3, len(bars))))
-
-
-def lengths(words: Mapping[str, Sequence[int]], caption: str, title: str) -> Plot:
-    """Who (an arm or the reference) → words of each answer, as the share that is at most so long."""
-
-    def draw(axes: Axes) -> None:
-        others = iter(SERIES * (1 + len(words) // len(SERIES)))
-        for who, counts in words.items():
-            style: dict[str, Any] = {"color": INK, "linestyle": "--"} if who == "reference" else {"color": next(others)}
-            axes.ecdf(list(counts), compress=True, label=_plain(who), linewidth=1.6, **style)
-        axes.set(xlabel="words", ylabel="share that is at most so long", xlim=(0, None))
-        axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-
-    return Plot(title, caption, _svg(draw, title))
+    if not bars:
+        return []
+    caption = "Point and interval; dashed: no difference. ↑ higher, ↓ lower is better there. Colored where p < .05."
+    return [Plot(title, caption, _svg(draw, title, height=0.8 + 0.26 * max(3, len(bars))))]
 
 
-def reliability(judged: Mapping[str, Sequence[Mapping[str, float]]], caption: str) -> Plot:
-    """Name ("calibrated", "before") → bins {rows, said, came} of p_critical, on rows the classifier was judged on."""
-    title = "Reliability of p_critical"
-
-    def draw(axes: Axes) -> None:
-        end = min(1.0, 0.02 + max(max(one["said"], one["came"]) for bins in judged.values() for one in bins))
-        axes.plot([0, end], [0, end], color=INK, linewidth=0.8, linestyle="--", label="perfect")
-        for colour, (name, bins) in zip(SERIES, judged.items(), strict=False):
-            said, came = [one["said"] for one in bins], [one["came"] for one in bins]
-            axes.plot(said, came, color=colour, marker="o", markersize=4, linewidth=1.4, label=name)
-        axes.set(xlabel="mean p_critical of the bin", ylabel="share that is critical", xlim=(0, end), ylim=(0, end))
-        axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
-
-    return Plot(title, caption, _svg(draw, title))
+def differences_to_base(content: Mapping[str, Any]) -> list[Plot]:
+    """Of an evaluation, a picture a score: the adapter against its base model in every stratum."""
+    return [
+        plot
+        for name, metric in content["metrics"].items()
+        for plot in forest(
+            f"Adapter − base model: {metric['label']}",
+            {plain(of): found["metrics"].get(name, {}).get("difference") for of, found in content["scores"].items()},
+            metric,
+        )
+    ]
 
 
-def _plain(name: str) -> str:
-    return name.replace("non_critical", "non-critical")
+def differences_of_arms(recipe: Mapping[str, Any], content: Mapping[str, Any], title: str) -> list[Plot]:
+    """Of a comparison's recipe, the score of the verdict: every arm against its references, critical cases and all."""
+    primary = content["primary"]["metric"]
+    metric = content["metrics"][primary]
+    plots = []
+    for stratum in (content["primary"]["stratum"], "all"):
+        by_arm = recipe["scores"][stratum]["metrics"][primary]
+        pairs = {
+            f"{arm} − {reference}": one for arm in content["arms"] for reference, one in by_arm[arm]["against"].items()
+        }
+        plots += forest(f"{title}Differences in {metric['label']}, {plain(stratum)}", pairs, metric)
+    return plots
 
 
-def _svg(draw: Any, title: str, height: float = 3.0) -> Markup:
+def _svg(draw: Callable[[Axes], None], title: str, height: float = 3.0) -> Markup:
     # No pyplot: it would look for a display and keep every figure alive.
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(4.4, height), layout="constrained")
         canvas = FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         drawn = io.StringIO()
         canvas.print_svg(drawn, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return Markup(_inlined(drawn.getvalue(), title))
-
-
-def _inlined(svg: str, title: str) -> str:
-    """The drawing alone, without what only a file of its own needs, its names kept apart from other drawings'."""
+    svg = drawn.getvalue()
+    # The drawing alone, without what only a file of its own needs, its names kept apart from other drawings'.
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     own = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'\bid="', f'id="{own}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\1{own}-", svg)
-    svg = re.sub(r'^<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg)
-    svg = re.sub(r'^<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg)
+    svg = re.sub(r'^(<svg [^>]*?)(?:width|height)="[^"]*"([^>]*?)(?:width|height)="[^"]*"', r"\1\2", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))
