@@ -164,9 +164,10 @@ def experiments(paths: Sequence[Path], overrides: Sequence[str], arms: Sequence[
 
     Raises:
         UsageError: a recipe cannot be compared, two have one name, or an arm is another under a second name.
+        RunError: the output folder is a run.
     """
     if (output / "recipe.yaml").exists():
-        raise UsageError(f"{output} holds a run; give --output a folder of its own.")
+        raise RunError(f"{output} holds a run; give --output a folder of its own.")
     found = [Experiment.of(path, overrides, output) for path in paths]
     names = [experiment.recipe.name for experiment in found]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -206,7 +206,7 @@ def _finish(units: Sequence[_Unit], finish: Callable[[_Unit, str], None], consol
         for number, unit in enumerate(units, start=1):
             locks, place = unit.experiment.folder / LOCKS, f"{unit.place} ({number} of {len(units)})"
             with plain_disk_errors(locks):
-                locks.mkdir(exist_ok=True)
+                locks.mkdir(parents=True, exist_ok=True)
             lock = FileLock(locks / unit.run.folder.name, timeout=timeout)  # a kill releases it
             try:
                 with console.status(f"{place}: waiting for the process that works on it"):

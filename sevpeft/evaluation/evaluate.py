@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from sevpeft.console import Screen, print_labeled, row_progress
 from sevpeft.data.read import Consultations, load_consultations
@@ -42,6 +44,7 @@ from sevpeft.evaluation.scores import (
 )
 from sevpeft.evaluation.statistics import methods
 from sevpeft.modeling.loading import choose_precision
+from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_run, file_hash, keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
@@ -350,12 +353,8 @@ class _RowWork:
         if arm == SHUFFLED:
             rows = replace(rows, references=[self.shuffled[identity] for identity in rows.ids])
         if len(rows):
-            switch = self._loaded()
-            with (
-                row_progress(self.console, f"NLL, {arm}", len(rows)) as done,
-                switch.activate(ADAPTER if arm == SHUFFLED else arm) as model,
-            ):
-                for batch in reference_nll(model, switch.prompt, rows, max_length=self.max_length):
+            with self._model(ADAPTER if arm == SHUFFLED else arm, f"NLL, {arm}", rows) as (model, prompt, done):
+                for batch in reference_nll(model, prompt, rows, max_length=self.max_length):
                     self.likelihoods.append(
                         [
                             {"arm": arm, "id": rows.ids[at], "nll": nll if count else None, "tokens": count}
@@ -372,12 +371,13 @@ class _RowWork:
         """Lines of predictions.jsonl, in the order of the rows."""
         rows = self._missing(self.predictions, arm)
         if len(rows):
-            switch, settings = self._loaded(), self.recipe.generation
             place = {identity: at for at, identity in enumerate(rows.ids)}
-            with row_progress(self.console, f"Answers, {arm}", len(rows)) as done, switch.activate(arm) as model:
-                for batch in generate(
-                    model, switch.prompt, rows, settings, lambda text: print_labeled(self.console, "Batches", text)
-                ):
+
+            def on_slow(text: str) -> None:
+                print_labeled(self.console, "Batches", text)
+
+            with self._model(arm, f"Answers, {arm}", rows) as (model, prompt, done):
+                for batch in generate(model, prompt, rows, self.recipe.generation, on_slow):
                     self.predictions.append([_line(arm, one, rows, place[one.id]) for one in batch])
                     done(len(batch))
         return self.predictions.of(arm, self.rows.ids)
@@ -392,11 +392,17 @@ class _RowWork:
     def _missing(self, file: RowFile, arm: str) -> EvaluationRows:
         return self.rows.take([at for at, identity in enumerate(self.rows.ids) if (arm, identity) not in file.lines])
 
-    def _loaded(self) -> AdapterSwitch:
+    @contextmanager
+    def _model(
+        self, arm: str, label: str, rows: EvaluationRows
+    ) -> Iterator[tuple[PreTrainedModel, Prompt, Callable[[int], None]]]:
+        """The model of an arm, its prompt, and a function that counts rows that are done."""
         if self._switch is None:
+            self._switch = AdapterSwitch(self.recipe, self._adapter)
+        with ExitStack() as stack:
             with self.console.status(f"Loading {self.recipe.model.name_or_path}"):
-                self._switch = AdapterSwitch(self.recipe, self._adapter)
-        return self._switch
+                model = stack.enter_context(self._switch.activate(arm))
+            yield model, self._switch.prompt, stack.enter_context(row_progress(self.console, label, len(rows)))
 
 
 def _line(arm: str, one: Prediction, rows: EvaluationRows, at: int) -> dict[str, Any]:

@@ -270,8 +270,8 @@ class Endpoint:
     """
 
     def __init__(self, settings: JudgeSection) -> None:
-        self.settings = settings
-        parts = urlsplit(settings.url)
+        assert settings.url is not None
+        self.settings, parts = settings, urlsplit(settings.url)
         self.host = parts.netloc
         self.on_this_machine = _on_this_machine(parts.hostname or "")
         self.headers = self._key_header(parts.scheme)

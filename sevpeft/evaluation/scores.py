@@ -32,10 +32,12 @@ from sevpeft.evaluation.bertscore import Encoder
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.safety import safety_scores
 from sevpeft.evaluation.statistics import (
+    ARROWS,
     Difference,
     Direction,
     compare_family,
     estimate_dict,
+    estimate_text,
     interval,
     paired_difference,
 )
@@ -374,10 +376,9 @@ def remarks(rows: EvaluationRows) -> list[str]:
 # Column of the table → its heading; the first two are measured, with intervals, the others are for orientation.
 _MEASURED = {ADAPTER: "adapter", BASE: "base model"}
 _FLOORS = {SHUFFLED: "shuf.", CONSTANT: "const.", REFERENCE: "doctor"}
-ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
 
 
-def evaluation_tables(content: dict[str, Any]) -> Group:
+def evaluation_tables(content: Mapping[str, Any]) -> Group:
     """The contents of evaluation.json in 80 columns: one table a stratum, what the columns mean, and the notes."""
     parts: list[RenderableType] = []
     for stratum, found in content["scores"].items():
@@ -387,50 +388,30 @@ def evaluation_tables(content: dict[str, Any]) -> Group:
         for metric, by_column in found["metrics"].items():
             difference, about = by_column.get("difference"), content["metrics"][metric]
             if difference and difference["value"] is not None:
-                size = _with_interval(difference, about["shown_times"], sign="+")
+                size = estimate_text(difference, about, sign=True)
                 unit = " points" if about["unit"] == "%" else ""
                 p = p_text(difference["p"], difference["p_at_most"])
                 differences.append(f"{about['label']} {size}{unit}, p {p} ({difference['outcome']})")
         if differences:
             parts.append(Text(f"adapter − base model: {'; '.join(differences)}", style="dim"))
-    explained = [*content["methods"].items(), *((_FLOORS[name], content["columns"][name]) for name in _there(content))]
-    parts += [Text(), *(Text(f"{name}: {text}", style="dim") for name, text in explained)]
+    floors = [(heading, content["columns"][name]) for name, heading in _FLOORS.items() if name in content["columns"]]
+    parts += [Text(), *(Text(f"{name}: {text}", style="dim") for name, text in (*content["methods"].items(), *floors))]
     return Group(*parts, *(Text(note, style="yellow") for note in content["notes"]))
 
 
-def _there(content: dict[str, Any]) -> list[str]:
-    return [name for name in _FLOORS if name in content["columns"]]
-
-
-def _table(content: dict[str, Any], stratum: str, scores: dict[str, Any]) -> Table:
+def _table(content: Mapping[str, Any], stratum: str, scores: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("score", overflow="fold", max_width=19)
-    measured = [name for name in _MEASURED if name in content["columns"]]
-    for name in measured:
-        table.add_column(_MEASURED[name], justify="right", no_wrap=True)
-    for name in _there(content):
-        table.add_column(_FLOORS[name], justify="right", style="dim", no_wrap=True)
+    columns = {name: heading for name, heading in (_MEASURED | _FLOORS).items() if name in content["columns"]}
+    for name, heading in columns.items():
+        table.add_column(heading, justify="right", no_wrap=True, style="dim" if name in _FLOORS else "")
     for metric, found in scores.items():
         if stratum not in (CRITICAL, ALL) and metric not in HEADLINE:
             continue
         about = content["metrics"][metric]
         label = f"{about['label']}{' %' if about['unit'] == '%' else ''} {ARROWS[about['better'][stratum]]}".strip()
-        times = about["shown_times"]
-        cells = [_with_interval(found.get(name), times) for name in measured]
-        cells += [_number((found.get(name) or {}).get("value"), times) for name in _there(content)]
-        table.add_row(label, *cells)
+        # For want of room three figures of nats too, and no intervals of floors.
+        short, alone = {**about, "unit": ""}, {"low": None, "high": None}
+        there = {name: found[name] | (alone if name in _FLOORS else {}) for name in columns if name in found}
+        table.add_row(label, *(estimate_text(there[name], short) if name in there else "" for name in columns))
     return table
-
-
-def _with_interval(estimate: dict[str, Any] | None, times: float, sign: str = "") -> str:
-    value, low, high = (_number((estimate or {}).get(name), times, sign) for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]" if low and high else value
-
-
-def _number(value: float | None, times: float, sign: str = "") -> str:
-    """Three figures: 5.11, 61.2, 100; empty where there is none."""
-    if value is None:
-        return ""
-    shown = value * times
-    places = 2 if abs(shown) < 9.995 else 1 if abs(shown) < 99.95 else 0
-    return f"{shown:{sign}.{places}f}".replace("-", "−")

@@ -100,13 +100,13 @@ def test_arms_and_seeds_are_read_or_refused() -> None:
 
 
 def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, run: Run) -> None:
-    for settings, output, arms in (
-        (["severity.control=shuffled"], tmp_path, ["ce"]),
-        (["training.load_best_model_at_end=true"], tmp_path, ["ce"]),
-        (["severity.weights=mild"], tmp_path, ["own", "mild"]),
-        ([], run.folder, ["ce"]),
+    for settings, output, arms, kind in (
+        (["severity.control=shuffled"], tmp_path, ["ce"], UsageError),
+        (["training.load_best_model_at_end=true"], tmp_path, ["ce"], UsageError),
+        (["severity.weights=mild"], tmp_path, ["own", "mild"], UsageError),
+        ([], run.folder, ["ce"], RunError),
     ):
-        with pytest.raises(UsageError):
+        with pytest.raises(kind):
             print(experiments([QUICKSTART], settings, arms, output))
     with pytest.raises(UsageError, match="rename"):
         experiments([QUICKSTART, QUICKSTART], [], ["ce"], tmp_path)

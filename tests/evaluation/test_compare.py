@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from sevpeft.cli import main
 from sevpeft.errors import Interrupted, ModelError, RunError, SevpeftError, UsageError
 from sevpeft.evaluation import compare as module
-from sevpeft.evaluation.arms import parse_arms, parse_seeds
 from sevpeft.evaluation.compare import compare
 from sevpeft.evaluation.scores import SAFETY
 from sevpeft.recipe import load_recipe
@@ -109,10 +108,7 @@ def test_the_comparison_is_complete(finished: Path) -> None:
     content = stored(finished)
     found = content["recipes"]["quickstart"]
     assert list(content["arms"]) == list(ARMS) and content["seeds"] == [0, 1]
-    assert {path.name for path in (finished / "quickstart").iterdir() if path.name[0] != "."} == {
-        *RUNS,
-        "common-recipe.yaml",
-    }
+    assert {path.name for path in (finished / "quickstart").iterdir() if path.name[0] != "."} == set(RUNS)
     assert found["runs"]["shuffled"] == ["quickstart/shuffled-balanced-0", "quickstart/shuffled-balanced-1"]
     assert list(found["scores"]) == ["critical", "all", "neutral", "non_critical"]
     for scores in found["scores"].values():
@@ -294,35 +290,25 @@ def test_several_recipes_give_one_table(output: Path, settings: list[str], tmp_p
 def test_a_recipe_that_was_refused_can_be_corrected(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*args: Any, **kwargs: Any) -> None:
+    given: list[Any] = []
+
+    def refused(recipe: Any, *args: Any, **kwargs: Any) -> None:
+        given.append(recipe.lora.settings()["target_modules"])
         raise ModelError("no such layers")
 
     monkeypatch.setattr(module, "train", refused)
-    wrong, output = [*settings, "lora.target_modules=[q_prj]"], tmp_path / "out"
-    corrected: dict[str, Any] = {"arms": ("ce",), "seeds": (0,)}
-    with pytest.raises(ModelError):
-        compared(wrong, output)
-    with FileLock(output / "quickstart" / ".locks" / "ce-0"), pytest.raises(RunError, match="lora"):
-        compared(settings, output, **corrected)
-    with pytest.raises(ModelError):  # of the training, no longer of the folder
-        compared(settings, output, **corrected)
-    assert "all-linear" in (output / "quickstart" / "common-recipe.yaml").read_text(encoding="utf-8")
-    (output / "quickstart" / "ce-0").mkdir()
-    with pytest.raises(RunError, match="lora"):
-        compared(wrong, output, **corrected)
+    for one in ([*settings, "lora.target_modules=[q_prj]"], settings):
+        with pytest.raises(ModelError):
+            compared(one, tmp_path / "out", arms=("ce",), seeds=(0,))
+    assert given == [["q_prj"], "all-linear"]
 
 
-def test_another_comparison_is_not_mixed_in(output: Path, settings: list[str], tmp_path: Path) -> None:
+def test_another_comparison_is_not_mixed_in(output: Path, settings: list[str], trained: list[str]) -> None:
     with pytest.raises(RunError, match=r"training.learning_rate is 0.5 and was 0.002"):
         compared([*settings, "training.learning_rate=0.5"], output)
-    (tmp_path / "full" / "quickstart").mkdir(parents=True)
-    (tmp_path / "full" / "quickstart" / "thesis.txt").touch()
-    for folder in (output / "quickstart" / "ce-0", tmp_path / "full"):
-        with pytest.raises(RunError, match="--output"):
-            compared(settings, folder)
-    (output / "quickstart" / "common-recipe.yaml").write_text("{", encoding="utf-8")
-    with pytest.raises(RunError, match=r"common-recipe\.yaml"):
-        compared(settings, output)
+    with pytest.raises(RunError, match="--output"):
+        compared(settings, output / "quickstart" / "ce-0")
+    assert trained == []
 
 
 def test_a_damaged_run_is_named_and_the_others_are_kept(
@@ -362,14 +348,6 @@ def test_runs_that_were_not_trained_alike_are_not_compared(
         run.update_metrics(**{section: {**run.metrics()[section], **changed}})
         with pytest.raises(RunError, match=rf"ce-1 .*ce-0 .*\(other {name}\)"):
             compared(settings, other)
-
-
-def test_arms_and_seeds_are_read_or_refused() -> None:
-    assert parse_arms("base, ce ,balanced") == ("base", "ce", "balanced") and parse_seeds("0,7") == (0, 7)
-    for parse, texts in ((parse_arms, ("ce,blanced", "ce,ce", "base")), (parse_seeds, ("0,x", "", "-1", "1,1"))):
-        for text in texts:
-            with pytest.raises(UsageError):
-                parse(text)
 
 
 def test_recipes_whose_arms_would_differ_in_more_than_weights_are_refused(settings: list[str], tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sevpeft.data.split import hold_out
-from sevpeft.severity.classifier.examples import Examples, check_severities, complete_rows, grouped_folds
+from sevpeft.severity.classifier.examples import Examples, check_severities, complete_rows, grouped_folds, hold_out
 from sevpeft.severity.classifier.linear import LinearClassifier, fit_linear
 from sevpeft.severity.classifier.settings import ClassifierSettings
 from sevpeft.severity.probabilities import SEVERITIES, SeverityClassifier

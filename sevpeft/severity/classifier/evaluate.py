@@ -21,10 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sevpeft.data.split import hold_out
 from sevpeft.errors import DataError
 from sevpeft.severity.classifier.calibrate import Calibrated, fit_calibrated, fit_of, source_probabilities, uncalibrated
-from sevpeft.severity.classifier.examples import Examples, Fold, block_folds, complete_rows, grouped_folds
+from sevpeft.severity.classifier.examples import Examples, Fold, block_folds, complete_rows, grouped_folds, hold_out
 from sevpeft.severity.classifier.settings import EvaluateSettings, FitSettings
 from sevpeft.severity.probabilities import SEVERITIES
 

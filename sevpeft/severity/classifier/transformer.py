@@ -26,10 +26,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sevpeft.data.read import look_for_hub
-from sevpeft.data.split import hold_out
 from sevpeft.errors import ModelError, first_sentence
 from sevpeft.runs import plain_disk_errors
-from sevpeft.severity.classifier.examples import Examples
+from sevpeft.severity.classifier.examples import Examples, hold_out
 from sevpeft.severity.classifier.settings import EncoderSection
 from sevpeft.severity.probabilities import SEVERITIES
 
