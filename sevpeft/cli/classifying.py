@@ -59,7 +59,9 @@ def fit(
             report.write_report(folder, about, evaluations)
     _show(about, evaluations, as_json)
     if not as_json:
-        typer.echo(f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}")
+        from sevpeft.console import print_text
+
+        print_text(f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}")
 
 
 @classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:EvaluateSettings", without=_NO_KEYS))

@@ -55,7 +55,7 @@ PREDICTIONS, LIKELIHOOD = "predictions.jsonl", "likelihood.jsonl"
 
 
 def evaluate(
-    run: Run,
+    run: Run | Path | str,
     overrides: Sequence[str] = (),
     *,
     limit: int | None = None,
@@ -67,6 +67,7 @@ def evaluate(
     """Evaluates a run; writes predictions.jsonl, likelihood.jsonl, scores.jsonl and evaluation.json into it.
 
     Args:
+        run: of `train`, or its folder.
         overrides: KEY=VALUE of the sections generation and evaluation.
         limit: a seeded sample of so many rows; a later evaluation of all rows goes on from it.
         arms: ADAPTER and BASE, or one of them.
@@ -81,6 +82,7 @@ def evaluate(
         SevpeftError: in one plain sentence; finished work is kept.
     """
     console = console or Screen(quiet=True)
+    run = run if isinstance(run, Run) else Run(Path(run).expanduser())
     floors = floors and ADAPTER in arms
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("evaluate runs as one process; start it without accelerate, as `sevpeft evaluate RUN`.")

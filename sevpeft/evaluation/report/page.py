@@ -51,7 +51,7 @@ class Report:
     missing: tuple[str, ...]
 
 
-def write_report(folder: Path, *, answers: int = 120) -> Report:
+def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     """Writes report.html into a run or comparison folder, for its owner alone.
 
     Args:
@@ -60,6 +60,7 @@ def write_report(folder: Path, *, answers: int = 120) -> Report:
     Raises:
         RunError: the folder holds neither, a file of it is damaged, or it cannot be written.
     """
+    folder = Path(folder)
     if (folder / COMPARISON).is_file():
         page = _comparison_page(folder, answers)
     elif (folder / "recipe.yaml").is_file():
