@@ -123,5 +123,5 @@ def test_what_lora_plus_cannot_do_is_said_by_the_recipe(values: dict[str, Any], 
 def test_a_sharded_training_refuses_lora_plus(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_from_values({"lora": {"loraplus_lr_ratio": 16.0}})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match=r"lora\.loraplus_lr_ratio does not reach the optimiser that FSDP builds"):
+    with pytest.raises(RecipeError, match=r"lora\.loraplus_lr_ratio does not reach the optimizer that FSDP builds"):
         loraplus_settings(recipe)

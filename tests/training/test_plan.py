@@ -43,7 +43,7 @@ def shown(found: object) -> str:
         ["training.gradient_accumulation_steps=4", "training.num_train_epochs=2"],
         ["training.max_steps=3"],
         ["training.packing=true", "training.num_train_epochs=1"],
-        ["training.dataloader_drop_last=true", "training.global_batch_size=32"],
+        ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=32"],
     ],
 )
 def test_the_training_takes_the_planned_steps_on_the_planned_weights(
@@ -101,7 +101,7 @@ def test_a_prompt_that_training_would_refuse_is_refused(model_folder: Callable[.
 def test_memory_that_cannot_be_planned_is_told_with_the_reason(model_folder: Callable[..., Path]) -> None:
     found = plan(load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}"]))
     assert found.memory_unknown == found.as_dict()["memory_unknown"] == "no numbers"
-    assert "Unknown           memory and cards: no numbers" in shown(found)
+    assert "Unknown           memory and GPUs: no numbers" in shown(found)
 
 
 def test_without_the_tokenizer_time_is_told_for_tokens_of_so_many_letters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,7 +250,7 @@ def test_full_memory_is_told_with_the_plan_or_the_batch_is_cut(
         load_recipe(QUICKSTART, [*words, "training.auto_find_batch_size=true"]), tmp_path / "cut", console=console
     )
     told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "full; goes on from step 5 with 2 batches of 2 rows a step" in told
+    assert "full; continues from step 5 with 2 batches of 2 rows a step" in told
     monkeypatch.undo()
     roomy = train(load_recipe(QUICKSTART, words), tmp_path / "roomy")
     for name, value in weights_of(roomy).items():
