@@ -494,7 +494,7 @@ def test_ctrl_c_in_training_says_how_to_go_on_and_the_run_resumes(
         code, _, err = sevpeft_(*words)
     assert code == 130
     told = f"sevpeft train {run.folder}/recipe.yaml --output {run.folder} --resume"
-    assert err == f"Interrupted. Go on with: {told}\n"
+    assert err == f"Interrupted. Resume with: {told}\n"
     assert "There is no adapter" in sevpeft_("chat", run.folder)[2]
     assert sevpeft_(*told.split()[1:])[0] == 0
     assert run.metrics()["training"]["resumed_from"] == "checkpoint-2"
