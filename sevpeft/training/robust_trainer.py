@@ -258,7 +258,8 @@ class RobustSFTTrainer(SFTTrainer):
         if last and not self._epoch_is_over:
             return  # the epoch's own call follows; after a checkpoint of now, a resumed run would never come to it
         due = self.control.should_evaluate
-        if due and self.control.should_save and not self._saves_by_validation():
+        by_validation = self.args.metric_for_best_model is not None or self.args.save_strategy == SaveStrategy.BEST
+        if due and self.control.should_save and not by_validation:
             self._evaluation_due, self.control.should_evaluate = True, False
             super()._maybe_log_save_evaluate(*args, **kwargs)
             self._evaluation_due, self.control.should_evaluate = False, True
@@ -272,18 +273,15 @@ class RobustSFTTrainer(SFTTrainer):
             self._save_checkpoint(self.model, None)
             raise
 
-    def _saves_by_validation(self) -> bool:
-        return self.args.metric_for_best_model is not None or self.args.save_strategy == SaveStrategy.BEST
-
     @property
     def _checkpoint(self) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _send_telemetry(self) -> None:
-        """Nothing: TRL's tells the Hub of the model, the device and how the data was loaded."""
+        """Sends nothing; TRL 1.16 tells the Hub the model, the device and how the data was loaded."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None beside the checkpoints: TRL's would name a folder of this machine; the adapter has ours."""
+        """Writes none; TRL's would name a folder of this machine."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # What diverges must not push out the checkpoints from before.

@@ -1,0 +1,1 @@
+"""From gathered consultations to a folder to train on."""
