@@ -192,8 +192,9 @@ def _value_of(text: str, field: Any) -> Any:
 
 def _text_of(path: Path) -> str:
     try:
-        if path.is_file() and path.stat().st_size > _LONGEST:
-            raise RecipeError(f"{path}: has more than {_LONGEST:,} bytes; name a recipe.")
+        # A pipe or a device may never end; a file that long was named by mistake.
+        if path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size <= _LONGEST):
+            raise RecipeError(f"{path}: is no regular file of at most {_LONGEST:,} bytes; name a recipe.")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8; save the file as UTF-8.") from error

@@ -308,3 +308,16 @@ def test_a_verb_without_a_recipe_takes_settings_of_its_own() -> None:
         if remedy not in str(error.value):
             failed.append((word, str(error.value)))
     assert failed == []
+
+
+def test_a_recipe_that_may_never_end_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long.yaml").write_text("#" * 60_000)
+    failed = []
+    for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path / "long.yaml"):
+        try:
+            load_recipe(path)
+            failed.append(str(path))
+        except RecipeError as error:
+            failed += [] if "name a recipe" in str(error) else [str(error)]
+    assert failed == []
