@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
+import json
 import os
+import re
 import select
+import shutil
 import sys
+import textwrap
 import time
 import traceback
-from types import TracebackType
-from typing import Any
+from collections.abc import Collection
+from types import NoneType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from sevpeft.errors import SevpeftError, UsageError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _SECONDS_FOR_THE_FIRST = 3.0
 # Their result is what they print; that of the others is in files, unless --json asks for it on stdout.
@@ -102,6 +112,61 @@ def _guard_output() -> None:
                 write_through=stream.write_through,
             )
             setattr(sys, name, guarded)
+
+
+def keys_help(schema: type[BaseModel], *, without: Collection[str] = (), above: str = "") -> str:
+    """The keys of a settings class as help text: values, default and the first sentence of each docstring.
+
+    Args:
+        without: keys that an argument of the verb gives, such as data.path, or that it does not use. above: path of
+            the section that `schema` is, with its dot.
+    """
+    entries = []
+    for name, field in schema.model_fields.items():
+        key, default = f"{above}{name}", field.get_default(call_default_factory=True)
+        if key in without:
+            continue
+        if hasattr(default, "model_fields"):
+            entries.append(keys_help(type(default), without=without, above=f"{key}."))
+            continue
+        if hasattr(default, "model_dump"):
+            default = default.model_dump()
+        shown = default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)
+        sentence = re.split(r"(?<=\.)\s", field.description or "", maxsplit=1)[0]
+        width = min(shutil.get_terminal_size().columns, 100)
+        text = f"{key}={_values(field.annotation)} (default: {shown})"
+        entries += [text, textwrap.fill(" ".join(sentence.split()), width, initial_indent="  ", subsequent_indent="  ")]
+    return "\n".join(entries)
+
+
+def _values(kind: Any) -> str:
+    """What may be written for a type: true|false, one of the choices of a Literal, TEXT."""
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is Annotated:
+        return _values(get_args(kind)[0])
+    if hasattr(kind, "model_fields"):
+        return f"{{{', '.join(kind.model_fields)}}}"
+    if get_origin(kind) in (list, tuple):
+        return f"[{_values(get_args(kind)[0])},...]"
+    if get_origin(kind) is dict:
+        return "{NAME: VALUE}"
+    if get_args(kind):
+        return "|".join(dict.fromkeys(map(_values, get_args(kind))))
+    names = {bool: "true|false", str: "TEXT", int: "NUMBER", float: "NUMBER", NoneType: "null"}
+    return names.get(kind) or kind.__name__.upper()
+
+
+def command_with_keys(settings: str, *, without: Collection[str] = ()) -> type[TyperCommand]:
+    """A command whose --help ends with the keys of its settings class, named "module:Class" and imported only then."""
+
+    class Command(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            super().format_help(ctx, formatter)
+            module, _, name = settings.partition(":")
+            print(f"KEY=VALUE:\n{keys_help(getattr(importlib.import_module(module), name), without=without)}")
+
+    return Command
 
 
 def output_error() -> OSError | None:

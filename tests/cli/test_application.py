@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from sevpeft.cli import application, main
 from sevpeft.recipe import load_recipe
@@ -53,6 +55,21 @@ def test_a_process_that_fails_alone_says_so_after_the_first(
     monkeypatch.setenv("WORLD_SIZE", "2")
     application._say("No disk.")
     assert capsys.readouterr().err == "No.\nA stale variable.\nProcess 1: No disk.\n" and len(waited) == 1
+
+
+def test_help_lists_the_keys_of_a_settings_class() -> None:
+    app = typer.Typer()
+
+    @app.command(cls=application.command_with_keys("sevpeft.recipe:Recipe", without=["data.path"]))
+    def verb() -> None:
+        pass
+
+    shown = CliRunner().invoke(app, ["--help"]).output.splitlines()
+    assert "data.encoding=TEXT|null (default: null)" in shown and "data.max_rows=NUMBER|null (default: null)" in shown
+    assert shown[shown.index("data.max_rows=NUMBER|null (default: null)") + 1] == "  Reads no more than so many rows."
+    assert "quantization.load_in_4bit=true|false (default: false)" in shown
+    assert "severity.normalize=none|mean (default: none)" in shown
+    assert not [line for line in shown if line.startswith("data.path")]
 
 
 def test_a_home_folder_is_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
