@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from sevpeft.recipe import Recipe
-from sevpeft.severity.histogram import advice, effective_sample, histogram_lines
-from sevpeft.severity.weighting import WeightSummary
+from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines
 from sevpeft.training.progress import LABEL_WIDTH, say
 
 # Lines of a histogram fit a terminal of 80 columns, beside the labels.

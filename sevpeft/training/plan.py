@@ -21,7 +21,7 @@ from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, epoch_seconds
 from sevpeft.modeling.loading import load_config, load_tokenizer
 from sevpeft.recipe import Recipe
-from sevpeft.severity.weighting import WeightSummary
+from sevpeft.severity.weights import WeightSummary
 from sevpeft.training.announcement import announce_data
 from sevpeft.training.batch_split import resolve_split
 from sevpeft.training.fitting import Fitting, announce_fitting, announce_time, fitting

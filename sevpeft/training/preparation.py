@@ -25,7 +25,7 @@ from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
 from sevpeft.severity.probabilities import has_severity
 from sevpeft.severity.source import Severity, severity_of
-from sevpeft.severity.weighting import WeightSummary, severity_weights
+from sevpeft.severity.weights import WeightSummary, severity_weights
 from sevpeft.training.encoding import add_token_weights, encode_rows, pack_rows
 from sevpeft.training.row_names import RowNames
 
