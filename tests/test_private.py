@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import tempfile
@@ -17,15 +16,13 @@ from sevpeft.data.prepare.settings import PrepareSettings
 from sevpeft.data.read import load_consultations
 from sevpeft.evaluation.evaluate import evaluate
 from sevpeft.evaluation.report.page import write_report
-from sevpeft.recipe import load_recipe
+from sevpeft.recipe import DataSection, load_recipe
 from sevpeft.runs import whole_folder
-from sevpeft.severity.annotated_files import ENDINGS
-from sevpeft.severity.annotating import Job, annotate
+from sevpeft.severity.annotate import ENDINGS, AnnotateSettings, annotate
 from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
 from sevpeft.severity.classifier.examples import labeled_examples
 from sevpeft.severity.classifier.linear import fit_linear
 from sevpeft.severity.classifier.store import write_classifier
-from sevpeft.severity.rules import Rules
 from sevpeft.training.train import train
 from tests.evaluation.judge_server import good, serving
 
@@ -63,8 +60,7 @@ def open_umask() -> Iterator[None]:
 def content(path: Path) -> str:
     if path.suffix == ".parquet":
         return str(pq.read_table(path).to_pylist())
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return raw.decode(errors="replace")
+    return path.read_bytes().decode(errors="replace")
 
 
 def of_patients(folder: Path) -> dict[str, str]:
@@ -88,9 +84,10 @@ def test_every_file_with_words_or_ids_of_patients_is_its_owners_alone(
         monkeypatch.setenv(variable, str(tmp_path / name))
     monkeypatch.setattr(tempfile, "tempdir", None)
     prepare(PrepareSettings.model_validate({"data": {"path": str(consultations)}}), tmp_path / "prepared")
-    for ending in (*ENDINGS, ""):
-        rows = load_consultations(consultations, keep="all")
-        annotate(Job(rows, Rules.load(None), tmp_path / f"annotated{ending}", replace=True))
+    for path, endings in ((consultations, ENDINGS), (tmp_path / "prepared", ("",))):
+        settings = AnnotateSettings(data=DataSection(path=str(path)), method="rules", replace=True)
+        for ending in endings:
+            annotate(settings, tmp_path / f"annotated{ending}")
     labeled = load_consultations(consultations, keep="all")
     with whole_folder(tmp_path / "classifier") as folder:
         fitted = fit_linear(labeled_examples(labeled))
@@ -109,7 +106,7 @@ def test_every_file_with_words_or_ids_of_patients_is_its_owners_alone(
         evaluate(run, [f"evaluation.judge.url={server.url}", "evaluation.judge.model=m"])
     write_report(run.folder)
     found = of_patients(tmp_path)
-    expected = ("annotated.jsonl", "annotated.csv.gz", "annotated.parquet", "annotated/consultations.parquet")
+    expected = ("annotated.jsonl", "annotated.csv", "annotated.parquet", "annotated/consultations.parquet")
     expected += ("annotated/rejected.jsonl", "prepared/consultations.parquet", "prepared/rejected.jsonl")
     expected += ("classifier/vocabulary.json", "run/predictions.jsonl", "run/likelihood.jsonl", "run/scores.jsonl")
     expected += ("run/judgements.jsonl", "run/report.html")

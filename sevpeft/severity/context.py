@@ -1,323 +1,303 @@
-"""From where an expression stands in a question to whether it says that the patient has this now.
+"""Whether an expression says that the patient has this now, by the words around it.
 
 "لا أعاني من ضيق تنفس", "كان عندي نزيف من سنة وخف", "والدي توفي بجلطة" and "هل ممكن يسبب جلطة؟" name red flags that
 are not there; "لو في خطورة؟" asks for one. Each rule looks at a few words around the expression, in its clause or
 sentence. Where a rule is in doubt, the expression counts: an emergency that is taken for a denial costs more than a
 denial taken for an emergency. What is handled, and what is not, is listed in lexicons/README.md.
+
+A word that matters here is a cue, or several: "كان" speaks of having and of the past. The cues of each word are in
+lexicons/words_ar.tsv.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import or_
 from typing import Literal
 
-from sevpeft.severity.cues import BIT, CUES
-from sevpeft.severity.words import Text
+from sevpeft.severity.words import WORD_LISTS, Remembered, Text
 
 Context = Literal["stated", "negated", "other", "past", "hypothetical", "asked"]
 
 # How far a denial reaches: "ما عندي لا حرارة ولا كحة ولا ضيق نفس" and the like.
-DENIAL_REACH = 6
-# Thoughts of suicide are often told as a fear or a possibility; they count all the same.
-NEVER_HYPOTHETICAL = frozenset({"suicidal"})
-# Words that are no complaint: whoever asks whether there is danger has not said that there is.
-_DANGER = "danger"
-_SWALLOWED = "poisoning_bites"
-
-_NOT, _NOR, _WITHOUT, _HAS = (BIT[name] for name in ("not", "nor", "without", "has"))
-_HAVING = _HAS | BIT["feels"]
-_BUT, _OR, _ALL = BIT["but"], BIT["or"], BIT["all"]
-_DENIES = _NOT | _NOR | _WITHOUT | BIT["except"]
-_OF_THE_PAST = sum(BIT[name] for name in ("before", "was", "event", "recovered", "formerly", "gone_year"))
-_SINCE = BIT["since"] | BIT["before"]
-_DATES = sum(BIT[name] for name in ("formerly", "year", "long"))
-_OF_OTHERS = sum(BIT[name] for name in ("died", "family", "kin"))
-_OF_THE_POSSIBLE = sum(BIT[name] for name in ("fear", "cause", "be"))
-_OF_QUESTIONS = BIT["whether"] | BIT["choice"]
-# What in "كل ما", "بعد ما", "زي ما" is no negation.
-_WHEN = "كل بعد قبل زي مثل متل اول وقت حسب ساعه يوم عند كيف قد ساعات لحد مجرد وبعد وكل عشان"
-_AFTER = frozenset(("ما", "بعد", "منذ", "لما", "ان", "من"))
-_NO_NEGATION_AFTER = frozenset(_WHEN.split())
+_DENIAL_REACH = 6
 
 
-class Surroundings:
-    """The cues of one question; made when something has matched, since most words of most questions are none."""
+class _Bits(dict[str, int]):
+    """Names of cues, with a blank between two → their bits together."""
+
+    def __missing__(self, names: str) -> int:
+        self[names] = reduce(or_, map(self.__getitem__, names.split()))
+        return self[names]
+
+
+def _read_cues() -> tuple[_Bits, dict[str, int]]:
+    """The bit of every cue, and for every word the bits of its cues."""
+    bits, cues = _Bits(), dict[str, int]()
+    for name, words in WORD_LISTS.items():
+        if name.startswith("cue:"):
+            bit = bits.setdefault(name[4:].rstrip("+"), 1 << len(bits))
+            forms = [form for word in words for form in (word, *(("و" + word, "ف" + word) if name[-1] == "+" else ()))]
+            for form in forms:
+                # "ولا" is a cue of its own, and not "and no".
+                if form != "ولا" or form in words:
+                    cues[form] = cues.get(form, 0) | bit
+    return bits, cues
+
+
+BITS, _CUES = _read_cues()
+
+
+def _cues_of(word: str) -> int:
+    """The cues of a word, as bits. Joined spellings ("ماعندي", "لايوجد") deny as the parted ones do."""
+    cues = _CUES.get(word, 0)
+    if word.endswith("ش") and len(word) > 3:
+        # ما كاينش, ما نخممش: the end of a negation around the verb.
+        cues |= _CUES.get(word[:-1], 0)
+    stem = word[1:] if word[0] in "وف" else word
+    if stem.startswith(("عند", "بعند")):
+        cues |= BITS["has"]
+    elif stem.startswith(("ما", "لا")) and len(stem) > 4:
+        rest = stem[2:]
+        if rest.startswith("عند") or (_CUES.get(rest, 0) & BITS["has"] and rest != "لها"):
+            cues |= BITS["without"]
+    return cues
+
+
+_CUES_OF = Remembered(_cues_of)
+
+
+class ContextRules:
+    """The rules for one question; made when something has matched, since most words of most questions are no cues."""
 
     def __init__(self, text: Text) -> None:
-        self._words = text.words
-        self._clauses = text.clauses
-        self._sentences = text.sentences
-        self._asking = text.asking
-        self._cues = list(map(CUES.__getitem__, text.words))
-        # Most words are no cue: what looks for one goes through these alone.
-        self._cued = [(position, cue) for position, cue in enumerate(self._cues) if cue]
-        self._any = 0
-        for _, cue in self._cued:
-            self._any |= cue
-        self._negators = self._find_negators() if self._any & _DENIES else []
-        self._dates = self._find_dates() if self._any & _DATES else set()
+        self._words, self._asking = text.words, text.asking
+        self._clauses, self._sentences = text.clauses, text.sentences
+        self._cues = list(map(_CUES_OF.__getitem__, text.words))
+        # What looks for a cue goes through these alone.
+        self._cued = [(position, cues) for position, cues in enumerate(self._cues) if cues]
+        self._any = reduce(or_, {cues for _, cues in self._cued}, 0)
+        self._denials = self._find_denials() if self._any & BITS["not nor without except"] else []
+        self._dates = set(self._find_dates() if self._any & BITS["formerly year long"] else ())
 
-    def context(self, positions: Sequence[int], category: str = "", *, critical: bool = True) -> Context:
+    def context(self, positions: Sequence[int], category: str, *, critical: bool = True) -> Context:
         """Whether an expression, by the positions of its words, is stated, and if not, why not."""
-        if self._negators and self._negated(positions):
+        first, last = positions[0], positions[-1]
+        if self._denials and self._negated(positions):
             return "negated"
         # "صعوبة في بلع الدواء", "لازم اخد شريط": nothing was swallowed.
-        before = positions[0] - 1 - self._is(positions[0] - 1, BIT["into"])
-        if category == _SWALLOWED and self._is(before, BIT["hard"]):
+        if category == "poisoning_bites" and self._is(first - 1 - self._is(first - 1, "into"), "hard"):
             return "asked"
-        if self._any & _OF_OTHERS and self._other(positions, category):
+        if category != "pregnancy" and self._near(first - 6, last + 3, "died family kin") and self._other(first, last):
             return "other"
-        if self._any & _OF_THE_PAST and self._past(positions):
+        past = self._any & BITS["recovered was before event formerly gone_year"]
+        if past and (self._is_over(first, last) or self._dated(first, last)):
             return "past"
-        if category == _DANGER and self._asked(positions[0], positions[-1]):
+        # Whoever asks whether there is danger has not said that there is.
+        if category == "danger" and self._asks_for_danger(first, last):
             return "asked"
-        doubtful = self._any & _OF_THE_POSSIBLE and self._hypothetical(positions[0])
-        if critical and self._any & _OF_QUESTIONS:
-            doubtful = doubtful or self._asked_if(positions[0], positions[-1])
-        if doubtful and category not in NEVER_HYPOTHETICAL:
-            return "asked" if category == _DANGER else "hypothetical"
+        doubtful = self._near(first - 5, first - 1, "fear cause be") and self._possible(first)
+        if critical and self._any & BITS["whether choice"]:
+            doubtful = doubtful or self._asks_whether(first, last)
+        # Thoughts of suicide are often told as a fear or a possibility; they count all the same.
+        if doubtful and category != "suicidal":
+            return "asked" if category == "danger" else "hypothetical"
         return "stated"
 
-    def _is(self, position: int, cue: int) -> bool:
-        return 0 <= position < len(self._cues) and bool(self._cues[position] & cue)
+    def _is(self, position: int, cues: str) -> bool:
+        return 0 <= position < len(self._cues) and bool(self._cues[position] & BITS[cues])
 
-    def _near(self, first: int, last: int, cue: int) -> list[int]:
-        """Positions from `first` to `last` with such a cue."""
-        if not self._any & cue:
+    def _near(self, first: int, last: int, cues: str, within: tuple[int, int] | None = None) -> list[int]:
+        """Positions from `first` to `last`, those outside `within` left out, with one of the cues."""
+        bits = BITS[cues]
+        if not self._any & bits:
             return []
-        return [position for position, found in self._cued if found & cue and first <= position <= last]
-
-    def _clause_of(self, position: int) -> tuple[int, int]:
-        return _extent(self._clauses, position)
-
-    def _sentence_of(self, position: int) -> tuple[int, int]:
-        return _extent(self._sentences, position)
+        if within:
+            first, last = max(first, within[0]), min(last, within[1])
+        return [position for position, found in self._cued if found & bits and first <= position <= last]
 
     # Negation
 
-    def _find_negators(self) -> list[tuple[int, int, int]]:
-        """(position, first position denied, last position denied) of every negator."""
+    def _find_denials(self) -> list[tuple[int, int, int]]:
+        """(position, first position denied, last position denied) of every word that denies."""
         found: list[tuple[int, int, int]] = []
-        for position, cue in self._cued:
-            if not cue & _DENIES:
-                continue
-            word = self._words[position]
-            wide = bool(cue & _WITHOUT) or (word == "غير" and self._is(position - 1, BIT["since"]))
-            if cue & _NOR:
-                if not self._means_nor(position, [negator for negator, _, _ in found]):
-                    continue
-            elif not wide and not cue & _NOT:
-                continue
-            if word in ("ما", "وما") and position and self._words[position - 1] in _NO_NEGATION_AFTER:
-                continue
-            if position and self._words[position - 1].startswith(("عمر", "وعمر")):
-                # "عمري ما شفت زيه": never before, but now.
-                continue
-            if word == "ماشي" and position + 1 < len(self._words) and self._words[position + 1].startswith("ع"):
+        words = ["", *self._words, ""]
+        for position in self._near(0, len(self._words), "not nor without except"):
+            cues, (before, word, after) = self._cues[position], words[position : position + 3]
+            wide = bool(cues & BITS["without"]) or (word == "غير" and self._is(position - 1, "since"))
+            denies = wide or bool(cues & BITS["not"])
+            if cues & BITS["nor"]:
+                denies = self._means_nor(position, [denial for denial, _, _ in found])
+            # "كل ما"; "عمري ما شفت زيه": never before, but now; "ماشي على الطريق".
+            denies = denies and not (word in ("ما", "وما") and self._is(position - 1, "when"))
+            denies = denies and not before.startswith(("عمر", "وعمر"))
+            if not denies or (word == "ماشي" and after.startswith("ع")):
                 continue
             start = position + 1
-            while self._is(start, BIT["filler"] | _HAVING) or (start > position + 1 and self._is(start, BIT["since"])):
-                wide = wide or self._is(start, _HAVING)
+            while self._is(start, "filler has feels") or (start > position + 1 and self._is(start, "since")):
+                wide = wide or self._is(start, "has feels")
                 start += 1
-            if not wide and self._is(position + 1, BIT["what"]):
-                continue
-            found.append((position, position + 1, self._reach(position, start) if wide else start))
+            if wide or not self._is(position + 1, "what"):
+                found.append((position, position + 1, self._reach(position, start) if wide else start))
         return found
 
-    def _means_nor(self, position: int, negators: Sequence[int]) -> bool:
+    def _means_nor(self, position: int, denials: Sequence[int]) -> bool:
         """Whether "ولا" denies: it is "nor" after a denial, and "or" in a question."""
-        if any(self._sentences[other] == self._sentences[position] for other in negators):
-            return True
-        if self._is(position + 1, _HAVING):
+        same_sentence = any(self._sentences[other] == self._sentences[position] for other in denials)
+        if same_sentence or self._is(position + 1, "has feels"):
             return True
         # "عندي كتلة ولا ألم فيها" without a denial before; not "هل هي كتلة ولا ألم فيها؟".
-        opening, closing = self._sentence_of(position)
-        return (
-            self._is(position + 1, BIT["sign"])
-            and bool(self._near(position + 2, min(closing, position + 3), BIT["inside"]))
-            and bool(self._near(opening, position - 1, _HAVING))
-            and not self._near(opening, closing, BIT["asks"])
-        )
+        sentence = _extent(self._sentences, position)
+        inside = self._is(position + 1, "sign") and self._near(position + 2, position + 3, "inside", sentence)
+        having = inside and self._near(sentence[0], position - 1, "has feels")
+        return bool(having) and not self._near(*sentence, "asks")
 
-    def _reach(self, negator: int, start: int) -> int:
-        last, clause = start, self._clauses[negator]
-        for position in range(start, min(negator + 1 + DENIAL_REACH, len(self._words))):
-            cue = self._cues[position]
-            if self._clauses[position] != clause and not cue & _OR:
+    def _reach(self, denial: int, start: int) -> int:
+        last = start
+        for position in range(start, min(denial + 1 + _DENIAL_REACH, len(self._words))):
+            if self._clauses[position] != self._clauses[denial] and not self._is(position, "or"):
                 break
-            if cue & _BUT or (position > start and cue & _HAVING):
+            if self._is(position, "but") or (position > start and self._is(position, "has feels")):
                 break
             last = position
-            if cue & _ALL:
+            if self._is(position, "all"):
                 # "مفيش امراض مزمنه" denies what it names and no complaint that follows without a comma.
                 return position + 1
         return last
 
     def _negated(self, positions: Sequence[int]) -> bool:
         first, last = positions[0], positions[-1]
-        for negator, start, end in self._negators:
-            if negator in positions:
+        for denial, start, end in self._denials:
+            if denial in positions:
                 continue
-            if start <= first <= end and self._sentences[first] == self._sentences[negator]:
+            if start <= first <= end and self._sentences[first] == self._sentences[denial]:
                 return True
-            inside = first < negator < last and any(start <= position <= end for position in positions)
+            inside = first < denial < last and any(start <= position <= end for position in positions)
             # In "ما عم يطلع ولا نقطة بول" the denial is the complaint.
-            if inside and not any(self._cues[position] & _DENIES for position in positions):
+            if inside and not any(self._is(position, "not nor without except") for position in positions):
                 return True
             # "ضيق نفس ما عندي", "نزيف لا يوجد": the denial comes last and nothing follows it.
-            if negator == last + 1 and (self._is(negator + 1, _HAS) or self._is(negator, _WITHOUT)):
-                over = negator + 1
-                while over < len(self._words) and self._is(over, BIT["has"] | BIT["filler"]):
-                    over += 1
-                whole = self._clauses[negator] == self._clauses[last]
-                if whole and (over == len(self._words) or self._clauses[over] != self._clauses[last]):
+            if denial == last + 1 and (self._is(denial + 1, "has") or self._is(denial, "without")):
+                after = denial + 1
+                while self._is(after, "has filler"):
+                    after += 1
+                clause = self._clauses[last]
+                if self._clauses[denial] == clause and self._clauses[after : after + 1] != [clause]:
                     return True
-        return self._in_denied_list(first)
-
-    def _in_denied_list(self, first: int) -> bool:
-        """ "لا حرارة او كحة": the second thing of a list whose first is denied."""
-        joined = self._words[first - 1] == "او" if first else False
-        return joined and any(start <= first - 2 <= end for _, start, end in self._negators)
+        # "لا حرارة او كحة": the second thing of a list whose first is denied.
+        listed = first > 0 and self._words[first - 1] == "او"
+        return listed and any(start <= first - 2 <= end for _, start, end in self._denials)
 
     # Somebody else, another time, no fact
 
-    def _other(self, positions: Sequence[int], category: str) -> bool:
-        first, last = positions[0], positions[-1]
-        if category == "pregnancy" or not self._near(first - 6, last + 3, _OF_OTHERS):
-            return False
-        opening, closing = self._sentence_of(first)
-        if self._near(max(opening, first - 5), first - 1, BIT["died"]):
-            return True
-        if self._near(max(opening, first - 4), min(closing, last + 3), BIT["family"]):
-            return True
-        kin = self._near(max(opening, first - 6), first - 1, BIT["kin"])
-        if not kin:
-            return False
-        if self._near(last + 1, min(closing, last + 5), BIT["died"]):
-            return True
+    def _other(self, first: int, last: int) -> bool:
+        sentence, clause = _extent(self._sentences, first), _extent(self._clauses, first)
+        kin = self._near(first - 6, first - 1, "kin", sentence)
         # A parent, a partner or a child who has this is the patient; an aunt or a friend who had it is a worry.
-        if not any(self._is(position, BIT["remote"]) for position in kin):
-            return False
-        if self._near(*self._clause_of(first), BIT["now"]):
-            return False
-        return bool(self._had(kin[0], first) or self._near(max(kin[0], first - 3), first - 1, BIT["befell"]))
+        remote = any(self._is(position, "remote") for position in kin) and not self._near(*clause, "now")
+        return bool(
+            self._near(first - 5, first - 1, "died", sentence)
+            or self._near(first - 4, last + 3, "family", sentence)
+            or (kin and self._near(last + 1, last + 5, "died", sentence))
+            or (remote and (self._had(kin[0], first) or self._near(first - 3, first - 1, "befell", (kin[0], first))))
+        )
 
     def _had(self, begin: int, first: int) -> bool:
         """Whether "كان عندي" and the like stand before the expression; "كنت ماشي" only sets the scene."""
-        was = self._near(max(begin, first - 4), first - 1, BIT["was"])
         # "كان في نزيف" there was; "كنت في الشغل" I was at work.
-        was = [position for position in was if tuple(self._words[position : position + 2]) != ("كنت", "في")]
-        return any(position + 1 == first or self._is(position + 1, _HAVING) for position in was)
-
-    def _past(self, positions: Sequence[int]) -> bool:
-        first, last = positions[0], positions[-1]
-        return (
-            bool(self._any & BIT["recovered"] and self._recovered(first, last))
-            or bool(self._any & BIT["went"] and self._went(first, last))
-            or bool(self._dates and self._happened(first, last))
+        return any(
+            (position + 1 == first or self._is(position + 1, "has feels"))
+            and self._words[position : position + 2] != ["كنت", "في"]
+            for position in self._near(first - 4, first - 1, "was", (begin, first))
         )
 
-    def _recovered(self, first: int, last: int) -> bool:
-        opening, closing = self._sentence_of(first)
-        recovered = self._near(max(opening, first - 3), min(closing, last + 8), BIT["recovered"])
+    def _is_over(self, first: int, last: int) -> bool:
+        """Whether the patient recovered or it went, and has not come back: "تعافيت من الجلطة", "كان عندي نزيف وخف"."""
+        sentence = _extent(self._sentences, first)
+        recovered = self._near(first - 3, last + 8, "recovered", sentence)
         # "ضيق تنفس بعد ما تعافيت" began after it.
-        recovered = [position for position in recovered if position < first or self._words[position - 1] not in _AFTER]
-        return bool(recovered) and not self._near(recovered[-1], min(closing, recovered[-1] + 4), BIT["again"])
+        ends = [[position for position in recovered if position < first or not self._is(position - 1, "after")]]
+        went = self._near(last + 1, last + 8, "went", sentence)
+        if went and self._had(sentence[0], first):
+            # "خف نص ساعة", "راح المستشفى" are no end of it.
+            ends.append([position for position in went if not self._is(position + 1, "not_gone")])
+        return any(found and not self._near(found[-1], found[-1] + 4, "again", sentence) for found in ends)
 
-    def _went(self, first: int, last: int) -> bool:
-        opening, closing = self._sentence_of(first)
-        went = self._near(last + 1, min(closing, last + 8), BIT["went"])
-        # "خف نص ساعة", "راح المستشفى" are no end of it.
-        went = [position for position in went if not self._is(position + 1, BIT["not_gone"])]
-        if not went or not self._had(opening, first):
-            return False
-        return not self._near(went[-1] + 1, min(closing, went[-1] + 4), BIT["again"])
-
-    def _happened(self, first: int, last: int) -> bool:
+    def _dated(self, first: int, last: int) -> bool:
         """Whether its clause tells of another time: "قبل سنتين", "من سنتين عملت"."""
-        clause = self._clauses[first]
-        before = (clause, "before") in self._dates
-        if not before and (clause, "since") not in self._dates:
+        before = (self._clauses[first], "before") in self._dates
+        if not before and (self._clauses[first], "since") not in self._dates:
             return False
-        begin, end = self._clause_of(first)
-        if self._near(begin, end, BIT["now"]):
-            return False
+        begin, end = _extent(self._clauses, first)
         # "قبل سنتين عملت عملية وعندي ضيق تنفس": the operation is past.
-        having = self._near(begin, first - 1, _HAVING)
-        if any(self._words[position][0] == "و" and not self._is(position, BIT["was"]) for position in having):
+        having = self._near(begin, first - 1, "has feels")
+        another = any(self._words[position][0] == "و" and not self._is(position, "was") for position in having)
+        if another or self._near(begin, end, "now"):
             return False
-        return before or any(position < last for position in self._near(begin, end, BIT["event"]))
+        return before or any(position < last for position in self._near(begin, end, "event"))
 
-    def _find_dates(self) -> set[tuple[int, str]]:
+    def _find_dates(self) -> Iterator[tuple[int, str]]:
         """The clauses that have a date: "before" for "قبل سنتين" or "العام الماضي", "since" for "من سنتين".
 
         What was since two years may last until today.
         """
-        found = set()
-        for position, cue in self._cued:
+        for position in self._near(0, len(self._words), "formerly gone_year since before"):
             clause = self._clauses[position]
-            formerly = cue & BIT["formerly"] and not self._is(position - 1, BIT["since"])
-            if formerly or (cue & BIT["gone_year"] and self._near(position - 2, position - 1, BIT["year"])):
-                found.add((clause, "before"))
-            elif cue & _SINCE:
+            formerly = self._is(position, "formerly") and not self._is(position - 1, "since")
+            if formerly or (self._is(position, "gone_year") and self._near(position - 2, position - 1, "year")):
+                yield clause, "before"
+            elif self._is(position, "since before"):
                 # "من سنتين", "من 3 سنين".
-                units = [step for step in (1, 2) if self._is(position + step, BIT["long"])]
+                units = [step for step in (1, 2) if self._is(position + step, "long")]
                 if units and self._clauses[position + units[0]] == clause:
-                    found.add((clause, "before" if cue & BIT["before"] else "since"))
-        return found
+                    yield clause, "before" if self._is(position, "before") else "since"
 
-    def _hypothetical(self, first: int) -> bool:
-        if not self._near(first - 5, first - 1, _OF_THE_POSSIBLE):
-            return False
-        begin, _ = self._clause_of(first)
-        fears = self._near(max(begin, first - 5), first - 1, BIT["fear"])
-        if fears and self._near(fears[-1] + 1, first - 1, BIT["of"]):
-            return True
-        if self._near(max(begin, first - 3), first - 1, BIT["cause"]):
-            return True
-        being = self._near(max(begin, first - 3), first - 1, BIT["be"])
-        return bool(being) and bool(self._near(max(begin, being[-1] - 4), being[-1] - 1, BIT["may"]))
+    def _possible(self, first: int) -> bool:
+        """Whether it is feared, a possibility or to be prevented: "خايف من الجلطة", "هل ممكن تكون جلطة"."""
+        clause = _extent(self._clauses, first)
+        fears, being = self._near(first - 5, first - 1, "fear", clause), self._near(first - 3, first - 1, "be", clause)
+        return bool(
+            (fears and self._near(fears[-1] + 1, first - 1, "of"))
+            or self._near(first - 3, first - 1, "cause", clause)
+            or (being and self._near(being[-1] - 4, being[-1] - 1, "may", clause))
+        )
 
-    def _asked(self, first: int, last: int) -> bool:
+    def _asks_for_danger(self, first: int, last: int) -> bool:
         """Whether its clause asks for danger: "هل هذا خطر", "لو في خطورة", "خطير ولا لا", "في خطر عليا؟"."""
-        begin, _ = self._clause_of(first)
-        asking = self._near(max(begin, first - 4), first - 1, BIT["whether"])
-        asking += self._near(max(begin, first - 3), first - 1, BIT["if"])
-        # "لو سمحت حالته خطيره", "ممكن حد يرد" ask for something else.
-        if any(not self._is(position + 1, BIT["polite"]) for position in asking):
-            return True
-        if begin < first and self._is(first - 1, BIT["degree"]):
-            return True
-        choices = self._near(max(begin, first - 3), first - 1, BIT["choice"])
-        if any(first - position < 3 or self._is(position - 1, BIT["plain"]) for position in choices):
-            return True
-        choices = self._near(last + 1, last + 3, BIT["choice"])
-        if any(self._is(position + 1, BIT["plain"] | BIT["degree"] | _NOT) for position in choices):
-            return True
-        # "الكيس دا خطير او خلقي"
-        if last + 1 in choices and self._is(first - 1, BIT["this"]):
-            return True
+        clause = _extent(self._clauses, first)
+        asking = self._near(first - 4, first - 1, "whether", clause) + self._near(first - 3, first - 1, "if", clause)
+        before, after = self._near(first - 3, first - 1, "choice", clause), self._near(last + 1, last + 3, "choice")
         # A question mark asks for the last words before it, not for the whole sentence.
-        _, closing = self._sentence_of(last)
-        short = closing == last or (closing <= last + 2 and self._is(last + 1, BIT["onto"]))
-        return short and self._sentences[last] in self._asking
+        _, closing = _extent(self._sentences, last)
+        short = closing == last or (closing <= last + 2 and self._is(last + 1, "onto"))
+        return (
+            # "لو سمحت حالته خطيره", "ممكن حد يرد" ask for something else.
+            any(not self._is(position + 1, "polite") for position in asking)
+            or (clause[0] < first and self._is(first - 1, "degree"))
+            or any(first - position < 3 or self._is(position - 1, "plain") for position in before)
+            or any(self._is(position + 1, "plain degree not") for position in after)
+            # "الكيس دا خطير او خلقي"
+            or (last + 1 in after and self._is(first - 1, "this"))
+            or (short and self._sentences[last] in self._asking)
+        )
 
-    def _asked_if(self, first: int, last: int) -> bool:
+    def _asks_whether(self, first: int, last: int) -> bool:
         """Whether it is all that is asked: "هل هذه جلطة", "عندي جلطة ولا لا", "هل ده شد عضلي ولا جلطة"."""
-        begin, end = self._clause_of(last)
-        chosen = self._is(last + 1, BIT["choice"])
-        if chosen and self._is(last + 2, BIT["plain"]):
+        begin, end = _extent(self._clauses, last)
+        chosen = self._is(last + 1, "choice")
+        if chosen and self._is(last + 2, "plain"):
             return True
-        before = first - 1 - self._is(first - 1, BIT["this"] | _HAVING)
+        before = first - 1 - self._is(first - 1, "this has feels")
         # One more word may name its kind: "هل عندي ذبحة صدرية"; in "هل هذا النزيف طبيعي" it is there.
-        kind = before == first - 2 and last + 1 == end and not self._is(end, BIT["plain"])
+        kind = before == first - 2 and last + 1 == end and not self._is(end, "plain")
         if last != end and not chosen and (not kind or self._words[first].startswith("ال")):
             return False
-        if before >= begin and self._is(before, BIT["whether"]):
+        if before >= begin and self._is(before, "whether"):
             return True
-        asking = self._near(max(begin, first - 6), first - 2, BIT["whether"])
-        return self._is(first - 1, BIT["choice"]) and any(self._is(position + 1, BIT["this"]) for position in asking)
+        asking = self._near(first - 6, first - 2, "whether", (begin, end))
+        return self._is(first - 1, "choice") and any(self._is(position + 1, "this") for position in asking)
 
 
 def _extent(numbers: Sequence[int], position: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Turns the severity columns of a table into probabilities (n, 3), or says why that cannot be done.
+"""Severity probabilities (n, 3), read from the columns of a table.
 
 Either the three columns `p_non_critical, p_neutral, p_critical` are there, as `annotate` or another classifier wrote
 them, or one column of names (`severity`), which becomes one-hot probabilities. Nothing is filled in: a row without a
@@ -22,41 +22,12 @@ PROBABILITY_COLUMNS = tuple(f"p_{name}" for name in SEVERITIES)
 # Rounding to two decimals by a spreadsheet leaves sums of .99 or 1.01; anything wider is another kind of number.
 SUM_TOLERANCE = 0.011
 
-_NAMES = {
-    "non_critical": (
-        "non_critical",
-        "noncritical",
-        "not_critical",
-        "mild",
-        "low",
-        "غير حرج",
-        "غير حرجة",
-        "غير خطير",
-        "غير خطيرة",
-        "بسيط",
-        "بسيطة",
-        "خفيف",
-        "خفيفة",
-    ),
-    "neutral": ("neutral", "moderate", "medium", "محايد", "محايدة", "متوسط", "متوسطة", "معتدل", "معتدلة"),
-    "critical": (
-        "critical",
-        "severe",
-        "high",
-        "emergency",
-        "حرج",
-        "حرجة",
-        "خطير",
-        "خطيرة",
-        "شديد",
-        "شديدة",
-        "طارئ",
-        "طارئة",
-    ),
-}
-
-
-_INDEX = {fold_for_matching(name): index for index, names in enumerate(_NAMES.values()) for name in names}
+_NAMES = (
+    "non_critical|noncritical|not_critical|mild|low|غير حرج|غير حرجة|غير خطير|غير خطيرة|بسيط|بسيطة|خفيف|خفيفة",
+    "neutral|moderate|medium|محايد|محايدة|متوسط|متوسطة|معتدل|معتدلة",
+    "critical|severe|high|emergency|حرج|حرجة|خطير|خطيرة|شديد|شديدة|طارئ|طارئة",
+)
+_INDEX = {fold_for_matching(name): index for index, names in enumerate(_NAMES) for name in names.split("|")}
 
 
 class SeverityClassifier(Protocol):
@@ -97,14 +68,13 @@ def severity_probabilities(rows: Dataset) -> np.ndarray:
         WeightError: no severity column, a missing, negative or non-finite value, a sum that is not one, or an
             unknown name. The message gives row numbers, never the text of a row.
     """
-    present = [name for name in PROBABILITY_COLUMNS if name in rows.column_names]
-    if len(present) == len(PROBABILITY_COLUMNS):
+    missing = [name for name in PROBABILITY_COLUMNS if name not in rows.column_names]
+    if not missing:
         return _from_columns(rows)
-    if present:
-        missing = ", ".join(name for name in PROBABILITY_COLUMNS if name not in present)
+    if len(missing) < len(PROBABILITY_COLUMNS):
         raise WeightError(
-            f"The data has {', '.join(present)} but not {missing}; "
-            "severity weights need all three probabilities, each under its own name."
+            f"The data has no {', '.join(missing)}; severity weights need all three of "
+            f"{', '.join(PROBABILITY_COLUMNS)}, each under its own name."
         )
     if "severity" in rows.column_names:
         return _from_names(rows)
@@ -126,8 +96,6 @@ def sharpened(probabilities: np.ndarray, temperature: float) -> np.ndarray:
         probabilities: (n, 3), each row summing to one.
         temperature: T > 0.
     """
-    if not (np.isfinite(temperature) and temperature > 0):
-        raise WeightError(f"severity.temperature is {temperature}; it must be a number above 0, and 1 changes nothing.")
     if temperature == 1:
         return probabilities
     with np.errstate(divide="ignore"):
@@ -141,25 +109,14 @@ def _from_columns(rows: Dataset) -> np.ndarray:
     table = rows.select_columns(list(PROBABILITY_COLUMNS)).with_format("arrow")[:]
     columns = [table[name].cast("float64").to_numpy() for name in PROBABILITY_COLUMNS]
     probabilities: np.ndarray = np.stack(columns, axis=1)
-    finite = np.all(np.isfinite(probabilities), axis=1)
-    if not finite.all():
-        raise WeightError(
-            f"{_rows(rows, ~finite)}: a severity probability is missing or not finite; "
-            "remove the rows or annotate them again."
-        )
-    negative = np.any(probabilities < 0, axis=1)
-    if negative.any():
-        raise WeightError(
-            f"{_rows(rows, negative)}: a severity probability is negative; "
-            "p_non_critical, p_neutral and p_critical must be probabilities, not scores or logits."
-        )
+    finite = np.isfinite(probabilities).all(axis=1)
+    _check(rows, ~finite, "a severity probability is missing or not finite; remove or annotate these rows.")
     sums = probabilities.sum(axis=1)
+    negative = np.any(probabilities < 0, axis=1)
+    _check(rows, negative, "a severity probability is negative; write probabilities, not scores or logits.")
     off = np.asarray(np.abs(sums - 1) > SUM_TOLERANCE)
-    if off.any():
-        raise WeightError(
-            f"{_rows(rows, off)}: p_non_critical + p_neutral + p_critical is {sums[off][0]:.3g}, not 1; "
-            "write probabilities (percentages divided by 100, scores through a softmax)."
-        )
+    remedy = "write probabilities (percentages divided by 100, scores through a softmax)."
+    _check(rows, off, f"the three probabilities sum to {next(iter(sums[off]), 1):.3g}, not 1; {remedy}")
     return probabilities / sums[:, None]
 
 
@@ -167,22 +124,21 @@ def _from_names(rows: Dataset) -> np.ndarray:
     # Encoded in Arrow, so that 430,000 names are a handful of strings and an array of numbers.
     column = rows.select_columns(["severity"]).with_format("arrow")[:]["severity"].combine_chunks()
     encoded = pc.fill_null(column, "").dictionary_encode()
-    names: list[str] = encoded.dictionary.to_pylist()
-    kinds = [severity_index(name) for name in names]
+    kinds = [severity_index(name) for name in encoded.dictionary.to_pylist()]
     positions = encoded.indices.to_numpy(zero_copy_only=False)
     unknown = np.array([kind is None for kind in kinds], dtype=bool)[positions]
-    if unknown.any():
-        # The names are not shown: a column that was chosen wrongly holds the patients' words.
-        raise WeightError(
-            f"{_rows(rows, unknown)}: the severity is missing or not known; "
-            "use non_critical, neutral and critical (or غير حرج, متوسط, حرج)."
-        )
+    # The names are not shown: a column that was chosen wrongly holds the patients' words.
+    remedy = "use non_critical, neutral and critical (or غير حرج, متوسط, حرج)."
+    _check(rows, unknown, f"the severity is missing or not known; {remedy}")
     return np.eye(len(SEVERITIES))[np.array(kinds, dtype=np.int64)[positions]]
 
 
-def _rows(rows: Dataset, bad: np.ndarray) -> str:
-    """`row 3` or `3 rows (first: row 17)`, counted as in the user's file."""
+def _check(rows: Dataset, bad: np.ndarray, problem: str) -> None:
+    """Raise WeightError where rows (n,) are bad, naming the first one as it is counted in the user's file."""
     positions = np.flatnonzero(bad)
+    if not len(positions):
+        return
     first = int(positions[0])
     number = rows[first]["row"] if "row" in rows.column_names else first + 1
-    return f"Row {number}" if len(positions) == 1 else f"{len(positions)} rows (the first is row {number})"
+    which = f"Row {number}" if len(positions) == 1 else f"{len(positions)} rows (the first is row {number})"
+    raise WeightError(f"{which}: {problem}")

@@ -1,4 +1,4 @@
-"""From a question to severity probabilities that follow from the words it says, and to those words.
+"""Severity probabilities of a question by the expressions in it, and these expressions as the reason.
 
 The model is small enough to be read. A match counts by the strength of its row and by its context; of each category
 only the strongest match counts, so that five ways to say one complaint are one complaint. With E the sum over the
@@ -16,20 +16,22 @@ probabilities on labels as it does those of any other classifier.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from sevpeft.severity.context import Context, Surroundings
+from sevpeft.severity.context import Context, ContextRules
 from sevpeft.severity.lexicon import Pattern, load_lexicon
 from sevpeft.severity.matching import Matcher
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.words import POINT, Text, read
+from sevpeft.severity.words import POINT, read
 
-# To be raised when matching, context or the constants below change what comes out for the same lexicon.
-CODE_VERSION = 3
+# To be raised when matching, context (its table of cues too) or the constants below change what comes out for the same
+# lexicon.
+CODE_VERSION = 4
 
 STRENGTH = {"H": 4.0, "M": 1.2, "L": 0.5}
 """Evidence of one stated match. H: enough by itself; M: needs company; L: a hint."""
@@ -45,46 +47,31 @@ COUNTS: dict[Context, float] = {
 PRIOR = (0.43, 0.39, 0.18)
 """Probabilities in the order of `SEVERITIES` when nothing matched."""
 POWER = (1.0, 1.0, 1.7)
-"""How steeply evidence of each level tells."""
+"""How steeply the odds of each level rise with its evidence."""
 
-_LEVEL = {name: index for index, name in enumerate(SEVERITIES)}
-_WORST_FIRST = {name: index for index, name in enumerate(reversed(SEVERITIES))}
-_ORDER = (*_WORST_FIRST, *(context for context in COUNTS if context != "stated"))
+_WORST_FIRST = {name: rank for rank, name in enumerate(reversed(SEVERITIES))}
 
 
-@dataclass(frozen=True)
-class Match:
-    """An expression of the lexicon that stands in a question."""
+class Match(NamedTuple):
+    """An expression of the lexicon that stands in a question. Matches sort by level (worst first), place and row."""
 
-    term: str
-    """As the lexicon writes it."""
-    words: str
-    """As the question writes it, folded; words in a gap are left out."""
+    rank: int
     positions: tuple[int, ...]
-    """Of these words in the question, from 0."""
+    """Of its words in the question, from 0."""
+    line: int
+    """Of its row in the lexicon."""
     level: str
     category: str
-    strength: str
     context: Context
+    evidence: float
+    """Strength of the row, times what the context leaves of it."""
+    words: str
+    """As the question writes them, folded; words in a gap are left out."""
 
     @property
     def discounted(self) -> bool:
         """Whether it counts less, or not at all, because of what stands around it."""
         return self.context != "stated"
-
-    @property
-    def evidence(self) -> float:
-        return STRENGTH[self.strength] * COUNTS[self.context]
-
-
-class _Found(NamedTuple):
-    """A match before it is written out. They sort as they are told: by level, then by place, then by row."""
-
-    rank: int
-    positions: tuple[int, ...]
-    line: int
-    pattern: Pattern
-    context: Context
 
 
 class Rules:
@@ -100,11 +87,7 @@ class Rules:
 
     @classmethod
     def load(cls, path: Path | None = None) -> Rules:
-        """Rules of a lexicon file, the package's own by default.
-
-        Raises:
-            DataError: the file cannot be read, or has mistakes: all of them, each with its line.
-        """
+        """Rules of a lexicon file, the package's own by default; raises DataError as `load_lexicon` does."""
         return cls(*load_lexicon(path))
 
     def matches(self, question: str) -> list[Match]:
@@ -114,64 +97,45 @@ class Rules:
         whose words all belong to a stated match of a worse level is left out: "حرارة" in "حرارة ٤٠".
         """
         text = read(question)
-        return [
-            Match(
-                found.pattern.term,
-                " ".join([text.words[position] for position in found.positions]).replace(POINT, "."),
-                found.positions,
-                found.pattern.level,
-                found.pattern.category,
-                found.pattern.strength,
-                found.context,
-            )
-            for found in self._found(text)
-        ]
-
-    def _found(self, text: Text) -> list[_Found]:
-        occurrences = self._matcher.occurrences(text)
-        if not occurrences:
-            return []
-        surroundings = Surroundings(text)
-        best: dict[int, _Found] = {}
-        for number, positions in occurrences:
+        rules: ContextRules | None = None
+        best: dict[int, Match] = {}
+        for number, positions in self._matcher.occurrences(text):
             known = best.get(number)
             if known and known.context == "stated":
                 continue
             pattern = self._patterns[number]
-            context = surroundings.context(positions, pattern.category, critical=pattern.level == "critical")
+            rules = rules or ContextRules(text)
+            context = rules.context(positions, pattern.category, critical=pattern.level == "critical")
             if known is None or COUNTS[context] > COUNTS[known.context]:
-                best[number] = _Found(_WORST_FIRST[pattern.level], positions, pattern.line, pattern, context)
-        return _without_covered(sorted(best.values()))
+                rank, evidence = _WORST_FIRST[pattern.level], STRENGTH[pattern.strength] * COUNTS[context]
+                words = " ".join([text.words[position] for position in positions]).replace(POINT, ".")
+                best[number] = Match(
+                    rank, positions, pattern.line, pattern.level, pattern.category, context, evidence, words
+                )
+        found = sorted(best.values())
+        if not found or found[0].rank == found[-1].rank:
+            return found
+        kept: list[Match] = []
+        worse: set[int] = set()
+        for _, same in groupby(found, itemgetter(0)):
+            level = [match for match in same if not worse.issuperset(match.positions)]
+            kept += level
+            worse.update(*[match.positions for match in level if match.context == "stated"])
+        return kept
+
+    def explained(self, questions: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """Probabilities (n, 3), float64, in the order of `SEVERITIES`, and the `evidence` of every question."""
+        matches = list(map(self.matches, questions))
+        evidence = np.array(list(map(_by_level, matches)), dtype=np.float64).reshape(-1, len(SEVERITIES))
+        return probabilities_of(evidence), list(map(_reasons, matches))
 
     def probabilities(self, questions: Sequence[str]) -> np.ndarray:
-        """Probabilities (n, 3), float64, in the order of `SEVERITIES`; rows sum to one, none is zero."""
-        evidence = [_evidence_of(self._found(read(question))) for question in questions]
-        return probabilities_of(np.array(evidence, dtype=np.float64).reshape(-1, len(SEVERITIES)))
+        """(n, 3), float64, in the order of `SEVERITIES`; rows sum to one, none is zero."""
+        return self.explained(questions)[0]
 
     def evidence(self, question: str) -> str:
         """The reasons on one line: "critical: ضيق تنفس; neutral: حرارة; negated: نزيف". Empty where nothing matched."""
-        text = read(question)
-        return _told(text, self._found(text))
-
-    def explained(self, questions: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        """`probabilities` and the `evidence` of every question, the matches found once for both."""
-        evidence, told = [], []
-        for question in questions:
-            text = read(question)
-            found = self._found(text)
-            evidence.append(_evidence_of(found))
-            told.append(_told(text, found))
-        return probabilities_of(np.array(evidence, dtype=np.float64).reshape(-1, len(SEVERITIES))), told
-
-
-def _told(text: Text, matches: Sequence[_Found]) -> str:
-    told: dict[str, list[str]] = {}
-    for _, positions, _, pattern, context in matches:
-        words = " ".join([text.words[position] for position in positions]).replace(POINT, ".")
-        said = told.setdefault(pattern.level if context == "stated" else context, [])
-        if words not in said:
-            said.append(words)
-    return "; ".join(f"{name}: {', '.join(told[name])}" for name in _ORDER if name in told)
+        return _reasons(self.matches(question))
 
 
 def probabilities_of(evidence: np.ndarray) -> np.ndarray:
@@ -182,35 +146,20 @@ def probabilities_of(evidence: np.ndarray) -> np.ndarray:
     return odds / odds.sum(axis=1, keepdims=True)
 
 
-def _evidence_of(matches: Sequence[_Found]) -> list[float]:
+def _by_level(matches: Sequence[Match]) -> list[float]:
+    """Evidence for each of `SEVERITIES`: of every category its strongest match."""
     strongest: dict[tuple[str, str], float] = {}
-    for _, _, _, pattern, context in matches:
-        key = (pattern.level, pattern.category)
-        evidence = STRENGTH[pattern.strength] * COUNTS[context]
-        if evidence > strongest.get(key, 0.0):
-            strongest[key] = evidence
-    sums = [0.0] * len(SEVERITIES)
-    for (level, _), value in strongest.items():
-        sums[_LEVEL[level]] += value
-    return sums
-
-
-def _without_covered(matches: list[_Found]) -> list[_Found]:
-    """Without what a stated match of a worse level has said already; `matches` has the worst first."""
-    if matches[0].rank == matches[-1].rank:
-        return matches
-    kept: list[_Found] = []
-    worse: set[int] = set()
-    same: set[int] = set()
-    rank = -1
     for match in matches:
-        if match.rank != rank:
-            rank = match.rank
-            worse |= same
-            same = set()
-        if worse and worse.issuperset(match.positions):
-            continue
-        kept.append(match)
-        if match.context == "stated":
-            same.update(match.positions)
-    return kept
+        key = (match.level, match.category)
+        if match.evidence > strongest.get(key, 0.0):
+            strongest[key] = match.evidence
+    return [sum(value for (of, _), value in strongest.items() if of == level) for level in SEVERITIES]
+
+
+def _reasons(matches: Sequence[Match]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for match in matches:
+        words = reasons.setdefault(match.level if match.context == "stated" else match.context, [])
+        if match.words not in words:
+            words.append(match.words)
+    return "; ".join(f"{name}: {', '.join(reasons[name])}" for name in (*_WORST_FIRST, *COUNTS) if name in reasons)

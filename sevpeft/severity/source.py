@@ -1,28 +1,29 @@
-"""From a recipe's `severity.source` and the rows to probabilities (n, 3): read from columns, or judged from questions.
-
-Computed ones are kept in the cache folder, because every process of a launch and every resumed run needs the same. It
-holds numbers only; its key is the content of the table and the version of the classifier.
-"""
+"""Where the severity of rows comes from: their columns, or a classifier that judges their questions."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import tempfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
-from datasets import Dataset
+import pyarrow as pa
 from datasets.utils import tqdm
 
 from sevpeft.errors import WeightError
-from sevpeft.runs import cache_folder, plain_disk_errors
-from sevpeft.severity.probabilities import SEVERITIES, SeverityClassifier, severity_probabilities, sharpened
+from sevpeft.runs import workers_end_with_this_process
+from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SeverityClassifier, severity_probabilities, sharpened
 
-_BATCH = 1000
+EVIDENCE = "severity_evidence"
+
+# Rows after which the result is saved: about a minute of a transformer on two cores, a few seconds of anything else.
+_ROWS_OF_PART = {"transformer": 1024}
+_MOST_ROWS = 50_000
+# With fewer rows for each, starting processes takes longer than what they do.
+_ROWS_OF_PROCESS = 2_000
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Severity:
 
 
 def severity_of(
-    rows: Dataset, *, source: str = "columns", classifier: str | None = None, temperature: float = 1.0
+    rows: datasets.Dataset, *, source: str = "columns", classifier: str | None = None, temperature: float = 1.0
 ) -> Severity:
     """Severity probabilities of every row, as the recipe's section `severity` asks for them.
 
@@ -53,50 +54,84 @@ def severity_of(
         WeightError: the columns are absent or hold no probabilities, or the classifier is of another kind.
     """
     origin: dict[str, Any] = {"source": source, "temperature": temperature}
-    if source == "columns":
-        return Severity(sharpened(severity_probabilities(rows), temperature), origin)
-    judge = _classifier(source, classifier)
-    origin["version"] = judge.version
-    return Severity(sharpened(_computed(rows, judge), temperature), origin)
+    if source != "columns":
+        loaded = load_source(source, classifier)
+        origin["version"] = loaded.version
+        rows = judged(rows, loaded)
+    return Severity(sharpened(severity_probabilities(rows), temperature), origin)
 
 
-def _classifier(source: str, folder: str | None) -> SeverityClassifier:
-    if source == "rules" and folder is None:
+def load_source(kind: str | None, folder: str | None, lexicon: str | None = None) -> SeverityClassifier:
+    """The classifier in a folder, or without one the rules of a lexicon (None: the package's own).
+
+    Raises:
+        WeightError: the classifier is not of the `kind`; None takes any.
+    """
+    if folder is None:
         from sevpeft.severity.rules import Rules
 
-        return Rules.load()
+        return Rules.load(Path(lexicon).expanduser() if lexicon else None)
     from sevpeft.severity.classifier.store import load_classifier
 
-    loaded: SeverityClassifier = load_classifier(Path(folder or "").expanduser())
-    if loaded.kind != source:
+    loaded: SeverityClassifier = load_classifier(Path(folder).expanduser())
+    if kind not in (None, loaded.kind):
         raise WeightError(
-            f"severity.source is {source}, but {folder} holds a classifier of the kind {loaded.kind}; "
-            f"set severity.source={loaded.kind}, or name another folder."
+            f"{folder} holds a classifier of the kind {loaded.kind}, not {kind}; write {loaded.kind}, or name another "
+            "folder."
         )
     return loaded
 
 
-def _computed(rows: Dataset, judge: SeverityClassifier) -> np.ndarray:
-    key = hashlib.sha256(f"{rows._fingerprint} {judge.kind} {judge.version}".encode()).hexdigest()[:32]
-    file = cache_folder("severity") / f"{key}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
-        kept = np.load(file, allow_pickle=False)
-        if kept.shape == (len(rows), len(SEVERITIES)):
-            return np.asarray(kept)
-    probabilities = np.empty((len(rows), len(SEVERITIES)))
-    bar = tqdm(total=len(rows), desc=f"Severity by {judge.kind}", unit=" rows", disable=None, delay=2)
-    for start in range(0, len(rows), _BATCH):
-        questions = rows[start : start + _BATCH]["question"]
-        probabilities[start : start + len(questions)] = judge.probabilities(questions)
-        bar.update(len(questions))
-    bar.close()
-    with plain_disk_errors(file, when_full="free some, then run this again", remedy="set SEVPEFT_CACHE to another one"):
-        handle, unfinished = tempfile.mkstemp(dir=file.parent, suffix=".npy")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                np.save(stream, probabilities, allow_pickle=False)
-            os.replace(unfinished, file)
-        except BaseException:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
-    return probabilities
+def judged(
+    rows: datasets.Dataset, classifier: SeverityClassifier, *, rank: int = 0, processes: int = 1
+) -> datasets.Dataset:
+    """The probability columns of every row, and `EVIDENCE` where the classifier gives its reasons.
+
+    The work is done in parts, each kept in the cache of `rows` by their content and the classifier's version: a killed
+    run goes on with the next part, and other runs and processes find what was judged. Under a launch, process number
+    `rank` judges every `processes`-th part and returns only these.
+    """
+    questions = rows.select_columns(["question"]).with_format("arrow")
+    size = _ROWS_OF_PART.get(classifier.kind, _MOST_ROWS)
+    # Rules are Python that one core runs; the others have threads of their own. A launch has its processes already.
+    forking = classifier.kind == "rules" and processes == 1 and sys.platform == "linux"
+    cores = len(os.sched_getaffinity(0)) if forking else 1
+    shown = not datasets.utils.are_progress_bars_disabled()
+    starts = tqdm(range(0, len(rows), size)[rank::processes], f"Severity by {classifier.kind}", disable=None, delay=2)
+    datasets.disable_progress_bars()  # of each `map`
+    _classifiers[classifier.version] = classifier
+    parts = []
+    with workers_end_with_this_process():
+        for start in starts:
+            part = questions.select(range(start, min(start + size, len(rows))))
+            workers = min(cores, len(part) // _ROWS_OF_PROCESS)
+            settings = {"batched": True, "batch_size": 1024, "num_proc": workers if workers > 1 else None}
+            parts.append(part.map(_judge_batch, fn_kwargs={"version": classifier.version}, **settings))
+    del _classifiers[classifier.version]
+    if shown:
+        datasets.enable_progress_bars()
+    return datasets.concatenate_datasets(parts).with_format(None) if parts else questions.select([])
+
+
+# Version → classifier, where the forked workers of `map` find it. As an argument it would be pickled, and all its
+# weights would go into the key of the cache.
+_classifiers: dict[str, SeverityClassifier] = {}
+
+
+def _judge_batch(batch: pa.Table, version: str) -> pa.Table:
+    classifier: Any = _classifiers[version]
+    inner = getattr(classifier, "classifier", classifier)  # without its calibration
+    questions, evidence = batch["question"].to_pylist(), None
+    if hasattr(inner, "explained"):
+        # Both at once, because finding the matches is what takes the time.
+        probabilities, evidence = inner.explained(questions)
+        if inner is not classifier:
+            probabilities = classifier.calibration.apply(probabilities)
+    else:
+        probabilities = classifier.probabilities(questions)
+        if hasattr(inner, "evidence"):
+            evidence = list(map(inner.evidence, questions))
+    columns = {name: pa.array(column) for name, column in zip(PROBABILITY_COLUMNS, probabilities.T, strict=True)}
+    if evidence is not None:
+        columns[EVIDENCE] = pa.array(evidence, pa.string())
+    return pa.table(columns)

@@ -27,7 +27,7 @@ from sevpeft.recipe import Recipe
 from sevpeft.runs import workers_end_with_this_process
 from sevpeft.severity.probabilities import has_severity
 from sevpeft.severity.source import Severity, severity_of
-from sevpeft.severity.weighting import WeightSummary, severity_weights
+from sevpeft.severity.weights import WeightSummary, severity_weights
 from sevpeft.training.compat import IGNORED
 
 # Below this, progress bars of the single steps flash by and only hide what matters.

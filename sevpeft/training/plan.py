@@ -29,7 +29,7 @@ from sevpeft.modeling.cards import (
 from sevpeft.modeling.loading import load_config, load_tokenizer, uses_gpu
 from sevpeft.modeling.memory import GIB, Budget, MemoryPlan, Parameters
 from sevpeft.recipe import Recipe
-from sevpeft.severity.weighting import WeightSummary
+from sevpeft.severity.weights import WeightSummary
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import load_splits, prepare, prompt_of, source_index, summary_of, weigh
 from sevpeft.training.resolve import (

@@ -14,9 +14,8 @@ from sevpeft.modeling.cards import EFFICIENCY, TFLOPS
 from sevpeft.modeling.memory import GIB, LARGEST_BATCH, Budget
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
-from sevpeft.severity.histogram import advice, effective_sample, histogram_lines
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.weighting import WeightSummary
+from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines
 
 if TYPE_CHECKING:
     from sevpeft.training.plan import Fitting, Plan

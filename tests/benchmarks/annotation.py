@@ -11,8 +11,8 @@ alternates. A repetition is one such pair; the ratio is the median of the pairs'
 highest. Target: 8 times as many rows a second on two cores, and probabilities that are equal to 1e-5.
 
 Rules and linear: "one core" (judging alone, as a worker does it), and the whole way of `annotate` on the cores that
-there are, "in memory" (rows that are read already, parts judged and written, OUTPUT moved into place) and "with
-reading" (from JSON lines to JSON lines, the table in the cache folder made anew). No row is like another: every run and
+there are, "in memory" (rows that are in the cache folder already, judged and written) and "with reading" (from JSON
+lines to JSON lines, the table in the cache folder made anew). No row is like another: every run and
 every column has questions of its own, though of the same words, as real questions are. Targets: 20,000 rows a second
 for rules, 5,000 for linear.
 
@@ -200,25 +200,31 @@ def cpu_seconds() -> tuple[float, float]:
 
 def measure_annotate(repetitions: int, rows: int, console: Console) -> None:
     from sevpeft.data.read import load_consultations
-    from sevpeft.severity.annotating import Job, annotate
-    from sevpeft.severity.dealing import available_cores
+    from sevpeft.recipe import settings_from
+    from sevpeft.runs import whole_folder
+    from sevpeft.severity.annotate import AnnotateSettings, annotate
+    from sevpeft.severity.classifier.store import write_classifier
     from sevpeft.severity.rules import Rules
 
-    title = f"Whole path, rows/s ({rows:,} rows, {available_cores()} cores, best of {repetitions} runs)"
+    title = f"Whole path, rows/s ({rows:,} rows, {os.cpu_count()} cores, best of {repetitions} runs)"
     table = Table("", "one core", "in memory", "with reading", "target", "CPU s per 10,000 rows", title=title)
     for kind, classifier in (("rules", Rules.load()), ("linear", build_linear())):
         alone, memory, reading, spent = [], [], [], []
         judge = getattr(classifier, "explained", classifier.probabilities)
         for repetition in range(repetitions):
             with tempfile.TemporaryDirectory(prefix="sevpeft-benchmark-") as scratch:
-                source = Path(scratch, "in.jsonl")
+                source, words = Path(scratch, "in.jsonl"), ["method=rules"]
+                if kind != "rules":
+                    with whole_folder(Path(scratch, "classifier")) as folder:
+                        write_classifier(classifier, folder, training={})
+                    words = [f"classifier={scratch}/classifier"]
                 made = sample_rows(rows, seed=repetition)
                 source.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
                 os.environ["SEVPEFT_CACHE"] = str(Path(scratch, "cache"))
+                settings, output = settings_from(AnnotateSettings, words, {"data.path": str(source)}), source.parent
                 before = cpu_seconds()
-                read, consultations = timed(lambda source=source: load_consultations(source, keep="all"))
-                job = Job(consultations, classifier, Path(scratch, "out.jsonl"))
-                wrote, _ = timed(lambda job=job: annotate(job))
+                read, _ = timed(lambda source=source: load_consultations(source, keep="all"))
+                wrote, _ = timed(lambda to=output / "out.jsonl", settings=settings: annotate(settings, to))
                 spent.append([(now - then) * 10_000 / rows for now, then in zip(cpu_seconds(), before, strict=True)])
             others = [row["question"] for row in sample_rows(rows, seed=repetition + 1_000)]
             alone.append(rows / timed(lambda others=others, judge=judge: judge(others))[0])

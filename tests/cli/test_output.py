@@ -142,6 +142,6 @@ def test_a_file_is_annotated_whole_where_nobody_reads_what_is_printed(tmp_path: 
     found = {}
     for run in (on_full_disk, on_closed_terminal):
         output = tmp_path / f"{run.__name__}.jsonl"
-        code = run([*SEVPEFT, "annotate", str(rows), str(output), "--method", "rules"])
+        code = run([*SEVPEFT, "annotate", str(rows), str(output), "method=rules"])
         found[run.__name__] = (code, len(output.read_text(encoding="utf-8").splitlines()))
     assert set(found.values()) == {(0, 50)}, found

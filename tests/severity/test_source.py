@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -12,7 +15,8 @@ from sevpeft.data.read import load_consultations
 from sevpeft.errors import WeightError
 from sevpeft.severity import source
 from sevpeft.severity.probabilities import severity_probabilities, sharpened
-from sevpeft.severity.source import severity_of
+from sevpeft.severity.rules import Rules
+from sevpeft.severity.source import EVIDENCE, judged, severity_of
 
 
 class Judge:
@@ -21,22 +25,21 @@ class Judge:
     def __init__(self, kind: str = "linear", version: str = "1") -> None:
         self.kind, self.version, self.asked = kind, version, 0
 
-    def probabilities(self, questions: list[str]) -> np.ndarray:
+    def probabilities(self, questions: Sequence[str]) -> np.ndarray:
         self.asked += len(questions)
         scores = np.array([[len(question) % 7, len(question) % 5, 1] for question in questions], dtype=float) + 0.5
         return scores / scores.sum(axis=1, keepdims=True)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
-def rows() -> Any:
+def rows(cache: Path) -> Any:
     return load_consultations("builtin:consultations").rows
-
-
-@pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
-    found = Judge()
-    monkeypatch.setattr(source, "_classifier", lambda kind, folder: found)
-    return found
 
 
 def test_columns_are_read_and_then_sharpened(rows: Any) -> None:
@@ -46,51 +49,81 @@ def test_columns_are_read_and_then_sharpened(rows: Any) -> None:
     assert plain.origin == {"source": "columns", "temperature": 1.0}
 
 
-def test_a_classifier_is_asked_once_and_its_answers_are_kept(rows: Any, judge: Judge) -> None:
+def test_a_classifier_is_asked_once_for_all_temperatures(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Judge()
+    monkeypatch.setattr(source, "load_source", lambda kind, folder: judge)
     first = severity_of(rows, source="linear", classifier="somewhere")
-    np.testing.assert_array_equal(first.probabilities, judge.probabilities(rows["question"]))
-    asked = judge.asked
+    np.testing.assert_array_equal(first.probabilities, Judge().probabilities(rows["question"]))
     again = severity_of(rows, source="linear", classifier="somewhere", temperature=0.5)
-    assert judge.asked == asked
+    assert judge.asked == len(rows)
     np.testing.assert_array_equal(again.probabilities, sharpened(first.probabilities, 0.5))
     assert again.origin == {"source": "linear", "temperature": 0.5, "version": "1"}
 
 
-def test_another_version_and_other_rows_are_asked_again(rows: Any, judge: Judge) -> None:
-    severity_of(rows, source="linear", classifier="somewhere")
-    judge.version, judge.asked = "2", 0
-    severity_of(rows, source="linear", classifier="somewhere")
-    assert judge.asked == len(rows)
+def test_another_version_and_other_rows_are_asked_again(rows: Any) -> None:
     fewer = load_consultations("builtin:consultations", max_rows=50).rows
-    assert severity_of(fewer, source="linear", classifier="somewhere").probabilities.shape == (50, 3)
+    for table, version in ((rows, "1"), (rows, "2"), (fewer, "2")):
+        judge = Judge(version=version)
+        assert len(judged(table, judge)) == judge.asked == len(table)
 
 
-def test_a_kept_file_that_was_cut_off_is_made_again(
-    rows: Any, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path))
-    whole = severity_of(rows, source="linear", classifier="somewhere").probabilities
-    from sevpeft.runs import cache_folder
+def test_a_killed_run_goes_on_with_the_next_part(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_MOST_ROWS", 100)
 
-    (kept,) = cache_folder("severity").glob("*.npy")
-    kept.write_bytes(kept.read_bytes()[:-100])
-    np.testing.assert_array_equal(severity_of(rows, source="linear", classifier="somewhere").probabilities, whole)
-    kept.write_bytes(b"")
-    np.testing.assert_array_equal(severity_of(rows, source="linear", classifier="somewhere").probabilities, whole)
-    assert [file.name for file in cache_folder("severity").iterdir()] == [kept.name]
+    class Killed(Judge):
+        def probabilities(self, questions: Sequence[str]) -> np.ndarray:
+            if self.asked == 200:
+                raise KeyboardInterrupt
+            return super().probabilities(questions)
+
+    with pytest.raises(KeyboardInterrupt):
+        judged(rows, Killed())
+    rest = Judge()
+    found = judged(rows, rest)
+    assert rest.asked == len(rows) - 200
+    np.testing.assert_array_equal(severity_probabilities(found), Judge().probabilities(rows["question"]))
 
 
-def test_rules_need_no_classifier(rows: Any) -> None:
-    found = severity_of(rows, source="rules")
-    assert found.probabilities.shape == (len(rows), 3)
-    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, rtol=1e-9)
+def test_the_processes_of_a_launch_share_the_parts(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_MOST_ROWS", 100)
+    asked = []
+    for rank in (2, 0, 1):
+        judge = Judge()
+        judged(rows, judge, rank=rank, processes=3)
+        asked.append(judge.asked)
+    assert sum(asked) == len(rows) and min(asked) >= 100
+    main = Judge()
+    assert len(judged(rows, main)) == len(rows) and main.asked == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_rules_on_several_cores_give_what_one_gives(rows: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = Rules.load()
+    monkeypatch.setattr(source, "_ROWS_OF_PROCESS", 100)
+    monkeypatch.setattr(source.os, "sched_getaffinity", lambda process: {0, 1})
+    found = judged(rows, rules)
+    assert len(found.cache_files) == 2
+    expected, evidence = rules.explained(rows["question"])
+    np.testing.assert_allclose(severity_probabilities(found), expected, rtol=1e-15)
+    assert found[EVIDENCE][:] == evidence
     critical = severity_probabilities(rows)[:, 2] == 1
-    assert found.probabilities[critical, 2].mean() > found.probabilities[~critical, 2].mean() + 0.2
+    assert expected[critical, 2].mean() > expected[~critical, 2].mean() + 0.2
+
+
+def test_progress_bars_are_left_as_they_were(rows: Any) -> None:
+    hidden = datasets.utils.are_progress_bars_disabled()
+    try:
+        for enabled in (True, False):
+            (datasets.enable_progress_bars if enabled else datasets.disable_progress_bars)()
+            judged(rows, Judge(version=str(enabled)))
+            assert datasets.utils.are_progress_bars_disabled() != enabled
+    finally:
+        (datasets.disable_progress_bars if hidden else datasets.enable_progress_bars)()
 
 
 def test_a_classifier_of_another_kind_is_refused(rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sevpeft.severity.classifier import store
 
     monkeypatch.setattr(store, "load_classifier", lambda folder: Judge(kind="transformer"))
-    with pytest.raises(WeightError, match=r"set severity\.source=transformer"):
+    with pytest.raises(WeightError, match="transformer"):
         severity_of(rows, source="linear", classifier=str(tmp_path))

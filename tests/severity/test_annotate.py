@@ -1,0 +1,363 @@
+"""Rows keep all they had and gain their severity; killed, launched twice or on a full disk, nothing is lost."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from sevpeft.data.read import load_consultations
+from sevpeft.errors import DataError, RunError, UsageError
+from sevpeft.recipe import settings_from
+from sevpeft.severity.annotate import ADDED, AnnotateSettings, Annotation, annotate
+from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, severity_probabilities, sharpened
+from sevpeft.severity.rules import Rules
+
+ROOT = Path(__file__).parent.parent.parent
+TRICKY = [
+    'قال الطبيب: "خذ قرصين"، فهل هذا صحيح؟',
+    "سطر أول\nسطر ثان\n\nعندي نزيف شديد",
+    "=1+1 عندي صداع",
+    "علامة\tجدولة، وفاصلة, وفاصلة منقوطة; ونقطتان:",
+    "@SUM(A1) -5 +3 %",
+    "رجوع\rوحده وضيق تنفس",
+    "\u200fاتجاه\u200e و\u2028فاصل سطر و😀",
+    "NULLIFY 007 1e5 ٣٫٥",
+    "مسافات  كثيرة   هنا / وزكام",
+]
+
+
+def lines(count: int = 30) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"q{number}",
+            "question": f"{TRICKY[number % len(TRICKY)]} {number}",
+            "answer": f"{TRICKY[(number + 1) % len(TRICKY)]} ج{number}",
+            "ملاحظة": TRICKY[(number + 2) % len(TRICKY)] if number % 4 else "",
+            "age": str(number),
+        }
+        for number in range(count)
+    ]
+
+
+def jsonl(path: Path, rows: Sequence[dict[str, Any]] | None = None) -> Path:
+    rows = lines() if rows is None else rows
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(source: Path | str, output: Path, *words: str) -> Annotation:
+    done = annotate(settings_from(AnnotateSettings, words or ["method=rules"], {"data.path": str(source)}), output)
+    assert done is not None
+    return done
+
+
+def table(path: Path | str) -> datasets.Dataset:
+    return load_consultations(path, keep="all").rows
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path / ".cache"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != ".cache")
+
+
+# What is written
+
+
+def test_every_column_row_and_character_comes_back_from_every_kind_of_output(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl")
+    expected, evidence = Rules.load().explained([row["question"] for row in lines()])
+    for ending in (".jsonl", ".csv", ".tsv", ".parquet"):
+        output = tmp_path / f"out{ending}"
+        assert run(source, output).rows == 30
+        back = table(output)
+        for name in ("id", "question", "answer", "ملاحظة", "age"):
+            assert back[name][:] == [row[name] for row in lines()], (ending, name)
+        # The numbers of JSON have 15 decimals.
+        found = np.stack([back[name][:] for name in PROBABILITY_COLUMNS], axis=1)
+        assert np.abs(found - expected).max() <= (1e-15 if ending == ".jsonl" else 0), ending
+        assert back["severity"][:] == [SEVERITIES[i] for i in expected.argmax(axis=1)], ending
+        assert back["severity_evidence"][:] == evidence, ending
+        assert set(back["severity_method"]) == {"rules"} and set(back["severity_version"]) == {Rules.load().version}
+        assert f"{output.stat().st_mode & 0o777:o}" == "600"
+    assert names(tmp_path) == ["in.jsonl", "out.csv", "out.jsonl", "out.parquet", "out.tsv"]
+
+
+def test_a_spreadsheet_reads_the_cells_as_they_were(tmp_path: Path) -> None:
+    run(jsonl(tmp_path / "in.jsonl"), tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as stream:
+        read = list(csv.DictReader(stream, strict=True))
+    assert [row["question"] for row in read] == [row["question"] for row in lines()]
+    assert list(read[0]) == [*lines()[0], *ADDED]
+
+
+def test_a_temperature_sharpens_and_stands_in_the_version(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl")
+    run(source, tmp_path / "out.csv", "method=rules", "temperature=0.5")
+    back = table(tmp_path / "out.csv")
+    expected = sharpened(Rules.load().probabilities([row["question"] for row in lines()]), 0.5)
+    assert np.abs(severity_probabilities(back) - expected).max() < 1e-15
+    assert set(back["severity_version"]) == {f"{Rules.load().version}, temperature 0.5"}
+
+
+def test_the_figures_count_what_stands_in_the_output(tmp_path: Path) -> None:
+    rows = [*lines(20), {"id": "e", "question": " ", "answer": "x", "age": "1"}]
+    done = run(jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.csv")
+    back = table(tmp_path / "out.csv")
+    probabilities = severity_probabilities(back)
+    assert done.counts == {name: back["severity"][:].count(name) for name in SEVERITIES}
+    assert list(done.mean.values()) == pytest.approx(probabilities.mean(axis=0))
+    weights = probabilities @ [0.5, 1.0, 1.5]
+    assert done.weights.effective_sample_size == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+    assert done.rejected == {"empty question": 1} and done.rows == 20
+
+
+def test_a_prepared_folder_becomes_one_with_severity_and_keeps_where_it_is_from(tmp_path: Path) -> None:
+    from sevpeft.data.prepare.prepare import prepare
+    from sevpeft.data.prepare.settings import PrepareSettings
+
+    words = ["صداع", "حرارة", "نزيف", "دوخة", "سعال", "حكة", "ألم", "تعب"]
+    rows = []
+    for i in range(24):
+        question = f"عندي {words[i % 8]} وأيضا {words[(i * 3 + 1) % 8]} منذ {i} أيام"
+        rows.append({"question": question, "answer": f"راجع الطبيب رقم {i} غدا", "source": ("forum", "clinic")[i % 2]})
+    prepared = tmp_path / "prepared"
+    raw = {"path": str(jsonl(tmp_path / "raw.jsonl", rows))}
+    prepare(PrepareSettings.model_validate({"data": raw, "near_duplicates": 1, "num_proc": 1}), prepared)
+    before = load_consultations(prepared, keep="all")
+    done = run(prepared, tmp_path / "annotated")
+    after = load_consultations(tmp_path / "annotated", keep="all")
+    for name in before.rows.column_names:
+        assert after.rows[name][:] == before.rows[name][:], name
+    about = after.provenance
+    assert about["input"] == before.provenance["input"] and about["splits"] == before.provenance["splits"]
+    assert about["severity"]["input_fingerprint"] == before.fingerprint == before.provenance["fingerprint"]
+    assert about["severity"]["counts"] == done.counts and about["fingerprint"] == after.fingerprint
+    card = (tmp_path / "annotated" / "README.md").read_text(encoding="utf-8")
+    assert "## Splits" in card and done.version in card and after.fingerprint in card and "صداع" not in card
+    assert before.fingerprint not in card
+    for name in ("rejected.jsonl", "conflicts.jsonl"):
+        assert (tmp_path / "annotated" / name).read_bytes() == (prepared / name).read_bytes()
+    # And once more, from there; a file has the numbers of the rows too.
+    run(tmp_path / "annotated", tmp_path / "again", "method=rules", "replace=true")
+    again = load_consultations(tmp_path / "again", keep="all")
+    assert again.rows.column_names == after.rows.column_names and again.rows["row"][:] == before.rows["row"][:]
+    assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8").count("## Severity") == 1
+    run(prepared, tmp_path / "flat.csv")
+    assert table(tmp_path / "flat.csv")["original_row"][:] == [str(row) for row in before.rows["row"][:]]
+
+
+# What is refused
+
+
+def test_rows_that_have_severity_are_refused_without_replace(tmp_path: Path) -> None:
+    for column in ("severity", "label", "p_critical", "severity_method", "severity_evidence"):
+        source = jsonl(tmp_path / "in.jsonl", [{**row, column: "0.5"} for row in lines(3)])
+        with pytest.raises(DataError, match="replace=true"):
+            run(source, tmp_path / "out.jsonl")
+        assert names(tmp_path) == ["in.jsonl"]
+
+
+def test_what_people_gave_is_kept_and_what_a_classifier_gave_is_replaced(tmp_path: Path) -> None:
+    people = ["critical", "neutral", "non_critical"]
+    rows = [{**row, "label": people[i % 3], "p_critical": 0.25 if i else None} for i, row in enumerate(lines(9))]
+    run(jsonl(tmp_path / "in.jsonl", rows), tmp_path / "first.jsonl", "method=rules", "replace=true")
+    once = table(tmp_path / "first.jsonl")
+    assert once["severity_given"][:] == people * 3
+    assert once["p_critical_given"][:] == ["", *["0.25"] * 8]
+    run(tmp_path / "first.jsonl", tmp_path / "second.csv", "method=rules", "replace=true", "temperature=2")
+    twice = table(tmp_path / "second.csv")
+    assert sorted(twice.column_names) == sorted(once.column_names)
+    assert twice["severity_given"][:] == people * 3
+    assert all("temperature 2" in version for version in twice["severity_version"])
+    assert twice["p_critical"][:] != once["p_critical"][:]
+
+
+def test_an_output_that_exists_or_has_another_ending_is_refused_before_the_work(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl")
+    for name in ("out.xlsx", "out.json", "out.csv.gz", "out.v2", "folder"):
+        with pytest.raises(UsageError, match=r"\.jsonl, \.csv, \.tsv, \.parquet"):
+            run(source, tmp_path / name)
+    for name in ("there.csv", "there"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(RunError, match="exists"):
+            run(source, tmp_path / name)
+        assert (tmp_path / name).read_text() == "mine"
+    assert names(tmp_path) == ["in.jsonl", "there", "there.csv"]
+
+
+def test_a_full_disk_leaves_no_output_and_what_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = jsonl(tmp_path / "in.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match="No space"):
+            run(source, tmp_path / "out.csv")
+    assert names(tmp_path) == ["in.jsonl"]
+    monkeypatch.setattr(Rules, "explained", None)
+    assert run(source, tmp_path / "out.csv").rows == 30
+
+
+# Killed, and in several processes
+
+
+def test_killed_and_started_again_it_goes_on_and_writes_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output, asked = jsonl(tmp_path / "in.jsonl"), tmp_path / "out.csv", []
+    explained = Rules.explained
+    monkeypatch.setattr("sevpeft.severity.source._MOST_ROWS", 10)
+
+    def explain(rules: Rules, questions: list[str]) -> Any:
+        if os.getpid() != parent and len(asked) == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        asked.extend(questions)
+        return explained(rules, questions)
+
+    parent = os.getpid()
+    monkeypatch.setattr(Rules, "explained", explain)
+    child = os.fork()
+    if not child:
+        try:
+            run(source, output)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and not output.exists()
+    run(source, output)
+    assert asked == [row["question"] for row in lines()[20:]]
+    monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path / ".cache" / "other"))
+    run(source, tmp_path / "whole.csv")
+    assert len(asked) == 40 and output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_two_processes_write_what_one_writes_and_another_finds_what_they_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl(tmp_path / "in.jsonl")
+    config = str(ROOT / "accelerate_configs" / "cpu_2.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "sevpeft"]
+    done = subprocess.run(
+        [*launch, "annotate", str(source), str(tmp_path / "two.csv"), "method=rules"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Wrote 30 rows") == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(Rules, "explained", None)
+        run(source, tmp_path / "found.csv")
+    monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path / ".cache" / "other"))
+    run(source, tmp_path / "one.csv")
+    for name in ("found.csv", "one.csv"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "two.csv").read_bytes()
+
+
+# The verb
+
+Verb = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Verb:
+    from sevpeft.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sevpeft", "annotate", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err and isinstance(left.value.code, int)
+        return left.value.code, out, err
+
+    return call
+
+
+def test_the_verb_shows_counts_weights_and_the_next_command(verb: Verb) -> None:
+    code, out, err = verb("builtin:consultations", "out.jsonl", "method=rules", "replace=true")
+    assert (code, err) == (0, "") and "█" in out and "critical" in out
+    assert "effective sample size" in out and "sevpeft plan RECIPE data.path=out.jsonl" in out
+    code, out, err = verb("out.jsonl", "flat.csv", "method=rules", "replace=true", "temperature=50")
+    assert code == 0 and "severity.temperature=0.5" in " ".join(out.split())
+
+
+def test_the_verb_prints_json_alone(verb: Verb) -> None:
+    code, out, _ = verb("builtin:consultations", "out.parquet", "method=rules", "replace=true", "--json")
+    content = json.loads(out)
+    assert code == 0 and content["rows"] == len(table("out.parquet")) == 420
+    assert sum(content["counts"].values()) == 420 and content["weights"]["effective_sample_size"] > 0
+
+
+def test_the_verb_lists_its_settings(verb: Verb) -> None:
+    code, out, _ = verb("--help")
+    assert code == 0
+    for key in ("method=rules|linear", "temperature=", "replace=true|false", "data.question_column=", "data.max_rows="):
+        assert key in out
+    assert "data.test_size" not in out and "data.path" not in out
+
+
+def test_what_cannot_be_done_names_the_remedy(verb: Verb, tmp_path: Path) -> None:
+    jsonl(tmp_path / "in.jsonl")
+    rows = [
+        ("in.jsonl o.jsonl", 2, "method=rules"),
+        ("in.jsonl o.jsonl method=linear", 2, "sevpeft classifier fit"),
+        ("in.jsonl o.jsonl method=rule", 2, "rules"),
+        ("in.jsonl o.jsonl metod=rules", 2, "method"),
+        ("in.jsonl o.jsonl classifier=x lexicon=y", 2, "lexicon"),
+        ("in.jsonl o.jsonl method=rules temperature=-1", 2, "temperature"),
+        ("in.jsonl o.jsonl method=rules data.question_colum=q", 2, "data.question_column"),
+        ("in.jsonl o.pdf method=rules", 2, ".jsonl"),
+        ("builtin:consultations o.jsonl method=rules", 1, "replace=true"),
+        ("nope.csv o.jsonl method=rules", 1, "nope.csv"),
+        ("in.jsonl o.jsonl classifier=nowhere", 1, "nowhere"),
+        ("in.jsonl o.jsonl method=rules lexicon=nowhere.tsv", 1, "nowhere.tsv"),
+        ("in.jsonl /proc/o.jsonl method=rules", 1, "OUTPUT"),
+    ]
+    wrong = []
+    for words, code, remedy in rows:
+        got, out, err = verb(*words.split())
+        if (got, out) != (code, "") or remedy not in err or names(tmp_path) != ["in.jsonl"]:
+            wrong.append((words, got, out, err))
+    assert wrong == []
+
+
+def test_a_fitted_classifier_judges_and_must_be_of_the_kind_that_is_named(verb: Verb, tmp_path: Path) -> None:
+    from sevpeft.runs import whole_folder
+    from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
+    from sevpeft.severity.classifier.store import write_classifier
+
+    rules = Rules.load()
+    fitted = Calibrated(rules, Calibration((1 / 1.5,)))
+    with whole_folder(tmp_path / "fitted") as folder:
+        write_classifier(fitted, folder, {})
+    source = str(jsonl(tmp_path / "in.jsonl"))
+    code, _, err = verb(source, "o.csv", "method=linear", "classifier=fitted")
+    assert code == 1 and "rules" in err
+    assert verb(source, "o.csv", "classifier=fitted")[0] == 0
+    back, questions = table(tmp_path / "o.csv"), [row["question"] for row in lines()]
+    assert np.abs(severity_probabilities(back) - fitted.probabilities(questions)).max() < 1e-15
+    assert set(back["severity_method"]) == {"rules"} and set(back["severity_version"]) == {fitted.version}
+    # Calibrated rules give their reasons too.
+    assert back["severity_evidence"][:] == [rules.evidence(question) for question in questions]

@@ -1,0 +1,134 @@
+"""Weights follow the published formula, controls take one thing away at a time, and useless weights are noticed."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from sevpeft.errors import WeightError
+from sevpeft.recipe import SEVERITY_PRESETS, recipe_from_values
+from sevpeft.severity.weights import (
+    WeightSummary,
+    advice,
+    checked_weights,
+    effective_sample,
+    histogram_lines,
+    severity_weights,
+)
+
+BALANCED, UNEQUAL = SEVERITY_PRESETS["balanced"], (0.5, 1.0, 4.0)
+
+
+def random_probabilities(concentration: float = 1, count: int = 500) -> np.ndarray:
+    """The higher the concentration, the nearer to a third each."""
+    return np.random.default_rng(0).dirichlet([concentration] * 3, size=count)
+
+
+def test_a_preset_is_one_plus_delta_times_critical_minus_non_critical() -> None:
+    probabilities = random_probabilities()
+    for preset, delta in (("mild", 0.25), ("balanced", 0.5), ("strong", 0.75)):
+        coefficients = recipe_from_values({"severity": {"weights": preset}}).severity.coefficients()
+        weights = severity_weights(probabilities, coefficients)
+        assert weights.dtype == np.float64
+        np.testing.assert_allclose(weights, 1 + delta * (probabilities[:, 2] - probabilities[:, 0]), rtol=1e-12)
+
+
+def test_the_coefficients_stand_in_the_order_of_the_severities() -> None:
+    np.testing.assert_array_equal(severity_weights(np.eye(3), UNEQUAL), UNEQUAL)
+    np.testing.assert_array_equal(severity_weights(np.eye(3), (0.0, 1.0, 2.0)), [0, 1, 2])
+
+
+def test_normalizing_divides_by_the_mean_and_keeps_the_ratios() -> None:
+    plain = severity_weights(random_probabilities(), UNEQUAL)
+    scaled = severity_weights(random_probabilities(), UNEQUAL, normalize="mean")
+    assert scaled.mean() == pytest.approx(1, abs=1e-12) and plain.mean() > 1.5
+    np.testing.assert_allclose(scaled / scaled[0], plain / plain[0])
+
+
+def test_shuffled_is_the_same_multiset_in_another_order_by_its_seed() -> None:
+    probabilities = random_probabilities()
+    real = severity_weights(probabilities, BALANCED)
+    state = np.random.get_state()[1].copy()
+    one = severity_weights(probabilities, BALANCED, control="shuffled", seed=1)
+    np.testing.assert_array_equal(state, np.random.get_state()[1])
+    np.testing.assert_array_equal(np.sort(one), np.sort(real))
+    assert (one != real).mean() > 0.9 and abs(np.corrcoef(one, real)[0, 1]) < 0.15
+    np.testing.assert_array_equal(one, severity_weights(probabilities, BALANCED, control="shuffled", seed=1))
+    assert (one != severity_weights(probabilities, BALANCED, control="shuffled", seed=2)).mean() > 0.9
+
+
+def test_constant_is_the_mean_for_everyone_and_uniform_is_one() -> None:
+    probabilities = random_probabilities()
+    constant = severity_weights(probabilities, UNEQUAL, control="constant")
+    assert len(constant) == 500 and np.ptp(constant) == 0
+    assert constant[0] == pytest.approx(severity_weights(probabilities, UNEQUAL).mean())
+    np.testing.assert_array_equal(severity_weights(probabilities, UNEQUAL, control="uniform"), np.ones(500))
+    for control in ("none", "shuffled", "constant"):
+        weights = severity_weights(probabilities, UNEQUAL, normalize="mean", control=control)
+        assert weights.mean() == pytest.approx(1, abs=1e-12), control
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_useless_coefficients_are_refused_whatever_the_control() -> None:
+    for control in ("none", "shuffled", "constant", "uniform"):
+        for wrong in ((0.0, 0.0, 0.0), (-1.0, 1.0, 1.0), (float("nan"), 1.0, 1.0), (1.0, float("inf"), 1.0)):
+            with pytest.raises(WeightError):
+                severity_weights(np.eye(3), wrong, control=control)
+    with pytest.raises(WeightError):
+        checked_weights(np.array([]))
+
+
+def test_a_summary_says_what_the_weights_amount_to() -> None:
+    strata = np.array([0, 1, 1, 2])
+    figures = WeightSummary.of(np.array([0.5, 1.0, 1.0, 1.5]), strata).as_dict()
+    assert figures["consultations"] == 4 and figures["severities"] == {"non_critical": 1, "neutral": 2, "critical": 1}
+    assert (figures["minimum"], figures["maximum"], figures["mean"]) == (0.5, 1.5, 1.0)
+    assert figures["coefficient_of_variation"] == pytest.approx(np.sqrt(0.125))
+    assert figures["histogram"] == [(0.5, 0.5, 1), (1.0, 1.0, 2), (1.5, 1.5, 1)]
+    assert WeightSummary.of(np.ones(1), None).severities == {}
+
+
+def test_the_effective_sample_size_is_kishs() -> None:
+    rows = [((1, 1, 1, 1), 4), ((7, 7), 2), ((1, 0, 0, 0), 1), ((1, 1, 0, 0), 2), ((1, 2, 3), 36 / 14)]
+    for weights, size in rows:
+        assert WeightSummary.of(np.array(weights), None).effective_sample_size == pytest.approx(size), weights
+    assert effective_sample(WeightSummary.of(np.array([3.0, 1.0]), None)) == "2 of 2 (80%)"
+
+
+def test_every_consultation_is_in_a_line_of_the_histogram_that_fits() -> None:
+    kinds = [severity_weights(random_probabilities(concentration), BALANCED) for concentration in (1, 500, 5000)]
+    for weights in (*kinds, np.ones(7), np.array([0.5, 1, 1.5] * 9)):
+        stored = json.loads(json.dumps(WeightSummary.of(weights, None).as_dict()))["histogram"]
+        for width in (30, 60):
+            lines = histogram_lines(stored, width)
+            assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= width
+            assert len({re.split(" {2,}", line.strip())[0] for line in lines}) == len(lines), "labels differ"
+            counts = [int(line.split()[-1].replace(",", "")) for line in lines]
+            bars = [line.count("█") for line in lines]
+            assert sum(counts) == len(weights) and bars[int(np.argmax(counts))] == max(bars)
+            assert [bar > 0 for bar in bars] == [count > 0 for count in counts]
+
+
+def test_many_weights_are_bars_of_equal_width_from_the_lowest_to_the_highest() -> None:
+    weights = severity_weights(random_probabilities(), BALANCED)
+    bars = WeightSummary.of(weights, None).histogram
+    assert len(bars) == 10 and bars[0][0] == weights.min() and bars[-1][1] == weights.max()
+    np.testing.assert_allclose(np.diff([low for low, _, _ in bars]), (weights.max() - weights.min()) / 10)
+
+
+def test_advice_is_given_where_the_weights_do_nothing_or_a_few_decide() -> None:
+    rows = [
+        (severity_weights(random_probabilities(), BALANCED), ""),
+        (np.array([0.5, 1, 1.5] * 9), ""),
+        # As the published probabilities give them, and ten times that: the scale does not matter.
+        (np.linspace(0.93, 1.03, 1000), "severity.temperature=0.5"),
+        (np.linspace(9.3, 10.3, 1000), "severity.temperature=0.5"),
+        (np.ones(9), "severity.weights=strong"),
+        (np.array([50.0] + [0.1] * 99), "severity.temperature=2"),
+    ]
+    for weights, remedy in rows:
+        given = advice(WeightSummary.of(weights, None)) or ""
+        assert remedy in given and bool(remedy) == bool(given), given
