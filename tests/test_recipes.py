@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head
 
 from sevpeft.modeling.adapters import lora_config
-from sevpeft.modeling.cards import usable
+from sevpeft.modeling.gpus import usable
 from sevpeft.modeling.loading import count_parameters
 from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe
@@ -172,7 +172,7 @@ def test_the_numbers_of_the_base_model_give_its_size_and_its_card(path: Path) ->
     decimals = len(digits.partition(".")[2])
     assert f"{count / unit:.{decimals}f}" == digits
     assert PUBLISHED.get(path.stem, count) == count
-    assert plan.parameters.base == count and (plan.parameters.packed > count / 4)
+    assert plan.parameters.base == count and (plan.parameters.quantized > count / 4)
     assert f" {about.vram_gib:g} GB" in path.read_text(encoding="utf-8").splitlines()[1]
     assert plan.budget().total <= usable(about.vram_gib)
 

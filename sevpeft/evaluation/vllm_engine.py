@@ -25,9 +25,9 @@ from sevpeft.evaluation.generation import (
 )
 from sevpeft.evaluation.rows import EvaluationRows
 from sevpeft.evaluation.switching import BASE, Speaker
-from sevpeft.modeling.base_weights import refuse_other_weights
 from sevpeft.modeling.loading import choose_precision, load_config, resolved_name
 from sevpeft.modeling.prompts import Prompt
+from sevpeft.modeling.saved_adapters import check_base_weights
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 
@@ -110,7 +110,7 @@ class VllmEngine:
                 f"vLLM refuses {recipe.model.name_or_path} ({first_sentence(error)}); leave --backend vllm out."
             ) from error
         for folder in adapters.values():
-            refuse_other_weights(recipe, Run(folder.parent))
+            check_base_weights(recipe, Run(folder.parent))
 
     @contextmanager
     def speaking(self, arm: str) -> Iterator[Speaker]:

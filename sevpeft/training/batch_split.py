@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from sevpeft.errors import RecipeError
-from sevpeft.modeling.cards import usable
+from sevpeft.modeling.gpus import usable
 from sevpeft.modeling.loading import uses_gpu
 from sevpeft.modeling.memory import GIB, MemoryPlan
 from sevpeft.recipe import Recipe, recipe_from_values

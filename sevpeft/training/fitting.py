@@ -18,12 +18,11 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from sevpeft.errors import ModelError, RunError, UnknownModelError
-from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, Card, Change, changed, changes, savings, usable, verdicts
+from sevpeft.modeling.compat import weights_are_sharded
+from sevpeft.modeling.gpus import EFFICIENCY, TFLOPS, Change, Gpu, changed, changes, savings, usable, verdicts
 from sevpeft.modeling.loading import uses_gpu
-from sevpeft.modeling.memory import GIB, LARGEST_BATCH, Budget, MemoryPlan, Parameters
+from sevpeft.modeling.memory import GIB, LARGEST_BATCH, Budget, MemoryPlan, Parameters, base_config
 from sevpeft.modeling.packing import check_packing, documents_stay_apart
-from sevpeft.modeling.sharding import weights_are_sharded
-from sevpeft.modeling.skeleton import base_config
 from sevpeft.recipe import Recipe
 from sevpeft.recipe.library_sections import AUTO
 from sevpeft.training.batch_split import (
@@ -63,7 +62,7 @@ class Fitting:
     split_for: float | None
     number_format: str
     budget: Budget
-    cards: list[Card]
+    cards: list[Gpu]
     vram: float | None
     changes: list[Change]
     bits: int | None

@@ -24,8 +24,8 @@ from transformers.utils import cached_file
 
 from sevpeft.errors import ModelError, RunError, first_sentence
 from sevpeft.modeling.adapters import cast_trained
+from sevpeft.modeling.compat import requested_engine
 from sevpeft.modeling.loading import resolved_name, uses_gpu
-from sevpeft.modeling.sharding import engine_asked
 from sevpeft.recipe import Recipe
 from sevpeft.recipe.combinations import CHANGING_THE_BASE
 from sevpeft.runs import Run
@@ -44,7 +44,7 @@ def refuse_start(recipe: Recipe) -> None:
     start = recipe.lora.init_lora_weights
     if not isinstance(start, str) or not start.startswith((*CHANGING_THE_BASE, "eva", "loftq")):
         return
-    engine = engine_asked()
+    engine = requested_engine()
     if engine:
         raise ModelError(
             f"lora.init_lora_weights={start} needs the whole model in every process, and {engine} cuts it into parts; "

@@ -20,7 +20,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import is_deepspeed_available
 
 from sevpeft.errors import RunError
-from sevpeft.modeling.sharding import deepspeed_asked, fsdp_asked
+from sevpeft.modeling.compat import deepspeed_requested, fsdp_requested
 
 ON_A_CPU = (DistributedType.NO, DistributedType.MULTI_CPU)
 
@@ -42,7 +42,7 @@ class Launch:
 
 def refuse_absent_deepspeed() -> None:
     """Raises RunError when DeepSpeed is asked for and not installed; to be called before accelerate looks for it."""
-    if deepspeed_asked() and not is_deepspeed_available():
+    if deepspeed_requested() and not is_deepspeed_available():
         raise RunError(
             "accelerate launch was asked for DeepSpeed, which is not installed: pip install 'sevpeft[deepspeed]', or "
             "use accelerate_configs/fsdp2.yaml, which needs nothing more."
@@ -55,10 +55,10 @@ def check_launch(state: PartialState) -> None:
     check_processes(state.num_processes)
     asked = _asked()
     for engine, wanted, runs in (
-        ("FSDP", asked.engine is DistributedType.FSDP or fsdp_asked(), state.distributed_type not in ON_A_CPU),
+        ("FSDP", asked.engine is DistributedType.FSDP or fsdp_requested(), state.distributed_type not in ON_A_CPU),
         (
             "DeepSpeed",
-            asked.engine is DistributedType.DEEPSPEED or deepspeed_asked(),
+            asked.engine is DistributedType.DEEPSPEED or deepspeed_requested(),
             state.distributed_type is DistributedType.DEEPSPEED,
         ),
     ):

@@ -17,7 +17,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
 from sevpeft.errors import RecipeError, first_sentence
-from sevpeft.modeling.sharding import engine_asked
+from sevpeft.modeling.compat import requested_engine
 from sevpeft.recipe import Recipe
 
 
@@ -29,7 +29,7 @@ def loraplus_settings(recipe: Recipe) -> dict[str, float] | None:
     """
     names = ("loraplus_lr_ratio", "loraplus_lr_embedding")
     found = {name: getattr(recipe.lora, name) for name in names if getattr(recipe.lora, name) is not None}
-    engine = engine_asked()
+    engine = requested_engine()
     if found and engine:
         raise RecipeError(
             f"lora.loraplus_lr_ratio does not reach the optimiser that {engine} builds; leave it out, or train on one "

@@ -18,7 +18,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from sevpeft.errors import ModelError, UnknownModelError
-from sevpeft.modeling.cards import EFFICIENCY, TFLOPS, epoch_seconds
+from sevpeft.modeling.gpus import EFFICIENCY, TFLOPS, epoch_seconds
 from sevpeft.modeling.loading import load_config, load_tokenizer
 from sevpeft.recipe import Recipe
 from sevpeft.severity.weighting import WeightSummary

@@ -22,18 +22,23 @@ from transformers import PrinterCallback
 
 from sevpeft.console import Screen
 from sevpeft.errors import Interrupted, RunError, first_sentence
-from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters, write_as_computed
-from sevpeft.modeling.base_weights import base_commit, base_fingerprint, refuse_other_weights
+from sevpeft.modeling.adapters import (
+    cast_adapter_to_compute_dtype,
+    lora_config,
+    sort_target_modules,
+    trainable_parameters,
+)
 from sevpeft.modeling.loading import (
+    check_form,
+    check_hopeless_start,
     choose_precision,
     load_config,
     load_model,
     load_tokenizer,
-    refuse_hopeless_start,
     resolved_name,
     uses_gpu,
 )
-from sevpeft.modeling.quantization import check_form
+from sevpeft.modeling.saved_adapters import base_commit, base_fingerprint, check_base_weights
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
@@ -105,7 +110,7 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
     asked, recipe = recipe, split_here(recipe)
     arguments = sft_config(recipe, precision, run.checkpoints)
     refuse_what_cannot_be_sharded(recipe, arguments)
-    refuse_hopeless_start(recipe)
+    check_hopeless_start(recipe)
     refuse_what_cannot_fit(recipe)
     refuse_start(recipe)
     with state.main_process_first():
@@ -129,7 +134,7 @@ def _train(recipe: Recipe, run: Run, state: PartialState, console: Console, *, r
         announce_data(prepared.summary, prepared.weights, recipe, console)
         model = load_model(recipe, precision, state.local_process_index)
         if resume:
-            refuse_other_weights(recipe, run)
+            check_base_weights(recipe, run)
         recipe = choose_layout(asked, recipe, model, lengths_of(prepared.validation))
         arguments = sft_config(recipe, precision, run.checkpoints)
         announce_batch(recipe, console)
@@ -231,7 +236,7 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
         (unfinished / "training_args.bin").unlink(missing_ok=True)
         make_plain(trainer, run, unfinished)
         if trainer.args.bf16:
-            write_as_computed(unfinished, trainer.model.peft_config[trainer.model.active_adapter])
+            cast_adapter_to_compute_dtype(unfinished, trainer.model.peft_config[trainer.model.active_adapter])
         sort_target_modules(unfinished)
         shutil.rmtree(run.adapter, ignore_errors=True)
         unfinished.replace(run.adapter)

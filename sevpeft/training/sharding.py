@@ -24,7 +24,7 @@ from trl import SFTConfig
 
 from sevpeft.errors import RunError, first_sentence
 from sevpeft.modeling.adapters import cast_trained
-from sevpeft.modeling.sharding import fsdp_asked, weights_are_sharded, zero3
+from sevpeft.modeling.compat import fsdp_requested, weights_are_sharded, zero3
 from sevpeft.recipe import Recipe
 
 # PyTorch's own, which compute on the parts of a parameter. Those of bitsandbytes have no rule for parts (0.50.2), and
@@ -39,14 +39,14 @@ def refuse_what_cannot_be_sharded(recipe: Recipe, arguments: SFTConfig) -> None:
     Args:
         arguments: made from the recipe; DeepSpeed's settings are in them.
     """
-    if fsdp_asked():
+    if fsdp_requested():
         _refuse_fsdp_settings(arguments)
     if zero3():
         _refuse_zero3_settings(arguments)
     if weights_are_sharded() and recipe.quantization.load_in_8bit:
         raise RunError(
-            f"quantization.load_in_8bit=true does not work under {'FSDP' if fsdp_asked() else 'ZeRO-3'}, which divides "
-            "the weights, because 8-bit weights cannot be divided; write quantization.load_in_4bit=true, or use "
+            f"quantization.load_in_8bit=true does not work under {'FSDP' if fsdp_requested() else 'ZeRO-3'}, as 8-bit "
+            "weights cannot be divided; write quantization.load_in_4bit=true, or use "
             "accelerate_configs/multi_gpu.yaml."
         )
 
@@ -133,7 +133,7 @@ def refuse_other_engine(accelerator: Accelerator, model: Any) -> None:
             "Several processes would train without exchanging gradients, because evaluate() was called before "
             "train(); set eval_on_start=True instead."
         )
-    if fsdp_asked() and not (kind is DistributedType.FSDP and isinstance(model, FSDPModule)):
+    if fsdp_requested() and not (kind is DistributedType.FSDP and isinstance(model, FSDPModule)):
         raise RunError(
             f"accelerate launch was asked for FSDP, but {_words(kind)} would train the model; "
             "start it with accelerate_configs/fsdp2.yaml as it is."

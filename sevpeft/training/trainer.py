@@ -29,7 +29,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
 
 from sevpeft.errors import WeightError
-from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
+from sevpeft.modeling.compat import disable_cpu_avx512_repack
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.collator import SeverityCollator
 from sevpeft.training.guarded import GuardedSFTTrainer
@@ -96,7 +96,7 @@ class SeveritySFTTrainer(GuardedSFTTrainer):
         # on that forward, and without the count accumulation would average means of unequal batches.
         self.model_accepts_loss_kwargs = True
         set_up_engine(self.accelerator, self.model)
-        keep_4bit_weights_as_they_are(self.model)
+        disable_cpu_avx512_repack(self.model)
         self._causal_lm().base_model.register_forward_hook(self._keep_labelled_positions)
 
     def _set_signature_columns_if_needed(self) -> None:
