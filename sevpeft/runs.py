@@ -294,12 +294,19 @@ _LOCK = ".building"
 
 @contextmanager
 def whole_folder(
-    output: Path, *, when_full: str = "free some, then run this again", remedy: str = "choose another OUTPUT"
+    output: Path,
+    *,
+    shared: bool = False,
+    when_full: str = "free some, then run this again",
+    remedy: str = "choose another OUTPUT",
 ) -> Iterator[Path]:
     """A new folder, mode 0700, which becomes `output` when the block ends without an error.
 
     It is built beside its place under a hidden name. A failure takes it away. What a kill leaves behind is taken away
     when the same folder is made the next time: whoever builds one holds a lock on it.
+
+    Args:
+        shared: open it as the umask says at the end, because it holds nothing of patients.
 
     Raises:
         RunError: `output` exists, before the block or at its end, or the disk refuses.
@@ -317,7 +324,11 @@ def whole_folder(
                 yield partial
                 check_absent(output)
                 (partial / _LOCK).unlink()
-                keep_private(partial)
+                if shared:
+                    for path in (partial, *partial.rglob("*")):
+                        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+                else:
+                    keep_private(partial)
                 partial.rename(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head
 
 from sevpeft.modeling.adapters import lora_config
-from sevpeft.modeling.cards import usable
+from sevpeft.modeling.gpus import usable
 from sevpeft.modeling.loading import count_parameters
 from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe
@@ -99,15 +99,13 @@ def test_every_recipe_is_trained_or_stands_beside_one_that_is() -> None:
     assert {path.stem for path in RECIPES if load_recipe(path).prompt.chat} == set(TEMPLATE)
 
 
-def test_a_recipe_begins_with_what_it_is_what_it_needs_and_its_command() -> None:
-    wrong = []
-    for path in RECIPES:
-        what, needs, command = path.read_text(encoding="utf-8").splitlines()[:3]
-        begins = what.startswith("# ") and needs.startswith("# Needs ")
-        named = re.search(rf"sevpeft train recipes/{re.escape(path.name)}", command)
-        if not begins or not named or ("Gated: " in needs) != load_recipe(path).about.gated:
-            wrong.append((path.name, what, needs, command))
-    assert wrong == []
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_begins_with_what_it_is_what_it_needs_and_its_command(path: Path) -> None:
+    what, needs, command = path.read_text(encoding="utf-8").splitlines()[:3]
+    assert what.startswith("# ")
+    assert needs.startswith("# Needs ")
+    assert re.search(rf"sevpeft train recipes/{re.escape(path.name)}", command)
+    assert ("Gated: " in needs) == load_recipe(path).about.gated
 
 
 # Sizes that others have published to the last parameter; those of SILMA and GPT2-Small-Arabic are the sizes of
@@ -139,11 +137,9 @@ PUBLISHED = {
 }
 
 
-PLANS: dict[str, MemoryPlan] = {}
-
-
-def plan_of(recipe: Recipe) -> MemoryPlan:
+def plan_of(path: Path) -> MemoryPlan:
     """Recipes with equal numbers have equal plans, which are made once."""
+    recipe = load_recipe(path)
     numbers = (
         recipe.about.config,
         recipe.quantization.model_dump(),
@@ -157,66 +153,67 @@ def plan_of(recipe: Recipe) -> MemoryPlan:
     return PLANS[key]
 
 
-@pytest.mark.parametrize("architecture", sorted({architecture_of(load_recipe(path)) for path in RECIPES}))
-def test_the_numbers_of_the_base_model_give_its_size_and_its_gpu(architecture: str) -> None:
-    wrong = []
-    for path in RECIPES:
-        recipe = load_recipe(path)
-        about = recipe.about
-        if architecture_of(recipe) != architecture or path.stem == "quickstart":
-            continue
-        assert about.parameters is not None and about.config is not None and about.vram_gib is not None, path.stem
-        plan = plan_of(recipe)
-        count = count_parameters(plan.config)
-        digits, unit = about.parameters[:-1], {"M": 10**6, "B": 10**9}[about.parameters[-1]]
-        decimals = len(digits.partition(".")[2])
-        if not (
-            f"{count / unit:.{decimals}f}" == digits
-            and PUBLISHED.get(path.stem, count) == count == plan.parameters.base
-            and plan.parameters.packed > count / 4
-            and f" {about.vram_gib:g} GB" in path.read_text(encoding="utf-8").splitlines()[1]
-            and plan.budget().total <= usable(about.vram_gib)
-        ):
-            wrong.append((path.stem, count, plan.budget().total))
-    assert wrong == []
+PLANS: dict[str, MemoryPlan] = {}
+SIZED = [
+    # Those of one architecture on one worker.
+    pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(f"plans of {architecture_of(load_recipe(path))}"))
+    for path in RECIPES
+    if path.stem != "quickstart"
+]
 
 
-def test_a_recipe_places_its_adapter_in_every_layer_of_the_text_model_and_nowhere_else() -> None:
-    wrong = []
-    for path in RECIPES:
-        recipe = load_recipe(path)
-        model = build_model(architecture_of(recipe))
-        names = get_peft_model(model, lora_config(recipe, model)).targeted_module_names
-        layers = {match.group(1) for name in names if (match := re.search(r"\.(?:layers|h)\.(\d+)\.", name))}
-        every = {str(layer) for layer in range(model.config.get_text_config().num_hidden_layers)}
-        if layers != every or any(re.search("vision|projector|lm_head|embed", name) for name in names):
-            wrong.append((path.stem, names))
-    assert wrong == []
+@pytest.mark.parametrize("path", SIZED)
+def test_the_numbers_of_the_base_model_give_its_size_and_its_card(path: Path) -> None:
+    about = load_recipe(path).about
+    assert about.parameters is not None and about.config is not None and about.vram_gib is not None
+    plan = plan_of(path)
+    count = count_parameters(plan.config)
+    digits, unit = about.parameters[:-1], {"M": 10**6, "B": 10**9}[about.parameters[-1]]
+    decimals = len(digits.partition(".")[2])
+    assert f"{count / unit:.{decimals}f}" == digits
+    assert PUBLISHED.get(path.stem, count) == count
+    assert plan.parameters.base == count and (plan.parameters.quantized > count / 4)
+    assert f" {about.vram_gib:g} GB" in path.read_text(encoding="utf-8").splitlines()[1]
+    assert plan.budget().total <= usable(about.vram_gib)
 
 
-def test_trl_scores_with_the_scale_and_the_caps_of_each_architecture() -> None:
-    wrong = []
-    for architecture in ARCHITECTURES:
-        model = build_model(architecture)
-        ids = torch.arange(8, 40)[None]
-        with torch.no_grad():
-            expected = torch.log_softmax(model(input_ids=ids).logits[:, :-1].double(), dim=-1)
-            add_fused_lm_head(model)
-            scored = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
-        if not torch.allclose(scored.double(), expected.gather(-1, ids[:, 1:, None])[..., 0], rtol=1e-5):
-            wrong.append(architecture)
-    assert wrong == []
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_places_its_adapter_in_every_layer_of_the_text_model_and_nowhere_else(path: Path) -> None:
+    recipe = load_recipe(path)
+    model = build_model(architecture_of(recipe))
+    names = get_peft_model(model, lora_config(recipe, model)).targeted_module_names
+    layers = {match.group(1) for name in names if (match := re.search(r"\.(?:layers|h)\.(\d+)\.", name))}
+    assert layers == {str(layer) for layer in range(model.config.get_text_config().num_hidden_layers)}
+    assert not [name for name in names if re.search("vision|projector|lm_head|embed", name)]
 
 
-def test_a_recipe_reads_back_equal_from_its_own_dump(tmp_path: Path) -> None:
-    for path in RECIPES:
-        recipe = load_recipe(path)
-        copy = tmp_path / path.name
-        copy.write_text(recipe.to_yaml(), encoding="utf-8")
-        assert load_recipe(copy) == recipe, path.stem
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_trl_scores_with_the_scale_and_the_caps_of_each_architecture(architecture: str) -> None:
+    model = build_model(architecture)
+    ids = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        expected = torch.log_softmax(model(input_ids=ids).logits[:, :-1].double(), dim=-1)
+        add_fused_lm_head(model)
+        scored = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    assert torch.allclose(scored.double(), expected.gather(-1, ids[:, 1:, None])[..., 0], rtol=1e-5)
 
 
-def test_a_recipe_of_the_paper_has_its_hyperparameters() -> None:
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_reads_back_equal_from_its_own_dump(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    copy = tmp_path / path.name
+    copy.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(copy) == recipe
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in PAPER], ids=lambda path: path.stem)
+def test_a_recipe_of_the_paper_has_its_hyperparameters(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.quantization.load_in_4bit and recipe.quantization.bnb_4bit_quant_type == "nf4"
+    lora, training = recipe.lora.settings(), recipe.training.settings()
+    assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"], lora["bias"]) == (16, 32, 0.05, "none")
+    assert recipe.severity.coefficients() == (0.5, 1.0, 1.5)
+    assert recipe.severity.reduction == "examples"
     expected = dict(
         max_length=512,
         global_batch_size=8,  # 1 × 8 there; the loss does not depend on the split
@@ -226,19 +223,7 @@ def test_a_recipe_of_the_paper_has_its_hyperparameters() -> None:
         num_train_epochs=3,
         max_grad_norm=1.0,
     )
-    adapter = dict(r=16, lora_alpha=32, lora_dropout=0.05, bias="none")
-    wrong = []
-    for path in (path for path in RECIPES if path.stem in PAPER):
-        recipe = load_recipe(path)
-        lora, training, severity = recipe.lora.settings(), recipe.training.settings(), recipe.severity
-        if not (
-            (recipe.quantization.load_in_4bit and recipe.quantization.bnb_4bit_quant_type == "nf4")
-            and {name: lora[name] for name in adapter} == adapter
-            and {name: training[name] for name in expected} == expected
-            and (severity.coefficients(), severity.reduction) == ((0.5, 1.0, 1.5), "examples")
-        ):
-            wrong.append(path.stem)
-    assert wrong == [] and len(PAPER & {path.stem for path in RECIPES}) == 10
+    assert {name: training[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
@@ -290,8 +275,8 @@ def test_the_list_shows_every_recipe_within_80_columns() -> None:
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
 
 
-def test_the_list_can_be_cut_to_a_gpu() -> None:
+def test_the_list_can_be_cut_to_a_card() -> None:
     assert len(list_recipes(FOLDER)) == len(RECIPES)
     fitting = {Path(row["recipe"]).stem: row["vram_gib"] for row in list_recipes(FOLDER, 12)}
     assert "llama-3.1-8b" in fitting and "quickstart" in fitting and "qwen3-14b" not in fitting
-    assert all((memory or 0) <= 12 for memory in fitting.values())
+    assert all((card or 0) <= 12 for card in fitting.values())

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import re
-from enum import Enum
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sevpeft.cli.application import app, quiet_libraries
 from sevpeft.errors import UsageError
 
-
-class BaseChoice(str, Enum):
-    auto = "auto"
-    unquantized = "unquantized"
-    dequantized = "dequantized"
-
-
-class DtypeChoice(str, Enum):
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
+if TYPE_CHECKING:
+    from sevpeft.runs import Run
+    from sevpeft.sharing.merge import Difference, Merged
 
 
 @app.command()
@@ -31,11 +22,13 @@ def merge(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Folder for the merged model, a new one", show_default=False)],
     base: Annotated[
-        BaseChoice, typer.Option("--base", help="Weights to merge a 4- or 8-bit run into; auto: the nearer ones.")
-    ] = BaseChoice.auto,
+        Literal["auto", "unquantized", "dequantized"],
+        typer.Option("--base", help="Weights to merge a 4- or 8-bit run into; auto: the nearer ones."),
+    ] = "auto",
     dtype: Annotated[
-        DtypeChoice, typer.Option("--dtype", help="Precision of the weights; auto: as the base model is stored.")
-    ] = DtypeChoice.auto,
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option("--dtype", help="Precision of the weights; auto: as the base model is stored."),
+    ] = "auto",
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, as 5GB.")] = "5GB",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -51,27 +44,78 @@ def merge(
     from sevpeft.runs import Run, check_run
 
     check_run(run)
-    if not _is_size(max_shard_size):
+    if not re.fullmatch("0*[1-9][0-9]*[GMK]B", max_shard_size.upper()):
         raise UsageError(f"--max-shard-size {max_shard_size} is no size; write 5GB, or 500MB.")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.sharing.merge import merge as merge_run
-        from sevpeft.sharing.merge_report import announce_merged
 
     merged = merge_run(
-        Run(run),
-        output,
-        base=base.value,
-        dtype=dtype.value,
-        max_shard_size=max_shard_size.upper(),
-        console=messages,
+        Run(run), output, base=base, dtype=dtype, max_shard_size=max_shard_size.upper(), console=messages
     )
     if as_json:
         print_json({"output": str(output), **merged.as_dict()})
-        return
-    announce_merged(merged, Run(run), output, Screen())
+    else:
+        _show(merged, Run(run), output)
 
 
-def _is_size(text: str) -> bool:
-    return re.fullmatch("0*[1-9][0-9]*[GMK]B", text.upper()) is not None
+def _show(merged: Merged, run: Run, output: Path) -> None:
+    """Prints the figures, and the commands for llama.cpp, Ollama and vLLM."""
+    from sevpeft.console import Screen, print_labeled
+    from sevpeft.modeling.loading import resolved_name
+    from sevpeft.modeling.saved_adapters import read_adapter_config
+    from sevpeft.modeling.tiny import TINY
+    from sevpeft.recipe import load_recipe
+    from sevpeft.sharing.card import distance
+    from sevpeft.sharing.serving import adapter_command, asking, conversion_commands
+
+    console, figures = Screen(), merged.as_dict()
+    recipe = load_recipe(run.folder / "recipe.yaml")
+    name = recipe.model.name_or_path
+    size = f"{merged.bytes / 1e9:,.1f} GB" if merged.bytes >= 1e8 else f"{merged.bytes / 1e6:,.1f} MB"
+    what = f"{merged.matrices:,} weights of {name} in {merged.dtype} ({merged.parameters:,} parameters, {size})"
+    print_labeled(console, "Merged", what)
+    print_labeled(console, "Checked", f"read back, on {merged.effect.tokens:,} answer tokens of {merged.rows}")
+    console.print()
+    console.print(_table(merged))
+    console.print()
+    gap = figures["gaps"].get("unquantized") if merged.bits else None
+    over_unquantized = gap and (
+        f"over the unquantized base, {distance(gap)} with {merged.bits} bit + adapter; the adapter itself is worth "
+        f"{merged.effect.kl:.2g}"
+    )
+    if gap and merged.weights == "unquantized":
+        print_labeled(
+            console, "Unquantized", f"not quite the model that was trained: {over_unquantized}", style="yellow"
+        )
+    print_labeled(console, "Model", f"{output}, its card in README.md. Not a medical device.")
+    base = resolved_name(recipe) if name == TINY else name
+    command, reason = adapter_command(base, str(run.adapter), read_adapter_config(run.adapter))
+    lines = ["\nWith vLLM, merged or as an adapter:", f"  vllm serve {shlex.quote(str(output))}"]
+    lines += [f"  {command or f'# {reason}'}"]
+    lines += [f"  # As an adapter it is served {over_unquantized}."] if command and gap else []
+    lines += [f"  {asking(recipe)}", "\nWith llama.cpp and Ollama; quantizing changes the model once more:"]
+    lines += [f"  {line}" for line in conversion_commands(str(output), merged.dtype)]
+    if recipe.prompt.strip_marks:
+        lines += ["  Take vowel marks out of questions first, as the training did."]
+    for line in lines:
+        console.print(line, soft_wrap=True)  # never broken, so that a command can be copied
+
+
+def _table(merged: Merged) -> object:
+    from rich.table import Table
+
+    def cells(found: Difference) -> tuple[str, str, str]:
+        return f"{found.kl:.2g}", f"{found.largest_logit_difference:.2g}", f"{found.equal_next_tokens:.1%}"
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    base = f"{merged.bits} bit" if merged.bits else "base"
+    table.add_column(f"From {base} + adapter to", style="bold")
+    for title in ("KL, nats/token", "largest logit gap", "same next token"):
+        table.add_column(title, justify="right")
+    for weights, gap in merged.gaps.items():
+        chosen = "merged" if weights == merged.weights else "not merged"
+        table.add_row(f"{weights} ({chosen})" if merged.bits else "the merged model", *cells(gap))
+    table.add_row("its base alone", *cells(merged.effect))
+    return table

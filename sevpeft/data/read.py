@@ -271,7 +271,7 @@ def _table(
         shutil.rmtree(folder)
     if not folder.exists():
         try:
-            with whole_folder(folder, **CACHE_REMEDY) as partial, opened as table:
+            with whole_folder(folder, shared=False, **CACHE_REMEDY) as partial, opened as table:
                 _write(partial, table, label, data, keep)
         except RunError:
             if not folder.exists():  # it does where another process was quicker with the same table

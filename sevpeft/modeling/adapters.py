@@ -1,4 +1,4 @@
-"""Turns the `lora` section into a PEFT configuration, and says what of a model it will train."""
+"""A recipe's `lora` section as a PEFT configuration, checked against the model, and how an adapter is written."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from pathlib import Path
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import dora
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from sevpeft.errors import ModelError, first_sentence
-from sevpeft.modeling.sharding import on_paper
-from sevpeft.modeling.targets import refuse_unmatched
-from sevpeft.recipe import CHANGING_THE_BASE, Recipe
+from sevpeft.modeling.compat import on_meta_device
+from sevpeft.recipe import Recipe
+from sevpeft.runs import write_atomically
 
 
 def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
@@ -31,79 +29,52 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
         ModelError: PEFT refuses the combination, alone or with this model, or a module that is named does not exist.
     """
     config = named_config(recipe, model)
-    with on_paper():
-        copied = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
-    adapted_on_paper(config, copied)  # so that PEFT refuses here and not inside the trainer
+    with on_meta_device():  # so that PEFT refuses here and not inside the trainer
+        add_empty_adapter(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)), config)
     return config
 
 
 def named_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
-    """LoRA settings of the recipe, whose names were looked up in the model; PEFT has not seen the two together yet.
+    """LoRA settings of the recipe, all names of which are in the model; PEFT has not seen the two together yet.
 
     Raises:
         ModelError: PEFT refuses the settings, or a module that is named does not exist.
     """
     settings = recipe.lora.settings()
-    start = settings.get("init_lora_weights")
-    if start in ("corda", "lora_ga"):
-        raise ModelError(
-            f"lora.init_lora_weights={start} needs a pass over the data before training, which is not made here, so it "
-            "would start like plain LoRA; leave it out, or use eva."
-        )
-    if start == "loftq":
-        settings["init_lora_weights"] = True  # what it starts from is put in its place once the adapter is there
-    with _plainly(model):
-        if start == "eva":
+    with _peft_errors(model):
+        if settings.get("init_lora_weights") == "eva":
             # It concerns models that are larger on the CPU than the GPU; the trainer puts the adapter on itself.
             warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
             settings["eva_config"] = EvaConfig(**(settings.get("eva_config") or {}))
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
-        if config.trainable_token_indices and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-            raise ModelError(
-                f"lora.trainable_token_indices does not work with {model.config.model_type}, whose embedding is "
-                "its head too, because TRL reads that matrix directly; train all of it with lora.modules_to_save."
-            )
-        for setting in ("target_modules", "modules_to_save"):
-            _refuse_absent(setting, getattr(config, setting), model)
-        refuse_unmatched(config, model)
+        _check_names(config, model)
+    if config.trainable_token_indices and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        raise ModelError(
+            f"lora.trainable_token_indices does not work with {model.config.model_type}, whose embedding is its head "
+            "too, because TRL reads that matrix directly; train all of it with lora.modules_to_save."
+        )
     return config
 
 
-def adapted_on_paper(config: LoraConfig, model: PreTrainedModel) -> PeftModel:
-    """A model without weights (PyTorch's meta device) with its adapter, in whatever number format PEFT makes it.
+def add_empty_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """A model without numbers (on the meta device, or of fake tensors) with its adapter, in float32.
 
     Raises:
-        ModelError: PEFT refuses the two together, or would fail at the first step.
+        ModelError: PEFT refuses the two together.
     """
-    config, start = copy.deepcopy(config), config.init_lora_weights
+    config = copy.deepcopy(config)
     config.eva_config = None
-    if start != "orthogonal":
+    if config.init_lora_weights != "orthogonal":
         config.init_lora_weights = False  # what starts from the base weights would need them
-    with on_paper(), _plainly(model), _packed_norms_on_paper():
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    if start == "olora" and any(isinstance(getattr(part, "base_layer", None), Conv1D) for part in adapted.modules()):
-        # PEFT 0.21 takes its matrices for a Linear's, which lie the other way round, and the first step fails.
-        raise ModelError(
-            f"lora.init_lora_weights=olora does not work with {model.config.model_type}, whose matrices lie the other "
-            "way round (Conv1D); use pissa or true."
-        )
+    with _peft_errors(model):
+        adapted = get_peft_model(model, config)
+    cast_trained(adapted)
     return adapted
 
 
 @contextmanager
-def _packed_norms_on_paper() -> Iterator[None]:
-    """DoRA starts from the norms of the unpacked base weights, and packed ones without numbers cannot be unpacked."""
-    unpack = dora.dequantize_module_weight
-    dora.dequantize_module_weight = lambda module: torch.empty(module.weight.shape)
-    try:
-        yield
-    finally:
-        dora.dequantize_module_weight = unpack
-
-
-@contextmanager
-def _plainly(model: PreTrainedModel) -> Iterator[None]:
-    """Turns what PEFT raises about the `lora` section into ModelError."""
+def _peft_errors(model: PreTrainedModel) -> Iterator[None]:
+    """Translates what PEFT raises about the `lora` section."""
     try:
         yield
     except (ValueError, TypeError, ImportError, IndexError, KeyError, re.error) as error:
@@ -113,21 +84,41 @@ def _plainly(model: PreTrainedModel) -> Iterator[None]:
         ) from error
 
 
-def _refuse_absent(setting: str, wanted: str | list[str] | set[str] | None, model: PreTrainedModel) -> None:
-    """PEFT is content when one of the names exists, so that a slip of the pen trains a part in silence."""
-    if wanted is None or wanted == "all-linear":
-        return
-    names = [name for name, _ in model.named_modules()]
-    if isinstance(wanted, str):  # a regular expression
-        absent = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
-    else:
-        absent = sorted(t for t in wanted if not any(name == t or name.endswith(f".{t}") for name in names))
-    if absent:
-        matrices = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
-        existing = sorted({name.rsplit(".", 1)[-1] for name in matrices})
+def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Raises ModelError for a name that the model does not have, with those that it has.
+
+    PEFT passes over such a name: a typo leaves a matrix untrained, or a layer at the common rank, without a word.
+    """
+    kind = model.config.model_type
+    modules = [name for name, _ in model.named_modules()]
+    weights = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if hasattr(part, "weight")}
+    parameters = [name for name, _ in model.named_parameters()]
+    for setting in (
+        *("target_modules", "modules_to_save", "exclude_modules"),
+        *("rank_pattern", "alpha_pattern", "target_parameters"),
+    ):
+        wanted = getattr(config, setting)
+        if not wanted or wanted == "all-linear":
+            continue
+        names = parameters if setting == "target_parameters" else modules
+        if isinstance(wanted, str):
+            absent = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
+        elif setting.endswith("pattern"):  # matched as PEFT does (0.21, peft.utils.other.get_pattern_key)
+            absent = [key for key in wanted if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+        else:
+            absent = [key for key in wanted if not any(name == key or name.endswith(f".{key}") for name in names)]
+        if absent:
+            existing = weights if names is modules else {".".join(name.split(".")[-2:]) for name in parameters}
+            raise ModelError(
+                f"lora.{setting} names {', '.join(sorted(absent))}, which {kind} does not have; "
+                f"it has {', '.join(sorted(existing))}{', or use all-linear' if setting == 'target_modules' else ''}."
+            )
+    layers, count = config.layers_to_transform, model.config.get_text_config().num_hidden_layers
+    asked = [] if layers is None else [layers] if isinstance(layers, int) else layers
+    if beyond := [str(number) for number in asked if not 0 <= number < count]:
         raise ModelError(
-            f"lora.{setting} names {', '.join(absent)}, which {model.config.model_type} does not have; "
-            f"it has {', '.join(existing)}{', or use all-linear' if setting == 'target_modules' else ''}."
+            f"lora.layers_to_transform names {', '.join(beyond)}, and {kind} has the layers 0 to {count - 1}; name "
+            "some of them."
         )
 
 
@@ -144,24 +135,22 @@ def cast_trained(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> 
             parameter.data = parameter.data.to(dtype)
 
 
-def write_as_computed(adapter: Path, config: LoraConfig) -> None:
-    """Writes A and B of an adapter that was trained under bfloat16 autocast in bfloat16, which halves the file.
+def cast_adapter_to_compute_dtype(adapter: Path, config: LoraConfig) -> None:
+    """Rounds A and B of a saved adapter that was trained under bfloat16 autocast to bfloat16: half the file.
 
-    Autocast rounds both at every use, so that what is written is, to the bit, what was trained and validated with;
-    float32 is for the updates between steps, and stays in the checkpoints. What autocast does not round stays whole:
-    magnitudes and norms of DoRA, biases, modules that are trained whole. PiSSA and OLoRA are differences of larger
-    numbers, which rounding would move.
+    Autocast rounds both at every use, so that to the bit nothing changes; float32 is for the updates between steps and
+    stays in the checkpoints. What autocast does not round stays whole: magnitudes and norms of DoRA, biases, modules
+    that are trained whole.
 
     Args:
         config: with which it was trained.
     """
-    if config.use_dora or config.target_parameters or str(config.init_lora_weights).startswith(CHANGING_THE_BASE):
+    if config.use_dora or config.target_parameters:
         return
     path = adapter / SAFETENSORS_WEIGHTS_NAME
-    tensors = load_file(path)
     rounded = {
         name: tensor.bfloat16() if re.search(r"\.lora_[AB]\.weight$", name) else tensor
-        for name, tensor in tensors.items()
+        for name, tensor in load_file(path).items()
     }
     temporary = path.with_name(f"{path.name}.tmp")
     save_file(rounded, temporary, metadata={"format": "pt"})
@@ -177,6 +166,4 @@ def sort_target_modules(adapter: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", shared=True)

@@ -1,21 +1,20 @@
-"""Turns the `model` and `quantization` sections into a tokenizer and a frozen base model on this machine.
+"""Loading of the base model: precision, configuration, tokenizer and weights, quantized or not.
 
-Only safetensors weights are read and no code from the Hub is run: both rules are passed to transformers explicitly,
-because a hospital's machine should not depend on a library's default. Precision follows the device: bfloat16 where
-the GPU or CPU has matrix units for it, float16 on older GPUs, float32 on other CPUs.
+Only safetensors weights are read and no code from the Hub is run. Both rules are passed to transformers explicitly,
+because a hospital's machine should not depend on a library's default.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import shutil
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,23 +26,25 @@ from transformers import (
 )
 
 from sevpeft.data.read import look_for_hub
-from sevpeft.errors import ModelError, SevpeftError, first_sentence
-from sevpeft.modeling.document_attention import attend_within_documents
-from sevpeft.modeling.hardware import (
-    dtype_of_cpu,
-    refuse_bfloat16,
-    refuse_kernel_on_packed_weights,
-    refuse_missing_bitsandbytes,
-    why_no_gpu,
+from sevpeft.errors import ModelError, loading_errors
+from sevpeft.modeling.compat import (
+    cpu_requested,
+    disable_cpu_avx512_repack,
+    fsdp_requested,
+    knows_quantization,
+    on_meta_device,
+    weights_are_sharded,
+    zero3,
 )
+from sevpeft.modeling.packing import attend_within_documents
 from sevpeft.modeling.prompts import choose_pad_token
-from sevpeft.modeling.quantization import check_method, check_scales
-from sevpeft.modeling.sharding import fsdp_asked, on_paper, weights_are_sharded, zero3
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
 
 # A model of this size takes about a second for one step on two cores in 4 bit; a larger one takes hours per epoch.
-LARGEST_4BIT_ON_CPU = 1_500_000_000
+LARGEST_QUANTIZED_ON_CPU = 1_500_000_000
+# Where the driver of NVIDIA lists its devices while it is loaded.
+DRIVER = Path("/proc/driver/nvidia")
 
 
 @dataclass(frozen=True)
@@ -57,58 +58,83 @@ class Precision:
 
 def uses_gpu(recipe: Recipe) -> bool:
     """Whether the run computes on a CUDA device (one is there, and neither recipe nor launcher asks for the CPU)."""
-    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return torch.cuda.is_available() and not recipe.training.settings().get("use_cpu") and not forced
+    return torch.cuda.is_available() and not recipe.training.settings().get("use_cpu") and not cpu_requested()
 
 
 def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precision:
-    """Number formats for this recipe on this machine.
+    """Number formats for this recipe on this machine: by capability, so that the same command gives the same adapter.
 
     Args:
         dtype_before: of the run that is resumed, where the recipe leaves it open.
 
     Raises:
-        ModelError: float16 training asked for on a CPU, or bfloat16 on a GPU that does not compute in it; bitsandbytes
-            asked for and not there.
+        ModelError: float16 training asked for on a CPU, or bfloat16 on a GPU that does not compute in it.
     """
-    refuse_missing_bitsandbytes(recipe)
-    gpu = uses_gpu(recipe)
-    settings = recipe.training.settings()
-    asked_bf16, asked_fp16 = settings.get("bf16"), settings.get("fp16")
+    settings, quantization, gpu = recipe.training.settings(), recipe.quantization, uses_gpu(recipe)
+    bf16, fp16 = settings.get("bf16"), settings.get("fp16")
     native_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked_fp16 and not gpu:
-        raise ModelError(
-            f"training.fp16=true needs a CUDA GPU, and {why_no_gpu(recipe)}; without fp16 a CPU run uses float32."
-        )
-    if gpu and not native_bf16:
-        compute = recipe.quantization.load_in_4bit and recipe.quantization.bnb_4bit_compute_dtype
-        for setting, asked in (
-            ("training.bf16=true", asked_bf16),
-            ("model.dtype=bfloat16", recipe.model.dtype == "bfloat16"),
-            ("quantization.bnb_4bit_compute_dtype=bfloat16", compute == "bfloat16"),
-        ):
+    if fp16 and not gpu:
+        raise ModelError(f"training.fp16=true needs a CUDA GPU, and {why_no_gpu(recipe)}; without fp16 a CPU is used.")
+    if gpu and not native_bf16:  # PyTorch would emulate it, many times slower
+        for setting, asked in {
+            "training.bf16": bf16,
+            "model.dtype": recipe.model.dtype == "bfloat16",
+            "quantization.bnb_4bit_compute_dtype": quantization.load_in_4bit
+            and quantization.bnb_4bit_compute_dtype == "bfloat16",
+        }.items():
             if asked:
-                refuse_bfloat16(setting)
-    half = torch.bfloat16 if native_bf16 else torch.float16
+                raise ModelError(
+                    f"{setting} asks for bfloat16, in which {torch.cuda.get_device_name()} does not compute; leave it "
+                    "out and float16 is used."
+                )
     wanted = dtype_before if recipe.model.dtype == "auto" and dtype_before else recipe.model.dtype
     if wanted != "auto":
         dtype = getattr(torch, wanted)
-    elif asked_bf16:
-        dtype = torch.bfloat16
-    elif asked_fp16:
-        dtype = torch.float16
+    elif bf16 or fp16:
+        dtype = torch.bfloat16 if bf16 else torch.float16
+    elif gpu:
+        dtype = torch.bfloat16 if native_bf16 else torch.float16
     else:
-        dtype = half if gpu else dtype_of_cpu()
-    if asked_bf16 is None and asked_fp16 is None:
-        return Precision(dtype, bf16=dtype == torch.bfloat16, fp16=gpu and dtype == torch.float16)
-    return Precision(dtype, bf16=bool(asked_bf16), fp16=bool(asked_fp16))
+        dtype = dtype_of_cpu()
+    if bf16 is None and fp16 is None:
+        bf16, fp16 = dtype == torch.bfloat16, gpu and dtype == torch.float16
+    return Precision(dtype, bf16=bool(bf16), fp16=bool(fp16))
+
+
+def dtype_of_cpu() -> torch.dtype:
+    """bfloat16 where the processor multiplies matrices in it (AMX), else float32.
+
+    One matrix product on 2 cores with AMX: 2,025 GFLOP/s in bfloat16, 287 in float32; with AVX2 alone, 10 and 50.
+    """
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent before PyTorch 2.10
+    return torch.bfloat16 if capabilities.get("amx_bf16") else torch.float32
+
+
+def why_no_gpu(recipe: Recipe) -> str:
+    """Why a run of this recipe has no GPU and what to do, as two clauses that end a sentence.
+
+    A PyTorch for CPUs, a driver that is too old and a variable that hides the GPU look alike to a program.
+    """
+    if recipe.training.settings().get("use_cpu") or cpu_requested():
+        return "the recipe or the launcher asks for the CPU; leave training.use_cpu and --cpu out"
+    if not DRIVER.exists() and shutil.which("nvidia-smi") is None:
+        return "this machine shows none; run it where `nvidia-smi` lists a GPU"
+    if not (built_for := torch.version.cuda or torch.version.hip):
+        page = "https://pytorch.org/get-started/locally"
+        return f"this PyTorch ({torch.__version__}) is built for CPUs; install the CUDA build as {page} says"
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible!r} may hide it from this process; unset it, or write the number of one"
+    return (
+        f"PyTorch, built for CUDA {built_for}, finds none behind the driver; see what `nvidia-smi` says, update the "
+        "driver, or install the build of PyTorch for an older CUDA"
+    )
 
 
 def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings of the recipe, with `auto` resolved; None when nothing is quantised.
+    """bitsandbytes settings of the recipe, with `auto` resolved; None when nothing is quantized.
 
     Raises:
-        ModelError: packed weights in a form that the engine of this launch cannot divide.
+        ModelError: quantized weights in a form that the engine of this launch cannot divide.
     """
     asked = recipe.quantization
     if asked.load_in_8bit:
@@ -116,18 +142,17 @@ def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesCon
     if not asked.load_in_4bit:
         return None
     compute = asked.bnb_4bit_compute_dtype
-    compute_dtype = precision.dtype if compute == "auto" else getattr(torch, compute)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=asked.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_compute_dtype=precision.dtype if compute == "auto" else getattr(torch, compute),
         bnb_4bit_quant_storage=_quant_storage(asked.bnb_4bit_quant_storage, precision),
     )
 
 
 def _quant_storage(asked: str, precision: Precision) -> torch.dtype:
-    """Type that packed 4-bit weights pose as.
+    """Type in which 4-bit weights are stored.
 
     FSDP and ZeRO-3 divide parameters of a floating type only and cast those of a layer to the one that is computed in:
     whole bytes would stay on every GPU, and another floating type would be rounded into garbage.
@@ -144,14 +169,38 @@ def _quant_storage(asked: str, precision: Precision) -> torch.dtype:
 
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
-    """Configuration of the base model, from a folder, the Hub or `builtin:tiny`."""
+    """Configuration of the base model, from a folder, the Hub or `builtin:tiny`.
+
+    Raises:
+        ModelError: it cannot be read, or its files are quantized in a way that transformers would ignore.
+    """
     name = resolved_name(recipe)
     if not Path(name).is_dir():
         look_for_hub()
-    with _plain_errors(recipe):
+    with _errors(recipe):
         config = AutoConfig.from_pretrained(name, **_origin(recipe))
-        check_method(recipe.model.name_or_path, config)
+        method = _own_quantization(config).get("quant_method")
+        # transformers warns, on a screen that is quiet here, and loads bare numbers as if they were weights.
+        if method is not None and not knows_quantization(_own_quantization(config)):
+            raise ModelError(
+                f"{recipe.model.name_or_path} is quantized by {method!r}, which transformers does not know and takes "
+                "for unquantized; name the model before it was quantized."
+            )
     return config
+
+
+def check_form(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Raises ModelError where bitsandbytes wrote the files in another form than the recipe's; theirs would be taken."""
+    own, asked = _own_quantization(config), recipe.quantization
+    keys = ["load_in_4bit", "load_in_8bit"] if own.get("load_in_4bit") or own.get("load_in_8bit") else []
+    if own.get("load_in_4bit"):
+        keys += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"]
+    other = [f"quantization.{key}={own[key]}" for key in keys if key in own and own[key] != getattr(asked, key)]
+    if other:
+        raise ModelError(
+            f"The files of {recipe.model.name_or_path} are quantized in another form than the recipe asks for; set "
+            f"{' '.join(other).lower()}, or name the model before it was quantized."
+        )
 
 
 def load_tokenizer(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -160,93 +209,92 @@ def load_tokenizer(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokeni
     Raises:
         ModelError: it cannot be read, or it knows no words (transformers makes up an empty one without files).
     """
-    with _plain_errors(recipe):
+    with _errors(recipe):
         tokenizer = AutoTokenizer.from_pretrained(resolved_name(recipe), **_origin(recipe))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ModelError(_no_tokenizer(recipe.model.name_or_path))
+        raise ModelError(
+            f"{recipe.model.name_or_path} has no tokenizer that can be read; put its tokenizer.json there."
+        )
     choose_pad_token(tokenizer, config.get_text_config().vocab_size)
     return tokenizer
 
 
-def load_model(recipe: Recipe, precision: Precision, device_index: int = 0) -> PreTrainedModel:
-    """The base model, quantised if the recipe says so, on the device of this process.
+def load_model(recipe: Recipe, precision: Precision | None, device_index: int = 0) -> PreTrainedModel:
+    """The base model: on the device of this process if the recipe quantizes it, else on the CPU.
 
     Args:
-        device_index: of the CUDA device of this process; a quantised model is placed there while it is read.
+        precision: None for the weights as they are stored, not quantized.
+        device_index: of the CUDA device of this process.
 
     Raises:
         ModelError: folder without config or with pickle weights only, id not reachable, attention not supported,
             weights damaged or missing.
     """
     attend_within_documents()
-    config = load_config(recipe)
-    quantization = quantization_config(recipe, precision)
-    arguments: dict[str, Any] = {
-        "dtype": precision.dtype,
-        "use_safetensors": True,
-        "output_loading_info": True,
-        **_origin(recipe),
-    }
+    load_config(recipe)  # for its checks
+    dtype = precision.dtype if precision else "auto"
+    arguments: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_origin(recipe)}
     if recipe.model.attn_implementation:
         arguments["attn_implementation"] = recipe.model.attn_implementation
+    quantization = quantization_config(recipe, precision) if precision else None
     if quantization is not None:
-        with _plain_errors(recipe), torch.device("meta"):
-            modules = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-        refuse_kernel_on_packed_weights(modules, recipe.model.name_or_path)
         arguments["quantization_config"] = quantization
         if not zero3():  # transformers refuses a device_map there
             # FSDP moves one layer after the other to the GPU and keeps its part, so that the whole need not fit there.
-            on_gpu = uses_gpu(recipe) and not fsdp_asked()
+            on_gpu = uses_gpu(recipe) and not fsdp_requested()
             arguments["device_map"] = {"": device_index if on_gpu else "cpu"}
-    name = resolved_name(recipe)
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
-        if pickled:
-            raise ModelError(
-                f"{name} holds its weights as pickle files only, which can run code when they are read; convert it "
-                "once, where that is no danger, with model.save_pretrained(FOLDER), which writes safetensors."
-            )
-        raise ModelError(f"{name} holds no *.safetensors weights; copy them there, or name another folder.")
-    with _plain_errors(recipe):
-        model, loading = AutoModelForCausalLM.from_pretrained(name, **arguments)
-    absent = sorted(loading["missing_keys"])
-    if absent:
+    with _errors(recipe):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            resolved_name(recipe), output_loading_info=True, **arguments
+        )
+    if absent := sorted(loading["missing_keys"]):
         # transformers fills them with random numbers and goes on; the adapter would be trained on noise.
         raise ModelError(
             f"{recipe.model.name_or_path} lacks {len(absent)} of the weights that its config.json asks for, such as "
             f"{absent[0]}; fetch it again, or name a model that is complete."
         )
-    check_scales(recipe.model.name_or_path, model, loading["unexpected_keys"])
+    _check_scales(recipe.model.name_or_path, model, loading["unexpected_keys"])
     model.config.use_cache = False
-    keep_4bit_weights_as_they_are(model)
+    disable_cpu_avx512_repack(model)
     return model
 
 
-def keep_4bit_weights_as_they_are(model: torch.nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights on a CPU.
+def load_for_inference(recipe: Recipe) -> PreTrainedModel:
+    """The base model as it was trained on, in evaluation mode, on the device of this process."""
+    model = load_model(recipe, choose_precision(recipe))
+    if uses_gpu(recipe) and not recipe.quantization.quantised():
+        model = model.to("cuda")
+    return model.eval()
 
-    On CPUs with AVX512-BF16 the first forward without gradients (any evaluation) repacks them, and every later
-    gradient and merge is wrong without an error (bitsandbytes 0.50.2, `Linear4bit.forward`); this switch prevents it.
+
+def _check_scales(name: str, model: torch.nn.Module, unexpected: Iterable[str]) -> None:
+    """Raises ModelError where the files hold scales of weights, and nothing multiplies the weights by them.
+
+    NVIDIA's ModelOpt describes them in hf_quant_config.json, which transformers (5.24) does not read.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (not an attribute of nn.Module)
+    weights = {key for key, _ in model.named_parameters()}
+    for key in unexpected:
+        module, _, last = key.rpartition(".")
+        if "scale" in last and f"{module}.weight" in weights:
+            raise ModelError(
+                f"{name} is quantized, as {key} shows, and its config.json does not say how; name the model before it "
+                "was quantized."
+            )
 
 
-def refuse_hopeless_start(recipe: Recipe) -> None:
-    """Refuses a 4- or 8-bit model on a CPU when its size says that it was meant for a GPU.
+def check_hopeless_start(recipe: Recipe) -> None:
+    """Raises ModelError for a 4- or 8-bit model on a CPU whose size says that it was meant for a GPU.
 
-    The size is the recipe's own statement where the model is still the recipe's, so that nothing is downloaded only
-    to be refused; a folder's model is counted.
+    The size is the recipe's own statement where there is one, so that nothing is downloaded only to be refused; a
+    folder's model is counted.
     """
     if uses_gpu(recipe) or not recipe.quantization.quantised():
         return
     name = recipe.model.name_or_path
-    local = name == TINY or Path(os.path.expanduser(name)).is_dir()
+    local = name == TINY or Path(name).expanduser().is_dir()
     stated = None if local else recipe.about.parameter_count()
     parameters = count_parameters(load_config(recipe)) if stated is None else stated
-    if parameters > LARGEST_4BIT_ON_CPU:
+    if parameters > LARGEST_QUANTIZED_ON_CPU:
         raise ModelError(
             f"{name} has {parameters / 1e9:.1f} billion parameters in "
             f"{4 if recipe.quantization.load_in_4bit else 8} bit, which needs a CUDA GPU, and {why_no_gpu(recipe)}, or "
@@ -256,7 +304,7 @@ def refuse_hopeless_start(recipe: Recipe) -> None:
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Number of parameters of the model that a configuration describes, without allocating it."""
-    with on_paper():
+    with on_meta_device():
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -272,81 +320,19 @@ def _origin(recipe: Recipe) -> dict[str, Any]:
     return {"trust_remote_code": recipe.model.trust_remote_code, **({"revision": revision} if revision else {})}
 
 
-class _plain_errors:
-    """Turns what transformers and the Hub raise while loading into one sentence."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.name = recipe.model.name_or_path
-        self.revision = recipe.model.revision
-        self.attention = recipe.model.attn_implementation
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        # Whatever a library raises on files that others wrote, the Exception of `tokenizers` included.
-        if not isinstance(error, Exception) or isinstance(error, SevpeftError):
-            return
-        raise ModelError(self._sentence(error)) from error
-
-    def _sentence(self, error: BaseException) -> str:
-        causes = list(_causes(error))
-        folder = Path(os.path.expanduser(self.name))
-        if any(isinstance(cause, GatedRepoError) for cause in causes):
-            return (
-                f"{self.name} is gated: accept its licence at https://huggingface.co/{self.name} with your account, "
-                "then run `hf auth login` here."
-            )
-        if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-            return f"{self.name} has no revision {self.revision!r}; correct model.revision or leave it out."
-        if folder.is_dir() and not (folder / "config.json").exists():
-            return (
-                f"{self.name} is a folder without config.json, so it holds no transformers model; name one that does."
-            )
-        if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            return (
-                f"There is no model {self.name} on the Hub and no folder of that name here; correct "
-                "model.name_or_path or, if it is private, run `hf auth login`."
-            )
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason or "custom code" in reason:
-            return (
-                f"{self.name} wants to run code of its own, which is off; read that code, then set "
-                "model.trust_remote_code=true."
-            )
-        if isinstance(error, torch.OutOfMemoryError):
-            return (
-                f"{self.name} does not fit in the free memory of the GPU; set quantization.load_in_4bit=true, close "
-                "what else uses the GPU, or choose a smaller model."
-            )
-        if isinstance(error, SafetensorError):
-            return f"{self.name} has damaged weights ({first_sentence(error)}); fetch or copy them again."
-        if "ignore_mismatched_sizes" in reason:
-            return (
-                f"{self.name} has weights of other shapes than its config.json says; fetch both again, from one place."
-            )
-        if "backend tokenizer" in reason:
-            return _no_tokenizer(self.name)
-        if self.attention and re.search("attn_implementation|attention implementation|FlashAttention", reason):
-            return (
-                f"model.attn_implementation={self.attention} does not work for {self.name} here "
-                f"({first_sentence(error)}); write eager, or leave it out."
-            )
-        if not folder.exists() and isinstance(error, OSError):
-            return (
-                f"{self.name} is no folder here and could not be fetched from the Hub; check the name in "
-                "model.name_or_path and the connection, or name a folder that holds the model."
-            )
-        return (
-            f"{self.name} could not be loaded ({first_sentence(error)}); fetch it again, or name another causal "
-            "language model."
-        )
+def _errors(recipe: Recipe) -> AbstractContextManager[None]:
+    model = recipe.model
+    return loading_errors(
+        model.name_or_path,
+        setting="model.name_or_path",
+        revision=model.revision,
+        attention=model.attn_implementation,
+        trust_setting="model.trust_remote_code",
+    )
 
 
-def _no_tokenizer(name: str) -> str:
-    return f"{name} has no tokenizer that can be read; put its tokenizer.json and tokenizer_config.json there."
-
-
-def _causes(error: BaseException | None) -> Any:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _own_quantization(config: PretrainedConfig) -> dict[str, Any]:
+    """quantization_config of config.json, where transformers looks for it; empty where it is none."""
+    parts = (config, config.get_text_config(decoder=True))
+    found = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
+    return found if isinstance(found, dict) else {}

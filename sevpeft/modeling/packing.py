@@ -1,4 +1,4 @@
-"""Finds out whether a model keeps packed documents apart, by measuring it.
+"""Packed rows: a measurement of whether a model keeps documents apart, and attention that computes each one alone.
 
 Packing puts several consultations into one row and relies on the model to build its attention mask from
 `position_ids`. Some architectures do not (ALiBi models, convolutions without their kernel), and nothing complains:
@@ -11,15 +11,24 @@ harmless shapes cause in the same document.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sevpeft.errors import ModelError, first_sentence
+from sevpeft.modeling.compat import attention_of
 
 # How many times the measured noise a difference must be before it counts. Harmless ones were at most as large as the
 # noise itself (Gemma-3-270M, three precisions).
 _ABOVE_NOISE = 4
+# Of each mask, first and last position of its documents, and whether each is plainly causal. All layers share a mask.
+_documents_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def documents_stay_apart(model: PreTrainedModel, length: int = 24) -> tuple[bool, str]:
@@ -78,7 +87,7 @@ def check_packing(model: PreTrainedModel, setting: str) -> None:
     apart, reason = documents_stay_apart(model)
     if not apart:
         raise ModelError(
-            f"{setting}=true is refused for {model.config.model_type} with {model.config._attn_implementation} "
+            f"{setting}=true is refused for {model.config.model_type} with {attention_of(model.config)} "
             f"attention: {reason}. Leave it out; rows are then padded to the longest of their batch."
         )
 
@@ -100,3 +109,60 @@ def _logits(model: PreTrainedModel, batch: dict) -> torch.Tensor:
         if name != "labels"
     }
     return model(**inputs, use_cache=False).logits[0].float()
+
+
+def attend_within_documents() -> None:
+    """Lets every model of this process with `sdpa` attention compute each document of a packed row alone.
+
+    transformers masks the pairs of tokens of different documents, and PyTorch computes them all the same, so that
+    attention costs the square of the whole batch. FlashAttention has kernels for it on some GPUs; this works on all.
+    """
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' `sdpa_attention_forward`, once for each document of the mask (1, 1, T, T)."""
+    parts = [] if attention_mask is None or kwargs.get("position_bias") is not None else _documents(attention_mask)
+    if attention_mask is None or len(parts) < 2:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    outputs = []
+    for begin, end, causal in parts:
+        inside = slice(begin, end)
+        mask = None if causal else attention_mask[..., inside, inside]
+        states = (tensor[:, :, inside] for tensor in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, *states, mask, **kwargs)[0])
+    return torch.cat(outputs, 1), None
+
+
+def _documents(mask: torch.Tensor) -> list[tuple[int, int, bool]]:
+    """Begin, end and whether it is plainly causal, of each block of a boolean mask; empty where there are no blocks."""
+    # A compiled graph, and tensors without numbers (of the memory plan), have no blocks to look for.
+    if torch.compiler.is_compiling() or type(mask) is not torch.Tensor or mask.is_meta:
+        return []
+    if mask.dtype != torch.bool or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
+        return []
+    if mask not in _documents_of:
+        _documents_of[mask] = _find_documents(mask[0, 0])
+    found: list[tuple[int, int, bool]] = _documents_of[mask]
+    return found
+
+
+def _find_documents(mask: torch.Tensor) -> list[tuple[int, int, bool]]:
+    # A document begins where a token does not see the one before it.
+    begins = (~mask.diagonal(-1)).nonzero().flatten() + 1
+    bounds = [0, *begins.tolist(), len(mask)]
+    documents, seen = [], 0
+    for begin, end in pairwise(bounds):
+        block = mask[begin:end, begin:end]
+        count = int(block.sum())
+        seen += count
+        documents.append((begin, end, bool(torch.equal(block, torch.ones_like(block).tril()))))
+    # A mask that lets documents see one another is left as it is.
+    return documents if seen == int(mask.sum()) else []

@@ -1,8 +1,8 @@
-"""Turns a question into the prompt that the model is trained on and later asked with, and an answer into what follows.
+"""Prompt and answer as tokens, the same for training and generation.
 
-One template serves both: training and generation call the same `prompt_ids`, so the two prompts are the same tokens
-up to the answer. A plain template suits base models; instruct models use the chat template of their own tokenizer,
-from which the text around the answer and the token that ends it are read off once, on a probe conversation.
+Both call the same `prompt_ids`, so that the two prompts are the same tokens up to the answer. A plain template suits
+base models; instruct models use the chat template of their own tokenizer, from which the text around the answer and the
+token that ends it are read off once, on a probe conversation.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -28,17 +29,10 @@ class Prompt:
     """Prompt of one tokenizer and one recipe.
 
     Attributes:
-        tokenizer: of the base model.
-        chat: use the tokenizer's chat template instead of `template`.
-        template: plain text with {question} and {answer_cue}.
-        answer_cue: the words after which the answer begins.
-        system: system message (chat) or opening paragraph (plain); None for none.
-        dialect_prefixes: text put before the prompt for each dialect, for models trained with such prefixes.
-        dialect: dialect of rows that name none; a key of `dialect_prefixes`.
-        strip_marks: take vowel marks and elongation out of questions and answers, and write digits as 0 to 9.
         before_answer: blank or text between prompt and answer, read off the tokenizer.
         end_id: token that ends an answer.
         control: matches every control token of the tokenizer.
+        The others: as in the recipe's section `prompt`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,37 +48,32 @@ class Prompt:
     control: re.Pattern[str] = re.compile(r"(?!)")
 
     @classmethod
-    def build(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        chat: bool,
-        template: str,
-        answer_cue: str,
-        system: str | None = None,
-        dialect_prefixes: dict[str, str] | None = None,
-        dialect: str | None = None,
-        strip_marks: bool = False,
-    ) -> Prompt:
+    def build(cls, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Prompt:
         """The prompt for a tokenizer.
 
+        Args:
+            settings: of the recipe's section `prompt`.
+
         Raises:
-            ModelError: no chat template, a chat template that takes no system message, no end-of-sequence token, a
-                `dialect` without a prefix, or prefixes together with a chat template; a chat template or a tokenizer
-                in which the text is lost.
+            ModelError: no chat template, one that takes no system message or loses text, a tokenizer that knows no
+                Arabic or has no end-of-sequence token, a `dialect` without a prefix, prefixes beside a chat template.
         """
-        if dialect_prefixes and chat:
+        prompt = cls(tokenizer, **settings)
+        prefixes, chat = prompt.dialect_prefixes, prompt.chat
+        if prefixes and chat:
             raise ModelError(
                 "prompt.dialect_prefixes stand before a plain prompt, and prompt.chat=true uses the chat template "
                 "instead; leave one of them out."
             )
-        if dialect_prefixes and dialect not in dialect_prefixes:
+        if prefixes and prompt.dialect not in prefixes:
             raise ModelError(
-                f"prompt.dialect is {dialect!r}, but prompt.dialect_prefixes knows {', '.join(dialect_prefixes)}; "
+                f"prompt.dialect is {prompt.dialect!r}, but prompt.dialect_prefixes knows {', '.join(prefixes)}; "
                 "name one of them for the rows without a dialect."
             )
-        prompt = cls(tokenizer, chat, template, answer_cue, system, dialect_prefixes, dialect, strip_marks)
-        prompt = replace(prompt, control=_any_of(_control_tokens(tokenizer)))
+        # Those included that have no role in the tokenizer (Llama 3's `<|eot_id|>`); the longest first.
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        control = sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
+        prompt = replace(prompt, control=re.compile("|".join(map(re.escape, control)) or r"(?!)"))
         one, other = tokenizer(list(_QUESTIONS), add_special_tokens=False)["input_ids"]
         if one == other:
             raise ModelError(
@@ -190,17 +179,6 @@ class Prompt:
 def _letters(text: str) -> str:
     """The text without blanks, which templates trim and fold."""
     return "".join(text.split())
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Control tokens of a tokenizer, those included that have no role in it (Llama 3's `<|eot_id|>`)."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens)
-
-
-def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> str:

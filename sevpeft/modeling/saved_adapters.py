@@ -1,31 +1,36 @@
-"""Puts a saved adapter onto a base model, or says in one sentence why the two do not belong together.
+"""A saved adapter on a base model: attached, or refused in one sentence because the two do not belong together.
 
 PEFT only warns when weights of the adapter are missing in its file, and ignores those that it has no place for: the
-model would then speak with untrained matrices. A differing name is no reason to refuse, because models are moved
-between folders, the cache and the Hub; what decides is whether every weight of the adapter finds its place, and
-whether the base's own weights are those that its run was trained on.
+model would run with untrained matrices in silence. A differing name is no reason to refuse, because models are moved
+between folders, the cache and the Hub. What decides is whether every weight of the adapter finds its place, and whether
+the base's own weights are those that the run was trained on. Shapes do not tell: an instruct model, a merged one and a
+newer revision have the shapes of the model that they come from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sevpeft.errors import ModelError, first_sentence
-from sevpeft.modeling.base_weights import refuse_other_weights, shown_name
+from sevpeft.modeling.loading import resolved_name
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Starts of an adapter that move a part of the base weights into it, so that another base stands below it.
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Numbers of each tensor that are looked at: training moves all of a matrix, so the whole gigabytes need not be read.
+_LOOKED_AT = 2048
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -42,11 +47,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def start_of(config: dict[str, Any]) -> str:
-    """How an adapter was started, in small letters: true, gaussian, pissa, olora …"""
-    return str(config.get("init_lora_weights", True)).lower()
-
-
 def attach_adapter(
     model: PreTrainedModel | PeftModel, folder: Path, recipe: Recipe, adapter_name: str = "default"
 ) -> PeftModel:
@@ -61,16 +61,9 @@ def attach_adapter(
     Raises:
         ModelError: the adapter is damaged, incomplete, or was trained on another base model.
     """
-    base = recipe.model.name_or_path
-    config = read_adapter_config(folder)
+    trained_on = _shown(read_adapter_config(folder).get("base_model_name_or_path") or "a model that it does not name")
+    base = _shown(recipe.model.name_or_path)
     saved = _saved_names(folder)
-    if start_of(config).startswith("pissa_niter"):
-        # The random decomposition is made anew at every load (peft 0.21, `svd_lowrank` without a seed): measured, the
-        # logits of a tiny Llama moved by 0.35 between saving and loading.
-        raise ModelError(
-            f"The adapter in {folder} was started with {start_of(config)}, whose random part is not saved with it, so "
-            "that no base model fits it; train it again with lora.init_lora_weights=pissa, which is exact."
-        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is found out below, and is an error here
@@ -80,27 +73,22 @@ def attach_adapter(
                 model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name)
             wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, OSError) as error:
-        raise ModelError(_misfit(folder, config, base, _detail(error))) from error
-    missing = sorted(wanted.keys() - saved)
-    without_place = sorted(name for name in saved - wanted.keys() if ".lora_" in name)
-    if without_place:
+        raise ModelError(_misfit(folder, trained_on, base, first_sentence(error))) from error
+    if without_place := sorted(name for name in saved - wanted.keys() if ".lora_" in name):
+        detail = f"it has no place for {len(without_place):,} weights, such as {without_place[0]}"
+        raise ModelError(_misfit(folder, trained_on, base, detail))
+    if missing := sorted(wanted.keys() - saved):
         raise ModelError(
-            _misfit(folder, config, base, f"it has no {_place(without_place[0])} ({_weights(without_place)})")
+            f"The adapter in {folder} lacks {len(missing):,} weights that {base} needs, such as {missing[0]}; "
+            f"copy it again, or bring back the base model that it was trained on, {trained_on}."
         )
-    if missing:
-        raise ModelError(
-            f"The adapter in {folder} lacks {_weights(missing)} that {base} needs, the first at {_place(missing[0])}; "
-            "copy it again, or bring back the base model that it was trained on, "
-            f"{_shown(config.get('base_model_name_or_path'))}."
-        )
-    refuse_other_weights(recipe, Run(folder.parent))
+    check_base_weights(recipe, Run(folder.parent))
     return model.eval()
 
 
 def _saved_names(folder: Path) -> set[str]:
-    path = folder / WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
             return set(file.keys())
     except FileNotFoundError:
         raise ModelError(f"There is no {WEIGHTS} in {folder}; finish its run, or copy the file back.") from None
@@ -110,45 +98,79 @@ def _saved_names(folder: Path) -> set[str]:
         ) from error
 
 
-def _misfit(folder: Path, config: dict[str, Any], base: str, detail: str) -> str:
-    theirs = _shown(config.get("base_model_name_or_path"))
-    if theirs == _shown(base):
-        return (
-            f"The adapter in {folder} was trained on {theirs}, but {base} is another model now: {detail}; bring back "
-            "the one that it was trained on."
-        )
+def _misfit(folder: Path, trained_on: str, base: str, detail: str) -> str:
     return (
-        f"The adapter in {folder} was trained on {theirs} and does not fit {base}: {detail}; name the base model "
-        "that it was trained on in model.name_or_path."
+        f"The adapter in {folder} was trained on {trained_on} and does not fit {base} as it is now ({detail}); name "
+        "the base model that it was trained on in model.name_or_path, or bring it back."
     )
 
 
-def _detail(error: Exception) -> str:
-    """The first thing that does not fit, without PEFT's list of all."""
-    said = str(error)
-    size = re.search(r"size mismatch for (\S+): .*?(\[[\d, ]*\]).*?(\[[\d, ]*\])", said, re.DOTALL)
-    if size:
-        name, theirs, ours = size.groups()
-        return f"{_place(name)} has a weight of {theirs} for one of {ours}"
-    if isinstance(error, KeyError):
-        return f"{_place(said.strip(chr(39)))} is not in the file"
-    if "not found in the base model" in said:
-        return "it has no layers of the names that the adapter was trained on"
-    return first_sentence(error)
+# The base's own weights.
 
 
-def _place(name: str) -> str:
-    """`layers.0.self_attn.q_proj` of a parameter's long name."""
-    return re.sub(r"\.(lora_|weight|bias|modules_to_save|token_adapter|trainable_tokens).*", "", _short(name))
+def base_fingerprint(recipe: Recipe) -> str:
+    """`sha256:…` of every tensor's name, type, shape and first numbers, however they are spread over files.
+
+    The weights have to be at hand, as they are once the model was loaded.
+    """
+    parts = []
+    for path in _weight_files(_base_folder(recipe)):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                lazy = file.get_slice(name)
+                shape = lazy.get_shape()
+                some = lazy[: 1 if len(shape) > 1 else _LOOKED_AT] if shape else file.get_tensor(name)
+                some = some.flatten()[:_LOOKED_AT].contiguous()
+                digest = hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).hexdigest()
+                parts.append(f"{name} {lazy.get_dtype()} {shape} {digest}")
+    return f"sha256:{hashlib.sha256(chr(10).join(sorted(parts)).encode()).hexdigest()}"
 
 
-def _short(name: str) -> str:
-    return re.sub(r"^(base_model\.)?(model\.)?(model\.)?(base_model\.)?", "", name)
+def base_commit(recipe: Recipe) -> str | None:
+    """The commit on the Hub that the base model was taken from; None for a folder."""
+    folder = _base_folder(recipe)
+    return folder.name if folder.parent.name == "snapshots" and not Path(resolved_name(recipe)).is_dir() else None
 
 
-def _weights(names: list[str]) -> str:
-    return f"{len(names):,} weight{'s' * (len(names) > 1)}"
+def check_base_weights(recipe: Recipe, run: Run) -> None:
+    """Raises ModelError when the recipe's base model is not the one that the run was trained on.
+
+    Runs of an earlier version keep no fingerprint, and pass; so does a folder that is no run.
+    """
+    stored = run.metrics().get("model", {})
+    if not stored.get("fingerprint") or stored["fingerprint"] == base_fingerprint(recipe):
+        return
+    theirs, ours, commit = _shown(stored["name_or_path"]), _shown(recipe.model.name_or_path), stored.get("commit")
+    remedy = (
+        "name the base model that it was trained on in model.name_or_path"
+        if theirs != ours
+        else f"set model.revision to {commit} in {run.folder / 'recipe.yaml'}"
+        if commit
+        else "bring the former back"
+    )
+    raise ModelError(
+        f"{run.folder} was trained on {theirs}, and {ours} has other weights of the same shapes now; {remedy}."
+    )
 
 
-def _shown(name: Any) -> str:
-    return shown_name(name) if isinstance(name, str) and name else "a model that it does not name"
+def _base_folder(recipe: Recipe) -> Path:
+    name = resolved_name(recipe)
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(hf_hub_download(name, CONFIG_NAME, revision=recipe.model.revision)).parent
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    """Those that transformers reads: one file, or those of the index."""
+    if (folder / SAFE_WEIGHTS_NAME).exists():
+        yield folder / SAFE_WEIGHTS_NAME
+    elif (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        yield from (folder / name for name in sorted(set(index["weight_map"].values())))
+    else:
+        yield from sorted(folder.glob("*.safetensors"))
+
+
+def _shown(name: str) -> str:
+    """A Hub id as it is; of a folder only its last part, since an error is copied into tickets."""
+    return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name

@@ -1,15 +1,14 @@
-"""Makes `builtin:tiny`: a toy decoder and its tokenizer, from the bundled consultations, once, into the cache folder.
+"""`builtin:tiny`: a toy decoder and its tokenizer, made once from the bundled consultations, into the cache folder.
 
-It exists so that every recipe runs as it stands, without a network, on a laptop: the whole way from recipe to adapter
-in a minute. It has read only the training part of the bundled sample, so validation figures of a quickstart run are
-honest, but it knows a few hundred sentences and nothing of medicine.
+Every recipe runs with it as it stands, without a network, on a laptop: from recipe to adapter in a minute. It has read
+only the training part of the bundled sample, so validation figures of a quickstart run are honest, but it knows a few
+hundred sentences and nothing of medicine.
 """
 
 from __future__ import annotations
 
 import random
-import shutil
-import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sevpeft.console import print_text
 from sevpeft.data.read import load_consultations
-from sevpeft.runs import cache_folder, plain_disk_errors
+from sevpeft.runs import cache_folder, whole_folder
 
 TINY = "builtin:tiny"
 # Part of the folder's name: a changed recipe for the toy is another toy.
@@ -33,27 +32,16 @@ BATCH = 8
 def tiny_model_folder() -> Path:
     """Folder of the toy model; made on first use (about half a minute on two cores), then read from the cache."""
     folder = cache_folder("models") / f"tiny-{VERSION}"
-    if (folder / "model.safetensors").exists():
-        return folder
-    with FileLock(str(folder) + ".lock"):
-        if not (folder / "model.safetensors").exists():
+    with FileLock(f"{folder}.lock") if not folder.exists() else nullcontext():
+        if not folder.exists():
             print_text(
                 f"Making {TINY} in {folder}: a toy of 0.8 million parameters that has read 300 consultations. "
                 "It shows the way from recipe to adapter; never take its answers for advice.",
                 stderr=True,
             )
-            with (
-                plain_disk_errors(
-                    folder.parent,
-                    when_full="free some, or set SEVPEFT_CACHE to a folder on another disk",
-                    remedy="set SEVPEFT_CACHE to another folder",
-                ),
-                tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
-            ):
-                made = Path(scratch) / "tiny"
+            remedy = "set SEVPEFT_CACHE to another folder"
+            with whole_folder(folder, shared=True, when_full=f"free some, or {remedy}", remedy=remedy) as made:
                 make_tiny_model(made)
-                shutil.rmtree(folder, ignore_errors=True)
-                made.rename(folder)
     return folder
 
 

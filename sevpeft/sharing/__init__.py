@@ -1,1 +1,1 @@
-"""What leaves the machine: the model card of an adapter."""
+"""Out of the house: model cards, chat, and a merged model that other programs serve."""

@@ -1,15 +1,15 @@
-"""Turns a run folder into somebody to ask: one question, one answer, with the very prompt of the training.
+"""Chat with a trained adapter: one question, one answer, with the prompt of the training.
 
-Every question stands alone, because the adapter was trained on single consultations; what was asked before is not
-part of the prompt.
+Every question stands alone, because the adapter was trained on single consultations; what was asked before is not part
+of the prompt.
 """
 
 from __future__ import annotations
 
 import torch
 
-from sevpeft.errors import RunError
-from sevpeft.modeling.loading import choose_precision, load_config, load_model, load_tokenizer, uses_gpu
+from sevpeft.evaluation.arms import check_adapter
+from sevpeft.modeling.loading import load_config, load_for_inference, load_tokenizer
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
@@ -28,18 +28,11 @@ class Chat:
     """
 
     def __init__(self, run: Run) -> None:
-        if not (run.adapter / "adapter_model.safetensors").exists():
-            raise RunError(
-                f"There is no adapter in {run.folder} yet; finish the run with `sevpeft train` and --resume, or name "
-                "another one."
-            )
+        check_adapter(run)
         recipe = load_recipe(run.folder / "recipe.yaml")
         self.tokenizer = load_tokenizer(recipe, load_config(recipe))
         self.prompt = Prompt.build(self.tokenizer, **recipe.prompt.model_dump())
-        base = load_model(recipe, choose_precision(recipe))
-        if uses_gpu(recipe) and not recipe.quantization.quantised():
-            base = base.to("cuda")
-        self.model = attach_adapter(base, run.adapter, recipe)
+        self.model = attach_adapter(load_for_inference(recipe), run.adapter, recipe)
 
     @torch.no_grad()
     def answer(self, question: str, max_new_tokens: int = 128) -> str:

@@ -2,79 +2,97 @@
 
 An adapter belongs to the weights that it was trained on. For a run in 4 or 8 bit these are the dequantized weights, and
 the unquantized ones are another base: both are merged and measured, and the nearer one is written. What was written is
-read again and compared before the folder gets its name.
+read again and compared before the folder gets its name. The distance of two models is the Kullback-Leibler divergence
+between their predictions of every answer token; what the adapter does to its base is the yardstick.
 """
 
 from __future__ import annotations
 
 import gc
+import math
+import os
+import shutil
+import tempfile
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sevpeft.console import Screen, print_labeled, row_progress
-from sevpeft.errors import ModelError, UsageError
+from sevpeft.console import Screen, print_labeled
+from sevpeft.data.read import load_consultations
+from sevpeft.errors import ModelError, RunError, SevpeftError, UsageError, first_sentence
 from sevpeft.evaluation.arms import check_adapter
-from sevpeft.evaluation.generate import context_length
-from sevpeft.modeling.loading import Precision, count_parameters, load_config, load_model, load_tokenizer
-from sevpeft.modeling.saved_adapters import WEIGHTS, attach_adapter
+from sevpeft.modeling.compat import dequantize_module_weight
+from sevpeft.modeling.loading import Precision, count_parameters, load_config, load_model, load_tokenizer, resolved_name
+from sevpeft.modeling.prompts import Prompt
+from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import QuantizationSection, Recipe, load_recipe
-from sevpeft.runs import Run
-from sevpeft.sharing.card import note_unquantized_base
-from sevpeft.sharing.fidelity import Difference, Text, answer_logits, difference, texts_of
-from sevpeft.sharing.merged_card import check_card_sources, write_merged_card
-from sevpeft.sharing.merged_folder import (
-    checksums,
-    merged_folder,
-    read_back,
-    refuse_output,
-    refuse_without_room,
-    stored_dtype,
-    write_model,
-)
+from sevpeft.runs import Run, whole_folder
+from sevpeft.runs import check_absent as refuse_existing
+from sevpeft.sharing.card import check_card_sources, note_unquantized_base, write_merged_card
 from sevpeft.sharing.serving import modelfile
-from sevpeft.training.data import prompt_of
+from sevpeft.training.compat import IGNORED
+from sevpeft.training.data import encode_rows, load_splits
 
 UNQUANTIZED, DEQUANTIZED = "unquantized", "dequantized"
+CONSULTATIONS = 8
+# What a model's folder may hold beside weights, config and tokenizer, and what others need: llama.cpp the SentencePiece
+# file, vLLM the processor of a model that also sees, everybody the license.
+BESIDE = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
+# Tokenizer, config and card.
+_SMALL_FILES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between the predictions P of one model and Q of another, over the answer tokens of all consultations.
+
+    Attributes:
+        kl: mean over tokens of KL(P‖Q), in nats; infinite where a model answers with numbers that are not finite.
+        largest_logit_difference: over all tokens and the vocabulary.
+        equal_next_tokens: share of the tokens at which both find the same one likeliest.
+        tokens: answer tokens that were compared.
+    """
+
+    kl: float
+    largest_logit_difference: float
+    equal_next_tokens: float
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was merged, and how far it is from the model that was trained.
-
-    Attributes:
-        base: the base model, as the recipe names it.
-        weights: of the base that the adapter was merged into, "unquantized" or "dequantized".
-        dtype: of the written weights.
-        bits: of the base that the adapter was trained on; None where it was not quantized.
-        parameters: of the merged model.
-        matrices: weights that the adapter changed by adding to them.
-        rows: what the models were compared on.
-        effect: between the trained model and its base alone, the yardstick.
-        gaps: between the trained model and the merged one, for each base that was tried; that of `weights` is of the
-            model as it was read back from the folder.
-        bytes: of the folder.
-    """
+    """What was merged, and how far it is from the model that was trained."""
 
     base: str
+    """The base model, as the recipe names it."""
     weights: str
+    """Of the base that the adapter was merged into, "unquantized" or "dequantized"."""
     dtype: str
     bits: int | None
+    """Of the base that the adapter was trained on; None where it was not quantized."""
     parameters: int
     matrices: int
+    """Weights that the adapter changed by adding to them."""
     rows: str
+    """What the models were compared on."""
     effect: Difference
+    """Between the trained model and its base alone, the yardstick."""
     gaps: dict[str, Difference]
+    """Between the trained model and the merged one, for each base that was tried; for `weights` as read back."""
     bytes: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,7 +111,7 @@ def merge(
     """Merges the adapter of a finished run into its base model and writes it to a folder.
 
     Args:
-        output: folder that does not exist yet, or is empty.
+        output: folder that does not exist yet.
         base: weights to merge into: unquantized, dequantized, or auto for those that come nearer to what was trained.
         dtype: auto (as the base is stored; bfloat16 for a quantized run that does not say), bfloat16, float16, float32.
         max_shard_size: of one safetensors file, as 5GB.
@@ -103,50 +121,48 @@ def merge(
         SevpeftError: in one plain sentence; nothing is left behind.
     """
     console = console or Screen(quiet=True)
-    recipe = load_recipe(run.folder / "recipe.yaml")
     check_adapter(run)
     check_card_sources(run)
-    refuse_output(output)
-    about = run.metrics()["model"]
-    bits, precision = about["bits"], Precision(getattr(torch, about["dtype"]), bf16=False, fp16=False)
+    recipe, about = load_recipe(run.folder / "recipe.yaml"), run.metrics()["model"]
     plain = recipe.model_copy(update={"quantization": QuantizationSection()})
-    config = load_config(plain)
+    config, bits = load_config(plain), about["bits"]
     bases = _bases(recipe, config, bits, base)
-    chosen = stored_dtype(plain, config, bool(bits)) if dtype == "auto" else getattr(torch, dtype)
+    chosen = None if dtype == "auto" else getattr(torch, dtype)
     parameters = count_parameters(config)
-    packed_bytes = parameters * (bits or 0) // 8
-    refuse_without_room(output, config, parameters, chosen, (run.adapter / WEIGHTS).stat().st_size + packed_bytes)
-    tokenizer = load_tokenizer(plain, config)
-    prompt = prompt_of(plain, tokenizer)
-    texts, rows = texts_of(recipe, prompt, context_length(config))
-    name, number_format = recipe.model.name_or_path, str(chosen).removeprefix("torch.")
-    size = f"{config.model_type}, {parameters:,} parameters"
-    print_labeled(console, "Base model", f"{name} ({size}), merged in {number_format}")
+    _check_output(output, parameters * (chosen or config.dtype or torch.float32).itemsize + _SMALL_FILES)
+    prompt = Prompt.build(load_tokenizer(plain, config), **recipe.prompt.model_dump())
+    texts, rows = _texts(recipe, prompt)
+    name = recipe.model.name_or_path
+    print_labeled(console, "Base model", f"{name} ({config.model_type}, {parameters:,} parameters)")
     print_labeled(console, "Compared on", f"{len(texts)} {rows}")
 
-    trained, effect, packed = _as_trained(run, recipe, precision, texts, console)
+    with console.status("Asking base + adapter, as they were trained"):
+        trained, effect, quantized = _as_trained(run, recipe, getattr(torch, about["dtype"]), texts)
     if DEQUANTIZED not in bases:
-        packed = None  # the same weights are loaded once more
+        quantized = None  # the same weights are loaded once more
     gaps: dict[str, Difference] = {}
+    model: Any
     for weights in bases:
         model = None  # beside the next one it may not fit
-        model, matrices = _merged(run, plain, weights, chosen, packed, console)
-        if len(bases) > 1:
-            gaps[weights] = difference(trained, _answers(model, texts, f"{weights.capitalize()} base", console))
+        with console.status(f"Merging into the {weights} base model"):
+            model, matrices = _merged(run, plain, weights, chosen, quantized)
+            if len(bases) > 1:
+                gaps[weights] = difference(trained, answer_logits(model, texts))
     if base == "auto" and gaps and (nearest := min(gaps, key=lambda each: gaps[each].kl)) != weights:
         weights, model = nearest, None
-        model, matrices = _merged(run, plain, weights, chosen, packed, console)
-    del packed
-    sums = checksums(model)
-    with merged_folder(output) as folder:
-        with console.status(f"Writing {output}"):
-            write_model(model, tokenizer, prompt, plain, config, folder, max_shard_size)
+        with console.status(f"Merging into the {weights} base model"):
+            model, matrices = _merged(run, plain, weights, chosen, quantized)
+    del quantized
+    number_format = str(model.dtype).removeprefix("torch.")
+    with whole_folder(output, shared=True) as folder, console.status(f"Writing {output} and reading it back"):
+        _write_model(model, prompt, plain, folder, max_shard_size)
         del model
         gc.collect()  # the model that is read back would stand beside it
-        with console.status("Reading it back"):
-            again = read_back(folder, plain, sums)
-        gaps[weights] = difference(trained, _answers(again, texts, "Read back", console))
-        _check_gap(gaps[weights], effect, weights, bits, chosen, base)
+        written = plain.model.model_copy(update={"name_or_path": str(folder)})
+        again = load_model(plain.model_copy(update={"model": written}), None).eval()
+        gaps[weights] = difference(trained, answer_logits(again, texts))
+        _check_gap(gaps[weights], effect, weights, bits, number_format, base)
+        (folder / "Modelfile").write_text(modelfile(prompt, recipe), encoding="utf-8")
         result = Merged(
             base=name,
             weights=weights,
@@ -159,7 +175,6 @@ def merge(
             gaps=gaps,
             bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         )
-        (folder / "Modelfile").write_text(modelfile(prompt, recipe), encoding="utf-8")
         write_merged_card(run, recipe, result.as_dict(), folder)
     if bits and UNQUANTIZED in gaps:
         note_unquantized_base(run, gap=asdict(gaps[UNQUANTIZED]), effect=asdict(effect))
@@ -170,110 +185,107 @@ def merge_in_place(model: PeftModel) -> tuple[PreTrainedModel, int]:
     """The base model with the adapter in its weights, and the number of matrices that it was added to.
 
     Each matrix is added in float32 and rounded once. PEFT (0.21, `merge(safe_merge=True)`) rounds the product BA to the
-    base's precision and adds in it, which rounds twice, and computes DoRA's norms in it.
+    base's precision and adds in it, which rounds twice: https://github.com/huggingface/peft/issues/1388
 
     Raises:
-        ModelError: a sum is not a finite number.
+        ModelError: a sum is not a finite number, or a bias of the adapter has no place in the base.
     """
     _untie_adapted_embedding(model)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    name = "the embedding"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "already merged", of all that were merged here
-        for name, layer in layers:
-            base = layer.get_base_layer()
-            own = {key: value.dtype for key, value in base.named_parameters(recurse=False)}
-            for value in base.parameters(recurse=False):
-                value.data = value.data.float()
-            try:
-                layer.merge(safe_merge=True)
-            except ValueError as error:
-                raise ModelError(_not_finite(name)) from error
-            for key, value in base.named_parameters(recurse=False):
-                value.data = value.data.to(own[key])
-                if not torch.isfinite(value.data).all():
-                    raise ModelError(_not_finite(name))
         try:
-            merged = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise ModelError(_not_finite("the embedding")) from error
-    return merged, len(layers)
+            for place, layer in layers:
+                name, base = place, layer.get_base_layer()
+                own = {key: value.dtype for key, value in base.named_parameters(recurse=False)}
+                for value in base.parameters(recurse=False):
+                    value.data = value.data.float()
+                layer.merge(safe_merge=True)
+                for key, value in base.named_parameters(recurse=False):
+                    value.data = value.data.to(own[key])
+                    if not torch.isfinite(value.data).all():
+                        raise ValueError(f"its sum is not a finite number in {own[key]}")
+            return model.merge_and_unload(safe_merge=True), len(layers)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"The adapter cannot be merged into {name.removeprefix('base_model.model.')}, so nothing is kept "
+                f"({first_sentence(error)}); try --dtype float32, or use it as an adapter."
+            ) from error
 
 
 def _bases(recipe: Recipe, config: PretrainedConfig, bits: int | None, asked: str) -> list[str]:
     """Weights to try, the one that is asked for last."""
-    name = recipe.model.name_or_path
-    if _stored_quantized(config):
-        if bits is None:
-            raise ModelError(
-                f"{name} is stored in a quantization that cannot be undone here; use the adapter on it without merging."
-            )
-        bases = [DEQUANTIZED]
-    else:
-        bases = [UNQUANTIZED, DEQUANTIZED] if bits else [UNQUANTIZED]
+    name, stored = recipe.model.name_or_path, getattr(config, "quantization_config", None) is not None
+    if stored and bits is None:
+        raise ModelError(
+            f"{name} is stored in a quantization that cannot be undone here; use the adapter on it without merging."
+        )
+    bases = [DEQUANTIZED] if stored else [UNQUANTIZED, DEQUANTIZED] if bits else [UNQUANTIZED]
     if asked not in ("auto", *bases):
         why = "its base was not quantized" if asked == DEQUANTIZED else f"{name} is stored quantized"
         raise UsageError(f"--base {asked} does not exist for this run, because {why}; write --base {bases[-1]}.")
     return sorted(bases, key=asked.__eq__)
 
 
-def _stored_quantized(config: PretrainedConfig) -> bool:
-    return getattr(config, "quantization_config", None) is not None
+def _check_output(output: Path, size: int) -> None:
+    """Raises RunError before the long work, where the folder exists, cannot be made, or does not fit onto the disk."""
+    refuse_existing(output)
+    parent = next(parent for parent in output.resolve().parents if parent.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".sevpeft-"))
+    except OSError as error:
+        raise RunError(f"{output} cannot be written: {error.strerror}; choose another OUTPUT.") from error
+    if size > (free := shutil.disk_usage(parent).free):
+        raise RunError(
+            f"The merged model takes {size / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free at {output}; free some, or "
+            "choose an OUTPUT on another disk."
+        )
 
 
 def _as_trained(
-    run: Run, recipe: Recipe, precision: Precision, texts: list[Text], console: Console
+    run: Run, recipe: Recipe, dtype: torch.dtype, texts: Sequence[tuple[list[int], int]]
 ) -> tuple[list[torch.Tensor], Difference, PreTrainedModel]:
     """Answers of base + adapter as they were trained, what the adapter does there, and that base."""
-    with console.status("Loading the base model as it was trained on"):
-        model = load_model(recipe, precision).eval()
-    # Before the adapter is there: some starts (OLoRA, PiSSA) and trained biases change the base itself.
-    alone = _answers(model, texts, "Base alone", console)
+    model = load_model(recipe, Precision(dtype, bf16=False, fp16=False)).eval()
+    alone = answer_logits(model, texts)  # before the adapter is there: trained biases change the base itself
     model = attach_adapter(model, run.adapter, recipe)
-    trained = _answers(model, texts, "Base + adapter", console)
+    trained = answer_logits(model, texts)
     effect = difference(trained, alone)
     if not effect.kl < float("inf"):
-        number_format = str(precision.dtype).removeprefix("torch.")
         raise ModelError(
-            f"Base + adapter answers with numbers that are not finite in {number_format}, the precision of its "
-            "training, so its weights are broken; copy base model and adapter again."
+            f"Base + adapter answers with numbers that are not finite in {str(dtype).removeprefix('torch.')}, the "
+            "precision of its training, so its weights are broken; copy base model and adapter again."
         )
     return trained, effect, model.unload()
 
 
 def _merged(
-    run: Run,
-    recipe: Recipe,
-    weights: str,
-    dtype: torch.dtype,
-    packed: PreTrainedModel | None,
-    console: Console,
+    run: Run, recipe: Recipe, weights: str, dtype: torch.dtype | None, quantized: PreTrainedModel | None
 ) -> tuple[PreTrainedModel, int]:
     """The adapter merged into the unquantized weights of the recipe's base, or into those of the quantized model."""
     gc.collect()
     config = load_config(recipe)
-    with console.status(f"Merging into the {weights} base model"):
-        if _stored_quantized(config):
-            del config.quantization_config
-            trust = recipe.model.trust_remote_code
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
-        else:
-            model = load_model(recipe, Precision(dtype, bf16=False, fp16=False)).eval()
-        if weights == DEQUANTIZED:
-            assert packed is not None
-            _dequantize_into(model, packed)
-        model = attach_adapter(model, run.adapter, recipe)
-        _refuse_bias_without_place(model, recipe.model.name_or_path)
-        return merge_in_place(model)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+        dtype, trust = dtype or config.dtype or torch.bfloat16, recipe.model.trust_remote_code
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
+    else:
+        model = load_model(recipe, Precision(dtype, bf16=False, fp16=False) if dtype else None).eval()
+    if weights == DEQUANTIZED:
+        assert quantized is not None
+        _dequantize_into(model, quantized)
+    return merge_in_place(attach_adapter(model, run.adapter, recipe))
 
 
 @torch.no_grad()
-def _dequantize_into(model: PreTrainedModel, packed: PreTrainedModel) -> None:
+def _dequantize_into(model: PreTrainedModel, quantized: PreTrainedModel) -> None:
     """Gives a plain model the weights that the quantized one computes with.
 
     `PreTrainedModel.dequantize` would leave buffers in the precision of the training, and GPT-2's matrices transposed.
     """
     own = model.state_dict()
-    for place, module in packed.named_modules():
+    for place, module in quantized.named_modules():
         for key, value in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
             name = f"{place}.{key}" if place else key
             if name not in own:
@@ -283,16 +295,7 @@ def _dequantize_into(model: PreTrainedModel, packed: PreTrainedModel) -> None:
                 if isinstance(model.get_submodule(place), Conv1D) and not isinstance(module, Conv1D):
                     value = value.T
             own[name].copy_(value)
-    model.generation_config = packed.generation_config
-
-
-def _refuse_bias_without_place(model: PeftModel, name: str) -> None:
-    for place, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and any(layer.lora_bias.values()) and layer.get_base_layer().bias is None:
-            raise ModelError(
-                f"The adapter was trained with lora.lora_bias=true, and {name} has no bias at {place.split('.')[-1]} "
-                "to merge it into; use it as an adapter, or train it without lora_bias."
-            )
+    model.generation_config = quantized.generation_config
 
 
 def _untie_adapted_embedding(model: PeftModel) -> None:
@@ -308,14 +311,13 @@ def _untie_adapted_embedding(model: PeftModel) -> None:
 
 
 def _check_gap(
-    gap: Difference, effect: Difference, weights: str, bits: int | None, dtype: torch.dtype, base: str
+    gap: Difference, effect: Difference, weights: str, bits: int | None, number_format: str, base: str
 ) -> None:
     """Raises ModelError where merging changes the answers by more than the whole adapter does."""
     if gap.kl <= effect.kl:
         return
-    number_format = str(dtype).removeprefix("torch.")
     remedies = [f"use it as an adapter on the base in {bits} bit" if bits else "use it as an adapter"]
-    if dtype != torch.float32:
+    if number_format != "float32":
         remedies.insert(0, "merge with --dtype float32")
     if base == UNQUANTIZED and bits:
         remedies.insert(0, "leave --base unquantized out")
@@ -325,13 +327,86 @@ def _check_gap(
     )
 
 
-def _answers(model: PreTrainedModel, texts: list[Text], label: str, console: Console) -> list[torch.Tensor]:
-    with row_progress(console, label, len(texts)) as done:
-        return answer_logits(model, texts, done)
+def _write_model(model: PreTrainedModel, prompt: Prompt, recipe: Recipe, folder: Path, max_shard_size: str) -> None:
+    """Weights, config, generation settings, tokenizer, and the base's own small files."""
+    model.config.use_cache = True  # switched off for training; without it generation would be quadratic
+    model.generation_config = _generation_config(model.generation_config, prompt)
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        prompt.tokenizer.save_pretrained(folder)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(f"The merged model cannot be written ({first_sentence(error)}).") from error
+    source = Path(name := resolved_name(recipe))
+    if not source.is_dir():
+        with suppress(OSError, HfHubHTTPError, LocalEntryNotFoundError):  # offline, and not in the cache
+            source = Path(snapshot_download(name, revision=recipe.model.revision, allow_patterns=list(BESIDE)))
+    for beside in BESIDE:
+        if (source / beside).is_file() and not (folder / beside).exists():
+            shutil.copyfile(source / beside, folder / beside)
 
 
-def _not_finite(name: str) -> str:
-    return (
-        f"The merged weight of {name.removeprefix('base_model.model.')} is not a finite number, so nothing is kept: "
-        "the adapter is broken, or float16 is too narrow for it; try --dtype bfloat16 or float32."
-    )
+def _generation_config(theirs: GenerationConfig | None, prompt: Prompt) -> GenerationConfig:
+    """The base's settings, with the token that ends a trained answer among those that end generation."""
+    config = theirs or GenerationConfig()
+    ends = config.eos_token_id
+    known = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+    known += [] if prompt.end_id in known else [prompt.end_id]
+    config.eos_token_id = known if len(known) > 1 else known[0]
+    if config.pad_token_id is None:
+        config.pad_token_id = prompt.tokenizer.pad_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        # Some published settings contradict themselves (a temperature without sampling), and cannot be saved.
+        kept = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = GenerationConfig(**kept)
+    return config
+
+
+# How far apart two models are.
+
+
+def _texts(recipe: Recipe, prompt: Prompt) -> tuple[list[tuple[list[int], int]], str]:
+    """Token ids of consultations as the model was trained to read them, where each answer begins, and what they are.
+
+    They are validation rows of the run, or bundled consultations where the run's data cannot be read here.
+    """
+    try:
+        _, splits, _ = load_splits(recipe)
+        rows, what = splits.validation if len(splits.validation) else splits.train, "rows of the run's data"
+    except SevpeftError:
+        rows = load_consultations("builtin:consultations").rows
+        what = "bundled consultations, as the run's data cannot be read here"
+    rows = rows.select(np.linspace(0, len(rows) - 1, min(CONSULTATIONS, len(rows))).astype(int))
+    with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
+        limit, cache_file = recipe.training.settings()["max_length"], Path(scratch) / "rows.arrow"
+        encoded, _ = encode_rows(rows, prompt, limit, strata=None, cache_file=cache_file)
+        labels = [row["labels"] for row in encoded]
+        begins = [next(at for at, label in enumerate(row) if label != IGNORED) for row in labels]
+        return list(zip(encoded["input_ids"][:], begins, strict=True)), what
+
+
+@torch.no_grad()
+def answer_logits(model: PreTrainedModel, texts: Sequence[tuple[list[int], int]]) -> list[torch.Tensor]:
+    """Logits (answer tokens, vocabulary) of every text, in the model's own precision, on the CPU.
+
+    One text at a time: padding would be a difference of its own.
+    """
+    found = []
+    for ids, answer in texts:
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, answer - 1 : -1]
+        found.append(logits.cpu().clone())
+    return found
+
+
+def difference(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> Difference:
+    """How the second model's logits differ from the first one's, both as `answer_logits` gives them."""
+    kl, largest, equal, tokens = 0.0, 0.0, 0, 0
+    for ours, theirs in zip(first, second, strict=True):
+        # In float64, because what is looked for can be smaller than float32's rounding of a logarithm.
+        p, q = (torch.log_softmax(logits.double(), dim=-1) for logits in (ours, theirs))
+        kl += float((p.exp() * (p - q)).sum(dim=-1).clamp(min=0).sum())
+        largest = max(largest, float((ours.double() - theirs.double()).abs().max()))
+        equal += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+        tokens += len(ours)
+    return Difference(math.inf if math.isnan(kl) else kl / tokens, largest, equal / tokens, tokens)

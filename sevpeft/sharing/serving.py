@@ -1,8 +1,4 @@
-"""Says how a merged model is served: converted for llama.cpp and Ollama, or by vLLM, merged or as an adapter.
-
-Each program has its own way to put a question, and an answer is only as good as its prompt: the Modelfile holds the
-very prompt of the training.
-"""
+"""How a merged model is served: the commands for llama.cpp, Ollama and vLLM, and the prompt that each asks with."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import shlex
 from typing import Any
 
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.modeling.saved_adapters import CHANGES_THE_BASE, start_of
 from sevpeft.recipe import Recipe
 
 # The ranks that vLLM has kernels for (0.10 and later, `--max-lora-rank`).
@@ -21,10 +16,9 @@ _QUESTION = "QUESTION-OF-THE-PATIENT"
 
 
 def modelfile(prompt: Prompt, recipe: Recipe) -> str:
-    """Ollama's Modelfile for what `conversion_commands` quantise, which asks with the prompt of the training."""
-    text = prompt.text(_QUESTION)
+    """Ollama's Modelfile for what `conversion_commands` quantize, which asks with the prompt of the training."""
     # llama.cpp puts the token that begins a text there itself.
-    text = text.removeprefix(prompt.tokenizer.bos_token or "\0").replace(_QUESTION, "{{ .Prompt }}")
+    text = prompt.text(_QUESTION).removeprefix(prompt.tokenizer.bos_token or "\0").replace(_QUESTION, "{{ .Prompt }}")
     generation = recipe.generation
     lines = [
         "FROM ./model-q4_k_m.gguf",
@@ -55,7 +49,7 @@ def adapter_command(base: str, adapter: str, config: dict[str, Any]) -> tuple[st
     """(command, "") that serves the adapter by vLLM, or (None, reason) where vLLM would refuse or misread it.
 
     Refused: DoRA, modules_to_save, biases, trained tokens. Misread in silence: patterns of rank or alpha, because one
-    scale is taken for all layers, and starts that changed the base (vllm/lora/peft_helper.py, lora_weights.py).
+    scale is taken for all layers (vllm/lora/peft_helper.py, lora_weights.py).
 
     Args:
         base: Hub id or folder.
@@ -65,18 +59,13 @@ def adapter_command(base: str, adapter: str, config: dict[str, Any]) -> tuple[st
     settings = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "rank_pattern", "alpha_pattern")
     used = [f"lora.{name}" for name in settings if config.get(name)]
     used += ["lora.bias"] if config.get("bias", "none") != "none" else []
-    start = start_of(config)
-    used += [f"the start {start}"] if start.startswith(CHANGES_THE_BASE) else []
     if used:
         return None, f"vLLM does not read {', '.join(used)} of an adapter: serve the merged model"
     rank = next((known for known in RANKS if known >= config["r"]), None)
     if rank is None:
         return None, f"vLLM reads adapters up to rank {RANKS[-1]}, and this one has {config['r']}: serve the merged one"
-    return (
-        f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules severity={shlex.quote(adapter)} "
-        f"--max-lora-rank {rank}",
-        "",
-    )
+    modules = f"severity={shlex.quote(adapter)}"
+    return f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules {modules} --max-lora-rank {rank}", ""
 
 
 def asking(recipe: Recipe) -> str:

@@ -20,7 +20,7 @@ from trl import SFTConfig
 
 from sevpeft.errors import RunError, first_sentence
 from sevpeft.modeling.adapters import cast_trained
-from sevpeft.modeling.sharding import deepspeed_asked, fsdp_asked, weights_are_sharded, zero3
+from sevpeft.modeling.compat import deepspeed_requested, fsdp_requested, weights_are_sharded, zero3
 from sevpeft.recipe import Recipe
 
 # PyTorch's own, which compute on the parts of a parameter. Those of bitsandbytes have no rule for parts (0.50.2), and
@@ -35,15 +35,14 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
     Args:
         arguments: made from the recipe; DeepSpeed's settings are in them.
     """
-    if fsdp_asked():
+    if fsdp_requested():
         _check_fsdp(arguments)
     if zero3():
         _check_zero3(arguments)
     if weights_are_sharded() and recipe.quantization.load_in_8bit:
         raise RunError(
-            f"quantization.load_in_8bit=true does not work under {'FSDP' if fsdp_asked() else 'ZeRO-3'}, which divides "
-            "the weights, because 8-bit weights cannot be divided; write quantization.load_in_4bit=true, or use "
-            "accelerate_configs/multi_gpu.yaml."
+            f"quantization.load_in_8bit=true does not work under {'FSDP' if fsdp_requested() else 'ZeRO-3'}, as 8-bit "
+            "weights cannot be divided; write quantization.load_in_4bit=true, or use accelerate_configs/multi_gpu.yaml."
         )
 
 
@@ -128,7 +127,7 @@ def check_engine_of_model(accelerator: Accelerator, model: Any) -> None:
             "Several processes would train without exchanging gradients, because evaluate() was called before "
             "train(); set eval_on_start=True instead."
         )
-    if fsdp_asked() and not (kind is DistributedType.FSDP and isinstance(model, FSDPModule)):
+    if fsdp_requested() and not (kind is DistributedType.FSDP and isinstance(model, FSDPModule)):
         raise RunError(
             f"accelerate launch was asked for FSDP, but {_words(kind)} would train the model; "
             "start it with accelerate_configs/fsdp2.yaml as it is."
@@ -197,7 +196,7 @@ def _words(kind: DistributedType) -> str:
 
 def check_deepspeed() -> None:
     """Raises RunError when DeepSpeed is asked for and not installed; to be called before accelerate looks for it."""
-    if deepspeed_asked() and not is_deepspeed_available():
+    if deepspeed_requested() and not is_deepspeed_available():
         raise RunError(
             "accelerate launch was asked for DeepSpeed, which is not installed: pip install 'sevpeft[deepspeed]', or "
             "use accelerate_configs/fsdp2.yaml, which needs nothing more."
@@ -208,8 +207,8 @@ def check_engine(state: PartialState) -> None:
     """Raises RunError when FSDP or DeepSpeed was asked for and another engine runs; accelerate replaces it silently."""
     on_a_cpu = state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
     engines = {
-        "FSDP": fsdp_asked() and on_a_cpu,
-        "DeepSpeed": deepspeed_asked() and state.distributed_type is not DistributedType.DEEPSPEED,
+        "FSDP": fsdp_requested() and on_a_cpu,
+        "DeepSpeed": deepspeed_requested() and state.distributed_type is not DistributedType.DEEPSPEED,
     }
     for engine in (name for name, is_replaced in engines.items() if is_replaced):
         instead = "DDP, the whole model in each process," if state.num_processes > 1 else "a single process"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from sevpeft.errors import ModelError, first_sentence
 from sevpeft.modeling.adapters import cast_trained
-from sevpeft.modeling.sharding import engine_asked
+from sevpeft.modeling.compat import requested_engine
 from sevpeft.recipe import Recipe
 from sevpeft.training.compat import IGNORED
 
@@ -28,7 +28,7 @@ MOST_EVA_BATCHES = 1000
 
 def check_eva(recipe: Recipe) -> None:
     """Raises ModelError where FSDP or DeepSpeed divide the model, which EVA needs whole."""
-    engine = engine_asked()
+    engine = requested_engine()
     if recipe.lora.init_lora_weights == "eva" and engine:
         raise ModelError(
             f"lora.init_lora_weights=eva needs the whole model in every process, and {engine} cuts it into parts; "

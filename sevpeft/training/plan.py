@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 
 from sevpeft.errors import ModelError, RunError, UnknownModelError
-from sevpeft.modeling.cards import (
+from sevpeft.modeling.gpus import (
     EFFICIENCY,
     TFLOPS,
-    Card,
     Change,
+    Gpu,
     changed,
     changes,
     epoch_seconds,
@@ -188,7 +188,7 @@ class Fitting:
     split_for: float | None
     number_format: str
     budget: Budget
-    cards: list[Card]
+    cards: list[Gpu]
     vram: float | None
     changes: list[Change]
     bits: int | None

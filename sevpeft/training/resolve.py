@@ -31,21 +31,20 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from sevpeft.errors import RecipeError, RunError, SevpeftError, UnknownModelError, first_sentence
-from sevpeft.modeling.cards import changes, usable
+from sevpeft.modeling.compat import requested_engine, weights_are_sharded
+from sevpeft.modeling.gpus import changes, usable
 from sevpeft.modeling.loading import (
     Precision,
+    check_form,
+    check_hopeless_start,
     choose_precision,
     load_config,
     load_tokenizer,
-    refuse_hopeless_start,
     uses_gpu,
 )
-from sevpeft.modeling.memory import GIB, MemoryPlan
+from sevpeft.modeling.memory import GIB, MemoryPlan, base_config
 from sevpeft.modeling.packing import check_packing, documents_stay_apart
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.modeling.quantization import check_form
-from sevpeft.modeling.sharding import engine_asked, weights_are_sharded
-from sevpeft.modeling.skeleton import base_config
 from sevpeft.recipe import AUTO, BEST_IS_LEAST, GLOBAL_BATCH_SIZE, Recipe, recipe_from_values
 from sevpeft.training.compat import CPU_VOCABULARY_TILE, forget_compilation_of_launcher, mixed_precision_of_recipe
 from sevpeft.training.data import prompt_of
@@ -98,7 +97,7 @@ def resolve(recipe: Recipe, checkpoints: Path, *, dtype_before: str | None = Non
     split = split_here(recipe, check_fit=True)
     arguments = sft_config(split, precision, checkpoints)
     check_sharding(split, arguments)
-    refuse_hopeless_start(split)
+    check_hopeless_start(split)
     check_eva(split)
     with PartialState().main_process_first():
         config = load_config(split)
@@ -186,7 +185,7 @@ def loraplus_settings(recipe: Recipe) -> dict[str, float] | None:
     """
     names = ("loraplus_lr_ratio", "loraplus_lr_embedding")
     found = {name: getattr(recipe.lora, name) for name in names if getattr(recipe.lora, name) is not None}
-    engine = engine_asked()
+    engine = requested_engine()
     if found and engine:
         raise RecipeError(
             f"lora.loraplus_lr_ratio does not reach the optimizer that {engine} builds; leave it out, or train on one "

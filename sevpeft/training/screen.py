@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sevpeft.console import LABEL_WIDTH, print_labeled
-from sevpeft.modeling.cards import EFFICIENCY, TFLOPS
+from sevpeft.modeling.gpus import EFFICIENCY, TFLOPS
 from sevpeft.modeling.memory import GIB, LARGEST_BATCH, Budget
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run

@@ -22,9 +22,14 @@ from transformers import PrinterCallback
 
 from sevpeft.console import Screen, print_labeled
 from sevpeft.errors import Interrupted, RunError, first_sentence
-from sevpeft.modeling.adapters import lora_config, sort_target_modules, trainable_parameters, write_as_computed
-from sevpeft.modeling.base_weights import base_commit, base_fingerprint, refuse_other_weights
+from sevpeft.modeling.adapters import (
+    cast_adapter_to_compute_dtype,
+    lora_config,
+    sort_target_modules,
+    trainable_parameters,
+)
 from sevpeft.modeling.loading import load_model, resolved_name, uses_gpu
+from sevpeft.modeling.saved_adapters import base_commit, base_fingerprint, check_base_weights
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
@@ -109,7 +114,7 @@ def _train(
     # model: the frozen base, and how its rows are laid out
     model = load_model(recipe, resolved.precision, state.local_process_index)
     if resume:
-        refuse_other_weights(recipe, run)
+        check_base_weights(recipe, run)
     resolved = resolved.with_layout(model, lengths_of(rows.validation))
     recipe = resolved.recipe
     check_one_batch(resolved.arguments, len(rows.train))
@@ -215,7 +220,7 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
         # A pickle of the training arguments; the recipe says the same and can be read.
         (folder / "training_args.bin").unlink(missing_ok=True)
         if trainer.args.bf16:
-            write_as_computed(folder, trainer.model.peft_config[trainer.model.active_adapter])
+            cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
         sort_target_modules(folder)
         shutil.rmtree(run.adapter, ignore_errors=True)
         folder.replace(run.adapter)

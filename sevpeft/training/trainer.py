@@ -15,7 +15,7 @@ from trl.models import enable_selective_activation_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput
 
 from sevpeft.errors import WeightError
-from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
+from sevpeft.modeling.compat import disable_cpu_avx512_repack
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.compat import IGNORED, LabeledPositions
 from sevpeft.training.data import SeverityCollator
@@ -73,7 +73,7 @@ class SeveritySFTTrainer(RobustSFTTrainer):
         # on that forward, and without the count accumulation would average means of unequal batches.
         self.model_accepts_loss_kwargs = True
         set_up_engine(self.accelerator, self.model)
-        keep_4bit_weights_as_they_are(self.model)
+        disable_cpu_avx512_repack(self.model)
         self._labeled_positions = LabeledPositions(self._causal_lm())
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -134,7 +134,7 @@ def _train(recipe: Any, config: Any, rows: int, length: int, ready: Any = lambda
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    from sevpeft.modeling.loading import keep_4bit_weights_as_they_are
+    from sevpeft.modeling.compat import disable_cpu_avx512_repack
     from sevpeft.training.compat import CPU_VOCABULARY_TILE
 
     model = AutoModelForCausalLM.from_config(config)
@@ -146,7 +146,7 @@ def _train(recipe: Any, config: Any, rows: int, length: int, ready: Any = lambda
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
             )
             model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit)
-        keep_4bit_weights_as_they_are(model)
+        disable_cpu_avx512_repack(model)
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()  # out of the mapped file, which would count as a whole

@@ -62,7 +62,7 @@ def test_json_holds_the_figures_alone(
         (["run", "merged", "--max-shard-size", "0GB"], 2, "is no size"),
         (["run", "merged", "--max-shard-size", "²GB"], 2, "is no size"),
         (["run", "merged", "--max-shard-size", "5KBMB"], 2, "is no size"),
-        (["run", "run"], 1, "run exists and is not empty"),
+        (["run", "run"], 1, "run exists already"),
         (["run", "/proc/merged"], 1, "/proc/merged cannot be written"),
     ],
 )

@@ -22,7 +22,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from trl import SFTTrainer
 
 from sevpeft.modeling.adapters import lora_config
-from sevpeft.modeling.loading import Precision, keep_4bit_weights_as_they_are, quantization_config
+from sevpeft.modeling.compat import disable_cpu_avx512_repack
+from sevpeft.modeling.loading import Precision, quantization_config
 from sevpeft.modeling.memory import GIB
 from sevpeft.recipe import Recipe
 from sevpeft.training.resolve import memory_plan, sft_config
@@ -60,7 +61,7 @@ def random_base(recipe: Recipe, precision: Precision, device: str) -> PreTrained
     model.is_loaded_in_4bit = recipe.quantization.load_in_4bit
     model.is_loaded_in_8bit = recipe.quantization.load_in_8bit
     model.config.use_cache = False
-    keep_4bit_weights_as_they_are(model)
+    disable_cpu_avx512_repack(model)
     return model
 
 

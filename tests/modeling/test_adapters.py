@@ -55,12 +55,13 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("architecture", LINEAR)
-def test_all_linear_takes_every_matrix_but_the_head(architecture: str) -> None:
-    model = build_model(architecture)
-    adapter = get_peft_model(model, lora_config(recipe_with(r=2), model))
-    found = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in adapter.named_parameters() if "lora_A" in name}
-    assert found == LINEAR[architecture]
+def test_all_linear_takes_every_matrix_but_the_head() -> None:
+    found = {}
+    for architecture in LINEAR:
+        model = build_model(architecture)
+        names = [name for name, _ in get_peft_model(model, lora_config(recipe_with(r=2), model)).named_parameters()]
+        found[architecture] = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in names if "lora_A" in name}
+    assert found == LINEAR
 
 
 def test_what_peft_cannot_adapt_of_a_mamba_is_named_with_the_way_around_it() -> None:
@@ -85,19 +86,23 @@ def test_asking_changes_neither_the_model_nor_the_random_numbers() -> None:
     assert settings == json.dumps(model.config.to_dict(), default=str)
 
 
-def test_a_target_that_does_not_exist_is_named_beside_those_that_do() -> None:
-    text = refusal(build_model("gpt2"), target_modules=["c_attn", "q_proj", "v_proj"])
-    assert text.startswith("lora.target_modules names q_proj, v_proj, which gpt2 does not have; it has c_attn, c_fc")
-    assert "all-linear" in text
-    assert "names k" in refusal(build_model("llama"), target_modules=["k", "v_proj"])  # not a part of k_proj
-
-
-def test_a_pattern_that_matches_nothing_is_refused_beside_what_exists() -> None:
-    for setting in ("target_modules", "modules_to_save"):
-        text = refusal(build_model("llama"), **{setting: r".*\.q_prj" if setting == "target_modules" else ["q_prj"]})
-        assert (
-            text.startswith(f"lora.{setting} names ") and "q_prj, which llama does not have; it has down_proj" in text
-        )
+def test_names_that_match_nothing_are_refused_beside_those_there_are() -> None:
+    for setting, wanted, absent in (
+        ("target_modules", ["q_proj", "c_attn", "k"], "c_attn, k"),  # k is no part of k_proj
+        ("target_modules", r".*\.q_prj", r".*\.q_prj"),
+        ("modules_to_save", ["wte", "embed_tokens"], "wte"),
+        ("exclude_modules", ["down_proj", "dwn_proj"], "dwn_proj"),
+        ("exclude_modules", ".*experts.*", ".*experts.*"),
+        ("rank_pattern", {"q_proj": 2, "query": 4}, "query"),
+        ("alpha_pattern", {"layers.7.mlp.up_proj": 4}, "layers.7.mlp.up_proj"),
+        ("target_parameters", ["mlp.experts.down_proj"], "mlp.experts.down_proj"),
+    ):
+        more = {"lora_dropout": 0.0} if setting == "target_parameters" else {}
+        text = refusal(build_model("llama"), **{setting: wanted}, **more)
+        assert text.startswith(f"lora.{setting} names {absent}, ") and "down_proj" in text.split("it has")[1], text
+    for layers in ([1, 9], 2):
+        text = refusal(build_model("llama"), target_modules=["q_proj"], layers_to_transform=layers)
+        assert text.startswith("lora.layers_to_transform names ") and "0 to 1" in text
 
 
 def test_targets_may_be_full_names_and_regular_expressions() -> None:
@@ -107,19 +112,6 @@ def test_targets_may_be_full_names_and_regular_expressions() -> None:
         assert sum("lora_A" in name for name, _ in adapter.named_parameters()) == count
 
 
-def test_modules_to_save_that_do_not_exist_are_named() -> None:
-    assert "lora.modules_to_save names wte, which llama does not have" in refusal(
-        build_model("llama"), modules_to_save=["wte", "embed_tokens"]
-    )
-    assert lora_config(recipe_with(modules_to_save=["embed_tokens"]), build_model("llama")).modules_to_save
-
-
-@pytest.mark.parametrize("start", ["corda", "lora_ga"])
-def test_a_start_that_would_silently_be_plain_lora_is_refused(start: str) -> None:
-    text = refusal(build_model("llama"), init_lora_weights=start)
-    assert f"lora.init_lora_weights={start} needs a pass over the data" in text and "use eva" in text
-
-
 def test_trained_tokens_of_a_head_that_is_the_embedding_are_refused() -> None:
     assert "does not work with gpt2, whose embedding is its head too" in refusal(
         build_model("gpt2"), trainable_token_indices=[2, 3]
@@ -127,84 +119,45 @@ def test_trained_tokens_of_a_head_that_is_the_embedding_are_refused() -> None:
     lora_config(recipe_with(trainable_token_indices=[2, 3]), build_model("llama"))
 
 
-def test_olora_is_refused_where_the_first_step_would_fail() -> None:
-    assert "does not work with gpt2" in refusal(build_model("gpt2"), init_lora_weights="olora")
-    for architecture in ("bloom", "llama"):
-        lora_config(recipe_with(init_lora_weights="olora"), build_model(architecture))
-
-
-@pytest.mark.parametrize(
-    ("lora", "words"),
-    [
+def test_what_peft_refuses_is_one_sentence() -> None:
+    for lora, words in (
         ({"use_dora": True, "lora_bias": True}, "DoRA"),
         ({"target_modules": []}, "No `target_modules` passed"),
         ({"target_modules": ["self_attn"]}, "is not supported"),
         ({"exclude_modules": ".*"}, "All modules were excluded"),
         ({"rank_pattern": {"(": 2}}, "missing ), unterminated subpattern"),
         ({"init_lora_weights": "eva", "eva_config": {"rhoo": 1.0}}, "rhoo"),
-        ({"init_lora_weights": "eva", "eva_config": {"rho": 0.5}}, "`rho` must be >= 1.0"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "even"),
-    ],
-)
-def test_what_peft_refuses_is_one_sentence(lora: dict[str, Any], words: str) -> None:
-    text = refusal(build_model("llama"), **lora)
-    assert text.startswith("PEFT refuses the lora section for llama: ") and words in text
+    ):
+        text = refusal(build_model("llama"), **lora)
+        assert text.startswith("PEFT refuses the lora section for llama: ") and words in text
 
 
-@pytest.mark.parametrize(
-    ("lora", "said"),
-    [
-        (
-            {"exclude_modules": ["down_proj", "dwn_proj"]},
-            "exclude_modules names dwn_proj, which llama does not have; it",
-        ),
-        ({"exclude_modules": ".*experts.*"}, "exclude_modules names .*experts.*, which llama does not have; it has"),
-        ({"rank_pattern": {"q_proj": 2, "query": 4}}, "rank_pattern names query, which llama does not have; it has"),
-        ({"alpha_pattern": {"layers.7.mlp.up_proj": 4}}, "alpha_pattern names layers.7.mlp.up_proj, which llama"),
-        (
-            {"target_parameters": ["mlp.experts.down_proj"], "lora_dropout": 0.0},
-            "target_parameters names mlp.experts.down_proj, which llama does not have; it has down_proj.weight,",
-        ),
-        (
-            {"target_modules": ["q_proj"], "layers_to_transform": [1, 9]},
-            "layers_to_transform names 9, and llama has the layers 0 to 1; name some of them.",
-        ),
-        ({"target_modules": ["q_proj"], "layers_to_transform": 2}, "layers_to_transform names 2, and llama has"),
-    ],
-)
-def test_a_name_that_matches_nothing_is_told_beside_those_there_are(lora: dict[str, Any], said: str) -> None:
-    text = refusal(build_model("llama"), **lora)
-    assert text.startswith(f"lora.{said}")
-    assert "q_proj" in text or "name some of them" in text
-
-
-@pytest.mark.parametrize(
-    "lora",
-    [
+def test_variants_that_work_are_not_refused() -> None:
+    variants: list[dict[str, Any]] = [
         {"exclude_modules": ["layers.0.self_attn.q_proj", "mlp"]},
         {
             "exclude_modules": r".*layers\.1\..*",
-            "rank_pattern": {r"layers\.0\..*": 2, "^model.layers.1.mlp.up_proj": 3},
+            "rank_pattern": {r"layers\.0\..*": 2, "^model.layers.0.mlp.up_proj": 3},
         },
         {"target_parameters": ["mlp.up_proj.weight"], "lora_dropout": 0.0, "target_modules": ["q_proj"]},
         {"init_lora_weights": "eva", "eva_config": {"rho": 1.5}},
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"},
         {"init_lora_weights": "orthogonal"},
         {"init_lora_weights": "gaussian", "use_rslora": True},
         {"use_dora": True},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
         {"trainable_token_indices": [5]},
+        {"modules_to_save": ["embed_tokens"]},
         {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-    ],
-)
-def test_variants_that_work_are_not_refused(lora: dict[str, Any]) -> None:
-    model = build_model("llama")
-    get_peft_model(model, lora_config(recipe_with(**lora), model))
+    ]
+    for lora in variants:
+        model = build_model("llama")
+        trainable, _ = trainable_parameters(get_peft_model(model, lora_config(recipe_with(**lora), model)))
+        assert trainable > 0, lora
 
 
 @pytest.mark.parametrize("quantization", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}])
-def test_a_quantised_weight_counts_as_the_numbers_it_stands_for(
+def test_a_quantized_weight_counts_as_the_numbers_it_stands_for(
     model_folder: Callable[..., Path], quantization: dict[str, bool]
 ) -> None:
     recipe = recipe_from_values(
@@ -232,10 +185,6 @@ def test_target_modules_are_written_in_one_order(tmp_path: Path) -> None:
     assert len(set(written)) == 1
     assert json.loads(written[0]) == {"target_modules": sorted(names), "r": 4, "قلب": "نعم"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter_config.json"]
-
-
-def test_a_regular_expression_stays_one(tmp_path: Path) -> None:
-    path = tmp_path / "adapter_config.json"
     path.write_text('{"target_modules": ".*_proj"}')
     sort_target_modules(tmp_path)
     assert json.loads(path.read_text()) == {"target_modules": ".*_proj"}

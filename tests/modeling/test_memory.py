@@ -15,9 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.modeling.adapters import lora_config, trainable_parameters
-from sevpeft.modeling.memory import MemoryPlan, state_bytes
-from sevpeft.modeling.skeleton import base_config, extension, weightless
-from sevpeft.modeling.step_memory import LiveBytes, Rehearsal, Step
+from sevpeft.modeling.memory import DryRun, MemoryPlan, Setting, base_config, extension, state_bytes
 from sevpeft.recipe import Recipe, recipe_from_values
 from tests.benchmarks.memory import measure_here
 from tests.conftest import build_model
@@ -32,6 +30,7 @@ LLAMA = dict(
     num_key_value_heads=2,
     vocab_size=1000,
 )
+CONV_LAST = ["conv", "conv", "full_attention", "conv", "full_attention", "conv"]
 
 
 def recipe_of(**sections: dict[str, Any]) -> Recipe:
@@ -43,22 +42,36 @@ def plan_of(recipe: Recipe, on_gpu: bool = True, **numbers: Any) -> MemoryPlan:
     return MemoryPlan(recipe, AutoConfig.for_model(**{**LLAMA, **numbers}), on_gpu=on_gpu, vocabulary_tile=512)
 
 
-@pytest.mark.parametrize("double", [True, False])
-def test_packed_weights_take_what_bitsandbytes_keeps(double: bool, model_folder: Callable[..., Path]) -> None:
-    quantised = {"load_in_4bit": True, "bnb_4bit_use_double_quant": double}
+def run_whole(plan: MemoryPlan, setting: Setting) -> torch.Tensor:
+    """Trace of a step through all layers."""
+    layers = tuple(range(plan.config.num_hidden_layers))
+    return DryRun(plan.recipe, plan.config, plan.dtype, layers, autocast=True).trace(setting)
+
+
+def _measure(folder: Path) -> None:
+    (folder / "found").write_text(json.dumps(measure_here("llama-small")), encoding="utf-8")
+
+
+def test_real_steps_take_what_was_planned(tmp_path: Path) -> None:
+    assert exit_codes(start(_measure, tmp_path, str(tmp_path))) == [0]
+    found = json.loads((tmp_path / "found").read_text(encoding="utf-8"))
+    assert found["planned"] == pytest.approx(found["real"], rel=0.15)
+
+
+def test_quantized_weights_take_what_bitsandbytes_keeps(model_folder: Callable[..., Path]) -> None:
     folder = model_folder("llama")
-    real = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=BitsAndBytesConfig(**quantised, bnb_4bit_quant_type="nf4")
-    )
-    states = [module.weight for module in real.modules() if type(module).__name__ == "Linear4bit"]
-    held = 0
-    for weight in states:
-        state = weight.quant_state
-        held += weight.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
-    recipe = recipe_of(model={"name_or_path": str(folder)}, quantization=quantised)
-    budget = MemoryPlan(recipe, base_config(recipe).config, on_gpu=True, vocabulary_tile=512).budget()
-    # Small matrices end in a block that is not full.
-    assert budget.items["base model, packed"] == pytest.approx(held, rel=0.02)
+    for double in (True, False):
+        quantization = {"load_in_4bit": True, "bnb_4bit_use_double_quant": double}
+        config = BitsAndBytesConfig(**quantization, bnb_4bit_quant_type="nf4")
+        real = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        weights = [module.weight for module in real.modules() if type(module).__name__ == "Linear4bit"]
+        held = sum(weight.nbytes + weight.quant_state.absmax.nbytes for weight in weights)
+        held += sum(weight.quant_state.state2.absmax.nbytes for weight in weights) if double else 0
+        recipe = recipe_of(model={"name_or_path": str(folder)}, quantization=quantization)
+        plan = MemoryPlan(recipe, base_config(recipe).config, on_gpu=True, vocabulary_tile=512)
+        assert plan.parameters.quantized == 2 * sum(weight.nbytes for weight in weights)
+        # Small matrices end in a block that is not full.
+        assert plan.budget().items["base model, quantized"] == pytest.approx(held, rel=0.02)
 
 
 def test_the_adapter_is_counted_as_peft_makes_it(model_folder: Callable[..., Path]) -> None:
@@ -73,74 +86,45 @@ def test_the_adapter_is_counted_as_peft_makes_it(model_folder: Callable[..., Pat
     assert items["optimizer state"] == 8 * trainable
 
 
-def _measure(folder: Path) -> None:
-    (folder / "found").write_text(json.dumps(measure_here("llama-small")), encoding="utf-8")
+def test_tied_embeddings_are_counted_once() -> None:
+    one, two = (plan_of(recipe_of(), tie_word_embeddings=tied).parameters for tied in (True, False))
+    assert two.base - one.base == one.embedding == one.head and one.blocks == two.blocks
 
 
-def test_real_steps_take_what_was_planned(tmp_path: Path) -> None:
-    assert exit_codes(start(_measure, tmp_path, str(tmp_path))) == [0]
-    found = json.loads((tmp_path / "found").read_text(encoding="utf-8"))
-    assert found["planned"] == pytest.approx(found["real"], rel=0.15)
-
-
-CONV_LAST = ["conv", "conv", "full_attention", "conv", "full_attention", "conv"]
-
-
-def test_dora_unpacks_every_matrix_in_every_pass() -> None:
-    """Which stay for the gradient, unless layers are checkpointed: 4 bit then saves next to nothing."""
-
+def test_dora_holds_every_dequantized_matrix_unless_layers_are_checkpointed() -> None:
     def activations(checkpointing: bool, dora: bool, bits: int) -> int:
         sections = {"quantization": {"load_in_4bit": bits == 4}, "lora": {"use_dora": dora, "lora_dropout": 0.1}}
         training = {"gradient_checkpointing": checkpointing, "max_length": 16, "per_device_train_batch_size": 1}
-        plan = plan_of(recipe_of(**sections, training=training), intermediate_size=2048)
-        items = plan.budget().items
-        assert items["adapter"] == 4 * plan.parameters.trainable
-        return items["activations"]
+        return plan_of(recipe_of(**sections, training=training), intermediate_size=2048).budget().items["activations"]
 
     matrices = 6 * 2 * (3 * 128 * 2048 + 2 * 128 * 128 + 2 * 128 * 64)
     plain, dora = activations(False, False, 4), activations(False, True, 4)
     assert dora - plain > matrices
     assert activations(True, True, 4) < dora - matrices / 2
-    assert activations(False, True, 16) > plain
+    assert activations(False, True, 16) > activations(False, False, 16)
 
 
-def test_a_model_that_asks_for_its_numbers_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden * int(hidden.abs().sum() > 0)
+def test_extended_from_few_layers_it_is_what_all_layers_need() -> None:
+    lfm2 = {"model_type": "lfm2", "block_auto_adjust_ff_dim": False}
+    for checkpointing, numbers in (
+        (True, {}),
+        (False, {**lfm2, "layer_types": CONV_LAST}),
+        (True, {**lfm2, "layer_types": CONV_LAST[::-1]}),
+    ):
+        plan = plan_of(recipe_of(training={"gradient_checkpointing": checkpointing}), **numbers)
+        trace = run_whole(plan, plan.setting)
+        assert plan._peak(plan.setting) == max(trace.max(), trace[-1] + plan._head_bytes(plan.setting)[1])
+        assert max(map(len, plan._dry_runs)) < plan.config.num_hidden_layers, "it was extended, not run whole"
 
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
-    with pytest.raises(UnknownModelError, match=r"A step of llama cannot be run without its numbers \(.*\)\."):
-        plan_of(recipe_of()).budget()
 
-
-@pytest.mark.parametrize(
-    "lora",
-    [
+def test_what_differs_from_layer_to_layer_is_run_whole() -> None:
+    for lora in (
         {"target_modules": ["q_proj"], "layers_to_transform": [3]},
         {"target_modules": r".*layers\.[1-3]\..*_proj"},
         {"rank_pattern": {"layers.2.mlp.up_proj": 128}},
-        {"target_modules": ["q_proj"], "layers_to_transform": [*range(6)]},
-    ],
-)
-def test_an_adapter_on_some_layers_is_planned_on_all(lora: dict[str, Any]) -> None:
-    plan = plan_of(recipe_of(training={"gradient_checkpointing": False}, lora=lora))
-    whole = weightless(plan.recipe, plan.config, plan.dtype)
-    every = Rehearsal(whole, autocast=torch.bfloat16, on_gpu=True, vocabulary_tile=512).course(Step(2, 64, False))
-    items = plan.budget().items
-    assert items["activations"] + items["logits tile"] == every.peak
-
-
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("kinds", [None, CONV_LAST, CONV_LAST[::-1]])
-def test_extended_from_few_layers_it_is_what_all_layers_need(checkpointing: bool, kinds: list[str] | None) -> None:
-    numbers = {} if kinds is None else {"model_type": "lfm2", "layer_types": kinds, "block_auto_adjust_ff_dim": False}
-    plan = plan_of(recipe_of(training={"gradient_checkpointing": checkpointing}), **numbers)
-    step = Step(2, 64, checkpointing)
-    whole = weightless(plan.recipe, plan.config, plan.dtype)
-    every = Rehearsal(whole, autocast=torch.bfloat16, on_gpu=True, vocabulary_tile=512).course(step)
-    items = plan.budget().items
-    assert items["activations"] + items["logits tile"] == every.peak
-    assert max(map(len, plan._rehearsals)) < plan.config.num_hidden_layers, "it was extended, not run whole"
+    ):
+        plan = plan_of(recipe_of(training={"gradient_checkpointing": False}, lora=lora))
+        assert plan.parameters.trainable > 0 and {len(layers) for layers in plan._dry_runs} == {6}, lora
 
 
 def test_checkpointing_shorter_rows_and_fewer_of_them_need_less() -> None:
@@ -152,7 +136,7 @@ def test_checkpointing_shorter_rows_and_fewer_of_them_need_less() -> None:
     assert total(checkpointing=True) < total()
     assert total(batch=1) < total() < total(batch=3)
     assert total(length=32) < total() < total(length=65)
-    assert total(eval_batch=500) > total()
+    assert plan.total_of_validation(500) > total()
 
 
 def test_keeping_more_for_the_backward_pass_needs_more() -> None:
@@ -165,15 +149,6 @@ def test_keeping_more_for_the_backward_pass_needs_more() -> None:
     assert attention - all_layers == pytest.approx(6 * 2 * 64 * 128 * 2, rel=0.2)
     half = activations(gradient_checkpointing_kwargs={"every_n_layers": 2})
     assert 0.4 * none < half < 0.6 * none + all_layers
-
-
-def test_every_second_layer_is_extended_as_it_would_be_run_whole() -> None:
-    plan = plan_of(recipe_of(training={"gradient_checkpointing_kwargs": {"every_n_layers": 2}}))
-    whole = Rehearsal(
-        weightless(plan.recipe, plan.config, plan.dtype), autocast=torch.bfloat16, on_gpu=True, vocabulary_tile=512
-    )
-    items = plan.budget().items
-    assert items["activations"] + items["logits tile"] == whole.course(Step(2, 64, True, every_n_layers=2)).peak
 
 
 def test_another_recipe_for_the_same_model_is_planned_as_it_would_be_alone() -> None:
@@ -196,7 +171,7 @@ def test_eager_attention_is_seen_to_grow_with_the_square_of_the_length() -> None
     assert at(eager, 1024) / at(eager, 512) > 3
 
 
-several = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     ("architecture", "checkpointing", "targets"),
     [
         ("llama", True, "all-linear"),
@@ -205,50 +180,33 @@ several = pytest.mark.parametrize(
         ("falcon_h1", False, ["q_proj", "in_proj"]),
     ],
 )
-
-
-@several
-def test_the_largest_batch_fits_and_one_row_more_does_not(architecture: str, checkpointing: bool, targets: Any) -> None:
-    """On both sides of 65 rows, with which the LM head's tile has its full height, told from two others each."""
-    training = {"gradient_checkpointing": checkpointing, "eval_strategy": "steps", "per_device_eval_batch_size": 1}
+def test_batches_between_two_need_what_lies_between(architecture: str, checkpointing: bool, targets: Any) -> None:
+    training = {"gradient_checkpointing": checkpointing}
     recipe = recipe_of(training=training, lora={"target_modules": targets})
     plan = MemoryPlan(recipe, build_model(architecture).config, on_gpu=True, vocabulary_tile=512)
-
-    def total(rows: int) -> int:
-        return plan.budget(replace(plan.setting, batch=rows, eval_batch=rows)).total
-
-    assert plan.largest_batch(total(1) - 1) == 0
-    for rows in (40, 700):
-        # Half-way, because the allocator's blocks of 512 bytes make small allocations grow in steps.
-        assert plan.largest_batch((total(rows) + total(rows + 1)) // 2) == rows
+    assert plan.largest_batch(plan.total_of_batch(1) - 1) == 0
     assert plan.largest_batch(10**15) == 1024
+    for rows in (40, 700):
+        run = plan._dry_run(plan._few_layers).trace(replace(plan.setting, batch=rows))
+        between = plan._trace(plan._few_layers, replace(plan.setting, batch=rows))
+        assert float(between.max()) == pytest.approx(float(run.max()), rel=0.01)
+        # Half-way, because the allocator's blocks of 512 bytes make small allocations grow in steps.
+        assert plan.largest_batch((plan.total_of_batch(rows) + plan.total_of_batch(rows + 1)) // 2) == rows
+        validation = Setting(rows, 64, False, training=False)
+        assert plan._peak(validation) <= plan._peak(replace(plan.setting, batch=rows))
 
 
-@several
-def test_validation_of_as_many_rows_never_needs_more_than_training(
-    architecture: str, checkpointing: bool, targets: Any
-) -> None:
-    recipe = recipe_of(lora={"target_modules": targets})
-    model = weightless(recipe, build_model(architecture).config, torch.bfloat16)
-    rehearsal = Rehearsal(model, autocast=torch.bfloat16, on_gpu=True, vocabulary_tile=512)
-    for rows in (1, 80):
-        validation = rehearsal.course(Step(rows, 64, False, training=False))
-        assert validation.peak <= rehearsal.course(Step(rows, 64, checkpointing)).peak
-
-
-def test_a_cpu_plan_has_no_cuda_and_counts_four_bytes() -> None:
+def test_a_cpu_plan_has_no_cuda_and_counts_four_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     gpu, cpu = plan_of(recipe_of()).budget().items, plan_of(recipe_of(), on_gpu=False).budget().items
     assert "CUDA context, fragmentation" in gpu and "CUDA context, fragmentation" not in cpu
     assert cpu["base model, 32 bit"] == 2 * gpu["base model, 16 bit"]
     assert cpu["logits tile"] == 2 * 63 * 512 * 4
 
 
-@pytest.mark.parametrize(
-    ("optim", "each"),
-    [("adamw_torch", 8), ("adamw_torch_fused", 8), ("paged_adamw_8bit", 2.03), ("sgd", 0), ("paged_lion_8bit", 1.02)],
-)
-def test_optimizers_keep_what_they_are_known_to_keep(optim: str, each: float) -> None:
-    assert state_bytes(optim) == each
+def test_optimizers_keep_what_they_are_known_to_keep() -> None:
+    expected = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_8bit": 2.03, "sgd": 0, "paged_lion_8bit": 1.02}
+    assert {optim: state_bytes(optim) for optim in expected} == expected
 
 
 def test_all_layers_are_told_from_one_of_each_kind() -> None:
@@ -256,40 +214,26 @@ def test_all_layers_are_told_from_one_of_each_kind() -> None:
         return AutoConfig.for_model(**{**LLAMA, "model_type": "lfm2", "layer_types": list(names)})
 
     conv, attention = "conv", "full_attention"
-    assert extension(AutoConfig.for_model(**LLAMA)) == ([4, 5], [([0], 4)])
-    assert extension(kinds(conv, conv, attention, conv, attention, conv)) == ([4, 5], [([0], 3), ([2], 1)])
-    assert extension(kinds(conv, conv, attention, conv, conv, conv)) == ([2, 3, 4, 5], [([0], 2)])
-    # Where every second is checkpointed, they keep their places.
-    assert extension(kinds(*[conv, attention] * 3), 2) == ([0, 1], [([0, 1], 2)])
-    assert extension(kinds(*[conv, attention, attention] * 2), 2) == ([*range(6)], [])
-    config = kinds(conv, conv, attention, conv, attention, conv)
-    model = weightless(recipe_of(), config, torch.float32, layers=[1, 2])
-    assert model.config.layer_types == [conv, attention] and len(config.layer_types) == 6
+    assert extension(AutoConfig.for_model(**LLAMA), alike=True) == ((5,), [((0,), 5)])
+    mixed = kinds(conv, conv, attention, conv, attention, conv)
+    assert extension(mixed, alike=True) == ((4, 5), [((0,), 3), ((2,), 1)])
+    assert extension(kinds(conv, conv, attention, conv, conv, conv), alike=True) == ((2, 3, 4, 5), [((0,), 2)])
+    assert extension(mixed, alike=False) == (tuple(range(6)), [])
 
 
-def test_storages_count_while_they_live() -> None:
-    held = torch.zeros(1024)
-    with LiveBytes([held]) as counted:
-        one = torch.ones(1024)  # 4,096 bytes
-        two = one + held
-        del one
-        view = two[:10]
-        del two
-        assert counted.now == 4096, "a view keeps the whole storage"
-        del view
-        assert (counted.now, max(counted.course)) == (0, 8192)
-        small = torch.ones(1)
-        assert counted.now == 512, "the allocator's smallest block"
-        del small
-
-
-@pytest.mark.parametrize("numbers", [{"model_type": "nobody_knows_this"}, {**LLAMA, "hidden_size": "wide"}])
-def test_numbers_that_describe_no_model_are_refused_in_a_sentence(numbers: dict[str, Any]) -> None:
-    recipe = recipe_of(model={"name_or_path": "nobody/has-this"}, about={"config": numbers})
-    with pytest.raises(ModelError, match=r"about\.config of the recipe describes no model"):
-        base_config(recipe)
-
-
-def test_without_numbers_the_reason_is_that_the_model_is_not_there() -> None:
+def test_what_no_plan_can_be_made_of_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for numbers in ({"model_type": "nobody_knows_this"}, {**LLAMA, "hidden_size": "wide"}):
+        recipe = recipe_of(model={"name_or_path": "nobody/has-this"}, about={"config": numbers})
+        with pytest.raises(UnknownModelError, match=r"about\.config"):
+            base_config(recipe)
     with pytest.raises(ModelError, match="nobody/has-this"):
         base_config(recipe_of(model={"name_or_path": "nobody/has-this"}))
+    with pytest.raises(UnknownModelError, match=r"training\.max_length"):
+        plan_of(recipe_of(training={"max_length": None}))
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * int(hidden.abs().sum() > 0)
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
+    with pytest.raises(UnknownModelError, match="llama"):
+        plan_of(recipe_of()).budget()

@@ -1,17 +1,24 @@
-"""A model is asked whether it keeps packed documents apart; one that does not is refused with its own reason."""
+"""A model that mixes packed documents is refused with its own reason; in others each document is computed alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sevpeft.errors import ModelError
+from sevpeft.modeling import packing
 from sevpeft.modeling.loading import Precision, load_model
-from sevpeft.modeling.packing import check_packing, documents_stay_apart
+from sevpeft.modeling.packing import attend_within_documents, check_packing, documents_stay_apart
 from sevpeft.recipe import recipe_from_values
 from tests.conftest import build_model
 
@@ -65,90 +72,67 @@ def test_eager_attention_keeps_documents_apart_too() -> None:
         check_packing(model, "training.packing")
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
-def test_rounding_that_depends_on_the_shape_is_no_contamination(dtype: torch.dtype) -> None:
-    """As in a large model in bfloat16, where two harmless shapes differ by more than a nat.
+def judged(model: PreTrainedModel, hook: Callable[[PreTrainedModel], None]) -> list[bool]:
+    """Whether documents stay apart in each precision, once something was hooked into the model."""
+    hook(model)
+    return [documents_stay_apart(model.to(dtype))[0] for dtype in PRECISIONS]
 
-    The noise is made from the number of tokens and the place of each in the row, so it is the same in one shape.
+
+def test_rounding_that_depends_on_shape_or_content_is_no_contamination() -> None:
+    """As in a large model in bfloat16, where two harmless shapes differ by more than a nat, and of experts.
+
+    The first noise is made from the number of tokens and the place of each in the row, so it is the same in one shape.
+    The second is that of experts: the number of tokens that one gets changes the rounding, also of a document that
+    comes first.
     """
-    model = model_with("llama").to(dtype)
 
-    def round_by_shape(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+    def by_shape(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(output.shape[1])
         return output + torch.randn(output.shape, generator=generator).to(output.dtype)
 
-    model.lm_head.register_forward_hook(round_by_shape)
-    assert documents_stay_apart(model) == (True, "")
-
-
-@pytest.mark.parametrize("dtype", PRECISIONS)
-def test_experts_that_multiply_both_documents_at_once_are_no_contamination(dtype: torch.dtype) -> None:
-    """The number of tokens that an expert gets changes the rounding, also of a document that comes first."""
-    model = model_with("llama").to(dtype)
-
-    def round_by_content(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+    def by_content(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(int(output.float().sum().abs() * 1e6))
         return output + 0.01 * torch.randn(output.shape, generator=generator).to(output.dtype)
 
-    model.lm_head.register_forward_hook(round_by_content)
-    assert documents_stay_apart(model) == (True, "")
+    for noise in (by_shape, by_content):
+        assert judged(model_with("llama"), lambda m, n=noise: m.lm_head.register_forward_hook(n)) == [True] * 3
 
 
-@pytest.mark.parametrize("setting", ["training.packing", "training.padding_free"])
-def test_a_model_that_mixes_documents_is_refused_with_the_size_of_the_harm(setting: str) -> None:
-    model = model_with("bloom", "eager")
-    apart, reason = documents_stay_apart(model)
-    assert not apart and "nats with the one packed before it" in reason
-    with pytest.raises(ModelError) as caught:
-        check_packing(model, setting)
-    assert str(caught.value) == (
-        f"{setting}=true is refused for bloom with eager attention: {reason}. "
-        "Leave it out; rows are then padded to the longest of their batch."
-    )
-
-
-def test_a_model_that_raises_is_refused_with_what_it_said() -> None:
-    with pytest.raises(
-        ModelError, match=r"refused for lfm2 .* does not accept packed rows \(.*causal_conv1d"
-    ) as caught:
-        check_packing(model_with("lfm2"), "training.packing")
-    assert "\n" not in str(caught.value) and "nats" not in str(caught.value)
-
-
-@pytest.mark.parametrize("dtype", PRECISIONS)
-def test_a_document_that_sees_only_the_last_token_before_it_is_found_out(dtype: torch.dtype) -> None:
-    """A convolution of width two, as it would be if it went through without its kernel."""
-    model = model_with("llama").to(dtype)
+def test_a_leak_of_one_token_and_other_positions_are_found_out() -> None:
+    """A convolution of width two without its kernel; and a second document that is not read as it would be alone."""
 
     def leak(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         return output + 0.1 * torch.nn.functional.pad(output[:, :-1], (0, 0, 1, 0))
 
-    model.get_input_embeddings().register_forward_hook(leak)
-    assert not documents_stay_apart(model)[0]
-
-
-@pytest.mark.parametrize("dtype", PRECISIONS)
-def test_a_document_that_is_scored_at_other_positions_is_found_out(dtype: torch.dtype) -> None:
-    """Nothing leaks, but the second document of a row is not read as it would be alone."""
-    model = model_with("gpt2").to(dtype)
-
     def count_on(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         return (torch.arange(inputs[0].shape[-1])[None],)
 
-    model.transformer.wpe.register_forward_pre_hook(count_on)
-    assert not documents_stay_apart(model)[0]
+    assert not any(judged(model_with("llama"), lambda m: m.get_input_embeddings().register_forward_hook(leak)))
+    assert not any(judged(model_with("gpt2"), lambda m: m.transformer.wpe.register_forward_pre_hook(count_on)))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("architecture", ["llama", "bloom", "lfm2"])
-def test_asking_leaves_the_model_as_it_was(architecture: str, training: bool) -> None:
-    model = model_with(architecture).train(training)
+def test_a_model_that_mixes_documents_is_refused_with_the_size_of_the_harm() -> None:
+    model = model_with("bloom", "eager")
+    apart, reason = documents_stay_apart(model)
+    assert not apart and "nats" in reason
+    for setting in ("training.packing", "training.padding_free"):
+        with pytest.raises(ModelError) as caught:
+            check_packing(model, setting)
+        text = str(caught.value)
+        assert text.startswith(f"{setting}=true") and "bloom with eager" in text and reason in text
+    with pytest.raises(ModelError, match=r"lfm2 .*causal_conv1d"):
+        check_packing(model_with("lfm2"), "training.packing")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_asking_leaves_the_model_as_it_was(architecture: str) -> None:
+    model = model_with(architecture).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state, recording = torch.get_rng_state(), []
     model.register_forward_pre_hook(lambda *_: recording.append(torch.is_grad_enabled()))
     documents_stay_apart(model)
     assert recording and not any(recording)
-    assert model.training is training and all(m.training is training for m in model.modules())
+    assert all(module.training for module in model.modules())
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -180,3 +164,80 @@ def test_a_quantised_model_answers_and_its_gradients_stay_right(model_folder: Ca
     asked, fresh = gradient(ask_first=True), gradient(ask_first=False)
     assert float(fresh.abs().max()) > 0
     assert torch.equal(asked, fresh)
+
+
+# Attention within documents gives what attention over all masked pairs gives, and computes fewer pairs.
+
+DOCUMENTS = [list(range(10, 10 + length)) for length in (7, 1, 30, 12)]
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, bool]]]:
+    """Tokens and whether there was a mask, of each call of PyTorch's attention."""
+    seen: list[tuple[int, bool]] = []
+
+    def counted(module: Any, query: torch.Tensor, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        seen.append((query.shape[2], mask is not None))
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(packing, "sdpa_attention_forward", counted)
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    attend_within_documents()
+    yield seen
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", before)
+
+
+def logits(model: Any, documents: list[list[int]], **options: Any) -> torch.Tensor:
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, **options)([{"input_ids": ids} for ids in documents])
+    return model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "mistral"])
+def test_each_document_of_a_row_is_computed_alone(architecture: str, shapes: list[tuple[int, bool]]) -> None:
+    """The windows of gemma3 and mistral are shorter than a document there, so that a part of the mask is needed."""
+    model = build_model(architecture).eval()
+    model.set_attn_implementation("sdpa")
+    packed = logits(model, DOCUMENTS, padding_free=True)
+    assert {length for length, _ in shapes} == {len(ids) for ids in DOCUMENTS}
+    alone = torch.cat([logits(model, [ids]) for ids in DOCUMENTS], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    packed.sum().backward()
+    assert all(torch.isfinite(one.grad).all() for one in model.parameters() if one.grad is not None)
+
+
+def test_other_masks_go_to_pytorch_as_they_are(shapes: list[tuple[int, bool]]) -> None:
+    torch.manual_seed(0)
+    states = [torch.randn(1, 2, 6, 4) for _ in range(3)]
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    halves = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool()
+    seeing_back = halves & causal
+    seeing_back[5, 0] = True  # of the second document into the first
+    expected = {
+        "causal": (causal, [(6, True)]),
+        "documents": (halves & causal, [(3, False), (3, False)]),
+        "both ways": (halves, [(3, True), (3, True)]),
+        "seeing back": (seeing_back, [(6, True)]),
+        "added": ((halves & causal).float().log(), [(6, True)]),
+        "none": (None, [(6, False)]),
+        "two rows": (torch.stack([halves & causal] * 2)[:, None], [(6, True)]),
+    }
+    module = SimpleNamespace(is_causal=True)
+    found = {}
+    for name, (mask, _) in expected.items():
+        shapes.clear()
+        four = mask if mask is None or mask.dim() == 4 else mask[None, None]
+        inputs = [one.expand(len(four) if four is not None else 1, -1, -1, -1) for one in states]
+        output = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *inputs, four)[0]
+        torch.testing.assert_close(output, sdpa_attention_forward(module, *inputs, four)[0])
+        found[name] = list(shapes)
+    assert found == {name: calls for name, (_, calls) in expected.items()}
+
+
+def test_tensors_without_numbers_are_let_through(shapes: list[tuple[int, bool]]) -> None:
+    """The memory plan runs a step with fake tensors, also in a process that has loaded a model."""
+    module = SimpleNamespace(is_causal=True)
+    for context in (torch.device("meta"), FakeTensorMode()):
+        with context:
+            mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+            ALL_ATTENTION_FUNCTIONS["sdpa"](module, *[torch.empty(1, 2, 6, 4) for _ in range(3)], mask)
+    assert shapes == [(6, True), (6, True)]

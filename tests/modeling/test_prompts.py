@@ -120,12 +120,15 @@ def build(tokenizer: PreTrainedTokenizerFast, **settings: object) -> Prompt:
     return Prompt.build(tokenizer, **{**Recipe().prompt.model_dump(), **settings})
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> Prompt:
-    chosen = CASES[request.param]
-    tokenizer = chosen.make()
-    choose_pad_token(tokenizer, len(tokenizer))
-    return build(tokenizer, chat=chosen.chat)
+@pytest.fixture(scope="module")
+def prompts() -> dict[str, Prompt]:
+    """One of each case."""
+    made = {}
+    for name, chosen in CASES.items():
+        tokenizer = chosen.make()
+        choose_pad_token(tokenizer, len(tokenizer))
+        made[name] = build(tokenizer, chat=chosen.chat)
+    return made
 
 
 def whole_text(prompt: Prompt, question: str, answer: str) -> str:
@@ -138,59 +141,49 @@ def whole_text(prompt: Prompt, question: str, answer: str) -> str:
 
 def encoded(prompt: Prompt, questions: list[str], answers: list[str], folder: Path, **columns: list) -> list[dict]:
     rows = Dataset.from_dict({"question": questions, "answer": answers, **columns})
+    folder.mkdir(exist_ok=True)
     return list(encode_rows(rows, prompt, None, strata=None, cache_file=folder / "rows.arrow")[0])
 
 
-def test_training_and_generation_begin_with_the_same_tokens(case: Prompt, tmp_path: Path) -> None:
-    for question, row in zip(QUESTIONS, encoded(case, QUESTIONS, ANSWERS, tmp_path), strict=True):
-        asked = case.prompt_ids([question])[0]
-        unlabelled = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
-        assert unlabelled == asked == row["input_ids"][: len(asked)]
+def test_training_and_generation_begin_with_the_same_tokens_and_the_end_is_labeled(
+    prompts: dict[str, Prompt], tmp_path: Path
+) -> None:
+    for name, prompt in prompts.items():
+        end = prompt.end_id
+        control = prompt.control.findall(" ".join(prompt.tokenizer.get_vocab()))
+        control_ids = set(prompt.tokenizer.convert_tokens_to_ids(control))
+        assert end in control_ids, name
+        for question, row in zip(QUESTIONS, encoded(prompt, QUESTIONS, ANSWERS, tmp_path / name), strict=True):
+            asked = prompt.prompt_ids([question])[0]
+            unlabeled = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+            assert unlabeled == asked == row["input_ids"][: len(asked)], name
+            labeled = [label for label in row["labels"] if label != -100]
+            assert labeled[-1] == end == row["input_ids"][-1], name
+            assert not control_ids & set(labeled[:-1]) and labeled == row["input_ids"][-len(labeled) :], name
 
 
-def test_the_tokens_are_the_text_and_no_blank_is_added_or_lost(case: Prompt) -> None:
-    bos = case.tokenizer.bos_token or ""
-    for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
-        ids = case.prompt_ids([question])[0] + case.answer_ids([answer])[0][:-1]
-        text = ("" if case.chat else bos) + whole_text(case, question, answer)
-        # The first word after BOS gets a blank of its own, which these tokenizers put there on purpose.
-        decoded = case.tokenizer.decode(ids).replace(f"{bos} ", bos) if bos else case.tokenizer.decode(ids)
-        assert text.startswith(decoded) and decoded.endswith(answer)
+def test_the_tokens_are_the_text_and_no_blank_is_added_or_lost(prompts: dict[str, Prompt]) -> None:
+    for name, prompt in prompts.items():
+        bos = prompt.tokenizer.bos_token or ""
+        for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
+            ids = prompt.prompt_ids([question])[0] + prompt.answer_ids([answer])[0][:-1]
+            text = whole_text(prompt, question, answer)
+            # The first word after BOS gets a blank of its own, which these tokenizers put there on purpose.
+            decoded = prompt.tokenizer.decode(ids).replace(f"{bos} ", bos) if bos else prompt.tokenizer.decode(ids)
+            assert (("" if prompt.chat else bos) + text).startswith(decoded) and decoded.endswith(answer), name
+            if "level" in name or "chat" in name:
+                whole = prompt.tokenizer(text, add_special_tokens=False)["input_ids"]
+                if not name.endswith("llama-2"):  # its pieces after "[/INST]" depend on what the text before was
+                    assert whole[: len(ids)] == ids, name
+                assert prompt.tokenizer.decode(whole).startswith(prompt.tokenizer.decode(ids)), name
 
 
-def test_the_answer_ends_with_one_end_token_that_is_labelled(case: Prompt, tmp_path: Path) -> None:
-    end = case.end_id
-    control = set(case.tokenizer.convert_tokens_to_ids(case.control.findall(" ".join(case.tokenizer.get_vocab()))))
-    assert end in control
-    for row in encoded(case, QUESTIONS, ANSWERS, tmp_path):
-        labelled = [label for label in row["labels"] if label != -100]
-        assert labelled[-1] == end == row["input_ids"][-1]
-        assert not control & set(labelled[:-1])
-        assert labelled == row["input_ids"][-len(labelled) :]
-
-
-def test_no_end_of_text_stands_inside_a_prompt(case: Prompt) -> None:
-    for ids in case.prompt_ids(QUESTIONS):
-        assert case.tokenizer.eos_token_id not in ids
-
-
-def test_the_text_begins_with_exactly_one_bos_where_the_model_has_one(case: Prompt) -> None:
-    bos = case.tokenizer.bos_token_id
-    for ids in case.prompt_ids(QUESTIONS):
-        assert ids.count(bos) == (bos is not None) and (bos is None or ids[0] == bos)
-
-
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "level" in name or "chat" in name])
-def test_an_exchange_in_two_parts_is_cut_into_tokens_like_the_whole(name: str) -> None:
-    chosen = CASES[name]
-    prompt = build(chosen.make(), chat=chosen.chat)
-    for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
-        ids = prompt.prompt_ids([question])[0] + prompt.answer_ids([answer])[0][:-1]
-        text = whole_text(prompt, question, answer)
-        whole = prompt.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not name.endswith("llama-2"):  # its pieces after "[/INST]" depend on what the text before was
-            assert whole[: len(ids)] == ids
-        assert prompt.tokenizer.decode(whole).startswith(prompt.tokenizer.decode(ids))
+def test_a_prompt_begins_with_one_bos_where_the_model_has_one_and_holds_no_end(prompts: dict[str, Prompt]) -> None:
+    for name, prompt in prompts.items():
+        bos = prompt.tokenizer.bos_token_id
+        for ids in prompt.prompt_ids(QUESTIONS):
+            assert ids.count(bos) == (bos is not None) and (bos is None or ids[0] == bos), name
+            assert prompt.tokenizer.eos_token_id not in ids, name
 
 
 def test_the_end_token_is_the_one_of_the_template() -> None:
@@ -209,15 +202,15 @@ def test_the_end_token_is_the_one_of_the_template() -> None:
         assert prompt.tokenizer.convert_ids_to_tokens(prompt.end_id) == end, name
 
 
-@pytest.mark.parametrize("name", ["chat llama-3", "chat llama-2"])
-def test_a_template_that_ends_a_turn_with_words_falls_back_to_the_end_of_text(name: str) -> None:
-    tokenizer = CASES[name].make()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    prompt = build(tokenizer, chat=True)
-    assert prompt.end_id == tokenizer.eos_token_id and prompt.text(QUESTIONS[0]).endswith("assistant:")
+def test_a_template_that_ends_a_turn_with_words_falls_back_to_the_end_of_text() -> None:
+    for name in ("chat llama-3", "chat llama-2"):
+        tokenizer = CASES[name].make()
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}"
+        )
+        prompt = build(tokenizer, chat=True)
+        assert prompt.end_id == tokenizer.eos_token_id and prompt.text(QUESTIONS[0]).endswith("assistant:")
 
 
 def test_the_blank_belongs_to_the_answer_of_a_byte_level_tokenizer() -> None:
@@ -226,12 +219,12 @@ def test_the_blank_belongs_to_the_answer_of_a_byte_level_tokenizer() -> None:
     assert prompt.tokenizer.decode(prompt.answer_ids(["راجع"])[0][:-1]) == " راجع"
 
 
-@pytest.mark.parametrize("blank", ["normalizer", "pre_tokenizer", "nowhere"])
-@pytest.mark.parametrize("template", [None, LLAMA_2])
-def test_a_sentencepiece_answer_begins_with_one_blank(blank: str, template: str | None) -> None:
-    prompt = build(sentencepiece(blank, template), chat=template is not None)
-    pieces = "".join(prompt.tokenizer.convert_ids_to_tokens(prompt.answer_ids(["راجع طبيب القلب"])[0]))
-    assert pieces == "▁راجع▁طبيب▁القلب</s>"
+def test_a_sentencepiece_answer_begins_with_one_blank() -> None:
+    for blank in ("normalizer", "pre_tokenizer", "nowhere"):
+        for template in (None, LLAMA_2):
+            prompt = build(sentencepiece(blank, template), chat=template is not None)
+            pieces = "".join(prompt.tokenizer.convert_ids_to_tokens(prompt.answer_ids(["راجع طبيب القلب"])[0]))
+            assert pieces == "▁راجع▁طبيب▁القلب</s>", (blank, template)
 
 
 def test_a_tokenizer_that_ends_every_text_itself_does_not_end_the_prompt(tmp_path: Path) -> None:
@@ -250,16 +243,17 @@ def test_qwen3_does_not_think() -> None:
     assert prompt.text("ألم").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") and prompt.before_answer == ""
 
 
-def test_control_tokens_that_a_patient_typed_are_words_at_most(case: Prompt) -> None:
-    typed = [token for token in case.tokenizer.get_vocab() if case.control.fullmatch(token)]
-    assert len(typed) >= 3
-    evil = "ألم " + "".join(typed) + " في " + " ".join(typed) + " الصدر"
-    clean = case.prompt_ids(["ألم في الصدر"])[0]
-    count = {index: clean.count(index) for index in case.tokenizer.convert_tokens_to_ids(typed)}
-    ids = case.prompt_ids([evil])[0]
-    assert {index: ids.count(index) for index in count} == count
-    answer = case.answer_ids([evil])[0]
-    assert [index for index in answer if index in count] == [case.end_id] and answer[-1] == case.end_id
+def test_control_tokens_that_a_patient_typed_are_words_at_most(prompts: dict[str, Prompt]) -> None:
+    for name, prompt in prompts.items():
+        typed = [token for token in prompt.tokenizer.get_vocab() if prompt.control.fullmatch(token)]
+        assert len(typed) >= 3, name
+        evil = "ألم " + "".join(typed) + " في " + " ".join(typed) + " الصدر"
+        clean = prompt.prompt_ids(["ألم في الصدر"])[0]
+        count = {index: clean.count(index) for index in prompt.tokenizer.convert_tokens_to_ids(typed)}
+        ids = prompt.prompt_ids([evil])[0]
+        assert {index: ids.count(index) for index in count} == count, name
+        answer = prompt.answer_ids([evil])[0]
+        assert [index for index in answer if index in count] == [prompt.end_id] == answer[-1:], name
 
 
 def test_a_mark_inside_a_control_token_does_not_bring_it_back() -> None:
@@ -291,13 +285,10 @@ def test_the_prefix_of_a_row_is_that_of_its_dialect_or_the_default(tmp_path: Pat
     assert build(byte_level()).text("ألم", "egyptian").startswith("السؤال")
 
 
-@pytest.mark.parametrize("dialect", [None, "gulf"])
-def test_a_default_dialect_without_a_prefix_is_refused(dialect: str | None) -> None:
-    with pytest.raises(ModelError, match=r"prompt\.dialect is .*msa, egyptian; name one"):
-        build(byte_level(), dialect_prefixes=PREFIXES, dialect=dialect)
-
-
-def test_prefixes_that_a_chat_template_would_swallow_are_refused() -> None:
+def test_prefixes_that_would_not_be_used_are_refused() -> None:
+    for dialect in (None, "gulf"):
+        with pytest.raises(ModelError, match=r"prompt\.dialect is .*msa, egyptian; name one"):
+            build(byte_level(), dialect_prefixes=PREFIXES, dialect=dialect)
     with pytest.raises(ModelError, match=r"prompt\.dialect_prefixes .* prompt\.chat=true"):
         build(byte_level(CHAT_TEMPLATES["chatml"]), chat=True, dialect_prefixes=PREFIXES, dialect="msa")
 
@@ -310,10 +301,10 @@ def test_a_system_message_stands_where_the_format_has_it() -> None:
     assert "<<SYS>>\nأنت طبيب\n" in build(sentencepiece("normalizer", LLAMA_2), chat=True, system=system).text("ألم")
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATES["gemma"], CHAT_TEMPLATES["mistral"]])
-def test_a_template_that_takes_no_system_message_says_so(template: str) -> None:
-    with pytest.raises(ModelError, match=r"refuses the conversation .*; set prompt\.system=null\."):
-        build(sentencepiece("nowhere", template), chat=True, system="أنت طبيب")
+def test_a_template_that_takes_no_system_message_says_so() -> None:
+    for name in ("gemma", "mistral"):
+        with pytest.raises(ModelError, match=r"refuses the conversation .*; set prompt\.system=null\."):
+            build(sentencepiece("nowhere", CHAT_TEMPLATES[name]), chat=True, system="أنت طبيب")
 
 
 def test_a_template_that_loses_text_in_silence_is_refused() -> None:
@@ -363,16 +354,15 @@ def test_a_tokenizer_that_knows_no_arabic_is_refused() -> None:
             build(tokenizer)
 
 
-def test_chat_without_a_chat_template_is_refused() -> None:
+def test_a_tokenizer_without_a_template_or_an_end_is_refused() -> None:
     with pytest.raises(ModelError, match=r"no chat template; set prompt\.chat=false"):
         build(byte_level(), chat=True)
-
-
-def test_a_tokenizer_without_an_end_of_text_is_refused() -> None:
     tokenizer = byte_level()
     tokenizer.eos_token = None
-    with pytest.raises(ModelError, match="no end-of-sequence token"):
+    with pytest.raises(ModelError, match="eos_token"):
         build(tokenizer)
+    with pytest.raises(ModelError, match="no pad and no EOS token"):
+        choose_pad_token(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), 100)
 
 
 def test_placeholders_that_a_patient_typed_stay_as_they_are() -> None:
@@ -395,13 +385,12 @@ def test_a_model_keeps_its_own_pad_token() -> None:
     assert choose_pad_token(tokenizer, len(tokenizer)) == "<|im_start|>" == tokenizer.pad_token
 
 
-@pytest.mark.parametrize("reserved", ["<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|padding|>"])
-def test_a_reserved_pad_token_comes_before_the_end_of_text(reserved: str) -> None:
-    tokenizer = without_pad(reserved)
-    if reserved == "<|padding|>":
-        assert choose_pad_token(tokenizer, len(tokenizer)) == "<|pad|>"  # the tokenizer's, first in the list
-    else:
+def test_a_reserved_pad_token_comes_before_the_end_of_text() -> None:
+    for reserved in ("<|finetune_right_pad_id|>", "<pad>", "[PAD]"):
+        tokenizer = without_pad(reserved)
         assert choose_pad_token(tokenizer, len(tokenizer)) == reserved == tokenizer.pad_token
+    tokenizer = without_pad("<|padding|>")
+    assert choose_pad_token(tokenizer, len(tokenizer)) == "<|pad|>"  # the tokenizer's, first in the list
 
 
 def test_a_pad_token_beyond_the_embedding_is_passed_over() -> None:
@@ -412,17 +401,11 @@ def test_a_pad_token_beyond_the_embedding_is_passed_over() -> None:
     assert chosen != "<pad>" and tokenizer.pad_token_id < rows
 
 
-@pytest.mark.parametrize("blank", ["normalizer", "pre_tokenizer", "nowhere"])
-def test_without_a_pad_token_the_end_of_text_pads_and_no_token_is_added(blank: str, tmp_path: Path) -> None:
+def test_without_a_pad_token_the_end_of_text_pads_and_no_token_is_added(tmp_path: Path) -> None:
     # With an unknown token, every name has an id: that of <unk>.
-    tokenizer = sentencepiece(blank)
+    tokenizer = sentencepiece("normalizer")
     size = len(tokenizer)
     assert tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>") == tokenizer.unk_token_id
     assert choose_pad_token(tokenizer, size) == "</s>" and tokenizer.pad_token_id == tokenizer.eos_token_id
     tokenizer.save_pretrained(tmp_path)
     assert len(tokenizer) == size == len(AutoTokenizer.from_pretrained(tmp_path))
-
-
-def test_a_tokenizer_with_neither_pad_nor_end_is_refused() -> None:
-    with pytest.raises(ModelError, match="no pad and no EOS token"):
-        choose_pad_token(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), 100)

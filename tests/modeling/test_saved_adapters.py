@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sevpeft.errors import ModelError
-from sevpeft.modeling.saved_adapters import attach_adapter
+from sevpeft.modeling.saved_adapters import attach_adapter, base_commit, base_fingerprint, check_base_weights
 from sevpeft.recipe import Recipe, recipe_from_values
+from sevpeft.runs import Run
 from tests.conftest import build_model
 
 IDS = torch.arange(4, 60)[None]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @torch.no_grad()
@@ -42,22 +45,23 @@ def adapter(folder: Path, architecture: str = "llama", trained_on: str = "org/th
     return logits(model)
 
 
-def on(base: str) -> Recipe:
-    return recipe_from_values({"model": {"name_or_path": base}})
+def on(base: object, **model: object) -> Recipe:
+    return recipe_from_values({"model": {"name_or_path": str(base), **model}})
 
 
 def refusal(folder: Path, base: str = "org/ours", architecture: str = "llama", **shape: int) -> str:
     with pytest.raises(ModelError) as caught:
         attach_adapter(build_model(architecture, **shape), folder, on(base))
     text = str(caught.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 400
+    assert "\n" not in text and text.endswith(".") and len(text) < 500
     return text
 
 
-@pytest.mark.parametrize("base", ["org/theirs", "org/ours", "/somewhere/else", "builtin:tiny"])
-def test_a_base_that_was_moved_or_renamed_is_the_same_base(tmp_path: Path, base: str) -> None:
-    expected = adapter(tmp_path)
-    assert torch.equal(logits(attach_adapter(build_model("llama"), tmp_path, on(base))), expected)
+def test_a_base_that_was_moved_or_renamed_is_the_same_base(tmp_path: Path) -> None:
+    expected = adapter(tmp_path / "run")
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    for base in ("org/theirs", "org/ours", "/somewhere/else", "builtin:tiny"):
+        assert torch.equal(logits(attach_adapter(build_model("llama"), tmp_path / "elsewhere", on(base))), expected)
 
 
 def test_a_second_adapter_stands_beside_the_first(tmp_path: Path) -> None:
@@ -69,82 +73,140 @@ def test_a_second_adapter_stands_beside_the_first(tmp_path: Path) -> None:
         assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize(
-    ("trained", "other", "detail"),
-    [
-        ("llama", "gpt2", "it has no layers of the names that the adapter was trained on"),
-        ("gpt2", "llama", "it has no layers of the names that the adapter was trained on"),
-        ("llama", "lfm2", "it has no layers.0.mlp.gate_proj (6 weights)"),
-        ("llama", "jais2", "it has no layers.0.mlp.gate_proj (4 weights)"),
-    ],
-)
-def test_an_adapter_of_another_architecture_is_refused_with_both_names(
-    tmp_path: Path, trained: str, other: str, detail: str
-) -> None:
-    adapter(tmp_path, trained, target_modules=["c_attn"] if trained == "gpt2" else ["q_proj", "gate_proj", "out_proj"])
-    text = refusal(tmp_path, architecture=other)
-    assert f"was trained on org/theirs and does not fit org/ours: {detail}" in text
+def test_an_adapter_of_another_architecture_is_refused_with_both_names(tmp_path: Path) -> None:
+    for trained, other in (("llama", "gpt2"), ("gpt2", "llama"), ("llama", "lfm2"), ("llama", "jais2")):
+        targets = ["c_attn"] if trained == "gpt2" else ["q_proj", "gate_proj", "out_proj"]
+        adapter(tmp_path / f"{trained}-{other}", trained, target_modules=targets)
+        text = refusal(tmp_path / f"{trained}-{other}", architecture=other)
+        assert "was trained on org/theirs" in text and "org/ours" in text and "model.name_or_path" in text
 
 
-def test_a_base_of_other_shapes_is_refused_with_the_first_that_differs(tmp_path: Path) -> None:
+def test_a_base_of_other_shapes_is_refused(tmp_path: Path) -> None:
     adapter(tmp_path, modules_to_save=["lm_head"])
     text = refusal(tmp_path, vocab_size=600)
-    assert "does not fit org/ours: lm_head has a weight of [512, 48] for one of [600, 48]; name the base" in text
+    assert "does not fit org/ours" in text and "model.name_or_path" in text
 
 
-def test_a_base_that_was_exchanged_under_its_name_is_told(tmp_path: Path) -> None:
+def test_no_folder_of_another_machine_is_quoted(tmp_path: Path) -> None:
     adapter(tmp_path, trained_on="/home/someone/models/mine")
     text = refusal(tmp_path, "elsewhere/../mine", architecture="gpt2")
     assert "/home/someone" not in text and "trained on mine" in text
-    adapter(tmp_path / "same", trained_on="org/ours")
-    text = refusal(tmp_path / "same", "org/ours", architecture="gpt2")
-    assert "was trained on org/ours, but org/ours is another model now" in text
 
 
-def test_a_base_with_more_layers_is_refused(tmp_path: Path) -> None:
-    adapter(tmp_path)
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    for name in [name for name in weights if "layers.1.mlp" in name]:
-        del weights[name]
-    save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = refusal(tmp_path)
-    assert "lacks 6 weights that org/ours needs, the first at layers.1.mlp.down_proj" in text and "org/theirs" in text
+def test_a_base_with_more_or_fewer_layers_is_refused(tmp_path: Path) -> None:
+    for name, change in {
+        "more": lambda found: {key: value for key, value in found.items() if "layers.1.mlp" not in key},
+        "fewer": lambda found: found | {k.replace("layers.1.", "layers.2."): v.clone() for k, v in found.items()},
+    }.items():
+        adapter(tmp_path / name)
+        file = tmp_path / name / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+        text = refusal(tmp_path / name)
+        assert ("6 weights" in text and "layers.1.mlp" in text) if name == "more" else "layers.2." in text, text
 
 
-def test_a_base_with_fewer_layers_is_refused(tmp_path: Path) -> None:
-    adapter(tmp_path)
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    more = {
-        name.replace("layers.1.", "layers.2."): value.clone() for name, value in weights.items() if "layers.1." in name
-    }
-    save_file(weights | more, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    assert "does not fit org/ours: it has no layers.2.mlp.down_proj (14 weights)" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("kept", [0, 5, 500, -100])
-def test_a_damaged_adapter_is_one_sentence(tmp_path: Path, kept: int) -> None:
+def test_a_damaged_or_absent_file_is_named(tmp_path: Path) -> None:
     adapter(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
-    assert "is damaged (" in refusal(tmp_path) and "copy it again" in refusal(tmp_path)
-
-
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    adapter(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
-    assert "There is no adapter_model.safetensors" in refusal(tmp_path)
+    whole = file.read_bytes()
+    for kept in (0, 5, 500, -100):
+        file.write_bytes(whole[:kept])
+        assert "is damaged (" in refusal(tmp_path), kept
+    file.unlink()
+    assert "adapter_model.safetensors" in refusal(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
-    assert "has no adapter_config.json that can be read" in refusal(tmp_path)
+    assert "adapter_config.json" in refusal(tmp_path)
 
 
-def test_a_start_that_is_not_repeatable_is_refused(tmp_path: Path) -> None:
-    adapter(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
-    assert "was started with pissa_niter_4, whose random part is not saved" in refusal(tmp_path)
+# The base's own weights
 
 
-def test_a_copied_adapter_folder_is_enough(tmp_path: Path) -> None:
-    expected = adapter(tmp_path / "run")
-    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
-    assert torch.equal(logits(attach_adapter(build_model("llama"), tmp_path / "elsewhere", on("x"))), expected)
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Run]:
+    """Makes a run that was trained on a base model."""
+
+    def make(recipe: Recipe, **more: object) -> Run:
+        found = Run(tmp_path / "run")
+        found.folder.mkdir(exist_ok=True)
+        about = {"name_or_path": recipe.model.name_or_path, "fingerprint": base_fingerprint(recipe), **more}
+        found.update_metrics(model=about)
+        return found
+
+    return make
+
+
+def change(folder: Path, name: str = "model.layers.1.mlp.up_proj.weight") -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = weights[name] + 0.01
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_shards_places_and_what_lies_beside_do_not_change_the_fingerprint(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        model = build_model("llama").to(dtype)
+        model.save_pretrained(folder / "one")
+        model.save_pretrained(folder / "many", max_shard_size="60KB")
+        shutil.copytree(folder / "one", folder / "moved")
+        save_file({"x": torch.ones(2)}, folder / "moved" / "consolidated.safetensors")
+        assert len(list((folder / "many").glob("*.safetensors"))) > 2
+        found = {base_fingerprint(on(folder / name)) for name in ("one", "many", "moved")}
+        assert len(found) == 1 and found.pop().startswith("sha256:")
+
+
+def test_other_numbers_or_another_type_are_another_model(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder()
+    found = {base_fingerprint(on(folder))}
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
+        change(folder, name)
+        found.add(base_fingerprint(on(folder)))
+        weights = load_file(folder / "model.safetensors")
+        weights[name] = weights[name].half()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        found.add(base_fingerprint(on(folder)))
+    assert len(found) == 7
+
+
+def test_other_weights_of_the_same_shapes_are_refused(
+    model_folder: Callable[..., Path], tmp_path: Path, run: Callable[..., Run]
+) -> None:
+    trained = run(on(model_folder()))
+    other = tmp_path / "instruct"
+    shutil.copytree(tmp_path / "tiny-llama", other)
+    check_base_weights(on(other), trained)  # moved or renamed
+    change(other)
+    with pytest.raises(ModelError, match=r"trained on tiny-llama, and instruct has other .*model\.name_or_path") as e:
+        check_base_weights(on(other), trained)
+    assert str(tmp_path / "instruct") not in str(e.value)
+    change(tmp_path / "tiny-llama")
+    with pytest.raises(ModelError, match="bring the former back"):
+        check_base_weights(on(tmp_path / "tiny-llama"), trained)
+
+
+def test_a_newer_revision_on_the_hub_is_refused_with_the_one_to_ask_for(
+    model_folder: Callable[..., Path], tmp_path: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--model"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(model_folder(), snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    recipe = on("org/model")
+    trained = run(recipe, commit=base_commit(recipe))
+    assert base_fingerprint(recipe) == base_fingerprint(on(snapshot))
+    assert base_commit(recipe) == COMMIT and base_commit(on(tmp_path / "tiny-llama")) is None
+    newer = repository / "snapshots" / COMMIT[::-1]
+    shutil.copytree(snapshot, newer)
+    change(newer)
+    (repository / "refs" / "main").write_text(COMMIT[::-1])
+    with pytest.raises(ModelError, match=rf"set model\.revision to {COMMIT} in "):
+        check_base_weights(recipe, trained)
+    check_base_weights(on("org/model", revision=COMMIT), trained)
+
+
+def test_runs_without_a_fingerprint_pass(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    check_base_weights(on(model_folder()), Run(tmp_path / "run"))
+    Run(tmp_path / "run").update_metrics(model={"name_or_path": "org/model"})
+    check_base_weights(on(model_folder()), Run(tmp_path / "run"))

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sevpeft.modeling.hardware import dtype_of_cpu
+from sevpeft.modeling.loading import dtype_of_cpu
 from sevpeft.modeling.packing import documents_stay_apart
 
 MODEL = os.environ.get("SEVPEFT_REAL_MODEL", "")

@@ -35,41 +35,25 @@ def test_an_answer_is_the_greedy_continuation_of_the_training_prompt(run: Run) -
             expected.append(int(logits.argmax()))
             if expected[-1] == chat.prompt.end_id:
                 break
-    said = chat.tokenizer.decode(expected, skip_special_tokens=True).strip()
-    assert chat.answer("عندي صداع", max_new_tokens=12) == said
-
-
-def test_an_answer_depends_on_the_adapter(run: Run) -> None:
-    chat = Chat(run)
-    ids = torch.tensor(chat.prompt.prompt_ids(["عندي صداع"]))
-    with torch.no_grad():
-        adapted = chat.model(input_ids=ids).logits
         with chat.model.disable_adapter():
-            base = chat.model(input_ids=ids).logits
-    assert not torch.equal(adapted, base)
-
-
-def test_a_run_without_an_adapter_cannot_be_asked(run: Run) -> None:
-    (run.adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(RunError, match="no adapter"):
-        Chat(run)
+            base = chat.model(input_ids=torch.tensor([ids + expected])).logits[0, -1]
+    assert not torch.equal(logits, base), "it depends on the adapter"
+    text = chat.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert chat.answer("عندي صداع", max_new_tokens=12) == text
 
 
 def test_the_card_is_read_by_the_hub_and_holds_the_measured_figures(run: Run) -> None:
     card = ModelCard.load(write_card(run))
     assert card.data.library_name == "peft" and card.data.language == "ar"
-    assert "Not a medical device" in card.text
+    assert "Not a medical device" in card.text and "control run" not in card.text
     metrics = run.metrics()
-    assert (
-        f"| critical | {metrics['before']['loss_critical']:.4f} | {metrics['after']['loss_critical']:.4f} |"
-        in card.text
-    )
-    assert metrics["data"]["fingerprint"] in card.text
-
-
-def test_the_card_of_a_control_run_says_so(tmp_path: Path, run: Run) -> None:
+    losses = " | ".join(f"{metrics[when]['loss_critical']:.4f}" for when in ("before", "after"))
+    assert f"| critical | {losses} |" in card.text and metrics["data"]["fingerprint"] in card.text
+    assert "normalize: none, reduction: tokens" in card.text and str(run.folder.parent) not in card.text
     recipe = run.folder / "recipe.yaml"
-    recipe.write_text(
-        recipe.read_text(encoding="utf-8").replace("control: none", "control: shuffled"), encoding="utf-8"
-    )
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("control: none", "control: shuffled"), encoding="utf-8")
     assert "control run" in write_card(run).read_text(encoding="utf-8")
+    (run.adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match="no adapter"):
+        Chat(run)

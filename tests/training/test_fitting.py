@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from sevpeft.errors import RunError
-from sevpeft.modeling.cards import Change
+from sevpeft.modeling.gpus import Change
 from sevpeft.modeling.memory import GIB
 from sevpeft.recipe import load_recipe
 from sevpeft.training import plan as module

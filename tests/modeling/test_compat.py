@@ -1,0 +1,104 @@
+"""What is private upstream is still where this room touches it, and still needs touching."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoModelForCausalLM
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from sevpeft.modeling import compat
+from tests.conftest import build_model
+
+
+def test_the_launcher_still_speaks_through_these_variables() -> None:
+    import accelerate.commands.launch
+    import accelerate.state
+    import accelerate.utils.launch
+
+    for module in (accelerate.utils.launch, accelerate.state):
+        source = inspect.getsource(module)
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"):
+            assert name in source, (module.__name__, name)
+
+
+def test_what_the_launcher_asks_for_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    assert compat.requested_engine() is None and not compat.cpu_requested() and not compat.weights_are_sharded()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert compat.requested_engine() == "FSDP" and compat.weights_are_sharded()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "1")
+    assert compat.requested_engine() == "DeepSpeed"
+
+
+def test_the_settings_of_deepspeed_are_put_aside_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Zero3:
+        def is_zero3(self) -> bool:
+            return True
+
+    settings = Zero3()
+    monkeypatch.setattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref", lambda: settings)
+    assert compat.zero3()
+    with compat.on_meta_device():
+        assert not compat.zero3()
+        model = AutoModelForCausalLM.from_config(build_model("llama").config)
+    assert compat.zero3() and {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_transformers_knows_a_quantization_by_its_name() -> None:
+    assert compat.knows_quantization({"quant_method": "gptq", "bits": 4})
+    assert compat.knows_quantization({"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert not compat.knows_quantization({"quant_method": "modelopt"})
+
+
+def test_the_attention_of_a_model_has_a_name() -> None:
+    assert compat.attention_of(build_model("bloom").config) == "eager"
+    assert compat.attention_of(build_model("llama").config) == "sdpa"
+
+
+def test_bitsandbytes_still_repacks_unless_the_switch_is_off() -> None:
+    module = Linear4bit(8, 8)
+    assert hasattr(module, "support_avx512bf16_for_cpu")
+    assert "support_avx512bf16_for_cpu" in inspect.getsource(Linear4bit.forward)
+    module.support_avx512bf16_for_cpu = True
+    compat.disable_cpu_avx512_repack(torch.nn.Sequential(module))
+    assert module.support_avx512bf16_for_cpu is False
+
+
+def test_the_lm_head_of_trl_has_its_tiles() -> None:
+    assert compat.logprob_chunk_size() == 32768 and compat.TOKEN_CHUNK_SIZE == 4096
+
+
+def test_selective_checkpointing_is_still_a_context_for_pytorch() -> None:
+    kwargs = compat.selective_checkpointing_kwargs()
+    assert kwargs["use_reentrant"] is False and callable(kwargs["context_fn"])
+
+
+def test_storages_count_while_they_live() -> None:
+    held = torch.zeros(1024)
+    with compat.LiveBytes([held]) as counted:
+        one = torch.ones(1024)  # 4,096 bytes
+        two = one + held
+        del one
+        view = two[:10]
+        del two
+        assert counted.now == 4096, "a view keeps the whole storage"
+        del view
+        assert (counted.now, max(counted.trace)) == (0, 8192)
+        small = torch.ones(1)
+        assert counted.now == 512, "the allocator's smallest block"
+        del small
+
+
+def test_a_model_without_numbers_runs_as_on_a_cpu() -> None:
+    with compat.on_meta_device():
+        model = AutoModelForCausalLM.from_config(build_model("gpt2").config)
+    with compat.FakeTensorMode():
+        compat.make_fake(model)
+        logits = model(input_ids=torch.zeros(2, 5, dtype=torch.long)).logits
+    assert (tuple(logits.shape), logits.device.type) == ((2, 5, 512), "cpu")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
