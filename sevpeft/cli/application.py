@@ -114,6 +114,8 @@ def command_with_keys(settings: str, *, without: Collection[str] = ()) -> type[T
 
     class Command(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
+            from sevpeft.console import print_text
+
             super().format_help(ctx, formatter)
             module, _, name = settings.partition(":")
             print_text(f"KEY=VALUE:\n{keys_help(getattr(importlib.import_module(module), name), without=without)}")

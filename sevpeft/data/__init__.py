@@ -1,1 +1,1 @@
-"""From files, Hub data sets and the bundled sample to rows with a question and an answer."""
+"""Rows with a question and an answer, from files, Hub data sets and the bundled sample."""

@@ -141,7 +141,7 @@ def _text(path: Path, encoding: str) -> Iterator[io.TextIOWrapper]:
         try:
             yield io.TextIOWrapper(stream, encoding=encoding, newline="")
         except UnicodeDecodeError:
-            remedy = "save it as UTF-8, or set data.encoding (old Arabic files are mostly cp1256)"
+            remedy = "save it as UTF-8, or set data.encoding=cp1256, as of old Arabic files, or what it is"
             raise DataError(f"{path.name} is not {encoding.removesuffix('-sig')}: {remedy}.") from None
 
 

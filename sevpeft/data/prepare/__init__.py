@@ -1,1 +1,1 @@
-"""From gathered consultations to a folder to train on."""
+"""Gathered consultations made into a folder to train on: clean, mask, reject, find duplicates, split, write."""
