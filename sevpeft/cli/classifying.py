@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from sevpeft.cli.application import app, command_with_keys, quiet_libraries
 from sevpeft.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from sevpeft.severity.classifier.evaluate import Evaluation
 
 classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or evaluate one.")
 app.add_typer(classifier_verbs, name="classifier")
@@ -104,7 +101,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda message: status.update(f"Severity classifier: {message}")
 
 
-def _show(about: dict[str, Any], evaluations: dict[str, Evaluation], as_json: bool) -> None:
+def _show(about: dict[str, Any], evaluations: dict[str, Any], as_json: bool) -> None:
     from rich.markdown import Markdown
 
     from sevpeft.console import Screen, print_json
