@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from sevpeft.cli.application import app, command_with_keys, quiet_libraries
 from sevpeft.errors import DataError, UsageError
 
-if TYPE_CHECKING:
-    from sevpeft.severity.classifier.evaluate import Evaluation
-
 classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or evaluate one.")
 app.add_typer(classifier_verbs, name="classifier")
 
 _SETTINGS = "sevpeft.severity.classifier.settings"
-# Of a recipe's section: the argument INPUT, and how a recipe splits.
-_NO_KEYS = ("data.path", "data.validation_size", "data.test_size", "data.seed")
+_NO_KEYS = ("data.path", "data.validation_size", "data.test_size", "data.seed")  # INPUT, and a recipe's split
 
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="Labeled consultations: file, folder, Hub data set")]
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings", show_default=False)]
@@ -36,8 +32,7 @@ def fit(
 ) -> None:
     """Fit a severity classifier, calibrate it, evaluate it on rows of its own and write it with its report.
 
-    With block_column=NAME it is also evaluated by holding out one block at a time, which is the honest figure where
-    labels depend on the place in the file.
+    Labels often depend on the place in the file: with block_column=NAME it is also evaluated by holding out blocks.
 
     Example: sevpeft classifier fit builtin:consultations severity-linear kind=linear
     """
@@ -54,14 +49,10 @@ def fit(
         classifier, evaluations = fit_and_evaluate(labeled, settings, progress)
         with whole_folder(output) as folder:
             record = store.training_record(consultations, labeled, settings)
-            store.write_classifier(classifier, folder, record, settings.lexicon)
-            about = store.read_about(folder)
+            about = store.write_classifier(classifier, folder, record, settings.lexicon)
             report.write_report(folder, about, evaluations)
-    _show(about, evaluations, as_json)
-    if not as_json:
-        from sevpeft.console import print_text
-
-        print_text(f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}")
+    wrote = f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}"
+    _show(about, evaluations, as_json, wrote)
 
 
 @classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:EvaluateSettings", without=_NO_KEYS))
@@ -98,7 +89,6 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows on stderr what is going on."""
     from sevpeft.console import Screen
 
     with Screen(stderr=True).status("Loading the libraries") as status:
@@ -106,7 +96,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda message: status.update(f"Severity classifier: {message}")
 
 
-def _show(about: dict[str, Any], evaluations: dict[str, Evaluation], as_json: bool) -> None:
+def _show(about: dict[str, Any], evaluations: dict[str, Any], as_json: bool, last: str = "") -> None:
     from rich.markdown import Markdown
 
     from sevpeft.console import Screen, print_json
@@ -114,5 +104,7 @@ def _show(about: dict[str, Any], evaluations: dict[str, Evaluation], as_json: bo
 
     if as_json:
         print_json(report.as_json(about, evaluations))
-    for heading, evaluation in evaluations.items() if not as_json else ():
-        Screen().print(Markdown(report.markdown(heading, evaluation)))
+    else:
+        for heading, evaluation in evaluations.items():
+            Screen().print(Markdown(report.markdown(heading, evaluation)))
+        Screen().print(last, soft_wrap=True)

@@ -46,9 +46,9 @@ Fingerprint `{{ fingerprint }}`.
 - The figures hold for questions like those of the test rows. Other forums, dialects and years have other shares of
   severe cases, and calibration follows the shares: evaluate it on your own rows
   (`sevpeft classifier evaluate DATA classifier=DIR`).
-- The n-grams of a linear classifier are words, parts and pairs of words that stand in two training questions or more:
-  where those were not masked, some are names of patients. Its files are their owner's alone; mask the names
-  (`sevpeft prepare`) and fit it again before you share it.
+- A linear classifier stores the words and parts of words that stand in two training questions or more: where those
+  were not masked, some are names of patients. Its files are their owner's alone; mask the names (`sevpeft prepare`)
+  and fit it again before you share it.
 - Random splits flatter where a file's labels depend on the place in it. The row-number baseline shows by how much; only
   an evaluation by block (`block_column=NAME`) leaves it out.
 

@@ -33,8 +33,8 @@ FORMAT = 2
 
 def write_classifier(
     classifier: Calibrated, folder: Path, training: dict[str, Any], lexicon: str | Path | None = None
-) -> None:
-    """Writes a classifier into a folder that `whole_folder` builds.
+) -> dict[str, Any]:
+    """Writes a classifier into a folder that `whole_folder` builds; returns its description.
 
     Args:
         training: what it was fitted on, as `training_record` gives it.
@@ -57,6 +57,7 @@ def write_classifier(
         "sevpeft": __version__,
     }
     (folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return about
 
 
 def load_classifier(folder: Path) -> Calibrated:

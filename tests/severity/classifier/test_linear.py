@@ -15,7 +15,6 @@ from sevpeft.severity.classifier import linear
 from sevpeft.severity.classifier.examples import Examples
 from sevpeft.severity.classifier.linear import (
     ARRAYS,
-    GREETINGS,
     VOCABULARY,
     LinearClassifier,
     features,
@@ -74,8 +73,10 @@ def test_saved_and_loaded_it_gives_the_same_probabilities_and_nothing_is_pickled
 
 def test_what_one_question_alone_says_is_not_stored(tmp_path: Path, examples: Examples) -> None:
     name = "زنقوط"
-    questions = [f"{name} {examples.questions[0]}", *examples.questions[1:]]
-    fit_linear(replace(examples, questions=questions)).save(tmp_path)
+    # Sent twice, it is still one question.
+    questions = [f"{name} {examples.questions[0]}", f"{examples.questions[0]} {name}", *examples.questions[2:]]
+    groups = np.maximum(examples.groups, 1)
+    fit_linear(replace(examples, questions=questions, groups=groups)).save(tmp_path)
     stored = json.loads((tmp_path / VOCABULARY).read_text(encoding="utf-8"))
     assert len(stored) > 100
     assert [one for one in stored if name in one or name[:4] in one] == []
@@ -129,17 +130,14 @@ def test_a_block_that_lacks_a_severity_counts_less(monkeypatch: pytest.MonkeyPat
     assert ours.argmax() == 0 and ours[0] > theirs[0] + 0.02
 
 
-def test_features_are_parts_of_words_stems_and_pairs() -> None:
+def test_features_are_parts_of_words_and_stems() -> None:
     found = features("ألم في البطن")
-    assert {" ا", "الم ", " الم", "=الم", "=في", "=بطن", "=الم في", "=في بطن", "في ", " البط"} <= set(found)
+    assert {" ا", "الم ", " الم", "=الم", "=في", "=بطن", "في ", " البط"} <= set(found)
     assert "م ف" not in found, "a part of a word does not go over its edge"
     assert "=البطن" not in found
-    greeted = features("السلام عليكم يا دكتور نزيف")
-    assert [name for name in greeted if name.startswith("=")] == ["=نزيف"] and " عل" in greeted
-    assert "نزيف" not in GREETINGS and "" not in GREETINGS
     marked = features("a=b =نزيف =")
     assert [name for name in marked if "=" in name[1:]] == []
-    assert views_of(marked).sum() == len([name for name in marked if name.startswith("=")]) == 5
+    assert views_of(marked).sum() == len([name for name in marked if name.startswith("=")]) == 3
 
 
 def test_forms_of_a_word_share_a_stem_and_short_words_are_not_cut() -> None:
