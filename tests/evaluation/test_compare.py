@@ -230,16 +230,21 @@ def test_a_run_that_another_process_holds_is_left_to_it(
 ) -> None:
     for name in ("ce-0", "ce-1"):
         (output / "quickstart" / name / "scores.jsonl").unlink()
-    held = FileLock(output / "quickstart/.locks/ce-0", thread_local=False)
-    held.acquire()
-    evaluate_run = module.evaluate
+    held, free, evaluate_run = threading.Event(), threading.Event(), module.evaluate
+
+    def hold() -> None:  # as another process would
+        with FileLock(output / "quickstart/.locks/ce-0"):
+            held.set()
+            free.wait(60)
 
     def evaluated(run: Run, **rest: Any) -> Any:
         found = evaluate_run(run, **rest)
-        threading.Timer(0.2, held.release).start()
+        free.set()
         return found
 
     monkeypatch.setattr(module, "evaluate", evaluated)
+    threading.Thread(target=hold).start()
+    held.wait(60)
     compared(settings, output)
     assert trained == ["evaluate ce-1", "evaluate ce-0"]
 

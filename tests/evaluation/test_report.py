@@ -414,12 +414,9 @@ def test_a_cell_is_empty_where_nothing_was_measured_and_a_dash_where_no_row_has_
 # Bad input
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError):
+def test_a_folder_without_a_run_and_a_damaged_file_are_refused_by_their_names(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=str(tmp_path)):
         write_report(tmp_path)
-
-
-def test_a_damaged_file_is_refused_by_its_name(tmp_path: Path) -> None:
     for name in ("evaluation.json", "comparison.json"):
         folder = write_run(tmp_path / name)
         for content in ("{", "[]", '{"scores": {}}', "\x00"):
@@ -433,17 +430,12 @@ def test_a_damaged_line_of_answers_is_refused_by_number_and_never_quoted(tmp_pat
     folder = write_run(tmp_path / "run")
     path = folder / "predictions.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1][:80]]), encoding="utf-8")  # a kill cut the last one off
+    assert write_report(folder).shown == 2
     path.write_text("\n".join([lines[0], lines[1][:80], *lines[2:]]) + "\n", encoding="utf-8")
     with pytest.raises(SevpeftError, match="line 2") as refused:
         write_report(folder)
     assert not re.search(r"[\u0620-\u064a]", str(refused.value))
-
-
-def test_a_last_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run")
-    path = folder / "predictions.jsonl"
-    path.write_bytes(path.read_bytes()[:-30])
-    assert write_report(folder).shown == 2
 
 
 # The verb

@@ -37,8 +37,9 @@ from sevpeft.runs import write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 
 REPORT, COMPARISON = "report.html", "comparison.json"
-# Heading of the page's facts → section of metrics.json.
+# Heading of the page's facts → section of metrics.json; and the parts of evaluation.json that are facts.
 _SECTIONS = {"Data": "data", "Severity weights": "weights", "Model": "model", "Training": "training"}
+_EVALUATION = ("data", "generation", "evaluation", "lexicons", "judge")
 _ARMS = {"adapter": "the adapter", "base": "base model", "reference": "doctor's reference answer"}
 
 
@@ -120,14 +121,9 @@ def _run_page(folder: Path, answers: int) -> dict[str, Any]:
         plots=(differences_to_base(evaluation) if evaluation else []) + loss_curves(_lines(folder / "log.jsonl")),
     )
     model = metrics.get("model", {}).get("name_or_path", recipe.model.name_or_path)
-    about = {
-        key: evaluation[key] for key in ("data", "generation", "evaluation", "lexicons", "judge") if key in evaluation
-    }
-    sections = {
-        **{name: metrics.get(key, {}) for name, key in _SECTIONS.items()},
-        "Environment": _object(folder / "environment.json"),
-        "Evaluation": about,
-    }
+    sections = {name: metrics.get(key, {}) for name, key in _SECTIONS.items()}
+    sections["Environment"] = _object(folder / "environment.json")
+    sections["Evaluation"] = {key: evaluation[key] for key in _EVALUATION if key in evaluation}
     return {
         "title": f"Run {folder.resolve().name}",
         "subtitle": f"A LoRA adapter for {Path(model).name if Path(model).is_absolute() else model}",

@@ -43,9 +43,7 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
 }
 
 
@@ -101,6 +99,7 @@ def forest(title: str, differences: Mapping[str, Any], metric: Mapping[str, Any]
         axes.set_yticks(range(len(bars)), [label for label, _ in bars])
         axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
+        axes.locator_params(axis="x", nbins=5)  # more touch each other on a phone
         axes.set_xlabel(metric_label(metric))
 
     if not bars:

@@ -21,6 +21,7 @@ _COLUMNS = {
     "constant": "floor: constant",
     "reference": "doctors",
 }
+_OF_DIFFERENCES = ("difference", "p (Holm)", "smallest detectable", "outcome")
 # The others stand folded away: what a fine-tuning is judged by comes first.
 _OPEN_STRATA = (SEVERITIES[-1], "all")
 Json = Mapping[str, Any]
@@ -141,8 +142,7 @@ def difference_tables(recipe: Json, content: Json) -> list[Table]:
                     rows.append((f"{_arm(arm, recipe)} − {reference}", cells))
             title = f"{plain(stratum).capitalize()}: {metric_label(metric, stratum)}"
             folded = name != content["primary"]["metric"] or stratum not in _OPEN_STRATA
-            headings = ("difference", "p (Holm)", "smallest detectable", "outcome")
-            tables += [Table(title, headings, tuple(rows), folded)] if rows else []
+            tables += [Table(title, _OF_DIFFERENCES, tuple(rows), folded)] if rows else []
     return tables
 
 
