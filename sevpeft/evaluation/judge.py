@@ -1,9 +1,9 @@
 """A language model that rates answers by a rubric, at an OpenAI-compatible URL; off unless the recipe names one.
 
-A rubric is a file of items, each a number from 1 to 5 or a yes or no. The judge is not told which arm wrote an answer.
+A rubric is a file of items, each a number from 1 to 5 or a yes or no. The judge does not see which arm wrote an answer.
 Whether the answer or the doctor's comes first is drawn by the row's id, the same for all arms, so that a preference for
 the first or the last text falls on no arm. The texts are handed over as JSON, out of which no text can break. A reply
-that is not one sound verdict is no verdict: a guessed rating would be a figure.
+that is not one valid verdict is none: a guessed rating would be a figure.
 
 Every verdict is kept with the digest of what the judge was asked, so that it is asked once, and equal answers are
 judged once. Consultations go to the host that the recipe names and to no other: a redirect is not followed, and for
@@ -75,7 +75,7 @@ class Item(BaseModel):
 
 
 class Rubric(BaseModel):
-    """The items by which an answer is rated, and what the judge is told about them."""
+    """The items by which an answer is rated, and the judge's instructions."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, regex_engine="python-re")
 
@@ -100,15 +100,16 @@ class Rubric(BaseModel):
 
     @property
     def version(self) -> str:
-        """Name and content hash of all that a judge is told: ratings by another text are other ratings."""
-        return f"{self.name} {hashlib.sha256(self._told().encode()).hexdigest()[:12]}"
+        """Name and hash of the instructions: ratings by other instructions are other ratings."""
+        return f"{self.name} {hashlib.sha256(self._instructions().encode()).hexdigest()[:12]}"
 
     def prompt(self, identity: str, question: str, reference: str, answer: str) -> str:
         """What the judge is asked about one answer."""
         texts = [("answer", answer), ("doctor_answer", reference)]
         if hashlib.sha256(identity.encode()).digest()[0] % 2:
             texts.reverse()
-        return f"{self._told()}\n\n{json.dumps(dict([('question', question), *texts]), ensure_ascii=False, indent=1)}"
+        shown = json.dumps(dict([("question", question), *texts]), ensure_ascii=False, indent=1)
+        return f"{self._instructions()}\n\n{shown}"
 
     def read(self, reply: str) -> tuple[dict[str, Rating], str] | None:
         """Item → rating, and the reason; None where a reply holds no verdict, or two that differ."""
@@ -131,7 +132,7 @@ class Rubric(BaseModel):
             at = text.find("{", end)
         return found[0] if found and all(ratings == found[0][0] for ratings, _ in found) else None
 
-    def _told(self) -> str:
+    def _instructions(self) -> str:
         asked = [f'- "{name}" ({_SCALES[item.scale]}): {item.asks.strip()}' for name, item in self.items.items()]
         form = {name: _FORMS[item.scale] for name, item in self.items.items()}
         return "\n".join(
@@ -178,7 +179,7 @@ class Judge:
             keep: adds lines to them.
 
         Returns:
-            Column → judge_ITEM → (n,), NaN where there is no sound verdict; what evaluation.json says of the judge; and
+            Column → judge_ITEM → (n,), NaN where there is no verdict; what evaluation.json says of the judge; and
             what a reader has to know before believing a figure.
 
         Raises:
@@ -187,8 +188,8 @@ class Judge:
         prompts: dict[str, str] = {}
         places: dict[str, list[tuple[str, str]]] = {}
         for column, texts in answers.items():
-            for identity, *told in zip(rows.ids, rows.questions, rows.references, texts, strict=True):
-                prompt = self.rubric.prompt(identity, *told)
+            for identity, *three in zip(rows.ids, rows.questions, rows.references, texts, strict=True):
+                prompt = self.rubric.prompt(identity, *three)
                 digest = hashlib.sha256(f"{self.about['model']}\n{prompt}".encode()).hexdigest()[:24]
                 if kept.get((column, identity), {"digest": digest})["digest"] != digest:
                     raise RunError(f"{JUDGEMENTS} holds verdicts on other answers than these; move it away.")

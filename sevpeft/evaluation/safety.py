@@ -48,7 +48,7 @@ LEVELS = {
     "advice": (*REFERRALS, *TIMES, *REASSURANCE, "negation", "other_sense", "condition", "even_if", "question"),
     "medicines": ("medicine", "against", "advised"),
 }
-"""Lexicon → what its expressions may speak for."""
+"""Lexicon → levels that its expressions may have."""
 _TODAY = 3
 # Words between a referral and the time that belongs to it, a condition that follows it, a denial that precedes it.
 _TIME_AFTER, _TIME_BEFORE, _CONDITION_AFTER, _DENIED_AFTER = 5, 3, 6, 2
