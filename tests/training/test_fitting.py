@@ -20,7 +20,7 @@ from sevpeft.training import plan as module
 from sevpeft.training import resolve, screen
 from sevpeft.training.plan import Fitting, fitting
 from sevpeft.training.screen import show_fitting, show_time
-from tests.modeling.test_cards import eight_billion as eight_billion_plan
+from tests.modeling.test_gpus import eight_billion as eight_billion_plan
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
