@@ -40,7 +40,7 @@ def estimate(value: float, **more: Any) -> dict[str, Any]:
 
 def compared(value: float, **more: Any) -> dict[str, Any]:
     """A difference as `statistics.Comparison` writes it."""
-    about = {"p": 0.2, "comparisons": 4, "detectable": 0.02, "better": "lower", "outcome": "better"}
+    about = {"p": 0.2, "p_at_most": False, "comparisons": 4, "detectable": 0.02, "better": "lower", "outcome": "better"}
     return {**estimate(value), "per_seed": [value], **about, **more}
 
 

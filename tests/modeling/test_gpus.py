@@ -89,7 +89,7 @@ def test_what_the_recipe_does_not_allow_is_not_advised() -> None:
 
 
 def test_what_saved_nothing_at_first_is_tried_again_once_it_does() -> None:
-    rows = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 64}
+    rows = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 32}
     recipe = recipe_of(training={"gradient_checkpointing": False, "eval_strategy": "epoch", **rows})
     settings = [change.settings[0] for change in changes(plan_of(recipe), 0.3)]
     assert settings.index("training.per_device_eval_batch_size=1") > settings.index(
