@@ -21,6 +21,7 @@ from rich.console import Console
 
 from sevpeft.cli import main
 from sevpeft.data.prepare.prepare import prepare
+from sevpeft.data.prepare.settings import PrepareSettings
 from sevpeft.data.read import load_consultations
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import Interrupted, ModelError, RunError, UsageError
@@ -318,7 +319,7 @@ def test_the_groups_of_a_prepared_folder_are_its_near_duplicates(tmp_path: Path)
     ]
     source = tmp_path / "data.jsonl"
     source.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in doubled), encoding="utf-8")
-    prepare(str(source), tmp_path / "prepared")
+    prepare(PrepareSettings.model_validate({"data": {"path": str(source)}}), tmp_path / "prepared")
     rows = module.test_rows(recipe_from_values({"data": {"path": str(tmp_path / "prepared")}}))
     assert len(rows) > 2 and len({fold_for_matching(question) for question in rows.questions}) == len(rows)
     pairs = {question.removeprefix("يا دكتور ") for question in rows.questions}

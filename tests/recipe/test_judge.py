@@ -34,6 +34,9 @@ def test_usual_addresses_of_endpoints_are_accepted() -> None:
 
 def test_a_wrong_judge_is_refused_without_repeating_what_may_be_secret() -> None:
     wrong = []
+    whole = ["evaluation.judge.model=m", "evaluation.judge.url=http://127.0.0.1:8000/v1"]
+    with pytest.raises(RecipeError, match="judge.model: is missing"):
+        load_recipe(QUICKSTART, whole[1:])
     for setting, key, remedy in (
         ("url=http://user:secret@judge.example/v1", "judge.url", JUDGE_KEY),
         ("url=http://secret@judge.example/v1", "judge.url", JUDGE_KEY),
@@ -44,13 +47,11 @@ def test_a_wrong_judge_is_refused_without_repeating_what_may_be_secret() -> None
         ("url=secret", "judge.url", "http://127.0.0.1:8000/v1"),
         ("api_key=sk-secret", "judge.api_key", JUDGE_KEY),
         ("api_key_variable=MY_SECRET", "judge.api_key_variable", "unknown"),
-        ("url=http://judge.example/v1", "judge", "evaluation.judge.model"),
-        ("concurrency=2", "judge", "evaluation.judge.model"),
         ("timeout=0", "judge.timeout", "greater than 0"),
         ("concurrency=0", "judge.concurrency", "1"),
     ):
         with pytest.raises(RecipeError) as error:
-            load_recipe(QUICKSTART, [f"evaluation.judge.{setting}"])
+            load_recipe(QUICKSTART, [*whole, f"evaluation.judge.{setting}"])
         message = str(error.value)
         expected = message.startswith(f"command line: evaluation.{key}: ") and remedy in message
         if not expected or "\n" in message or "secret" in message.lower():

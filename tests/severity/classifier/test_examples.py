@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 
 from sevpeft.data.read import Consultations, load_consultations
-from sevpeft.data.split import hold_out
 from sevpeft.errors import DataError, SevpeftError
-from sevpeft.severity.classifier.examples import Examples, block_folds, complete_rows, grouped_folds, labeled_examples
+from sevpeft.severity.classifier.examples import (
+    Examples,
+    block_folds,
+    complete_rows,
+    grouped_folds,
+    hold_out,
+    labeled_examples,
+)
 from sevpeft.severity.probabilities import SEVERITIES
 
 from .conftest import build_examples

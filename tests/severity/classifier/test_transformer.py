@@ -17,11 +17,10 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from sevpeft.data.split import hold_out
 from sevpeft.errors import DataError, ModelError
 from sevpeft.severity.classifier import transformer
 from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
-from sevpeft.severity.classifier.examples import Examples
+from sevpeft.severity.classifier.examples import Examples, hold_out
 from sevpeft.severity.classifier.settings import EncoderSection
 from sevpeft.severity.classifier.store import TRANSFORMER, load_classifier, write_classifier
 from sevpeft.severity.classifier.transformer import (
