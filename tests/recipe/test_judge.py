@@ -35,7 +35,7 @@ def test_usual_addresses_of_endpoints_are_accepted() -> None:
 def test_a_wrong_judge_is_refused_without_repeating_what_may_be_secret() -> None:
     wrong = []
     whole = ["evaluation.judge.model=m", "evaluation.judge.url=http://127.0.0.1:8000/v1"]
-    with pytest.raises(RecipeError, match="judge.model: is missing"):
+    with pytest.raises(RecipeError, match=r"judge\.model: is missing"):
         load_recipe(QUICKSTART, whole[1:])
     for setting, key, remedy in (
         ("url=http://user:secret@judge.example/v1", "judge.url", JUDGE_KEY),
