@@ -19,7 +19,7 @@ _SETTINGS = "sevpeft.severity.classifier.settings"
 _NO_KEYS = ("data.path", "data.validation_size", "data.test_size", "data.seed")  # INPUT, and a recipe's split
 
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="Labeled consultations: file, folder, Hub data set")]
-Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings", show_default=False)]
+Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 

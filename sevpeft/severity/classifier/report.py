@@ -72,7 +72,7 @@ def markdown(heading: str, evaluation: Evaluation) -> str:
         ]
         parts.append(_table(["block", "rows", "accuracy, 95 %", "auc critical, 95 %"], rows))
     confusion = [[name, *map(str, counts)] for name, counts in zip(SEVERITIES, scored.confusion, strict=True)]
-    parts.append(_table(["likeliest:", *SEVERITIES], confusion))
+    parts.append(_table(["label ↓ likeliest →", *SEVERITIES], confusion))
     return "\n\n".join([*parts, "\n".join(f"- {remark}" for remark in _remarks(heading, evaluation))])
 
 

@@ -51,7 +51,7 @@ class ClassifierSettings(Section):
     @classmethod
     def _reads_only(cls, data: DataSection) -> DataSection:
         if unused := sorted(SPLIT_KEYS & data.model_fields_set):
-            raise ValueError(f"{', '.join(unused)} split the data of a recipe; write test_size and seed without data.")
+            raise ValueError(f"{', '.join(unused)}: how a recipe splits; write test_size and seed without data")
         return data
 
     @field_validator("lexicon", "encoder")

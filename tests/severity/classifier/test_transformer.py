@@ -106,7 +106,7 @@ def fitted(encoder: Path) -> TransformerClassifier:
     return fit(encoder, early_stopping_patience=12)
 
 
-def test_thirty_rows_are_learnt_by_heart(fitted: TransformerClassifier) -> None:
+def test_thirty_rows_are_learned_by_heart(fitted: TransformerClassifier) -> None:
     probabilities = fitted.probabilities(rows().questions)
     assert probabilities.shape == (30, 3) and probabilities.dtype == np.float64
     assert np.abs(probabilities.sum(axis=1) - 1).max() < 1e-12
@@ -227,7 +227,7 @@ def test_the_best_epoch_is_kept_and_the_training_stops_early(encoder: Path) -> N
     shown: list[str] = []
     kept = fit(encoder, wrong, 0, shown.append, num_train_epochs=30, early_stopping_patience=4)
     losses = [float(line.rpartition(" ")[2]) for line in shown if "validation loss" in line]
-    assert 2 <= len(losses) < 30, "labels that mean nothing are soon not learnt any better"
+    assert 2 <= len(losses) < 30, "labels that mean nothing are soon not learned any better"
     assert losses[-1] > min(losses) + 0.01, "else the last epoch would be the best one"
     fold = hold_out(wrong, VALIDATION_SHARE, seed=0)
     held = wrong.take(fold.test)
