@@ -90,7 +90,7 @@ class ContextRules:
         # "صعوبة في بلع الدواء", "لازم اخد شريط": nothing was swallowed.
         if category == "poisoning_bites" and self._is(first - 1 - self._is(first - 1, "into"), "hard"):
             return "asked"
-        if category != "pregnancy" and self._near(first - 6, last + 3, "died family kin") and self._other(first, last):
+        if self._any & BITS["died family kin"] and category != "pregnancy" and self._other(first, last):
             return "other"
         past = self._any & BITS["recovered was before event formerly gone_year"]
         if past and (self._is_over(first, last) or self._dated(first, last)):
@@ -98,7 +98,7 @@ class ContextRules:
         # Whoever asks whether there is danger has not said that there is.
         if category == "danger" and self._asks_for_danger(first, last):
             return "asked"
-        doubtful = self._near(first - 5, first - 1, "fear cause be") and self._possible(first)
+        doubtful = self._any & BITS["fear cause be"] and self._possible(first)
         if critical and self._any & BITS["whether choice"]:
             doubtful = doubtful or self._asks_whether(first, last)
         # Thoughts of suicide are often told as a fear or a possibility; they count all the same.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 from sevpeft.severity.lexicon import Pattern, Word
 from sevpeft.severity.words import POINT, WORD_LISTS, Remembered, Text
@@ -35,13 +34,6 @@ _LONGEST_PREFIX = max(map(len, _PLAIN_PREFIXES | _VERB_PREFIXES))
 _LONGEST_SUFFIX = max(map(len, _PLAIN_SUFFIXES | _VERB_SUFFIXES))
 _UNITS = frozenset(WORD_LISTS["unit"])
 _AGES = tuple(conjunction + age for conjunction in ("", "و") for age in WORD_LISTS["age"])
-
-
-class Occurrence(NamedTuple):
-    """Where a pattern stands: its number, and one position for each of its slots, ascending."""
-
-    pattern: int
-    positions: tuple[int, ...]
 
 
 # The slots still to be found in one direction, the nearest first: number of the slot, and how far on it may stand.
@@ -140,20 +132,25 @@ class Matcher:
                     if fits:
                         yield slot
 
-    def occurrences(self, text: Text) -> list[Occurrence]:
-        """Every place of a pattern's rarest word from which the pattern can be completed, with its nearest words."""
+    def occurrences(self, text: Text) -> list[tuple[int, tuple[int, ...]]]:
+        """(number of a pattern, ascending positions of its slots) of every place where a pattern stands.
+
+        One for each place of its rarest word from which it can be completed, with the nearest words.
+        """
         known = [
             found or self._number_at(text.words, position) for position, found in enumerate(map(self._word, text.words))
         ]
         present = frozenset().union(*[slots for slots, _ in known])
-        found = []
+        found: list[tuple[int, tuple[int, ...]]] = []
         for position, (_, anchored) in enumerate(known):
             for pattern, others, back, onwards in anchored:
-                if others <= present:
+                if not others:
+                    found.append((pattern, (position,)))
+                elif others <= present:
                     before = _along(back, position, known, text.sentences) if back else ()
                     after = _along(onwards, position, known, text.sentences) if onwards and before is not None else ()
                     if before is not None and after is not None:
-                        found.append(Occurrence(pattern, (*reversed(before), position, *after)))
+                        found.append((pattern, (*reversed(before), position, *after)))
         return found
 
 

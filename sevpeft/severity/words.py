@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sevpeft.data.text import fold_for_matching
 
@@ -63,8 +62,7 @@ _WRAPPED_NEGATION = re.compile(r"(و|ف)?ما?([^\d\W]{3,})ش")
 _JOINED = {word: tuple(parts.split("_")) for word, parts in (pair.split("=") for pair in WORD_LISTS["joined"])}
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A question in words, and where its sentences and clauses end."""
 
     words: list[str]

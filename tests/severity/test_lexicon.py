@@ -52,7 +52,7 @@ def matched(term: str, question: str) -> bool:
 
 
 def found(pattern: Pattern, text: str) -> bool:
-    return pattern in {PATTERNS[occurrence.pattern] for occurrence in MATCHER.occurrences(read(text))}
+    return pattern in {PATTERNS[number] for number, _ in MATCHER.occurrences(read(text))}
 
 
 # The package's own file
