@@ -185,8 +185,7 @@ def paired_difference(
         error = float(np.hypot(of_rows, of_seeds))
         freedom = float(error**4 / (of_rows**4 / max(data.count - 1, 1) + of_seeds**4 / (seeds - 1)))
         p = max(p, float(2 * stats.t.sf(abs(value) / error, freedom)))
-    by_seeds = tuple(float(difference) for difference in per_seed)
-    return Difference(value, low, high, error, data.rows, data.count, p, freedom, by_seeds)
+    return Difference(value, low, high, error, data.rows, data.count, p, freedom, tuple(per_seed.tolist()))
 
 
 def _by_group(values: Floats, groups: ArrayLike, weights: ArrayLike | None) -> _Groups:
@@ -290,9 +289,8 @@ class Comparison:
     def detectable(self) -> float:
         """Smallest true difference that an experiment with this standard error finds with the given power.
 
-        (t_{1−α/2m} + t_power) · SE, with the difference's degrees of freedom; the m comparisons of the family share α
-        (Bonferroni, which is what Holm asks of the smallest p). NaN where there is no standard error, or where the
-        test has too few questions to find anything.
+        (t_{1−α/2m} + t_power) · SE; the m comparisons of the family share α (Bonferroni, which is what Holm asks of the
+        smallest p). NaN where there is no standard error or too few questions to find anything.
         """
         found = self.difference
         if self._hopeless or not found.standard_error > 0 or found.degrees_of_freedom < 1:
