@@ -11,6 +11,7 @@ import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,7 @@ def compare(
         of_seeds = [(arm, seed) for seed in seeds for arm in to_train if arm in of]
         return [_Unit(found[name], rows[name], *one, controlled, with_base=one == first) for one in of_seeds]
 
-    def finish(some: list[_Unit]) -> None:
-        _finish(some, lambda unit, place: _train_and_evaluate(unit, place, answers, screen, on_trained), screen)
-
+    finish = partial(_finish, answers=answers, console=screen, on_trained=on_trained)
     try:
         finish([unit for name in found for unit in units(name, [arm for arm in arms if arm not in CONTROLS])])
         validation = {name: _validation(units(name, WEIGHTED)) for name in found}
@@ -200,7 +199,9 @@ def _content(
     }
 
 
-def _finish(units: Sequence[_Unit], finish: Callable[[_Unit, str], None], console: Console) -> None:
+def _finish(
+    units: Sequence[_Unit], *, answers: bool, console: Console, on_trained: Callable[[Run], object] | None
+) -> None:
     """Finishes the runs: first those that no other process has locked, then the others, once they are free."""
     for timeout in (0, -1):
         for number, unit in enumerate(units, start=1):
@@ -214,7 +215,7 @@ def _finish(units: Sequence[_Unit], finish: Callable[[_Unit, str], None], consol
             except Timeout:
                 continue
             try:
-                finish(unit, place)
+                _train_and_evaluate(unit, place, answers, console, on_trained)
             finally:
                 lock.release()
 

@@ -188,8 +188,7 @@ def paired_difference(
         freedom = float(error**4 / (of_rows**4 / max(data.count - 1, 1) + of_seeds**4 / (seeds - 1)))
         of_t = float(2 * stats.t.sf(abs(value) / error, freedom))
         p, p_at_most = max(p, of_t), p_at_most and of_t <= p
-    by_seeds = tuple(float(difference) for difference in per_seed)
-    return Difference(value, low, high, error, data.rows, data.count, p, p_at_most, freedom, by_seeds)
+    return Difference(value, low, high, error, data.rows, data.count, p, p_at_most, freedom, tuple(per_seed.tolist()))
 
 
 def _by_group(values: Floats, groups: ArrayLike, weights: ArrayLike | None) -> _Groups:
@@ -296,9 +295,8 @@ class Comparison:
     def detectable(self) -> float:
         """Smallest true difference that an experiment with this standard error finds with the given power.
 
-        (t_{1−α/2m} + t_power) · SE, with the difference's degrees of freedom; the m comparisons of the family share α
-        (Bonferroni, which is what Holm asks of the smallest p). NaN where there is no standard error, or where the
-        test has too few questions to find anything.
+        (t_{1−α/2m} + t_power) · SE; the m comparisons of the family share α (Bonferroni, which is what Holm asks of the
+        smallest p). NaN where there is no standard error or too few questions to find anything.
         """
         found = self.difference
         if self._hopeless or not found.standard_error > 0 or found.degrees_of_freedom < 1:
