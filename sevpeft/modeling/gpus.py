@@ -97,7 +97,10 @@ def _proposal(name: str, plan: MemoryPlan, available: int) -> tuple[tuple[str, .
     if name == "rows" and rows not in (1, AUTO):
         divisors = [count for count in range(1, rows) if rows % count == 0]  # so that a step keeps its rows
         fewer = divisors[max(0, bisect_right(divisors, available, key=plan.total_of_batch) - 1)]
-        more = () if steps == AUTO else (f"training.gradient_accumulation_steps={steps * rows // fewer}",)
+        more = [] if steps == AUTO else [f"training.gradient_accumulation_steps={steps * rows // fewer}"]
+        validated = settings["per_device_eval_batch_size"]
+        if settings["eval_strategy"] != "no" and validated != AUTO and validated > fewer:  # neither would help alone
+            more.append(f"training.per_device_eval_batch_size={fewer}")
         return (f"training.per_device_train_batch_size={fewer}", *more), "the same adapter, slower"
     if name == "optimizer" and settings.get("optim") != "paged_adamw_8bit":
         return ("training.optim=paged_adamw_8bit",), "optimizer state in 8 bit, moved out when memory is short"

@@ -107,11 +107,6 @@ def test_the_recipe_s_settings_are_the_library_s() -> None:
     ("values", "said"),
     [
         ({"lora": {"loraplus_lr_ratio": 0.5}}, "loraplus_lr_ratio"),
-        ({"lora": {"loraplus_lr_embedding": 1e-6}}, "only LoRA+ uses it; write loraplus_lr_ratio too"),
-        (
-            {"lora": {"loraplus_lr_ratio": 16.0}, "training": {"optim": "galore_adamw"}},
-            "galore_adamw sorts the parameters itself",
-        ),
         ({"lora": {"loraplus_weight_decay": 0.1}}, "training.weight_decay"),
     ],
 )
