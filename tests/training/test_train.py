@@ -124,7 +124,7 @@ def test_severity_weights_change_the_adapter_and_uniform_ones_do_not_need_severi
     "wrong",
     [
         *("training.optim=schedule_free_adamw", "training.lr_scheduler_kwargs={x: 1}"),
-        *("training.log_level=loud", "training.torch_compile_backend=no_such"),
+        "training.torch_compile_backend=no_such",
     ],
 )
 def test_what_the_trainer_would_meet_in_its_loop_is_refused_before_there_is_a_run(
@@ -190,10 +190,9 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, settings: l
     [
         ([], True),
         (["lora.use_dora=true"], False),
-        (["lora.init_lora_weights=pissa"], False),
         (["quantization.load_in_4bit=true"], True),
     ],
-    ids=["LoRA", "DoRA", "PiSSA", "QLoRA"],
+    ids=["LoRA", "DoRA", "QLoRA"],
 )
 def test_under_autocast_the_adapter_is_written_as_it_was_computed_with(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch, more: list[str], rounded: bool
@@ -219,10 +218,7 @@ def test_under_autocast_the_adapter_is_written_as_it_was_computed_with(
     ids = torch.arange(4, 60)[None]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, found = (model.eval()(input_ids=ids).logits for model in (trained[-1], again))
-    if "pissa" in str(more):
-        assert torch.allclose(found.float(), expected.float(), atol=0.05)
-    else:
-        assert torch.equal(found, expected)
+    assert torch.equal(found, expected)
 
 
 def test_full_memory_is_told_with_the_plan_or_the_batch_is_cut(
