@@ -1,1 +1,1 @@
-"""Out of the house: model cards, chat, and a merged model that other programs serve."""
+"""Sharing: model cards, chat, and a merged model that other programs serve."""

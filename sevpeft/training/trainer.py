@@ -1,4 +1,12 @@
-"""TRAINERDOC"""
+"""The severity-weighted loss and the validation loss per severity.
+
+The loss stays TRL's. SFTTrainer's `compute_loss` calls the model and reads `log_probs` (B, T-1) from what it returns.
+Here it gets a callable that returns the same outputs with log-probabilities multiplied by `token_weights`.
+Normalization, accumulation, several processes and metrics are TRL's own. With all weights one the result is stock SFT
+to the bit; on a CPU, for vocabularies over 4,096, up to rounding (`CPU_VOCABULARY_TILE` in compat.py).
+
+Validation loss is a sum over tokens, per severity, not a mean of batch means, which would change with the batch size.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +62,7 @@ class SeveritySFTTrainer(RobustSFTTrainer):
     ) -> None:
         if reduction not in ("tokens", "examples"):
             raise ValueError(f"reduction is {reduction!r}; it can be tokens or examples.")
-        _refuse_bypasses(args)
+        _check_bypasses(args)
         _check_weights(train_dataset)
         self.reduction = reduction
         self.loraplus = loraplus
@@ -168,7 +176,7 @@ def _answer_starts(labels: torch.Tensor) -> torch.Tensor:
     return labels.masked_fill(continued, IGNORED)
 
 
-def _refuse_bypasses(args: SFTConfig) -> None:
+def _check_bypasses(args: SFTConfig) -> None:
     reasons = {
         "loss_type": (args.loss_type != "nll", "exponentiates the log-probabilities that carry the weights"),
         "label_smoothing_factor": (args.label_smoothing_factor > 0, "takes the loss from the full logits, unweighted"),
