@@ -43,11 +43,7 @@ def shown(found: object) -> str:
         ["training.gradient_accumulation_steps=4", "training.num_train_epochs=2"],
         ["training.max_steps=3"],
         ["training.packing=true", "training.num_train_epochs=1"],
-        [
-            "training.dataloader_drop_last=true",
-            "training.per_device_train_batch_size=5",
-            "training.gradient_accumulation_steps=2",
-        ],
+        ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=4", "data.max_rows=57"],
     ],
 )
 def test_the_training_takes_the_planned_steps_on_the_planned_weights(
