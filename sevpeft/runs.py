@@ -58,12 +58,14 @@ class Run:
 
     def metrics(self) -> dict[str, Any]:
         """Contents of metrics.json; empty while there is none."""
-        path = self.folder / "metrics.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        return self._read_json("metrics.json")
 
     def environment(self) -> dict[str, Any]:
         """Contents of environment.json; empty while there is none."""
-        path = self.folder / "environment.json"
+        return self._read_json("environment.json")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

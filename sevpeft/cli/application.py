@@ -114,8 +114,6 @@ def command_with_keys(settings: str, *, without: Collection[str] = ()) -> type[T
 
     class Command(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
-            from sevpeft.console import print_text
-
             super().format_help(ctx, formatter)
             module, _, name = settings.partition(":")
             print_text(f"KEY=VALUE:\n{keys_help(getattr(importlib.import_module(module), name), without=without)}")
@@ -174,7 +172,7 @@ def _is_one_of_several() -> bool:
     return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
-def refuse_several_processes(verb: str, instead: str = "") -> None:
+def check_one_process(verb: str, instead: str = "") -> None:
     """Raises UsageError where a launcher started several processes, which would all write the same files.
 
     Args:

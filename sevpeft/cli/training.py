@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sevpeft.cli.application import app, is_main_process, quiet_libraries, refuse_several_processes
+from sevpeft.cli.application import app, check_one_process, is_main_process, quiet_libraries
 from sevpeft.console import output_error
 from sevpeft.errors import ModelError, UsageError
 
@@ -117,7 +117,7 @@ def chat(
     from sevpeft.console import Screen, print_text
     from sevpeft.runs import Run, check_run
 
-    refuse_several_processes("chat")
+    check_one_process("chat")
     check_run(run)
     with Screen(stderr=True).status(f"Loading the adapter of {run}"):
         quiet_libraries()

@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sevpeft.errors import RunError, SevpeftError, UsageError
-from sevpeft.modeling.loading import choose_precision, load_config, load_model, load_tokenizer, uses_gpu
+from sevpeft.modeling.loading import load_config, load_for_inference, load_tokenizer
 from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run
@@ -234,7 +234,7 @@ class AdapterSwitch:
             ModelError: the adapter is damaged or does not fit the base model.
         """
         if self._model is None or (arm == BASE and self._base_changed):
-            self._model, self._base_changed = _load(self.recipe), False
+            self._model, self._base_changed = load_for_inference(self.recipe), False
         if arm != BASE and not isinstance(self._model, PeftModel):
             self._model = self._attached(self._model)
         if arm == BASE and isinstance(self._model, PeftModel):
@@ -252,13 +252,6 @@ class AdapterSwitch:
         # The same call again: equal to the bit, but for what the device's own kernels vary by.
         self._base_changed = not shift <= (again - before).abs().max()
         return model
-
-
-def _load(recipe: Recipe) -> PreTrainedModel:
-    model = load_model(recipe, choose_precision(recipe))
-    if uses_gpu(recipe) and not recipe.quantization.quantised():
-        model = model.to("cuda")
-    return model.eval()
 
 
 @torch.no_grad()

@@ -20,8 +20,7 @@ from sevpeft.data.columns import free_name, listed
 from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load_consultations
 from sevpeft.errors import DataError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS, DataSection, Section
-from sevpeft.runs import check_absent, plain_disk_errors, whole_folder
-from sevpeft.runs import file_hash as file_fingerprint
+from sevpeft.runs import check_absent, file_hash, plain_disk_errors, whole_folder
 from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, severity_probabilities, sharpened
 from sevpeft.severity.source import EVIDENCE, judged, load_source
 from sevpeft.severity.weights import WeightSummary, severity_weights
@@ -199,7 +198,7 @@ def _write_folder(rows: datasets.Dataset, output: Path, consultations: Consultat
         rows.to_parquet(folder / PREPARED_ROWS)
         about = consultations.provenance | {
             "columns": rows.column_names,
-            "fingerprint": file_fingerprint(folder / PREPARED_ROWS),
+            "fingerprint": file_hash(folder / PREPARED_ROWS),
             "severity": {**severity, "input_fingerprint": consultations.fingerprint},
         }
         (folder / PREPARED_ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

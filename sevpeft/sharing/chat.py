@@ -10,10 +10,10 @@ import torch
 
 from sevpeft.evaluation.arms import check_adapter
 from sevpeft.modeling.loading import load_config, load_for_inference, load_tokenizer
-from sevpeft.modeling.prompts import Prompt
 from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
+from sevpeft.training.data import prompt_of
 
 
 class Chat:
@@ -31,7 +31,7 @@ class Chat:
         check_adapter(run)
         recipe = load_recipe(run.folder / "recipe.yaml")
         self.tokenizer = load_tokenizer(recipe, load_config(recipe))
-        self.prompt = Prompt.build(self.tokenizer, **recipe.prompt.model_dump())
+        self.prompt = prompt_of(recipe, self.tokenizer)
         self.model = attach_adapter(load_for_inference(recipe), run.adapter, recipe)
 
     @torch.no_grad()

@@ -40,12 +40,11 @@ from sevpeft.modeling.loading import Precision, count_parameters, load_config, l
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import QuantizationSection, Recipe, load_recipe
-from sevpeft.runs import Run, whole_folder
-from sevpeft.runs import check_absent as refuse_existing
+from sevpeft.runs import Run, check_absent, whole_folder
 from sevpeft.sharing.card import check_card_sources, note_unquantized_base, write_merged_card
 from sevpeft.sharing.serving import modelfile
 from sevpeft.training.compat import IGNORED
-from sevpeft.training.data import encode_rows, load_splits
+from sevpeft.training.data import encode_rows, load_splits, prompt_of
 
 UNQUANTIZED, DEQUANTIZED = "unquantized", "dequantized"
 CONSULTATIONS = 8
@@ -130,7 +129,7 @@ def merge(
     chosen = None if dtype == "auto" else getattr(torch, dtype)
     parameters = count_parameters(config)
     _check_output(output, parameters * (chosen or config.dtype or torch.float32).itemsize + _SMALL_FILES)
-    prompt = Prompt.build(load_tokenizer(plain, config), **recipe.prompt.model_dump())
+    prompt = prompt_of(recipe, load_tokenizer(plain, config))
     texts, rows = _texts(recipe, prompt)
     name = recipe.model.name_or_path
     print_labeled(console, "Base model", f"{name} ({config.model_type}, {parameters:,} parameters)")
@@ -230,7 +229,7 @@ def _bases(recipe: Recipe, config: PretrainedConfig, bits: int | None, asked: st
 
 def _check_output(output: Path, size: int) -> None:
     """Raises RunError before the long work, where the folder exists, cannot be made, or does not fit onto the disk."""
-    refuse_existing(output)
+    check_absent(output)
     parent = next(parent for parent in output.resolve().parents if parent.exists())
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".sevpeft-"))

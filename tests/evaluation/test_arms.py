@@ -36,8 +36,8 @@ def logits(switch: AdapterSwitch, arm: str) -> torch.Tensor:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every time that a base model is loaded."""
     counted: list[int] = []
-    load = module._load
-    monkeypatch.setattr(module, "_load", lambda recipe: counted.append(1) or load(recipe))
+    load = module.load_for_inference
+    monkeypatch.setattr(module, "load_for_inference", lambda recipe: counted.append(1) or load(recipe))
     return counted
 
 
