@@ -14,12 +14,12 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head
 
+from sevpeft.cli.training import list_recipes, recipes_table
 from sevpeft.modeling.adapters import lora_config
 from sevpeft.modeling.gpus import usable
 from sevpeft.modeling.loading import count_parameters
 from sevpeft.modeling.memory import MemoryPlan
 from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.recipe.listing import list_recipes, recipes_table
 from sevpeft.sharing.card import write_card
 from sevpeft.training.compat import CPU_VOCABULARY_TILE
 from sevpeft.training.train import train

@@ -13,6 +13,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Collection
+from pathlib import Path
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -37,6 +38,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Turns Arabic medical consultations into a small LoRA adapter trained to care most about the severe cases.",
 )
+
+
+# Arguments and options that several verbs take.
+Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run", show_default=False)]
 
 
 def main() -> None:

@@ -1,26 +1,26 @@
-"""The verbs around one training: train, chat, recipes. Heavy imports stand inside, so that --help answers at once."""
+"""The verbs train, plan and recipes. Heavy imports stand inside, so that --help answers at once."""
 
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import app, check_one_process, is_main_process, quiet_libraries
-from sevpeft.console import output_error
+from sevpeft.cli.application import AsJson, Words, app, is_main_process, quiet_libraries
 from sevpeft.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/quickstart.yaml", show_default=False)]
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/quickstart.yaml", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's", show_default=False),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Words = None,
     output: Annotated[
         Path | None, typer.Option(help="Run folder; by default a new one under runs/", show_default=False)
     ] = None,
@@ -57,11 +57,8 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/quickstart.yaml", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's", show_default=False),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Words = None,
     vram: Annotated[
         float | None,
         typer.Option(min=1, max=1e5, help="GB of your GPU; exit code 1 if too small.", show_default=False),
@@ -73,7 +70,7 @@ def plan(
     efficiency: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of that peak that a training reaches.")
     ] = 0.3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a recipe would train on and what it needs, without training: data, weights, steps, memory, time.
 
@@ -103,44 +100,13 @@ def plan(
 
 
 @app.command()
-def chat(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run", show_default=False)],
-    question: Annotated[
-        str | None, typer.Option(help="Ask this and leave; else questions are read line by line.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-) -> None:
-    """Chat with a trained adapter. Its answers are no medical advice.
-
-    Example: sevpeft chat runs/quickstart-20260101-120000 --question "عندي صداع من امبارح"
-    """
-    from sevpeft.console import Screen, print_text
-    from sevpeft.runs import Run, check_run
-
-    check_one_process("chat")
-    check_run(run)
-    with Screen(stderr=True).status(f"Loading the adapter of {run}"):
-        quiet_libraries()
-        from sevpeft.sharing.chat import Chat
-
-        adapter = Chat(Run(run))
-    if question is not None:
-        print_text(adapter.answer(question, max_new_tokens))
-        return
-    if sys.stdin.isatty():
-        print_text("Every question stands alone; an empty line leaves. Not medical advice.", stderr=True)
-    while output_error() is None and (line := _read_line()):
-        print_text(adapter.answer(line, max_new_tokens), end="\n\n")
-
-
-@app.command()
 def recipes(
     folder: Annotated[Path, typer.Argument(help="Folder of recipes")] = Path("recipes"),
     vram: Annotated[
         float | None, typer.Option(min=1, max=1e5, help="Only those that fit a GPU of so many GB.", show_default=False)
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the recipes, or print their JSON Schema for an editor.
 
@@ -152,18 +118,43 @@ def recipes(
     if schema:
         print_json(recipe_schema())
         return
-    from sevpeft.recipe.listing import list_recipes, recipes_table
-
     found = list_recipes(folder, vram)
     if as_json:
         print_json(found)
-        return
-    Screen().print(recipes_table(found))
+    else:
+        Screen().print(recipes_table(found))
 
 
-def _read_line() -> str:
-    """A line from the keyboard or a pipe; empty at its end."""
-    try:
-        return input("? " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
+def list_recipes(folder: Path, vram: float | None = None) -> list[dict[str, Any]]:
+    """Every recipe of a folder, or those that fit a GPU of `vram` GB; smallest base model first."""
+    from sevpeft.recipe import load_recipe
+
+    loaded = [(path, load_recipe(path)) for path in sorted(folder.glob("*.yaml"))]
+    if not loaded:
+        raise UsageError(f"There are no recipes in {folder}; run this in the checkout, or name their folder.")
+    return [
+        {
+            "recipe": str(path),
+            "model": recipe.model.name_or_path,
+            "parameters": recipe.about.parameters,
+            "adapter": "QLoRA" if recipe.quantization.quantised() else "LoRA",
+            "license": recipe.about.license,
+            "gated": recipe.about.gated,
+            "vram_gib": recipe.about.vram_gib,
+        }
+        for path, recipe in sorted(loaded, key=lambda pair: pair[1].about.parameter_count() or 0)
+        if vram is None or (recipe.about.vram_gib or 0) <= vram
+    ]
+
+
+def recipes_table(recipes: list[dict[str, Any]]) -> Table:
+    """The list as a table that fits 80 columns."""
+    from rich.table import Column, Table
+
+    names = ("recipe", "size", "GPU", "license")
+    table = Table(*(Column(name, overflow="fold") for name in names), box=None, padding=(0, 2, 0, 0))
+    for row in recipes:
+        memory = f"{row['vram_gib']:g} GB" if row["vram_gib"] else "CPU"
+        terms = f"{row['license'] or 'not stated'}{' (gated)' if row['gated'] else ''}"
+        table.add_row(Path(row["recipe"]).name, row["parameters"] or "", memory, terms)
+    return table

@@ -40,8 +40,8 @@ class AboutSection(Section):
     """One line that says what the recipe trains."""
     parameters: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?[KMBT]$")
     """Size of the base model, as 0.49B or 135M."""
-    licence: str | None = None
-    """Licence of the base model, in the words of its page."""
+    license: str | None = None
+    """License of the base model, in the words of its page."""
     gated: bool = False
     """Whether access to the base model must be requested on the Hub."""
     vram_gib: float | None = Field(default=None, gt=0)

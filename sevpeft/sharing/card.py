@@ -58,7 +58,7 @@ def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: 
     """
     base = _public_name(merged["base"])
     local = recipe.model.name_or_path != TINY and base != merged["base"]  # a folder may hold any license
-    license_ = None if local or recipe.about.licence in _UNKNOWN_LICENSES else recipe.about.licence
+    license_ = None if local or recipe.about.license in _UNKNOWN_LICENSES else recipe.about.license
     known = license_ is None or license_ in _HUB_LICENSES
     command, reason = adapter_command(base if "/" in base else "BASE", "RUN/adapter", read_adapter_config(run.adapter))
     text = _filled_in(

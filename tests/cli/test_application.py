@@ -25,7 +25,7 @@ def command(*words: str, **variables: str) -> subprocess.CompletedProcess[bytes]
 
 
 def test_a_screen_that_is_not_utf_8_gets_question_marks_and_no_traceback(tmp_path: Path) -> None:
-    text = Path(QUICKSTART).read_text(encoding="utf-8").replace("licence: apache-2.0", "licence: رخصة")
+    text = Path(QUICKSTART).read_text(encoding="utf-8").replace("license: apache-2.0", "license: رخصة")
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     said = command("recipes", str(tmp_path), "--json", PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
     assert said.returncode == 0 and said.stderr == b"" and b"????" in said.stdout

@@ -476,8 +476,8 @@ def test_the_card_holds_the_measured_figures_and_the_warning(merged: tuple[Run, 
     assert "python convert_hf_to_gguf.py OUTPUT --outfile OUTPUT/model.gguf --outtype f32" in card.text
 
 
-def test_the_card_names_a_base_of_the_hub_with_its_licence(made_run: MadeRun, tmp_path: Path) -> None:
-    run = made_run("llama", about={"licence": "LFM 1.0"}, quantization={"load_in_4bit": True})
+def test_the_card_names_a_base_of_the_hub_with_its_license(made_run: MadeRun, tmp_path: Path) -> None:
+    run = made_run("llama", about={"license": "LFM 1.0"}, quantization={"load_in_4bit": True})
     found = merge(run, tmp_path / "merged")
     recipe = load_recipe(run.folder / "recipe.yaml")
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": "LiquidAI/LFM2-350M"})})

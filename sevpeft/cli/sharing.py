@@ -1,15 +1,17 @@
-"""The verb `merge`: a run's adapter and its base as one model, checked against the two."""
+"""The verbs chat and merge: a trained adapter in use. Heavy imports stand inside."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sevpeft.cli.application import app, quiet_libraries
+from sevpeft.cli.application import AsJson, RunFolder, app, check_one_process, quiet_libraries
+from sevpeft.console import output_error
 from sevpeft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,8 +20,47 @@ if TYPE_CHECKING:
 
 
 @app.command()
+def chat(
+    run: RunFolder,
+    question: Annotated[
+        str | None, typer.Option(help="Ask this and leave; else questions are read line by line.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+) -> None:
+    """Chat with a trained adapter. Its answers are no medical advice.
+
+    Example: sevpeft chat runs/quickstart-20260101-120000 --question "عندي صداع من امبارح"
+    """
+    from sevpeft.console import Screen, print_text
+    from sevpeft.runs import Run, check_run
+
+    check_one_process("chat")
+    check_run(run)
+    with Screen(stderr=True).status(f"Loading the adapter of {run}"):
+        quiet_libraries()
+        from sevpeft.sharing.chat import Chat
+
+        adapter = Chat(Run(run))
+    if question is not None:
+        print_text(adapter.answer(question, max_new_tokens))
+        return
+    if sys.stdin.isatty():
+        print_text("Every question stands alone; an empty line leaves. Not medical advice.", stderr=True)
+    while output_error() is None and (line := _read_line()):
+        print_text(adapter.answer(line, max_new_tokens), end="\n\n")
+
+
+def _read_line() -> str:
+    """A line from the keyboard or a pipe; empty at its end."""
+    try:
+        return input("? " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+@app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run", show_default=False)],
+    run: RunFolder,
     output: Annotated[Path, typer.Argument(help="Folder for the merged model, a new one", show_default=False)],
     base: Annotated[
         Literal["auto", "unquantized", "dequantized"],
@@ -30,7 +71,7 @@ def merge(
         typer.Option("--dtype", help="Precision of the weights; auto: as the base model is stored."),
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, as 5GB.")] = "5GB",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge a run's adapter into its base model, for programs that read no adapters.
 

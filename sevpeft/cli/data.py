@@ -1,0 +1,246 @@
+"""The verbs prepare, annotate, classifier fit and classifier evaluate. Heavy imports stand inside."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sevpeft.cli.application import AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
+from sevpeft.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from sevpeft.severity.annotate import Annotation
+
+classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or evaluate one.")
+app.add_typer(classifier_verbs, name="classifier")
+
+# Keys of `data` that an argument gives, and those of a recipe's split, which these verbs do not make.
+_NO_SPLIT = ("data.path", "data.validation_size", "data.test_size", "data.seed")
+_CLASSIFIER = "sevpeft.severity.classifier.settings"
+
+Input = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUT", help="File, folder or pattern, Hub dataset or builtin:consultations", show_default=False
+    ),
+]
+
+
+@app.command(cls=command_with_keys("sevpeft.data.prepare.settings:PrepareSettings", without=["data.path"]))
+def prepare(
+    data: Input,
+    output: Annotated[Path, typer.Argument(help="Folder to make; it must not exist", show_default=False)],
+    words: Words = None,
+    as_json: AsJson = False,
+) -> None:
+    """Clean, mask, deduplicate and split consultations; nothing is lost, and all is counted.
+
+    Example: sevpeft prepare consultations.csv data/prepared split_by=year cleaning.emoji=remove
+    """
+    from sevpeft.console import Screen, print_json
+    from sevpeft.data.prepare.settings import PrepareSettings
+    from sevpeft.recipe import settings_from
+    from sevpeft.runs import check_absent
+
+    settings = settings_from(PrepareSettings, words or [], {"data.path": data})
+    check_absent(output)
+    console = Screen(stderr=as_json)
+    with console.status("Loading the libraries"):
+        import datasets
+
+        from sevpeft.data.prepare.prepare import prepare as prepare_rows
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    about = prepare_rows(settings, output)
+    if as_json:
+        print_json(about)
+        return
+    console.print(f"Data: {about['input']['source']}", soft_wrap=True)
+    for part in _tables(about):
+        console.print(part)
+    for warning in about["warnings"]:
+        console.print(f"Warning: {warning}")
+    console.print(f"Masking is no guarantee of anonymity. The card is {output / 'README.md'}", soft_wrap=True)
+    console.print(f"Next: sevpeft train recipes/quickstart.yaml data.path={output}", soft_wrap=True)
+
+
+def _tables(about: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What was done, in a few lines that fit a screen."""
+    from rich.table import Table
+
+    rows, duplicates, splits = about["rows"], about["duplicates"], about["splits"]
+    counts = {"read": rows["read"]} | {f"  rejected: {name}": -count for name, count in rows["rejected"].items()}
+    counts |= {"kept": rows["kept"]} | {f"  cleaned: {name}": count for name, count in about["cleaned"].items()}
+    counts |= {f"  masked: {kind}": found["rows"] for kind, found in about["masked"].items()}
+    steps, sides = (Table(box=None, pad_edge=False, header_style="none") for _ in range(2))
+    steps.add_column("rows", min_width=34)
+    steps.add_column("", justify="right")
+    for name, count in counts.items():
+        if count or not name.startswith("  "):
+            steps.add_row(name, f"{count:,}")
+    sides.add_column(f"split by {splits['by']}", max_width=34, overflow="ellipsis", no_wrap=True)
+    for side in (*splits["rows"], "all"):
+        sides.add_column(side, justify="right")
+    for severity, of_side in [*splits["severity"].items(), ("all", splits["rows"])]:
+        sides.add_row(severity, *(f"{count:,}" for count in of_side.values()), f"{sum(of_side.values()):,}")
+    yield from (steps, "", sides)
+    for side, values in splits.get("held_out", {}).get("values", {}).items():
+        yield f"  {side}: {values}"
+    yield (
+        f"\n{duplicates['groups']:,} groups of questions, the largest of {duplicates['largest_group']:,} rows: "
+        f"{duplicates['equal_questions']:,} rows repeat a question, {duplicates['near_questions']:,} nearly do."
+    )
+
+
+@app.command(cls=command_with_keys("sevpeft.severity.annotate:AnnotateSettings", without=_NO_SPLIT))
+def annotate(
+    data: Input,
+    output: Annotated[
+        Path, typer.Argument(help="New file (.jsonl, .csv, .tsv, .parquet), or a new folder for a prepared one")
+    ],
+    words: Words = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add the severity of every row: p_non_critical, p_neutral, p_critical, the likeliest one, and what judged it.
+
+    The same command goes on after a kill. Under `accelerate launch` the processes share the work.
+
+    Example: sevpeft annotate consultations.csv annotated.jsonl method=rules
+    """
+    from sevpeft.console import Screen, print_json
+    from sevpeft.recipe import settings_from
+
+    screen = Screen(stderr=True, quiet=not is_main_process())
+    with screen.status("Loading the libraries"):
+        import datasets
+
+        from sevpeft.severity.annotate import AnnotateSettings
+        from sevpeft.severity.annotate import annotate as annotate_rows
+
+        quiet_libraries()
+    if screen.is_terminal and not screen.quiet:
+        datasets.enable_progress_bars()
+    done = annotate_rows(settings_from(AnnotateSettings, words or (), {"data.path": data}), output)
+    if done is not None and as_json:
+        print_json(asdict(done))
+    elif done is not None:
+        _show_annotation(done, Screen())
+
+
+def _show_annotation(done: Annotation, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from sevpeft.severity.weights import advice, effective_sample, histogram_lines
+
+    for reason, count in done.rejected.items():
+        console.print(f"Not in {done.output}: {count:,} rows with {reason}.", style="yellow", soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("severity")
+    table.add_column("likeliest in rows", justify="right")
+    table.add_column("mean probability", justify="right")
+    for name, count in done.counts.items():
+        table.add_row(name, f"{count:,} ({count / done.rows:.0%})", f"{done.mean[name]:.3f}")
+    console.print(table)
+    console.print(f"Weights (preset balanced): effective sample size {effective_sample(done.weights)}")
+    for line in histogram_lines(done.weights.histogram, 79):
+        console.print(line, soft_wrap=True)
+    if warning := advice(done.weights):
+        console.print(f"Warning: {warning}", style="yellow", soft_wrap=True)
+    console.print(f"Wrote {done.rows:,} rows to {done.output} ({done.method}, {done.version}).", soft_wrap=True)
+    console.print(f"Next: sevpeft plan RECIPE data.path={done.output}", soft_wrap=True)
+
+
+@classifier_verbs.command(cls=command_with_keys(f"{_CLASSIFIER}:FitSettings", without=_NO_SPLIT))
+def fit(
+    data: Input,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the classifier; must not exist")],
+    words: Words = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a severity classifier, calibrate it, evaluate it on rows of its own and write it with its report.
+
+    Labels often depend on the place in the file: with block_column=NAME it is also evaluated by holding out blocks.
+
+    Example: sevpeft classifier fit builtin:consultations severity-linear kind=linear
+    """
+    with _progress() as progress:
+        from sevpeft.recipe import settings_from
+        from sevpeft.runs import check_absent, whole_folder
+        from sevpeft.severity.classifier import examples, report, store
+        from sevpeft.severity.classifier.evaluate import fit_and_evaluate
+        from sevpeft.severity.classifier.settings import FitSettings
+
+        settings = settings_from(FitSettings, words or [], {"data.path": data})
+        check_absent(output)
+        consultations, labeled = examples.load_examples(settings)
+        classifier, evaluations = fit_and_evaluate(labeled, settings, progress)
+        with whole_folder(output) as folder:
+            record = store.training_record(consultations, labeled, settings)
+            about = store.write_classifier(classifier, folder, record, settings.lexicon)
+            report.write_report(folder, about, evaluations)
+    wrote = f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}"
+    _show_classifier(about, evaluations, as_json, wrote)
+
+
+@classifier_verbs.command(cls=command_with_keys(f"{_CLASSIFIER}:EvaluateSettings", without=_NO_SPLIT))
+def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
+    """Evaluate a fitted classifier on other data, or a way of fitting by cross-validation, beside baselines.
+
+    Example: sevpeft classifier evaluate consultations.csv kind=linear block_column=source
+    """
+    with _progress() as progress:
+        from sevpeft.recipe import settings_from
+        from sevpeft.severity.classifier import examples, store
+        from sevpeft.severity.classifier.evaluate import evaluate_fitted, fit_and_evaluate
+        from sevpeft.severity.classifier.settings import EvaluateSettings
+
+        settings = settings_from(EvaluateSettings, words or [], {"data.path": data})
+        consultations, labeled = examples.load_examples(settings)
+        about: dict[str, Any] = {"kind": settings.kind, "seed": settings.seed}
+        if settings.classifier is None:
+            _, evaluations = fit_and_evaluate(labeled, settings, progress)
+        else:
+            if unused := settings.model_fields_set & {"kind", "folds", "lexicon", "encoder"}:
+                raise UsageError(f"classifier= is evaluated as it was fitted; leave out {', '.join(sorted(unused))}.")
+            folder = Path(settings.classifier).expanduser()
+            about = store.read_about(folder)
+            seen = set(about.get("training", {}).get("fingerprints", []))
+            if seen & examples.fingerprints(consultations) and not settings.seen_data:
+                raise DataError(
+                    f"{folder} was fitted on {consultations.source} itself, where it looks better than it is; name "
+                    "other data, read the figures in its README.md, or insist with seen_data=true."
+                )
+            evaluations = {"Other data": evaluate_fitted(store.load_classifier(folder), labeled, settings.seed)}
+    _show_classifier(about, evaluations, as_json)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    from sevpeft.console import Screen
+
+    with Screen(stderr=True).status("Loading the libraries") as status:
+        quiet_libraries()
+        yield lambda message: status.update(f"Severity classifier: {message}")
+
+
+def _show_classifier(about: dict[str, Any], evaluations: dict[str, Any], as_json: bool, last: str = "") -> None:
+    from rich.markdown import Markdown
+
+    from sevpeft.console import Screen, print_json
+    from sevpeft.severity.classifier import report
+
+    if as_json:
+        print_json(report.as_json(about, evaluations))
+        return
+    for heading, evaluation in evaluations.items():
+        Screen().print(Markdown(report.markdown(heading, evaluation)))
+    Screen().print(last, soft_wrap=True)

@@ -1,0 +1,139 @@
+"""The verbs evaluate, compare and report: what a training has changed. Heavy imports stand inside."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sevpeft.cli.application import AsJson, RunFolder, Words, app, check_one_process, quiet_libraries
+from sevpeft.errors import UsageError
+
+NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")]
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    overrides: Words = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only so many test rows, at random.", show_default=False)
+    ] = None,
+    nll_only: NllOnly = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a run's test questions, with the adapter and without it, and score the answers.
+
+    An interrupted evaluation goes on where it stopped: run the same command again. Answers are sent nowhere, unless
+    evaluation.judge.url and evaluation.judge.model name a language model that is to rate them.
+
+    Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
+    """
+    from sevpeft.console import Screen, print_json
+    from sevpeft.runs import Run, check_run
+
+    check_one_process("evaluate")
+    check_run(run)
+    messages = Screen(stderr=True)
+    with messages.status("Loading the libraries"):
+        quiet_libraries()
+        from sevpeft.evaluation.evaluate import EVALUATION, PREDICTIONS
+        from sevpeft.evaluation.evaluate import evaluate as evaluate_run
+        from sevpeft.evaluation.judge import JUDGEMENTS
+        from sevpeft.evaluation.scores import evaluation_tables
+
+    content = evaluate_run(Run(run), overrides or [], limit=limit, answers=not nll_only, console=messages)
+    if as_json:
+        print_json(content)
+        return
+    console = Screen()
+    console.print(evaluation_tables(content))
+    console.print(f"Scores: {run / EVALUATION}", soft_wrap=True)
+    if not nll_only:
+        console.print(f"Answers: {run / PREDICTIONS} (holds what patients wrote)", soft_wrap=True)
+    if "judge" in content:
+        console.print(f"Verdicts: {run / JUDGEMENTS}", soft_wrap=True)
+    console.print(f"Next: sevpeft report {shlex.quote(str(run))}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE… [KEY=VALUE…]", help="Recipes, settings for all", show_default=False)
+    ],
+    arms: Annotated[
+        str, typer.Option(help="base, ce, mild, balanced, strong, own (the recipe's weights), shuffled, constant.")
+    ] = "base,ce,mild,balanced,strong,shuffled,constant",
+    seeds: Annotated[str, typer.Option(help="Training seeds; the split stays as data.seed sets it.")] = "0,1,2",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; by default runs/comparison-NAME", show_default=False)
+    ] = None,
+    nll_only: NllOnly = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe with several severity weights and controls, and judge whether severity helped.
+
+    Finished work is kept: the same command continues where it stopped. Started once on each GPU
+    (CUDA_VISIBLE_DEVICES=0, CUDA_VISIBLE_DEVICES=1, …) with the same --output, the commands share the runs.
+
+    Example: sevpeft compare recipes/quickstart.yaml --arms base,ce,balanced,shuffled --seeds 0,1,2 --nll-only
+    """
+    from sevpeft.console import Screen, print_json
+
+    check_one_process("compare", "; once on each GPU with the same --output, the commands share the runs")
+    overrides = [word for word in words if re.match(r"\w+(\.\w+)*=", word)]
+    recipes = [Path(word) for word in words if word not in overrides]
+    if not recipes:
+        raise UsageError("compare needs a recipe, such as recipes/quickstart.yaml.")
+    name = recipes[0].stem if len(recipes) == 1 else f"{len(recipes)}-recipes"
+    folder = (output or Path("runs") / f"comparison-{name}").expanduser()
+    messages = Screen(stderr=True)
+    with messages.status("Loading the libraries"):
+        quiet_libraries()
+        from sevpeft.evaluation import compare as comparing
+        from sevpeft.evaluation.arms import parse_arms, parse_seeds
+        from sevpeft.evaluation.comparison import comparison_tables
+        from sevpeft.sharing.card import write_card
+    settings: dict[str, Any] = {"arms": parse_arms(arms), "seeds": parse_seeds(seeds), "answers": not nll_only}
+    content = comparing.compare(recipes, overrides, output=folder, console=messages, on_trained=write_card, **settings)
+    if as_json:
+        print_json(content)
+        return
+    console = Screen()
+    console.print(comparison_tables(content))
+    console.print(f"Comparison: {folder / comparing.COMPARISON}", soft_wrap=True)
+    console.print(f"Next: sevpeft report {shlex.quote(str(folder))}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder that train or compare made", show_default=False)
+    ],
+    answers: Annotated[
+        int, typer.Option("--answers", min=0, help="Questions shown with their answers; 0 leaves patients' text out.")
+    ] = 120,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file: verdict, plots, tables, and the answers side by side.
+
+    It needs no network and holds what patients wrote: keep it where the data may be.
+
+    Example: sevpeft report runs/quickstart-20260101-120000
+    """
+    from sevpeft.console import Screen, print_json
+
+    with Screen(stderr=True).status("Writing the report"):
+        from sevpeft.evaluation.report.page import write_report
+
+        written = write_report(folder, answers=answers)
+    if as_json:
+        print_json({"report": str(written.path), "questions": written.shown, "missing": list(written.missing)})
+        return
+    for line in written.missing:
+        Screen().print(line, style="yellow", soft_wrap=True)
+    holds = f"holds what patients wrote, {written.shown:,} questions" if written.shown else "holds no text of patients"
+    Screen().print(f"Report: {written.path} ({holds})", soft_wrap=True)
