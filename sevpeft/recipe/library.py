@@ -1,21 +1,16 @@
 """The sections `training` and `lora` of a recipe: every setting of TRL's SFTConfig and of PEFT's LoraConfig.
 
 Importing these classes takes seconds (torch), so their settings are read from library_fields.json beside this module.
-After an upgrade of trl, transformers or peft, write that file again:
-
-    python -c "from sevpeft.recipe.library import write_fields; write_fields()"
+After an upgrade of trl, transformers or peft, write that file again with `python -m tests.recipe.library_fields`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import operator
-import types
-from enum import Enum
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, create_model, model_serializer
 
@@ -23,13 +18,13 @@ from sevpeft.recipe.schema import Section
 
 # Section, setting → types (names of _TYPES, or a list of one), further values that are allowed, default where it is a
 # plain value, and help; in the order of the library.
-_FIELDS = Path(__file__).with_name("library_fields.json")
+FIELDS = Path(__file__).with_name("library_fields.json")
 # YAML has no tuples. A recipe's `3` stays 3 where the library says float: `logging_steps` takes 3 as a count.
 _TYPES: dict[str, Any] = {
     "bool": bool, "int": int, "float": int | float, "str": str, "dict": dict[str, Any], "null": None, "any": Any,
 }  # fmt: skip
 
-# Chosen for the model and the device before training, see sevpeft/training/batch_split.py.
+# Chosen for the model and the device before training, see sevpeft/training/resolve.py.
 AUTO = "auto"
 # Consultations of an optimizer step. As the values below down to max_grad_norm, it is the published one
 # (arXiv 2604.06346, there 1 row × 8 accumulation steps).
@@ -93,7 +88,7 @@ class LibrarySection(Section):
 def _settings_of(section: str, ours: dict[str, Any]) -> Any:
     """A section with every setting of the library; typed as Any, because mypy cannot know a class made here."""
     settings: dict[str, Any] = {"ours": (ClassVar[dict[str, Any]], ours)}
-    for name, about in json.loads(_FIELDS.read_text(encoding="utf-8"))[section].items():
+    for name, about in json.loads(FIELDS.read_text(encoding="utf-8"))[section].items():
         kinds = [_type(kind) for kind in about["types"]]
         if about["choices"]:
             kinds.append(Literal.__getitem__(tuple(about["choices"])))
@@ -124,56 +119,3 @@ class TrainingSection(_settings_of("training", _TRAINING_DEFAULTS)):  # type: ig
 
     global_batch_size: int | None = Field(default=None, ge=1)
     """Consultations that one optimizer step sees, over all processes; unset, 8, or what the other numbers make."""
-
-
-def write_fields() -> None:
-    """Writes library_fields.json from the installed libraries."""
-    _FIELDS.write_text(json.dumps(installed_fields(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def installed_fields() -> dict[str, dict[str, Any]]:
-    """The content of library_fields.json for the installed trl, transformers and peft. Imports them."""
-    from peft import LoraConfig
-    from trl import SFTConfig
-
-    found: dict[str, dict[str, Any]] = {}
-    for section, config in (("training", SFTConfig), ("lora", LoraConfig)):
-        hints = get_type_hints(config)
-        fields = [field for field in dataclasses.fields(config) if field.init]
-        found[section] = {field.name: _described(field, hints[field.name]) for field in fields}
-    return found
-
-
-def _described(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    choices = list(field.metadata.get("choices") or ())
-    kinds = []
-    for kind in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
-        if get_origin(kind) is Literal:
-            choices += get_args(kind)
-        elif isinstance(kind, type) and issubclass(kind, Enum):
-            choices += [member.value for member in kind]
-        else:
-            kinds.append(_name(kind))
-    if any("[" in str(choice) for choice in choices):
-        kinds, choices = [*kinds, "str"], []  # an open list: "pissa_niter_[number of iters]"
-    elif any(isinstance(choice, str) for choice in choices):
-        kinds = [kind for kind in kinds if kind != "str"]  # `SchedulerType | str` means the name of a scheduler
-    default = field.default_factory() if callable(field.default_factory) else field.default
-    default = default.value if isinstance(default, Enum) else default
-    return {
-        "types": sorted(set(kinds)),  # `typing` may give `str | list[str]` as `list[str] | str`, made earlier
-        "choices": choices,
-        "default": default if isinstance(default, bool | int | float | str) or default in ([], {}) else None,
-        # argparse needs the percent sign twice.
-        "help": " ".join(str(field.metadata.get("help") or "").replace("%%", "%").split()),
-    }
-
-
-def _name(kind: Any) -> str:
-    origin = get_origin(kind) or kind
-    if origin in (list, tuple, set):
-        inner = {_name(part) for part in get_args(kind)}
-        return f"list[{inner.pop() if len(inner) == 1 else 'any'}]"
-    if origin is dict or dataclasses.is_dataclass(origin):
-        return "dict"
-    return "null" if kind is type(None) else kind.__name__ if kind in (bool, int, float, str) else "any"

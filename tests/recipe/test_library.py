@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sevpeft.errors import RecipeError
 from sevpeft.recipe import library, recipe_from_values
+from tests.recipe.library_fields import installed_fields
 
-FIELDS = json.loads(Path(library.__file__).with_name("library_fields.json").read_text(encoding="utf-8"))
+FIELDS = json.loads(library.FIELDS.read_text(encoding="utf-8"))
 
 
 def test_the_fields_are_those_of_the_installed_libraries() -> None:
-    installed = library.installed_fields()
+    installed = installed_fields()
     differing = [
         f"{section}.{name}"
         for section in ("training", "lora")
         for name in {**FIELDS[section], **installed[section]}
         if FIELDS[section].get(name) != installed[section].get(name)
     ]
-    assert differing == [], (
-        'write them again: python -c "from sevpeft.recipe.library import write_fields; write_fields()"'
-    )
+    assert differing == [], "write them again: python -m tests.recipe.library_fields"
     assert {section: list(fields) for section, fields in FIELDS.items()} == {
         section: list(fields) for section, fields in installed.items()
     }
