@@ -20,6 +20,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from sevpeft.modeling import tiny
+
 SENTENCES = [
     "السلام عليكم عندي صداع شديد من امبارح ومش قادر انام",
     "ابني عمره سنتين وحرارته مرتفعة منذ يومين ولا يأكل",
@@ -155,6 +157,16 @@ def _quiet_and_repeatable() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _toy_of_few_steps(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`builtin:tiny` with little training, where tests find it: what it answers matters in test_tiny.py alone."""
+    folder = tmp_path_factory.getbasetemp() / "sevpeft-cache" / "models" / f"tiny-{tiny.VERSION}"
+    folder.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEVPEFT_CACHE", str(tmp_path_factory.getbasetemp() / "sevpeft-cache"))
+        tiny.make_tiny_model(folder, steps=20)
 
 
 @pytest.fixture(autouse=True)
