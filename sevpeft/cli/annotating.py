@@ -19,7 +19,7 @@ _UNUSED = ("path", "validation_size", "test_size", "seed")
 
 
 @app.command(
-    cls=command_with_keys("sevpeft.severity.annotate:AnnotateSettings", without=[f"data.{name}" for name in _UNUSED])
+    cls=command_with_keys("sevpeft.severity.settings:AnnotateSettings", without=[f"data.{name}" for name in _UNUSED])
 )
 def annotate(
     data: Annotated[
@@ -46,8 +46,8 @@ def annotate(
     with screen.status("Loading the libraries"):
         import datasets
 
-        from sevpeft.severity.annotate import AnnotateSettings
         from sevpeft.severity.annotate import annotate as annotate_rows
+        from sevpeft.severity.settings import AnnotateSettings
 
         quiet_libraries()
     if screen.is_terminal and not screen.quiet:

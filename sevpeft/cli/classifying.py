@@ -15,7 +15,7 @@ from sevpeft.errors import DataError, UsageError
 classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or evaluate one.")
 app.add_typer(classifier_verbs, name="classifier")
 
-_SETTINGS = "sevpeft.severity.classifier.settings"
+_SETTINGS = "sevpeft.severity.settings"
 _NO_KEYS = ("data.path", "data.validation_size", "data.test_size", "data.seed")  # INPUT, and a recipe's split
 
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="Labeled consultations: file, folder, Hub data set")]
@@ -39,9 +39,9 @@ def fit(
     with _progress() as progress:
         from sevpeft.recipe import settings_from
         from sevpeft.runs import check_absent, whole_folder
-        from sevpeft.severity.classifier import examples, report, store
+        from sevpeft.severity.classifier import examples, store
         from sevpeft.severity.classifier.evaluate import fit_and_evaluate
-        from sevpeft.severity.classifier.settings import FitSettings
+        from sevpeft.severity.settings import FitSettings
 
         settings = settings_from(FitSettings, words or [], {"data.path": data})
         check_absent(output)
@@ -49,8 +49,8 @@ def fit(
         classifier, evaluations = fit_and_evaluate(labeled, settings, progress)
         with whole_folder(output) as folder:
             record = store.training_record(consultations, labeled, settings)
-            about = store.write_classifier(classifier, folder, record, settings.lexicon)
-            report.write_report(folder, about, evaluations)
+            about = store.write_classifier(classifier, folder, record)
+            store.write_report(folder, about, evaluations)
     wrote = f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}"
     _show(about, evaluations, as_json, wrote)
 
@@ -65,7 +65,7 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
         from sevpeft.recipe import settings_from
         from sevpeft.severity.classifier import examples, store
         from sevpeft.severity.classifier.evaluate import evaluate_fitted, fit_and_evaluate
-        from sevpeft.severity.classifier.settings import EvaluateSettings
+        from sevpeft.severity.settings import EvaluateSettings
 
         settings = settings_from(EvaluateSettings, words or [], {"data.path": data})
         consultations, labeled = examples.load_examples(settings)
@@ -100,11 +100,11 @@ def _show(about: dict[str, Any], evaluations: dict[str, Any], as_json: bool, las
     from rich.markdown import Markdown
 
     from sevpeft.console import Screen, print_json
-    from sevpeft.severity.classifier import report
+    from sevpeft.severity.classifier import store
 
     if as_json:
-        print_json(report.as_json(about, evaluations))
+        print_json(store.as_json(about, evaluations))
     else:
         for heading, evaluation in evaluations.items():
-            Screen().print(Markdown(report.markdown(heading, evaluation)))
+            Screen().print(Markdown(store.markdown(heading, evaluation)))
         Screen().print(last, soft_wrap=True)

@@ -189,7 +189,7 @@ def build_linear() -> Any:
     from sevpeft.severity.classifier.linear import fit_linear
 
     examples = labeled_examples(load_consultations(BUILTIN, keep="all"))
-    return Calibrated(fit_linear(examples), Calibration((1 / 1.3,)))
+    return Calibrated([fit_linear(examples)], Calibration((1 / 1.3,)))
 
 
 def cpu_seconds() -> tuple[float, float]:

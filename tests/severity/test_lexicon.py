@@ -13,15 +13,14 @@ from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.severity.lexicon import (
     COLUMNS,
-    DIALECTS,
     PACKAGE_LEXICON,
     STRENGTHS,
+    Matcher,
     Pattern,
     Word,
     load_lexicon,
     parse_lexicon,
 )
-from sevpeft.severity.matching import Matcher
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.words import read
 
@@ -110,7 +109,7 @@ def test_it_says_that_it_is_not_clinically_validated() -> None:
     readme = (PACKAGE_LEXICON.parent / "README.md").read_text(encoding="utf-8")
     assert "not clinically validated" in readme.lower()
     assert "Not clinically validated" in PACKAGE_LEXICON.read_text(encoding="utf-8")
-    assert all(f"`{name}`" in readme for name in (*COLUMNS, *DIALECTS, *{pattern.category for pattern in PATTERNS}))
+    assert [name for name in (*COLUMNS, *{pattern.category for pattern in PATTERNS}) if f"`{name}`" not in readme] == []
 
 
 def test_the_documented_examples_are_true() -> None:
@@ -196,15 +195,14 @@ def test_comments_empty_lines_windows_ends_and_a_byte_order_mark_are_nothing(tmp
 MISTAKES = [
     (row("نزيف", level="severe"), "severe"),
     (row("نزيف", strength="X"), "H, M, L"),
-    (row("نزيف", category="Chest pain"), "Chest pain"),
-    (row("نزيف", dialect="martian"), "egyptian"),
+    (row("نزيف", category=""), "category"),
     ("نزيف\tcritical\ttest", "3 columns"),
     (row(""), "gap"),
     (row("~ نزيف"), "gap"),
     (row("نزيف ~ ~ دم"), "gap"),
     (row("نزيف ~"), "gap"),
-    (row("نزيف ~12 دم"), "1 to 9"),
-    (row("نزيف ~0 دم"), "1 to 9"),
+    (row("نزيف ~12 دم"), "gap"),
+    (row("نزيف ~0 دم"), "gap"),
     (row("نزيف||دم"), "''"),
     (row("!"), "'!'"),
     (row("نزيف-دم"), "'نزيف-دم'"),
@@ -220,8 +218,7 @@ FRAMES = [
     ("", 1, "no patterns"),
     ("# nothing\n", 1, "no patterns"),
     (lexicon(row("نزيف"), header="term\tlevel"), 1, "term, level, category"),
-    ("@a = دم\n" + lexicon(row("نزيف")), 1, "@a"),
-    ("@a = دم\n@a = قي\n" + lexicon(row("@a")), 2, "@a"),
+    ("@a = دم\n@a = قي\n" + lexicon(row("@a")), 2, "@name"),
     ("@a دم\n" + lexicon(row("نزيف")), 1, "@name"),
     ("@a = 39\n" + lexicon(row("@a"), row("@a دم")), 1, "39..39"),
 ]
@@ -239,7 +236,7 @@ def test_a_mistake_is_named_with_its_line() -> None:
 
 
 def test_every_line_with_a_mistake_is_named_at_once() -> None:
-    listed = mistakes(lexicon(row("نزيف", level="a"), row("خفقان"), row("~ دم", category="C C"), row("نَزيفٌ")))
+    listed = mistakes(lexicon(row("نزيف", level="a"), row("خفقان"), row("~ دم"), row("نَزيفٌ")))
     assert [line.partition(":")[0] for line in listed] == ["line 2", "line 4"]
 
 
