@@ -36,38 +36,24 @@ class Annotation:
 
     output: str
     rows: int
-    rejected: dict[str, int]
-    """Reason → rows of the input that are no consultation and are not in OUTPUT."""
+    rejected: dict[str, int]  # reason → rows of the input that are no consultation and are not in OUTPUT
     method: str
     version: str
-    """Both of the classifier."""
-    counts: dict[str, int]
-    """Severity → rows of which it is the likeliest."""
-    mean: dict[str, float]
-    """Severity → mean probability."""
-    weights: WeightSummary
-    """Of the preset balanced."""
+    counts: dict[str, int]  # severity → rows of which it is the likeliest
+    mean: dict[str, float]  # severity → mean probability
+    weights: WeightSummary  # of the preset balanced
 
 
 def annotate(settings: AnnotateSettings, output: Path) -> Annotation | None:
     """Adds the severity of the rows and writes them to `output`: a file by its ending, or a folder of a prepared one.
 
-    Under `accelerate launch` every process judges its share, and the main process writes.
-
-    Returns:
-        What was written; None on processes other than the main one.
-
-    Raises:
-        UsageError: the ending is none that is written.
-        DataError: the rows cannot be read, or have severity and may not be replaced.
-        RunError: `output` exists, or the disk refuses.
+    Under `accelerate launch` every process judges its share; the main process writes, and the others return None.
+    Raises UsageError, DataError or RunError where the ending, the rows or the disk do not allow it.
     """
     check_absent(output)
     consultations = load_consultations(settings.data, keep="all")
     if output.suffix not in ENDINGS and (output.suffix or not consultations.provenance):
-        raise UsageError(
-            f"End {output.name} in {', '.join(ENDINGS)}; only what `sevpeft prepare` made becomes a folder."
-        )
+        raise UsageError(f"End {output.name} in {', '.join(ENDINGS)}; only a prepared folder becomes a folder.")
     kept = _columns(consultations, replace=settings.replace, numbered=not output.suffix)
     classifier = load_source(settings.method, settings.classifier, settings.lexicon)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -78,8 +64,7 @@ def annotate(settings: AnnotateSettings, output: Path) -> Annotation | None:
         # gloo on a GPU machine too: nothing is computed together. The processes need not be equally fast.
         distributed.init_process_group("gloo", timeout=timedelta(days=7))
         distributed.barrier()
-        # A process that ends while gloo's threads live is now and then aborted.
-        distributed.destroy_process_group()
+        distributed.destroy_process_group()  # its threads now and then abort a process that ends
         if rank:
             return None
     found = judged(consultations.rows, classifier)
@@ -110,11 +95,7 @@ def annotate(settings: AnnotateSettings, output: Path) -> Annotation | None:
 
 
 def _columns(consultations: Consultations, *, replace: bool, numbered: bool) -> dict[str, str]:
-    """Name in the table → name in OUTPUT; `numbered`: OUTPUT says of every row its number in the first input.
-
-    Raises:
-        DataError: the input has severity already, and `replace` is False.
-    """
+    """Name in the table → name in OUTPUT; `numbered`: OUTPUT says of every row its number in the first input."""
     read, carried = consultations.columns, consultations.carried
     annotated = any(column in (METHOD, VERSION, EVIDENCE) for column in carried.values())
     own = {name: column for name, column in {**read, **carried}.items() if annotated and column in ADDED}
@@ -163,13 +144,12 @@ def _write_folder(rows: datasets.Dataset, output: Path, consultations: Consultat
         }
         (folder / PREPARED_ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         card = (source / "README.md").read_text(encoding="utf-8").partition("\n## Severity\n")[0]
-        counts = ", ".join(f"{name} {count:,}" for name, count in annotation.counts.items())
-        (folder / "README.md").write_text(
-            card.replace(consultations.fingerprint, about["fingerprint"])
-            + "\n## Severity\n\nGiven by a classifier, not by people (`severity_given`, where they did): method "
-            + f"`{annotation.method}`, version `{annotation.version}`. Likeliest severity: {counts} rows.\n",
-            encoding="utf-8",
+        card = card.replace(consultations.fingerprint, about["fingerprint"]) + (
+            "\n## Severity\n\nGiven by a classifier, not by people (`severity_given`, where they did): method "
+            f"`{annotation.method}`, version `{annotation.version}`. Likeliest: "
+            + ", ".join(f"{name} in {count:,} rows" for name, count in annotation.counts.items())
         )
+        (folder / "README.md").write_text(card + ".\n", encoding="utf-8")
         for name in ("rejected.jsonl", "conflicts.jsonl"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

@@ -25,8 +25,6 @@ from sevpeft.severity.words import LEXICONS, POINT, REMEMBERED, WORD_LISTS, Text
 PACKAGE_LEXICON = LEXICONS / "severity_ar.tsv"
 COLUMNS = ("term", "level", "category", "dialect", "strength", "note")
 STRENGTHS = ("H", "M", "L")
-DEFAULT_GAP = 3
-
 _TERM = re.compile(r"[^\s~]+(?: (?:~[1-9]? )?[^\s~]+)*")
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)\.\.(\d+(?:\.\d+)?)")
 _GROUP = re.compile(r"(@\w+)\s*=\s*(\S+)")
@@ -58,14 +56,9 @@ class Pattern(NamedTuple):
 
 
 def load_lexicon(path: Path | None = None, levels: tuple[str, ...] = SEVERITIES) -> tuple[tuple[Pattern, ...], str]:
-    """Patterns of a lexicon in the order of the file, and the SHA-256 of its bytes.
+    """Patterns of a lexicon (the package's own by default) in the order of the file, and the SHA-256 of its bytes.
 
-    Args:
-        path: tab-separated UTF-8 file; None for the package's own.
-        levels: what its expressions may speak for.
-
-    Raises:
-        DataError: the file cannot be read, or has mistakes: each line that has one is named.
+    Its expressions speak for the `levels`. Raises DataError where the file cannot be read, or with each mistaken line.
     """
     path = path or PACKAGE_LEXICON
     try:
@@ -73,11 +66,6 @@ def load_lexicon(path: Path | None = None, levels: tuple[str, ...] = SEVERITIES)
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The lexicon {path} cannot be read ({error}); give a TSV file in UTF-8.") from error
-    return parse_lexicon(text, str(path), levels), hashlib.sha256(content).hexdigest()
-
-
-def parse_lexicon(text: str, name: str = "lexicon", levels: tuple[str, ...] = SEVERITIES) -> tuple[Pattern, ...]:
-    """Patterns of a lexicon's text; raises DataError with each line that has a mistake, `name` being the file's."""
     groups: dict[str, frozenset[Word]] = {}
     patterns: dict[tuple[tuple[frozenset[Word], ...], tuple[int, ...]], Pattern] = {}
     mistakes: list[str] = []
@@ -105,11 +93,10 @@ def parse_lexicon(text: str, name: str = "lexicon", levels: tuple[str, ...] = SE
                     raise ValueError(f"the columns must be {', '.join(COLUMNS)}, in this order, parted by tabs")
         except ValueError as mistake:
             mistakes.append(f"  line {number}: {mistake}")
-    if not patterns and not mistakes:
-        mistakes.append("  line 1: there are no patterns; write a header line and at least one row")
-    if mistakes:
-        raise DataError("\n".join([f"The lexicon {name} has mistakes; correct them and run this again.", *mistakes]))
-    return tuple(patterns.values())
+    if not patterns or mistakes:
+        mistakes = mistakes or ["  line 1: there are no patterns; write a header line and at least one row"]
+        raise DataError("\n".join([f"The lexicon {path} has mistakes; correct them and run this again.", *mistakes]))
+    return tuple(patterns.values()), hashlib.sha256(content).hexdigest()
 
 
 def _pattern(line: str, number: int, groups: dict[str, frozenset[Word]], levels: tuple[str, ...]) -> Pattern:
@@ -126,7 +113,7 @@ def _pattern(line: str, number: int, groups: dict[str, frozenset[Word]], levels:
     slots = tuple(_words(part, groups) for part in parts if part[0] != "~")
     if all(slots) and all(word.kind == "number" for word in frozenset().union(*slots)):
         raise ValueError("a term of numbers alone would match ages and dates; add a word")
-    before = [0 if part[0] != "~" else int(part[1:] or DEFAULT_GAP) for part in parts]
+    before = [0 if part[0] != "~" else int(part[1:] or 3) for part in parts]
     gaps = tuple(gap for gap, part in zip(before, parts[1:], strict=False) if part[0] != "~")
     return Pattern(term, level, category, strength, number, slots, gaps)
 
@@ -170,6 +157,7 @@ def _prefixes(*particles: str) -> frozenset[str]:
 
 _PERSONS = WORD_LISTS["person"]
 _NOUN_PREFIXES = _prefixes(*WORD_LISTS["particle"])
+# Kind of a form → what a word may carry before it and after it.
 _AFFIXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "exact": (frozenset([""]), frozenset([""])),
     # A word of two letters is inside many others: دم in كدمه, حي in حيه.
@@ -183,7 +171,6 @@ _AFFIXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset(["", *WORD_LISTS["verb_ending"]]),
     ),
 }
-"""Kind of a form → what a word may carry before it and after it."""
 _LONGEST_PREFIX, _LONGEST_SUFFIX = (
     max(len(affix) for affixes in _AFFIXES.values() for affix in affixes[side]) for side in (0, 1)
 )
@@ -192,17 +179,8 @@ _AGES = tuple(conjunction + age for conjunction in ("", "و") for age in WORD_LI
 
 # Slots still to be found in one direction, the nearest first: its number, and the most words before it.
 _Path = tuple[tuple[int, int], ...]
-
-
-class _Anchored(NamedTuple):
-    """A pattern that is looked for at the word of one slot, and the slots that it needs besides."""
-
-    pattern: int
-    others: frozenset[int]
-    before: _Path
-    after: _Path
-
-
+# A pattern that is looked for at the word of one slot, the other slots that it needs, and the ways to its ends.
+_Anchored = tuple[int, frozenset[int], _Path, _Path]
 # The slots that a word fills, and the patterns that are looked for at it.
 _Known = tuple[frozenset[int], tuple[_Anchored, ...]]
 
@@ -232,19 +210,18 @@ class Matcher:
             before = tuple(zip(slots[:anchor], pattern.gaps[:anchor], strict=True))[::-1]
             after = tuple(zip(slots[anchor + 1 :], pattern.gaps[anchor:], strict=True))
             others = frozenset(slots[:anchor] + slots[anchor + 1 :])
-            self._anchored[slots[anchor]].append(_Anchored(number, others, before, after))
+            self._anchored[slots[anchor]].append((number, others, before, after))
         self._known = lru_cache(REMEMBERED)(self._find)
 
     def _register(self, word: Word, slot: int, *, unit_named: bool) -> None:
         if word.kind == "number":
             self._ranges.append((word.low, word.high, unit_named, slot))
-            return
-        kind = "short" if word.kind == "plain" and len(word.form) < 3 else word.kind
-        forms = [(word.form, kind)]
-        if kind == "plain" and word.form.endswith("ه") and len(word.form) > 3:
-            forms += [(word.form[:-1] + "ت", "tied"), (word.form[:-1], "plural")]
-        for form, kind in forms:
-            self._forms[form].append((kind, slot))
+        else:
+            short = word.kind == "plain" and len(word.form) < 3
+            self._forms[word.form].append(("short" if short else word.kind, slot))
+        if word.kind == "plain" and word.form.endswith("ه") and len(word.form) > 3:
+            self._forms[word.form[:-1] + "ت"].append(("tied", slot))
+            self._forms[word.form[:-1]].append(("plural", slot))
 
     def _find(self, word: str, is_reading: bool = True) -> _Known:
         """Args: is_reading: of a number, whether an instrument may have shown it."""

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
+from scipy.special import softmax
 
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import WeightError
@@ -46,17 +47,13 @@ def has_severity(rows: Dataset) -> bool:
 
 
 def severity_probabilities(rows: Dataset) -> np.ndarray:
-    """Severity probabilities of every row.
+    """Severity probabilities of every row: (n, 3), float64, each row summing to one, in the order of `SEVERITIES`.
 
     Args:
         rows: table with the three probability columns, or with a `severity` column of names.
 
-    Returns:
-        Array (n, 3), float64, each row summing to one, in the order of `SEVERITIES`.
-
     Raises:
-        WeightError: no severity column, a missing, negative or non-finite value, a sum that is not one, or an
-            unknown name. The message gives row numbers, never the text of a row.
+        WeightError: with row numbers, never with the text of a row.
     """
     missing = [name for name in PROBABILITY_COLUMNS if name not in rows.column_names]
     if not missing:
@@ -83,39 +80,29 @@ def sharpened(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     if temperature == 1:
         return probabilities
     with np.errstate(divide="ignore"):
-        scores = np.log(probabilities) / temperature
-    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+        return np.asarray(softmax(np.log(probabilities) / temperature, axis=1))
 
 
 def _from_columns(rows: Dataset) -> np.ndarray:
     # From Arrow, because the numpy format of `datasets` would round to float32. A missing value becomes NaN.
     table = rows.select_columns(list(PROBABILITY_COLUMNS)).with_format("arrow")[:]
     probabilities = np.stack([table[name].cast("float64").to_numpy() for name in PROBABILITY_COLUMNS], axis=1)
-    sums = probabilities.sum(axis=1, keepdims=True)
-    for wrong, problem in (
-        (
-            ~np.isfinite(probabilities),
-            "a severity probability is missing or not finite; remove or annotate these rows.",
-        ),
-        (probabilities < 0, "a severity probability is negative; write probabilities, not scores or logits."),
-        (np.abs(sums - 1) > SUM_TOLERANCE, "the three probabilities do not sum to 1; divide percentages by 100."),
-    ):
-        _check(rows, np.any(wrong, axis=1), problem)
-    return np.asarray(probabilities / sums)
+    valid = np.all(np.isfinite(probabilities) & (probabilities >= 0), axis=1)
+    _check(rows, ~valid, "a severity probability is missing, negative or not finite; remove or annotate these rows.")
+    sums: np.ndarray = probabilities.sum(axis=1)
+    _check(rows, np.abs(sums - 1) > SUM_TOLERANCE, "the probabilities do not sum to 1; divide percentages by 100.")
+    return np.asarray(probabilities / sums[:, None])
 
 
 def _from_names(rows: Dataset) -> np.ndarray:
     # Encoded in Arrow, so that 430,000 names are a handful of strings and an array of numbers.
     column = rows.select_columns(["severity"]).with_format("arrow")[:]["severity"].combine_chunks()
     encoded = pc.fill_null(column, "").dictionary_encode()
-    kinds = np.array(
-        [_INDEX.get(fold_for_matching(name), -1) for name in encoded.dictionary.to_pylist()], dtype=np.int64
-    )
+    names = encoded.dictionary.to_pylist()
+    kinds = np.array([_INDEX.get(fold_for_matching(name), -1) for name in names], dtype=np.int64)
     found = kinds[encoded.indices.to_numpy(zero_copy_only=False)]
     # The names are not shown: a column that was chosen wrongly holds the patients' words.
-    remedy = "use non_critical, neutral and critical (or غير حرج, متوسط, حرج)."
-    _check(rows, found < 0, f"the severity is missing or not known; {remedy}")
+    _check(rows, found < 0, "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج).")
     return np.eye(len(SEVERITIES))[found]
 
 

@@ -23,9 +23,8 @@ import shutil
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from itertools import groupby
-from operator import itemgetter
+from functools import cache, lru_cache, reduce
+from operator import or_
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -35,27 +34,17 @@ from sevpeft.severity.lexicon import PACKAGE_LEXICON, Matcher, Pattern, load_lex
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.words import POINT, REMEMBERED, WORD_LISTS, Text, read
 
-# To be raised when matching, context (its table of cues too) or the constants below change what comes out for the same
-# lexicon.
+# To be raised when matching, context (its cues too) or the constants below change what the same lexicon gives.
 CODE_VERSION = 4
 LEXICON = "lexicon.tsv"
 
 Context = Literal["stated", "negated", "other", "past", "hypothetical", "asked"]
+# Evidence of one stated match. H: enough by itself; M: needs company; L: a hint.
 STRENGTH = {"H": 4.0, "M": 1.2, "L": 0.5}
-"""Evidence of one stated match. H: enough by itself; M: needs company; L: a hint."""
-COUNTS: dict[Context, float] = {
-    "stated": 1.0,
-    "past": 0.25,
-    "hypothetical": 0.15,
-    "other": 0.1,
-    "asked": 0.0,
-    "negated": 0.0,
-}
-"""Share of its evidence that a match keeps in each context."""
-PRIOR = (0.43, 0.39, 0.18)
-"""Probabilities in the order of `SEVERITIES` when nothing matched."""
-POWER = (1.0, 1.0, 1.7)
-"""How steeply the odds of each level rise with its evidence."""
+# Share of its evidence that a match keeps in each context.
+COUNTS: dict[Context, float] = dict(stated=1.0, past=0.25, hypothetical=0.15, other=0.1, asked=0.0, negated=0.0)
+# Probabilities in the order of `SEVERITIES` when nothing matched, and how steeply the odds rise with the evidence.
+PRIOR, POWER = (0.43, 0.39, 0.18), (1.0, 1.0, 1.7)
 # How far a denial reaches: "ما عندي لا حرارة ولا كحة ولا ضيق نفس" and the like.
 _DENIAL_REACH = 6
 _WORST_FIRST = {name: rank for rank, name in enumerate(reversed(SEVERITIES))}
@@ -96,7 +85,6 @@ class Rules:
         return cls(path, *load_lexicon(path))
 
     def save(self, folder: Path) -> None:
-        """Copies the lexicon into a folder."""
         shutil.copyfile(self._path, folder / LEXICON)
 
     def matches(self, question: str) -> list[Match]:
@@ -106,34 +94,28 @@ class Rules:
         whose words all belong to a stated match of a worse level is left out: "حرارة" in "حرارة ٤٠".
         """
         text = read(question)
-        rules: ContextRules | None = None
+        occurrences = self._matcher.occurrences(text)
+        rules = ContextRules(text) if occurrences else None
         best: dict[int, Match] = {}
-        for number, positions in self._matcher.occurrences(text):
+        for number, positions in occurrences:
             known = best.get(number)
-            if known and known.context == "stated":
+            if rules is None or (known and known.context == "stated"):
                 continue
-            pattern = self._patterns[number]
-            rules = rules or ContextRules(text)
-            context = rules.context(positions, pattern.category, critical=pattern.level == "critical")
+            _, level, category, strength, line, *_ = self._patterns[number]
+            context = rules.context(positions, category, critical=level == "critical")
             if known is None or COUNTS[context] > COUNTS[known.context]:
-                rank, evidence = _WORST_FIRST[pattern.level], STRENGTH[pattern.strength] * COUNTS[context]
                 words = " ".join([text.words[position] for position in positions]).replace(POINT, ".")
-                best[number] = Match(
-                    rank, positions, pattern.line, pattern.level, pattern.category, context, evidence, words
-                )
-        kept: list[Match] = []
-        worse: set[int] = set()
-        for _, same in groupby(sorted(best.values()), itemgetter(0)):
-            level = [match for match in same if not worse.issuperset(match.positions)]
-            kept += level
-            worse.update(*[match.positions for match in level if match.context == "stated"])
-        return kept
+                evidence = STRENGTH[strength] * COUNTS[context]
+                best[number] = Match(_WORST_FIRST[level], positions, line, level, category, context, evidence, words)
+        found = sorted(best.values())
+        worse = [
+            {at for match in found if match.rank < rank and not match.discounted for at in match.positions}
+            for rank in range(len(SEVERITIES))
+        ]
+        return [match for match in found if not worse[match.rank].issuperset(match.positions)]
 
     def explained(self, questions: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        """Probabilities as `probabilities` gives them, and the reasons for each question on one line.
-
-        "critical: ضيق تنفس; neutral: حرارة; negated: نزيف"; empty where nothing matched.
-        """
+        """Probabilities (n, 3), and for each question the reasons ("critical: ضيق تنفس; negated: نزيف"), or ""."""
         matches = list(map(self.matches, questions))
         evidence = np.array(list(map(_by_level, matches)), dtype=np.float64).reshape(-1, len(SEVERITIES))
         return probabilities_of(evidence), list(map(_reasons, matches))
@@ -214,9 +196,7 @@ class ContextRules:
         self._cues = list(map(_cues_of, text.words))
         # What looks for a cue goes through these alone: most words are none.
         self._cued = [(position, cues) for position, cues in enumerate(self._cues) if cues]
-        self._any = 0
-        for _, cues in self._cued:
-            self._any |= cues
+        self._any = reduce(or_, {cues for _, cues in self._cued}, 0)
         self._denials = self._find_denials()
 
     def context(self, positions: Sequence[int], category: str, *, critical: bool = True) -> Context:
@@ -345,8 +325,7 @@ class ContextRules:
         )
 
     def _had(self, begin: int, first: int) -> bool:
-        """Whether "كان عندي" and the like stand before the expression; "كنت ماشي" only sets the scene."""
-        # "كان في نزيف" there was; "كنت في الشغل" I was at work.
+        """Whether "كان عندي", "كان في" stand before the expression; "كنت ماشي", "كنت في الشغل" only set the scene."""
         return any(
             (position + 1 == first or self._is(position + 1, "has feels"))
             and self._words[position : position + 2] != ["كنت", "في"]
@@ -366,31 +345,23 @@ class ContextRules:
         return any(found and not self._near(found[-1], found[-1] + 4, "again", sentence) for found in ends)
 
     def _dated(self, first: int, last: int) -> bool:
-        """Whether its clause tells of another time: "قبل سنتين", "من سنتين عملت"."""
+        """Whether its clause tells of another time: "قبل سنتين", "العام الماضي", "من سنتين عملت"."""
         begin, end = clause = _extent(self._clauses, first)
-        before, since = self._dates(clause)
         # "قبل سنتين عملت عملية وعندي ضيق تنفس": the operation is past.
         having = self._near(begin, first - 1, "has feels")
         another = any(self._words[position][0] == "و" and not self._is(position, "was") for position in having)
         if another or self._near(begin, end, "now"):
             return False
-        return before or (since and any(position < last for position in self._near(begin, end, "event")))
-
-    def _dates(self, clause: tuple[int, int]) -> tuple[bool, bool]:
-        """Whether a clause has a date before ("قبل سنتين", "العام الماضي"), and one since ("من سنتين", "من 3 سنين").
-
-        What was since two years may last until today.
-        """
-        before = since = False
-        for position in self._near(*clause, "formerly gone_year since before"):
+        # What was since two years may last until today, but for an event.
+        events = [position for position in self._near(begin, end, "event") if position < last]
+        for position in self._near(begin, end, "formerly gone_year since before"):
             formerly = self._is(position, "formerly") and not self._is(position - 1, "since")
-            if formerly or (self._is(position, "gone_year") and self._near(position - 2, position - 1, "year")):
-                before = True
-            elif self._is(position, "since before"):
-                units = self._near(position + 1, position + 2, "long")
-                if units and units[0] <= clause[1]:
-                    before, since = before or self._is(position, "before"), since or not self._is(position, "before")
-        return before, since
+            last_year = self._is(position, "gone_year") and self._near(position - 2, position - 1, "year")
+            # "من سنتين", "من 3 سنين"
+            ago = self._is(position, "before since" if events else "before")
+            if formerly or last_year or (ago and self._near(position + 1, position + 2, "long", clause)):
+                return True
+        return False
 
     def _possible(self, first: int) -> bool:
         """Whether it is feared, a possibility or to be prevented: "خايف من الجلطة", "هل ممكن تكون جلطة"."""

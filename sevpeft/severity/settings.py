@@ -47,15 +47,12 @@ class EncoderSection(Section):
 
     name_or_path: str = "CAMeL-Lab/bert-base-arabic-camelbert-mix"
     """Hub id or folder of the encoder."""
-    num_train_epochs: float = Field(default=6, gt=0)
-    """Epochs, at most."""
+    num_train_epochs: float = Field(default=4, gt=0)
+    """Epochs."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Learning rate."""
     per_device_train_batch_size: int = Field(default=16, ge=1)
     """Questions of a training step."""
-    early_stopping_patience: int = Field(default=2, ge=1)
-    """Epochs without a better validation loss before the training stops."""
-    # Of real questions, fewer than one in a hundred is longer.
     max_length: int = Field(default=256, ge=1)
     """Tokens of a question; the end of a longer one is not read."""
 

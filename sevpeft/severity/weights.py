@@ -3,9 +3,6 @@
 The weight of a consultation is w = α·p_non_critical + β·p_neutral + γ·p_critical (arXiv 2604.06346, eq. 2). The three
 controls exist because a gain over plain cross-entropy proves nothing about severity: the same weights shuffled over
 the consultations have the same spread without the information, a constant of the same mean has the same step size.
-
-The histogram shows what is invisible in a loss curve: with probabilities near a third each, the training is plain
-cross-entropy under another name.
 """
 
 from __future__ import annotations
@@ -18,8 +15,7 @@ import numpy as np
 from sevpeft.errors import WeightError
 from sevpeft.severity.probabilities import SEVERITIES
 
-# Below this coefficient of variation, shuffled and real weights cannot be told apart in practice: the published
-# probabilities, whose weights lie between .93 and 1.03, have about .02.
+# Coefficient of variation below which weights do nothing; the published ones, from .93 to 1.03, have about .02.
 SMALL_SPREAD = 0.05
 # Below this share of effective consultations, a few rows decide what is learned.
 SMALL_SAMPLE = 0.5
@@ -55,10 +51,8 @@ def severity_weights(
         weights = weights / weights.mean()
     if control == "shuffled":
         return np.random.default_rng(seed).permutation(weights)
-    if control == "constant":
-        return np.full_like(weights, weights.mean())
-    if control == "uniform":
-        return np.ones_like(weights)
+    if control != "none":
+        return np.full_like(weights, weights.mean() if control == "constant" else 1.0)
     return weights
 
 
@@ -67,17 +61,14 @@ class WeightSummary:
     """What a set of weights amounts to."""
 
     consultations: int
-    severities: dict[str, int]
-    """The most probable severity → consultations."""
+    severities: dict[str, int]  # the most probable severity → consultations
     minimum: float
     maximum: float
     mean: float
-    coefficient_of_variation: float
-    """Standard deviation over the mean."""
-    effective_sample_size: float
-    """Kish's (Σw)² / Σw²: how many equally weighted consultations carry as much information."""
+    coefficient_of_variation: float  # standard deviation over the mean
+    effective_sample_size: float  # Kish's (Σw)² / Σw²: equally weighted consultations with as much information
+    # (from, to, consultations), ends included: one bar for each weight where there are few, else of equal width.
     histogram: list[tuple[float, float, int]]
-    """(from, to, consultations), ends included: one bar for each weight where there are few, else of equal width."""
 
     @classmethod
     def of(cls, weights: np.ndarray, strata: np.ndarray | None) -> WeightSummary:
@@ -98,12 +89,13 @@ class WeightSummary:
         return asdict(self)
 
 
-def _histogram(weights: np.ndarray, bars: int = 10) -> list[tuple[float, float, int]]:
-    values, counts = np.unique(np.round(weights, 6), return_counts=True)
-    if len(values) <= bars:
-        return list(zip(values.tolist(), values.tolist(), counts.tolist(), strict=True))
-    counts, edges = np.histogram(weights, bins=bars)
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))
+def _histogram(weights: np.ndarray) -> list[tuple[float, float, int]]:
+    lows, counts = np.unique(np.round(weights, 6), return_counts=True)
+    highs = lows
+    if len(lows) > 10:
+        counts, edges = np.histogram(weights, bins=10)
+        lows, highs = edges[:-1], edges[1:]
+    return list(zip(lows.tolist(), highs.tolist(), counts.tolist(), strict=True))
 
 
 def histogram_lines(histogram: list[tuple[float, float, int]], width: int = 60) -> list[str]:
@@ -129,11 +121,9 @@ def effective_sample(summary: WeightSummary) -> str:
 def advice(summary: WeightSummary) -> str | None:
     """What to do about weights that will not do what they are for; None when they are fit for it."""
     if summary.coefficient_of_variation < SMALL_SPREAD:
-        places = 2 if summary.maximum - summary.minimum >= 0.01 else 4
         return (
-            f"The weights lie in {summary.minimum:.{places}f} to {summary.maximum:.{places}f}, too close together to "
-            "matter. Calibrate the classifier (sevpeft classifier fit), sharpen the probabilities "
-            "(severity.temperature=0.5), use severity.weights=strong, or gather labels."
+            f"The weights, {summary.minimum:.4g} to {summary.maximum:.4g}, are too close together to matter. Calibrate "
+            "(sevpeft classifier fit), sharpen (severity.temperature=0.5), or take severity.weights=strong."
         )
     if summary.effective_sample_size < SMALL_SAMPLE * summary.consultations:
         return (

@@ -18,8 +18,8 @@ LEXICONS = Path(__file__).parent / "lexicons"
 # Words whose reading is remembered: questions repeat their words.
 REMEMBERED = 1 << 16
 
+# Name → words of lexicons/words_ar.tsv, in the order of the file.
 WORD_LISTS: dict[str, list[str]] = {}
-"""Name → words of lexicons/words_ar.tsv, in the order of the file."""
 for _line in (LEXICONS / "words_ar.tsv").read_text(encoding="utf-8").splitlines():
     if not _line.startswith("#"):
         _name, _words = _line.split("\t")
@@ -40,14 +40,10 @@ _JOINED = {word: tuple(parts.split("_")) for word, parts in (pair.split("=") for
 class Text(NamedTuple):
     """A question in words, and where its sentences and clauses end."""
 
-    words: list[str]
-    """Folded, three and more equal letters as one."""
-    sentences: list[int]
-    """Number of the sentence of each word: parted by . ! ? ؛ and line breaks."""
-    clauses: list[int]
-    """Number of the clause of each word: parted by commas, colons, dashes and brackets too."""
-    asking: set[int]
-    """Numbers of the sentences that end with a question mark."""
+    words: list[str]  # folded, three and more equal letters as one
+    sentences: list[int]  # number of the sentence of each word: parted by . ! ? ؛ and line breaks
+    clauses: list[int]  # number of the clause of each word: parted by commas, colons, dashes and brackets too
+    asking: set[int]  # numbers of the sentences that end with a question mark
 
 
 def read(question: str) -> Text:

@@ -82,7 +82,7 @@ def build_classifier() -> Any:
     model = BertForSequenceClassification(config)
     # A head of the usual size would give a third to every severity, whatever the question.
     torch.nn.init.normal_(model.classifier.weight, std=0.5)
-    return TransformerClassifier(model, fast, LONGEST)
+    return TransformerClassifier(model, fast)
 
 
 def token_questions(count: int, seed: int = 0) -> list[str]:

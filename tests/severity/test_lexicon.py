@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from sevpeft.severity.lexicon import (
     Pattern,
     Word,
     load_lexicon,
-    parse_lexicon,
 )
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.words import read
@@ -38,16 +38,23 @@ def row(term: str, level: str = "critical", category: str = "test", dialect: str
     return "\t".join([term, level, category, dialect, strength, ""])
 
 
+def parsed(text: str) -> tuple[Pattern, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mine.tsv")
+        path.write_text(text, encoding="utf-8")
+        return load_lexicon(path)[0]
+
+
 def mistakes(text: str) -> list[str]:
     with pytest.raises(DataError) as caught:
-        parse_lexicon(text, "mine.tsv")
+        parsed(text)
     first, *rest = str(caught.value).splitlines()
     assert "mine.tsv" in first
     return [line.strip() for line in rest]
 
 
 def matched(term: str, question: str) -> bool:
-    return bool(Matcher(parse_lexicon(lexicon(row(term)))).occurrences(read(question)))
+    return bool(Matcher(parsed(lexicon(row(term)))).occurrences(read(question)))
 
 
 def found(pattern: Pattern, text: str) -> bool:
@@ -179,7 +186,7 @@ def test_a_term_meets_what_it_means_and_nothing_else() -> None:
 
 def test_groups_stand_for_their_words() -> None:
     text = "@pain = الم|وجع\n" + lexicon(row("@pain|حرقان ~ صدر"))
-    matcher = Matcher(parse_lexicon(text))
+    matcher = Matcher(parsed(text))
     assert all(matcher.occurrences(read(f"{word} في الصدر")) for word in ("الم", "وجع", "حرقان"))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 
@@ -108,17 +107,6 @@ def test_rules_on_several_cores_give_what_one_gives(rows: Any, cache: Path, monk
     assert found[EVIDENCE][:] == evidence
     critical = severity_probabilities(rows)[:, 2] == 1
     assert expected[critical, 2].mean() > expected[~critical, 2].mean() + 0.2
-
-
-def test_progress_bars_are_left_as_they_were(rows: Any) -> None:
-    hidden = datasets.utils.are_progress_bars_disabled()
-    try:
-        for enabled in (True, False):
-            (datasets.enable_progress_bars if enabled else datasets.disable_progress_bars)()
-            judged(rows, Judge(version=str(enabled)))
-            assert datasets.utils.are_progress_bars_disabled() != enabled
-    finally:
-        (datasets.disable_progress_bars if hidden else datasets.enable_progress_bars)()
 
 
 def test_a_classifier_of_another_kind_is_refused(rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
-from sevpeft.severity.classifier.examples import Examples, check_severities, grouped_folds, hold_out
+from sevpeft.severity.classifier.examples import Examples, check_severities, grouped_folds
 from sevpeft.severity.classifier.linear import fit_linear
 from sevpeft.severity.rules import Rules
 from sevpeft.severity.settings import ClassifierSettings
 
+# From training rows to what gives the probabilities before calibration: one classifier, or rules and a linear one.
 Fit = Callable[[Examples], Sequence[Any]]
-"""From training rows to what gives the probabilities before calibration: one classifier, or rules and a linear one."""
-
 # Below this a probability has no logarithm worth scaling: no classifier here knows better than one in a billion.
 _SMALLEST = 1e-9
-TRANSFORMER_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,14 @@ class Calibration:
         scores = np.array(self.bias)
         for weight, source in zip(self.weights, sources, strict=True):
             scores = scores + weight * np.log(np.maximum(source, _SMALLEST))
-        powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-        result: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
-        return result
+        return np.asarray(softmax(scores, axis=1))
 
 
 def fit_calibration(sources: Sequence[np.ndarray], labels: np.ndarray) -> Calibration:
-    """The calibration of greatest likelihood.
-
-    Args:
-        sources: (n, 3) probabilities of each source, for rows that it was not fitted on.
-        labels: (n,) positions in `SEVERITIES`.
-
-    Raises:
-        DataError: a severity has no row, so that its bias would be as low as it can be.
-    """
+    """The calibration of greatest likelihood, from (n, 3) of each source for rows that it was not fitted on."""
     from scipy.optimize import minimize
 
+    # The bias of a severity without a row would be as low as it can be.
     check_severities(labels, "The part that calibrates", "bring more rows of every severity")
     count, each = len(sources), np.arange(len(labels))
 
@@ -114,11 +104,11 @@ def fit_calibrated(train: Examples, fit: Fit, settings: ClassifierSettings) -> C
     """A classifier, calibrated by probabilities of rows from fits that saw neither them nor their groups.
 
     Every row is in one of five such folds, and the classifier itself is fitted on all rows (scikit-learn's
-    CalibratedClassifierCV(ensemble=False)). Six trainings of a transformer cost too much: there a share of the groups
+    CalibratedClassifierCV(ensemble=False)). Six trainings of a transformer cost too much: there a fifth of the groups
     calibrates and is not trained on. Rows of blocks that lack a severity do not calibrate: their shares are others.
     """
-    once, seed = settings.kind == "transformer", settings.seed
-    folds = [hold_out(train, TRANSFORMER_SHARE, seed=seed)] if once else grouped_folds(train, seed=seed)
+    once = settings.kind == "transformer"
+    folds = grouped_folds(train, seed=settings.seed)[: 1 if once else None]
     parts = []
     for fold in folds:
         fitted = fit(train.take(fold.train))

@@ -2,16 +2,13 @@
 
 Within a file, rows that stand together were often written and labeled together, and a classifier that learns the
 place looks like one that reads the text. Holding out whole blocks avoids that. Beside every figure stand two baselines
-that read no text, the majority and the number of the row. Blocks that lack a severity are trained on and not scored:
-their shares are those of other conditions.
+that read no text, the majority and the number of the row. Blocks that lack a severity are trained on and not scored.
 
 The 95 % intervals are percentiles of a bootstrap over groups: rows that ask the same are drawn together.
 
-ECE, the expected calibration error, is the mean over rows of |mean probability − share of hits| of the row's bin, the
-bins being 15 of equal mass (Nguyen & O'Connor 2015). `ece_critical` takes p_critical against being critical, `ece_top`
-the largest probability against being right. With few rows a perfectly calibrated classifier has an ECE above zero
-too: `ece_critical_by_chance` is its mean over labels that are drawn from the very probabilities. For the same reason
-its intervals lie too high.
+ECE, the expected calibration error of p_critical, is the mean over rows of |mean p_critical − critical share| of the
+row's bin, the bins being 15 of equal mass (Nguyen & O'Connor 2015). With few rows perfect calibration has an ECE above
+zero too: `ece_critical_by_chance` is its mean over labels drawn from the very probabilities.
 """
 
 from __future__ import annotations
@@ -23,35 +20,19 @@ import numpy as np
 
 from sevpeft.errors import DataError
 from sevpeft.severity.classifier.calibrate import Calibrated, Calibration, fit_calibrated, fit_of
-from sevpeft.severity.classifier.examples import Examples, Fold, block_folds, grouped_folds, hold_out
+from sevpeft.severity.classifier.examples import Examples, Fold, block_folds, grouped_folds
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.settings import EvaluateSettings, FitSettings
 
 CRITICAL = SEVERITIES.index("critical")
-FIGURES = (
-    "accuracy",
-    "macro_f1",
-    "recall_critical",
-    "precision_critical",
-    *(f"auc_{name}" for name in SEVERITIES),
-    "brier",
-    "log_loss",
-    "ece_critical",
-    "ece_top",
-)
 BINS, RESAMPLES = 15, 1000
 
 Progress = Callable[[str], None]
-
-
+# As in metrics.json. Of one set of probabilities: `rows`; `figures`, name → value, low and high of the 95 % interval
+# (NaN where not defined); `confusion`, rows the labels, columns the likeliest severity; `ece_critical_by_chance`.
+# Of an evaluation: such metrics under `calibrated` and `raw` (before calibration), and by name under `baselines` (an
+# accuracy alone flatters) and `blocks` (each held-out block); `unscored`, the blocks that lack a severity, if known.
 Metrics = dict[str, Any]
-"""An evaluation as metrics.json has it.
-
-Metrics under `calibrated` and `raw` (before calibration), and by name under `baselines` (an accuracy alone flatters)
-and `blocks` (each held-out block alone); `unscored` lists blocks that lack a severity, null where blocks are not known.
-Metrics of one set of probabilities are `rows`; `figures`, name → value, low and high of the 95 % interval, NaN where
-not defined; `confusion`, rows the labels, columns the likeliest severity; and `ece_critical_by_chance`.
-"""
 
 
 def fit_and_evaluate(
@@ -59,21 +40,20 @@ def fit_and_evaluate(
 ) -> tuple[Calibrated, dict[str, Metrics]]:
     """Evaluates a way of fitting; returns the first classifier and heading → evaluation.
 
-    With `FitSettings` on a share of whole questions, else on random folds of them; where blocks are known, also by
-    holding out each block.
+    With `FitSettings` on a share of the questions, else on random folds; where blocks are known, also by blocks.
     """
-    fit = fit_of(settings, progress)
+    sources, seed = fit_of(settings, progress), settings.seed
     if isinstance(settings, FitSettings):
-        protocols = {"Test rows": [hold_out(examples, settings.test_size, seed=settings.seed)]}
+        protocols = {"Test rows": grouped_folds(examples, round(1 / settings.test_size), seed=seed)[:1]}
     else:
-        protocols = {"Random folds": grouped_folds(examples, settings.folds, seed=settings.seed)}
+        protocols = {"Random folds": grouped_folds(examples, settings.folds, seed=seed)}
     if examples.blocks is not None:
         protocols["Blocks held out"] = block_folds(examples)
-    found = {}
-    for heading, folds in protocols.items():
-        found[heading] = evaluate_folds(
-            examples, folds, lambda train: fit_calibrated(train, fit, settings), settings.seed, progress
-        )
+
+    def fit(train: Examples) -> Calibrated:
+        return fit_calibrated(train, sources, settings)
+
+    found = {heading: evaluate_folds(examples, folds, fit, seed, progress) for heading, folds in protocols.items()}
     return next(iter(found.values()))[1], {heading: evaluation for heading, (evaluation, _) in found.items()}
 
 
@@ -138,61 +118,60 @@ def evaluate_folds(
 def score(
     probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Metrics:
-    """Figures of probabilities (n, 3) for labels (n,), positions in `SEVERITIES`, and groups (n,) of rows.
-
-    Without resamples there are no intervals.
-    """
+    """Figures of probabilities (n, 3) for labels and groups (n,) of rows; without resamples there are no intervals."""
     compute = _figures(probabilities, labels)
     random = np.random.default_rng(seed)
     # Groups are drawn with replacement, as many as there are; the weight of a row is how often its group was drawn.
     _, index = np.unique(groups, return_inverse=True)
     chance = np.full(index.max() + 1, 1 / (index.max() + 1))
     drawn = [compute(random.multinomial(len(chance), chance)[index]) for _ in range(resamples)]
-    columns = np.array(drawn).reshape(-1, len(FIGURES)).T
     count, classes, p_critical = len(labels), len(SEVERITIES), probabilities[:, CRITICAL]
     cells = np.bincount(labels * classes + probabilities.argmax(axis=1), minlength=classes**2)
     bins = _bins(p_critical)
     by_chance = [_ece(bins, p_critical - (random.random(count) < p_critical), count) for _ in range(200)]
+    figures = {}
+    for name, value in compute(np.ones(count)).items():
+        values = [one[name] for one in drawn if np.isfinite(one[name])]
+        low, high = np.percentile(values, [2.5, 97.5]).tolist() if values else (np.nan, np.nan)
+        figures[name] = {"value": value, "low": low, "high": high}
     return {
         "rows": count,
-        "figures": dict(zip(FIGURES, map(_estimate, compute(np.ones(count)).tolist(), columns), strict=True)),
+        "figures": figures,
         "confusion": cells.reshape(classes, classes).tolist(),
         "ece_critical_by_chance": float(np.mean(by_chance)),
     }
 
 
-def _figures(probabilities: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from weights (n,) of the rows to `FIGURES`.
+def _figures(probabilities: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
+    """A function from weights (n,) of the rows to figures, to be called a thousand times by a bootstrap.
 
-    What does not depend on the weights is computed once, because a bootstrap calls the function a thousand times; the
-    functions of scikit-learn would take a hundred times as long.
+    What does not depend on the weights is computed once; scikit-learn's functions take a hundred times as long.
     """
     classes, p_critical = len(SEVERITIES), probabilities[:, CRITICAL]
     truth, predicted = np.eye(classes, dtype=bool)[labels], probabilities.argmax(axis=1)
     brier = ((probabilities - truth) ** 2).sum(axis=1)
     log_loss = -np.log(np.maximum(probabilities[truth], 1e-15))
-    ranks = [np.unique(column, return_inverse=True)[1] for column in probabilities.T]
-    top = probabilities.max(axis=1)
-    gaps = [(_bins(p_critical), p_critical - truth[:, CRITICAL]), (_bins(top), top - (predicted == labels))]
+    ranks = {name: np.unique(probabilities[:, k], return_inverse=True)[1] for k, name in enumerate(SEVERITIES)}
+    bins = _bins(p_critical)
 
-    def compute(weights: np.ndarray) -> np.ndarray:
+    def compute(weights: np.ndarray) -> dict[str, float]:
         total = weights.sum()
         cells = np.bincount(labels * classes + predicted, weights, classes**2).reshape(classes, classes)
         hits, actual, called = np.diagonal(cells), cells.sum(axis=1), cells.sum(axis=0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            figures = [
-                hits.sum() / total,
+            figures = {
+                "accuracy": hits.sum() / total,
                 # A severity that is neither there nor predicted does not enter the mean.
-                np.nanmean(2 * hits / (actual + called)),
-                hits[CRITICAL] / actual[CRITICAL],
+                "macro_f1": np.nanmean(2 * hits / (actual + called)),
+                "recall_critical": hits[CRITICAL] / actual[CRITICAL],
                 # None predicted is a precision of 0, as scikit-learn has it: silence must not look like care.
-                hits[CRITICAL] / called[CRITICAL] if called[CRITICAL] else 0.0,
-                *(_auc(rank, truth[:, k], weights) for k, rank in enumerate(ranks)),
-                weights @ brier / total,
-                weights @ log_loss / total,
-                *(_ece(bins, weights * gap, total) for bins, gap in gaps),
-            ]
-        return np.array(figures)
+                "precision_critical": hits[CRITICAL] / called[CRITICAL] if called[CRITICAL] else 0.0,
+                **{f"auc_{name}": _auc(ranks[name], truth[:, k], weights) for k, name in enumerate(SEVERITIES)},
+                "brier": weights @ brier / total,
+                "log_loss": weights @ log_loss / total,
+                "ece_critical": _ece(bins, weights * (p_critical - truth[:, CRITICAL]), total),
+            }
+        return {name: float(value) for name, value in figures.items()}
 
     return compute
 
@@ -211,10 +190,3 @@ def _bins(scores: np.ndarray) -> np.ndarray:
 
 def _ece(bins: np.ndarray, gaps: np.ndarray, total: float) -> float:
     return float(np.abs(np.bincount(bins, gaps)).sum() / total)
-
-
-def _estimate(value: float, drawn: np.ndarray) -> dict[str, float]:
-    defined = drawn[np.isfinite(drawn)]
-    known = np.isfinite(value) and len(defined)
-    low, high = np.percentile(defined, [2.5, 97.5]).tolist() if known else (np.nan, np.nan)
-    return {"value": value, "low": low, "high": high}

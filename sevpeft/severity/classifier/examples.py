@@ -1,7 +1,7 @@
 """Labeled questions, and splits of them that put no question on both sides.
 
-A severity that a classifier wrote is no label: agreement with a classifier is not accuracy. Rows that ask the same
-(near-duplicates included, where `prepare` found them) form one group, and splits are made of whole groups.
+Rows that ask the same (near-duplicates included, where `prepare` found them) form one group, and splits are made of
+whole groups. A severity that a classifier wrote is no label: agreement with a classifier is not accuracy.
 """
 
 from __future__ import annotations
@@ -71,11 +71,7 @@ def load_examples(settings: ClassifierSettings) -> tuple[Consultations, Examples
 
 
 def labeled_examples(consultations: Consultations, block_column: str | None = None) -> Examples:
-    """Every row with its severity.
-
-    Args:
-        consultations: read with `keep="all"`, so that a block column and a prepared folder's groups are there.
-        block_column: as it is called in the input.
+    """Every row with its severity, of consultations read with `keep="all"`; block_column as the input calls it.
 
     Raises:
         DataError: no severity column, one that a classifier wrote, a severity without a row, or no such block column.
@@ -119,11 +115,7 @@ def check_severities(labels: np.ndarray, what: str, remedy: str) -> None:
 
 
 def grouped_folds(examples: Examples, folds: int = 5, *, seed: int = 0) -> list[Fold]:
-    """Folds of whole groups, the severities in proportion.
-
-    Raises:
-        DataError: a severity has fewer groups than there are folds, or is missing where a fold trains.
-    """
+    """Folds of whole groups, the severities in proportion; DataError where a severity has too few groups."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     for position, name in enumerate(SEVERITIES):
@@ -137,17 +129,8 @@ def grouped_folds(examples: Examples, folds: int = 5, *, seed: int = 0) -> list[
     return [Fold(f"fold {number}", train, test) for number, (train, test) in enumerate(parts, start=1)]
 
 
-def hold_out(examples: Examples, share: float, *, seed: int = 0) -> Fold:
-    """One fold: about `share` of the groups to evaluate (or calibrate) on, the severities in proportion."""
-    return grouped_folds(examples, folds=max(2, round(1 / share)), seed=seed)[0]
-
-
 def block_folds(examples: Examples) -> list[Fold]:
-    """One fold for each block that has every severity; rows elsewhere that ask what its rows ask are not trained on.
-
-    Raises:
-        DataError: no block has every severity, or what is left to train on lacks one.
-    """
+    """One fold for each block that has every severity; rows elsewhere that ask what its rows ask are not trained on."""
     assert examples.blocks is not None
     folds, other = [], "name another block_column"
     for name in np.unique(examples.blocks[examples.complete]).tolist():

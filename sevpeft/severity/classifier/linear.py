@@ -1,12 +1,11 @@
 """A severity classifier on parts of words and stems: logistic regression over TF-IDF, fitted in seconds on one core.
 
-Parts of words, edges included, see through spelling, clitics and dialect endings. Words keep what a question says, cut
-to light stems (after Larkey et al. 2002, "Improving Stemming for Arabic Information Retrieval"), because a few hundred
-rows hold most words in one form only.
+Parts of words, edges included, see through spelling, clitics and dialect endings. Words are cut to light stems (after
+Larkey et al. 2002, "Improving Stemming for Arabic Information Retrieval"), since few rows hold two forms of a word.
 
 Where rows come in blocks that were labeled under different conditions, each block gets its own intercept during the
-fit, so that the words need not explain it. Blocks that lack a severity count little. On 2,150 rows in six blocks this
-takes the AUC of critical in held-out blocks from .67 to .71.
+fit, and blocks that lack a severity count little. On 2,150 rows in six blocks this takes the AUC of critical in
+held-out blocks from .67 to .71.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from sevpeft.severity.probabilities import SEVERITIES
 ARRAYS, VOCABULARY = "linear.safetensors", "vocabulary.json"
 # Counts up when `features` change: the same arrays would then mean something else.
 FEATURES = 4
+# Of the indicator columns of blocks: the larger, the less their intercepts are penalized.
 BLOCK_SCALE = 3.0
-"""Of the indicator columns of blocks: the larger, the less their intercepts are penalized."""
+# Of rows in blocks that lack a severity: what their annotators called critical, others may not.
 INCOMPLETE_WEIGHT = 0.1
-"""Of rows in blocks that lack a severity: what their annotators called critical, others may not."""
 MAX_FEATURES = 200_000
 
 _PROCLITIC = re.compile("^(?:وال|فال|بال|كال|لل|ال|و(?=...)|[فبل](?=....))")
@@ -40,10 +39,7 @@ _SUFFIX = re.compile("(?:هما|كم|هم|ها|نا|ني|ين|ون|ات|ان|ي�
 
 
 class LinearClassifier:
-    """Fitted weights of n-grams, stored as three arrays and a list of n-grams; nothing is pickled.
-
-    `idf` (features,), `coef` (3, features) and `intercept` (3,) are in the order of `vocabulary` and `SEVERITIES`.
-    """
+    """Weights of n-grams: idf (features,), coef (3, features) and intercept (3,), in the order of `SEVERITIES`."""
 
     kind = "linear"
 
@@ -84,11 +80,7 @@ class LinearClassifier:
 
 
 def fit_linear(examples: Examples) -> LinearClassifier:
-    """Fits to examples that have every severity; the intercept is the mean one of blocks that have them all.
-
-    Raises:
-        DataError: the questions share no n-gram that stands in two of them.
-    """
+    """Fits to examples that have every severity; the intercept is the mean one of blocks that have them all."""
     from scipy.sparse import csr_matrix, hstack
     from sklearn.linear_model import LogisticRegression
 

@@ -9,7 +9,7 @@ card (card.md filled in) is published: no row of the data, no path and no name o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sevpeft.console import number_text
 from sevpeft.data.read import Consultations
 from sevpeft.errors import DataError, first_sentence
 from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
-from sevpeft.severity.classifier.evaluate import CRITICAL, FIGURES, Metrics
+from sevpeft.severity.classifier.evaluate import Metrics
 from sevpeft.severity.classifier.examples import Examples, fingerprints
 from sevpeft.severity.classifier.linear import LinearClassifier
 from sevpeft.severity.probabilities import SEVERITIES
@@ -34,11 +34,7 @@ FORMAT = 2
 
 
 def write_classifier(classifier: Calibrated, folder: Path, training: dict[str, Any]) -> dict[str, Any]:
-    """Writes a classifier into a folder that `whole_folder` builds; returns its description.
-
-    Args:
-        training: what it was fitted on, as `training_record` gives it.
-    """
+    """Writes a classifier into a folder that `whole_folder` builds; returns its description with `training_record`."""
     for source in classifier.sources:
         source.save(folder)
     about = {
@@ -55,11 +51,7 @@ def write_classifier(classifier: Calibrated, folder: Path, training: dict[str, A
 
 
 def load_classifier(folder: Path) -> Calibrated:
-    """The classifier in a folder, calibrated.
-
-    Raises:
-        DataError: there is none, or it is damaged, of another format or label order, or gives other probabilities now.
-    """
+    """The classifier in a folder; DataError where there is none or a damaged one, or one of another version."""
     about = read_about(folder)
     if about.get("format") != FORMAT or about.get("labels") != list(SEVERITIES):
         raise DataError(f"{folder} was written by another version of sevpeft ({about.get('sevpeft')}); fit it again.")
@@ -86,12 +78,9 @@ def read_about(folder: Path) -> dict[str, Any]:
     """The description of a classifier; raises DataError where there is none."""
     try:
         return dict(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
-    except OSError:
-        raise DataError(
-            f"There is no classifier in {folder}; fit one with `sevpeft classifier fit DATA OUTPUT`."
-        ) from None
-    except (ValueError, TypeError):
-        raise DataError(f"{folder / ABOUT} is damaged; copy the folder again, or fit it again.") from None
+    except (OSError, ValueError, TypeError):
+        problem = f"{folder} has no classifier, or a damaged {ABOUT}"
+        raise DataError(f"{problem}; fit one with `sevpeft classifier fit DATA OUTPUT`.") from None
 
 
 def training_record(consultations: Consultations, examples: Examples, settings: ClassifierSettings) -> dict[str, Any]:
@@ -117,8 +106,9 @@ def write_report(folder: Path, about: Mapping[str, Any], evaluations: Mapping[st
     tags = ["medical", "arabic", "severity", "sevpeft"]
     data = ModelCardData(language="ar", library_name="sevpeft", pipeline_tag="text-classification", tags=tags)
     sections = "\n\n".join(markdown(heading, evaluation) for heading, evaluation in evaluations.items())
-    template = str(Path(__file__).with_name("card.md"))
-    card = ModelCard.from_template(data, template_path=template, about=about, evaluations=sections)
+    card = ModelCard.from_template(
+        data, template_path=str(Path(__file__).with_name("card.md")), about=about, evaluations=sections
+    )
     (folder / "README.md").write_text(str(card), encoding="utf-8")
 
 
@@ -128,57 +118,13 @@ def as_json(about: Mapping[str, Any], evaluations: Mapping[str, Metrics]) -> dic
 
 
 def markdown(heading: str, evaluation: Metrics) -> str:
-    """Figures beside those of the baselines, each block alone, and what a reader should not miss."""
-    scored, confusion = evaluation["calibrated"], evaluation["calibrated"]["confusion"]
-    columns = {"calibrated, 95 %": scored, "before": evaluation["raw"], **evaluation["baselines"]}
-    tables = [
-        [["", *columns]]
-        + [[name.replace("_", " "), *(_number(one, name) for one in columns.values())] for name in FIGURES],
-        [["block", "rows", "accuracy, 95 %", "auc critical, 95 %"]]
-        + [
-            [
-                name[:20].replace("|", "/"),
-                str(block["rows"]),
-                _number(block, "accuracy"),
-                _number(block, "auc_critical"),
-            ]
-            for name, block in evaluation["blocks"].items()
-        ],
-        [["label ↓ likeliest →", *SEVERITIES]]
-        + [[name, *map(str, counts)] for name, counts in zip(SEVERITIES, confusion, strict=True)],
-    ]
-    parts = [_table(rows) for rows in tables if len(rows) > 1]
-    remarks = [f"- {remark}" for remark in _remarks(heading, evaluation)]
-    return "\n\n".join([f"## {heading}: {scored['rows']:,} rows", *parts, "\n".join(remarks)])
+    """Figures beside those of the baselines, each block alone, and what a reader should not miss (evaluation.md)."""
+    from jinja2 import Template
 
+    def number(metrics: Metrics, figure: str) -> str:
+        """0.482 [0.451, 0.509], or without the interval where none was made."""
+        value, low, high = (number_text(metrics["figures"][figure][name], 4) for name in ("value", "low", "high"))
+        return value if low == number_text(None) else f"{value} [{low}, {high}]"
 
-def _remarks(heading: str, evaluation: Metrics) -> list[str]:
-    figures, unscored = evaluation["calibrated"]["figures"], evaluation["unscored"]
-    by_chance = evaluation["calibrated"]["ece_critical_by_chance"]
-    remarks = [f"With so many rows, perfect calibration has an ECE (critical) of {by_chance:.3f}."]
-    blind = max(one["figures"]["accuracy"]["value"] for one in evaluation["baselines"].values())
-    if figures["accuracy"]["low"] <= blind:
-        remarks.append("The accuracy is not clearly above that of a baseline that reads no text.")
-    if figures["auc_critical"]["low"] <= 0.5:
-        remarks.append("It is not clear that critical rows are told from others at all (AUC down to 0.5).")
-    if not any(row[CRITICAL] for row in evaluation["calibrated"]["confusion"]):
-        remarks.append("No row's likeliest severity is critical; weight by the probabilities, as training does.")
-    if unscored is None and heading != "Other data":
-        remarks.append(
-            "Not evaluated by block. Where rows that stand together were labeled together, these figures flatter; name "
-            "the column that tells such parts with block_column=NAME."
-        )
-    if unscored:
-        remarks.append(f"Not evaluated on, for lack of a severity: {', '.join(name[:20] for name in unscored)}.")
-    return remarks
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _number(metrics: Metrics, figure: str) -> str:
-    """0.482 [0.451, 0.509], without the interval where none was made, or a dash where there is no such figure."""
-    value, low, high = (number_text(metrics["figures"][figure][name], 4) for name in ("value", "low", "high"))
-    return value if low == number_text(None) else f"{value} [{low}, {high}]"
+    template = Template(Path(__file__).with_name("evaluation.md").read_text(encoding="utf-8"), trim_blocks=True)
+    return template.render(heading=heading, severities=SEVERITIES, number=number, **evaluation)

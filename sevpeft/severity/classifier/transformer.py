@@ -1,7 +1,7 @@
 """A severity classifier on an Arabic encoder, fine-tuned with transformers' Trainer and stored as safetensors.
 
-Rare severities count as much as frequent ones, by the weights of the loss. Training stops when a part of the rows that
-shares no question with the others gets no better, and the best epoch is kept.
+Rare severities count as much as frequent ones, by the weights of the loss. There is no early stopping: it would take
+rows from the training, and what calibrates repairs probabilities that are too sure of themselves.
 
 transformers fills weights that a checkpoint lacks with random numbers, and makes up an empty tokenizer where there is
 none, both in silence. Both are errors here. Only safetensors are read, and no code from the Hub runs.
@@ -26,35 +26,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, loading_errors
-from sevpeft.runs import plain_disk_errors
-from sevpeft.severity.classifier.examples import Examples, hold_out
+from sevpeft.severity.classifier.examples import Examples
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.settings import EncoderSection
 
 LABELS = dict(enumerate(SEVERITIES))
 FOLDER = "transformer"
-BATCH_SIZE = 32
-VALIDATION_SHARE = 0.2
 # Counts up when the same weights would give other probabilities.
 CODE_VERSION = 1
 
 
 class TransformerClassifier:
-    """A fitted encoder with its tokenizer.
-
-    Attributes:
-        max_length: tokens of a question; the rest of a longer one is not read. Stored as the tokenizer's
-            model_max_length.
-        batch_size: questions of a forward pass; the padding, and with it the last digits, depends on it.
-        version: hash of weights, tokenizer and `max_length`.
-    """
+    """A fitted encoder with its tokenizer, whose model_max_length says how many tokens of a question are read."""
 
     kind = "transformer"
+    batch_size = 32
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self.max_length = longest_input(model, tokenizer, max_length)
-        self.batch_size = BATCH_SIZE
-        self.version = _version(model, tokenizer, self.max_length)
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.version = _version(model, tokenizer)
         self.tokenizer = tokenizer
         self.device, self.precision = _device()
         self.model = model.to(self.device).eval()
@@ -64,7 +53,7 @@ class TransformerClassifier:
         result = np.empty((len(questions), len(SEVERITIES)))
         if not len(questions):
             return result
-        inputs = self.tokenizer(list(questions), truncation=True, max_length=self.max_length)
+        inputs = self.tokenizer(list(questions), truncation=True)
         # Questions of one length stand together, so that little is padded.
         order = np.argsort([-len(ids) for ids in inputs["input_ids"]], kind="stable")
         half = self.precision != torch.float32
@@ -78,7 +67,6 @@ class TransformerClassifier:
 
     def save(self, folder: Path) -> None:
         """Writes weights, configuration and tokenizer into a folder of their own in `folder`."""
-        self.tokenizer.model_max_length = self.max_length
         self.model.save_pretrained(folder / FOLDER)
         self.tokenizer.save_pretrained(folder / FOLDER)
 
@@ -86,48 +74,31 @@ class TransformerClassifier:
     def load(cls, folder: Path) -> TransformerClassifier:
         """What `save` wrote, in float32; whoever calls it compares the version, which covers every weight."""
         model, tokenizer, _ = _load(str(folder / FOLDER))
-        return cls(model, tokenizer, tokenizer.model_max_length)
-
-
-def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
-    """Tokens of the longest input: `wanted`, within what the encoder has positions for."""
-    # RoBERTa and its kin do not use the first two.
-    positions = getattr(model.config, "max_position_embeddings", wanted + 2) - 2
-    return int(min(wanted, positions, tokenizer.model_max_length))
+        return cls(model, tokenizer)
 
 
 def fit_transformer(
-    examples: Examples,
-    settings: EncoderSection,
-    *,
-    seed: int = 0,
-    progress: Callable[[str], None] = lambda message: None,
+    examples: Examples, settings: EncoderSection, *, seed: int, progress: Callable[[str], None]
 ) -> TransformerClassifier:
     """Fine-tunes an encoder; the same call gives the same weights, bit for bit on a CPU.
 
-    Raises:
-        DataError: a severity has too few questions to train and to validate on.
-        ModelError: the encoder cannot be loaded or lacks weights or a tokenizer, or the loss is not a number.
+    Raises ModelError where it cannot be loaded, or lacks weights or a tokenizer, or the loss is not a number.
     """
-    fold, labels, name = hold_out(examples, VALIDATION_SHARE, seed=seed), examples.labels, settings.name_or_path
+    name = settings.name_or_path
     progress(f"loading {name}")
-    # Before the head is made, whose weights are drawn.
+    # Before the head is made, whose weights are drawn. A head of other labels is replaced.
     transformers.set_seed(seed)
-    # A head of other labels is replaced.
-    head = dict(num_labels=len(LABELS), id2label=LABELS, label2id={label: number for number, label in LABELS.items()})
-    model, tokenizer, absent = _load(name, **head)
-    encoder, pooler = f"{model.base_model_prefix}.", f"{model.base_model_prefix}.pooler."
-    if random := [key for key in absent if key.startswith(encoder) and not key.startswith(pooler)]:
-        raise ModelError(
-            f"{name} lacks {len(random)} weights that its config.json names, such as {random[0]}, which would be "
-            "random numbers; fetch it again, or name another encoder."
-        )
-    max_length, (device, precision) = longest_input(model, tokenizer, settings.max_length), _device()
-    tokens = tokenizer(examples.questions, truncation=True, max_length=max_length)["input_ids"]
-    with (
-        tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch,
-        plain_disk_errors(Path(scratch).parent, when_full="free some, or set TMPDIR to a folder on another disk"),
-    ):
+    model, tokenizer, absent = _load(name, num_labels=len(LABELS), id2label=LABELS)
+    encoder = f"{model.base_model_prefix}."
+    if random := [key for key in absent if key.startswith(encoder) and not key.startswith(f"{encoder}pooler.")]:
+        raise ModelError(f"{name} lacks {len(random)} of its encoder's weights ({random[0]} …); name another encoder.")
+    # RoBERTa and its kin do not use the first two positions.
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**6) - 2)
+    tokenizer.model_max_length = min(settings.max_length, longest)
+    device, precision = _device()
+    tokens = tokenizer(examples.questions, truncation=True)["input_ids"]
+    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(tokens, examples.labels.tolist(), strict=True)]
+    with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         trainer = transformers.Trainer(
             model=model,
             args=transformers.TrainingArguments(
@@ -136,41 +107,33 @@ def fit_transformer(
                 num_train_epochs=settings.num_train_epochs,
                 learning_rate=settings.learning_rate,
                 per_device_train_batch_size=settings.per_device_train_batch_size,
-                per_device_eval_batch_size=BATCH_SIZE,
                 train_sampling_strategy="group_by_length",
                 weight_decay=0.01,
                 warmup_steps=0.1,
                 bf16=precision is torch.bfloat16,
                 fp16=precision is torch.float16,
                 use_cpu=device.type == "cpu",
-                eval_strategy="epoch",
-                save_strategy="epoch",
-                logging_strategy="epoch",
-                save_only_model=True,
-                save_total_limit=1,
-                load_best_model_at_end=True,
+                save_strategy="no",
+                logging_nan_inf_filter=False,
                 disable_tqdm=True,
                 report_to="none",
-                dataloader_pin_memory=False,
             ),
-            train_dataset=[{"input_ids": tokens[i], "labels": int(labels[i])} for i in fold.train],
-            eval_dataset=[{"input_ids": tokens[i], "labels": int(labels[i])} for i in fold.test],
+            train_dataset=rows,
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
-            compute_loss_func=weighted_loss(labels[fold.train]),
-            callbacks=[transformers.EarlyStoppingCallback(settings.early_stopping_patience), _Progress(progress)],
+            compute_loss_func=weighted_loss(examples.labels),
+            callbacks=[_Progress(progress)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-    if trainer.state.best_metric is None or not np.isfinite(trainer.state.best_metric):
-        raise ModelError("The loss of the encoder is not a number; lower encoder.learning_rate.")
-    return TransformerClassifier(trainer.accelerator.unwrap_model(trainer.model), tokenizer, max_length)
+        if not np.isfinite(trainer.train().training_loss):
+            raise ModelError("The loss of the encoder is not a number; lower encoder.learning_rate.")
+    return TransformerClassifier(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
 
 
 def weighted_loss(train_labels: np.ndarray) -> Callable[..., torch.Tensor]:
-    """Σ_i w[y_i] · −log p_i[y_i] / n for a batch of n rows, as the transformers.Trainer calls it.
+    """Σ_i w[y_i] · −log p_i[y_i] / n for a batch of n rows, w_k = n_train / (3 · n_k), as the Trainer calls it.
 
-    w_k = n_train / (3 · n_k): every severity has the same part in the loss. Unlike torch's weighted mean, it does not
-    divide by the weights of the batch: one critical row in a batch would then count as much as ten in another.
+    Unlike torch's weighted mean, it does not divide by the weights of the batch: one critical row in a batch would then
+    count as much as ten in another.
     """
     counts = torch.bincount(torch.as_tensor(train_labels), minlength=len(SEVERITIES))
     weights = len(train_labels) / (len(SEVERITIES) * counts)
@@ -188,21 +151,17 @@ class _Progress(transformers.TrainerCallback):
         self.show = show
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.show(f"step {state.global_step} of at most {state.max_steps}")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        self.show(f"epoch {state.epoch:g}: validation loss {metrics['eval_loss']:.3f}")
+        self.show(f"step {state.global_step} of {state.max_steps}")
 
 
 def _load(name: str, **head: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """A model, its tokenizer, and the names of weights that the checkpoint lacks or has in another shape."""
-    folder = Path(name).expanduser()
-    source = str(folder) if folder.is_dir() else name
-    if not folder.is_dir():
+    name = os.path.expanduser(name)
+    if not os.path.isdir(name):
         look_for_hub()
     with loading_errors(name, setting="encoder.name_or_path"):
         model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-            source,
+            name,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -210,15 +169,16 @@ def _load(name: str, **head: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             ignore_mismatched_sizes=True,  # the callers decide which names may differ
             **head,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     special, known = len(tokenizer.all_special_tokens), len(tokenizer)
     if not tokenizer.is_fast or tokenizer.pad_token_id is None or not special < known <= model.config.vocab_size:
         raise ModelError(f"{name} has no fast tokenizer, or that of another kind of model; name another encoder.")
     return model, tokenizer, sorted([*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])])
 
 
-def _version(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    digest = hashlib.sha256(json.dumps([CODE_VERSION, max_length, model.config.model_type]).encode())
+def _version(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    decides = [CODE_VERSION, tokenizer.model_max_length, model.config.model_type]
+    digest = hashlib.sha256(json.dumps(decides).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

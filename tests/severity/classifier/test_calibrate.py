@@ -160,7 +160,7 @@ def test_rules_that_know_get_weight_and_rules_that_do_not_get_none(lexicon: Path
     found = {}
     for path in (lexicon, unrelated):
         settings = FitSettings(kind="rules+linear", lexicon=str(path))
-        found[path] = fit_calibrated(build_examples(240), fit_of(settings), settings).calibration.weights
+        found[path] = fit_calibrated(build_examples(150), fit_of(settings), settings).calibration.weights
     assert found[lexicon][0] > 0.3
     assert found[unrelated][0] < 0.2 and found[unrelated][1] > 0.5
     settings = FitSettings(kind="rules+linear", lexicon=str(lexicon))

@@ -54,7 +54,7 @@ def write(folder: Path, count: int = 150, *, seed: int = 0, name: str = "rows.js
 
 
 def test_fit_writes_a_classifier_with_its_report_and_prints_it_beside_its_baselines(tmp_path: Path, verb: Verb) -> None:
-    code, out, err = verb("fit", write(tmp_path), "made", "block_column=source")
+    code, out, err = verb("fit", write(tmp_path, 90), "made", "block_column=source")
     assert (code, err) == (0, "")
     assert all(len(line) <= 80 for line in out.splitlines())
     assert all(word in out for word in ("majority", "row number", "before", "auc critical", "log loss", "ece critical"))
@@ -85,7 +85,7 @@ def test_fit_writes_a_classifier_with_its_report_and_prints_it_beside_its_baseli
 
 def test_the_other_kinds_are_fitted_and_come_back(tmp_path: Path, verb: Verb) -> None:
     for kind in ("rules", "rules+linear"):
-        assert verb("fit", write(tmp_path), kind, f"kind={kind}")[0] == 0
+        assert verb("fit", write(tmp_path, 90), kind, f"kind={kind}")[0] == 0
         loaded = load_classifier(Path(kind))
         assert loaded.kind == kind
         np.testing.assert_allclose(loaded.probabilities(["عندي نزيف", ""]).sum(axis=1), 1)
@@ -93,7 +93,7 @@ def test_the_other_kinds_are_fitted_and_come_back(tmp_path: Path, verb: Verb) ->
 
 def test_a_way_of_fitting_is_cross_validated(tmp_path: Path, verb: Verb) -> None:
     data = write(tmp_path)
-    code, out, err = verb("evaluate", data, "kind=linear", "block_column=source", "folds=3", "--json")
+    code, out, err = verb("evaluate", data, "kind=rules", "block_column=source", "folds=3", "--json")
     assert (code, err) == (0, "")
     evaluations = json.loads(out)["evaluations"]
     assert list(evaluations) == ["Random folds", "Blocks held out"] and list(

@@ -111,13 +111,13 @@ def test_ece_of_a_perfect_classifier_is_the_one_by_chance() -> None:
 def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     random = np.random.default_rng(7)
     covered = 0
-    for seed in range(100):
+    for seed in range(60):
         labels = random.choice(3, 150)
         right = random.random(150) < 0.7
         predicted = np.where(right, labels, (labels + 1) % 3)
-        accuracy = score(np.eye(3)[predicted], labels, np.arange(150), seed=seed, resamples=100)["figures"]["accuracy"]
+        accuracy = score(np.eye(3)[predicted], labels, np.arange(150), seed=seed, resamples=60)["figures"]["accuracy"]
         covered += accuracy["low"] <= 0.7 <= accuracy["high"]
-    assert 0.88 <= covered / 100 <= 0.99
+    assert 0.85 <= covered / 60 <= 0.99
 
 
 def test_rows_of_one_group_are_one_draw() -> None:
@@ -125,7 +125,7 @@ def test_rows_of_one_group_are_one_draw() -> None:
     # Every row ten times over is not ten times the evidence.
     ten = np.repeat(np.arange(100), 10)
     alone, copied, blind = (
-        score(probabilities[rows], labels[rows], groups)["figures"]["accuracy"]
+        score(probabilities[rows], labels[rows], groups, resamples=200)["figures"]["accuracy"]
         for rows, groups in ((np.arange(100), np.arange(100)), (ten, ten), (ten, np.arange(1_000)))
     )
     assert copied["high"] - copied["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.15)
@@ -134,7 +134,7 @@ def test_rows_of_one_group_are_one_draw() -> None:
 
 def test_the_same_seed_gives_the_same_metrics_and_an_undefined_figure_is_no_number() -> None:
     probabilities, labels = many(80)
-    one, same, other = (score(probabilities, labels, np.arange(80), seed=seed) for seed in (1, 1, 2))
+    one, same, other = (score(probabilities, labels, np.arange(80), seed=seed, resamples=20) for seed in (1, 1, 2))
     assert one == same != other
     figures = score(np.full((4, 3), 1 / 3), np.array([0, 1, 0, 1]), np.arange(4), resamples=20)["figures"]
     assert np.isnan(figures["auc_critical"]["value"]) and np.isnan(figures["recall_critical"]["value"])
@@ -163,7 +163,9 @@ def test_neither_fit_nor_calibration_sees_what_is_scored(examples: Examples, few
                 assert not set(seen) & set(scored)
 
 
-def test_text_that_tells_beats_every_baseline_and_shuffled_labels_teach_nothing(examples: Examples) -> None:
+def test_text_that_tells_beats_every_baseline_and_shuffled_labels_teach_nothing(
+    examples: Examples, few_resamples: None
+) -> None:
     evaluation, _ = evaluate_folds(examples, grouped_folds(examples), linear)
     assert set(evaluation["baselines"]) == {"majority", "row number"}
     assert evaluation["blocks"] == {} and evaluation["unscored"] is None
@@ -222,7 +224,9 @@ def test_both_ways_of_evaluating_a_fit_hold_out_blocks_where_they_are_known(few_
     assert list(fit_and_evaluate(build_examples(120), FitSettings(kind="rules"))[1]) == ["Test rows"]
 
 
-def test_a_fitted_classifier_is_evaluated_on_other_data_beside_baselines_of_those(examples: Examples) -> None:
+def test_a_fitted_classifier_is_evaluated_on_other_data_beside_baselines_of_those(
+    examples: Examples, few_resamples: None
+) -> None:
     fitted = fit_calibrated(examples, lambda rows: [fit_linear(rows)], LINEAR)
     other = build_examples(150, seed=9)
     evaluation = evaluate_fitted(fitted, other)
@@ -230,4 +234,4 @@ def test_a_fitted_classifier_is_evaluated_on_other_data_beside_baselines_of_thos
     assert evaluation["calibrated"]["figures"]["auc_critical"]["value"] > 0.8
     order = np.concatenate([fold.test for fold in grouped_folds(other)])
     rows = other.take(order)
-    assert evaluation["calibrated"] == score(fitted.probabilities(rows.questions), rows.labels, rows.groups)
+    assert evaluation["calibrated"] == score(fitted.probabilities(rows.questions), rows.labels, rows.groups, resamples=20)

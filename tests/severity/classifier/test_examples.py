@@ -12,7 +12,7 @@ import pytest
 
 from sevpeft.data.read import Consultations, load_consultations
 from sevpeft.errors import DataError, SevpeftError
-from sevpeft.severity.classifier.examples import Examples, block_folds, grouped_folds, hold_out, labeled_examples
+from sevpeft.severity.classifier.examples import Examples, block_folds, grouped_folds, labeled_examples
 from sevpeft.severity.probabilities import SEVERITIES
 
 from .conftest import build_examples
@@ -88,8 +88,6 @@ def test_grouped_folds_test_every_row_once_part_no_group_and_keep_the_proportion
     whole = np.bincount(examples.labels) / 200
     for fold in grouped_folds(examples):
         np.testing.assert_allclose(np.bincount(examples.labels[fold.test]) / len(fold.test), whole, atol=0.03)
-    for share in (0.5, 0.2, 0.1):
-        assert len(hold_out(examples, share).test) / 200 == pytest.approx(share, abs=0.05)
     one, same, other = (grouped_folds(examples, seed=seed)[0].test.tolist() for seed in (1, 1, 2))
     assert one == same != other
 

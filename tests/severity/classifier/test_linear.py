@@ -86,7 +86,7 @@ def test_questions_that_share_nothing_are_refused_without_being_quoted() -> None
 def test_an_intercept_for_each_block_keeps_the_place_out_of_the_words() -> None:
     # The second block calls everything one step worse and, by accident, always says "دمشق".
     plain, blocked = [], []
-    for seed in range(3):
+    for seed in range(2):
         examples = build_examples(300, seed=seed, noise=0.3)
         second = np.arange(300) >= 150
         labels = np.where(second, np.minimum(examples.labels + 1, 2), examples.labels)
