@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +25,6 @@ from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, seve
 from sevpeft.severity.rules import Rules
 from sevpeft.severity.settings import AnnotateSettings
 
-ROOT = Path(__file__).parent.parent.parent
 RULES = Rules.load()
 TRICKY = [
     'قال الطبيب: "خذ قرصين"، فهل هذا صحيح؟',
@@ -239,22 +238,27 @@ def test_killed_and_started_again_it_goes_on_and_writes_the_same_bytes(
     assert len(asked) == 40 and output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def test_two_processes_write_what_one_writes_and_another_finds_what_they_judged(
+def test_two_processes_of_a_launch_write_what_one_writes_and_another_finds_what_they_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sevpeft.severity.source._MOST_ROWS", 10)
     source = jsonl(tmp_path / "in.jsonl")
-    config = str(ROOT / "accelerate_configs" / "cpu_2.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "sevpeft"]
-    done = subprocess.run(
-        [*launch, "annotate", str(source), str(tmp_path / "two.csv"), "method=rules"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Wrote 30 rows") == 1
+    with monkeypatch.context() as launch, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            launch.setenv(name, value)
+        child = os.fork()
+        if not child:
+            settings = settings_from(AnnotateSettings, ["method=rules"], {"data.path": str(source)})
+            try:
+                os._exit(0 if annotate(settings, tmp_path / "two.csv") is None else 1)
+            finally:
+                os._exit(2)
+        launch.setenv("RANK", "0")
+        assert run(source, tmp_path / "two.csv").rows == 30
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     with monkeypatch.context() as patched:
         patched.setattr(Rules, "explained", None)
         run(source, tmp_path / "found.csv")

@@ -234,4 +234,5 @@ def test_a_fitted_classifier_is_evaluated_on_other_data_beside_baselines_of_thos
     assert evaluation["calibrated"]["figures"]["auc_critical"]["value"] > 0.8
     order = np.concatenate([fold.test for fold in grouped_folds(other)])
     rows = other.take(order)
-    assert evaluation["calibrated"] == score(fitted.probabilities(rows.questions), rows.labels, rows.groups, resamples=20)
+    found = score(fitted.probabilities(rows.questions), rows.labels, rows.groups, resamples=20)
+    assert evaluation["calibrated"] == found
