@@ -91,7 +91,7 @@ def test_every_file_with_words_or_ids_of_patients_is_its_owners_alone(
     labeled = load_consultations(consultations, keep="all")
     with whole_folder(tmp_path / "classifier") as folder:
         fitted = fit_linear(labeled_examples(labeled))
-        write_classifier(Calibrated(fitted, Calibration()), folder, {"rows": 59})
+        write_classifier(Calibrated([fitted], Calibration()), folder, {"rows": 59})
     settings = [
         f"model.name_or_path={model_folder()}",
         f"data.path={consultations}",

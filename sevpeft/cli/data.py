@@ -24,7 +24,7 @@ app.add_typer(classifier_verbs, name="classifier")
 
 # Keys of `data` that an argument gives, and those of a recipe's split, which these verbs do not make.
 _NO_SPLIT = ("data.path", "data.validation_size", "data.test_size", "data.seed")
-_CLASSIFIER = "sevpeft.severity.classifier.settings"
+_SETTINGS = "sevpeft.severity.settings"
 
 Input = Annotated[
     str,
@@ -100,7 +100,7 @@ def _tables(about: Mapping[str, Any]) -> Iterator[RenderableType]:
     )
 
 
-@app.command(cls=command_with_keys("sevpeft.severity.annotate:AnnotateSettings", without=_NO_SPLIT))
+@app.command(cls=command_with_keys(f"{_SETTINGS}:AnnotateSettings", without=_NO_SPLIT))
 def annotate(
     data: Input,
     output: Annotated[
@@ -122,8 +122,8 @@ def annotate(
     with screen.status("Loading the libraries"):
         import datasets
 
-        from sevpeft.severity.annotate import AnnotateSettings
         from sevpeft.severity.annotate import annotate as annotate_rows
+        from sevpeft.severity.settings import AnnotateSettings
 
         quiet_libraries()
     if screen.is_terminal and not screen.quiet:
@@ -159,7 +159,7 @@ def _show_annotation(done: Annotation, console: Console) -> None:
     console.print(f"Next: sevpeft plan RECIPE data.path={done.output}", soft_wrap=True)
 
 
-@classifier_verbs.command(cls=command_with_keys(f"{_CLASSIFIER}:FitSettings", without=_NO_SPLIT))
+@classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:FitSettings", without=_NO_SPLIT))
 def fit(
     data: Input,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the classifier; must not exist")],
@@ -175,9 +175,9 @@ def fit(
     with _progress() as progress:
         from sevpeft.recipe import settings_from
         from sevpeft.runs import check_absent, whole_folder
-        from sevpeft.severity.classifier import examples, report, store
+        from sevpeft.severity.classifier import examples, store
         from sevpeft.severity.classifier.evaluate import fit_and_evaluate
-        from sevpeft.severity.classifier.settings import FitSettings
+        from sevpeft.severity.settings import FitSettings
 
         settings = settings_from(FitSettings, words or [], {"data.path": data})
         check_absent(output)
@@ -185,13 +185,13 @@ def fit(
         classifier, evaluations = fit_and_evaluate(labeled, settings, progress)
         with whole_folder(output) as folder:
             record = store.training_record(consultations, labeled, settings)
-            about = store.write_classifier(classifier, folder, record, settings.lexicon)
-            report.write_report(folder, about, evaluations)
+            about = store.write_classifier(classifier, folder, record)
+            store.write_report(folder, about, evaluations)
     wrote = f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}"
     _show_classifier(about, evaluations, as_json, wrote)
 
 
-@classifier_verbs.command(cls=command_with_keys(f"{_CLASSIFIER}:EvaluateSettings", without=_NO_SPLIT))
+@classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:EvaluateSettings", without=_NO_SPLIT))
 def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
     """Evaluate a fitted classifier on other data, or a way of fitting by cross-validation, beside baselines.
 
@@ -201,7 +201,7 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
         from sevpeft.recipe import settings_from
         from sevpeft.severity.classifier import examples, store
         from sevpeft.severity.classifier.evaluate import evaluate_fitted, fit_and_evaluate
-        from sevpeft.severity.classifier.settings import EvaluateSettings
+        from sevpeft.severity.settings import EvaluateSettings
 
         settings = settings_from(EvaluateSettings, words or [], {"data.path": data})
         consultations, labeled = examples.load_examples(settings)
@@ -236,11 +236,11 @@ def _show_classifier(about: dict[str, Any], evaluations: dict[str, Any], as_json
     from rich.markdown import Markdown
 
     from sevpeft.console import Screen, print_json
-    from sevpeft.severity.classifier import report
+    from sevpeft.severity.classifier import store
 
     if as_json:
-        print_json(report.as_json(about, evaluations))
+        print_json(store.as_json(about, evaluations))
         return
     for heading, evaluation in evaluations.items():
-        Screen().print(Markdown(report.markdown(heading, evaluation)))
+        Screen().print(Markdown(store.markdown(heading, evaluation)))
     Screen().print(last, soft_wrap=True)

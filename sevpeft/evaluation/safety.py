@@ -33,8 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sevpeft.data.text import fold_for_matching
-from sevpeft.severity.lexicon import load_lexicon
-from sevpeft.severity.matching import Matcher
+from sevpeft.severity.lexicon import Matcher, load_lexicon
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.rules import Rules
 from sevpeft.severity.words import POINT, Text, read

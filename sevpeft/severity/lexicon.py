@@ -1,51 +1,46 @@
-"""Lexicon files: tab-separated text with one expression a row and the level that it speaks for.
+"""Lexicons of expressions: reads their files, and finds where their expressions stand in a question.
 
-A physician can read and correct one without programming; lexicons/README.md documents the format. A row that cannot be
-used is never skipped: whoever adds a red flag has to see that it counts. So one error lists every line with a mistake.
+lexicons/README.md documents the files. A row that cannot be used is never skipped, since whoever adds a red flag has to
+see that it counts: one error lists every line with a mistake.
+
+Arabic glues particles, articles and pronouns to its words, and the dialects add their own. Written out, five hundred
+patterns would be millions of surface forms. So the prefixes and suffixes of a question's word are taken off.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.words import LEXICONS, parts_of
+from sevpeft.severity.words import LEXICONS, POINT, REMEMBERED, WORD_LISTS, Text, parts_of
 
 PACKAGE_LEXICON = LEXICONS / "severity_ar.tsv"
 COLUMNS = ("term", "level", "category", "dialect", "strength", "note")
-DIALECTS = ("msa", "egyptian", "levantine", "gulf", "maghrebi")
 STRENGTHS = ("H", "M", "L")
-DEFAULT_GAP = 3
-LONGEST_GAP = 9
-
-_GAP = re.compile(r"~(\d*)")
+_TERM = re.compile(r"[^\s~]+(?: (?:~[1-9]? )?[^\s~]+)*")
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)\.\.(\d+(?:\.\d+)?)")
 _GROUP = re.compile(r"(@\w+)\s*=\s*(\S+)")
-_KIND_OF = {"=": "exact", "+": "verb"}
+_NUMBER = re.compile(rf"\d+(?:{POINT}\d+)?")
 
 
-@dataclass(frozen=True)
-class Word:
+class Word(NamedTuple):
     """One way in which one word of a pattern may be written."""
 
-    kind: str
-    """"plain" (proclitics and suffixes allowed), "verb" (persons and tenses too), "exact", or "number"."""
-    form: str = ""
-    """Folded; empty for a number."""
-    low: float = 0.0
+    kind: str  # "plain" (proclitics and suffixes allowed), "verb" (persons and tenses too), "exact", or "number"
+    form: str = ""  # folded; empty for a number
+    low: float = 0.0  # bounds of a number, both included
     high: float = 0.0
-    """Bounds of a number, both included."""
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """One row of a lexicon: what has to stand one after the other, and what that speaks for."""
 
     term: str
@@ -53,119 +48,87 @@ class Pattern:
     category: str
     strength: str
     line: int
-    slots: tuple[frozenset[Word], ...]
-    """For each word of the pattern the ways to write it."""
-    gaps: tuple[int, ...]
-    """Most words that may stand between one slot and the next; one number fewer than slots."""
+    slots: tuple[frozenset[Word], ...]  # for each word of the pattern the ways to write it
+    gaps: tuple[int, ...]  # most words between one slot and the next; one number fewer than slots
+
+
+# Files
 
 
 def load_lexicon(path: Path | None = None, levels: tuple[str, ...] = SEVERITIES) -> tuple[tuple[Pattern, ...], str]:
-    """Patterns of a lexicon in the order of the file, and the SHA-256 of its bytes.
+    """Patterns of a lexicon (the package's own by default) in the order of the file, and the SHA-256 of its bytes.
 
-    Args:
-        path: tab-separated UTF-8 file; None for the package's own.
-        levels: what its expressions may speak for.
-
-    Raises:
-        DataError: the file cannot be read, or has mistakes: each line that has one is named.
+    Its expressions speak for the `levels`. Raises DataError where the file cannot be read, or with each mistaken line.
     """
     path = path or PACKAGE_LEXICON
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"The lexicon {path} cannot be read: {error.strerror}; give the path of a TSV file.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"The lexicon {path} is not UTF-8 text; save it as UTF-8 and run this again.") from error
-    return parse_lexicon(text, str(path), levels), hashlib.sha256(content).hexdigest()
-
-
-def parse_lexicon(text: str, name: str = "lexicon", levels: tuple[str, ...] = SEVERITIES) -> tuple[Pattern, ...]:
-    """Patterns of a lexicon's text; raises DataError with each line that has a mistake, `name` being the file's."""
-    reading = _Reading(levels)
-    mistakes: list[tuple[int, str]] = []
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The lexicon {path} cannot be read ({error}); give a TSV file in UTF-8.") from error
+    groups: dict[str, frozenset[Word]] = {}
+    patterns: dict[tuple[tuple[frozenset[Word], ...], tuple[int, ...]], Pattern] = {}
+    mistakes: list[str] = []
+    has_header = False
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
-        if line.strip() and not line.startswith("#"):
-            try:
-                reading.line(line, number)
-            except ValueError as mistake:
-                mistakes.append((number, str(mistake)))
-    if not reading.patterns and not mistakes:
-        mistakes.append((1, "there are no patterns; write a header line and at least one row"))
-    mistakes += [(number, f"the group {group} is not used; remove it") for group, number in reading.unused.items()]
-    if mistakes:
-        lines = [f"  line {number}: {mistake}" for number, mistake in sorted(mistakes)]
-        raise DataError("\n".join([f"The lexicon {name} has mistakes; correct them and run this again.", *lines]))
-    return tuple(reading.patterns.values())
-
-
-class _Reading:
-    """What was read so far. A ValueError says what is wrong with a line."""
-
-    def __init__(self, levels: tuple[str, ...]) -> None:
-        self.levels, self.header = levels, False
-        self.groups: dict[str, frozenset[Word]] = {}
-        self.unused: dict[str, int] = {}
-        self.patterns: dict[tuple[tuple[frozenset[Word], ...], tuple[int, ...]], Pattern] = {}
-
-    def line(self, line: str, number: int) -> None:
-        if self.header:
-            pattern = self._pattern(line, number)
-            # Written differently and the same after folding, two would count twice, or disagree.
-            first = self.patterns.setdefault((pattern.slots, pattern.gaps), pattern)
-            if first is not pattern:
-                raise ValueError(f"the term is the same as in line {first.line} once spellings are folded")
-        elif not line.startswith("@"):
-            self.header = True
-            if tuple(line.split("\t")) != COLUMNS:
-                raise ValueError(f"the columns must be {', '.join(COLUMNS)}, in this order, parted by tabs")
-        elif (found := _GROUP.fullmatch(line.strip())) is None:
-            raise ValueError("a group is written @name = word|word|…, without blanks inside the words")
-        elif found[1] in self.groups:
-            raise ValueError(f"the group {found[1]} is defined twice")
-        else:
-            # Known before its words are read: a mistake in them is named here, and not again wherever it is used.
-            self.groups[found[1]], self.unused[found[1]] = frozenset(), number
-            self.groups[found[1]] = frozenset(self._words(found[2]))
-
-    def _pattern(self, line: str, number: int) -> Pattern:
-        cells = [cell.strip() for cell in line.split("\t")]
-        if len(cells) != len(COLUMNS):
-            raise ValueError(f"there are {len(cells)} columns, not {len(COLUMNS)} ({', '.join(COLUMNS)})")
-        term, level, category, dialects, strength, _ = cells
-        known = [("level", level, self.levels), ("strength", strength, STRENGTHS)]
-        known += [("dialect", dialect, DIALECTS) for dialect in re.split(r"[ ,]+", dialects) if dialect]
-        for column, value, choices in known:
-            if value not in choices:
-                raise ValueError(f"the {column} '{value}' is not one of {', '.join(choices)}")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", category):
-            raise ValueError(f"the category '{category}' is not a name of small letters, digits and _")
-        return Pattern(term, level, category, strength, number, *self._slots(term))
-
-    def _slots(self, term: str) -> tuple[tuple[frozenset[Word], ...], tuple[int, ...]]:
-        """The slots of a term and the gaps between them."""
-        parts = term.split()
-        gaps = [_GAP.fullmatch(part) for part in parts]
-        if not parts or gaps[0] or gaps[-1] or any(gap and after for gap, after in pairwise(gaps)):
-            raise ValueError("a term is words, and a gap (~) stands between two of them")
-        widths = [int(gap[1] or DEFAULT_GAP) if gap else 0 for gap in gaps]
-        if any(gap and not 1 <= width <= LONGEST_GAP for gap, width in zip(gaps, widths, strict=True)):
-            raise ValueError(f"a gap is of 1 to {LONGEST_GAP} words")
-        slots = tuple(frozenset(self._words(part)) for part, gap in zip(parts, gaps, strict=True) if not gap)
-        if all(slots) and all(word.kind == "number" for slot in slots for word in slot):
-            raise ValueError("a term of numbers alone would match ages and dates; add a word")
-        return slots, tuple(before for before, gap in zip(widths, gaps[1:], strict=False) if not gap)
-
-    def _words(self, alternatives: str) -> Iterator[Word]:
-        """The words of `a|@group|39..41`."""
-        for written in alternatives.split("|"):
-            if not written.startswith("@"):
-                yield _word(written)
-            elif written in self.groups:
-                self.unused.pop(written, None)
-                yield from self.groups[written]
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            if has_header:
+                pattern = _pattern(line, number, groups, levels)
+                # Written differently and the same after folding, two would count twice, or disagree.
+                first = patterns.setdefault((pattern.slots, pattern.gaps), pattern)
+                if first is not pattern:
+                    raise ValueError(f"the term is the same as in line {first.line} once spellings are folded")
+            elif line.startswith("@"):
+                found = _GROUP.fullmatch(line.strip())
+                if not found or found[1] in groups:
+                    raise ValueError("a group is written once, as @name = word|word|…, without blanks in the words")
+                # Known before its words are read: a mistake in them is named here, and not again where it is used.
+                groups[found[1]] = frozenset()
+                groups[found[1]] = _words(found[2], groups)
             else:
-                raise ValueError(f"the group {written} is not defined above")
+                has_header = True
+                if tuple(line.split("\t")) != COLUMNS:
+                    raise ValueError(f"the columns must be {', '.join(COLUMNS)}, in this order, parted by tabs")
+        except ValueError as mistake:
+            mistakes.append(f"  line {number}: {mistake}")
+    if not patterns or mistakes:
+        mistakes = mistakes or ["  line 1: there are no patterns; write a header line and at least one row"]
+        raise DataError("\n".join([f"The lexicon {path} has mistakes; correct them and run this again.", *mistakes]))
+    return tuple(patterns.values()), hashlib.sha256(content).hexdigest()
+
+
+def _pattern(line: str, number: int, groups: dict[str, frozenset[Word]], levels: tuple[str, ...]) -> Pattern:
+    cells = [cell.strip() for cell in line.split("\t")]
+    if len(cells) != len(COLUMNS) or not cells[2]:
+        raise ValueError(f"there are {len(cells)} columns, not {len(COLUMNS)}, or the category is empty")
+    term, level, category, _, strength, _ = cells
+    for column, value, choices in (("level", level, levels), ("strength", strength, STRENGTHS)):
+        if value not in choices:
+            raise ValueError(f"the {column} '{value}' is not one of {', '.join(choices)}")
+    parts = term.split()
+    if not _TERM.fullmatch(" ".join(parts)):
+        raise ValueError("a term is words, with a gap (~, or ~1 to ~9) only between two of them")
+    slots = tuple(_words(part, groups) for part in parts if part[0] != "~")
+    if all(slots) and all(word.kind == "number" for word in frozenset().union(*slots)):
+        raise ValueError("a term of numbers alone would match ages and dates; add a word")
+    before = [0 if part[0] != "~" else int(part[1:] or 3) for part in parts]
+    gaps = tuple(gap for gap, part in zip(before, parts[1:], strict=False) if part[0] != "~")
+    return Pattern(term, level, category, strength, number, slots, gaps)
+
+
+def _words(alternatives: str, groups: dict[str, frozenset[Word]]) -> frozenset[Word]:
+    """The words of `a|@group|39..41`."""
+    words: set[Word] = set()
+    for written in alternatives.split("|"):
+        if not written.startswith("@"):
+            words.add(_word(written))
+        elif written in groups:
+            words |= groups[written]
+        else:
+            raise ValueError(f"the group {written} is not defined above")
+    return frozenset(words)
 
 
 def _word(written: str) -> Word:
@@ -174,16 +137,143 @@ def _word(written: str) -> Word:
         if low > high:
             raise ValueError(f"the range {written} ends before it begins")
         return Word("number", low=low, high=high)
-    kind = _KIND_OF.get(written[:1], "plain")
+    kind = {"=": "exact", "+": "verb"}.get(written[:1], "plain")
     bare = written if kind == "plain" else written[1:]
-    form = fold_for_matching(bare)
-    read = " ".join(parts_of(form)) if form else ""
-    if form.isdigit():
-        raise ValueError(f"the number '{written}' is written as a range, {written}..{written}")
-    if not form or " " in form:
-        raise ValueError(f"'{written}' is not one word (words are parted by blanks, ways to write one by |)")
-    if " " in read:
-        raise ValueError(f"'{written}' is read as two words; write '{read}'")
-    if re.search(r"[|~=+@.]", bare):
-        raise ValueError(f"'{written}' has a sign inside the word that means something only before it")
-    return Word(kind, read)
+    words = [part for word in fold_for_matching(bare).split() for part in parts_of(word)]
+    if len(words) != 1 or words[0].isdigit() or re.search(r"[=+@.]", bare):
+        raise ValueError(
+            f"'{written}' is not one word but read as '{' '.join(words)}' (a number is a range, such as 39..39)"
+        )
+    return Word(kind, words[0])
+
+
+# Questions
+
+
+def _prefixes(*particles: str) -> frozenset[str]:
+    """Nothing and the particles, each alone and after a conjunction."""
+    return frozenset(conjunction + particle for conjunction in ("", "و", "ف") for particle in ("", *particles))
+
+
+_PERSONS = WORD_LISTS["person"]
+_NOUN_PREFIXES = _prefixes(*WORD_LISTS["particle"])
+# Kind of a form → what a word may carry before it and after it.
+_AFFIXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "exact": (frozenset([""]), frozenset([""])),
+    # A word of two letters is inside many others: دم in كدمه, حي in حيه.
+    "short": (_prefixes(*WORD_LISTS["short_particle"]), frozenset([""])),
+    "plain": (_NOUN_PREFIXES, frozenset(["", *WORD_LISTS["pronoun"], *WORD_LISTS["noun_ending"]])),
+    # Teh marbuta opens before a pronoun and gives way to the plural, ات and what follows: حراره, حرارته, حرارات.
+    "tied": (_NOUN_PREFIXES, frozenset(WORD_LISTS["pronoun"])),
+    "plural": (_NOUN_PREFIXES, frozenset()),
+    "verb": (
+        _prefixes(*WORD_LISTS["tense"], *_PERSONS, *("ل" + person for person in _PERSONS)),
+        frozenset(["", *WORD_LISTS["verb_ending"]]),
+    ),
+}
+_LONGEST_PREFIX, _LONGEST_SUFFIX = (
+    max(len(affix) for affixes in _AFFIXES.values() for affix in affixes[side]) for side in (0, 1)
+)
+_UNITS = frozenset(WORD_LISTS["unit"])
+_AGES = tuple(conjunction + age for conjunction in ("", "و") for age in WORD_LISTS["age"])
+
+# Slots still to be found in one direction, the nearest first: its number, and the most words before it.
+_Path = tuple[tuple[int, int], ...]
+# A pattern that is looked for at the word of one slot, the other slots that it needs, and the ways to its ends.
+_Anchored = tuple[int, frozenset[int], _Path, _Path]
+# The slots that a word fills, and the patterns that are looked for at it.
+_Known = tuple[frozenset[int], tuple[_Anchored, ...]]
+
+
+class Matcher:
+    """The patterns of a lexicon, turned round so that a question's words lead to them."""
+
+    def __init__(self, patterns: Sequence[Pattern]) -> None:
+        self._forms: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        self._ranges: list[tuple[float, float, bool, int]] = []
+        self._anchored: dict[int, list[_Anchored]] = defaultdict(list)
+        numbers: dict[tuple[frozenset[Word], bool], int] = {}
+        sharing = Counter(word for pattern in patterns for word in frozenset().union(*pattern.slots))
+        for number, pattern in enumerate(patterns):
+            slots: list[int] = []
+            for slot, gap in zip(pattern.slots, (*pattern.gaps, None), strict=True):
+                # `1..28 يوم` names its unit; `سكر ~ 20..50` must not be met by "سكر من 20 سنة".
+                key = (slot, gap == 0 and any(word.kind == "number" for word in slot))
+                if key not in numbers:
+                    numbers[key] = len(numbers)
+                    for word in slot:
+                        self._register(word, numbers[key], unit_named=gap == 0)
+                slots.append(numbers[key])
+            # A pattern is looked for where its rarest word stands, not at every "الم" or "ما".
+            commonest = [max(sharing[word] for word in slot) for slot in pattern.slots]
+            anchor = commonest.index(min(commonest))
+            before = tuple(zip(slots[:anchor], pattern.gaps[:anchor], strict=True))[::-1]
+            after = tuple(zip(slots[anchor + 1 :], pattern.gaps[anchor:], strict=True))
+            others = frozenset(slots[:anchor] + slots[anchor + 1 :])
+            self._anchored[slots[anchor]].append((number, others, before, after))
+        self._known = lru_cache(REMEMBERED)(self._find)
+
+    def _register(self, word: Word, slot: int, *, unit_named: bool) -> None:
+        if word.kind == "number":
+            self._ranges.append((word.low, word.high, unit_named, slot))
+        else:
+            short = word.kind == "plain" and len(word.form) < 3
+            self._forms[word.form].append(("short" if short else word.kind, slot))
+        if word.kind == "plain" and word.form.endswith("ه") and len(word.form) > 3:
+            self._forms[word.form[:-1] + "ت"].append(("tied", slot))
+            self._forms[word.form[:-1]].append(("plural", slot))
+
+    def _find(self, word: str, is_reading: bool = True) -> _Known:
+        """Args: is_reading: of a number, whether an instrument may have shown it."""
+        slots = set()
+        if _NUMBER.fullmatch(word):
+            value = float(word.replace(POINT, "."))
+            slots = {slot for low, high, unit, slot in self._ranges if low <= value <= high and (is_reading or unit)}
+        else:
+            for start in range(min(_LONGEST_PREFIX + 1, len(word))):
+                for end in range(max(start + 1, len(word) - _LONGEST_SUFFIX), len(word) + 1):
+                    for kind, slot in self._forms.get(word[start:end], ()):
+                        prefixes, suffixes = _AFFIXES[kind]
+                        plural = kind == "plural" and word.startswith("ات", end)
+                        if word[:start] in prefixes and (plural or word[end:] in suffixes):
+                            slots.add(slot)
+        return frozenset(slots), tuple(one for slot in sorted(slots) for one in self._anchored.get(slot, ()))
+
+    def occurrences(self, text: Text) -> list[tuple[int, tuple[int, ...]]]:
+        """(number of a pattern, ascending positions of its slots) of every place where a pattern stands.
+
+        One for each place of its rarest word from which it can be completed, with the nearest words.
+        """
+        words = text.words
+        known = list(map(self._known, words))
+        for at, word in enumerate(words):
+            # A number that counts a unit or follows a word for age is no reading of an instrument.
+            if word[0].isdecimal() and (
+                not _UNITS.isdisjoint(words[at + 1 : at + 2]) or (at and words[at - 1].startswith(_AGES))
+            ):
+                known[at] = self._known(word, False)
+        present = frozenset().union(*[slots for slots, _ in known])
+        found: list[tuple[int, tuple[int, ...]]] = []
+        for position, (_, anchored) in enumerate(known):
+            for pattern, others, before, after in anchored:
+                if others <= present:
+                    back = _follow(before, position, -1, known, text.sentences)
+                    onwards = None if back is None else _follow(after, position, 1, known, text.sentences)
+                    if back is not None and onwards is not None:
+                        found.append((pattern, (*back[::-1], position, *onwards)))
+        return found
+
+
+def _follow(path: _Path, position: int, step: int, known: list[_Known], sentences: list[int]) -> tuple[int, ...] | None:
+    """Positions of the slots of a path that begins beside `position`; None where it breaks off."""
+    if not path:
+        return ()
+    slot, gap = path[0]
+    for place in range(position + step, position + step * (gap + 2), step):
+        if not 0 <= place < len(known) or sentences[place] != sentences[position]:
+            return None
+        if slot in known[place][0]:
+            rest = _follow(path[1:], place, step, known, sentences)
+            if rest is not None:
+                return (place, *rest)
+    return None

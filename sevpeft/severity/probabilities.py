@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
+from scipy.special import softmax
 
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import WeightError
@@ -31,12 +32,7 @@ _INDEX = {fold_for_matching(name): index for index, names in enumerate(_NAMES) f
 
 
 class SeverityClassifier(Protocol):
-    """Whatever gives severity probabilities for questions.
-
-    Attributes:
-        kind: "rules", "linear", "rules+linear" or "transformer".
-        version: changes when its probabilities may.
-    """
+    """Gives severity probabilities for questions; `version` changes when they may."""
 
     kind: str
     version: str
@@ -45,44 +41,33 @@ class SeverityClassifier(Protocol):
         """(n, 3), each row summing to one, in the order of `SEVERITIES`."""
 
 
-def severity_index(name: str) -> int | None:
-    """Position in `SEVERITIES` of an English or Arabic severity name, however it is spelt; None when not known."""
-    return _INDEX.get(fold_for_matching(name))
-
-
 def has_severity(rows: Dataset) -> bool:
     """Whether the table says anything about severity, rightly or wrongly."""
     return any(name in rows.column_names for name in ("severity", *PROBABILITY_COLUMNS))
 
 
 def severity_probabilities(rows: Dataset) -> np.ndarray:
-    """Severity probabilities of every row.
+    """Severity probabilities of every row: (n, 3), float64, each row summing to one, in the order of `SEVERITIES`.
 
     Args:
         rows: table with the three probability columns, or with a `severity` column of names.
 
-    Returns:
-        Array (n, 3), float64, each row summing to one, in the order of `SEVERITIES`.
-
     Raises:
-        WeightError: no severity column, a missing, negative or non-finite value, a sum that is not one, or an
-            unknown name. The message gives row numbers, never the text of a row.
+        WeightError: with row numbers, never with the text of a row.
     """
     missing = [name for name in PROBABILITY_COLUMNS if name not in rows.column_names]
     if not missing:
         return _from_columns(rows)
     if len(missing) < len(PROBABILITY_COLUMNS):
         raise WeightError(
-            f"The data has no {', '.join(missing)}; severity weights need all three of "
-            f"{', '.join(PROBABILITY_COLUMNS)}, each under its own name."
+            f"The data has no {', '.join(missing)}; severity weights need all of {', '.join(PROBABILITY_COLUMNS)}."
         )
     if "severity" in rows.column_names:
         return _from_names(rows)
     raise WeightError(
-        "The recipe asks for severity weights (severity.source=columns), but the data has neither a severity column "
-        "nor p_non_critical, p_neutral and p_critical (columns numbered class1 to class3 do not say which severity is "
-        "which: rename them). Add one, name it with data.severity_column=NAME, take severity.source=rules, or train "
-        "without severity on purpose with severity.control=uniform."
+        "severity.source=columns needs a severity column, or p_non_critical, p_neutral and p_critical; the data has "
+        "neither. Name a column with data.severity_column=NAME, take severity.source=rules, or train without severity "
+        "on purpose with severity.control=uniform."
     )
 
 
@@ -91,54 +76,41 @@ def sharpened(probabilities: np.ndarray, temperature: float) -> np.ndarray:
 
     T = 1 changes nothing, T < 1 sharpens (T → 0 gives one-hot rows), T > 1 flattens (T → ∞ gives a third each). The
     order of the severities in a row stays, and so does its most probable one. A probability of zero stays zero.
-
-    Args:
-        probabilities: (n, 3), each row summing to one.
-        temperature: T > 0.
     """
     if temperature == 1:
         return probabilities
     with np.errstate(divide="ignore"):
-        scores = np.log(probabilities) / temperature
-    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+        return np.asarray(softmax(np.log(probabilities) / temperature, axis=1))
 
 
 def _from_columns(rows: Dataset) -> np.ndarray:
     # From Arrow, because the numpy format of `datasets` would round to float32. A missing value becomes NaN.
     table = rows.select_columns(list(PROBABILITY_COLUMNS)).with_format("arrow")[:]
-    columns = [table[name].cast("float64").to_numpy() for name in PROBABILITY_COLUMNS]
-    probabilities: np.ndarray = np.stack(columns, axis=1)
-    finite = np.isfinite(probabilities).all(axis=1)
-    _check(rows, ~finite, "a severity probability is missing or not finite; remove or annotate these rows.")
-    sums = probabilities.sum(axis=1)
-    negative = np.any(probabilities < 0, axis=1)
-    _check(rows, negative, "a severity probability is negative; write probabilities, not scores or logits.")
-    off = np.asarray(np.abs(sums - 1) > SUM_TOLERANCE)
-    remedy = "write probabilities (percentages divided by 100, scores through a softmax)."
-    _check(rows, off, f"the three probabilities sum to {next(iter(sums[off]), 1):.3g}, not 1; {remedy}")
-    return probabilities / sums[:, None]
+    probabilities = np.stack([table[name].cast("float64").to_numpy() for name in PROBABILITY_COLUMNS], axis=1)
+    valid = np.all(np.isfinite(probabilities) & (probabilities >= 0), axis=1)
+    _check(rows, ~valid, "a severity probability is missing, negative or not finite; remove or annotate these rows.")
+    sums: np.ndarray = probabilities.sum(axis=1)
+    _check(rows, np.abs(sums - 1) > SUM_TOLERANCE, "the probabilities do not sum to 1; divide percentages by 100.")
+    return np.asarray(probabilities / sums[:, None])
 
 
 def _from_names(rows: Dataset) -> np.ndarray:
     # Encoded in Arrow, so that 430,000 names are a handful of strings and an array of numbers.
     column = rows.select_columns(["severity"]).with_format("arrow")[:]["severity"].combine_chunks()
     encoded = pc.fill_null(column, "").dictionary_encode()
-    kinds = [severity_index(name) for name in encoded.dictionary.to_pylist()]
-    positions = encoded.indices.to_numpy(zero_copy_only=False)
-    unknown = np.array([kind is None for kind in kinds], dtype=bool)[positions]
+    names = encoded.dictionary.to_pylist()
+    kinds = np.array([_INDEX.get(fold_for_matching(name), -1) for name in names], dtype=np.int64)
+    found = kinds[encoded.indices.to_numpy(zero_copy_only=False)]
     # The names are not shown: a column that was chosen wrongly holds the patients' words.
-    remedy = "use non_critical, neutral and critical (or غير حرج, متوسط, حرج)."
-    _check(rows, unknown, f"the severity is missing or not known; {remedy}")
-    return np.eye(len(SEVERITIES))[np.array(kinds, dtype=np.int64)[positions]]
+    _check(rows, found < 0, "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج).")
+    return np.eye(len(SEVERITIES))[found]
 
 
-def _check(rows: Dataset, bad: np.ndarray, problem: str) -> None:
-    """Raise WeightError where rows (n,) are bad, naming the first one as it is counted in the user's file."""
-    positions = np.flatnonzero(bad)
-    if not len(positions):
-        return
-    first = int(positions[0])
-    number = rows[first]["row"] if "row" in rows.column_names else first + 1
-    which = f"Row {number}" if len(positions) == 1 else f"{len(positions)} rows (the first is row {number})"
-    raise WeightError(f"{which}: {problem}")
+def _check(rows: Dataset, wrong: np.ndarray, problem: str) -> None:
+    """Raises WeightError where rows (n,) are wrong, naming the first one as it is counted in the user's file."""
+    positions = np.flatnonzero(wrong)
+    if len(positions):
+        first = int(positions[0])
+        number = rows[first]["row"] if "row" in rows.column_names else first + 1
+        which = f"Row {number}" if len(positions) == 1 else f"{len(positions)} rows (the first is row {number})"
+        raise WeightError(f"{which}: {problem}")

@@ -1,54 +1,52 @@
 """Severity probabilities of a question by the expressions in it, and these expressions as the reason.
 
-The model is small enough to be read. A match counts by the strength of its row and by its context; of each category
-only the strongest match counts, so that five ways to say one complaint are one complaint. With E the sum over the
-categories of a level, and what is worse taking room from what is milder,
+A match counts by the strength of its row and by its context. Of each category only the strongest match counts, so that
+five ways to say one complaint are one complaint. With E the sum over the categories of a level, and what is worse
+taking room from what is milder,
 
     e_critical = E_critical,  e_neutral = E_neutral / (1 + e_critical),
     e_non_critical = E_non_critical / (1 + e_critical + E_neutral)
-    p_level ∝ prior_level · (1 + e_level) ^ power_level,
+    p_level ∝ prior_level · (1 + e_level) ^ power_level.
 
-log-linear in log(1 + e). Where nothing matched it is the prior. No probability is ever 0 or 1, and one more stated
-red flag never lowers p_critical. The constants were chosen by hand, not fitted; `classifier fit` calibrates these
-probabilities on labels as it does those of any other classifier.
+No probability is ever 0 or 1, and one more stated red flag never lowers p_critical. The constants were chosen by hand;
+`classifier fit` calibrates these probabilities on labels.
+
+The context of an expression: it is stated, or denied ("لا أعاني من ضيق تنفس"), past ("كان عندي نزيف من سنة وخف"),
+another's ("والدي توفي بجلطة") or a question ("هل ممكن يسبب جلطة؟"). Its rules look at a few words around it, in its
+clause or sentence. A word that matters there is a cue, or several (lexicons/words_ar.tsv): "كان" speaks of having and
+of the past. Where a rule is in doubt the expression counts: to miss an emergency costs more than the reverse.
 """
 
 from __future__ import annotations
 
+import shutil
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
+from functools import cache, lru_cache, reduce
+from operator import or_
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sevpeft.severity.context import Context, ContextRules
-from sevpeft.severity.lexicon import Pattern, load_lexicon
-from sevpeft.severity.matching import Matcher
+from sevpeft.severity.lexicon import PACKAGE_LEXICON, Matcher, Pattern, load_lexicon
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.words import POINT, read
+from sevpeft.severity.words import POINT, REMEMBERED, WORD_LISTS, Text, read
 
-# To be raised when matching, context (its table of cues too) or the constants below change what comes out for the same
-# lexicon.
+# To be raised when matching, context (its cues too) or the constants below change what the same lexicon gives.
 CODE_VERSION = 4
+LEXICON = "lexicon.tsv"
 
+Context = Literal["stated", "negated", "other", "past", "hypothetical", "asked"]
+# Evidence of one stated match. H: enough by itself; M: needs company; L: a hint.
 STRENGTH = {"H": 4.0, "M": 1.2, "L": 0.5}
-"""Evidence of one stated match. H: enough by itself; M: needs company; L: a hint."""
-COUNTS: dict[Context, float] = {
-    "stated": 1.0,
-    "past": 0.25,
-    "hypothetical": 0.15,
-    "other": 0.1,
-    "asked": 0.0,
-    "negated": 0.0,
-}
-"""Share of its evidence that a match keeps in each context."""
-PRIOR = (0.43, 0.39, 0.18)
-"""Probabilities in the order of `SEVERITIES` when nothing matched."""
-POWER = (1.0, 1.0, 1.7)
-"""How steeply the odds of each level rise with its evidence."""
-
+# Share of its evidence that a match keeps in each context.
+COUNTS: dict[Context, float] = dict(stated=1.0, past=0.25, hypothetical=0.15, other=0.1, asked=0.0, negated=0.0)
+# Probabilities in the order of `SEVERITIES` when nothing matched, and how steeply the odds rise with the evidence.
+PRIOR, POWER = (0.43, 0.39, 0.18), (1.0, 1.0, 1.7)
+# How far a denial reaches: "ما عندي لا حرارة ولا كحة ولا ضيق نفس" and the like.
+_DENIAL_REACH = 6
 _WORST_FIRST = {name: rank for rank, name in enumerate(reversed(SEVERITIES))}
 
 
@@ -56,17 +54,13 @@ class Match(NamedTuple):
     """An expression of the lexicon that stands in a question. Matches sort by level (worst first), place and row."""
 
     rank: int
-    positions: tuple[int, ...]
-    """Of its words in the question, from 0."""
-    line: int
-    """Of its row in the lexicon."""
+    positions: tuple[int, ...]  # of its words in the question, from 0
+    line: int  # of its row in the lexicon
     level: str
     category: str
     context: Context
-    evidence: float
-    """Strength of the row, times what the context leaves of it."""
-    words: str
-    """As the question writes them, folded; words in a gap are left out."""
+    evidence: float  # strength of the row, times what the context leaves of it
+    words: str  # as the question writes them, folded; words in a gap are left out
 
     @property
     def discounted(self) -> bool:
@@ -75,56 +69,53 @@ class Match(NamedTuple):
 
 
 class Rules:
-    """A lexicon at work: a severity classifier that needs no training and shows its reasons."""
+    """A severity classifier that needs no training and shows its reasons: the expressions of a lexicon."""
 
     kind = "rules"
 
-    def __init__(self, patterns: Sequence[Pattern], digest: str) -> None:
-        self._patterns = tuple(patterns)
-        self._matcher = Matcher(self._patterns)
+    def __init__(self, path: Path, patterns: Sequence[Pattern], digest: str) -> None:
+        self._path, self._patterns = path, patterns
+        self._matcher = Matcher(patterns)
         self.version = f"{CODE_VERSION}-{digest[:12]}"
-        """Of this code and of the lexicon's content: the same version gives the same probabilities."""
 
     @classmethod
     def load(cls, path: Path | None = None) -> Rules:
         """Rules of a lexicon file, the package's own by default; raises DataError as `load_lexicon` does."""
-        return cls(*load_lexicon(path))
+        path = path or PACKAGE_LEXICON
+        return cls(path, *load_lexicon(path))
+
+    def save(self, folder: Path) -> None:
+        shutil.copyfile(self._path, folder / LEXICON)
 
     def matches(self, question: str) -> list[Match]:
-        """What the question says, the worst level first, then in the order of its words.
+        """The expressions in the question, the worst level first, then in the order of its words.
 
         Of one pattern the occurrence that counts most is given, of several that count the same the first. A match
         whose words all belong to a stated match of a worse level is left out: "حرارة" in "حرارة ٤٠".
         """
         text = read(question)
-        rules: ContextRules | None = None
+        occurrences = self._matcher.occurrences(text)
+        rules = ContextRules(text) if occurrences else None
         best: dict[int, Match] = {}
-        for number, positions in self._matcher.occurrences(text):
+        for number, positions in occurrences:
             known = best.get(number)
-            if known and known.context == "stated":
+            if rules is None or (known and known.context == "stated"):
                 continue
-            pattern = self._patterns[number]
-            rules = rules or ContextRules(text)
-            context = rules.context(positions, pattern.category, critical=pattern.level == "critical")
+            _, level, category, strength, line, *_ = self._patterns[number]
+            context = rules.context(positions, category, critical=level == "critical")
             if known is None or COUNTS[context] > COUNTS[known.context]:
-                rank, evidence = _WORST_FIRST[pattern.level], STRENGTH[pattern.strength] * COUNTS[context]
                 words = " ".join([text.words[position] for position in positions]).replace(POINT, ".")
-                best[number] = Match(
-                    rank, positions, pattern.line, pattern.level, pattern.category, context, evidence, words
-                )
+                evidence = STRENGTH[strength] * COUNTS[context]
+                best[number] = Match(_WORST_FIRST[level], positions, line, level, category, context, evidence, words)
         found = sorted(best.values())
-        if not found or found[0].rank == found[-1].rank:
-            return found
-        kept: list[Match] = []
-        worse: set[int] = set()
-        for _, same in groupby(found, itemgetter(0)):
-            level = [match for match in same if not worse.issuperset(match.positions)]
-            kept += level
-            worse.update(*[match.positions for match in level if match.context == "stated"])
-        return kept
+        worse = [
+            {at for match in found if match.rank < rank and not match.discounted for at in match.positions}
+            for rank in range(len(SEVERITIES))
+        ]
+        return [match for match in found if not worse[match.rank].issuperset(match.positions)]
 
     def explained(self, questions: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        """Probabilities (n, 3), float64, in the order of `SEVERITIES`, and the `evidence` of every question."""
+        """Probabilities (n, 3), and for each question the reasons ("critical: ضيق تنفس; negated: نزيف"), or ""."""
         matches = list(map(self.matches, questions))
         evidence = np.array(list(map(_by_level, matches)), dtype=np.float64).reshape(-1, len(SEVERITIES))
         return probabilities_of(evidence), list(map(_reasons, matches))
@@ -132,10 +123,6 @@ class Rules:
     def probabilities(self, questions: Sequence[str]) -> np.ndarray:
         """(n, 3), float64, in the order of `SEVERITIES`; rows sum to one, none is zero."""
         return self.explained(questions)[0]
-
-    def evidence(self, question: str) -> str:
-        """The reasons on one line: "critical: ضيق تنفس; neutral: حرارة; negated: نزيف". Empty where nothing matched."""
-        return _reasons(self.matches(question))
 
 
 def probabilities_of(evidence: np.ndarray) -> np.ndarray:
@@ -157,9 +144,272 @@ def _by_level(matches: Sequence[Match]) -> list[float]:
 
 
 def _reasons(matches: Sequence[Match]) -> str:
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for match in matches:
-        words = reasons.setdefault(match.level if match.context == "stated" else match.context, [])
-        if match.words not in words:
-            words.append(match.words)
+        reasons[match.context if match.discounted else match.level][match.words] = None
     return "; ".join(f"{name}: {', '.join(reasons[name])}" for name in (*_WORST_FIRST, *COUNTS) if name in reasons)
+
+
+# Context
+
+# Sets of cues are bits, because sets take twice as long.
+_BITS: dict[str, int] = {}  # of each cue
+_CUES: dict[str, int] = defaultdict(int)  # of each word
+for _name, _words in WORD_LISTS.items():
+    if _name.startswith("cue:"):
+        _bit = _BITS.setdefault(_name[4:].rstrip("+"), 1 << len(_BITS))
+        for _word in _words:
+            for _form in (_word, "و" + _word, "ف" + _word) if _name.endswith("+") else (_word,):
+                # "ولا" is a cue of its own, and not "and no".
+                if _form != "ولا" or _form in _words:
+                    _CUES[_form] |= _bit
+
+
+@cache
+def _bits(cues: str) -> int:
+    return sum(_BITS[cue] for cue in cues.split())
+
+
+@lru_cache(REMEMBERED)
+def _cues_of(word: str) -> int:
+    """The cues of a word. Joined spellings ("ماعندي", "لايوجد") deny as the parted ones do."""
+    cues = _CUES.get(word, 0)
+    if word.endswith("ش") and len(word) > 3:
+        # ما كاينش, ما نخممش: the end of a negation around the verb.
+        cues |= _CUES.get(word[:-1], 0)
+    stem = word[1:] if word[0] in "وف" else word
+    if stem.startswith(("عند", "بعند")):
+        cues |= _bits("has")
+    elif stem.startswith(("ما", "لا")) and len(stem) > 4:
+        rest = stem[2:]
+        if rest.startswith("عند") or (_CUES.get(rest, 0) & _bits("has") and rest != "لها"):
+            cues |= _bits("without")
+    return cues
+
+
+class ContextRules:
+    """The context of each expression in one question."""
+
+    def __init__(self, text: Text) -> None:
+        self._words, self._asking = text.words, text.asking
+        self._clauses, self._sentences = text.clauses, text.sentences
+        self._cues = list(map(_cues_of, text.words))
+        # What looks for a cue goes through these alone: most words are none.
+        self._cued = [(position, cues) for position, cues in enumerate(self._cues) if cues]
+        self._any = reduce(or_, {cues for _, cues in self._cued}, 0)
+        self._denials = self._find_denials()
+
+    def context(self, positions: Sequence[int], category: str, *, critical: bool = True) -> Context:
+        """Whether an expression, by the positions of its words, is stated, and if not, why not."""
+        first, last = positions[0], positions[-1]
+        if self._denials and self._negated(positions):
+            return "negated"
+        # "صعوبة في بلع الدواء", "لازم اخد شريط": nothing was swallowed.
+        if category == "poisoning_bites" and self._is(first - 1 - self._is(first - 1, "into"), "hard"):
+            return "asked"
+        # Most questions have no such cue, and looking for one takes time.
+        if category != "pregnancy" and self._has("died family kin") and self._other(first, last):
+            return "other"
+        past = self._has("recovered was before event formerly gone_year")
+        if past and (self._is_over(first, last) or self._dated(first, last)):
+            return "past"
+        # Whoever asks whether there is danger has not said that there is.
+        if category == "danger" and self._asks_for_danger(first, last):
+            return "asked"
+        # Thoughts of suicide are often told as a fear or a possibility; they count all the same.
+        doubtful = self._has("fear cause be") and self._possible(first)
+        if critical and self._has("whether choice"):
+            doubtful = doubtful or self._asks_whether(first, last)
+        if doubtful and category != "suicidal":
+            return "asked" if category == "danger" else "hypothetical"
+        return "stated"
+
+    def _has(self, cues: str) -> bool:
+        return bool(self._any & _bits(cues))
+
+    def _is(self, position: int, cues: str) -> bool:
+        return 0 <= position < len(self._cues) and bool(self._cues[position] & _bits(cues))
+
+    def _near(self, first: int, last: int, cues: str, within: tuple[int, int] | None = None) -> list[int]:
+        """Positions from `first` to `last`, those outside `within` left out, with one of the cues."""
+        bits = _bits(cues)
+        if not self._any & bits:
+            return []
+        if within:
+            first, last = max(first, within[0]), min(last, within[1])
+        return [position for position, found in self._cued if found & bits and first <= position <= last]
+
+    # Negation
+
+    def _find_denials(self) -> list[tuple[int, int, int]]:
+        """(position, first position denied, last position denied) of every word that denies."""
+        found: list[tuple[int, int, int]] = []
+        words = ["", *self._words, ""]
+        for position in self._near(0, len(self._words), "not nor without except"):
+            before, word, after = words[position : position + 3]
+            wide = self._is(position, "without") or (word == "غير" and self._is(position - 1, "since"))
+            denies = wide or self._is(position, "not")
+            if self._is(position, "nor"):
+                denies = self._means_nor(position, [denial for denial, _, _ in found])
+            # "كل ما"; "عمري ما شفت زيه": never before, but now; "ماشي على الطريق".
+            every_time = word in ("ما", "وما") and self._is(position - 1, "when")
+            walks = word == "ماشي" and after.startswith("ع")
+            if not denies or every_time or walks or before.startswith(("عمر", "وعمر")):
+                continue
+            start = position + 1
+            while self._is(start, "filler has feels") or (start > position + 1 and self._is(start, "since")):
+                wide = wide or self._is(start, "has feels")
+                start += 1
+            if wide or not self._is(position + 1, "what"):
+                found.append((position, position + 1, self._reach(position, start) if wide else start))
+        return found
+
+    def _means_nor(self, position: int, denials: Sequence[int]) -> bool:
+        """Whether "ولا" denies: it is "nor" after a denial, and "or" in a question."""
+        sentence = _extent(self._sentences, position)
+        if any(denial >= sentence[0] for denial in denials) or self._is(position + 1, "has feels"):
+            return True
+        # "عندي كتلة ولا ألم فيها" without a denial before; not "هل هي كتلة ولا ألم فيها؟".
+        inside = self._is(position + 1, "sign") and self._near(position + 2, position + 3, "inside", sentence)
+        having = inside and self._near(sentence[0], position - 1, "has feels")
+        return bool(having) and not self._near(*sentence, "asks")
+
+    def _reach(self, denial: int, start: int) -> int:
+        """The last word that a denial denies, from `start` on: up to a comma, "but" or the next word of having."""
+        last = start
+        for position in range(start, min(denial + 1 + _DENIAL_REACH, len(self._words))):
+            parted = self._clauses[position] != self._clauses[denial] and not self._is(position, "or")
+            if parted or self._is(position, "but") or (position > start and self._is(position, "has feels")):
+                break
+            last = position
+            if self._is(position, "all"):
+                # "مفيش امراض مزمنه" denies what it names and no complaint that follows without a comma.
+                return position + 1
+        return last
+
+    def _negated(self, positions: Sequence[int]) -> bool:
+        first, last = positions[0], positions[-1]
+        for denial, start, end in self._denials:
+            if denial in positions:
+                continue
+            if start <= first <= end and self._sentences[first] == self._sentences[denial]:
+                return True
+            inside = first < denial < last and any(start <= position <= end for position in positions)
+            # In "ما عم يطلع ولا نقطة بول" the denial is the complaint.
+            if inside and not any(self._is(position, "not nor without except") for position in positions):
+                return True
+            # "ضيق نفس ما عندي", "نزيف لا يوجد": the denial comes last and nothing follows it.
+            if denial == last + 1 and (self._is(denial + 1, "has") or self._is(denial, "without")):
+                after = denial + 1
+                while self._is(after, "has filler"):
+                    after += 1
+                clause = self._clauses[last]
+                if self._clauses[denial] == clause and self._clauses[after : after + 1] != [clause]:
+                    return True
+        # "لا حرارة او كحة": the second thing of a list whose first is denied.
+        listed = first > 0 and self._words[first - 1] == "او"
+        return listed and any(start <= first - 2 <= end for _, start, end in self._denials)
+
+    # Somebody else, another time, no fact
+
+    def _other(self, first: int, last: int) -> bool:
+        sentence, clause = _extent(self._sentences, first), _extent(self._clauses, first)
+        kin = self._near(first - 6, first - 1, "kin", sentence)
+        # A parent, a partner or a child who has this is the patient; an aunt or a friend who had it is a worry.
+        remote = any(self._is(position, "remote") for position in kin) and not self._near(*clause, "now")
+        return bool(
+            self._near(first - 5, first - 1, "died", sentence)
+            or self._near(first - 4, last + 3, "family", sentence)
+            or (kin and self._near(last + 1, last + 5, "died", sentence))
+            or (remote and (self._had(kin[0], first) or self._near(first - 3, first - 1, "befell", (kin[0], first))))
+        )
+
+    def _had(self, begin: int, first: int) -> bool:
+        """Whether "كان عندي", "كان في" stand before the expression; "كنت ماشي", "كنت في الشغل" only set the scene."""
+        return any(
+            (position + 1 == first or self._is(position + 1, "has feels"))
+            and self._words[position : position + 2] != ["كنت", "في"]
+            for position in self._near(first - 4, first - 1, "was", (begin, first))
+        )
+
+    def _is_over(self, first: int, last: int) -> bool:
+        """Whether the patient recovered or it went, and has not come back: "تعافيت من الجلطة", "كان عندي نزيف وخف"."""
+        sentence = _extent(self._sentences, first)
+        recovered = self._near(first - 3, last + 8, "recovered", sentence)
+        # "ضيق تنفس بعد ما تعافيت" began after it.
+        ends = [[position for position in recovered if position < first or not self._is(position - 1, "after")]]
+        went = self._near(last + 1, last + 8, "went", sentence)
+        if went and self._had(sentence[0], first):
+            # "خف نص ساعة", "راح المستشفى" are no end of it.
+            ends.append([position for position in went if not self._is(position + 1, "not_gone")])
+        return any(found and not self._near(found[-1], found[-1] + 4, "again", sentence) for found in ends)
+
+    def _dated(self, first: int, last: int) -> bool:
+        """Whether its clause tells of another time: "قبل سنتين", "العام الماضي", "من سنتين عملت"."""
+        begin, end = clause = _extent(self._clauses, first)
+        # "قبل سنتين عملت عملية وعندي ضيق تنفس": the operation is past.
+        having = self._near(begin, first - 1, "has feels")
+        another = any(self._words[position][0] == "و" and not self._is(position, "was") for position in having)
+        if another or self._near(begin, end, "now"):
+            return False
+        # What was since two years may last until today, but for an event.
+        events = [position for position in self._near(begin, end, "event") if position < last]
+        for position in self._near(begin, end, "formerly gone_year since before"):
+            formerly = self._is(position, "formerly") and not self._is(position - 1, "since")
+            last_year = self._is(position, "gone_year") and self._near(position - 2, position - 1, "year")
+            # "من سنتين", "من 3 سنين"
+            ago = self._is(position, "before since" if events else "before")
+            if formerly or last_year or (ago and self._near(position + 1, position + 2, "long", clause)):
+                return True
+        return False
+
+    def _possible(self, first: int) -> bool:
+        """Whether it is feared, a possibility or to be prevented: "خايف من الجلطة", "هل ممكن تكون جلطة"."""
+        clause = _extent(self._clauses, first)
+        fears, being = self._near(first - 5, first - 1, "fear", clause), self._near(first - 3, first - 1, "be", clause)
+        return bool(
+            (fears and self._near(fears[-1] + 1, first - 1, "of"))
+            or self._near(first - 3, first - 1, "cause", clause)
+            or (being and self._near(being[-1] - 4, being[-1] - 1, "may", clause))
+        )
+
+    def _asks_for_danger(self, first: int, last: int) -> bool:
+        """Whether its clause asks for danger: "هل هذا خطر", "لو في خطورة", "خطير ولا لا", "في خطر عليا؟"."""
+        clause = _extent(self._clauses, first)
+        asking = self._near(first - 4, first - 1, "whether", clause) + self._near(first - 3, first - 1, "if", clause)
+        before, after = self._near(first - 3, first - 1, "choice", clause), self._near(last + 1, last + 3, "choice")
+        # A question mark asks for the last words before it, not for the whole sentence.
+        _, closing = _extent(self._sentences, last)
+        short = closing == last or (closing <= last + 2 and self._is(last + 1, "onto"))
+        return (
+            # "لو سمحت حالته خطيره", "ممكن حد يرد" ask for something else.
+            any(not self._is(position + 1, "polite") for position in asking)
+            or (clause[0] < first and self._is(first - 1, "degree"))
+            or any(first - position < 3 or self._is(position - 1, "plain") for position in before)
+            or any(self._is(position + 1, "plain degree not") for position in after)
+            # "الكيس دا خطير او خلقي"
+            or (last + 1 in after and self._is(first - 1, "this"))
+            or (short and self._sentences[last] in self._asking)
+        )
+
+    def _asks_whether(self, first: int, last: int) -> bool:
+        """Whether it is all that is asked: "هل هذه جلطة", "عندي جلطة ولا لا", "هل ده شد عضلي ولا جلطة"."""
+        begin, end = _extent(self._clauses, last)
+        chosen = self._is(last + 1, "choice")
+        if chosen and self._is(last + 2, "plain"):
+            return True
+        before = first - 1 - self._is(first - 1, "this has feels")
+        # One more word may name its kind: "هل عندي ذبحة صدرية"; in "هل هذا النزيف طبيعي" it is there.
+        kind = before == first - 2 and last + 1 == end and not self._is(end, "plain")
+        if last != end and not chosen and (not kind or self._words[first].startswith("ال")):
+            return False
+        if before >= begin and self._is(before, "whether"):
+            return True
+        asking = self._near(first - 6, first - 2, "whether", (begin, end))
+        return self._is(first - 1, "choice") and any(self._is(position + 1, "this") for position in asking)
+
+
+def _extent(numbers: Sequence[int], position: int) -> tuple[int, int]:
+    """First and last position of the clause or sentence of a word, given the number of each word's."""
+    number = numbers[position]
+    return bisect_left(numbers, number), bisect_right(numbers, number) - 1

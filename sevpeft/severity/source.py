@@ -1,4 +1,4 @@
-"""Where the severity of rows comes from: their columns, or a classifier that judges their questions."""
+"""Where the severity of rows comes from: their columns, or a classifier that reads their questions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.utils import tqdm
 
 from sevpeft.errors import WeightError
 from sevpeft.runs import workers_end_with_this_process
@@ -20,8 +19,7 @@ from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SeverityClassifi
 EVIDENCE = "severity_evidence"
 
 # Rows after which the result is saved: about a minute of a transformer on two cores, a few seconds of anything else.
-_ROWS_OF_PART = {"transformer": 1024}
-_MOST_ROWS = 50_000
+_ROWS_OF_PART, _MOST_ROWS = {"transformer": 1024}, 50_000
 # With fewer rows for each, starting processes takes longer than what they do.
 _ROWS_OF_PROCESS = 2_000
 
@@ -45,13 +43,9 @@ def severity_of(
     """Severity probabilities of every row, as the recipe's section `severity` asks for them.
 
     Args:
-        rows: with `question`, and for the source "columns" with the columns of `severity_probabilities`.
-        source: "columns", or the kind of a classifier.
+        source: "columns" (those of `severity_probabilities`), or the kind of a classifier, which reads the questions.
         classifier: its folder; for "rules" None is the lexicon without calibration.
         temperature: of `sharpened`, applied last.
-
-    Raises:
-        WeightError: the columns are absent or hold no probabilities, or the classifier is of another kind.
     """
     origin: dict[str, Any] = {"source": source, "temperature": temperature}
     if source != "columns":
@@ -62,23 +56,16 @@ def severity_of(
 
 
 def load_source(kind: str | None, folder: str | None, lexicon: str | None = None) -> SeverityClassifier:
-    """The classifier in a folder, or without one the rules of a lexicon (None: the package's own).
-
-    Raises:
-        WeightError: the classifier is not of the `kind`; None takes any.
-    """
+    """The classifier in a folder, or without one the rules of a lexicon; WeightError if it is of another kind."""
     if folder is None:
         from sevpeft.severity.rules import Rules
 
         return Rules.load(Path(lexicon).expanduser() if lexicon else None)
     from sevpeft.severity.classifier.store import load_classifier
 
-    loaded: SeverityClassifier = load_classifier(Path(folder).expanduser())
+    loaded = load_classifier(Path(folder).expanduser())
     if kind not in (None, loaded.kind):
-        raise WeightError(
-            f"{folder} holds a classifier of the kind {loaded.kind}, not {kind}; write {loaded.kind}, or name another "
-            "folder."
-        )
+        raise WeightError(f"{folder} holds a {loaded.kind} classifier, not {kind}; write {loaded.kind}.")
     return loaded
 
 
@@ -87,50 +74,37 @@ def judged(
 ) -> datasets.Dataset:
     """The probability columns of every row, and `EVIDENCE` where the classifier gives its reasons.
 
-    The work is done in parts, each kept in the cache of `rows` by their content and the classifier's version: a killed
-    run goes on with the next part, and other runs and processes find what was judged. Under a launch, process number
-    `rank` judges every `processes`-th part and returns only these.
+    Each part of the rows is cached by their content and the classifier's version: a killed run goes on with the next
+    part. Under a launch, process number `rank` judges every `processes`-th part and returns only these.
     """
     questions = rows.select_columns(["question"]).with_format("arrow")
-    size = _ROWS_OF_PART.get(classifier.kind, _MOST_ROWS)
     # Rules are Python that one core runs; the others have threads of their own. A launch has its processes already.
     forking = classifier.kind == "rules" and processes == 1 and sys.platform == "linux"
     cores = len(os.sched_getaffinity(0)) if forking else 1
-    shown = not datasets.utils.are_progress_bars_disabled()
-    starts = tqdm(range(0, len(rows), size)[rank::processes], f"Severity by {classifier.kind}", disable=None, delay=2)
-    datasets.disable_progress_bars()  # of each `map`
+    parts = -(-len(rows) // _ROWS_OF_PART.get(classifier.kind, _MOST_ROWS))
     _classifiers[classifier.version] = classifier
-    parts = []
+    found = []
     with workers_end_with_this_process():
-        for start in starts:
-            part = questions.select(range(start, min(start + size, len(rows))))
+        for number in range(rank, parts, processes):
+            part = questions.shard(parts, number, contiguous=True)
             workers = min(cores, len(part) // _ROWS_OF_PROCESS)
             settings = {"batched": True, "batch_size": 1024, "num_proc": workers if workers > 1 else None}
-            parts.append(part.map(_judge_batch, fn_kwargs={"version": classifier.version}, **settings))
-    del _classifiers[classifier.version]
-    if shown:
-        datasets.enable_progress_bars()
-    return datasets.concatenate_datasets(parts).with_format(None) if parts else questions.select([])
+            label = f"Severity by {classifier.kind}, part {number + 1} of {parts}"
+            found.append(part.map(_judge_batch, fn_kwargs={"version": classifier.version}, desc=label, **settings))
+    _classifiers.clear()
+    return datasets.concatenate_datasets(found).with_format(None) if found else questions.select([])
 
 
 # Version → classifier, where the forked workers of `map` find it. As an argument it would be pickled, and all its
 # weights would go into the key of the cache.
-_classifiers: dict[str, SeverityClassifier] = {}
+_classifiers: dict[str, Any] = {}
 
 
 def _judge_batch(batch: pa.Table, version: str) -> pa.Table:
-    classifier: Any = _classifiers[version]
-    inner = getattr(classifier, "classifier", classifier)  # without its calibration
-    questions, evidence = batch["question"].to_pylist(), None
-    if hasattr(inner, "explained"):
-        # Both at once, because finding the matches is what takes the time.
-        probabilities, evidence = inner.explained(questions)
-        if inner is not classifier:
-            probabilities = classifier.calibration.apply(probabilities)
-    else:
-        probabilities = classifier.probabilities(questions)
-        if hasattr(inner, "evidence"):
-            evidence = list(map(inner.evidence, questions))
+    classifier, questions = _classifiers[version], batch["question"].to_pylist()
+    # Both at once, because finding the matches is what takes the time.
+    explained = getattr(classifier, "explained", None)
+    probabilities, evidence = explained(questions) if explained else (classifier.probabilities(questions), None)
     columns = {name: pa.array(column) for name, column in zip(PROBABILITY_COLUMNS, probabilities.T, strict=True)}
     if evidence is not None:
         columns[EVIDENCE] = pa.array(evidence, pa.string())

@@ -3,9 +3,6 @@
 The weight of a consultation is w = α·p_non_critical + β·p_neutral + γ·p_critical (arXiv 2604.06346, eq. 2). The three
 controls exist because a gain over plain cross-entropy proves nothing about severity: the same weights shuffled over
 the consultations have the same spread without the information, a constant of the same mean has the same step size.
-
-`train`, `plan` and `annotate` show the same picture of the weights, because the commonest mistake is invisible in a
-loss curve: with probabilities near a third each, the training is plain cross-entropy under another name.
 """
 
 from __future__ import annotations
@@ -18,10 +15,9 @@ import numpy as np
 from sevpeft.errors import WeightError
 from sevpeft.severity.probabilities import SEVERITIES
 
-# Below this coefficient of variation, shuffled and real weights cannot be told apart in practice: the published
-# probabilities, whose weights lie between .93 and 1.03, have about .02.
+# Coefficient of variation below which weights do nothing; the published ones, from .93 to 1.03, have about .02.
 SMALL_SPREAD = 0.05
-# Below this share of effective consultations, a few rows decide what is learnt.
+# Below this share of effective consultations, a few rows decide what is learned.
 SMALL_SAMPLE = 0.5
 
 
@@ -33,65 +29,45 @@ def severity_weights(
     control: Literal["none", "shuffled", "constant", "uniform"] = "none",
     seed: int = 0,
 ) -> np.ndarray:
-    """Loss weight of every consultation.
+    """Loss weight of every consultation: (n,), float64, finite, non-negative, not all zero.
 
     Args:
         probabilities: (n, 3), in the order of `SEVERITIES`, each row summing to one.
         coefficients: (α, β, γ), the weight of a surely non-critical, neutral and critical consultation.
-        normalize: "none", or "mean" to divide by the mean over the n consultations, so that the step size is that
-            of plain cross-entropy.
-        control: "none"; "shuffled" (the same weights, permuted over the consultations); "constant" (their mean for
-            everyone); "uniform" (1 for everyone: plain cross-entropy).
+        normalize: "mean" divides by the mean over the n consultations: the step size is that of plain cross-entropy.
+        control: "shuffled" (the same weights, permuted over the consultations), "constant" (their mean for everyone)
+            or "uniform" (1 for everyone: plain cross-entropy).
         seed: of the permutation.
 
-    Returns:
-        Array (n,), float64, finite, non-negative, not all zero.
+    Raises:
+        WeightError: a weight is not finite or negative, or all are zero.
     """
-    weights = checked_weights(probabilities @ np.asarray(coefficients, dtype=np.float64))
+    weights = np.asarray(probabilities @ np.asarray(coefficients, dtype=np.float64))
+    if wrong := int((~(np.isfinite(weights) & (weights >= 0))).sum()):
+        raise WeightError(f"{wrong} severity weights are negative or not finite; use coefficients of zero or more.")
+    if not weights.any():
+        raise WeightError("All severity weights are zero, or there are none, so nothing would be learned.")
     if normalize == "mean":
         weights = weights / weights.mean()
     if control == "shuffled":
         return np.random.default_rng(seed).permutation(weights)
-    if control == "constant":
-        return np.full_like(weights, weights.mean())
-    if control == "uniform":
-        return np.ones_like(weights)
-    return weights
-
-
-def checked_weights(weights: np.ndarray) -> np.ndarray:
-    """The weights as float64; an error when one is missing, not finite or negative, or when all are zero."""
-    weights = np.asarray(weights, dtype=np.float64)
-    if weights.size == 0:
-        raise WeightError("There are no consultations to weight; look at the counts of rejected rows.")
-    for wrong, problem in (
-        (~np.isfinite(weights), "missing or not finite"),
-        (weights < 0, "negative, which would teach the model to avoid the answer; use coefficients of zero or more"),
-    ):
-        if wrong.any():
-            raise WeightError(f"{wrong.sum()} severity weights are {problem}.")
-    if not weights.any():
-        raise WeightError("All severity weights are zero, so nothing would be learnt; raise a coefficient.")
+    if control != "none":
+        return np.full_like(weights, weights.mean() if control == "constant" else 1.0)
     return weights
 
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """What a set of weights amounts to.
-
-    `effective_sample_size` is Kish's (Σw)² / Σw²: how many equally weighted consultations carry as much information.
-    `coefficient_of_variation` is the standard deviation over the mean. `severities` counts the most probable severity.
-    `histogram` holds (from, to, consultations) with both ends included: one bar for each weight where there are few,
-    else bars of equal width.
-    """
+    """What a set of weights amounts to."""
 
     consultations: int
-    severities: dict[str, int]
+    severities: dict[str, int]  # the most probable severity → consultations
     minimum: float
     maximum: float
     mean: float
-    coefficient_of_variation: float
-    effective_sample_size: float
+    coefficient_of_variation: float  # standard deviation over the mean
+    effective_sample_size: float  # Kish's (Σw)² / Σw²: equally weighted consultations with as much information
+    # (from, to, consultations), ends included: one bar for each weight where there are few, else of equal width.
     histogram: list[tuple[float, float, int]]
 
     @classmethod
@@ -109,20 +85,17 @@ class WeightSummary:
             histogram=_histogram(weights),
         )
 
-    @property
-    def too_small_to_matter(self) -> bool:
-        return self.coefficient_of_variation < SMALL_SPREAD
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def _histogram(weights: np.ndarray, bars: int = 10) -> list[tuple[float, float, int]]:
-    values, counts = np.unique(np.round(weights, 6), return_counts=True)
-    if len(values) <= bars:
-        return list(zip(values.tolist(), values.tolist(), counts.tolist(), strict=True))
-    counts, edges = np.histogram(weights, bins=bars)
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))
+def _histogram(weights: np.ndarray) -> list[tuple[float, float, int]]:
+    lows, counts = np.unique(np.round(weights, 6), return_counts=True)
+    highs = lows
+    if len(lows) > 10:
+        counts, edges = np.histogram(weights, bins=10)
+        lows, highs = edges[:-1], edges[1:]
+    return list(zip(lows.tolist(), highs.tolist(), counts.tolist(), strict=True))
 
 
 def histogram_lines(histogram: list[tuple[float, float, int]], width: int = 60) -> list[str]:
@@ -130,16 +103,13 @@ def histogram_lines(histogram: list[tuple[float, float, int]], width: int = 60) 
     finest = min((round(high - low, 9) for low, high, _ in histogram if high > low), default=0.01)
     places = 2 if finest >= 0.01 else 3 if finest >= 0.001 else 4
     labels = [" to ".join(f"{end:.{places}f}" for end in sorted({low, high})) for low, high, _ in histogram]
-    numbers = [f"{count:,}" for _, _, count in histogram]
-    label_width, number_width = max(map(len, labels)), max(map(len, numbers))
-    room = max(1, width - label_width - number_width - 4)
-    most = max(count for _, _, count in histogram)
-    lines = []
-    for label, number, (_, _, count) in zip(labels, numbers, histogram, strict=True):
-        # A bar that holds anything is never drawn as none.
-        bar = "█" * max(round(room * count / most), 1 if count else 0)
-        lines.append(f"{label:>{label_width}}  {bar:<{room}}  {number:>{number_width}}")
-    return lines
+    counts = [count for _, _, count in histogram]
+    left, right = max(map(len, labels)), len(f"{max(counts):,}")
+    room = max(1, width - left - right - 4)
+    # A bar that holds anything is never drawn as none.
+    bars = ["█" * max(round(room * count / max(counts)), min(count, 1)) for count in counts]
+    rows = zip(labels, bars, counts, strict=True)
+    return [f"{label:>{left}}  {bar:<{room}}  {count:>{right},}" for label, bar, count in rows]
 
 
 def effective_sample(summary: WeightSummary) -> str:
@@ -150,16 +120,14 @@ def effective_sample(summary: WeightSummary) -> str:
 
 def advice(summary: WeightSummary) -> str | None:
     """What to do about weights that will not do what they are for; None when they are fit for it."""
-    if summary.too_small_to_matter:
-        places = 2 if summary.maximum - summary.minimum >= 0.01 else 4
+    if summary.coefficient_of_variation < SMALL_SPREAD:
         return (
-            f"The weights lie in {summary.minimum:.{places}f} to {summary.maximum:.{places}f}, too close together to "
-            "matter: shuffled weights would train the same model. Calibrate the classifier (sevpeft classifier fit), "
-            "sharpen the probabilities (severity.temperature=0.5), use severity.weights=strong, or gather labels."
+            f"The weights, {summary.minimum:.4g} to {summary.maximum:.4g}, are too close together to matter. Calibrate "
+            "(sevpeft classifier fit), sharpen (severity.temperature=0.5), or take severity.weights=strong."
         )
     if summary.effective_sample_size < SMALL_SAMPLE * summary.consultations:
         return (
-            f"The effective sample size is {effective_sample(summary)}: a few consultations decide what is learnt. "
+            f"The effective sample size is {effective_sample(summary)}: a few consultations decide what is learned. "
             "Use coefficients that lie closer together, or flatten the probabilities (severity.temperature=2)."
         )
     return None

@@ -1,4 +1,4 @@
-"""A question as folded words, each with the number of its sentence and of its clause.
+"""Reads a question as folded words, each with the number of its sentence and of its clause.
 
 Words come out as the lexicon writes them: letters repeated for stress once, and a negation that dialects wrap around
 the verb ("معنديش") as a word of its own ("ما عندي").
@@ -7,51 +7,26 @@ the verb ("معنديش") as a word of its own ("ما عندي").
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sevpeft.data.text import fold_for_matching
 
 LEXICONS = Path(__file__).parent / "lexicons"
+# Words whose reading is remembered: questions repeat their words.
+REMEMBERED = 1 << 16
 
-
-class Remembered(dict[Any, Any]):
-    """What a function gives for words, which questions repeat: looked up as in a dict, computed the first time.
-
-    Twice as fast as `functools.lru_cache`, which notes every use: all is forgotten at once when there are too many.
-    """
-
-    most = 1 << 16
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self._function = function
-
-    def __missing__(self, word: Any) -> Any:
-        found = self._function(word)
-        if len(self) >= self.most:
-            self.clear()
-        self[word] = found
-        return found
-
-
-def _read_lists() -> dict[str, list[str]]:
-    lists: dict[str, list[str]] = {}
-    for line in (LEXICONS / "words_ar.tsv").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            name, words = line.split("\t")
-            lists.setdefault(name, []).extend(words.split())
-    return lists
-
-
-WORD_LISTS = _read_lists()
-"""Name → words of lexicons/words_ar.tsv, in the order of the file."""
+# Name → words of lexicons/words_ar.tsv, in the order of the file.
+WORD_LISTS: dict[str, list[str]] = {}
+for _line in (LEXICONS / "words_ar.tsv").read_text(encoding="utf-8").splitlines():
+    if not _line.startswith("#"):
+        _name, _words = _line.split("\t")
+        WORD_LISTS.setdefault(_name, []).extend(_words.split())
 
 # Letters that no Arabic or Latin text has and that folding leaves alone, to carry punctuation through it.
 _STOP, _ASKING, _COMMA, POINT = "ʘ", "ʖ", "ʗ", "ʞ"
-_MARKS = frozenset((_STOP, _ASKING, _COMMA))
 _DECIMAL = re.compile(r"(?<=\d)[.,٫](?=\d)")
 _SENTENCE_END = re.compile(r"[.!?؟;؛…]+")
 _CLAUSE_END = re.compile(r"[،,:()\[\]\-–—]+")
@@ -65,49 +40,38 @@ _JOINED = {word: tuple(parts.split("_")) for word, parts in (pair.split("=") for
 class Text(NamedTuple):
     """A question in words, and where its sentences and clauses end."""
 
-    words: list[str]
-    """Folded, three and more equal letters as one."""
-    sentences: list[int]
-    """Number of the sentence of each word: parted by . ! ? ؛ and line breaks."""
-    clauses: list[int]
-    """Number of the clause of each word: parted by commas, colons, dashes and brackets too."""
-    asking: set[int]
-    """Numbers of the sentences that end with a question mark."""
+    words: list[str]  # folded, three and more equal letters as one
+    sentences: list[int]  # number of the sentence of each word: parted by . ! ? ؛ and line breaks
+    clauses: list[int]  # number of the clause of each word: parted by commas, colons, dashes and brackets too
+    asking: set[int]  # numbers of the sentences that end with a question mark
 
 
 def read(question: str) -> Text:
     """Words of a question; its punctuation as numbers of sentences and clauses."""
-    words: list[str] = []
-    sentences: list[int] = []
-    clauses: list[int] = []
-    asking: set[int] = set()
+    text = Text([], [], [], set())
     sentence = clause = 0
     # Word by word and remembered, because folding whole questions takes longer than all the rest of matching.
-    for part in chain.from_iterable(map(_FOLDED.__getitem__, f" {_STOP} ".join(question.splitlines()).split())):
-        if part in _MARKS:
+    for part in chain.from_iterable(map(_folded, f" {_STOP} ".join(question.splitlines()).split())):
+        if part in (_STOP, _ASKING, _COMMA):
             if part == _ASKING:
-                asking.add(sentence)
+                text.asking.add(sentence)
             clause += 1
             sentence += part != _COMMA
         else:
-            words.append(part)
-            sentences.append(sentence)
-            clauses.append(clause)
-    return Text(words, sentences, clauses, asking)
+            text.words.append(part)
+            text.sentences.append(sentence)
+            text.clauses.append(clause)
+    return text
 
 
+@lru_cache(REMEMBERED)
 def _folded(written: str) -> tuple[str, ...]:
     """What stands between two blanks, as words and marks of punctuation."""
-    marked = _SENTENCE_END.sub(_mark_of_end, _DECIMAL.sub(POINT, written))
+    marked = _SENTENCE_END.sub(
+        lambda end: f" {_ASKING if set(end[0]) & set('?؟') else _STOP} ", _DECIMAL.sub(POINT, written)
+    )
     folded = fold_for_matching(_CLAUSE_END.sub(f" {_COMMA} ", marked))
     return tuple(part for word in folded.split() for part in parts_of(word))
-
-
-_FOLDED = Remembered(_folded)
-
-
-def _mark_of_end(end: re.Match[str]) -> str:
-    return f" {_ASKING if set(end[0]) & set('?؟') else _STOP} "
 
 
 def parts_of(word: str) -> tuple[str, ...]:

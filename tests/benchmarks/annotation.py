@@ -82,7 +82,7 @@ def build_classifier() -> Any:
     model = BertForSequenceClassification(config)
     # A head of the usual size would give a third to every severity, whatever the question.
     torch.nn.init.normal_(model.classifier.weight, std=0.5)
-    return TransformerClassifier(model, fast, LONGEST)
+    return TransformerClassifier(model, fast)
 
 
 def token_questions(count: int, seed: int = 0) -> list[str]:
@@ -189,7 +189,7 @@ def build_linear() -> Any:
     from sevpeft.severity.classifier.linear import fit_linear
 
     examples = labeled_examples(load_consultations(BUILTIN, keep="all"))
-    return Calibrated(fit_linear(examples), Calibration((1 / 1.3,)))
+    return Calibrated([fit_linear(examples)], Calibration((1 / 1.3,)))
 
 
 def cpu_seconds() -> tuple[float, float]:

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,11 +20,12 @@ import pytest
 from sevpeft.data.read import load_consultations
 from sevpeft.errors import DataError, RunError, UsageError
 from sevpeft.recipe import settings_from
-from sevpeft.severity.annotate import ADDED, AnnotateSettings, Annotation, annotate
-from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, severity_probabilities, sharpened
+from sevpeft.severity.annotate import ADDED, Annotation, annotate
+from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, severity_probabilities
 from sevpeft.severity.rules import Rules
+from sevpeft.severity.settings import AnnotateSettings
 
-ROOT = Path(__file__).parent.parent.parent
+RULES = Rules.load()
 TRICKY = [
     'قال الطبيب: "خذ قرصين"، فهل هذا صحيح؟',
     "سطر أول\nسطر ثان\n\nعندي نزيف شديد",
@@ -81,7 +82,7 @@ def names(folder: Path) -> list[str]:
 
 def test_every_column_row_and_character_comes_back_from_every_kind_of_output(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl")
-    expected, evidence = Rules.load().explained([row["question"] for row in lines()])
+    expected, evidence = RULES.explained([row["question"] for row in lines()])
     for ending in (".jsonl", ".csv", ".tsv", ".parquet"):
         output = tmp_path / f"out{ending}"
         assert run(source, output).rows == 30
@@ -93,26 +94,13 @@ def test_every_column_row_and_character_comes_back_from_every_kind_of_output(tmp
         assert np.abs(found - expected).max() <= (1e-15 if ending == ".jsonl" else 0), ending
         assert back["severity"][:] == [SEVERITIES[i] for i in expected.argmax(axis=1)], ending
         assert back["severity_evidence"][:] == evidence, ending
-        assert set(back["severity_method"]) == {"rules"} and set(back["severity_version"]) == {Rules.load().version}
+        assert set(back["severity_method"]) == {"rules"} and set(back["severity_version"]) == {RULES.version}
         assert f"{output.stat().st_mode & 0o777:o}" == "600"
     assert names(tmp_path) == ["in.jsonl", "out.csv", "out.jsonl", "out.parquet", "out.tsv"]
-
-
-def test_a_spreadsheet_reads_the_cells_as_they_were(tmp_path: Path) -> None:
-    run(jsonl(tmp_path / "in.jsonl"), tmp_path / "out.csv")
-    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as stream:
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as stream:  # as a spreadsheet reads it
         read = list(csv.DictReader(stream, strict=True))
     assert [row["question"] for row in read] == [row["question"] for row in lines()]
     assert list(read[0]) == [*lines()[0], *ADDED]
-
-
-def test_a_temperature_sharpens_and_stands_in_the_version(tmp_path: Path) -> None:
-    source = jsonl(tmp_path / "in.jsonl")
-    run(source, tmp_path / "out.csv", "method=rules", "temperature=0.5")
-    back = table(tmp_path / "out.csv")
-    expected = sharpened(Rules.load().probabilities([row["question"] for row in lines()]), 0.5)
-    assert np.abs(severity_probabilities(back) - expected).max() < 1e-15
-    assert set(back["severity_version"]) == {f"{Rules.load().version}, temperature 0.5"}
 
 
 def test_the_figures_count_what_stands_in_the_output(tmp_path: Path) -> None:
@@ -180,11 +168,14 @@ def test_what_people_gave_is_kept_and_what_a_classifier_gave_is_replaced(tmp_pat
     once = table(tmp_path / "first.jsonl")
     assert once["severity_given"][:] == people * 3
     assert once["p_critical_given"][:] == ["", *["0.25"] * 8]
-    run(tmp_path / "first.jsonl", tmp_path / "second.csv", "method=rules", "replace=true", "temperature=2")
+    own = tmp_path / "own.tsv"
+    own.write_text("term\tlevel\tcategory\tdialect\tstrength\tnote\nزكام\tcritical\tcold\t\tH\t\n", encoding="utf-8")
+    again = ("method=rules", "replace=true", f"lexicon={own}")
+    run(tmp_path / "first.jsonl", tmp_path / "second.csv", *again)
     twice = table(tmp_path / "second.csv")
     assert sorted(twice.column_names) == sorted(once.column_names)
     assert twice["severity_given"][:] == people * 3
-    assert all("temperature 2" in version for version in twice["severity_version"])
+    assert set(twice["severity_version"]).isdisjoint(once["severity_version"])
     assert twice["p_critical"][:] != once["p_critical"][:]
 
 
@@ -202,12 +193,12 @@ def test_an_output_that_exists_or_has_another_ending_is_refused_before_the_work(
 
 
 def test_a_full_disk_leaves_no_output_and_what_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     source = jsonl(tmp_path / "in.jsonl")
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
+        patched.setattr(datasets.Dataset, "to_csv", full)
         with pytest.raises(RunError, match="No space"):
             run(source, tmp_path / "out.csv")
     assert names(tmp_path) == ["in.jsonl"]
@@ -247,22 +238,27 @@ def test_killed_and_started_again_it_goes_on_and_writes_the_same_bytes(
     assert len(asked) == 40 and output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def test_two_processes_write_what_one_writes_and_another_finds_what_they_judged(
+def test_two_processes_of_a_launch_write_what_one_writes_and_another_finds_what_they_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sevpeft.severity.source._MOST_ROWS", 10)
     source = jsonl(tmp_path / "in.jsonl")
-    config = str(ROOT / "accelerate_configs" / "cpu_2.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "sevpeft"]
-    done = subprocess.run(
-        [*launch, "annotate", str(source), str(tmp_path / "two.csv"), "method=rules"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Wrote 30 rows") == 1
+    with monkeypatch.context() as launch, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            launch.setenv(name, value)
+        child = os.fork()
+        if not child:
+            settings = settings_from(AnnotateSettings, ["method=rules"], {"data.path": str(source)})
+            try:
+                os._exit(0 if annotate(settings, tmp_path / "two.csv") is None else 1)
+            finally:
+                os._exit(2)
+        launch.setenv("RANK", "0")
+        assert run(source, tmp_path / "two.csv").rows == 30
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     with monkeypatch.context() as patched:
         patched.setattr(Rules, "explained", None)
         run(source, tmp_path / "found.csv")
@@ -295,25 +291,17 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
     return call
 
 
-def test_the_verb_shows_counts_weights_and_the_next_command(verb: Verb) -> None:
+def test_the_verb_shows_counts_weights_and_the_next_command_or_json_alone_or_its_settings(verb: Verb) -> None:
     code, out, err = verb("builtin:consultations", "out.jsonl", "method=rules", "replace=true")
     assert (code, err) == (0, "") and "█" in out and "critical" in out
     assert "effective sample size" in out and "sevpeft plan RECIPE data.path=out.jsonl" in out
-    code, out, err = verb("out.jsonl", "flat.csv", "method=rules", "replace=true", "temperature=50")
-    assert code == 0 and "severity.temperature=0.5" in " ".join(out.split())
-
-
-def test_the_verb_prints_json_alone(verb: Verb) -> None:
     code, out, _ = verb("builtin:consultations", "out.parquet", "method=rules", "replace=true", "--json")
     content = json.loads(out)
     assert code == 0 and content["rows"] == len(table("out.parquet")) == 420
     assert sum(content["counts"].values()) == 420 and content["weights"]["effective_sample_size"] > 0
-
-
-def test_the_verb_lists_its_settings(verb: Verb) -> None:
     code, out, _ = verb("--help")
     assert code == 0
-    for key in ("method=rules|linear", "temperature=", "replace=true|false", "data.question_column=", "data.max_rows="):
+    for key in ("method=rules|linear", "replace=true|false", "data.question_column=", "data.max_rows="):
         assert key in out
     assert "data.test_size" not in out and "data.path" not in out
 
@@ -326,7 +314,7 @@ def test_what_cannot_be_done_names_the_remedy(verb: Verb, tmp_path: Path) -> Non
         ("in.jsonl o.jsonl method=rule", 2, "rules"),
         ("in.jsonl o.jsonl metod=rules", 2, "method"),
         ("in.jsonl o.jsonl classifier=x lexicon=y", 2, "lexicon"),
-        ("in.jsonl o.jsonl method=rules temperature=-1", 2, "temperature"),
+        ("in.jsonl o.jsonl method=rules data.test_size=5", 2, "data"),
         ("in.jsonl o.jsonl method=rules data.question_colum=q", 2, "data.question_column"),
         ("in.jsonl o.pdf method=rules", 2, ".jsonl"),
         ("builtin:consultations o.jsonl method=rules", 1, "replace=true"),
@@ -348,8 +336,7 @@ def test_a_fitted_classifier_judges_and_must_be_of_the_kind_that_is_named(verb: 
     from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
     from sevpeft.severity.classifier.store import write_classifier
 
-    rules = Rules.load()
-    fitted = Calibrated(rules, Calibration((1 / 1.5,)))
+    fitted = Calibrated([RULES], Calibration((1 / 1.5,)))
     with whole_folder(tmp_path / "fitted") as folder:
         write_classifier(fitted, folder, {})
     source = str(jsonl(tmp_path / "in.jsonl"))
@@ -360,4 +347,4 @@ def test_a_fitted_classifier_judges_and_must_be_of_the_kind_that_is_named(verb: 
     assert np.abs(severity_probabilities(back) - fitted.probabilities(questions)).max() < 1e-15
     assert set(back["severity_method"]) == {"rules"} and set(back["severity_version"]) == {fitted.version}
     # Calibrated rules give their reasons too.
-    assert back["severity_evidence"][:] == [rules.evidence(question) for question in questions]
+    assert back["severity_evidence"][:] == RULES.explained(questions)[1]

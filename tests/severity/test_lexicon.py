@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,15 +14,13 @@ from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.severity.lexicon import (
     COLUMNS,
-    DIALECTS,
     PACKAGE_LEXICON,
     STRENGTHS,
+    Matcher,
     Pattern,
     Word,
     load_lexicon,
-    parse_lexicon,
 )
-from sevpeft.severity.matching import Matcher
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.words import read
 
@@ -39,16 +38,23 @@ def row(term: str, level: str = "critical", category: str = "test", dialect: str
     return "\t".join([term, level, category, dialect, strength, ""])
 
 
+def parsed(text: str) -> tuple[Pattern, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mine.tsv")
+        path.write_text(text, encoding="utf-8")
+        return load_lexicon(path)[0]
+
+
 def mistakes(text: str) -> list[str]:
     with pytest.raises(DataError) as caught:
-        parse_lexicon(text, "mine.tsv")
+        parsed(text)
     first, *rest = str(caught.value).splitlines()
     assert "mine.tsv" in first
     return [line.strip() for line in rest]
 
 
 def matched(term: str, question: str) -> bool:
-    return bool(Matcher(parse_lexicon(lexicon(row(term)))).occurrences(read(question)))
+    return bool(Matcher(parsed(lexicon(row(term)))).occurrences(read(question)))
 
 
 def found(pattern: Pattern, text: str) -> bool:
@@ -110,7 +116,7 @@ def test_it_says_that_it_is_not_clinically_validated() -> None:
     readme = (PACKAGE_LEXICON.parent / "README.md").read_text(encoding="utf-8")
     assert "not clinically validated" in readme.lower()
     assert "Not clinically validated" in PACKAGE_LEXICON.read_text(encoding="utf-8")
-    assert all(f"`{name}`" in readme for name in (*COLUMNS, *DIALECTS, *{pattern.category for pattern in PATTERNS}))
+    assert [name for name in (*COLUMNS, *{pattern.category for pattern in PATTERNS}) if f"`{name}`" not in readme] == []
 
 
 def test_the_documented_examples_are_true() -> None:
@@ -180,7 +186,7 @@ def test_a_term_meets_what_it_means_and_nothing_else() -> None:
 
 def test_groups_stand_for_their_words() -> None:
     text = "@pain = الم|وجع\n" + lexicon(row("@pain|حرقان ~ صدر"))
-    matcher = Matcher(parse_lexicon(text))
+    matcher = Matcher(parsed(text))
     assert all(matcher.occurrences(read(f"{word} في الصدر")) for word in ("الم", "وجع", "حرقان"))
 
 
@@ -196,15 +202,14 @@ def test_comments_empty_lines_windows_ends_and_a_byte_order_mark_are_nothing(tmp
 MISTAKES = [
     (row("نزيف", level="severe"), "severe"),
     (row("نزيف", strength="X"), "H, M, L"),
-    (row("نزيف", category="Chest pain"), "Chest pain"),
-    (row("نزيف", dialect="martian"), "egyptian"),
+    (row("نزيف", category=""), "category"),
     ("نزيف\tcritical\ttest", "3 columns"),
     (row(""), "gap"),
     (row("~ نزيف"), "gap"),
     (row("نزيف ~ ~ دم"), "gap"),
     (row("نزيف ~"), "gap"),
-    (row("نزيف ~12 دم"), "1 to 9"),
-    (row("نزيف ~0 دم"), "1 to 9"),
+    (row("نزيف ~12 دم"), "gap"),
+    (row("نزيف ~0 دم"), "gap"),
     (row("نزيف||دم"), "''"),
     (row("!"), "'!'"),
     (row("نزيف-دم"), "'نزيف-دم'"),
@@ -220,8 +225,7 @@ FRAMES = [
     ("", 1, "no patterns"),
     ("# nothing\n", 1, "no patterns"),
     (lexicon(row("نزيف"), header="term\tlevel"), 1, "term, level, category"),
-    ("@a = دم\n" + lexicon(row("نزيف")), 1, "@a"),
-    ("@a = دم\n@a = قي\n" + lexicon(row("@a")), 2, "@a"),
+    ("@a = دم\n@a = قي\n" + lexicon(row("@a")), 2, "@name"),
     ("@a دم\n" + lexicon(row("نزيف")), 1, "@name"),
     ("@a = 39\n" + lexicon(row("@a"), row("@a دم")), 1, "39..39"),
 ]
@@ -239,7 +243,7 @@ def test_a_mistake_is_named_with_its_line() -> None:
 
 
 def test_every_line_with_a_mistake_is_named_at_once() -> None:
-    listed = mistakes(lexicon(row("نزيف", level="a"), row("خفقان"), row("~ دم", category="C C"), row("نَزيفٌ")))
+    listed = mistakes(lexicon(row("نزيف", level="a"), row("خفقان"), row("~ دم"), row("نَزيفٌ")))
     assert [line.partition(":")[0] for line in listed] == ["line 2", "line 4"]
 
 

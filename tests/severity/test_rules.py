@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sevpeft.severity.lexicon import PACKAGE_LEXICON, load_lexicon
+from sevpeft.severity import rules as rules_module
+from sevpeft.severity.lexicon import COLUMNS, PACKAGE_LEXICON
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.rules import COUNTS, PRIOR, STRENGTH, Match, Rules, probabilities_of
 
@@ -494,13 +495,25 @@ def stated(question: str, *categories: str) -> bool:
     return any(not match.discounted and match.category in categories for match in RULES.matches(question))
 
 
+def reasons(question: str) -> str:
+    return RULES.explained([question])[1][0]
+
+
 def most_probable(question: str) -> str:
     return SEVERITIES[RULES.probabilities([question])[0].argmax()]
 
 
 def failing(rows: Iterable[tuple[str, ...]], holds: Callable[..., bool]) -> list[str]:
     """The questions of the rows that do not hold, with what the rules say of them."""
-    return [f"{row[0]} → {RULES.evidence(row[0])}" for row in rows if not holds(*row)]
+    return [f"{row[0]} → {reasons(row[0])}" for row in rows if not holds(*row)]
+
+
+def own_rules(folder: Path, *rows: str) -> Rules:
+    path = folder / "own.tsv"
+    path.write_text(
+        "\n".join(["\t".join(COLUMNS), *(row.replace(" | ", "\t") + "\t" for row in rows)]), encoding="utf-8"
+    )
+    return Rules.load(path)
 
 
 def test_a_stated_expression_counts_in_full_whatever_stands_beside_it() -> None:
@@ -514,53 +527,55 @@ def test_what_is_not_so_now_is_discounted_for_its_reason() -> None:
         assert wrong == [], context
 
 
-def test_a_look_alike_is_no_red_flag() -> None:
-    rows = [(question,) for question in LOOK_ALIKES]
-    assert failing(rows, lambda question: all(match.level != "critical" for match in RULES.matches(question))) == []
-
-
-def test_swallowed_harm_and_danger_differ_from_every_day_and_from_questions() -> None:
+def test_swallowed_harm_and_danger_differ_from_every_day_from_questions_and_from_look_alikes() -> None:
     swallowing = ("poisoning_bites", "choking_foreign_body")
-    red_flags = {pattern.category for pattern in load_lexicon()[0] if pattern.level == "critical"}
+    red_flags = {pattern.category for pattern in RULES._patterns if pattern.level == "critical"}
 
     def swallowed(question: str) -> list[Match]:
         return [match for match in RULES.matches(question) if match.category in swallowing]
 
-    tables: list[tuple[str, Callable[[str], bool]]] = [
-        (SWALLOWED, lambda question: stated(question, *swallowing) and most_probable(question) == "critical"),
-        (EVERYDAY, lambda question: all(match.evidence <= STRENGTH["L"] for match in swallowed(question))),
-        (ASKED, lambda question: not stated(question, *red_flags) and most_probable(question) != "critical"),
+    tables: list[tuple[list[str], Callable[[str], bool]]] = [
         (
-            BESIDE_A_QUESTION,
+            SWALLOWED.splitlines(),
+            lambda question: stated(question, *swallowing) and most_probable(question) == "critical",
+        ),
+        (EVERYDAY.splitlines(), lambda question: all(match.evidence <= STRENGTH["L"] for match in swallowed(question))),
+        (
+            ASKED.splitlines(),
+            lambda question: not stated(question, *red_flags) and most_probable(question) != "critical",
+        ),
+        (
+            BESIDE_A_QUESTION.splitlines(),
             lambda question: stated(question, *red_flags - {"danger"}) and most_probable(question) == "critical",
         ),
-        (IN_DANGER, lambda question: stated(question, "danger")),
+        (IN_DANGER.splitlines(), lambda question: stated(question, "danger")),
+        (LOOK_ALIKES, lambda question: all(match.level != "critical" for match in RULES.matches(question))),
     ]
-    wrong = [failing([(question,) for question in rows.strip().splitlines()], holds) for rows, holds in tables]
+    wrong = [failing([(question,) for question in rows if question], holds) for rows, holds in tables]
     assert wrong == [[]] * len(tables)
 
 
 # Probabilities
 
 
-def test_nothing_matched_is_the_prior() -> None:
-    np.testing.assert_allclose(RULES.probabilities(["", "xyz"]), [PRIOR, PRIOR])
-    assert math.isclose(sum(PRIOR), 1)
-    assert RULES.probabilities([]).shape == (0, 3)
+def test_the_formula_on_numbers_and_where_nothing_matched() -> None:
+    # Critical 4, neutral 1.2, mild 0.5: counted 4, 1.2/5, 0.5/6.2.
+    odds = np.array([0.43 * (1 + 0.5 / 6.2), 0.39 * 1.24, 0.18 * 5**1.7])
+    np.testing.assert_allclose(probabilities_of(np.array([[0.5, 1.2, 4.0]])), [odds / odds.sum()])
+    np.testing.assert_allclose(RULES.probabilities(["", "xyz", "؟!…"]), [PRIOR] * 3)
+    assert math.isclose(sum(PRIOR), 1) and RULES.probabilities([]).shape == (0, 3)
 
 
-def test_rows_are_distributions_without_zeros() -> None:
-    questions = [question for question, _ in STATED] + ["، ".join(question for question, _ in STATED)]
+def test_rows_are_distributions_without_zeros_and_do_not_depend_on_the_company() -> None:
+    questions = [question for question, _ in STATED + NEGATED]
+    questions += ["، ".join(questions)]
     found = RULES.probabilities(questions)
     assert found.dtype == np.float64 and found.shape == (len(questions), 3)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-12)
     assert found.min() > 0 and found.max() < 1
-
-
-def test_the_formula_on_numbers() -> None:
-    # Critical 4, neutral 1.2, mild 0.5: counted 4, 1.2/5, 0.5/6.2.
-    odds = np.array([0.43 * (1 + 0.5 / 6.2), 0.39 * 1.24, 0.18 * 5**1.7])
-    np.testing.assert_allclose(probabilities_of(np.array([[0.5, 1.2, 4.0]])), [odds / odds.sum()])
+    fresh = Rules.load()
+    np.testing.assert_array_equal(found[:5], np.vstack([fresh.probabilities([question]) for question in questions[:5]]))
+    np.testing.assert_array_equal(RULES.probabilities(questions[::-1])[::-1], found)
 
 
 def test_one_more_stated_red_flag_never_lowers_critical() -> None:
@@ -577,31 +592,22 @@ def test_more_critical_evidence_raises_critical_and_mild_evidence_lowers_it() ->
     base = probabilities_of(grid)[:, CRITICAL]
     assert (probabilities_of(grid + np.array([0, 0, 0.7]))[:, CRITICAL] > base).all()
     assert (probabilities_of(grid + np.array([0.7, 0, 0]))[:, CRITICAL] <= base).all()
-
-
-def test_worse_takes_priority_over_milder() -> None:
-    found = RULES.probabilities(["عندي زكام وصداع خفيف وحرارة وضيق تنفس"])[0]
-    assert found.argmax() == CRITICAL
-    assert RULES.probabilities(["عندي زكام وحرارة 38.5 والتهاب رئوي"])[0].argmax() == SEVERITIES.index("neutral")
-    assert RULES.probabilities(["تساقط الشعر عندي كثير"])[0].argmax() == SEVERITIES.index("non_critical")
+    ladder = ["عندي زكام وصداع خفيف وحرارة وضيق تنفس", "عندي زكام وحرارة 38.5 والتهاب رئوي", "تساقط الشعر عندي كثير"]
+    assert RULES.probabilities(ladder).argmax(axis=1).tolist() == [2, 1, 0]
 
 
 def test_a_denied_red_flag_is_no_evidence_and_others_are_little() -> None:
-    said = ["عندي جلطة", "هل ممكن تكون جلطة", "والدي توفي بجلطة", "ليس عندي جلطة"]
-    stated, possible, other, denied = RULES.probabilities(said)[:, CRITICAL]
-    assert stated > possible > other > denied == pytest.approx(PRIOR[CRITICAL])
+    written = ["عندي جلطة", "هل ممكن تكون جلطة", "والدي توفي بجلطة", "ليس عندي جلطة"]
+    fact, possible, other, denied = RULES.probabilities(written)[:, CRITICAL]
+    assert fact > possible > other > denied == pytest.approx(PRIOR[CRITICAL])
     assert COUNTS["negated"] == 0 and STRENGTH["H"] > STRENGTH["M"] > STRENGTH["L"]
 
 
-def test_one_complaint_said_twice_counts_once() -> None:
-    once, twice = RULES.probabilities(["عندي ضيق تنفس", "عندي ضيق تنفس، ضيق في التنفس وضيق نفس"])
-    np.testing.assert_allclose(once, twice)
-    lines = {match.line for match in of_category("عندي ضيق تنفس واختناق وكرشة نفس", "breathing")}
-    assert len(lines) >= 3
-    np.testing.assert_allclose(RULES.probabilities(["عندي ضيق تنفس واختناق وكرشة نفس"])[0], once)
-
-
-def test_the_stated_occurrence_counts_when_another_is_denied() -> None:
+def test_one_complaint_said_twice_counts_once_and_where_one_is_denied_the_stated_one() -> None:
+    once, twice, three = RULES.probabilities(
+        ["عندي ضيق تنفس", "عندي ضيق تنفس، ضيق في التنفس وضيق نفس", "عندي ضيق تنفس واختناق وكرشة نفس"]
+    )
+    np.testing.assert_allclose([once, once], [twice, three])
     found = of_category("لا أعاني من ضيق تنفس في الليل. اليوم عندي ضيق تنفس", "breathing")
     assert "stated" in {match.context for match in found}
 
@@ -611,66 +617,37 @@ def test_a_number_is_judged_by_the_words_beside_it() -> None:
     assert [bool(of_category(question, "metabolic_bp")) for question in both_ways] == [True, False, True, False, True]
 
 
-def test_probabilities_do_not_depend_on_the_company() -> None:
-    questions = [question for question, _ in STATED + NEGATED]
-    alone = np.vstack([Rules.load().probabilities([question]) for question in questions[:5]])
-    np.testing.assert_array_equal(RULES.probabilities(questions)[:5], alone)
-    np.testing.assert_array_equal(RULES.probabilities(questions[::-1])[::-1], RULES.probabilities(questions))
-
-
 # What it says about itself
 
 
-def test_the_evidence_names_words_levels_and_discounts() -> None:
-    said = RULES.evidence("عندي ضيق تنفس وحرارة. مفيش نزيف")
-    assert said == "critical: ضيق تنفس; neutral: وحراره; negated: نزيف"
-    assert RULES.evidence("xyz") == ""
-    assert "حرارته 39.7" in RULES.evidence("حرارته ٣٩٫٧")
-
-
-def test_the_last_word_does_not_stand_before_the_first() -> None:
-    # "بعد ما تعافيت" began after it; a last word أن is not before a first one.
-    said = "تعافيت من الجلطة وعندي زكام ان"
-    assert [match.context for match in RULES.matches(said) if match.words == "تعافيت"] == ["past"]
-
-
-def test_a_match_points_at_its_words() -> None:
-    question = "من الصبح عندي الم قوي في الصدر"
-    match = next(m for m in RULES.matches(question) if m.category == "chest_pain" and len(m.positions) == 2)
-    assert match.words == "الم الصدر" and match.positions == (3, 6)
-    assert (match.level, match.evidence, match.context) == ("critical", STRENGTH["H"], "stated")
-
-
-def test_the_positions_of_a_match_ascend_wherever_its_rarest_word_stands(tmp_path: Path) -> None:
-    path = tmp_path / "own.tsv"
-    terms = ("وجع شديد بطني", "وجع قديم", "شديد جدا")
-    rows = "".join(f"{term}\tneutral\tgastro\t\tM\t\n" for term in terms)
-    path.write_text("term\tlevel\tcategory\tdialect\tstrength\tnote\n" + rows, encoding="utf-8")
-    assert [match.positions for match in Rules.load(path).matches("عندي وجع شديد بطني")] == [(1, 2, 3)]
-
-
-def test_a_milder_word_inside_a_worse_match_is_left_out() -> None:
-    assert {match.level for match in RULES.matches("حرارته 40")} == {"critical"}
-
-
-def test_the_worst_comes_first() -> None:
+def test_the_reasons_name_words_levels_and_discounts_the_worst_first() -> None:
+    assert reasons("عندي ضيق تنفس وحرارة. مفيش نزيف") == "critical: ضيق تنفس; neutral: وحراره; negated: نزيف"
+    assert reasons("xyz") == ""
+    assert "حرارته 39.7" in reasons("حرارته ٣٩٫٧")
     levels = [SEVERITIES.index(match.level) for match in RULES.matches("زكام، حرارة، ضيق تنفس، نزيف")]
     assert levels == sorted(levels, reverse=True) and len(set(levels)) == 3
+    # A milder word inside a worse match is left out.
+    assert {match.level for match in RULES.matches("حرارته 40")} == {"critical"}
+    # "بعد ما تعافيت" began after it; a last word أن is not before a first one.
+    matches = RULES.matches("تعافيت من الجلطة وعندي زكام ان")
+    assert [match.context for match in matches if match.words == "تعافيت"] == ["past"]
 
 
-def test_the_version_follows_the_content(tmp_path: Path) -> None:
-    text = PACKAGE_LEXICON.read_text(encoding="utf-8")
-    same, other = tmp_path / "same.tsv", tmp_path / "other.tsv"
+def test_a_match_points_at_its_words_in_ascending_order_wherever_its_rarest_word_stands(tmp_path: Path) -> None:
+    matches = RULES.matches("من الصبح عندي الم قوي في الصدر")
+    match = next(one for one in matches if one.category == "chest_pain" and len(one.positions) == 2)
+    assert match.words == "الم الصدر" and match.positions == (3, 6)
+    assert (match.level, match.evidence, match.context) == ("critical", STRENGTH["H"], "stated")
+    rows = [f"{term} | neutral | gastro |  | M" for term in ("وجع شديد بطني", "وجع قديم", "شديد جدا")]
+    found = own_rules(tmp_path, *rows).matches("عندي وجع شديد بطني")
+    assert [match.positions for match in found] == [(1, 2, 3)]
+
+
+def test_another_lexicon_may_be_brought_and_the_version_follows_the_content(tmp_path: Path) -> None:
+    mine = own_rules(tmp_path, "طنين | critical | ear |  | H")
+    assert mine.explained(["عندي طنين ونزيف"])[1] == ["critical: طنين"]
+    mine.save(tmp_path)
+    assert Rules.load(tmp_path / rules_module.LEXICON).version == mine.version != RULES.version
+    same = tmp_path / "same.tsv"
     same.write_bytes(PACKAGE_LEXICON.read_bytes())
-    other.write_text(text + "كلمهجديده\tcritical\tnew\t\tH\t\n", encoding="utf-8")
-    assert Rules.load(same).version == RULES.version != Rules.load(other).version
-    assert RULES.kind == "rules"
-
-
-def test_another_lexicon_may_be_brought(tmp_path: Path) -> None:
-    path = tmp_path / "mine.tsv"
-    path.write_text(
-        "term\tlevel\tcategory\tdialect\tstrength\tnote\nطنين\tcritical\tear\t\tH\tmine\n", encoding="utf-8"
-    )
-    mine = Rules.load(path)
-    assert mine.evidence("عندي طنين ونزيف") == "critical: طنين"
+    assert Rules.load(same).version == RULES.version and RULES.kind == "rules"

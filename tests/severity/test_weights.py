@@ -10,14 +10,7 @@ import pytest
 
 from sevpeft.errors import WeightError
 from sevpeft.recipe import SEVERITY_PRESETS, recipe_from_values
-from sevpeft.severity.weights import (
-    WeightSummary,
-    advice,
-    checked_weights,
-    effective_sample,
-    histogram_lines,
-    severity_weights,
-)
+from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines, severity_weights
 
 BALANCED, UNEQUAL = SEVERITY_PRESETS["balanced"], (0.5, 1.0, 4.0)
 
@@ -78,7 +71,7 @@ def test_useless_coefficients_are_refused_whatever_the_control() -> None:
             with pytest.raises(WeightError):
                 severity_weights(np.eye(3), wrong, control=control)
     with pytest.raises(WeightError):
-        checked_weights(np.array([]))
+        severity_weights(np.empty((0, 3)), BALANCED)
 
 
 def test_a_summary_says_what_the_weights_amount_to() -> None:

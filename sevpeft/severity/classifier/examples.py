@@ -1,57 +1,62 @@
 """Labeled questions, and splits of them that put no question on both sides.
 
-A severity that a classifier wrote is refused as a label: agreement with a classifier is not accuracy. Rows that ask
-the same (near-duplicates included, where `prepare` found them) form one group, and splits are made of whole groups.
+Rows that ask the same (near-duplicates included, where `prepare` found them) form one group, and splits are made of
+whole groups. A severity that a classifier wrote is no label: agreement with a classifier is not accuracy.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from sevpeft.data.columns import listed
 from sevpeft.data.read import Consultations, load_consultations
 from sevpeft.data.split import question_keys
 from sevpeft.errors import DataError
-from sevpeft.severity.classifier.settings import ClassifierSettings
 from sevpeft.severity.probabilities import SEVERITIES, severity_probabilities
+from sevpeft.severity.settings import ClassifierSettings
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Labeled questions.
-
-    Attributes:
-        questions: (n,) text.
-        labels: (n,) int64, positions in `SEVERITIES`.
-        groups: (n,) int64, equal where two rows ask the same.
-        rows: (n,) int64, number of the row in the user's file.
-        blocks: (n,) names of the parts of the data (source, time, annotator); None where they are not known.
-    """
+    """Labeled questions; all of length n, the arrays of int64 but for `blocks`."""
 
     questions: list[str]
-    labels: np.ndarray
-    groups: np.ndarray
-    rows: np.ndarray
-    blocks: np.ndarray | None = None
+    labels: np.ndarray  # positions in `SEVERITIES`
+    groups: np.ndarray  # equal where two rows ask the same
+    rows: np.ndarray  # number of the row in the user's file
+    blocks: np.ndarray | None = None  # names of the parts of the data (source, time, annotator), where they are known
 
     def __len__(self) -> int:
         return len(self.questions)
 
+    @property
+    def complete(self) -> np.ndarray:
+        """(n,) bool: rows of blocks that have every severity; all rows where blocks are not known or all lack one.
+
+        A block that lacks a severity was labeled under other conditions; its shares say nothing about other rows.
+        """
+        if self.blocks is None:
+            return np.ones(len(self), dtype=bool)
+        names, index = np.unique(self.blocks, return_inverse=True)
+        found = np.zeros((len(names), len(SEVERITIES)), dtype=bool)
+        found[index, self.labels] = True
+        complete: np.ndarray = np.all(found, axis=1)
+        complete = complete[index]
+        return complete if complete.any() else ~complete
+
     def take(self, index: np.ndarray) -> Examples:
         """The rows at these positions, in this order."""
-        return Examples(
-            [self.questions[i] for i in index.tolist()],
-            self.labels[index],
-            self.groups[index],
-            self.rows[index],
-            None if self.blocks is None else self.blocks[index],
-        )
+        questions = [self.questions[i] for i in index.tolist()]
+        blocks = None if self.blocks is None else self.blocks[index]
+        return Examples(questions, self.labels[index], self.groups[index], self.rows[index], blocks)
 
 
-@dataclass(frozen=True)
-class Fold:
+class Fold(NamedTuple):
     """Positions of the rows to train on and of the rows to evaluate on."""
 
     name: str
@@ -66,11 +71,7 @@ def load_examples(settings: ClassifierSettings) -> tuple[Consultations, Examples
 
 
 def labeled_examples(consultations: Consultations, block_column: str | None = None) -> Examples:
-    """Every row with its severity.
-
-    Args:
-        consultations: read with `keep="all"`, so that a block column and a prepared folder's groups are there.
-        block_column: as it is called in the input.
+    """Every row with its severity, of consultations read with `keep="all"`; block_column as the input calls it.
 
     Raises:
         DataError: no severity column, one that a classifier wrote, a severity without a row, or no such block column.
@@ -81,47 +82,30 @@ def labeled_examples(consultations: Consultations, block_column: str | None = No
         raise DataError(f"{source} has no severity column; name it with data.severity_column=NAME.")
     if "severity_method" in rows.column_names and consultations.columns["severity"] == "severity":
         raise DataError(
-            f"The severities of {source} were given by a classifier (it has a column severity_method); name a column "
-            "that people filled with data.severity_column=NAME."
+            f"A classifier gave {source} its severities (column severity_method); name a column that people filled "
+            "with data.severity_column=NAME."
         )
     labels = severity_probabilities(rows.select_columns(["severity", "row"])).argmax(axis=1).astype(np.int64)
     check_severities(labels, source, "bring rows of every severity")
     # In a file that was not prepared, a column `group` may be an age group.
     grouped = bool(consultations.provenance) and "group" in rows.column_names
     keys = np.array(rows["group"]) if grouped else question_keys(rows)
-    return Examples(
-        questions=list(rows["question"]),
-        labels=labels,
-        groups=np.unique(keys, return_inverse=True)[1].astype(np.int64),
-        rows=np.array(rows["row"], dtype=np.int64),
-        blocks=None if block_column is None else _blocks(consultations, block_column),
-    )
+    groups = np.unique(keys, return_inverse=True)[1].astype(np.int64)
+    found = Examples(list(rows["question"]), labels, groups, np.array(rows["row"], dtype=np.int64))
+    if block_column is None:
+        return found
+    # By its name in the input, whether it was recognized or carried.
+    by_input = {name: own for own, name in (consultations.carried | consultations.columns).items()}
+    own = by_input.get(block_column, block_column)
+    if own not in rows.column_names:
+        raise DataError(f"{source} has no column '{block_column}' for block_column; it has {listed(sorted(by_input))}.")
+    return replace(found, blocks=np.array(["" if value is None else str(value) for value in rows[own]]))
 
 
 def fingerprints(consultations: Consultations) -> set[str]:
     """Fingerprints of the data and of whatever they were prepared from."""
-
-    def inside(content: Any) -> set[str]:
-        if isinstance(content, dict):
-            own = {value for key, value in content.items() if "fingerprint" in key and isinstance(value, str)}
-            return own.union(*map(inside, content.values()))
-        return set().union(*map(inside, content)) if isinstance(content, list) else set()
-
-    return {consultations.fingerprint} | inside(consultations.provenance) | inside(consultations.files)
-
-
-def complete_rows(labels: np.ndarray, blocks: np.ndarray | None) -> np.ndarray:
-    """(n,) bool: rows of blocks that have every severity; all rows where blocks are not known.
-
-    A block that lacks a severity was labeled under other conditions; its shares say nothing about other rows.
-    """
-    if blocks is None:
-        return np.ones(len(labels), dtype=bool)
-    names, index = np.unique(blocks, return_inverse=True)
-    found = np.zeros((len(names), len(SEVERITIES)), dtype=bool)
-    found[index, labels] = True
-    complete: np.ndarray = np.all(found, axis=1)
-    return complete[index]
+    origin = json.dumps([consultations.provenance, consultations.files])
+    return {consultations.fingerprint, *re.findall(r'fingerprint": "([^"]+)"', origin)}
 
 
 def check_severities(labels: np.ndarray, what: str, remedy: str) -> None:
@@ -131,14 +115,9 @@ def check_severities(labels: np.ndarray, what: str, remedy: str) -> None:
 
 
 def grouped_folds(examples: Examples, folds: int = 5, *, seed: int = 0) -> list[Fold]:
-    """Folds of whole groups, the severities in proportion.
-
-    Raises:
-        DataError: a severity has fewer groups than there are folds.
-    """
+    """Folds of whole groups, the severities in proportion; DataError where a severity has too few groups."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    check_severities(examples.labels, "The data", "bring rows of every severity")
     for position, name in enumerate(SEVERITIES):
         groups = len(np.unique(examples.groups[examples.labels == position]))
         if groups < folds:
@@ -150,36 +129,14 @@ def grouped_folds(examples: Examples, folds: int = 5, *, seed: int = 0) -> list[
     return [Fold(f"fold {number}", train, test) for number, (train, test) in enumerate(parts, start=1)]
 
 
-def hold_out(examples: Examples, share: float, *, seed: int = 0) -> Fold:
-    """One fold: about `share` of the groups to evaluate (or calibrate) on, the severities in proportion."""
-    return grouped_folds(examples, folds=max(2, round(1 / share)), seed=seed)[0]
-
-
 def block_folds(examples: Examples) -> list[Fold]:
-    """One fold for each block that has every severity; rows elsewhere that ask what its rows ask are not trained on.
-
-    Raises:
-        DataError: what is left to train on lacks a severity.
-    """
-    if examples.blocks is None:
-        raise ValueError("examples without blocks")
-    folds = []
-    for name in sorted(set(examples.blocks[complete_rows(examples.labels, examples.blocks)].tolist())):
+    """One fold for each block that has every severity; rows elsewhere that ask what its rows ask are not trained on."""
+    assert examples.blocks is not None
+    folds, other = [], "name another block_column"
+    for name in np.unique(examples.blocks[examples.complete]).tolist():
         inside = examples.blocks == name
-        same = np.isin(examples.groups, examples.groups[inside])
-        train = np.flatnonzero(~inside & ~same)
-        check_severities(
-            examples.labels[train], f"Without block {name}, the training data", "name another block_column"
-        )
+        train = np.flatnonzero(~np.isin(examples.groups, examples.groups[inside]))
+        check_severities(examples.labels[inside], f"Block {name} (and every other lacks a severity too)", other)
+        check_severities(examples.labels[train], f"Without block {name}, the training data", other)
         folds.append(Fold(name, train, np.flatnonzero(inside)))
     return folds
-
-
-def _blocks(consultations: Consultations, column: str) -> np.ndarray:
-    """A column by its name in the input, whether it was recognized or carried."""
-    by_input = {name: own for own, name in (consultations.carried | consultations.columns).items()}
-    own = by_input.get(column, column)
-    if own not in consultations.rows.column_names:
-        known = ", ".join(sorted(name for name in by_input if len(name) <= 40)[:20])
-        raise DataError(f"{consultations.source} has no column '{column}' for block_column; it has {known}.")
-    return np.array(["" if value is None else str(value) for value in consultations.rows[own]])

@@ -1,14 +1,15 @@
-"""A classifier's folder, written whole or not at all; what is read back must have the version that was written.
+"""A classifier's folder, written whole or not at all, and the report of its evaluation.
 
 FOLDER/ holds classifier.json (kind, version, labels by name, calibration, training), the files of its kind
-(linear.safetensors and vocabulary.json, lexicon.tsv, transformer/) and the report. Nothing is pickled. The version is a
-hash over whatever gives the probabilities, so it also tells whether a file is damaged.
+(linear.safetensors and vocabulary.json, lexicon.tsv, transformer/), metrics.json and the card README.md. Nothing is
+pickled. The version is a hash over whatever gives the probabilities, so it also tells whether a file is damaged. The
+card (card.md filled in) is published: no row of the data, no path and no name of a person or machine stands in it.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,37 +17,26 @@ from typing import Any
 import numpy as np
 
 from sevpeft import __version__
+from sevpeft.console import number_text
 from sevpeft.data.read import Consultations
 from sevpeft.errors import DataError, first_sentence
-from sevpeft.severity.classifier.calibrate import Calibrated, Calibration, RulesAndLinear
+from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
+from sevpeft.severity.classifier.evaluate import Metrics
 from sevpeft.severity.classifier.examples import Examples, fingerprints
 from sevpeft.severity.classifier.linear import LinearClassifier
-from sevpeft.severity.classifier.settings import ClassifierSettings
-from sevpeft.severity.lexicon import PACKAGE_LEXICON
-from sevpeft.severity.probabilities import SEVERITIES, SeverityClassifier
-from sevpeft.severity.rules import Rules
+from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.rules import LEXICON, Rules
+from sevpeft.severity.settings import ClassifierSettings
 
-ABOUT, LEXICON, TRANSFORMER = "classifier.json", "lexicon.tsv", "transformer"
+ABOUT = "classifier.json"
 # Counts up when a folder's layout changes so that older versions of sevpeft cannot read it.
 FORMAT = 2
 
 
-def write_classifier(
-    classifier: Calibrated, folder: Path, training: dict[str, Any], lexicon: str | Path | None = None
-) -> dict[str, Any]:
-    """Writes a classifier into a folder that `whole_folder` builds; returns its description.
-
-    Args:
-        training: what it was fitted on, as `training_record` gives it.
-        lexicon: of its rules, when it is not the package's own.
-    """
-    inner: Any = classifier.classifier
-    if inner.kind in ("rules", "rules+linear"):
-        shutil.copyfile(Path(lexicon or PACKAGE_LEXICON).expanduser(), folder / LEXICON)
-    if inner.kind in ("linear", "rules+linear"):
-        getattr(inner, "linear", inner).save(folder)
-    if inner.kind == "transformer":
-        inner.save(folder / TRANSFORMER)
+def write_classifier(classifier: Calibrated, folder: Path, training: dict[str, Any]) -> dict[str, Any]:
+    """Writes a classifier into a folder that `whole_folder` builds; returns its description with `training_record`."""
+    for source in classifier.sources:
+        source.save(folder)
     about = {
         "format": FORMAT,
         "kind": classifier.kind,
@@ -61,40 +51,36 @@ def write_classifier(
 
 
 def load_classifier(folder: Path) -> Calibrated:
-    """The classifier in a folder, calibrated.
-
-    Raises:
-        DataError: there is none, or it is damaged, of another format or label order, or gives other probabilities now.
-    """
+    """The classifier in a folder; DataError where there is none or a damaged one, or one of another version."""
     about = read_about(folder)
     if about.get("format") != FORMAT or about.get("labels") != list(SEVERITIES):
         raise DataError(f"{folder} was written by another version of sevpeft ({about.get('sevpeft')}); fit it again.")
     try:
         calibration = Calibration(**{name: tuple(map(float, values)) for name, values in about["calibration"].items()})
-        classifier = Calibrated(_read(about["kind"], folder), calibration)
-    except DataError:
-        raise
+        classifier = Calibrated([_source(kind, folder) for kind in about["kind"].split("+")], calibration)
     except Exception as error:  # whatever the libraries raise on files that are absent or cut
         reason = first_sentence(error)
         raise DataError(f"{folder} cannot be loaded ({reason}); copy it again, or fit it again.") from error
     if classifier.version != about.get("version"):
-        raise DataError(
-            f"{folder} is damaged, or this version of sevpeft gives its probabilities in another way, and its "
-            "calibration does not hold for this one; copy it again, or fit it again."
-        )
+        raise DataError(f"{folder} is damaged, or its probabilities are others in this version; fit it again.")
     return classifier
+
+
+def _source(kind: str, folder: Path) -> Any:
+    if kind == "transformer":
+        from sevpeft.severity.classifier.transformer import TransformerClassifier
+
+        return TransformerClassifier.load(folder)
+    return {"rules": lambda: Rules.load(folder / LEXICON), "linear": lambda: LinearClassifier.load(folder)}[kind]()
 
 
 def read_about(folder: Path) -> dict[str, Any]:
     """The description of a classifier; raises DataError where there is none."""
     try:
         return dict(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
-    except OSError:
-        raise DataError(
-            f"There is no classifier in {folder} (no {ABOUT}); fit one with `sevpeft classifier fit DATA OUTPUT`."
-        ) from None
-    except (ValueError, TypeError):
-        raise DataError(f"{folder / ABOUT} is damaged; copy the folder again, or fit it again.") from None
+    except (OSError, ValueError, TypeError):
+        problem = f"{folder} has no classifier, or a damaged {ABOUT}"
+        raise DataError(f"{problem}; fit one with `sevpeft classifier fit DATA OUTPUT`.") from None
 
 
 def training_record(consultations: Consultations, examples: Examples, settings: ClassifierSettings) -> dict[str, Any]:
@@ -112,14 +98,33 @@ def training_record(consultations: Consultations, examples: Examples, settings: 
     return record
 
 
-def _read(kind: str, folder: Path) -> SeverityClassifier:
-    if kind == "linear":
-        return LinearClassifier.load(folder)
-    if kind == "transformer":
-        from sevpeft.severity.classifier.transformer import TransformerClassifier
+def write_report(folder: Path, about: Mapping[str, Any], evaluations: Mapping[str, Metrics]) -> None:
+    """Writes metrics.json and the card; `about` is what classifier.json says."""
+    from huggingface_hub import ModelCard, ModelCardData
 
-        return TransformerClassifier.load(folder / TRANSFORMER)
-    if kind not in ("rules", "rules+linear"):
-        raise ValueError(kind)
-    rules = Rules.load(folder / LEXICON)
-    return rules if kind == "rules" else RulesAndLinear(rules, LinearClassifier.load(folder))
+    (folder / "metrics.json").write_text(json.dumps(as_json(about, evaluations), indent=2) + "\n", encoding="utf-8")
+    tags = ["medical", "arabic", "severity", "sevpeft"]
+    data = ModelCardData(language="ar", library_name="sevpeft", pipeline_tag="text-classification", tags=tags)
+    sections = "\n\n".join(markdown(heading, evaluation) for heading, evaluation in evaluations.items())
+    card = ModelCard.from_template(
+        data, template_path=str(Path(__file__).with_name("card.md")), about=about, evaluations=sections
+    )
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def as_json(about: Mapping[str, Any], evaluations: Mapping[str, Metrics]) -> dict[str, Any]:
+    """What is known of the classifier and every figure; what is not a number becomes null."""
+    return {**about, "evaluations": json.loads(json.dumps(evaluations), parse_constant=lambda constant: None)}
+
+
+def markdown(heading: str, evaluation: Metrics) -> str:
+    """Figures beside those of the baselines, each block alone, and what a reader should not miss (evaluation.md)."""
+    from jinja2 import Template
+
+    def number(metrics: Metrics, figure: str) -> str:
+        """0.482 [0.451, 0.509], or without the interval where none was made."""
+        value, low, high = (number_text(metrics["figures"][figure][name], 4) for name in ("value", "low", "high"))
+        return value if low == number_text(None) else f"{value} [{low}, {high}]"
+
+    template = Template(Path(__file__).with_name("evaluation.md").read_text(encoding="utf-8"), trim_blocks=True)
+    return template.render(heading=heading, severities=SEVERITIES, number=number, **evaluation)

@@ -10,19 +10,12 @@ import pytest
 
 from sevpeft.errors import DataError
 from sevpeft.severity.classifier import calibrate
-from sevpeft.severity.classifier.calibrate import (
-    Calibrated,
-    Calibration,
-    RulesAndLinear,
-    fit_calibrated,
-    fit_calibration,
-    fit_of,
-)
+from sevpeft.severity.classifier.calibrate import Calibrated, Calibration, fit_calibrated, fit_calibration, fit_of
 from sevpeft.severity.classifier.evaluate import score
 from sevpeft.severity.classifier.examples import Examples, grouped_folds
 from sevpeft.severity.classifier.linear import fit_linear
-from sevpeft.severity.classifier.settings import FitSettings
 from sevpeft.severity.lexicon import COLUMNS
+from sevpeft.severity.settings import FitSettings
 
 from .conftest import build_examples
 
@@ -40,7 +33,7 @@ def drawn(count: int, temperature: float, seed: int = 0) -> tuple[np.ndarray, np
 
 
 def ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    return score(probabilities, labels, np.arange(len(labels)), resamples=0).figures["ece_critical"].value
+    return score(probabilities, labels, np.arange(len(labels)), resamples=0)["figures"]["ece_critical"]["value"]
 
 
 def test_a_planted_temperature_is_found() -> None:
@@ -103,9 +96,9 @@ class Watching:
         self.fitted_on: list[list[str]] = []
         self.asked: list[list[str]] = []
 
-    def __call__(self, examples: Examples) -> Watching:
+    def __call__(self, examples: Examples) -> list[Watching]:
         self.fitted_on.append(examples.questions)
-        return self
+        return [self]
 
     def probabilities(self, questions: list[str]) -> np.ndarray:
         self.asked.append(list(questions))
@@ -141,10 +134,10 @@ def test_the_calibration_is_that_of_the_rows_out_of_fold(examples: Examples) -> 
     unseen = np.empty((len(examples), 3))
     for fold in grouped_folds(examples, seed=4):
         unseen[fold.test] = fit_linear(examples.take(fold.train)).probabilities(examples.take(fold.test).questions)
-    found = fit_calibrated(examples, fit_linear, FitSettings(seed=4))
+    found = fit_calibrated(examples, lambda rows: [fit_linear(rows)], FitSettings(seed=4))
     expected = fit_calibration([unseen], examples.labels).apply(unseen)
     np.testing.assert_allclose(found.calibration.apply(unseen), expected, atol=1e-3)
-    assert found.classifier.version == fit_linear(examples).version
+    assert found.sources[0].version == fit_linear(examples).version
 
 
 def test_rows_of_blocks_that_lack_a_severity_do_not_calibrate() -> None:
@@ -167,16 +160,17 @@ def test_rules_that_know_get_weight_and_rules_that_do_not_get_none(lexicon: Path
     found = {}
     for path in (lexicon, unrelated):
         settings = FitSettings(kind="rules+linear", lexicon=str(path))
-        found[path] = fit_calibrated(build_examples(240), fit_of(settings), settings).calibration.weights
+        found[path] = fit_calibrated(build_examples(150), fit_of(settings), settings).calibration.weights
     assert found[lexicon][0] > 0.3
     assert found[unrelated][0] < 0.2 and found[unrelated][1] > 0.5
     settings = FitSettings(kind="rules+linear", lexicon=str(lexicon))
     both = fit_calibrated(few, fit_of(settings), settings)
-    alone = fit_calibrated(few, fit_linear, LINEAR)
+    alone = fit_calibrated(few, fit_of(LINEAR), LINEAR)
     right = [one.probabilities(rest.questions)[np.arange(300), rest.labels] for one in (both, alone)]
     assert np.log(right[0]).mean() > np.log(right[1]).mean() + 0.05, "knowing rules help where rows are few"
-    assert isinstance(both.classifier, RulesAndLinear)
-    assert both.kind == "rules+linear" and both.classifier.evidence("عندي نزيف") == "critical: نزيف"
+    probabilities, reasons = both.explained(["عندي نزيف"])
+    assert both.kind == "rules+linear" and reasons == ["critical: نزيف"]
+    np.testing.assert_array_equal(probabilities, both.probabilities(["عندي نزيف"]))
 
 
 def test_the_linear_part_is_weighed_by_rows_it_did_not_see(lexicon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +187,6 @@ def test_the_linear_part_is_weighed_by_rows_it_did_not_see(lexicon: Path, monkey
 
 
 def test_the_version_changes_with_the_calibration_and_only_with_it() -> None:
-    one, same, other = (Calibrated(Watching(), Calibration((weight,))) for weight in (1.5, 1.5, 1.6))
+    one, same, other = (Calibrated([Watching()], Calibration((weight,))) for weight in (1.5, 1.5, 1.6))
     assert one.version == same.version != other.version
     np.testing.assert_allclose(one.probabilities(["?"]), Calibration((1.5,)).apply(np.array([[0.4, 0.35, 0.25]])))

@@ -12,14 +12,7 @@ import pytest
 
 from sevpeft.data.read import Consultations, load_consultations
 from sevpeft.errors import DataError, SevpeftError
-from sevpeft.severity.classifier.examples import (
-    Examples,
-    block_folds,
-    complete_rows,
-    grouped_folds,
-    hold_out,
-    labeled_examples,
-)
+from sevpeft.severity.classifier.examples import Examples, block_folds, grouped_folds, labeled_examples
 from sevpeft.severity.probabilities import SEVERITIES
 
 from .conftest import build_examples
@@ -79,8 +72,9 @@ def test_labels_that_do_not_serve_are_refused_without_being_quoted(tmp_path: Pat
 
 def test_complete_rows_are_those_of_blocks_with_every_severity() -> None:
     labels, blocks = np.array([0, 1, 2, 2, 2, 0]), np.array(["a", "a", "a", "b", "b", "b"])
-    assert complete_rows(labels, blocks).tolist() == [True, True, True, False, False, False]
-    assert complete_rows(labels, None).all()
+    rows = Examples([""] * 6, labels, np.arange(6), np.arange(6), blocks)
+    assert rows.complete.tolist() == [True, True, True, False, False, False]
+    assert replace(rows, blocks=None).complete.all() and rows.take(np.array([0, 3, 4])).complete.all()
 
 
 def test_grouped_folds_test_every_row_once_part_no_group_and_keep_the_proportions() -> None:
@@ -94,8 +88,6 @@ def test_grouped_folds_test_every_row_once_part_no_group_and_keep_the_proportion
     whole = np.bincount(examples.labels) / 200
     for fold in grouped_folds(examples):
         np.testing.assert_allclose(np.bincount(examples.labels[fold.test]) / len(fold.test), whole, atol=0.03)
-    for share in (0.5, 0.2, 0.1):
-        assert len(hold_out(examples, share).test) / 200 == pytest.approx(share, abs=0.05)
     one, same, other = (grouped_folds(examples, seed=seed)[0].test.tolist() for seed in (1, 1, 2))
     assert one == same != other
 
@@ -129,8 +121,12 @@ def test_too_few_questions_or_severities_are_refused(examples: Examples) -> None
     for split, expected in (
         (lambda: grouped_folds(examples.take(few)), "critical has 3 distinct questions"),
         (lambda: grouped_folds(copied), "critical has 1 distinct questions"),
-        (lambda: grouped_folds(examples.take(np.flatnonzero(examples.labels == 0))), "no neutral and no critical"),
+        (
+            lambda: grouped_folds(examples.take(np.flatnonzero(examples.labels == 0))),
+            "neutral has 0 distinct questions",
+        ),
         (lambda: block_folds(whole), "Without block one"),
+        (lambda: block_folds(replace(examples, blocks=examples.labels.astype(str))), "block_column"),
     ):
         with pytest.raises(DataError, match=expected):
             split()

@@ -8,26 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
 
 from sevpeft.errors import DataError
 from sevpeft.severity.classifier import linear
 from sevpeft.severity.classifier.examples import Examples
-from sevpeft.severity.classifier.linear import (
-    ARRAYS,
-    VOCABULARY,
-    LinearClassifier,
-    features,
-    fit_linear,
-    scale_views,
-    stem,
-    views_of,
-)
+from sevpeft.severity.classifier.linear import ARRAYS, VOCABULARY, LinearClassifier, features, fit_linear, stem
 
 from .conftest import build_examples
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def examples() -> Examples:
+    return build_examples()
+
+
+@pytest.fixture(scope="module")
 def fitted(examples: Examples) -> LinearClassifier:
     return fit_linear(examples)
 
@@ -91,7 +86,7 @@ def test_questions_that_share_nothing_are_refused_without_being_quoted() -> None
 def test_an_intercept_for_each_block_keeps_the_place_out_of_the_words() -> None:
     # The second block calls everything one step worse and, by accident, always says "دمشق".
     plain, blocked = [], []
-    for seed in range(3):
+    for seed in range(2):
         examples = build_examples(300, seed=seed, noise=0.3)
         second = np.arange(300) >= 150
         labels = np.where(second, np.minimum(examples.labels + 1, 2), examples.labels)
@@ -137,18 +132,10 @@ def test_features_are_parts_of_words_and_stems() -> None:
     assert "=البطن" not in found
     marked = features("a=b =نزيف =")
     assert [name for name in marked if "=" in name[1:]] == []
-    assert views_of(marked).sum() == len([name for name in marked if name.startswith("=")]) == 3
+    assert len([name for name in marked if name.startswith("=")]) == 3
 
 
 def test_forms_of_a_word_share_a_stem_and_short_words_are_not_cut() -> None:
     for one, other in (("والمعده", "معده"), ("نزيفها", "النزيف"), ("صداع", "بالصداع"), ("حبوب", "وحبوبي")):
         assert stem(one) == stem(other), one
     assert [word for word in ("دم", "قلب", "الم", "ورم", "بول", "ات", "") if stem(word) != word] == []
-
-
-def test_each_view_of_a_row_has_the_same_length() -> None:
-    rows = csr_matrix(np.array([[3.0, 4.0, 5.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
-    found = scale_views(rows, np.array([0, 0, 1, 1])).toarray()
-    half = np.sqrt(0.5)
-    np.testing.assert_allclose(found, [[0.6 * half, 0.8 * half, half, 0], [half, 0, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_allclose(rows.toarray()[0], [3, 4, 5, 0], err_msg="the rows given are left as they were")

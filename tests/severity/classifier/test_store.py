@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from sevpeft.errors import DataError
 from sevpeft.severity import rules
-from sevpeft.severity.classifier.calibrate import Calibrated, Calibration, RulesAndLinear
+from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
 from sevpeft.severity.classifier.examples import Examples
 from sevpeft.severity.classifier.linear import ARRAYS, VOCABULARY, fit_linear
-from sevpeft.severity.classifier.store import ABOUT, LEXICON, load_classifier, read_about, write_classifier
-from sevpeft.severity.rules import Rules
+from sevpeft.severity.classifier.store import ABOUT, load_classifier, read_about, write_classifier
+from sevpeft.severity.rules import LEXICON, Rules
 
 
 def edit(**changes: Any) -> Callable[[Path], object]:
@@ -69,13 +69,13 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 def test_every_kind_comes_back_the_same_with_its_lexicon(tmp_path: Path, examples: Examples, lexicon: Path) -> None:
     linear, own = fit_linear(examples), Rules.load(lexicon)
     for classifier in (
-        Calibrated(linear, Calibration((0.7,))),
-        Calibrated(own, Calibration((0.7,), (0.0, 0.3, -1.0))),
-        Calibrated(RulesAndLinear(own, linear), Calibration((0.2, 0.9), (0.0, 0.3, -1.0))),
+        Calibrated([linear], Calibration((0.7,))),
+        Calibrated([own], Calibration((0.7,), (0.0, 0.3, -1.0))),
+        Calibrated([own, linear], Calibration((0.2, 0.9), (0.0, 0.3, -1.0))),
     ):
         folder = tmp_path / classifier.kind
         folder.mkdir()
-        write_classifier(classifier, folder, {"rows": 240, "fingerprints": ["sha256:1"]}, lexicon)
+        write_classifier(classifier, folder, {"rows": 240, "fingerprints": ["sha256:1"]})
         copied = folder / LEXICON
         assert copied.exists() == ("rules" in classifier.kind)
         loaded = load_classifier(folder)
@@ -86,7 +86,7 @@ def test_every_kind_comes_back_the_same_with_its_lexicon(tmp_path: Path, example
 
 
 def test_what_is_not_as_it_was_written_is_refused(tmp_path: Path, examples: Examples) -> None:
-    classifier, accepted = Calibrated(fit_linear(examples), Calibration((0.7,))), []
+    classifier, accepted = Calibrated([fit_linear(examples)], Calibration((0.7,))), []
     for name, damage in BROKEN.items():
         folder = tmp_path / name
         folder.mkdir()
@@ -103,7 +103,7 @@ def test_what_is_not_as_it_was_written_is_refused(tmp_path: Path, examples: Exam
 def test_a_lexicon_or_rules_that_changed_are_refused(
     tmp_path: Path, lexicon: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_classifier(Calibrated(Rules.load(lexicon), Calibration()), tmp_path, {}, lexicon)
+    write_classifier(Calibrated([Rules.load(lexicon)], Calibration()), tmp_path, {})
     monkeypatch.setattr(rules, "CODE_VERSION", 99)
     with pytest.raises(DataError):
         load_classifier(tmp_path)

@@ -1,14 +1,45 @@
-"""Settings of `sevpeft classifier fit` and `sevpeft classifier evaluate`, given as KEY=VALUE."""
+"""Settings of `sevpeft annotate`, `classifier fit` and `classifier evaluate`, given as KEY=VALUE."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sevpeft.recipe import DataSection, Section
 
-SPLIT_KEYS = {"validation_size", "test_size", "seed"}
+
+class _ReadingSettings(Section):
+    data: DataSection = Field(default_factory=DataSection)
+    """The consultations."""
+
+    @field_validator("data")
+    @classmethod
+    def _is_not_split(cls, data: DataSection) -> DataSection:
+        if unused := sorted({"validation_size", "test_size", "seed"} & data.model_fields_set):
+            raise ValueError(f"{', '.join(unused)}: how a recipe splits, which nothing is here; remove it")
+        return data
+
+
+class AnnotateSettings(_ReadingSettings):
+    """What is annotated, and by what."""
+
+    method: Literal["rules", "linear", "rules+linear", "transformer"] | None = None
+    """Kind of the classifier; unset, that of `classifier`."""
+    classifier: str | None = None
+    """Folder that `sevpeft classifier fit` made; rules work without one."""
+    lexicon: str | None = None
+    """Lexicon file of the rules, if not the package's own."""
+    replace: bool = False
+    """Annotate rows that have severity already; what people gave is kept as severity_given."""
+
+    @model_validator(mode="after")
+    def _has_one_classifier(self) -> AnnotateSettings:
+        if self.classifier is None and self.method != "rules":
+            raise ValueError("needs method=rules, or classifier=FOLDER (made by `sevpeft classifier fit DATA FOLDER`)")
+        if self.classifier is not None and self.lexicon is not None:
+            raise ValueError("has lexicon and classifier, which has a lexicon of its own; remove one")
+        return self
 
 
 class EncoderSection(Section):
@@ -16,26 +47,19 @@ class EncoderSection(Section):
 
     name_or_path: str = "CAMeL-Lab/bert-base-arabic-camelbert-mix"
     """Hub id or folder of the encoder."""
-    lora_r: int | None = Field(default=None, ge=1)
-    """Rank of LoRA adapters on all linear layers; null trains all weights."""
-    num_train_epochs: float = Field(default=6, gt=0)
-    """Epochs, at most."""
-    learning_rate: float | None = Field(default=None, gt=0)
-    """Learning rate; null is 2e-5, or 3e-4 with LoRA."""
+    num_train_epochs: float = Field(default=4, gt=0)
+    """Epochs."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """Learning rate."""
     per_device_train_batch_size: int = Field(default=16, ge=1)
     """Questions of a training step."""
-    early_stopping_patience: int = Field(default=2, ge=1)
-    """Epochs without a better validation loss before the training stops."""
-    # Of real questions, fewer than one in a hundred is longer.
     max_length: int = Field(default=256, ge=1)
     """Tokens of a question; the end of a longer one is not read."""
 
 
-class ClassifierSettings(Section):
-    """What both verbs take."""
+class ClassifierSettings(_ReadingSettings):
+    """What both verbs of `sevpeft classifier` take."""
 
-    data: DataSection = Field(default_factory=DataSection)
-    """The labeled consultations."""
     kind: Literal["linear", "transformer", "rules", "rules+linear"] = "linear"
     """What is fitted."""
     seed: int = Field(default=0, ge=0)
@@ -46,13 +70,6 @@ class ClassifierSettings(Section):
     """Lexicon of the rules; null is the package's."""
     encoder: EncoderSection = Field(default_factory=EncoderSection)
     """The encoder of kind=transformer."""
-
-    @field_validator("data")
-    @classmethod
-    def _reads_only(cls, data: DataSection) -> DataSection:
-        if unused := sorted(SPLIT_KEYS & data.model_fields_set):
-            raise ValueError(f"{', '.join(unused)}: how a recipe splits; write test_size and seed without data")
-        return data
 
     @field_validator("lexicon", "encoder")
     @classmethod
