@@ -1,9 +1,8 @@
-"""The split into train, validation and test, with every question on one side only.
+"""Splits the rows into train, validation and test, with every question on one side only.
 
-Forum questions are posted again and again; a question that stands in train and in test turns the test into one of
-memory. So not rows but groups of rows with the same folded question, or with nearly the same one, are drawn, stratum
-by stratum, in the order of a seeded hash: the same on every machine, with every version of every library, and in
-whatever order the rows come. Whole values of a column, such as years or hospitals, can be held out too.
+Forum questions are posted again and again; one that stands in train and in test turns the test into one of memory. So
+groups of rows with the same question are drawn, stratum by stratum, in the order of a seeded hash: the same on every
+machine, with every library, and in whatever order the rows come. Whole values of a column can be held out too.
 """
 
 from __future__ import annotations
@@ -12,25 +11,21 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from fractions import Fraction
+from decimal import Decimal
+from typing import Any
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from sevpeft.data.columns import listed
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.recipe import DataSection
 
 TRAIN, VALIDATION, TEST = range(3)
 SIDES = ("train", "validation", "test")
-
-_SPELLINGS = {
-    **dict.fromkeys(("train", "training"), TRAIN),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
-    "test": TEST,
-}
+_SPELLINGS = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2}
 
 
 @dataclass(frozen=True)
@@ -38,15 +33,13 @@ class Splits:
     """Three parts of the rows, each in the rows' order; `test` may have none.
 
     Attributes:
-        groups: number of distinct questions, by their folded form, or of the groups that were given.
         by: "column split" where the rows say it themselves, else "random".
-        leaks: number of those that the rows' own splits have on more than one side.
+        leaks: number of questions (or of the groups that were given) that the rows' own splits have on several sides.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset
     test: datasets.Dataset
-    groups: int
     by: str
     leaks: int = 0
 
@@ -75,8 +68,8 @@ def split_rows(
     keys = question_keys(rows, data.seed) if keys is None else keys
     sides = draw_sides(keys, data, strata=strata, given=given)
     train, validation, test = (rows.select(np.flatnonzero(sides == side)) for side in (TRAIN, VALIDATION, TEST))
-    groups, leaks = len(np.unique(keys)), 0 if given is None else len(np.unique(keys[crossing(sides, keys)]))
-    return Splits(train, validation, test, groups, "random" if given is None else "column split", leaks)
+    leaks = 0 if given is None else len(np.unique(keys[crossing(sides, keys)]))
+    return Splits(train, validation, test, "random" if given is None else "column split", leaks)
 
 
 def draw_sides(
@@ -89,37 +82,36 @@ def draw_sides(
     """The side (n,) of every row, rows with equal `keys` (n,) together; see `split_rows`.
 
     `given` (n,) are sides that stay as they are; what they lack is drawn from those that are TRAIN.
-
-    Raises:
-        DataError: as `split_rows`.
     """
-    sizes = {VALIDATION: data.validation_size, TEST: data.test_size}
-    sides = np.full(len(keys), TRAIN, np.int8)
-    if given is not None:
-        sides = given.copy()
-        if not (sides == TRAIN).any():
-            raise DataError("The column split has no train rows: name some of its rows train.")
-        sizes = {side: size for side, size in sizes.items() if not (sides == side).any()}
+    sides = np.full(len(keys), TRAIN, np.int8) if given is None else given.copy()
+    pool = int((sides == TRAIN).sum())
+    if not pool:
+        raise DataError("The column split has no train rows: name some of its rows train.")
+    wanted = {side: rows for side, rows in _wanted(data, pool).items() if not (sides == side).any()}
+    _check_rows_left(data, wanted, pool)
     # A question that the rows' own test holds already must not be drawn for the validation as well.
     free = np.flatnonzero((sides == TRAIN) & ~np.isin(keys, keys[sides != TRAIN]))
-    pool = int((sides == TRAIN).sum())
-    wanted = {side: _row_count(size, pool) for side, size in sizes.items()}
-    if sum(wanted.values()) >= pool:
-        asked = " and ".join(f"data.{SIDES[side]}_size={size}" for side, size in sizes.items())
-        raise DataError(f"{asked} of {pool} rows leave none to train on: make them smaller or bring more rows.")
     layers = np.zeros(len(keys), np.int64) if strata is None else np.asarray(strata, np.int64)
     sides[free] = _drawn(keys[free], layers[free], wanted)
     for side, rows in wanted.items():
         if rows and not (sides == side).any():
             raise DataError(
-                f"data.{SIDES[side]}_size={sizes[side]} gives no {SIDES[side]} rows, because each question that may go "
-                f"there stands on over {rows} rows: raise it."
+                f"data.{SIDES[side]}_size is too small: each question that may go to the {SIDES[side]} stands on over "
+                f"{rows} rows, so raise it."
             )
     return sides
 
 
-def _row_count(size: float | int, rows: int) -> int:
-    return size if isinstance(size, int) else max(1, round(size * rows)) if size else 0
+def _wanted(data: DataSection, rows: int) -> dict[int, int]:
+    """Rows of the test and of the validation, out of so many."""
+    sizes = {TEST: data.test_size, VALIDATION: data.validation_size}
+    return {side: size if isinstance(size, int) else max(1, round(size * rows)) for side, size in sizes.items()}
+
+
+def _check_rows_left(data: DataSection, wanted: dict[int, int], rows: int) -> None:
+    if sum(wanted.values()) >= rows:
+        asked = " and ".join(f"data.{SIDES[side]}_size" for side in wanted)
+        raise DataError(f"{asked} leave none of {rows} rows to train on: make them smaller or bring more rows.")
 
 
 def _drawn(keys: NDArray[np.uint64], layers: NDArray[np.int64], wanted: dict[int, int]) -> NDArray[np.int8]:
@@ -129,24 +121,16 @@ def _drawn(keys: NDArray[np.uint64], layers: NDArray[np.int64], wanted: dict[int
     _, layer = np.unique(layers[first], return_inverse=True)
     rows_in_layer = np.bincount(layer, weights=sizes).astype(np.int64)
     drawn = np.full(len(sizes), TRAIN, np.int8)
-    for side, count in sorted(wanted.items(), reverse=True):
-        room = _shares(count, rows_in_layer)
+    for side, count in wanted.items():
+        # Each stratum's share of the count; what rounding leaves goes to the largest remainders.
+        exact = count * rows_in_layer / max(1, rows_in_layer.sum())
+        room = np.floor(exact).astype(np.int64)
+        room[np.argsort(room - exact, kind="stable")[: count - int(room.sum())]] += 1
         for index in np.flatnonzero(drawn == TRAIN).tolist():
             if sizes[index] <= room[layer[index]]:
                 room[layer[index]] -= sizes[index]
                 drawn[index] = side
     return drawn[group]
-
-
-def _shares(total: int, parts: NDArray[np.int64]) -> list[int]:
-    """`total` in proportion to `parts`; what rounding leaves goes to the largest remainders."""
-    if not parts.sum():
-        return [0] * len(parts)
-    exact = total * parts / parts.sum()
-    shares = np.floor(exact).astype(np.int64)
-    largest = np.argsort(shares - exact, kind="stable")
-    shares[largest[: total - int(shares.sum())]] += 1
-    return shares.tolist()
 
 
 def crossing(sides: NDArray[np.int8], keys: NDArray[np.generic]) -> NDArray[np.bool_]:
@@ -187,101 +171,75 @@ def given_sides(rows: datasets.Dataset, data: DataSection) -> NDArray[np.int8] |
         first = int(unknown[0])
         raise DataError(
             f"The column split is neither train, validation nor test in {len(unknown)} of {len(rows)} rows, first at "
-            f"{rows[first].get('row', first + 1)}: fill it everywhere, set data.split_column to a column that is "
-            "filled, or leave it out."
+            f"{rows[first].get('row', first + 1)}: fill it, or set data.split_column to a column that is filled."
         )
     return sides
 
 
-@dataclass(frozen=True)
-class HoldOut:
-    """The side (n,) of each row by the value of a column, and why.
-
-    Attributes:
-        ordered: whether the values were numbers or dates. values: side -> its values, in order.
-        empty: number of rows without a value, which are trained on.
-    """
-
-    sides: NDArray[np.int8]
-    ordered: bool
-    values: dict[int, list[str]]
-    empty: int
-
-
-def hold_out(cells: Sequence[str], column: str, data: DataSection) -> HoldOut:
-    """The rows divided by their `cells` (n,) of `column`, so that no value stands on two sides.
+def hold_out(cells: Sequence[str], column: str, data: DataSection) -> tuple[NDArray[np.int8], dict[str, Any]]:
+    """The side (n,) of the rows by their `cells` (n,) of `column`, so that no value stands on two, and how it came.
 
     A model that is to answer next year's patients, or another hospital's, must be tested on a year or a hospital that
     it has not seen. Numbers and dates are in order and the newest become the test; other values are drawn by a seeded
     hash. Sizes are met as nearly as whole values allow; each side that has a size above 0 gets one value at least. Of
-    two values one is held out, as the test if there is to be one; there is then no validation by value.
+    two values one is held out, as the test if there is to be one; there is then no validation by value. Rows without
+    a value are trained on.
 
     Raises:
         DataError: there are fewer than two values, or the sizes leave nothing to train on.
     """
-    distinct, inverse, counts = np.unique(
-        np.array([cell.strip() for cell in cells], object), return_inverse=True, return_counts=True
-    )
+    stripped = np.array([cell.strip() for cell in cells], object)
+    distinct, inverse, counts = np.unique(stripped, return_inverse=True, return_counts=True)
     values: list[str] = distinct.tolist()
-    wanted = {TEST: _row_count(data.test_size, len(cells)), VALIDATION: _row_count(data.validation_size, len(cells))}
     filled = [index for index, value in enumerate(values) if value]
     if len(filled) < 2:
-        found = f"{len(filled) or 'no'} value in all {len(cells)} rows"
-        raise DataError(f"Column '{column}' has {found}, so nothing can be held out by it: name another one.")
-    if sum(wanted.values()) >= len(cells):
-        asked = f"data.validation_size={data.validation_size} and data.test_size={data.test_size}"
-        raise DataError(f"{asked} leave none of {len(cells)} rows to train on: make them smaller.")
-    places = _places([values[index] for index in filled])
+        raise DataError(
+            f"Column '{column}' has fewer than two values, so nothing can be held out by it: name another one."
+        )
+    wanted = _wanted(data, len(cells))
+    _check_rows_left(data, wanted, len(cells))
+    places = _in_order([values[index] for index in filled])
+    ordered = places is not None
     if places is None:
-        order = sorted(filled, key=lambda index: question_key(values[index], data.seed))
-    else:
-        order = [index for _, index in sorted(zip(places, filled, strict=True))]
-    of_value = _held(order, counts.tolist(), wanted, newest=places is not None)
-    by_side = {side: [values[i] for i in order if of_value[i] == side] for side in (TRAIN, VALIDATION, TEST)}
-    empty = len(cells) - int(counts[filled].sum())
-    return HoldOut(of_value[inverse], places is not None, by_side, empty)
+        places = [question_key(values[index], data.seed) for index in filled]
+    order = [index for _, index in sorted(zip(places, filled, strict=True))]
+    left = order[::-1] if ordered else order
+    of_value = np.full(len(values), TRAIN, np.int8)
+    for side, room in wanted.items():
+        taken: list[int] = []
+        smallest = [left[0] if ordered else min(left, key=counts.__getitem__)] if room and len(left) > 1 else []
+        for index in left:
+            # A value is taken while it brings the side nearer to its size; train always keeps one.
+            if len(taken) + 1 < len(left) and counts[index] <= 2 * room:
+                taken.append(index)
+                room -= counts[index]
+            elif ordered:
+                break
+        of_value[taken or smallest] = side
+        left = [index for index in left if of_value[index] == TRAIN]
+    by_side = {name: [values[i] for i in order if of_value[i] == side] for side, name in enumerate(SIDES)}
+    sides = of_value[inverse]
+    return sides, {
+        "ordered": ordered,
+        "values": {name: _named_values(held, ordered) for name, held in by_side.items()},
+        "rows_without_value": len(cells) - int(counts[filled].sum()),
+        "validation_from_train": not (sides == VALIDATION).any(),
+    }
 
 
-def _places(values: list[str]) -> list[Fraction] | None:
-    """Where each value stands in the order of numbers or of dates, None where one is neither."""
-    for place in (_number, _moment):
-        try:
-            return [place(value) for value in values]
-        except (ValueError, OverflowError):
-            continue
+def _in_order(values: list[str]) -> list[Any] | None:
+    """Something for each value by which they are in order, where all are numbers or all begin with a date."""
+    if all(re.match(r"\d{4}-\d{2}(-\d{2}|$)", value) for value in values):
+        return values
+    # No exponent: 1e999999999 would be written out. A Decimal is exact: two ids of twenty digits are one float.
+    plain = [value.replace("٫", ".") for value in values]
+    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", value) for value in plain):
+        return [Decimal(value) for value in plain]
     return None
 
 
-def _number(value: str) -> Fraction:
-    plain = value.replace("٫", ".")
-    if not re.fullmatch(r"[+-]?\d+(\.\d+)?", plain):  # no exponent: 1e999999999 would be written out
-        raise ValueError
-    return Fraction(plain)  # exact: two ids of twenty digits are one and the same float
-
-
-def _moment(value: str) -> Fraction:
-    text = f"{value}-01" if re.fullmatch(r"\d{4}-\d{2}", value) else re.sub(r"[zZ]$", "+00:00", value)
-    moment = datetime.fromisoformat(text)
-    return Fraction((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
-
-
-def _held(order: list[int], counts: list[int], wanted: dict[int, int], *, newest: bool) -> NDArray[np.int8]:
-    """The side of every value: the newest of what is in order, or those drawn first that come nearer to `wanted`.
-
-    Where no value that was drawn comes nearer, the smallest is taken; train always keeps one.
-    """
-    of_value = np.full(len(counts), TRAIN, np.int8)
-    left = order[::-1] if newest else list(order)
-    for side, rows in wanted.items():
-        held, taken = 0, list[int]()
-        for index in left:
-            if len(taken) + 1 < len(left) and abs(held + counts[index] - rows) <= abs(held - rows):
-                taken.append(index)
-                held += counts[index]
-            elif newest:
-                break
-        if rows and not taken and len(left) > 1:
-            taken = [left[0] if newest else min(left, key=lambda index: counts[index])]
-        of_value[taken] = side
-        left = [index for index in left if of_value[index] == TRAIN]
-    return of_value
+def _named_values(values: list[str], ordered: bool) -> str:
+    """Which values stand on a side, in a few words: from which to which, or each."""
+    if ordered and len(values) > 1 and max(map(len, (values[0], values[-1]))) <= 40:
+        return f"{values[0]} to {values[-1]} ({len(values)} values)"
+    return listed(values) or "none"

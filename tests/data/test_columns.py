@@ -86,7 +86,14 @@ def test_any_other_conversation_is_an_error_that_names_the_row() -> None:
 def test_cells_become_text() -> None:
     texts = [
         *(("نص", "نص"), ("a\r\nb", "a\nb"), (12, "12"), (12.0, "12"), (0.5, "0.5"), (None, ""), (math.nan, "")),
-        *(("NaN", ""), ("None of it", "None of it"), (date(2024, 5, 1), "2024-05-01"), (True, "True")),
+        *(
+            ("NaN", ""),
+            ("#NAME?", ""),
+            ("#DIV/0!", ""),
+            ("None of it", "None of it"),
+            (date(2024, 5, 1), "2024-05-01"),
+            (True, "True"),
+        ),
     ]
     assert [(cell, text) for cell, text in texts if as_text(cell, "question", "x") != text] == []
     for cell in (["a"], {"a": 1}, b"a"):

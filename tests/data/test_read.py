@@ -160,20 +160,6 @@ def test_a_failed_reading_leaves_nothing_behind(tmp_path: Path, cache: Path) -> 
     assert list(cache.iterdir()) == []
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = csv_file(tmp_path, "question,answer", "q,a")
-    opened = read.open_files
-
-    def grows(*args: object) -> object:
-        csv_file(tmp_path, "question,answer", "q,a", "r,b")
-        return opened(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(read, "open_files", grows)
-    assert "changed while it was read" in refusal(file) and list(cache.iterdir()) == []
-
-
 # Workbooks
 
 
@@ -247,9 +233,6 @@ def test_what_cannot_be_read_is_refused_plainly_and_never_waited_for(tmp_path: P
     odd = ("a\0b.csv", "x" * 5000 + ".csv", "no/such/folder/x.csv", "https://host/x.csv?a=b", "builtin:other")
     for path in (tmp_path / "x.csv", Path("/dev/null"), f"{tmp_path}/*.csv", tmp_path, *odd):
         assert "data.path=" in refusal(path)
-    csv_file(tmp_path, "question,answer", name="consultations.csv")
-    said = refusal(tmp_path / "consultation.csv")
-    assert "there is no such file, but there is" in said and said.endswith("consultations.csv.")
 
 
 def test_a_column_that_only_late_rows_of_json_have_is_not_lost(tmp_path: Path) -> None:
@@ -276,10 +259,12 @@ def test_a_file_without_consultations_is_refused(tmp_path: Path) -> None:
     for lines, part in (
         (["question,answer"], "x.csv holds no rows."),
         (["question,answer", ",a", "q,"], "no row with both question and answer (1 with empty question, 1 with"),
-        (["text,topic", "q,a"], "no column that is named like"),
+        (["text,topic", "q,a"], "set data.question_column and data.answer_column to one of 'text', 'topic'"),
     ):
         assert part in refusal(csv_file(tmp_path, *lines))
-    assert refusal(csv_file(tmp_path, "[]", name="x.json")) == "x.json holds no rows."
+    for content, name in (("[]", "x.json"), ("\ufeff\n \n", "x.csv"), ("\n", "x.jsonl")):
+        assert refusal(csv_file(tmp_path, content, name=name)) == f"{name} is empty."
+    assert refusal(workbook(tmp_path / "x.xlsx", {"Empty": []})) == "x.xlsx is empty."
 
 
 def test_a_cache_folder_that_cannot_be_made_is_refused_with_the_setting(
@@ -337,8 +322,8 @@ def test_a_hub_data_set_is_read_with_the_names_of_its_labels(hub: Hub) -> None:
 def test_a_hub_id_that_gives_nothing_is_refused_in_one_sentence(hub: Hub) -> None:
     assert "data.path=org/name is" in refusal("org/name")  # offline
     for outcome, part in (
-        (ConnectionError("x"), "the Hub cannot be reached"),
-        (datasets.exceptions.DatasetNotFoundError("x"), "unknown, private or gated"),
+        (ConnectionError("Couldn't reach 'org/name' on the Hub"), "(Couldn't reach"),
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist"), "doesn't exist"),
         (ValueError("Unknown split 'trian'.\nmore"), "(Unknown split 'trian')"),
         (RuntimeError("secret"), "(RuntimeError)"),
     ):
@@ -378,7 +363,6 @@ def test_other_columns_are_left_behind_unless_asked_for_and_are_text_that_loses_
         **{"object": '{"k": [true]}', "word": "NaN ", "line": "a\r\nb", "row": 1},
     }
     assert load_consultations(file, keep=("n",)).rows.column_names == ["id", "question", "answer", "n", "row"]
-    assert "has no column 'month'" in refusal(file, keep=["month"])
     pq.write_table(pa.table({"question": ["q"], "answer": ["a"], "scan": [b"\xff\x00"]}), tmp_path / "x.parquet")
     assert load_consultations(tmp_path / "x.parquet", keep="all").rows["scan"][:] == ["/wA="]
 
@@ -400,12 +384,10 @@ def test_rows_that_are_no_consultation_are_kept_aside_as_they_were_read(tmp_path
         {"question": "\ud83d", "answer": "a", "row": 9},
     )
     aside = load_consultations(file, keep="all").rejected_rows
-    assert aside is not None
     assert [json.loads(line) for line in aside.read_text(encoding="utf-8").splitlines()] == [
         {"row": 2, "reason": "empty question", "question": None, "answer": "a", "n": [1]},
         {"row": 3, "reason": "broken characters", "question": "\ud83d", "answer": "a", "original_row": 9},
     ]
-    assert load_consultations(file).rejected_rows is None
 
 
 @pytest.fixture
@@ -521,6 +503,6 @@ def test_errors_in_several_files_name_the_file_and_its_own_line(maqa: Path) -> N
     assert "train.csv, line 2: column 'p_critical' is not a number" in said and "secret" not in said
     for name in ("test", "train"):
         csv_file(maqa, "id,question,answer", f"{name},q,a", "same,q,a", name=f"{name}.csv")
-    assert "such as test.csv, line 3 and train.csv, line 3" in refusal(maqa)
+    assert "same id in test.csv, line 3 and train.csv, line 3" in refusal(maqa)
     jsonl_file(maqa, {"q_body": "q", "a_body": "a", "category": "c"})
     assert "several formats" in refusal(maqa)

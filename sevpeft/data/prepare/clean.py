@@ -1,4 +1,4 @@
-"""Text of a consultation without what only the keyboard, the web page or a broken encoding put there.
+"""Cleans a text of what only the keyboard, the web page or a broken encoding put there.
 
 Nothing is folded: hamza, teh marbuta and alef maqsura stay as they were written, as a reader needs them.
 """
@@ -10,14 +10,29 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import emoji as emoji_names
 import ftfy
+import yaml
 from ftfy import badness
 
-from sevpeft.data.prepare.settings import Cleaning
-from sevpeft.data.prepare.words import PATTERNS, WORDS
+from sevpeft.data.prepare import Cleaning
 from sevpeft.data.text import DIGITS, INVISIBLE, TASHKEEL, TATWEEL
+
+_FILE = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+WORDS: dict[str, frozenset[str]] = {name: frozenset(words.split()) for name, words in _FILE["words"].items()}
+
+
+def _compiled(written: str | list[str]) -> re.Pattern[str]:
+    """A pattern, or one that matches any of a list, with the fragments filled in."""
+    joined = written if isinstance(written, str) else "|".join(written)
+    for fragment, meaning in _FILE["fragments"].items():
+        joined = joined.replace(f"<{fragment}>", meaning)
+    return re.compile(joined)
+
+
+PATTERNS: dict[str, re.Pattern[str]] = {name: _compiled(written) for name, written in _FILE["patterns"].items()}
 
 
 def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
@@ -33,17 +48,15 @@ def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
     while before != text:
         before = text
         for name, step in steps:
-            after = step(text)
-            if after != text:
+            if (after := step(text)) != text:
                 changed.add(name)
                 text = after
     return text, tuple(name for name, _ in steps if name in changed)
 
 
 @lru_cache(maxsize=64)
-def _steps(switches: Cleaning) -> tuple[tuple[str, Callable[[str], str]], ...]:
-    chosen = {name: value for name, value in switches if value and value != "keep"}
-    return tuple((name, _EMOJI[value] if name == "emoji" else _STEPS[name]) for name, value in chosen.items())
+def _steps(switches: Cleaning) -> list[tuple[str, Callable[[str], str]]]:
+    return [(name, _EMOJI.get(value) or _STEPS[name]) for name, value in switches if value and value != "keep"]
 
 
 def _substituted(
@@ -66,28 +79,20 @@ def _substituted(
 # UTF-8 in it, so only a text whose letters are mostly accented is taken for it, as no French or German one is.
 
 # What each accident cannot do without; a text that has none of it is not looked at further.
-_SUSPECT = re.compile(r"[\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]")
+_SUSPECT = r"[\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]"
+_MAYBE_BROKEN = re.compile(_SUSPECT)
+# What is left of Arabic in UTF-8 that was read in a western code page and then cut or changed.
+_REMAINS = re.compile(f"(?:[ØÙ]{_SUSPECT}){{2}}")
 # Bytes D8 to DB begin an Arabic letter in UTF-8, bytes 80 to BF end it; in Windows-1256 the latter are no letters that
 # Arabic words have.
 _TRAILING = re.escape(bytes(range(0x80, 0xC0)).decode("cp1256"))
 _UTF8_AS_1256 = re.compile(f"(?:[طظعغ][{_TRAILING}])+")
 _SURELY_UTF8_AS_1256 = re.compile(f"(?:[طظ][{_TRAILING}]){{3}}")
-_ACCENTED = re.compile(r"[\u00C0-\u00FF]")
-_LATIN = re.compile(r"[A-Za-z]")
-_ARABIC = re.compile(r"[\u0620-\u064A]")
-_LOST = re.compile(
-    # The replacement character, private use, and what a code page without Arabic leaves of three words.
-    r"[\uFFFD\uE000-\uF8FF\U000F0000-\U0010FFFD]|(?<![^\s])\?+[^\S\n]+\?+[^\S\n]+\?+(?![^\s])|\?{3,}[^\W\d_]"
-)
-
-
-# What is left of Arabic in UTF-8 that was read in a western code page and then cut or changed.
-_REMAINS = re.compile(r"(?:[ØÙ][\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]){2}")
 
 
 def repaired(text: str) -> str:
     """The text as it was meant, or as it is where nothing is broken or nothing can be done."""
-    if not _SUSPECT.search(text):
+    if not _MAYBE_BROKEN.search(text):
         return text
     if badness.is_bad(text):
         text = ftfy.fix_encoding(text)
@@ -102,18 +107,18 @@ def repaired(text: str) -> str:
 
 def is_damaged(text: str) -> bool:
     """Whether letters of `text` are lost, or are there in a code page that `repaired` could not make out."""
-    if _LOST.search(text):
-        return True
-    return bool(_SUSPECT.search(text)) and (
-        bool(_SURELY_UTF8_AS_1256.search(text) or _REMAINS.search(text))
-        or _mostly_accented(text)
-        or bool(badness.is_bad(text))
-    )
+    if PATTERNS["lost"].search(text) or not _MAYBE_BROKEN.search(text):
+        return PATTERNS["lost"].search(text) is not None
+    remains = _SURELY_UTF8_AS_1256.search(text) or _REMAINS.search(text)
+    return bool(remains or _mostly_accented(text) or badness.is_bad(text))
+
+
+_ARABIC = re.compile(r"[\u0620-\u064A]")
 
 
 def _mostly_accented(text: str) -> bool:
-    accented = len(_ACCENTED.findall(text))
-    return accented >= 4 and accented > len(_LATIN.findall(text)) and not _ARABIC.search(text)
+    accented = len(re.findall(r"[\u00C0-\u00FF]", text))
+    return accented >= 4 and accented > len(re.findall("[A-Za-z]", text)) and not _ARABIC.search(text)
 
 
 def _recoded(text: str, read_as: str, meant: str) -> str:
@@ -121,9 +126,6 @@ def _recoded(text: str, read_as: str, meant: str) -> str:
         return text.encode(read_as).decode(meant)
     except UnicodeError:
         return text
-
-
-# Web pages.
 
 
 def _in_place_of(tag: re.Match[str]) -> str:
@@ -142,7 +144,6 @@ _html = _substituted(
 )
 
 
-# Keyboards.
 def _letters_of(forms: re.Match[str]) -> str:
     # The isolated mark decomposes into a space and the mark, which would part the word.
     return "".join(unicodedata.normalize("NFKC", form).strip() or " " for form in forms[0])
@@ -160,13 +161,12 @@ def _in_place_of_stretch(match: re.Match[str]) -> str:
 
 _EASTERN_SIGNS = DIGITS | str.maketrans("٫٬٪", ".,%")
 _PICTURE = r"\u2600-\u27BF\u2B00-\u2BFF\uFE0F\U0001F000-\U0001FAFF"
-_KEYCAP = re.compile("([0-9#*])\ufe0f?\u20e3")
 
 
 def _without_emoji(text: str, name: Callable[[str, dict[str, str]], str] | str = " ") -> str:
     if text.isascii() or not re.search(r"[\u00A9\u00AE\u203C-\u3299\U0001F000-\U0001FAFF]", text):
         return text
-    return emoji_names.replace_emoji(_KEYCAP.sub(r"\1", text), name)  # a dose stays: "1️⃣ حبة"
+    return emoji_names.replace_emoji(re.sub("([0-9#*])\ufe0f?\u20e3", r"\1", text), name)  # a dose stays: "1️⃣ حبة"
 
 
 def _named_emoji(text: str) -> str:
@@ -198,8 +198,8 @@ _STEPS: dict[str, Callable[[str], str]] = {
     "unicode": lambda text: unicodedata.normalize("NFC", _plain_forms(text)),
     "invisible": _substituted(
         (
-            rf"(?<=[{_PICTURE}])\u200D(?=[{_PICTURE}])|([{INVISIBLE}\x00-\x08\x0E-\x1F\x7F-\x84\x86-\x9F])",
-            lambda match: "" if match[1] else match[0],
+            rf"((?<=[{_PICTURE}])\u200D(?=[{_PICTURE}]))|[{INVISIBLE}\x00-\x08\x0E-\x1F\x7F-\x84\x86-\x9F]",
+            r"\1",
         )
     ),
     "tatweel": _substituted((f"{TATWEEL}+", _in_place_of_stretch)),
@@ -211,17 +211,12 @@ _STEPS: dict[str, Callable[[str], str]] = {
     # may begin one, as and-words do (ووجع).
     "repeated_letters": _substituted(
         (r"(?<=[^\W\d_])([اوىيآ])\1{2,}", r"\1"),
-        (
-            r"([\u0620-\u064A\u066E-\u06D3])\1{2,}|([a-z])\2{3,}|([\u064B-\u0652])\3+",
-            lambda match: match[3] or (match[1] or match[2]) * 2,
-        ),
+        (r"([\u0620-\u064A\u066E-\u06D3])\1{2,}|([a-z])\2{3,}|([\u064B-\u0652])\3+", r"\1\1\2\2\3"),
         only_if=r"([^\W\d_])\1\1|([\u064B-\u0652])\2",
     ),
     "repeated_punctuation": _substituted(
-        (
-            r"([؟?!،؛;,])\1+|([؟?!]{2})\2+|([*#_=~\-–—ـ●•▪■☆★♡♥|^()\[\]{}<>«»《》])\3{3,}|\.{4,}|[.…]*…[.…]+|\.+…",
-            lambda match: match[1] or match[2] or match[3] or "..",
-        )
+        (r"([؟?!،؛;,])\1+|([؟?!]{2})\2+|([*#_=~\-–—ـ●•▪■☆★♡♥|^()\[\]{}<>«»《》])\3{3,}", r"\1\2\3"),
+        (r"\.{4,}|[.…]*…[.…]+|\.+…", ".."),
     ),
     "greetings": without_greetings,
     "whitespace": _substituted(

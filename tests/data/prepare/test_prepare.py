@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from sevpeft.data.prepare import PrepareSettings
 from sevpeft.data.prepare import prepare as preparing
 from sevpeft.data.prepare.mask import MASKS
 from sevpeft.data.prepare.prepare import prepare
-from sevpeft.data.prepare.settings import PrepareSettings
 from sevpeft.data.read import load_consultations
 from sevpeft.errors import DataError, RunError
 
@@ -296,9 +296,9 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence_and_leaves_nothing(
         ({"question": None}, {}, "no row with both question and answer"),
         ({}, {"split_by": "month"}, "no column 'month' to split by: there are 'question', 'answer', 'year', 'row'"),
         ({}, {"split_by": "question"}, "Column 'question' is the question"),
-        ({}, {"split_by": "year"}, "Column 'year' has 1 value in all 30 rows"),
-        ({}, {"data": {"validation_size": 0.5, "test_size": 0.5}}, "leave none to train on"),
-        ({"question": "سؤال واحد للجميع"}, {"drop_duplicates": "none"}, "gives no validation rows"),
+        ({}, {"split_by": "year"}, "Column 'year' has fewer than two values"),
+        ({}, {"data": {"validation_size": 0.5, "test_size": 0.5}}, "leave none of 30 rows to train on"),
+        ({"question": "سؤال واحد للجميع"}, {"drop_duplicates": "none"}, r"data\.test_size is too small"),
         ({"part": "a"}, {"data": {"split_column": "part"}}, r"data\.split_column"),
     ]
     for change, settings, part in refused:
