@@ -1,4 +1,4 @@
-"""Reads numbered rows of CSV, TSV, XLSX, JSON, JSON lines and Parquet files, each also gzipped.
+"""Reads CSV, TSV, XLSX, JSON, JSON lines and Parquet files (each also gzipped), recognizes columns, reads cells.
 
 A damaged file is an error with its line or row: half of a set would otherwise be trained on in silence. Messages name
 numbers and columns only, because a cell is somebody's complaint. Of all formats but a JSON array no more than a batch
@@ -7,6 +7,7 @@ of rows is in memory.
 
 from __future__ import annotations
 
+import base64
 import bisect
 import codecs
 import contextlib
@@ -15,15 +16,19 @@ import gzip
 import io
 import itertools
 import json
+import math
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date, time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sevpeft.data.columns import listed, map_columns
+import yaml
+
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.runs import json_lines, json_problem
 
@@ -32,6 +37,12 @@ Row = tuple[int, dict[str, Any]]
 FILE_COLUMN = "file"
 _JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".xlsx", *_JSON, ".parquet")
+PROBABILITIES = ("p_non_critical", "p_neutral", "p_critical")
+_NAMES = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text(encoding="utf-8"))
+_ACCEPTED = {field: [*map(fold_for_matching, names.split(","))] for field, names in _NAMES.items()}
+FIELDS = tuple(_ACCEPTED)
+# What spreadsheets and data frames write where there is nothing, or a formula failed.
+_EMPTY_WORDS = {"nan", "<na>", "null", "#n/a", "#name?", "#ref!", "#value!", "#div/0!", "#num!", "#null!"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Table:
     parts: list[Part]
     label: str  # what messages call it
     note: str = ""  # which sheets of a workbook were read
-    begins: list[int] = field(default_factory=list)
+    begins: Sequence[int] = ()  # number of rows before each part
 
     @property
     def names(self) -> list[str]:
@@ -60,11 +71,12 @@ class Table:
 
     def read(self, columns: Collection[str]) -> Iterator[Row]:
         """Yields (number, cells) of each row, with the `columns` that its part has."""
-        self.begins, last = [], 0
+        self.begins = begins = list[int]()
+        last = 0
         for part in self.parts:
-            self.begins.append(last)
+            begins.append(last)
             for number, cells in part.read(set(columns) & set(part.names)):
-                last = self.begins[-1] + number
+                last = begins[-1] + number
                 yield last, {FILE_COLUMN: part.file, **cells} if part.file else cells
 
     def place(self, number: int) -> str:
@@ -89,36 +101,34 @@ def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str,
     Raises:
         DataError: now or while reading: a file is damaged, not what its name says, or of other columns.
     """
-    table = Table([], paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
+    several = len(paths) > 1
+    table = Table([], paths[0].name + (f" and {len(paths) - 1} more" if several else ""))
     notes = []
     for path in paths:
-        parts, note = _open(path, encoding, chosen)
-        notes += [f"{path.name}: {note}" if len(paths) > 1 else note] * bool(note)
+        suffix = file_format(path)
+        if suffix == ".xlsx":
+            parts, note = _workbook(path, chosen)
+            notes += [f"{path.name}: {note}" if several else note] * bool(note)
+        else:
+            parts = [_parquet(path) if suffix == ".parquet" else _text_file(path, suffix, encoding)]
         for part in parts:
             if twice := {name: None for name in part.names if part.names.count(name) > 1}:
                 raise DataError(f"{path.name} has more than one column named {listed(twice)}: rename them apart.")
-            table.parts.append(replace(part, file=path.name) if len(paths) > 1 else part)
+            table.parts.append(replace(part, file=path.name) if several else part)
             # Rows of JSON bring their own names; in a table, a column that is missing is another table.
-            if (only := set(part.names) ^ set(table.parts[0].names)) and file_format(path) not in _JSON:
+            if (only := set(part.names) ^ set(table.parts[0].names)) and suffix not in _JSON:
                 either = f"{path.name} or {paths[0].name}"
                 raise DataError(f"{either} lacks {listed(sorted(only))}: rename the columns alike.")
     return replace(table, note="; ".join(notes))
 
 
-def _open(path: Path, encoding: str | None, chosen: Mapping[str, str | None]) -> tuple[list[Part], str]:
-    """The parts of a file, and which of its sheets they are."""
-    suffix = file_format(path)
-    if suffix == ".xlsx":
-        return _workbook(path, chosen)
-    if suffix == ".parquet":
-        return [_parquet(path)], ""
+def _text_file(path: Path, suffix: str | None, encoding: str | None) -> Part:
+    if suffix is None:
+        raise DataError(f"{path.name} has no suffix that is read here: {', '.join(SUFFIXES)}, each also .gz.")
+    codec = _checked_encoding(path, encoding)
     if suffix in _JSON:
-        return [_json(path, _checked_encoding(path, encoding), suffix)], ""
-    if suffix in (".csv", ".tsv"):
-        separator = "," if suffix == ".csv" else "\t"
-        records = partial(_delimited, path, _checked_encoding(path, encoding), separator)
-        return [_with_header(path.name, "line", records)], ""
-    raise DataError(f"{path.name} has no suffix that is read here: {', '.join(SUFFIXES)}, each also .gz.")
+        return _json(path, codec, suffix)
+    return _with_header(path.name, "line", partial(_delimited, path, codec, "," if suffix == ".csv" else "\t"))
 
 
 @contextlib.contextmanager
@@ -146,10 +156,9 @@ def _text(path: Path, encoding: str) -> contextlib.AbstractContextManager[io.Tex
 def _checked_encoding(path: Path, encoding: str | None) -> str:
     """The codec to read a text file with, UTF-8 by default."""
     try:
-        io.TextIOWrapper(io.BytesIO(), encoding or "utf-8")
+        codec = codecs.lookup(io.TextIOWrapper(io.BytesIO(), encoding or "utf-8").encoding).name
     except (LookupError, ValueError):  # unknown, or a codec of bytes, such as hex
         raise DataError(f"data.encoding={encoding} is no encoding of text: remove it, or write cp1256.") from None
-    codec = codecs.lookup(encoding or "utf-8").name
     if codec in ("utf-8", "ascii"):
         return "utf-8-sig"
     letters = ""
@@ -179,8 +188,8 @@ def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int
 def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
     for number, line in enumerate(text, start=1):
         if "\0" in line:
-            place = f"{path.name}, line {number}, character {line.index(chr(0)) + 1}"
-            raise DataError(f"{place}: a zero byte: remove it, or set data.encoding=utf-16.")
+            byte = f"line {number}, character {line.index(chr(0)) + 1}: a zero byte"
+            raise DataError(f"{path.name}, {byte}: remove it, or set data.encoding=utf-16.")
         yield line
 
 
@@ -285,3 +294,146 @@ def _array(document: str, label: str) -> Iterator[Row]:
         if not isinstance(cells, dict):
             raise DataError(f"{label}, row {number} is not a JSON object with named values.")
         yield number, cells
+
+
+def listed(names: Iterable[str]) -> str:
+    """Columns as a message names them; long ones are left out: without a header they are a consultation."""
+    names = list(names)
+    short = [f"'{name}'" for name in names if len(name) <= 40][:20]
+    more = len(names) - len(short)
+    return ", ".join(short) + (f"{' and ' if short else ''}{more} more or longer ones" if more else "")
+
+
+def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: str) -> dict[str, str]:
+    """Canonical field -> column of `names`: the `chosen` ones, and the rest as recognized.
+
+    A column of messages (`[{"role": "user", ...}, {"role": "assistant", ...}]`) is the question and the answer at
+    once; both then map to it. `chosen["id"] = "row"` numbers the rows, even where there is a column of ids.
+
+    Raises:
+        DataError: a chosen column does not exist, two columns could be meant, or question or answer is missing.
+    """
+    numbered = chosen.get("id") == "row" and "row" not in names
+    columns: dict[str, str] = {}
+    for field, wanted in chosen.items():
+        if wanted is None or (field == "id" and numbered):
+            continue
+        alike = [name for name in names if fold_for_matching(name) == fold_for_matching(wanted)]
+        if wanted not in names and len(alike) != 1:
+            asked = f"data.{field}_column asks for"
+            raise DataError(f"{label} has no column '{wanted}', which {asked}: it has {listed(names)}.")
+        columns[field] = wanted if wanted in names else alike[0]
+    for field, accepted in _ACCEPTED.items():
+        if field == "answer" and fold_for_matching(columns.get("question", "")) == "messages":
+            columns.setdefault("answer", columns["question"])
+        if field in columns or (field == "id" and numbered):
+            continue
+        if field == "question" and "answer" not in columns:
+            accepted = [*accepted, "messages"]
+        rank = {name: accepted.index(f) for name in names if (f := fold_for_matching(name)) in accepted}
+        found = sorted((name for name in rank if name not in columns.values()), key=rank.__getitem__)
+        if found and (field not in chosen or (field not in ("question", "answer") and rank[found[0]] == 0)):
+            del found[1:]  # the canonical name is meant; for a field without a setting the likeliest is
+        if len(found) > 1:
+            could = " and ".join(repr(name) for name in names if name in found)
+            raise DataError(f"{label}: {could} could each be the {field}: set data.{field}_column to the right one.")
+        if found:
+            columns[field] = found[0]
+    if missing := [field for field in ("question", "answer") if field not in columns]:
+        settings = " and ".join(f"data.{field}_column" for field in missing)
+        missed = f"{label} has no column named like the {' or the '.join(missing)}"
+        raise DataError(f"{missed}: set {settings} to one of {listed(names)}.")
+    twice = [field for field in columns if list(columns.values()).count(columns[field]) > 1]
+    if twice and set(twice) != {"question", "answer"}:
+        raise DataError(f"{label}: column '{columns[twice[0]]}' is set for {' and '.join(twice)}: give each its own.")
+    return columns
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """`name`, with "original_" before it as often as it takes not to be `taken`."""
+    while name in taken:
+        name = f"original_{name}"
+    return name
+
+
+def free_names(names: Collection[str], taken: Collection[str]) -> dict[str, str]:
+    """The `free_name` of each of `names`, which is not another's either."""
+    free: dict[str, str] = {}
+    for name in names:
+        free[name] = free_name(name, {*taken, *free.values(), *(other for other in names if other != name)})
+    return free
+
+
+def as_json_value(cell: Any) -> str:
+    """For `json.dumps(default=...)`: bytes in base64, anything else as it prints."""
+    return base64.b64encode(cell).decode() if isinstance(cell, bytes) else str(cell)
+
+
+def carried_text(cell: Any) -> str:
+    """A cell of a carried column as text: words as they stand, nested values as JSON, bytes in base64."""
+    if isinstance(cell, list | dict):
+        return json.dumps(cell, ensure_ascii=False, default=as_json_value)
+    if isinstance(cell, str | bytes):
+        return as_json_value(cell)
+    return as_text(cell, "", "")
+
+
+def as_text(cell: Any, column: str, place: str) -> str:
+    """A cell as text, "" where it is empty; lists, objects and bytes are an error that names `place`."""
+    if isinstance(cell, str):
+        return "" if len(cell) <= 8 and cell.strip().lower() in _EMPTY_WORDS else cell.replace("\r\n", "\n")
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    if isinstance(cell, list | dict | bytes):
+        raise DataError(f"{place}: column '{column}' holds a {type(cell).__name__} where text is needed.")
+    if isinstance(cell, float):
+        # Spreadsheets and data frames hold whole numbers as floats: the id 12 must not become "12.0".
+        return str(int(cell)) if cell.is_integer() else repr(cell)
+    return cell.isoformat() if isinstance(cell, date | time) else str(cell)
+
+
+def as_probability(cell: Any, column: str, place: str) -> float:
+    """A cell as a float, NaN where it is empty; whether it is a probability, the weighting judges."""
+    try:
+        return float(as_text(cell, column, place).strip().replace("٫", ".").replace(",", ".") or "nan")
+    except ValueError:
+        raise DataError(f"{place}: column '{column}' is not a number.") from None
+
+
+def as_exchange(cell: Any, column: str, place: str) -> tuple[str, str]:
+    """(question, answer) of a cell of messages: an optional system one, the user's, the assistant's; "" if empty.
+
+    The cell may also be the JSON text of such a list, as CSV files hold it.
+    """
+    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
+        if isinstance(cell, str):
+            cell = json.loads(as_text(cell, column, place).strip() or "null")
+        if cell is None or cell == [] or (isinstance(cell, float) and math.isnan(cell)):
+            return "", ""
+        question, answer = cell[1:] if cell[0]["role"] == "system" else cell
+        if (question["role"], answer["role"]) == ("user", "assistant"):
+            return as_text(question["content"], column, place), as_text(answer["content"], column, place)
+    form = "a list of one message of the user and one of the assistant, each with role and content"
+    raise DataError(f"{place}: column '{column}' is not {form}: split conversations of several turns into rows.")
+
+
+def canonical_row(
+    cells: Mapping[str, Any], columns: Mapping[str, str], place: str, carried: Mapping[str, str]
+) -> dict[str, Any] | str:
+    """The row under its canonical names, or the reason why it is none ("empty question", ...)."""
+    row: dict[str, Any] = {}
+    exchange = columns["question"] == columns["answer"]
+    for field, column in columns.items():
+        if not exchange or field not in ("question", "answer"):
+            row[field] = (as_probability if field in PROBABILITIES else as_text)(cells.get(column), column, place)
+    if exchange:
+        row["question"], row["answer"] = as_exchange(cells.get(columns["question"]), columns["question"], place)
+    row |= {name: carried_text(cells.get(column)) for name, column in carried.items()}
+    for field in ("question", "answer"):
+        if not row[field].strip():
+            return f"empty {field}"
+    try:
+        "".join(value for value in row.values() if isinstance(value, str)).encode()
+    except UnicodeEncodeError:  # half an emoji, cut off by whatever wrote the file; Arrow cannot hold it
+        return "broken characters"
+    return row

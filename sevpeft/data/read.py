@@ -27,8 +27,8 @@ from datasets.utils import tqdm
 from huggingface_hub import constants
 
 from sevpeft.console import visible
-from sevpeft.data.columns import FIELDS, PROBABILITIES, as_json_value, canonical_row, free_name, free_names, map_columns
-from sevpeft.data.files import Part, Row, Table, file_format, open_files
+from sevpeft.data import files
+from sevpeft.data.files import Part, Row, Table, canonical_row, file_format, open_files
 from sevpeft.errors import DataError, RunError, first_sentence
 from sevpeft.recipe import DataSection
 from sevpeft.runs import CACHE_REMEDY, cache_folder, file_hash, whole_folder
@@ -45,29 +45,20 @@ _TABLE_VERSION = 5  # counts up when the same input gives another table
 class Consultations:
     """Consultations as read, before any cleaning.
 
-    Attributes:
-        rows: `id`, `question`, `answer` (str), `row` (int, line or row of the input from 1) and, where the input has
-            them, `severity` (as written), `specialty`, `dialect`, `split` (str, "" where empty) and
-            `p_non_critical`, `p_neutral`, `p_critical` (float64 as written, NaN where empty).
-        columns: canonical name -> name in the input; question and answer share one where it holds messages.
-        rejected: "empty question", "empty answer" or "broken characters" -> number of rows that are none for it.
-        fingerprint: "sha256:..." of the file's bytes, or "hub:..." with the revision.
-        source: where the rows come from, for people.
-        carried: name in `rows` -> name in the input of the other columns that were asked for.
-        rejected_rows: JSON lines with what was rejected, as it was read.
-        provenance: what dataset.json says of a prepared folder, empty for anything else.
-        files: name and fingerprint of each file, where several were read as one.
+    `rows` has `id`, `question`, `answer` (str), `row` (int, line or row of the input from 1) and, where the input has
+    them, `severity` (as written), `specialty`, `dialect`, `split` (str, "" where empty) and `p_non_critical`,
+    `p_neutral`, `p_critical` (float64 as written, NaN where empty).
     """
 
     rows: datasets.Dataset
-    columns: dict[str, str]
-    rejected: dict[str, int]
-    fingerprint: str
-    source: str
-    carried: dict[str, str]
-    rejected_rows: Path
-    provenance: dict[str, Any] = field(default_factory=dict)
-    files: list[dict[str, str]] = field(default_factory=list)
+    columns: dict[str, str]  # canonical name -> name in the input, the same for question and answer if in messages
+    rejected: dict[str, int]  # "empty question", "empty answer" or "broken characters" -> number of rows
+    fingerprint: str  # "sha256:..." of the files' bytes, or "hub:..." with the revision
+    source: str  # where the rows come from, for people
+    carried: dict[str, str]  # name in `rows` -> name in the input of the other columns that were asked for
+    rejected_rows: Path  # JSON lines with what was rejected, as it was read
+    provenance: dict[str, Any] = field(default_factory=dict)  # what dataset.json says of a prepared folder
+    files: list[dict[str, str]] = field(default_factory=list)  # name and fingerprint of each of several files
 
 
 Keep = Literal["mapped", "all"] | Collection[str]
@@ -79,13 +70,12 @@ def load_consultations(
     """The consultations of a recipe's section `data`, or of a path and `settings` that the section has.
 
     A folder that `sevpeft prepare` did not make stands for the data files in it, and a pattern with * for its
-    matches: they are read in sorted order as one source. Columns that are not named are recognized by their names;
-    `id_column="row"` numbers the rows. `max_rows` keeps the first so many consultations. The `row` of a prepared
-    folder's rows is that of its own input.
+    matches: they are read in sorted order as one source. The rows of one that it made keep the `row` that they had in
+    its input. Columns that are not named are recognized by their names; `id_column="row"` numbers the rows.
 
     Args:
-        keep: other columns to carry too, as text: "all", or their names; one that is called like a column of the rows
-            is carried as "original_NAME".
+        keep: other columns to carry as text: "all", or their names. One that is called like a column of the rows
+            becomes "original_NAME".
 
     Raises:
         DataError: the input is absent, unreadable or damaged, or has no question and answer; in one sentence.
@@ -94,25 +84,25 @@ def load_consultations(
         data = DataSection(path=os.fspath(data), **settings)
     path = _SAMPLE if data.path == BUILTIN else Path(data.path).expanduser()
     prepared = os.path.isfile(path / PREPARED_ABOUT)
-    files = [path / PREPARED_ROWS] if prepared else _files_of(data.path, path)
-    if not files:
+    paths = [path / PREPARED_ROWS] if prepared else _files_of(data.path, path)
+    if not paths:
         return _from_hub(data, keep)
     for setting, value in (("name", data.name), ("revision", data.revision), ("split", data.split)):
         if value not in (None, "train"):
             raise DataError(f"data.{setting}={value} chooses within a Hub data set, {data.path} is none: remove it.")
-    parts = [{"name": file.name, "fingerprint": file_hash(file)} for file in files]
+    parts = [{"name": file.name, "fingerprint": file_hash(file)} for file in paths]
     fingerprint, about = parts[0]["fingerprint"], dict[str, Any]()
-    if len(files) > 1:
+    if len(paths) > 1:
         fingerprint = f"sha256:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
     if prepared:
         about, data = _about_prepared(path, fingerprint, data)
-    shape = [fingerprint, file_format(files[0]), data.encoding, prepared]
-    found = _cached(shape, lambda: open_files(files, data.encoding, _chosen(data)), data, keep, numbered=prepared)
-    return replace(found, files=parts if len(files) > 1 else [], provenance=about)
+    shape = [fingerprint, file_format(paths[0]), data.encoding, prepared]
+    found = _cached(shape, lambda: open_files(paths, data.encoding, _chosen(data)), data, keep, numbered=prepared)
+    return replace(found, files=parts if len(paths) > 1 else [], provenance=about)
 
 
 def _about_prepared(folder: Path, fingerprint: str, data: DataSection) -> tuple[dict[str, Any], DataSection]:
-    """What a folder that `sevpeft prepare` made says of itself, and the section `data` with its columns."""
+    """What dataset.json in a prepared folder says, and the section `data` with the folder's columns."""
     try:
         about = json.loads((folder / PREPARED_ABOUT).read_text(encoding="utf-8"))
         recorded, names = about["fingerprint"], about["columns"]
@@ -130,22 +120,18 @@ def _about_prepared(folder: Path, fingerprint: str, data: DataSection) -> tuple[
 def _files_of(given: str, path: Path) -> list[Path]:
     """The files that a path or a pattern names, sorted; none where it can only be a Hub id.
 
-    Of a folder these are the files directly in it with a suffix that is read; of a pattern, all that match.
-
-    Raises:
-        DataError: there are none, they are of several formats (one may be the other once more), or no regular files.
+    Of a folder these are the files directly in it with a suffix that is read. Files of several formats are an error,
+    because one may be another once more.
     """
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
         found = [file for file in path.iterdir() if file_format(file) and not file.name.startswith((".", "~$"))]
-    elif os.path.lexists(path):  # a pipe or a device may never end
-        raise DataError(f"data.path={given} is no regular file: save its content to one.")
     elif glob.has_magic(given):
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
     elif file_format(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
         return []
-    else:
+    else:  # a pipe or a device is none either: it may never end
         raise DataError(f"data.path={given}: there is no such file.")
     files = sorted(file for file in found if file.is_file())
     if not files:
@@ -164,18 +150,15 @@ def _chosen(data: DataSection) -> dict[str, str | None]:
 
 @functools.cache
 def look_for_hub() -> None:
-    """Switches this process to what the cache holds when the Hub cannot be reached, once.
+    """Switches this process, once, to what the cache holds where the Hub cannot be reached.
 
-    Without this, each file that a library asks for is tried six times, half a minute of waiting and a screen of
-    warnings, on the very machines that are meant to be cut off.
+    Else each file that a library asks for is tried six times, with half a minute of waiting and a screen of warnings.
     """
-    if constants.is_offline_mode():
-        return
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the HTTP library, a proxy or a certificate raises
-        constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
+    if not constants.is_offline_mode():
+        try:
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # whatever the HTTP library, a proxy or a certificate raises
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def _from_hub(data: DataSection, keep: Keep) -> Consultations:
@@ -183,12 +166,9 @@ def _from_hub(data: DataSection, keep: Keep) -> Consultations:
     try:
         loaded = datasets.load_dataset(data.path, data.name, revision=data.revision, split=data.split)
     except Exception as error:  # datasets lets through whatever its builders and fsspec raise
-        known = isinstance(error, OSError | ValueError)  # a connection that fails, a data set that is not found
-        reason = first_sentence(error) if known else type(error).__name__
-        raise DataError(
-            f"data.path={data.path} is no file here, and no data set of the Hub could be "
-            f"loaded ({reason}): correct the name, or look at data.name, data.revision and data.split."
-        ) from None
+        reason = first_sentence(error) if isinstance(error, OSError | ValueError) else type(error).__name__
+        loading = f"data.path={data.path} is no file here, and could not be loaded from the Hub ({reason})"
+        raise DataError(f"{loading}: check data.path, data.name, data.revision and data.split.") from None
 
     def read(columns: Collection[str]) -> Iterator[Row]:
         wanted = loaded.select_columns([column for column in loaded.column_names if column in columns])
@@ -199,12 +179,10 @@ def _from_hub(data: DataSection, keep: Keep) -> Consultations:
                 cells[column] = names[index] if index is not None and index >= 0 else None
             yield number, cells
 
-    def opened() -> Table:
-        return Table([Part(f"{data.path}, row", loaded.column_names, read)], data.path)
-
+    table = Table([Part(f"{data.path}, row", loaded.column_names, read)], data.path)
     fingerprint = f"hub:{data.path}@{data.revision or 'main'}:{loaded._fingerprint}"
     source = f"{data.path} ({', '.join(part for part in (data.name, data.split, data.revision) if part)}) on the Hub"
-    return replace(_cached([fingerprint, data.name, data.split], opened, data, keep), source=source)
+    return replace(_cached([fingerprint, data.name, data.split], lambda: table, data, keep), source=source)
 
 
 def _cached(
@@ -212,9 +190,7 @@ def _cached(
 ) -> Consultations:
     """The table in the cache, written first where there is none or the disk has lost a part of it.
 
-    Args:
-        shape: the fingerprint, and what else the table depends on beside `data` and `keep`.
-        numbered: rows have the numbers of their own column `row`, not those of the file.
+    `shape`: the fingerprint, and what else the table depends on. `numbered`: rows are numbered by their column `row`.
     """
     content = [_TABLE_VERSION, _chosen(data), data.max_rows, keep if isinstance(keep, str) else list(keep), *shape]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -242,31 +218,20 @@ def _cached(
     rows, about = stored()
     # From the content, not the path and time: what later steps keep in their caches then stays valid.
     rows = datasets.Dataset(rows.data, info=rows.info, fingerprint=key)
-    return Consultations(
-        rows,
-        about["columns"],
-        about["rejected"],
-        fingerprint=shape[0],
-        source=f"{data.path} ({about['note']})" if about["note"] else data.path,
-        carried=about["carried"],
-        rejected_rows=folder / "rejected.jsonl",
-    )
+    source = f"{data.path} ({about['note']})" if about["note"] else data.path
+    aside = folder / "rejected.jsonl"
+    return Consultations(rows, about["columns"], about["rejected"], shape[0], source, about["carried"], aside)
 
 
 def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: bool) -> None:
-    """Writes rows.arrow, about.json and rejected.jsonl, which has the rows that are none.
-
-    Raises:
-        DataError: the columns are not clear, no consultation is in the input, or ids stand twice.
-    """
+    """Writes rows.arrow, about.json, and rejected.jsonl with the rows that are none."""
     label, names = table.label, [name for name in table.names if not (numbered and name == "row")]
     if not names:
         raise DataError(f"{label} is empty.")
-    columns = map_columns(names, _chosen(data), label)
-    others = [name for name in (names if keep == "all" else ()) if name not in columns.values()]
-    if not isinstance(keep, str):
-        others = [name for name in keep if columns.get(name) != name]
-    carried = {new: name for name, new in free_names(others, {*FIELDS, "row"}).items()}
+    columns = files.map_columns(names, _chosen(data), label)
+    asked = names if keep == "all" else () if keep == "mapped" else keep
+    others = [name for name in asked if (name not in columns.values() if keep == "all" else columns.get(name) != name)]
+    carried = {new: name for name, new in files.free_names(others, {*files.FIELDS, "row"}).items()}
     rejected = Counter[str]()
     numbers: dict[int, int] = {}  # hash of an id -> number of its row
 
@@ -278,20 +243,18 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
             row = canonical_row(cells, columns, table.place(number), carried)
             if isinstance(row, dict):
                 own_id = row.get("id", "").strip() or f"row-{ordinal:07d}"
-                if (first := numbers.setdefault(hash(own_id), number)) != number and "id" in columns:
-                    raise DataError(
-                        f"Column '{columns['id']}' has the same id in {table.place(first)} and {table.place(number)}: "
-                        "make ids unique, or set data.id_column=row to number the rows."
-                    )
+                if "id" in columns and (first := numbers.setdefault(hash(own_id), number)) != number:
+                    both = f"{table.place(first)} and {table.place(number)} have the same '{columns['id']}'"
+                    raise DataError(f"{both}: make ids unique, or set data.id_column=row to number the rows.")
                 yield row | {"id": own_id, "row": number}
                 continue
             rejected[row] += 1
-            own = {free_name(name, {"row", "reason"}): cell for name, cell in cells.items()}
+            own = {files.free_name(name, {"row", "reason"}): cell for name, cell in cells.items()}
             # Escaped, because half an emoji has no place in UTF-8 and is one of the reasons.
-            aside.write(json.dumps({"row": number, "reason": row} | own, default=as_json_value) + "\n")
+            aside.write(json.dumps({"row": number, "reason": row} | own, default=files.as_json_value) + "\n")
 
-    kinds = {"row": "int64", **dict.fromkeys(PROBABILITIES, "float64")}
-    fields = ["id", "question", "answer", *(field for field in FIELDS if field in columns), *carried, "row"]
+    kinds = {"row": "int64", **dict.fromkeys(files.PROBABILITIES, "float64")}
+    fields = ["id", "question", "answer", *(field for field in files.FIELDS if field in columns), *carried, "row"]
     schema = datasets.Features({name: datasets.Value(kinds.get(name, "string")) for name in fields}).arrow_schema
     kept = 0
     with (
@@ -305,7 +268,6 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
             kept += len(batch)
     if not kept:
         counts = ", ".join(f"{count} with {reason}" for reason, count in rejected.items())
-        found = f"no row with both question and answer ({counts})" if counts else "no rows"
-        raise DataError(f"{label} holds {found}.")
+        raise DataError(f"{label} holds no row{f' with both question and answer ({counts})' if counts else 's'}.")
     about = {"rows": kept, "columns": columns, "carried": carried, "rejected": rejected, "note": table.note}
     (folder / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")

@@ -1,61 +1,51 @@
 """Splits the rows into train, validation and test, with every question on one side only.
 
-Forum questions are posted again and again; one that stands in train and in test turns the test into one of memory. So
-groups of rows with the same question are drawn, stratum by stratum, in the order of a seeded hash: the same on every
-machine, with every library, and in whatever order the rows come. Whole values of a column can be held out too.
+A question that stands in train and in test, as forums repeat them, makes the test one of memory. So groups of rows are
+drawn, stratum by stratum, in the order of a seeded hash: the same on every machine, with every library, and in
+whatever order the rows come. Whole values of a column can be held out too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from sevpeft.data.columns import listed
+from sevpeft.data.files import listed
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.recipe import DataSection
 
 TRAIN, VALIDATION, TEST = range(3)
+Sides = NDArray[np.int8]
+Keys = NDArray[np.uint64]
 SIDES = ("train", "validation", "test")
 _SPELLINGS = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2}
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Three parts of the rows, each in the rows' order; `test` may have none.
-
-    Attributes:
-        by: "column split" where the rows say it themselves, else "random".
-        leaks: number of questions (or of the groups that were given) that the rows' own splits have on several sides.
-    """
+class Splits(NamedTuple):
+    """Three parts of the rows, each in the rows' order; `test` may have none."""
 
     train: datasets.Dataset
     validation: datasets.Dataset
     test: datasets.Dataset
-    by: str
-    leaks: int = 0
+    by: str  # "column split" where the rows say it themselves, else "random"
+    leaks: int  # questions (or groups that were given) that the rows' own splits have on several sides
 
 
 def split_rows(
-    rows: datasets.Dataset,
-    data: DataSection,
-    *,
-    strata: Sequence[int] | NDArray[np.int64] | None = None,
-    keys: NDArray[np.uint64] | None = None,
+    rows: datasets.Dataset, data: DataSection, *, strata: ArrayLike | None = None, keys: Keys | None = None
 ) -> Splits:
     """The rows (with `question`, perhaps `split` and `row`) in three parts, equal questions together.
 
     A `split` column of train/validation/test is used as it is; what it lacks is drawn from its train rows, unless
-    `data.test_size` is 0. Sizes are fractions below 1 (of all rows, or of the train rows that are drawn from) or
-    numbers of rows.
+    `data.test_size` is 0. Sizes are fractions (of the rows that are drawn from) or numbers of rows.
 
     Args:
         strata: (n,) one integer a row; a group has the stratum of its first row.
@@ -72,49 +62,36 @@ def split_rows(
     return Splits(train, validation, test, "random" if given is None else "column split", leaks)
 
 
-def draw_sides(
-    keys: NDArray[np.uint64],
-    data: DataSection,
-    *,
-    strata: Sequence[int] | NDArray[np.int64] | None = None,
-    given: NDArray[np.int8] | None = None,
-) -> NDArray[np.int8]:
+def draw_sides(keys: Keys, data: DataSection, *, strata: ArrayLike | None = None, given: Sides | None = None) -> Sides:
     """The side (n,) of every row, rows with equal `keys` (n,) together; see `split_rows`.
 
     `given` (n,) are sides that stay as they are; what they lack is drawn from those that are TRAIN.
     """
     sides = np.full(len(keys), TRAIN, np.int8) if given is None else given.copy()
-    pool = int((sides == TRAIN).sum())
-    if not pool:
-        raise DataError("The column split has no train rows: name some of its rows train.")
-    wanted = {side: rows for side, rows in _wanted(data, pool).items() if not (sides == side).any()}
-    _check_rows_left(data, wanted, pool)
+    wanted = _wanted(data, int((sides == TRAIN).sum()), set(sides.tolist()))
     # A question that the rows' own test holds already must not be drawn for the validation as well.
     free = np.flatnonzero((sides == TRAIN) & ~np.isin(keys, keys[sides != TRAIN]))
     layers = np.zeros(len(keys), np.int64) if strata is None else np.asarray(strata, np.int64)
     sides[free] = _drawn(keys[free], layers[free], wanted)
     for side, rows in wanted.items():
         if rows and not (sides == side).any():
-            raise DataError(
-                f"data.{SIDES[side]}_size is too small: each question that may go to the {SIDES[side]} stands on over "
-                f"{rows} rows, so raise it."
-            )
+            why = f"each question that may go to the {SIDES[side]} stands on over {rows} rows"
+            raise DataError(f"data.{SIDES[side]}_size is too small, because {why}: raise it.")
     return sides
 
 
-def _wanted(data: DataSection, rows: int) -> dict[int, int]:
-    """Rows of the test and of the validation, out of so many."""
+def _wanted(data: DataSection, rows: int, given: Collection[int] = ()) -> dict[int, int]:
+    """Rows of the test and of the validation, out of so many, but for the sides that are `given`."""
     sizes = {TEST: data.test_size, VALIDATION: data.validation_size}
-    return {side: size if isinstance(size, int) else max(1, round(size * rows)) for side, size in sizes.items()}
-
-
-def _check_rows_left(data: DataSection, wanted: dict[int, int], rows: int) -> None:
+    absent = {side: size for side, size in sizes.items() if side not in given}
+    wanted = {side: size if isinstance(size, int) else max(1, round(size * rows)) for side, size in absent.items()}
     if sum(wanted.values()) >= rows:
-        asked = " and ".join(f"data.{SIDES[side]}_size" for side in wanted)
-        raise DataError(f"{asked} leave none of {rows} rows to train on: make them smaller or bring more rows.")
+        asked = " and ".join(f"data.{SIDES[side]}_size" for side in wanted) or "The column split"
+        raise DataError(f"{asked} would leave none of {rows} rows to train on: bring more rows, or smaller sizes.")
+    return wanted
 
 
-def _drawn(keys: NDArray[np.uint64], layers: NDArray[np.int64], wanted: dict[int, int]) -> NDArray[np.int8]:
+def _drawn(keys: Keys, layers: NDArray[np.int64], wanted: dict[int, int]) -> Sides:
     """The side (n,) of every row: `wanted[side]` rows at most go to a side, each stratum in proportion."""
     _, first, group, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     # np.unique sorts by key, and a seeded hash in order is a random order: groups are taken as they come.
@@ -133,7 +110,7 @@ def _drawn(keys: NDArray[np.uint64], layers: NDArray[np.int64], wanted: dict[int
     return drawn[group]
 
 
-def crossing(sides: NDArray[np.int8], keys: NDArray[np.generic]) -> NDArray[np.bool_]:
+def crossing(sides: Sides, keys: NDArray[np.generic]) -> NDArray[np.bool_]:
     """Which rows (n,) have to go so that no key stands on two sides: test keeps its rows, train gives way."""
     _, group = np.unique(keys, return_inverse=True)
     strictest = np.zeros(len(keys), np.int8)
@@ -141,7 +118,7 @@ def crossing(sides: NDArray[np.int8], keys: NDArray[np.generic]) -> NDArray[np.b
     return np.asarray(sides < strictest[group])
 
 
-def question_keys(rows: datasets.Dataset, seed: int = 0) -> NDArray[np.uint64]:
+def question_keys(rows: datasets.Dataset, seed: int = 0) -> Keys:
     """64 bits for every row, equal where the folded questions are, in an order that `seed` sets."""
     batches = rows.select_columns(["question"]).iter(batch_size=1000)
     folded = (fold_for_matching(question) for batch in batches for question in batch["question"])
@@ -154,7 +131,7 @@ def question_key(folded: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def given_sides(rows: datasets.Dataset, data: DataSection) -> NDArray[np.int8] | None:
+def given_sides(rows: datasets.Dataset, data: DataSection) -> Sides | None:
     """Every row's side as its column split says it, None where that is absent or says other things.
 
     Raises:
@@ -169,40 +146,34 @@ def given_sides(rows: datasets.Dataset, data: DataSection) -> NDArray[np.int8] |
         return None
     if len(unknown):
         first = int(unknown[0])
-        raise DataError(
-            f"The column split is neither train, validation nor test in {len(unknown)} of {len(rows)} rows, first at "
-            f"{rows[first].get('row', first + 1)}: fill it, or set data.split_column to a column that is filled."
-        )
+        where = f"{len(unknown)} of {len(rows)} rows, first at {rows[first].get('row', first + 1)}"
+        remedy = "fill it, or set data.split_column to a column that is filled"
+        raise DataError(f"The column split is neither train, validation nor test in {where}: {remedy}.")
     return sides
 
 
-def hold_out(cells: Sequence[str], column: str, data: DataSection) -> tuple[NDArray[np.int8], dict[str, Any]]:
+def hold_out(cells: Sequence[str], column: str, data: DataSection) -> tuple[Sides, dict[str, Any]]:
     """The side (n,) of the rows by their `cells` (n,) of `column`, so that no value stands on two, and how it came.
 
     A model that is to answer next year's patients, or another hospital's, must be tested on a year or a hospital that
-    it has not seen. Numbers and dates are in order and the newest become the test; other values are drawn by a seeded
-    hash. Sizes are met as nearly as whole values allow; each side that has a size above 0 gets one value at least. Of
-    two values one is held out, as the test if there is to be one; there is then no validation by value. Rows without
-    a value are trained on.
+    it has not seen. Of numbers and dates the newest become the test; other values are drawn by a seeded hash. Sizes
+    are met as nearly as whole values allow, with one value at least; of two values one is held out, and there is then
+    no validation by value. Rows without a value are trained on.
 
     Raises:
         DataError: there are fewer than two values, or the sizes leave nothing to train on.
     """
     stripped = np.array([cell.strip() for cell in cells], object)
-    distinct, inverse, counts = np.unique(stripped, return_inverse=True, return_counts=True)
-    values: list[str] = distinct.tolist()
+    values, inverse, counts = np.unique(stripped, return_inverse=True, return_counts=True)
     filled = [index for index, value in enumerate(values) if value]
     if len(filled) < 2:
-        raise DataError(
-            f"Column '{column}' has fewer than two values, so nothing can be held out by it: name another one."
-        )
+        cause = "has fewer than two values, so nothing can be held out by it"
+        raise DataError(f"Column '{column}' {cause}: name another one.")
     wanted = _wanted(data, len(cells))
-    _check_rows_left(data, wanted, len(cells))
-    places = _in_order([values[index] for index in filled])
+    places = _in_order(values[filled].tolist())
     ordered = places is not None
-    if places is None:
-        places = [question_key(values[index], data.seed) for index in filled]
-    order = [index for _, index in sorted(zip(places, filled, strict=True))]
+    drawn = places or [question_key(value, data.seed) for value in values[filled]]
+    order = [index for _, index in sorted(zip(drawn, filled, strict=True))]
     left = order[::-1] if ordered else order
     of_value = np.full(len(values), TRAIN, np.int8)
     for side, room in wanted.items():
@@ -217,11 +188,14 @@ def hold_out(cells: Sequence[str], column: str, data: DataSection) -> tuple[NDAr
                 break
         of_value[taken or smallest] = side
         left = [index for index in left if of_value[index] == TRAIN]
-    by_side = {name: [values[i] for i in order if of_value[i] == side] for side, name in enumerate(SIDES)}
-    sides = of_value[inverse]
+    sides, held = of_value[inverse], {}
+    for side, name in enumerate(SIDES):
+        own = [str(values[index]) for index in order if of_value[index] == side]
+        in_short = ordered and len(own) > 1 and max(len(own[0]), len(own[-1])) <= 40
+        held[name] = f"{own[0]} to {own[-1]} ({len(own)} values)" if in_short else listed(own) or "none"
     return sides, {
         "ordered": ordered,
-        "values": {name: _named_values(held, ordered) for name, held in by_side.items()},
+        "values": held,
         "rows_without_value": len(cells) - int(counts[filled].sum()),
         "validation_from_train": not (sides == VALIDATION).any(),
     }
@@ -236,10 +210,3 @@ def _in_order(values: list[str]) -> list[Any] | None:
     if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", value) for value in plain):
         return [Decimal(value) for value in plain]
     return None
-
-
-def _named_values(values: list[str], ordered: bool) -> str:
-    """Which values stand on a side, in a few words: from which to which, or each."""
-    if ordered and len(values) > 1 and max(map(len, (values[0], values[-1]))) <= 40:
-        return f"{values[0]} to {values[-1]} ({len(values)} values)"
-    return listed(values) or "none"

@@ -35,7 +35,7 @@ def fold_for_matching(text: str) -> str:
 
 
 def strip_marks(text: str) -> str:
-    """The text without tashkeel, tatweel and invisible marks, with ASCII digits; nothing that a reader needs is lost.
+    """The text without tashkeel, tatweel and invisible marks, with ASCII digits.
 
     AraGPT2 was trained on such text (its model card, aubmindlab/aragpt2-base).
     """

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from sevpeft.data.columns import free_name, listed
+from sevpeft.data.files import free_name, listed
 from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load_consultations
 from sevpeft.errors import DataError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS, DataSection, Section

@@ -231,7 +231,7 @@ def test_what_cannot_be_read_is_refused_plainly_and_never_waited_for(tmp_path: P
         assert "no file in this folder or pattern" in refusal(path)
     os.mkfifo(tmp_path / "x.csv")
     odd = ("a\0b.csv", "x" * 5000 + ".csv", "no/such/folder/x.csv", "https://host/x.csv?a=b", "builtin:other")
-    for path in (tmp_path / "x.csv", Path("/dev/null"), f"{tmp_path}/*.csv", tmp_path, *odd):
+    for path in (tmp_path / "x.csv", "/dev/null", f"{tmp_path}/*.csv", tmp_path, *odd):
         assert "data.path=" in refusal(path)
 
 
@@ -503,6 +503,6 @@ def test_errors_in_several_files_name_the_file_and_its_own_line(maqa: Path) -> N
     assert "train.csv, line 2: column 'p_critical' is not a number" in said and "secret" not in said
     for name in ("test", "train"):
         csv_file(maqa, "id,question,answer", f"{name},q,a", "same,q,a", name=f"{name}.csv")
-    assert "same id in test.csv, line 3 and train.csv, line 3" in refusal(maqa)
+    assert "test.csv, line 3 and train.csv, line 3 have the same 'id'" in refusal(maqa)
     jsonl_file(maqa, {"q_body": "q", "a_body": "a", "category": "c"})
     assert "several formats" in refusal(maqa)

@@ -162,13 +162,13 @@ def test_a_column_split_that_is_filled_in_part_is_refused_with_the_row() -> None
 
 
 def test_a_column_split_without_train_is_refused() -> None:
-    with pytest.raises(DataError, match="no train rows"):
+    with pytest.raises(DataError, match="none of 0 rows to train on"):
         split(rows(list("ab"), ["test", "dev"]))
 
 
 def test_sizes_that_cannot_be_met_are_refused() -> None:
     for validation, test, data, part in (
-        (0.5, 0.5, many(10), "data.test_size and data.validation_size leave none of 10 rows to train on"),
+        (0.5, 0.5, many(10), "data.test_size and data.validation_size would leave none of 10 rows"),
         (10, 0, many(10), "leave none of 10 rows to train on"),
         (5, 1, rows(["a"] * 5 + ["b"] * 5), "data.test_size is too small"),
     ):

@@ -71,8 +71,7 @@ class PrepareSettings(Section):
     drop_duplicates: Literal["none", "exact", "near"] = "exact"
     """Keep the first of equal consultations (exact), of near-duplicate questions (near), or all (none)."""
     split_by: str | None = None
-    """Column whose values are held out whole, of numbers and dates the newest; unset, rows are split as they say
-    themselves, or at random."""
+    """Column whose values are held out whole, the newest of numbers and dates; unset, as the rows say, or at random."""
     resplit: bool = False
     """Split anew although the rows say train, validation or test themselves."""
     num_proc: int | None = Field(default=None, ge=1)

@@ -9,7 +9,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import emoji as emoji_names
@@ -59,27 +59,19 @@ def _steps(switches: Cleaning) -> list[tuple[str, Callable[[str], str]]]:
     return [(name, _EMOJI.get(value) or _STEPS[name]) for name, value in switches if value and value != "keep"]
 
 
-def _substituted(
-    *pairs: tuple[str, str | Callable[[re.Match[str]], str]], flags: int = 0, only_if: str = ""
-) -> Callable[[str], str]:
-    """A step of pairs of a pattern and what takes its place, one after the other, where `only_if` is found."""
-    compiled, needed = [(re.compile(pattern, flags), by) for pattern, by in pairs], re.compile(only_if)
-
-    def step(text: str) -> str:
-        if needed.search(text):
-            for found, by in compiled:
-                text = found.sub(by, text)
-        return text
-
-    return step
+def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> Callable[[str], str]:
+    """A step of pairs of a pattern and what takes its place, one after the other."""
+    compiled = [(re.compile(pattern), by) for pattern, by in pairs]
+    return lambda text: reduce(lambda changed, pair: pair[0].sub(pair[1], changed), compiled, text)
 
 
 # Encodings. ftfy knows what UTF-8 looks like in the western code pages. Arabic forums have two accidents more: UTF-8
 # that was read as Windows-1256 ("ط§ظ„ظ…"), and Windows-1256 that was read as Windows-1252 ("ÇáÓáÇã"). The second has no
 # UTF-8 in it, so only a text whose letters are mostly accented is taken for it, as no French or German one is.
 
-# What each accident cannot do without; a text that has none of it is not looked at further.
+# What each accident leaves; a text that has none of it is not looked at further.
 _SUSPECT = r"[\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]"
+_ARABIC = re.compile(r"[\u0620-\u064A]")
 _MAYBE_BROKEN = re.compile(_SUSPECT)
 # What is left of Arabic in UTF-8 that was read in a western code page and then cut or changed.
 _REMAINS = re.compile(f"(?:[ØÙ]{_SUSPECT}){{2}}")
@@ -100,8 +92,7 @@ def repaired(text: str) -> str:
         text = _UTF8_AS_1256.sub(lambda run: _recoded(run[0], "cp1256", "utf-8"), text)
     if _mostly_accented(text):
         meant = _recoded(text, "sloppy-windows-1252", "cp1256")
-        if len(_ARABIC.findall(meant)) > 0.8 * sum(map(str.isalpha, meant)):
-            return meant
+        text = meant if len(_ARABIC.findall(meant)) > 0.8 * sum(map(str.isalpha, meant)) else text
     return text
 
 
@@ -111,9 +102,6 @@ def is_damaged(text: str) -> bool:
         return PATTERNS["lost"].search(text) is not None
     remains = _SURELY_UTF8_AS_1256.search(text) or _REMAINS.search(text)
     return bool(remains or _mostly_accented(text) or badness.is_bad(text))
-
-
-_ARABIC = re.compile(r"[\u0620-\u064A]")
 
 
 def _mostly_accented(text: str) -> bool:
@@ -135,21 +123,12 @@ def _in_place_of(tag: re.Match[str]) -> str:
     return "\n" if name in WORDS["breaking_tags"] else " " if name in WORDS["spacing_tags"] else ""
 
 
-_html = _substituted(
-    (r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,30});|&nbsp\b", lambda entity: html.unescape(entity[0])),
-    (r"<!--(?:(?!<!--).)*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>(?:(?!<\1\b).)*?</\1\s*>", " "),
-    # Only what is named like a tag is one: "Hb<12" and "العمر > 60" are readings.
-    (rf"</?({'|'.join(sorted(WORDS['html_tags']))})(?:\s[^<>]*|/)?>", _in_place_of),
-    flags=re.IGNORECASE | re.DOTALL,
-)
+def _plain_letters(text: str) -> str:
+    def plain(form: re.Match[str]) -> str:
+        # An isolated mark decomposes into a space and the mark, which would part the word.
+        return unicodedata.normalize("NFKC", form[0]).strip() or " "
 
-
-def _letters_of(forms: re.Match[str]) -> str:
-    # The isolated mark decomposes into a space and the mark, which would part the word.
-    return "".join(unicodedata.normalize("NFKC", form).strip() or " " for form in forms[0])
-
-
-_plain_forms = _substituted((r"[\uFB50-\uFDFF\uFE70-\uFEFC]+", _letters_of))
+    return unicodedata.normalize("NFC", re.sub(r"[\uFB50-\uFDFF\uFE70-\uFEFC]", plain, text))
 
 
 def _in_place_of_stretch(match: re.Match[str]) -> str:
@@ -160,12 +139,10 @@ def _in_place_of_stretch(match: re.Match[str]) -> str:
 
 
 _EASTERN_SIGNS = DIGITS | str.maketrans("٫٬٪", ".,%")
-_PICTURE = r"\u2600-\u27BF\u2B00-\u2BFF\uFE0F\U0001F000-\U0001FAFF"
+_PICTURE = r"[\u2600-\u27BF\u2B00-\u2BFF\uFE0F\U0001F000-\U0001FAFF]"
 
 
 def _without_emoji(text: str, name: Callable[[str, dict[str, str]], str] | str = " ") -> str:
-    if text.isascii() or not re.search(r"[\u00A9\u00AE\u203C-\u3299\U0001F000-\U0001FAFF]", text):
-        return text
     return emoji_names.replace_emoji(re.sub("([0-9#*])\ufe0f?\u20e3", r"\1", text), name)  # a dose stays: "1️⃣ حبة"
 
 
@@ -179,28 +156,30 @@ _BETWEEN = r"[\s،,.:؛;!…~*]"
 _OPENING = re.compile(rf"(?:{_BETWEEN}*(?:{PATTERNS['greetings'].pattern})(?![\w]){_BETWEEN}*)+", re.IGNORECASE)
 _CLOSING = re.compile(rf"(?:(?<![\w])(?:{PATTERNS['thanks'].pattern}){_BETWEEN}*)+\Z", re.IGNORECASE)
 _THANKING = re.compile(r"شكر|جزا|تحيات|بارك|thank", re.IGNORECASE)
-_LONGEST_CLOSING, _LONGEST_BEFORE_THANKS = 120, 30
 
 
 def without_greetings(text: str) -> str:
     """The text without greetings at its beginning and thanks at its end; all of it if it is nothing else."""
     opening = _OPENING.match(text)
     start, end = opening.end() if opening else 0, len(text)
-    thanks = _THANKING.search(text, max(start, end - _LONGEST_CLOSING))
-    closing = _CLOSING.search(text, max(start, thanks.start() - _LONGEST_BEFORE_THANKS)) if thanks else None
+    # Thanks stand in the last 120 letters, and no more than 30 before the word that gives them away.
+    thanks = _THANKING.search(text, max(start, end - 120))
+    closing = _CLOSING.search(text, max(start, thanks.start() - 30)) if thanks else None
     rest = text[start : closing.start()].rstrip(" \t\n\r،,؛;:-") if closing else text[start:]
     return rest if any(map(str.isalnum, rest)) else text
 
 
 _STEPS: dict[str, Callable[[str], str]] = {
     "mojibake": repaired,
-    "html": _html,
-    "unicode": lambda text: unicodedata.normalize("NFC", _plain_forms(text)),
+    "html": _substituted(
+        (r"(?i)&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,30});|&nbsp\b", lambda entity: html.unescape(entity[0])),
+        (r"(?is)<!--(?:(?!<!--).)*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>(?:(?!<\1\b).)*?</\1\s*>", " "),
+        # Only what is named like a tag is one: "Hb<12" and "العمر > 60" are readings.
+        (rf"(?i)</?({'|'.join(sorted(WORDS['html_tags']))})(?:\s[^<>]*|/)?>", _in_place_of),
+    ),
+    "unicode": _plain_letters,
     "invisible": _substituted(
-        (
-            rf"((?<=[{_PICTURE}])\u200D(?=[{_PICTURE}]))|[{INVISIBLE}\x00-\x08\x0E-\x1F\x7F-\x84\x86-\x9F]",
-            r"\1",
-        )
+        (rf"((?<={_PICTURE})\u200D(?={_PICTURE}))|[{INVISIBLE}\x00-\x08\x0E-\x1F\x7F-\x84\x86-\x9F]", r"\1")
     ),
     "tatweel": _substituted((f"{TATWEEL}+", _in_place_of_stretch)),
     "tashkeel": _substituted((f"[{TASHKEEL}]+", "")),
@@ -212,7 +191,6 @@ _STEPS: dict[str, Callable[[str], str]] = {
     "repeated_letters": _substituted(
         (r"(?<=[^\W\d_])([اوىيآ])\1{2,}", r"\1"),
         (r"([\u0620-\u064A\u066E-\u06D3])\1{2,}|([a-z])\2{3,}|([\u064B-\u0652])\3+", r"\1\1\2\2\3"),
-        only_if=r"([^\W\d_])\1\1|([\u064B-\u0652])\2",
     ),
     "repeated_punctuation": _substituted(
         (r"([؟?!،؛;,])\1+|([؟?!]{2})\2+|([*#_=~\-–—ـ●•▪■☆★♡♥|^()\[\]{}<>«»《》])\3{3,}", r"\1\2\3"),
@@ -225,7 +203,6 @@ _STEPS: dict[str, Callable[[str], str]] = {
         (r" ?\n ?", "\n"),
         (r"\n{3,}", "\n\n"),
         (r"\A\s+|\s+\Z", ""),
-        only_if=r"\s\s|[^\S\n ]|\A\s|\s\Z",
     ),
 }
 _EMOJI: dict[str, Callable[[str], str]] = {"remove": _without_emoji, "name": _named_emoji}

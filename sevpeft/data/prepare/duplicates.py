@@ -1,14 +1,9 @@
 """Finds groups of questions that are the same or nearly so, in time that grows with the rows, not with their square.
 
-A question is the set of its four-letter shingles, folded. Questions whose sets have a Jaccard similarity of at least
-the threshold are near-duplicates. MinHash (Broder 1997, by `rensa`) with locality-sensitive hashing finds pairs that
-may be; each is then compared set with set. Groups are the connected components: a question may be in one with another
-that it resembles only through a third.
-
-Letters find again what words lose: a typo, a prefix, a dropped preposition. Of 600 real questions, median 25 words, a
-threshold of .7 finds 94 % with one word replaced, 92 % with two typos, 85 % after a greeting and 67 % with eight words
-more. .6 finds 98, 96, 92 and 83 %, but takes 420 of 2,000 short questions of one mould ("What are the symptoms of
-...") for one, instead of 122; .8 finds 85, 83, 65 and 28 %.
+A question is the set of its four-letter shingles, folded; near-duplicates are questions whose sets have a Jaccard
+similarity of at least the threshold (README.md says what .7 finds). MinHash (Broder 1997, by `rensa`) with
+locality-sensitive hashing finds pairs that may be, and each is compared set with set. Groups are the connected
+components of the pairs.
 """
 
 from __future__ import annotations
@@ -28,23 +23,20 @@ from sevpeft.data.text import fold_for_matching
 
 _SHINGLE = 4
 _PERMUTATIONS = 512
-_MOST_MISSED = 0.02  # share of the pairs exactly at the threshold that no band shows
 _NEIGHBORS = 16  # rows of one bucket with which a row is compared, beside the bucket's first
 _PAIRS_AT_ONCE, _SETS_AT_ONCE = 50_000, 2_000
 # Odd, as multipliers modulo 2 ** 64 have to be.
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
+Ints = NDArray[np.int64]
 
 
 class Groups(NamedTuple):
     """Which rows (n,) ask the same, or nearly so; numbers count from 0 in the order in which the rows bring them."""
 
-    numbers: NDArray[np.int64]
-    """Group of every row."""
-    questions: NDArray[np.int64]
-    """Likewise for the exactly equal folded questions, which groups are made of."""
-    keys: NDArray[np.uint64]
-    """Equal within a group; in the order that the seed sets, whatever order the rows have."""
+    numbers: Ints  # group of every row
+    questions: Ints  # likewise for the exactly equal folded questions, which groups are made of
+    keys: NDArray[np.uint64]  # equal within a group; in the order that the seed sets, whatever order the rows have
 
 
 def duplicate_groups(questions: Iterable[str], *, threshold: float, seed: int) -> Groups:
@@ -68,7 +60,7 @@ def duplicate_groups(questions: Iterable[str], *, threshold: float, seed: int) -
     return Groups(groups, numbers, smallest[groups])
 
 
-def conflicting_groups(groups: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+def conflicting_groups(groups: Ints, labels: Ints) -> Ints:
     """The numbers of the groups (n,) whose rows have several labels (n,); a label below 0 is none."""
     labeled = labels >= 0
     pairs = np.unique(np.stack([groups[labeled], labels[labeled]], axis=1), axis=0)
@@ -77,11 +69,11 @@ def conflicting_groups(groups: NDArray[np.int64], labels: NDArray[np.int64]) -> 
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, permutations in a band): as selective as can be while few pairs at the threshold are missed.
+    """(bands, permutations in a band): as selective as can be while at most 2 % of pairs at the threshold are missed.
 
     Two sets of similarity s agree in all r permutations of one of b bands with probability 1 - (1 - s ** r) ** b.
     """
-    rows = max(r for r in range(1, 33) if (1 - threshold**r) ** (_PERMUTATIONS // r) <= _MOST_MISSED)
+    rows = max(r for r in range(1, 33) if (1 - threshold**r) ** (_PERMUTATIONS // r) <= 0.02)
     return _PERMUTATIONS // rows, rows
 
 
@@ -94,16 +86,14 @@ def shingles(folded: str) -> NDArray[np.int32]:
     return np.unique((hashed >> np.uint64(33)).astype(np.int32))
 
 
-def _numbered(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _numbered(values: NDArray[Any]) -> tuple[Ints, Ints]:
     """Every value's number in order of first appearance, and where each number appears first."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(first)
     return np.argsort(order)[inverse], first[order]
 
 
-def _components(
-    members: NDArray[np.int32], begins: NDArray[np.int64], threshold: float, seed: int
-) -> NDArray[np.int64]:
+def _components(members: NDArray[np.int32], begins: Ints, threshold: float, seed: int) -> Ints:
     """The component of every distinct question, whose shingles are those from where it begins to the next."""
     count, sizes = len(begins) - 1, np.diff(begins)
     sets = sparse.csr_array((np.ones(len(members), np.bool_), members, begins), shape=(count, 2**31 - 1))
@@ -125,12 +115,10 @@ def _components(
     return component
 
 
-def _buckets(
-    members: NDArray[np.int32], begins: NDArray[np.int64], bands: tuple[int, int], seed: int
-) -> NDArray[np.uint32]:
+def _buckets(members: NDArray[np.int32], begins: Ints, bands: tuple[int, int], seed: int) -> NDArray[np.uint32]:
     """The bucket (n, bands) of every set in every band.
 
-    Not to be called in a forked process: rensa's threads do not survive the fork, and the call would wait for them.
+    Not for a forked process: rensa's threads do not survive the fork, and the call would wait for them.
     """
     factors = np.random.default_rng(seed).integers(2**63, size=bands[1], dtype=np.uint64) | np.uint64(1)
     buckets = np.empty((len(begins) - 1, bands[0]), np.uint32)
@@ -146,7 +134,7 @@ def _buckets(
     return buckets
 
 
-def _pairs(buckets: NDArray[np.uint32]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def _pairs(buckets: NDArray[np.uint32]) -> Iterator[tuple[Ints, Ints]]:
     """The pairs that share a bucket: each with the bucket's first, then with those that follow it.
 
     All pairs would be a square in a bucket that half of the rows share, as a template's rows do.

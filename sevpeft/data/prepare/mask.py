@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
+from operator import mul
 
 import phonenumbers
 
@@ -21,6 +22,10 @@ MASKS = {"email": "[بريد]", "link": "[رابط]", "national_id": "[هوية]
 """Kind of find -> what stands in its place, in the order in which they are looked for."""
 
 _Span = tuple[int, int]
+_BEFORE_A_NUMBER = 40  # letters in which the words stand that say what a number is
+_CODES = tuple(str(phonenumbers.country_code_for_region(region)) for region in WORDS["regions"])
+_MOST_WORDS = 3
+_folded = lru_cache(maxsize=1 << 16)(fold_for_matching)
 
 
 def mask(text: str, kinds: Collection[str] = tuple(MASKS)) -> tuple[str, dict[str, int]]:
@@ -33,8 +38,8 @@ def mask(text: str, kinds: Collection[str] = tuple(MASKS)) -> tuple[str, dict[st
     # What a mask takes away may have stood in the way of another find: a letter before a number, a link after a link.
     while before != text:
         before = text
-        for kind in filter(kinds.__contains__, MASKS):
-            spans = list(_FINDERS[kind](text))
+        for kind, (needed, find) in _FINDERS.items():
+            spans = list(find(text)) if kind in kinds and PATTERNS[needed].search(text) else []
             for start, stop in reversed(spans):
                 text = text[:start] + MASKS[kind] + text[stop:]
             counts[kind] += len(spans)
@@ -42,18 +47,12 @@ def mask(text: str, kinds: Collection[str] = tuple(MASKS)) -> tuple[str, dict[st
 
 
 def _links(text: str) -> Iterator[_Span]:
-    if PATTERNS["maybe_link"].search(text):
-        for match in PATTERNS["link"].finditer(text):
-            # The sentence's own punctuation is not the link's.
-            yield match.start(), match.start() + len(match[0].rstrip(".,;:!?'"))
-
-
-_BEFORE_A_NUMBER = 40  # letters in which the words stand that say what a number is
+    for match in PATTERNS["link"].finditer(text):
+        # The sentence's own punctuation is not the link's.
+        yield match.start(), match.start() + len(match[0].rstrip(".,;:!?'"))
 
 
 def _national_ids(text: str) -> Iterator[_Span]:
-    if not PATTERNS["many_digits"].search(text):
-        return
     for match in PATTERNS["national_id"].finditer(text.translate(DIGITS)):
         named = PATTERNS["before_national_id"].search(text, max(0, match.start() - _BEFORE_A_NUMBER), match.start())
         if named or _is_national_id(re.sub(r"\D", "", match[0])):
@@ -66,24 +65,15 @@ def _is_national_id(digits: str) -> bool:
     if len(digits) == 14:
         return PATTERNS["egyptian"].fullmatch(digits) is not None
     if len(digits) == 12 and PATTERNS["kuwaiti"].fullmatch(digits):
-        weights = (2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
-        weighted = sum(int(digit) * weight for digit, weight in zip(digits[:-1], weights, strict=True))
+        weighted = sum(map(mul, map(int, digits), (2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)))
         return 11 - weighted % 11 == int(digits[-1])
     if len(digits) == 10 and digits[0] in "12":
-        doubled = (int(digit) * (1 + index % 2) for index, digit in enumerate(reversed(digits)))
-        return sum(digit - 9 if digit > 9 else digit for digit in doubled) % 10 == 0
+        doubled = (str(int(digit) * (1 + index % 2)) for index, digit in enumerate(reversed(digits)))
+        return sum(map(int, "".join(doubled))) % 10 == 0
     return len(digits) == 15
 
 
-# fmt: off
-_REGIONS = ("EG", "SA", "AE", "JO", "IQ", "MA", "DZ", "KW", "QA", "BH", "OM", "YE", "LB", "SY", "PS", "TN", "LY", "SD")
-# fmt: on
-_CODES = tuple(str(phonenumbers.country_code_for_region(region)) for region in _REGIONS)
-
-
 def _phones(text: str) -> Iterator[_Span]:
-    if not PATTERNS["many_digits"].search(text):
-        return
     plain = PATTERNS["date"].sub(lambda date: "/" * len(date[0]), text.translate(DIGITS))
     for run in PATTERNS["digits"].finditer(plain):
         if len(run[0]) < 8:
@@ -112,27 +102,21 @@ def _is_phone(digits: str, plus: bool, named: bool) -> bool:
     """Whether a number plan has `digits`: abroad's after + or 00, a country's own after 0, any other only where the
     words before it speak of a telephone."""
     if plus or digits.startswith("00"):
-        return _is_valid(f"+{digits if plus else digits[2:]}", None)
-    if len(digits) >= 11 and digits.startswith(_CODES) and _is_valid(f"+{digits}", None):
+        return _is_valid(f"+{digits if plus else digits[2:]}")
+    if len(digits) >= 11 and digits.startswith(_CODES) and _is_valid(f"+{digits}"):
         return True
     likely = 9 <= len(digits) <= 11 if digits.startswith("0") else named and not digits.endswith("0000")
-    return likely and any(_is_valid(digits, region) for region in _REGIONS)
+    return likely and any(_is_valid(digits, region) for region in WORDS["regions"])
 
 
-def _is_valid(number: str, region: str | None) -> bool:
+def _is_valid(number: str, region: str | None = None) -> bool:
     try:
         return phonenumbers.is_valid_number(phonenumbers.parse(number, region))
     except phonenumbers.NumberParseException:
         return False
 
 
-_MOST_WORDS = 3
-_folded = lru_cache(maxsize=1 << 16)(fold_for_matching)
-
-
 def _names(text: str) -> Iterator[_Span]:
-    if not PATTERNS["maybe_title"].search(text):
-        return
     masked = 0
     for title in PATTERNS["title"].finditer(text):
         # Nothing between the title and what follows: "دابراهيم".
@@ -156,22 +140,21 @@ def _words(text: str, start: int, form: re.Pattern[str]) -> list[tuple[str, int]
 def _end_of_arabic_name(text: str, start: int, after: str) -> int | None:
     found = _words(text, start, PATTERNS["arabic_word"])
     words = [_folded(word) for word, _ in found] + [""]
-    position = 0
-    for part in range(_MOST_WORDS):
-        if position < len(found):
-            ends = PATTERNS["end_of_words"].match(text, found[position][1]) is not None
-            width = _width_of_name(words[position], words[position + 1], ends, after, part > 0)
-            if not width:
-                break
-            position += width
+    position = parts = 0
+    while position < len(found) and parts < _MOST_WORDS:
+        ends = PATTERNS["end_of_words"].match(text, found[position][1]) is not None
+        width = _width_of_name(words[position], words[position + 1], ends, after, parts > 0)
+        if not width:
+            break
+        position, parts = position + width, parts + 1
     return found[position - 1][1] if position else None
 
 
 def _width_of_name(word: str, following: str, ends: bool, after: str, begun: bool) -> int:
     """How many words from `word` on are one part of a name: 0 for none, 2 for عبد الله, بهاء الدين, بن علي.
 
-    `ends`: a sign or the end comes next. `after`: a "strong" title, a "weak" one, one that is "glued" to the word, or
-    the patient's "own" ("my name is"). `begun`: a part of the name stands before `word`.
+    `ends`: a sign or the end comes next. `after`: a "strong" title, a "weak" one, one "glued" to the word, or "own" (my
+    name is). `begun`: a part of the name stands before `word`.
     """
     known, ambiguous, named = word in WORDS["given"], word in WORDS["ambiguous"], following in WORDS["given"]
     if (word == "عبد" and following.startswith("ال")) or (following == "الله" and word in WORDS["of_god"]):
@@ -214,10 +197,11 @@ def _end_of_latin_name(text: str, start: int, after: str) -> int | None:
     return stop
 
 
-_FINDERS: dict[str, Callable[[str], Iterator[_Span]]] = {
-    "email": lambda text: (match.span() for match in PATTERNS["email"].finditer(text)),
-    "link": _links,
-    "national_id": _national_ids,
-    "phone": _phones,
-    "name": _names,
+# In the order of MASKS: a pattern without which there is no find, and what finds all.
+_FINDERS: dict[str, tuple[str, Callable[[str], Iterator[_Span]]]] = {
+    "email": ("email", lambda text: (match.span() for match in PATTERNS["email"].finditer(text))),
+    "link": ("maybe_link", _links),
+    "national_id": ("many_digits", _national_ids),
+    "phone": ("many_digits", _phones),
+    "name": ("maybe_title", _names),
 }

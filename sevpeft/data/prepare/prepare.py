@@ -1,8 +1,8 @@
 """Makes a folder to train on, of consultations as they were gathered, and counts all that was done to them.
 
-The way of a row, from top to bottom: clean → mask → reject → duplicates → split → write. Rows go through memory-mapped
-Arrow; what is held in memory is numbers: a group, a side, a reason. The folder appears whole or not at all, and
-nothing is lost: a row is in consultations.parquet or, with its reason, in rejected.jsonl.
+The way of a row: clean → mask → reject → duplicates → split → write. Rows go through memory-mapped Arrow; in memory
+are numbers: a group, a side, a reason. The folder appears whole or not at all, and nothing is lost: a row is in
+consultations.parquet or, with its reason, in rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,10 +23,10 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from numpy.typing import NDArray
 
 import sevpeft
-from sevpeft.data.columns import PROBABILITIES, as_text, free_name, free_names, listed
+from sevpeft.data.files import PROBABILITIES, as_text, free_name, free_names, listed
 from sevpeft.data.prepare import Cleaning, PrepareSettings
 from sevpeft.data.prepare.clean import clean
-from sevpeft.data.prepare.duplicates import conflicting_groups, duplicate_groups
+from sevpeft.data.prepare.duplicates import Ints, conflicting_groups, duplicate_groups
 from sevpeft.data.prepare.mask import mask
 from sevpeft.data.prepare.reject import reject
 from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load_consultations
@@ -36,7 +37,12 @@ from sevpeft.runs import check_absent, file_hash, whole_folder, workers_end_with
 
 # Reasons of the reader, which come before there is any text to judge.
 _UNREADABLE = {"empty question": "empty", "empty answer": "empty", "broken characters": "encoding_damage"}
+_OF_INPUT = ("source", "fingerprint", "columns", "carried", "provenance", "files")
 _SMALL = 2_000  # rows below which starting processes takes longer than the work
+# Of every row: its texts cleaned and masked; "" or why it is rejected; a number that is equal where the folded answers
+# are; the switches that changed it, and a kind for every mask.
+_TEXT, _NUMBER = datasets.Value("string"), datasets.Value("int64")
+_REFINED = datasets.Features(question=_TEXT, answer=_TEXT, reason=_TEXT, answer_key=_NUMBER, steps=datasets.List(_TEXT))
 
 
 def prepare(settings: PrepareSettings, output: Path) -> dict[str, Any]:
@@ -80,14 +86,14 @@ def _prepare(
     reasons = np.array(refined["reason"][:], object)
     left = np.flatnonzero(reasons == "")
     if not len(left):
-        found = Counter(reasons.tolist())
-        counts = ", ".join(f"{count} {name}" for name, count in found.items())
-        raise DataError(f"None of {len(reasons)} rows is left ({counts}); allow=[{next(iter(found))}] would keep some.")
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(reasons.tolist()).items())
+        raise DataError(f"None of {len(reasons)} rows is left ({counts}); allow=[{reasons[0]}] would keep some.")
     batches = refined.select_columns(["question"]).select(left).iter(batch_size=1000)
     questions = (question for batch in batches for question in batch["question"])
     groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=settings.data.seed)
     codes, names = _labels(rows)
-    conflicts = _write_conflicts(folder / "conflicts.jsonl", rows["row"][:], left, groups.numbers, codes[left], names)
+    in_input = np.array(rows["row"][:])[left]
+    conflicts = _write_conflicts(folder / "conflicts.jsonl", in_input, groups.numbers, codes[left], names)
 
     same = {"none": [left], "near": [groups.numbers]}.get(settings.drop_duplicates)
     if same is None:
@@ -98,19 +104,25 @@ def _prepare(
     first = np.sort(np.unique(np.stack(same, axis=1), axis=0, return_index=True)[1])
     reasons[np.delete(left, first)] = "near_duplicate" if settings.drop_duplicates == "near" else "duplicate"
     stay = left[first]
-    given, splits = _given(rows.select(stay), settings, column)
+    given, splits = None, dict[str, Any](by="random")
+    if column is not None:
+        cells = [as_text(cell, column, "") for cell in rows.select(stay)[column]]
+        given, held = hold_out(cells, str(settings.split_by), settings.data)
+        splits = {"by": f"column {settings.split_by}", "held_out": held}
+    elif not settings.resplit and (given := given_sides(rows.select(stay), settings.data)) is not None:
+        splits = {"by": "column split"}
     strata = None if names is None else codes[stay]
     chosen = draw_sides(groups.keys[first], settings.data, strata=strata, given=given)
     crossed = crossing(chosen, groups.numbers[first])
-    for side, name in enumerate(SIDES):
-        if (chosen == side).any() and not (chosen[~crossed] == side).any():
-            count = int((chosen == side).sum())
-            raise DataError(f"Each of the {count} {name} rows has a near-duplicate on another side: split another way.")
+    for side in set(chosen.tolist()) - set(chosen[~crossed].tolist()):
+        lost = f"Each of the {(chosen == side).sum()} {SIDES[side]} rows has a near-duplicate on another side"
+        raise DataError(f"{lost}: split another way.")
     reasons[stay[crossed]] = "crosses_split"
 
     sides, group_of = np.full(len(reasons), -1, np.int8), np.full(len(reasons), -1, np.int64)
     sides[stay[~crossed]], group_of[left] = chosen[~crossed], groups.numbers
-    columns = _write_kept(folder / PREPARED_ROWS, rows, refined, sides, group_of, splits["by"] == "column split")
+    others = rows.remove_columns("split") if splits["by"] == "column split" else rows
+    columns = _write_kept(folder / PREPARED_ROWS, others, refined, sides, group_of)
     rejected = _write_rejected(folder / "rejected.jsonl", table, reasons)
 
     def of_sides(some: NDArray[np.int8]) -> dict[str, int]:
@@ -122,13 +134,12 @@ def _prepare(
     for batch in refined.select_columns(["steps"]).iter(batch_size=1000):
         times.update(step for steps in batch["steps"] for step in steps)
         in_rows.update(step for steps in batch["steps"] for step in set(steps))
-    distinct, together = int(groups.questions.max()) + 1, int(groups.numbers.max()) + 1
-    of_input = ("source", "fingerprint", "columns", "carried", "provenance", "files")
+    distinct, together = (int(numbers.max()) + 1 for numbers in (groups.questions, groups.numbers))
     return {
         "sevpeft": sevpeft.__version__,
         "fingerprint": file_hash(folder / PREPARED_ROWS),
         "columns": columns,
-        "input": {name: getattr(table, name) for name in of_input},
+        "input": {name: getattr(table, name) for name in _OF_INPUT},
         "settings": settings.model_dump(exclude={"data": {"path"}}),
         "rows": {
             "read": len(reasons) + sum(table.rejected.values()),
@@ -157,22 +168,17 @@ def _prepare(
 
 
 def _refined(rows: datasets.Dataset, settings: PrepareSettings, scratch: Path) -> datasets.Dataset:
-    """For every row, in order: `question` and `answer` cleaned and masked, `reason` ("" where it is kept),
-    `answer_key` (equal where the folded answers are), `steps` (switches that changed it, and a kind for every mask).
-    """
-    text = datasets.Value("string")
-    kinds = {"question": text, "answer": text, "reason": text, "answer_key": datasets.Value("int64")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_proc = settings.num_proc or cores
+    num_proc = (settings.num_proc or cores) if len(rows) >= _SMALL else 1
     try:
         return rows.select_columns(["question", "answer"]).map(
             _refine,
             batched=True,
-            features=datasets.Features(kinds | {"steps": datasets.List(text)}),
+            features=_REFINED,
             fn_kwargs={"settings": settings},
             cache_file_name=str(scratch / "refined.arrow"),
             load_from_cache_file=False,
-            num_proc=num_proc if num_proc > 1 and len(rows) >= _SMALL else None,
+            num_proc=num_proc if num_proc > 1 else None,
             desc="Cleaning",
         )
     except RuntimeError as error:
@@ -183,7 +189,7 @@ def _refined(rows: datasets.Dataset, settings: PrepareSettings, scratch: Path) -
 
 def _refine(batch: dict[str, list[str]], settings: PrepareSettings) -> dict[str, list[Any]]:
     masks = [kind for kind, on in settings.masking if on]
-    done: dict[str, list[Any]] = {name: [] for name in ("question", "answer", "reason", "answer_key", "steps")}
+    done = []
     for pair in zip(batch["question"], batch["answer"], strict=True):
         texts, steps = [], list[str]()
         for text in pair:
@@ -192,66 +198,42 @@ def _refine(batch: dict[str, list[str]], settings: PrepareSettings) -> dict[str,
             texts.append(text)
             steps += [*switches, *Counter(found).elements()]
         reason = reject(texts[0], texts[1], settings.allow) or ""
-        answer_key = question_key(fold_for_matching(texts[1]), 0) - 2**63
-        for name, value in zip(done, (*texts, reason, answer_key, steps), strict=True):
-            done[name].append(value)
-    return done
+        done.append((*texts, reason, question_key(fold_for_matching(texts[1]), 0) - 2**63, steps))
+    return {name: list(column) for name, column in zip(_REFINED, zip(*done, strict=True), strict=True)}
 
 
-def _labels(rows: datasets.Dataset) -> tuple[NDArray[np.int64], list[str] | None]:
+def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
     """The severity that the rows name, or else the likeliest by their three probabilities.
 
     Returns:
-        A code (n,) for each name, -1 where a row has none; and the names as the rows write them, None where there are
-        so many or so long ones that they are no labels but may be somebody's words.
+        A code (n,) for each name, -1 where a row has none; and the names as first written, None where there are so
+        many or so long ones that they may be somebody's words.
     """
     if "severity" in rows.column_names:
         written = [(cell or "").strip() for cell in rows["severity"][:]]
-        folded = {cell: fold_for_matching(cell) or cell for cell in set(written)}
+        folded = {cell: fold_for_matching(cell) or cell for cell in dict.fromkeys(written) if cell}
         names: dict[str, str] = {}
-        for cell in filter(None, written):
-            names.setdefault(folded[cell], cell)
-        code = {fold: index for index, fold in enumerate(names)} | {"": -1}
+        for cell, fold in folded.items():
+            names.setdefault(fold, cell)
+        number = {fold: index for index, fold in enumerate(names)}
+        codes = np.array([number[folded[cell]] if cell else -1 for cell in written], np.int64)
         few = len(names) <= 20 and all(len(name) <= 40 for name in names.values())
-        return np.array([code[folded[cell]] for cell in written], np.int64), list(names.values()) if few else None
-    codes = np.full(len(rows), -1, np.int64)
+        return codes, list(names.values()) if few else None
     if not set(PROBABILITIES) <= set(rows.column_names):
-        return codes, []
+        return np.full(len(rows), -1, np.int64), []
     probabilities = np.stack([np.array(rows[name][:], np.float64) for name in PROBABILITIES], axis=1)
     whole = np.isfinite(probabilities).all(axis=1)
-    codes[whole] = probabilities[whole].argmax(axis=1)
-    return codes, [name.removeprefix("p_") for name in PROBABILITIES]
-
-
-def _given(
-    rows: datasets.Dataset, settings: PrepareSettings, column: str | None
-) -> tuple[NDArray[np.int8] | None, dict[str, Any]]:
-    """The sides (n,) that a column to split by, or the rows themselves, give; None where they are drawn; and how."""
-    if column is not None:
-        cells = [as_text(cell, column, "") for cell in rows[column][:]]
-        sides, held = hold_out(cells, str(settings.split_by), settings.data)
-        return sides, {"by": f"column {settings.split_by}", "held_out": held}
-    given = None if settings.resplit else given_sides(rows, settings.data)
-    return given, {"by": "random" if given is None else "column split"}
+    return np.where(whole, probabilities.argmax(axis=1), -1), [name.removeprefix("p_") for name in PROBABILITIES]
 
 
 def _write_kept(
-    file: Path,
-    rows: datasets.Dataset,
-    refined: datasets.Dataset,
-    sides: NDArray[np.int8],
-    groups: NDArray[np.int64],
-    split_is_used: bool,
+    file: Path, rows: datasets.Dataset, refined: datasets.Dataset, sides: NDArray[np.int8], groups: Ints
 ) -> list[str]:
-    """Writes the rows whose side is 0 or above, with cleaned texts, `row`, `group` and `split`; returns the columns.
-
-    A column of the input that is called like one of the new ones becomes "original_NAME"; so does its own `split`,
-    unless it is the one that was used.
-    """
-    ours = {"id", "question", "answer", "row", *["split"] * split_is_used}
+    """Writes the rows whose side (n,) is not -1, with `group` (n,) and `split`; returns the names of the columns."""
+    ours = ("id", "question", "answer", "row")
     new = free_names([name for name in rows.column_names if name not in ours], {"group", "split"})
-    carried = rows.select_columns(["id", *new, "row"]).rename_columns(new)
-    whole = datasets.concatenate_datasets([carried, refined.select_columns(["question", "answer"])], axis=1)
+    others = rows.select_columns(["id", *new, "row"]).rename_columns(new)
+    whole = datasets.concatenate_datasets([others, refined.select_columns(["question", "answer"])], axis=1)
     whole = whole.add_column("group", groups).add_column("split", [SIDES[side] for side in sides])
     names = ["id", "question", "answer", *new.values(), "row", "group", "split"]
     whole.select_columns(names).select(np.flatnonzero(sides >= 0)).to_parquet(str(file), batch_size=10_000)
@@ -259,50 +241,38 @@ def _write_kept(
 
 
 def _write_rejected(file: Path, table: Consultations, reasons: NDArray[np.object_]) -> Counter[str]:
-    """Writes every row that has a reason (n,), as it was read and under its own names; returns how many each has.
-
-    The rows that did not become one in the table are among them.
-    """
+    """Writes every row that has a reason (n,), and those that the reader rejected, under their own names, in order."""
     counts = Counter[str]()
-
-    def unreadable() -> Iterator[dict[str, Any]]:
-        with table.rejected_rows.open(encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                yield row | {"reason": _UNREADABLE[row["reason"]]}
-
-    def rejected() -> Iterator[dict[str, Any]]:
-        names = {name: free_name(own, {"row", "reason"}) for name, own in (table.columns | table.carried).items()}
-        if table.columns["question"] == table.columns["answer"]:
-            names |= {"question": "question", "answer": "answer"}
-        out = np.flatnonzero(reasons != "")
-        for index, row in zip(out, table.rows.select(out), strict=True):
-            yield {"row": row["row"], "reason": reasons[index]} | {new: row[name] for name, new in names.items()}
-
+    names = {name: free_name(own, {"row", "reason"}) for name, own in (table.columns | table.carried).items()}
+    if table.columns["question"] == table.columns["answer"]:
+        names |= {"question": "question", "answer": "answer"}
+    out = np.flatnonzero(reasons != "")
+    rejected = (
+        {"row": row["row"], "reason": reasons[index]} | {new: row[name] for name, new in names.items()}
+        for index, row in zip(out, table.rows.select(out), strict=True)
+    )
     # Half an emoji has no place in UTF-8; with a backslash it is JSON's own way to write it.
-    with file.open("w", encoding="utf-8", errors="backslashreplace") as lines:
-        for row in heapq.merge(unreadable(), rejected(), key=lambda row: row["row"]):
+    with (
+        table.rejected_rows.open(encoding="utf-8") as unreadable,
+        file.open("w", encoding="utf-8", errors="backslashreplace") as lines,
+    ):
+        read = (row | {"reason": _UNREADABLE[row["reason"]]} for row in map(json.loads, unreadable))
+        for row in heapq.merge(read, rejected, key=itemgetter("row")):
             counts[row["reason"]] += 1
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return counts
 
 
-def _write_conflicts(
-    file: Path,
-    numbers: list[int],
-    left: NDArray[np.int64],
-    groups: NDArray[np.int64],
-    codes: NDArray[np.int64],
-    names: list[str] | None,
-) -> int:
-    """Writes, for each group whose rows have several labels, its number, its row numbers and their labels; counts them.
+def _write_conflicts(file: Path, rows: Ints, groups: Ints, codes: Ints, names: list[str] | None) -> int:
+    """Writes each group whose rows (m,) have several labels; counts them.
 
-    `groups` and `codes` are those of the rows `left` (m,). `names` is None where labels may be a patient's words.
+    `names` of the `codes` (m,) are None where labels may be a patient's words.
     """
     found = conflicting_groups(groups, codes)
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     with file.open("w", encoding="utf-8") as lines:
         for group in found.tolist():
-            entry: dict[str, Any] = {"group": group, "rows": [numbers[at] for at in left[members[group]]]}
+            entry: dict[str, Any] = {"group": group, "rows": rows[members[group]].tolist()}
             if names is not None:
                 entry["severities"] = [names[code] if code >= 0 else "" for code in codes[members[group]]]
             lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -332,16 +302,9 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
 
 
 def _data_card(about: Mapping[str, Any]) -> str:
-    """The data card for what dataset.json says. It quotes no row, no path and no name: it is the first to be shared."""
+    """The data card. It quotes no row, no path and no name: it is the first to be shared."""
     source = about["input"]["source"]
     if not source.startswith("builtin:") and not source.endswith(" on the Hub"):
         source = PurePath(source).name  # without the folders in which somebody keeps it
-    header = DatasetCardData(
-        language=["ar"],
-        task_categories=["text-generation", "question-answering"],
-        tags=["medical", "consultations", "sevpeft"],
-        # Without this the Hub would take the rejected rows for data as well.
-        configs=[{"config_name": "default", "data_files": PREPARED_ROWS}],
-    )
-    template = Path(__file__).with_name("card.md")
-    return str(DatasetCard.from_template(header, str(template), **about, source=source, sides=SIDES))
+    template = str(Path(__file__).with_name("card.md"))
+    return str(DatasetCard.from_template(DatasetCardData(), template, **about, source=source, sides=SIDES))

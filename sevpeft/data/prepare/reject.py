@@ -1,8 +1,7 @@
 """Finds out why nothing can be learned from a cleaned question and answer, if there is a reason.
 
 A row that is thrown away in error cannot teach, and one that is kept in error teaches something wrong: in doubt a row
-is kept, but for answers to a picture that the model will never see. Judged on cleaned text, because `clean` repairs
-what can be repaired and keeps apart what says that a text was cut from how people type.
+is kept, but for answers to a picture that the model will never see.
 """
 
 from __future__ import annotations
@@ -38,13 +37,10 @@ def _is_the_same(question: str, answer: str) -> bool:
     return one in other and len(one) >= 0.8 * len(other)  # a fifth more is no answer
 
 
-_LEAST_ARABIC = 0.3
-
-
 def _is_foreign(question: str, answer: str) -> bool:
-    if _is_persian_or_urdu(question) or _is_persian_or_urdu(answer) or _arabic_share(question) < _LEAST_ARABIC:
+    if _is_persian_or_urdu(question) or _is_persian_or_urdu(answer) or _arabic_share(question) < 0.3:
         return True
-    return _arabic_share(answer) < _LEAST_ARABIC and not _lists_names(answer)
+    return _arabic_share(answer) < 0.3 and not _lists_names(answer)
 
 
 def _arabic_share(text: str) -> float:
