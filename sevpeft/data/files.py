@@ -94,12 +94,8 @@ def file_format(path: Path) -> str | None:
 def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str, str | None]) -> Table:
     """The rows of one file, or of several of the same columns, in whose rows `file` names the file.
 
-    Args:
-        encoding: of text files.
-        chosen: columns by field, by which the right sheets of a workbook are found.
-
-    Raises:
-        DataError: now or while reading: a file is damaged, not what its name says, or of other columns.
+    The right sheets of a workbook are found by the columns that are `chosen` for fields. A file that is damaged, not
+    what its name says or of other columns is a DataError, now or while reading.
     """
     several = len(paths) > 1
     table = Table([], paths[0].name + (f" and {len(paths) - 1} more" if several else ""))
@@ -288,12 +284,9 @@ def _array(document: str, label: str) -> Iterator[Row]:
         place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{label}{place} {json_problem(error)}.") from None
     rows = rows.get("data") if isinstance(rows, dict) else rows
-    if not isinstance(rows, list):
-        raise DataError(f"{label} is not valid JSON data: it has no array of rows, nor a row in each line.")
-    for number, cells in enumerate(rows, start=1):
-        if not isinstance(cells, dict):
-            raise DataError(f"{label}, row {number} is not a JSON object with named values.")
-        yield number, cells
+    if not isinstance(rows, list) or not all(isinstance(cells, dict) for cells in rows):
+        raise DataError(f"{label} is not valid JSON data: it has no array of objects, nor an object in each line.")
+    return enumerate(rows, start=1)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -308,10 +301,8 @@ def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: s
     """Canonical field -> column of `names`: the `chosen` ones, and the rest as recognized.
 
     A column of messages (`[{"role": "user", ...}, {"role": "assistant", ...}]`) is the question and the answer at
-    once; both then map to it. `chosen["id"] = "row"` numbers the rows, even where there is a column of ids.
-
-    Raises:
-        DataError: a chosen column does not exist, two columns could be meant, or question or answer is missing.
+    once; both then map to it. `chosen["id"] = "row"` numbers the rows, even where there is a column of ids. It is an
+    error where a chosen column does not exist, two could be meant, or question or answer is missing.
     """
     numbered = chosen.get("id") == "row" and "row" not in names
     columns: dict[str, str] = {}
@@ -401,10 +392,7 @@ def as_probability(cell: Any, column: str, place: str) -> float:
 
 
 def as_exchange(cell: Any, column: str, place: str) -> tuple[str, str]:
-    """(question, answer) of a cell of messages: an optional system one, the user's, the assistant's; "" if empty.
-
-    The cell may also be the JSON text of such a list, as CSV files hold it.
-    """
+    """(question, answer) of a list of messages or its JSON text: maybe a system's, the user's, the assistant's."""
     with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
         if isinstance(cell, str):
             cell = json.loads(as_text(cell, column, place).strip() or "null")

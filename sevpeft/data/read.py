@@ -97,7 +97,7 @@ def load_consultations(
     if prepared:
         about, data = _about_prepared(path, fingerprint, data)
     shape = [fingerprint, file_format(paths[0]), data.encoding, prepared]
-    found = _cached(shape, lambda: open_files(paths, data.encoding, _chosen(data)), data, keep, numbered=prepared)
+    found = _cached(shape, lambda: open_files(paths, data.encoding, _chosen(data)), data, keep, prepared)
     return replace(found, files=parts if len(paths) > 1 else [], provenance=about)
 
 
@@ -109,9 +109,7 @@ def _about_prepared(folder: Path, fingerprint: str, data: DataSection) -> tuple[
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{folder / PREPARED_ABOUT} is none that `sevpeft prepare` wrote: prepare it again.") from None
     if fingerprint != recorded:
-        rows = folder / PREPARED_ROWS
-        remedy = "prepare the data again, or name the Parquet file itself as data.path"
-        raise DataError(f"{rows} is not as `sevpeft prepare` wrote it: {remedy}.")
+        raise DataError(f"{folder / PREPARED_ROWS} is not as `sevpeft prepare` wrote it: prepare the data again.")
     # A prepared column has the canonical name already; a carried one that is named alike must not be guessed for it.
     own = {f"{name}_column": name for name, column in _chosen(data).items() if column is None and name in names}
     return about, data.model_copy(update=own)
@@ -182,12 +180,10 @@ def _from_hub(data: DataSection, keep: Keep) -> Consultations:
     table = Table([Part(f"{data.path}, row", loaded.column_names, read)], data.path)
     fingerprint = f"hub:{data.path}@{data.revision or 'main'}:{loaded._fingerprint}"
     source = f"{data.path} ({', '.join(part for part in (data.name, data.split, data.revision) if part)}) on the Hub"
-    return replace(_cached([fingerprint, data.name, data.split], lambda: table, data, keep), source=source)
+    return replace(_cached([fingerprint, data.name, data.split], lambda: table, data, keep, False), source=source)
 
 
-def _cached(
-    shape: list[Any], opened: Callable[[], Table], data: DataSection, keep: Keep, numbered: bool = False
-) -> Consultations:
+def _cached(shape: list[Any], get: Callable[[], Table], data: DataSection, keep: Keep, numbered: bool) -> Consultations:
     """The table in the cache, written first where there is none or the disk has lost a part of it.
 
     `shape`: the fingerprint, and what else the table depends on. `numbered`: rows are numbered by their column `row`.
@@ -211,7 +207,7 @@ def _cached(
     if not folder.exists():
         try:
             with whole_folder(folder, shared=False, **CACHE_REMEDY) as partial:
-                _write(partial, opened(), data, keep, numbered)
+                _write(partial, get(), data, keep, numbered)
         except RunError:
             if not folder.exists():  # it does where another process was quicker with the same table
                 raise

@@ -134,8 +134,7 @@ def question_key(folded: str, seed: int) -> int:
 def given_sides(rows: datasets.Dataset, data: DataSection) -> Sides | None:
     """Every row's side as its column split says it, None where that is absent or says other things.
 
-    Raises:
-        DataError: only some rows say it, or none although `data.split_column` names the column for it.
+    It is an error where only some rows say it, or none although `data.split_column` names the column for it.
     """
     if "split" not in rows.column_names:
         return None
@@ -158,10 +157,7 @@ def hold_out(cells: Sequence[str], column: str, data: DataSection) -> tuple[Side
     A model that is to answer next year's patients, or another hospital's, must be tested on a year or a hospital that
     it has not seen. Of numbers and dates the newest become the test; other values are drawn by a seeded hash. Sizes
     are met as nearly as whole values allow, with one value at least; of two values one is held out, and there is then
-    no validation by value. Rows without a value are trained on.
-
-    Raises:
-        DataError: there are fewer than two values, or the sizes leave nothing to train on.
+    no validation by value. Rows without a value are trained on. Fewer than two values are an error.
     """
     stripped = np.array([cell.strip() for cell in cells], object)
     values, inverse, counts = np.unique(stripped, return_inverse=True, return_counts=True)
@@ -205,7 +201,7 @@ def _in_order(values: list[str]) -> list[Any] | None:
     """Something for each value by which they are in order, where all are numbers or all begin with a date."""
     if all(re.match(r"\d{4}-\d{2}(-\d{2}|$)", value) for value in values):
         return values
-    # No exponent: 1e999999999 would be written out. A Decimal is exact: two ids of twenty digits are one float.
+    # A Decimal is exact: two ids of twenty digits are one float. No exponent: 1e999999999 would be written out.
     plain = [value.replace("٫", ".") for value in values]
     if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", value) for value in plain):
         return [Decimal(value) for value in plain]

@@ -1,8 +1,4 @@
-"""Two plainer forms of Arabic text: one for comparing only, one for models that were trained without vowel marks.
-
-Arabic is typed with and without hamza, vowel marks, elongation and either set of digits; a question that was posted
-twice rarely comes out letter for letter the same.
-"""
+"""Two plainer forms of Arabic text: one for comparing only, one for models that were trained without vowel marks."""
 
 from __future__ import annotations
 

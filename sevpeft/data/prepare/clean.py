@@ -9,7 +9,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache, reduce
+from functools import reduce
 from pathlib import Path
 
 import emoji as emoji_names
@@ -40,7 +40,7 @@ def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
 
     Cleaning what is clean already changes nothing.
     """
-    steps = _steps(switches)
+    steps = [(name, _EMOJI.get(value) or _STEPS[name]) for name, value in switches if value and value != "keep"]
     changed: set[str] = set()
     before = None
     # One step can make work for another: an entity hides a tag, an invisible mark parts repeated letters. Texts get
@@ -52,11 +52,6 @@ def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
                 changed.add(name)
                 text = after
     return text, tuple(name for name, _ in steps if name in changed)
-
-
-@lru_cache(maxsize=64)
-def _steps(switches: Cleaning) -> list[tuple[str, Callable[[str], str]]]:
-    return [(name, _EMOJI.get(value) or _STEPS[name]) for name, value in switches if value and value != "keep"]
 
 
 def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> Callable[[str], str]:

@@ -1,9 +1,8 @@
 """Finds groups of questions that are the same or nearly so, in time that grows with the rows, not with their square.
 
-A question is the set of its four-letter shingles, folded; near-duplicates are questions whose sets have a Jaccard
-similarity of at least the threshold (README.md says what .7 finds). MinHash (Broder 1997, by `rensa`) with
-locality-sensitive hashing finds pairs that may be, and each is compared set with set. Groups are the connected
-components of the pairs.
+Near-duplicates are questions whose sets of folded four-letter shingles have a Jaccard similarity of at least the
+threshold (README.md says what .7 finds). MinHash (Broder 1997, by `rensa`) with locality-sensitive hashing finds pairs
+that may be, and each is compared set with set. Groups are the connected components of the pairs.
 """
 
 from __future__ import annotations

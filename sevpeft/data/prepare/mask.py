@@ -1,8 +1,8 @@
 """Masks what identifies a person: phone numbers, e-mails, links, national ids, and names after a title.
 
-The first four have a form that can be checked, by check digits, dates and the number plans of `phonenumbers`; doses,
-readings, ages and dates do not pass. Names have none: they are looked for after titles only, and the title stays.
-What is masked is gone for good, so doubt leaves the text alone; it is no anonymization.
+The first four are checked by their form, check digits, dates and the number plans of `phonenumbers`; doses, readings,
+ages and dates do not pass. Names have no form: they are looked for after titles, and the title stays. What is masked
+is gone for good, so doubt leaves the text alone; it is no anonymization.
 """
 
 from __future__ import annotations

@@ -205,9 +205,8 @@ def _refine(batch: dict[str, list[str]], settings: PrepareSettings) -> dict[str,
 def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
     """The severity that the rows name, or else the likeliest by their three probabilities.
 
-    Returns:
-        A code (n,) for each name, -1 where a row has none; and the names as first written, None where there are so
-        many or so long ones that they may be somebody's words.
+    A code (n,) for each name, -1 where a row has none; and the names as first written, None where there are so many or
+    so long ones that they may be somebody's words.
     """
     if "severity" in rows.column_names:
         written = [(cell or "").strip() for cell in rows["severity"][:]]
@@ -264,10 +263,7 @@ def _write_rejected(file: Path, table: Consultations, reasons: NDArray[np.object
 
 
 def _write_conflicts(file: Path, rows: Ints, groups: Ints, codes: Ints, names: list[str] | None) -> int:
-    """Writes each group whose rows (m,) have several labels; counts them.
-
-    `names` of the `codes` (m,) are None where labels may be a patient's words.
-    """
+    """Writes and counts the groups whose rows (m,) have several labels; without `names` they may be a patient's."""
     found = conflicting_groups(groups, codes)
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     with file.open("w", encoding="utf-8") as lines:

@@ -18,8 +18,8 @@ def reject(question: str, answer: str, allowed: Collection[str] = ()) -> str | N
     return next((name for name, holds in REASONS.items() if name not in allowed and holds(question, answer)), None)
 
 
-def _has_letters(text: str) -> bool:
-    return any(map(str.isalpha, PATTERNS["a_mask"].sub("", text) if "[" in text else text))
+def _is_empty(question: str, answer: str) -> bool:
+    return not all(any(map(str.isalpha, PATTERNS["a_mask"].sub("", text))) for text in (question, answer))
 
 
 def _is_short(question: str, answer: str) -> bool:
@@ -80,7 +80,7 @@ def _points_to_a_picture(question: str, answer: str) -> bool:
 # In the order in which they are looked for; card.md says what each means.
 REASONS: dict[str, Callable[[str, str], bool]] = {
     "encoding_damage": lambda question, answer: is_damaged(question) or is_damaged(answer),
-    "empty": lambda question, answer: not (_has_letters(question) and _has_letters(answer)),
+    "empty": _is_empty,
     "short_answer": _is_short,
     "question_is_answer": _is_the_same,
     "wrong_language": _is_foreign,
