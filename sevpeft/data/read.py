@@ -150,7 +150,7 @@ def _chosen(data: DataSection) -> dict[str, str | None]:
 def look_for_hub() -> None:
     """Switches this process, once, to what the cache holds where the Hub cannot be reached.
 
-    Else each file that a library asks for is tried six times, with half a minute of waiting and a screen of warnings.
+    Else libraries try six times for each file, with half a minute of waiting and a screen of warnings.
     """
     if not constants.is_offline_mode():
         try:

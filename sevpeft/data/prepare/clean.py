@@ -9,7 +9,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import emoji as emoji_names
@@ -36,11 +36,8 @@ PATTERNS: dict[str, re.Pattern[str]] = {name: _compiled(written) for name, writt
 
 
 def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
-    """The text cleaned, and the names of the switches that changed it, in the order of their steps.
-
-    Cleaning what is clean already changes nothing.
-    """
-    steps = [(name, _EMOJI.get(value) or _STEPS[name]) for name, value in switches if value and value != "keep"]
+    """The text cleaned, and the names of the switches that changed it, in order; cleaning again changes nothing."""
+    steps = _steps(switches)
     changed: set[str] = set()
     before = None
     # One step can make work for another: an entity hides a tag, an invisible mark parts repeated letters. Texts get
@@ -54,10 +51,15 @@ def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
     return text, tuple(name for name, _ in steps if name in changed)
 
 
-def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> Callable[[str], str]:
-    """A step of pairs of a pattern and what takes its place, one after the other."""
-    compiled = [(re.compile(pattern), by) for pattern, by in pairs]
-    return lambda text: reduce(lambda changed, pair: pair[0].sub(pair[1], changed), compiled, text)
+@lru_cache(maxsize=64)
+def _steps(switches: Cleaning) -> list[tuple[str, Callable[[str], str]]]:
+    return [(name, _EMOJI.get(value) or _STEPS[name]) for name, value in switches if value and value != "keep"]
+
+
+def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]], needed: str = "") -> Callable[[str], str]:
+    """A step of pairs of a pattern and what takes its place; where `needed` is not found, neither is any (faster)."""
+    compiled, any_ = [(re.compile(pattern), by) for pattern, by in pairs], re.compile(needed)
+    return lambda text: reduce(lambda out, pair: pair[0].sub(pair[1], out), compiled if any_.search(text) else (), text)
 
 
 # Encodings. ftfy knows what UTF-8 looks like in the western code pages. Arabic forums have two accidents more: UTF-8
@@ -186,10 +188,12 @@ _STEPS: dict[str, Callable[[str], str]] = {
     "repeated_letters": _substituted(
         (r"(?<=[^\W\d_])([اوىيآ])\1{2,}", r"\1"),
         (r"([\u0620-\u064A\u066E-\u06D3])\1{2,}|([a-z])\2{3,}|([\u064B-\u0652])\3+", r"\1\1\2\2\3"),
+        needed=r"([^\W\d_])\1\1|([\u064B-\u0652])\2",
     ),
     "repeated_punctuation": _substituted(
         (r"([؟?!،؛;,])\1+|([؟?!]{2})\2+|([*#_=~\-–—ـ●•▪■☆★♡♥|^()\[\]{}<>«»《》])\3{3,}", r"\1\2\3"),
         (r"\.{4,}|[.…]*…[.…]+|\.+…", ".."),
+        needed=r"[؟?!،؛;,.…*#_=~\-–—ـ●•▪■☆★♡♥|^()\[\]{}<>«»《》]{2}",
     ),
     "greetings": without_greetings,
     "whitespace": _substituted(
@@ -198,6 +202,7 @@ _STEPS: dict[str, Callable[[str], str]] = {
         (r" ?\n ?", "\n"),
         (r"\n{3,}", "\n\n"),
         (r"\A\s+|\s+\Z", ""),
+        needed=r"\s\s|[^\S\n ]|\A\s|\s\Z",
     ),
 }
 _EMOJI: dict[str, Callable[[str], str]] = {"remove": _without_emoji, "name": _named_emoji}

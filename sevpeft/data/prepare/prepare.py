@@ -1,8 +1,7 @@
 """Makes a folder to train on, of consultations as they were gathered, and counts all that was done to them.
 
-The way of a row: clean → mask → reject → duplicates → split → write. Rows go through memory-mapped Arrow; in memory
-are numbers: a group, a side, a reason. The folder appears whole or not at all, and nothing is lost: a row is in
-consultations.parquet or, with its reason, in rejected.jsonl.
+The way of a row: clean → mask → reject → duplicates → split → write. Rows go through memory-mapped Arrow; in memory are
+numbers. The folder appears whole or not at all, and no row is lost: it is kept or, with its reason, in rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ from sevpeft.runs import check_absent, file_hash, whole_folder, workers_end_with
 _UNREADABLE = {"empty question": "empty", "empty answer": "empty", "broken characters": "encoding_damage"}
 _OF_INPUT = ("source", "fingerprint", "columns", "carried", "provenance", "files")
 _SMALL = 2_000  # rows below which starting processes takes longer than the work
-# Of every row: its texts cleaned and masked; "" or why it is rejected; a number that is equal where the folded answers
-# are; the switches that changed it, and a kind for every mask.
+# Texts cleaned and masked; "" or why the row goes; a hash of the folded answer; what changed the row and was masked
 _TEXT, _NUMBER = datasets.Value("string"), datasets.Value("int64")
 _REFINED = datasets.Features(question=_TEXT, answer=_TEXT, reason=_TEXT, answer_key=_NUMBER, steps=datasets.List(_TEXT))
 
