@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from sevpeft.data.prepare import PrepareSettings
 from sevpeft.data.prepare.prepare import prepare
-from sevpeft.data.prepare.settings import PrepareSettings
 from sevpeft.data.read import load_consultations
 from sevpeft.evaluation.evaluate import evaluate
 from sevpeft.evaluation.report.page import write_report

@@ -34,7 +34,7 @@ Input = Annotated[
 ]
 
 
-@app.command(cls=command_with_keys("sevpeft.data.prepare.settings:PrepareSettings", without=["data.path"]))
+@app.command(cls=command_with_keys("sevpeft.data.prepare:PrepareSettings", without=["data.path"]))
 def prepare(
     data: Input,
     output: Annotated[Path, typer.Argument(help="Folder to make; it must not exist", show_default=False)],
@@ -46,7 +46,7 @@ def prepare(
     Example: sevpeft prepare consultations.csv data/prepared split_by=year cleaning.emoji=remove
     """
     from sevpeft.console import Screen, print_json
-    from sevpeft.data.prepare.settings import PrepareSettings
+    from sevpeft.data.prepare import PrepareSettings
     from sevpeft.recipe import settings_from
     from sevpeft.runs import check_absent
 

@@ -1,12 +1,13 @@
-"""Numbered rows of CSV, TSV, XLSX, JSON, JSON lines and Parquet files, each also gzipped.
+"""Reads CSV, TSV, XLSX, JSON, JSON lines and Parquet files (each also gzipped), recognizes columns, reads cells.
 
-A damaged file is refused with the line or row at which it went wrong: reading half of a set would train on half of it.
-Messages name numbers and columns only, because a cell is somebody's complaint. Of all formats but a JSON array no more
-than a batch of rows is in memory.
+A damaged file is an error with its line or row: half of a set would otherwise be trained on in silence. Messages name
+numbers and columns only, because a cell is somebody's complaint. Of all formats but a JSON array no more than a batch
+of rows is in memory.
 """
 
 from __future__ import annotations
 
+import base64
 import bisect
 import codecs
 import contextlib
@@ -15,14 +16,19 @@ import gzip
 import io
 import itertools
 import json
+import math
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, time
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from sevpeft.data.columns import listed, map_columns
+import yaml
+
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.runs import json_lines, json_problem
 
@@ -31,322 +37,391 @@ Row = tuple[int, dict[str, Any]]
 FILE_COLUMN = "file"
 _JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".xlsx", *_JSON, ".parquet")
-# Letters of one cell. More is a quote that is not closed, and would fill the memory.
-_LONGEST_CELL = 1 << 24
+PROBABILITIES = ("p_non_critical", "p_neutral", "p_critical")
+_NAMES = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text(encoding="utf-8"))
+_ACCEPTED = {field: [*map(fold_for_matching, names.split(","))] for field, names in _NAMES.items()}
+FIELDS = tuple(_ACCEPTED)
+# What spreadsheets and data frames write where there is nothing, or a formula failed.
+_EMPTY_WORDS = {"nan", "<na>", "null", "#n/a", "#name?", "#ref!", "#value!", "#div/0!", "#num!", "#null!"}
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows of a file, of a sheet, or of several of them.
+class Part:
+    """The rows of one file or sheet."""
 
-    Attributes:
-        read: yields (number, cells) of each row; the number is 1-based, in lines or rows. Only the columns asked for
-            need to be there.
-        place: where the row of a number stands, for messages. note: which sheets of a workbook were read.
-    """
-
+    place: str  # what a row's number follows in a message, such as "x.csv, line"
     names: list[str]
-    read: Callable[[Collection[str]], Iterator[Row]]
-    place: Callable[[int], str]
-    note: str = ""
+    read: Callable[[Collection[str]], Iterator[Row]]  # (number from 1, cells); at least the columns asked for
+    file: str = ""  # its name, where rows of several files have the column `file`
+
+
+@dataclass
+class Table:
+    """The rows of several parts, one part after the other and numbered on."""
+
+    parts: list[Part]
+    label: str  # what messages call it
+    note: str = ""  # which sheets of a workbook were read
+    begins: Sequence[int] = ()  # number of rows before each part
+
+    @property
+    def names(self) -> list[str]:
+        names = [name for part in self.parts for name in part.names]
+        return list(dict.fromkeys(names + [FILE_COLUMN for part in self.parts if part.file]))
+
+    def read(self, columns: Collection[str]) -> Iterator[Row]:
+        """Yields (number, cells) of each row, with the `columns` that its part has."""
+        self.begins = begins = list[int]()
+        last = 0
+        for part in self.parts:
+            begins.append(last)
+            for number, cells in part.read(set(columns) & set(part.names)):
+                last = begins[-1] + number
+                yield last, {FILE_COLUMN: part.file, **cells} if part.file else cells
+
+    def place(self, number: int) -> str:
+        """Where a row that was read stands, for messages."""
+        at = bisect.bisect_left(self.begins, number) - 1
+        return f"{self.parts[at].place} {number - self.begins[at]}"
 
 
 def file_format(path: Path) -> str | None:
     """The suffix that decides how `path` is read (".csv" of "x.csv.gz"), None where none does."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    return suffix if suffix in SUFFIXES else None
 
 
 def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str, str | None]) -> Table:
     """The rows of one file, or of several of the same columns, in whose rows `file` names the file.
 
-    Args:
-        encoding: of text files. chosen: columns by field, by which the right sheets of a workbook are found.
-
-    Raises:
-        DataError: now or while reading: a file is damaged, not what its name says, or of other columns.
+    The right sheets of a workbook are found by the columns that are `chosen` for fields. A file that is damaged, not
+    what its name says or of other columns is a DataError, now or while reading.
     """
-    tables = [_open(path, encoding, chosen) for path in paths]
-    if len(tables) == 1:
-        return tables[0]
-    for path, table in zip(paths, tables, strict=True):
-        # Rows of JSON bring their own names; in a table, a column that is missing is another table.
-        if (only := set(table.names) ^ set(tables[0].names)) and file_format(path) not in _JSON:
-            raise DataError(f"{path.name} or {paths[0].name} lacks {listed(sorted(only))}: rename the columns alike.")
-    names = list(dict.fromkeys([*(name for table in tables for name in table.names), FILE_COLUMN]))
-    note = "; ".join(f"{path.name}: {table.note}" for path, table in zip(paths, tables, strict=True) if table.note)
-    return replace(_joined(tables, [path.name for path in paths]), names=names, note=note)
+    several = len(paths) > 1
+    table = Table([], paths[0].name + (f" and {len(paths) - 1} more" if several else ""))
+    notes = []
+    for path in paths:
+        suffix = file_format(path)
+        if suffix == ".xlsx":
+            parts, note = _workbook(path, chosen)
+            notes += [f"{path.name}: {note}" if several else note] * bool(note)
+        else:
+            parts = [_parquet(path) if suffix == ".parquet" else _text_file(path, suffix, encoding)]
+        for part in parts:
+            if twice := {name: None for name in part.names if part.names.count(name) > 1}:
+                raise DataError(f"{path.name} has more than one column named {listed(twice)}: rename them apart.")
+            table.parts.append(replace(part, file=path.name) if several else part)
+            # Rows of JSON bring their own names; in a table, a column that is missing is another table.
+            if (only := set(part.names) ^ set(table.parts[0].names)) and suffix not in _JSON:
+                either = f"{path.name} or {paths[0].name}"
+                raise DataError(f"{either} lacks {listed(sorted(only))}: rename the columns alike.")
+    return replace(table, note="; ".join(notes))
 
 
-def _joined(tables: Sequence[Table], files: Sequence[str] | None = None) -> Table:
-    """The rows of one table after the other, numbered on, with the name of their file where there are several."""
-    begins: list[int] = []
-
-    def read(columns: Collection[str]) -> Iterator[Row]:
-        begins.clear()
-        last = 0
-        for at, table in enumerate(tables):
-            begins.append(last)
-            for number, cells in table.read(set(columns) & set(table.names)):
-                last = begins[-1] + number
-                yield last, {FILE_COLUMN: files[at], **cells} if files else cells
-
-    def place(number: int) -> str:
-        at = bisect.bisect_left(begins, number) - 1
-        return tables[at].place(number - begins[at])
-
-    return Table(tables[0].names, read, place)
-
-
-def _open(path: Path, encoding: str | None, chosen: Mapping[str, str | None]) -> Table:
-    suffix = file_format(path)
+def _text_file(path: Path, suffix: str | None, encoding: str | None) -> Part:
     if suffix is None:
         raise DataError(f"{path.name} has no suffix that is read here: {', '.join(SUFFIXES)}, each also .gz.")
-    with _binary(path) as stream:
-        head = stream.read(1 << 16)
-    if not head.strip(b" \t\r\n\0\xef\xbb\xbf"):
-        raise DataError(f"{path.name} is empty.")
-    if suffix == ".parquet":
-        return _parquet(path)
-    if suffix == ".xlsx":
-        return _workbook(path, chosen)
-    encoding = _checked_encoding(path, head, encoding)
-    if suffix in (".csv", ".tsv"):
-        return _with_header(path.name, "line", lambda: _delimited(path, encoding, "," if suffix == ".csv" else "\t"))
-    return _json(path, encoding, suffix)
+    codec = _checked_encoding(path, encoding)
+    if suffix in _JSON:
+        return _json(path, codec, suffix)
+    return _with_header(path.name, "line", partial(_delimited, path, codec, "," if suffix == ".csv" else "\t"))
 
 
 @contextlib.contextmanager
-def _binary(path: Path) -> Iterator[IO[bytes]]:
-    packed = path.suffix.lower() == ".gz"
-    try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as stream:
-            yield cast(IO[bytes], stream)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise DataError(f"{path.name} is no gzip data, or breaks off: copy or download it again.") from None
-
-
-@contextlib.contextmanager
-def _seekable(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file that is read out of order, which gzip data can only be in memory."""
-    with _binary(path) as stream:
-        yield io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
-
-
-@contextlib.contextmanager
-def _text(path: Path, encoding: str) -> Iterator[io.TextIOWrapper]:
-    with _binary(path) as stream:
+def _opened(path: Path, parse: Callable[[Any], Any], problem: str, *, text: bool = False) -> Iterator[Any]:
+    """What `parse` makes of a file's bytes, whose errors become one that the file has this problem."""
+    packed, errors = path.suffix.lower() == ".gz", UnicodeError if text else Exception
+    with gzip.open(path) if packed else path.open("rb") as stream:
         try:
-            yield io.TextIOWrapper(stream, encoding=encoding, newline="")
-        except UnicodeDecodeError:
-            remedy = "save it as UTF-8, or set data.encoding=cp1256, as of old Arabic files, or what it is"
-            raise DataError(f"{path.name} is not {encoding.removesuffix('-sig')}: {remedy}.") from None
+            # Libraries read out of order, which gzip data can only be in memory.
+            yield parse(io.BytesIO(stream.read()) if packed and not text else stream)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise DataError(f"{path.name} is no gzip data, or breaks off: copy or download it again.") from None
+        except DataError:
+            raise
+        except errors:  # openpyxl lets through whatever zipfile, its XML parser or a missing part raises
+            raise DataError(f"{path.name} {problem}.") from None
 
 
-def _checked_encoding(path: Path, head: bytes, encoding: str | None) -> str:
-    """The codec to read with, UTF-8 by default, unless the file's start shows that it would read gibberish."""
-    if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"PAR1", b"\xd0\xcf\x11\xe0")):
-        raise DataError(f"{path.name} is a workbook or packed data: give it the suffix of what it is.")
-    codec = codecs.lookup(encoding or "utf-8").name
-    if not codec.startswith("utf"):
-        # Every byte is a character in Windows-1256: UTF-8 read as that trains on gibberish without an error.
-        with contextlib.suppress(UnicodeDecodeError):
-            if not codecs.getincrementaldecoder("utf-8")().decode(head).isascii():
-                raise DataError(f"{path.name} is UTF-8, not {encoding}: remove data.encoding.")
-    return "utf-8-sig" if codec in ("utf-8", "ascii") else codec
+def _text(path: Path, encoding: str) -> contextlib.AbstractContextManager[io.TextIOWrapper]:
+    remedy = "save it as UTF-8, set data.encoding=cp1256, as of old Arabic files, or correct its suffix"
+    problem = f"is no text in {encoding.removesuffix('-sig')}: {remedy}"
+    return _opened(path, partial(io.TextIOWrapper, encoding=encoding, newline=""), problem, text=True)
 
 
-def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int, list[Any]]]]) -> Table:
-    """A table whose first record holds the names. Columns without one are left out: the index of a data frame."""
-    names = _header(next(records(), (0, []))[1])
-    if not any(names):
-        raise DataError(f"{label} is empty.")
-    _check_names(label, [name for name in names if name])
+def _checked_encoding(path: Path, encoding: str | None) -> str:
+    """The codec to read a text file with, UTF-8 by default."""
+    try:
+        codec = codecs.lookup(io.TextIOWrapper(io.BytesIO(), encoding or "utf-8").encoding).name
+    except (LookupError, ValueError):  # unknown, or a codec of bytes, such as hex
+        raise DataError(f"data.encoding={encoding} is no encoding of text: remove it, or write cp1256.") from None
+    if codec in ("utf-8", "ascii"):
+        return "utf-8-sig"
+    letters = ""
+    with contextlib.suppress(DataError), _text(path, "utf-8") as text:
+        letters = text.read(1 << 16)
+    # Every byte is a character in Windows-1256: UTF-8 read as that trains on gibberish without an error.
+    if not letters.isascii() and not codec.startswith("utf"):
+        raise DataError(f"{path.name} is UTF-8, not {encoding}: remove data.encoding.")
+    return codec
 
-    def read(columns: Collection[str]) -> Iterator[Row]:
+
+def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int, list[Any]]]]) -> Part:
+    """The records after the first, which holds the names. Columns without one are left out: a data frame's index."""
+    _, first = next(records(), (0, []))
+    names = ["" if cell is None else str(cell).strip().strip("\ufeff\u200e\u200f") for cell in first]
+
+    def read(_: Collection[str]) -> Iterator[Row]:
         for number, cells in itertools.islice(records(), 1, None):
             if len(cells) != len(names):
                 cause = f"{len(cells)} cells where the header has {len(names)}"
                 raise DataError(f"{label}, {unit} {number}: {cause}: quote cells that hold a separator or line break.")
             yield number, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
-    return Table([name for name in names if name], read, lambda number: f"{label}, {unit} {number}")
-
-
-def _header(cells: Sequence[Any]) -> list[str]:
-    return ["" if cell is None else str(cell).strip().strip("\ufeff\u200e\u200f") for cell in cells]
-
-
-def _check_names(label: str, names: list[str]) -> None:
-    if twice := {name: None for name in names if names.count(name) > 1}:
-        raise DataError(f"{label} has more than one column named {listed(twice)}: rename them apart.")
+    return Part(f"{label}, {unit}", list(filter(None, names)), read)
 
 
 def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
     for number, line in enumerate(text, start=1):
         if "\0" in line:
-            place = line.index("\0") + 1
-            remedy = "remove it, or set data.encoding=utf-16"
-            raise DataError(f"{path.name}, line {number}, character {place}: a zero byte: {remedy}.")
+            byte = f"line {number}, character {line.index(chr(0)) + 1}: a zero byte"
+            raise DataError(f"{path.name}, {byte}: remove it, or set data.encoding=utf-16.")
         yield line
 
 
 def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, list[Any]]]:
-    csv.field_size_limit(_LONGEST_CELL)
-    with _text(path, encoding) as stream:
-        lines = _lines(path, stream)
-        before, delimiter, first = 0, None, next(lines, "")
-        while first and not first.strip():
-            before, first = before + 1, next(lines, "")
-        if named := re.fullmatch(r"sep=(.)\s*", first, flags=re.IGNORECASE):  # Excel's own way to name it
-            delimiter, before, first = named.group(1), before + 1, next(lines, "")
-        if delimiter is None:
-            # Excel writes ";" where the comma is the decimal mark, as in much of the Arab world.
-            delimiter = max((default, ",", ";", "\t"), key=re.sub('"[^"]*"', "", first).count)
+    with _text(path, encoding) as text:
+        lines = _lines(path, text)
+        first = next(lines, "")
+        # Excel writes ";" where the comma is the decimal mark, as in much of the Arab world.
+        delimiter = max((default, ",", ";", "\t", "|"), key=re.sub('"[^"]*"', "", first).count)
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-        while True:
-            line = before + reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                long = f", or a cell is over {_LONGEST_CELL:,} letters long" if "field limit" in str(error) else ""
-                raise DataError(
-                    f"{path.name}, line {line}: a quote is stray or not closed in the row that begins there{long}: "
-                    'put cells in quotes and double the quotes inside them ("").'
-                ) from None
-            if cells is None:
-                return
-            if any(map(str.strip, cells)):
-                yield line, cells
-
-
-@contextlib.contextmanager
-def _book(path: Path) -> Iterator[Any]:
-    import openpyxl
-
-    with _seekable(path) as stream:
+        number = 1
         try:
-            yield openpyxl.load_workbook(stream, read_only=True, data_only=True)
-        except DataError:
-            raise
-        except Exception:  # openpyxl lets through whatever zipfile, its XML parser or a missing part raises
-            raise DataError(f"{path.name} is damaged, has a password or is no workbook: save it as .xlsx.") from None
+            for cells in reader:
+                if any(map(str.strip, cells)):
+                    yield number, cells
+                number = reader.line_num + 1
+        except csv.Error:
+            cause = f"a quote is stray or not closed, or a cell has over {csv.field_size_limit():,} letters, in the row"
+            remedy = 'put cells in quotes and double the quotes inside them ("")'
+            raise DataError(f"{path.name}, line {number}: {cause} that begins there: {remedy}.") from None
 
 
-def _sheet(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
+def _workbook(path: Path, chosen: Mapping[str, str | None]) -> tuple[list[Part], str]:
+    """The sheets that hold consultations, and a note of their names and of those that were left out."""
+    import openpyxl
     from openpyxl.utils.escape import unescape
 
-    sheet.reset_dimensions()  # some exporters write a size that would cut the table off
-    width = 0
-    for number, values in enumerate(sheet.iter_rows(values_only=True), start=1):
-        cells = [unescape(cell) if isinstance(cell, str) else cell for cell in values]
-        while cells and cells[-1] is None:
-            cells.pop()
-        width = width or len(cells)
-        if cells:
-            yield number, cells + [None] * (width - len(cells))
+    parse = partial(openpyxl.load_workbook, read_only=True, data_only=True)
+    opened = partial(_opened, path, parse, "is damaged, has a password or is no workbook: save it as .xlsx")
 
+    def records(title: str) -> Iterator[tuple[int, list[Any]]]:
+        with opened() as book:
+            book[title].reset_dimensions()  # some exporters write a size that would cut the table off
+            width = 0
+            for number, values in enumerate(book[title].iter_rows(values_only=True), start=1):
+                cells = [unescape(cell) if isinstance(cell, str) else cell for cell in values]
+                while cells and cells[-1] is None:
+                    cells.pop()
+                width = width or len(cells)
+                if cells:
+                    yield number, cells + [None] * (width - len(cells))
 
-def _workbook(path: Path, chosen: Mapping[str, str | None]) -> Table:
-    """The sheets that hold consultations as one table; the note names them, and those that were left out."""
-    with _book(path) as book:
-        rows = {sheet.title: _header(next(_sheet(sheet), (0, []))[1]) for sheet in book.worksheets}
-    headers = {title: names for title, row in rows.items() if (names := [name for name in row if name])}
-    if not headers:
-        raise DataError(f"{path.name} is empty.")
+    with opened() as book:
+        titles = [sheet.title for sheet in book.worksheets]
+    sheets = {title: _with_header(f"{path.name}, sheet '{title}'", "row", partial(records, title)) for title in titles}
+    headers = {title: sheet.names for title, sheet in sheets.items() if sheet.names}
     fitting = []
     for title, names in headers.items():
         with contextlib.suppress(DataError):
             map_columns(names, chosen, title)
             fitting.append(title)
-    main = fitting[0] if fitting else max(headers, key=lambda title: len(headers[title]))
+    main = fitting[0] if fitting else max(headers, key=lambda title: len(headers[title]), default="")
     alike = [title for title in headers if set(headers[title]) == set(headers[main])]
     if other := [title for title in fitting if title not in alike]:
-        sheets = listed([main, other[0]])
-        raise DataError(f"{path.name}: the sheets {sheets} have consultations in different columns: rename them alike.")
+        both = listed([main, other[0]])
+        raise DataError(f"{path.name}: the sheets {both} have consultations in different columns: rename them alike.")
     left_out = [title for title in headers if title not in alike]
     note = f"sheets {listed(alike)}{', not ' * bool(left_out)}{listed(left_out)}" if len(headers) > 1 else ""
-
-    def table(title: str) -> Table:
-        def records() -> Iterator[tuple[int, list[Any]]]:
-            with _book(path) as book:
-                yield from _sheet(book[title])
-
-        return _with_header(f"{path.name}, sheet '{title}'", "row", records)
-
-    return replace(_joined([table(title) for title in alike]), note=note)
+    return [sheets[title] for title in alike], note
 
 
-def _parquet(path: Path) -> Table:
-    import pyarrow as pa
+def _parquet(path: Path) -> Part:
     import pyarrow.parquet as pq
 
-    @contextlib.contextmanager
-    def opened() -> Iterator[pq.ParquetFile]:
-        with _seekable(path) as stream:
-            try:
-                yield pq.ParquetFile(stream)
-            except (pa.ArrowException, OSError):  # Arrow's own "unexpected end" is an OSError
-                raise DataError(f"{path.name} is damaged or no Parquet file: write it again.") from None
-
-    with opened() as file:
-        names = file.schema_arrow.names
-    _check_names(path.name, names)
+    opened = partial(_opened, path, pq.ParquetFile, "is damaged or no Parquet file: write it again")
 
     def read(columns: Collection[str]) -> Iterator[Row]:
         with opened() as file:
             batches = file.iter_batches(batch_size=1000, columns=sorted(columns))
             yield from enumerate((cells for batch in batches for cells in batch.to_pylist()), start=1)
 
-    return Table(names, read, lambda number: f"{path.name}, row {number}")
+    with opened() as file:
+        return Part(f"{path.name}, row", file.schema_arrow.names, read)
 
 
-def _json(path: Path, encoding: str, suffix: str) -> Table:
+def _json(path: Path, encoding: str, suffix: str) -> Part:
     """Objects, one a line or in an array. Each brings its own names, so that all are read once to know them."""
-    lines = suffix != ".json" or _holds_lines(path, encoding)
+    lines = suffix != ".json"
+    with _text(path, encoding) as text, contextlib.suppress(ValueError, RecursionError):
+        first = next(filter(str.strip, text), "").lstrip()
+        lines = lines or (first[:1] == "{" and not isinstance(json.loads(first).get("data"), list))
 
-    def read(columns: Collection[str]) -> Iterator[Row]:
+    def read(_: Collection[str]) -> Iterator[Row]:
         with _text(path, encoding) as text:
             yield from json_lines(_lines(path, text), path.name) if lines else _array(text.read(), path.name)
 
-    names = list(dict.fromkeys(name for _, cells in read(()) for name in cells))
-    return Table(names, read, lambda number: f"{path.name}, {'line' if lines else 'row'} {number}")
-
-
-def _holds_lines(path: Path, encoding: str) -> bool:
-    with _text(path, encoding) as text, contextlib.suppress(ValueError, RecursionError):
-        first = json.loads(next(filter(str.strip, text), ""))
-        return isinstance(first, dict) and not isinstance(first.get("data"), list)
-    return False
+    names = dict.fromkeys(name for _, cells in read(()) for name in cells)
+    return Part(f"{path.name}, {'line' if lines else 'row'}", list(names), read)
 
 
 def _array(document: str, label: str) -> Iterator[Row]:
     """The rows of an array, or of the one under "data", by Python's parser, which has limits."""
-    number = 0
     try:
-        for number, cells in enumerate(_elements(document), start=1):
-            if not isinstance(cells, dict):
-                raise DataError(f"{label}, row {number} is not a JSON object with named values.")
-            yield number, cells
+        rows = json.loads(document)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{label}, row {number + 1} or what follows it {json_problem(error)}.") from None
+        place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{label}{place} {json_problem(error)}.") from None
+    rows = rows.get("data") if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not all(isinstance(cells, dict) for cells in rows):
+        raise DataError(f"{label} is not valid JSON data: it has no array of objects, nor an object in each line.")
+    return enumerate(rows, start=1)
 
 
-def _elements(document: str) -> Iterator[Any]:
-    """One element after the other, so that memory holds the text and not all that it says."""
-    mark = re.match(r"\s*\[\s*(\]?)\s*", document)
-    if not mark:
-        whole = json.loads(document)
-        if not isinstance(whole, dict) or not isinstance(whole.get("data"), list):
-            raise json.JSONDecodeError("no array of rows, none under data, and no row in each line", document, 0)
-        yield from whole["data"]
-        return
-    decoder, separator = json.JSONDecoder(), re.compile(r"\s*(,|\])\s*")
-    while mark and mark[1] != "]":
-        element, end = decoder.raw_decode(document, mark.end())
-        yield element
-        mark = separator.match(document, end)
-    if not mark or mark.end() < len(document):
-        raise json.JSONDecodeError("expecting , or ] and the end", document, 0)
+def listed(names: Iterable[str]) -> str:
+    """Columns as a message names them; long ones are left out: without a header they are a consultation."""
+    names = list(names)
+    short = [f"'{name}'" for name in names if len(name) <= 40][:20]
+    more = len(names) - len(short)
+    return ", ".join(short) + (f"{' and ' if short else ''}{more} more or longer ones" if more else "")
+
+
+def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: str) -> dict[str, str]:
+    """Canonical field -> column of `names`: the `chosen` ones, and the rest as recognized.
+
+    A column of messages (`[{"role": "user", ...}, {"role": "assistant", ...}]`) is the question and the answer at
+    once; both then map to it. `chosen["id"] = "row"` numbers the rows, even where there is a column of ids. It is an
+    error where a chosen column does not exist, two could be meant, or question or answer is missing.
+    """
+    numbered = chosen.get("id") == "row" and "row" not in names
+    columns: dict[str, str] = {}
+    for field, wanted in chosen.items():
+        if wanted is None or (field == "id" and numbered):
+            continue
+        alike = [name for name in names if fold_for_matching(name) == fold_for_matching(wanted)]
+        if wanted not in names and len(alike) != 1:
+            asked = f"data.{field}_column asks for"
+            raise DataError(f"{label} has no column '{wanted}', which {asked}: it has {listed(names)}.")
+        columns[field] = wanted if wanted in names else alike[0]
+    for field, accepted in _ACCEPTED.items():
+        if field == "answer" and fold_for_matching(columns.get("question", "")) == "messages":
+            columns.setdefault("answer", columns["question"])
+        if field in columns or (field == "id" and numbered):
+            continue
+        if field == "question" and "answer" not in columns:
+            accepted = [*accepted, "messages"]
+        rank = {name: accepted.index(f) for name in names if (f := fold_for_matching(name)) in accepted}
+        found = sorted((name for name in rank if name not in columns.values()), key=rank.__getitem__)
+        if found and (field not in chosen or (field not in ("question", "answer") and rank[found[0]] == 0)):
+            del found[1:]  # the canonical name is meant; for a field without a setting the likeliest is
+        if len(found) > 1:
+            could = " and ".join(repr(name) for name in names if name in found)
+            raise DataError(f"{label}: {could} could each be the {field}: set data.{field}_column to the right one.")
+        if found:
+            columns[field] = found[0]
+    if missing := [field for field in ("question", "answer") if field not in columns]:
+        settings = " and ".join(f"data.{field}_column" for field in missing)
+        missed = f"{label} has no column named like the {' or the '.join(missing)}"
+        raise DataError(f"{missed}: set {settings} to one of {listed(names)}.")
+    twice = [field for field in columns if list(columns.values()).count(columns[field]) > 1]
+    if twice and set(twice) != {"question", "answer"}:
+        raise DataError(f"{label}: column '{columns[twice[0]]}' is set for {' and '.join(twice)}: give each its own.")
+    return columns
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """`name`, with "original_" before it as often as it takes not to be `taken`."""
+    while name in taken:
+        name = f"original_{name}"
+    return name
+
+
+def free_names(names: Collection[str], taken: Collection[str]) -> dict[str, str]:
+    """The `free_name` of each of `names`, which is not another's either."""
+    free: dict[str, str] = {}
+    for name in names:
+        free[name] = free_name(name, {*taken, *free.values(), *(other for other in names if other != name)})
+    return free
+
+
+def as_json_value(cell: Any) -> str:
+    """For `json.dumps(default=...)`: bytes in base64, anything else as it prints."""
+    return base64.b64encode(cell).decode() if isinstance(cell, bytes) else str(cell)
+
+
+def carried_text(cell: Any) -> str:
+    """A cell of a carried column as text: words as they stand, nested values as JSON, bytes in base64."""
+    if isinstance(cell, list | dict):
+        return json.dumps(cell, ensure_ascii=False, default=as_json_value)
+    if isinstance(cell, str | bytes):
+        return as_json_value(cell)
+    return as_text(cell, "", "")
+
+
+def as_text(cell: Any, column: str, place: str) -> str:
+    """A cell as text, "" where it is empty; lists, objects and bytes are an error that names `place`."""
+    if isinstance(cell, str):
+        return "" if len(cell) <= 8 and cell.strip().lower() in _EMPTY_WORDS else cell.replace("\r\n", "\n")
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    if isinstance(cell, list | dict | bytes):
+        raise DataError(f"{place}: column '{column}' holds a {type(cell).__name__} where text is needed.")
+    if isinstance(cell, float):
+        # Spreadsheets and data frames hold whole numbers as floats: the id 12 must not become "12.0".
+        return str(int(cell)) if cell.is_integer() else repr(cell)
+    return cell.isoformat() if isinstance(cell, date | time) else str(cell)
+
+
+def as_probability(cell: Any, column: str, place: str) -> float:
+    """A cell as a float, NaN where it is empty; whether it is a probability, the weighting judges."""
+    try:
+        return float(as_text(cell, column, place).strip().replace("٫", ".").replace(",", ".") or "nan")
+    except ValueError:
+        raise DataError(f"{place}: column '{column}' is not a number.") from None
+
+
+def as_exchange(cell: Any, column: str, place: str) -> tuple[str, str]:
+    """(question, answer) of a list of messages or its JSON text: maybe a system's, the user's, the assistant's."""
+    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
+        if isinstance(cell, str):
+            cell = json.loads(as_text(cell, column, place).strip() or "null")
+        if cell is None or cell == [] or (isinstance(cell, float) and math.isnan(cell)):
+            return "", ""
+        question, answer = cell[1:] if cell[0]["role"] == "system" else cell
+        if (question["role"], answer["role"]) == ("user", "assistant"):
+            return as_text(question["content"], column, place), as_text(answer["content"], column, place)
+    form = "a list of one message of the user and one of the assistant, each with role and content"
+    raise DataError(f"{place}: column '{column}' is not {form}: split conversations of several turns into rows.")
+
+
+def canonical_row(
+    cells: Mapping[str, Any], columns: Mapping[str, str], place: str, carried: Mapping[str, str]
+) -> dict[str, Any] | str:
+    """The row under its canonical names, or the reason why it is none ("empty question", ...)."""
+    row: dict[str, Any] = {}
+    exchange = columns["question"] == columns["answer"]
+    for field, column in columns.items():
+        if not exchange or field not in ("question", "answer"):
+            row[field] = (as_probability if field in PROBABILITIES else as_text)(cells.get(column), column, place)
+    if exchange:
+        row["question"], row["answer"] = as_exchange(cells.get(columns["question"]), columns["question"], place)
+    row |= {name: carried_text(cells.get(column)) for name, column in carried.items()}
+    for field in ("question", "answer"):
+        if not row[field].strip():
+            return f"empty {field}"
+    try:
+        "".join(value for value in row.values() if isinstance(value, str)).encode()
+    except UnicodeEncodeError:  # half an emoji, cut off by whatever wrote the file; Arrow cannot hold it
+        return "broken characters"
+    return row

@@ -1,8 +1,4 @@
-"""Two plainer forms of Arabic text: one for comparing only, one for models that were trained without vowel marks.
-
-Arabic is typed with and without hamza, vowel marks, elongation and either set of digits; a question that was posted
-twice rarely comes out letter for letter the same.
-"""
+"""Two plainer forms of Arabic text: one for comparing only, one for models that were trained without vowel marks."""
 
 from __future__ import annotations
 
@@ -35,7 +31,7 @@ def fold_for_matching(text: str) -> str:
 
 
 def strip_marks(text: str) -> str:
-    """The text without tashkeel, tatweel and invisible marks, with ASCII digits; nothing that a reader needs is lost.
+    """The text without tashkeel, tatweel and invisible marks, with ASCII digits.
 
     AraGPT2 was trained on such text (its model card, aubmindlab/aragpt2-base).
     """

@@ -8,7 +8,7 @@ from datetime import date
 
 import pytest
 
-from sevpeft.data.columns import as_probability, as_text, canonical_row, map_columns
+from sevpeft.data.files import as_probability, as_text, canonical_row, map_columns
 from sevpeft.errors import DataError
 
 NOTHING_CHOSEN = dict.fromkeys(("question", "answer", "severity", "id", "dialect", "split"))
@@ -72,21 +72,28 @@ def test_messages_are_question_and_answer_at_once() -> None:
     assert mapped("messages") == CONVERSATION
     assert mapped("messages", "prompt", "completion", question="prompt")["answer"] == "completion"
     for cell in (MESSAGES, MESSAGES[1:], json.dumps(MESSAGES)):
-        assert canonical_row({"messages": cell}, CONVERSATION, "x") == {"question": "سؤال", "answer": "جواب"}
+        assert canonical_row({"messages": cell}, CONVERSATION, "x", {}) == {"question": "سؤال", "answer": "جواب"}
     for cell in (None, math.nan, "", "  ", "NaN", [], "null"):
-        assert canonical_row({"messages": cell}, CONVERSATION, "x") == "empty question"
+        assert canonical_row({"messages": cell}, CONVERSATION, "x", {}) == "empty question"
 
 
 def test_any_other_conversation_is_an_error_that_names_the_row() -> None:
     for cell in (MESSAGES + MESSAGES[1:], MESSAGES[:2], MESSAGES[::-1], "[", '"hm"', 7, [{}], "[" * 100_000):
         with pytest.raises(DataError, match=r"x, row 7: column 'messages' is not"):
-            canonical_row({"messages": cell}, CONVERSATION, "x, row 7")
+            canonical_row({"messages": cell}, CONVERSATION, "x, row 7", {})
 
 
 def test_cells_become_text() -> None:
     texts = [
         *(("نص", "نص"), ("a\r\nb", "a\nb"), (12, "12"), (12.0, "12"), (0.5, "0.5"), (None, ""), (math.nan, "")),
-        *(("NaN", ""), ("None of it", "None of it"), (date(2024, 5, 1), "2024-05-01"), (True, "True")),
+        *(
+            ("NaN", ""),
+            ("#NAME?", ""),
+            ("#DIV/0!", ""),
+            ("None of it", "None of it"),
+            (date(2024, 5, 1), "2024-05-01"),
+            (True, "True"),
+        ),
     ]
     assert [(cell, text) for cell, text in texts if as_text(cell, "question", "x") != text] == []
     for cell in (["a"], {"a": 1}, b"a"):
@@ -109,4 +116,4 @@ def test_a_row_without_both_texts_is_rejected_with_its_reason() -> None:
         ("q", None, "empty answer"),
         ("q \ud83d", "a", "broken characters"),
     ):
-        assert canonical_row({"q": question, "a": answer}, {"question": "q", "answer": "a"}, "x") == reason
+        assert canonical_row({"q": question, "a": answer}, {"question": "q", "answer": "a"}, "x", {}) == reason

@@ -47,7 +47,7 @@ def refusal(path: str | Path, **settings: object) -> str:
     return str(refused.value)
 
 
-def test_a_file_becomes_rows_with_canonical_columns(tmp_path: Path) -> None:
+def test_a_file_becomes_rows_with_canonical_columns_in_a_folder_of_its_own(tmp_path: Path, cache: Path) -> None:
     file = csv_file(
         tmp_path,
         "ID,السؤال,الإجابة,الخطورة,p_non_critical,p_neutral,p_critical,Category,اللهجة,split,reason",
@@ -69,14 +69,9 @@ def test_a_file_becomes_rows_with_canonical_columns(tmp_path: Path) -> None:
     assert loaded.columns["specialty"] == "Category"
     assert loaded.fingerprint.startswith("sha256:") and loaded.source == str(file)
     assert loaded.rows.features["p_critical"].dtype == "float64"
-
-
-def test_rows_are_memory_mapped_in_a_folder_for_their_owner_alone(tmp_path: Path, cache: Path) -> None:
-    loaded = load_consultations(csv_file(tmp_path, "question,answer", "q,a"))
     (mapped,) = loaded.rows.cache_files
     assert Path(mapped["filename"]).is_relative_to(cache)
-    if os.name == "posix":
-        assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert os.name != "posix" or stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
 def test_ids_are_made_from_the_row_number_where_there_are_none(tmp_path: Path) -> None:
@@ -116,6 +111,7 @@ def test_a_second_reading_is_answered_from_the_table(tmp_path: Path, monkeypatch
     # What later steps keep in their caches stays valid, in another folder too.
     monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path / "elsewhere"))
     assert load_consultations(file).rows._fingerprint == first.rows._fingerprint == second.rows._fingerprint
+    assert load_consultations(file, question_column="answer", answer_column="question").rows["question"][:] == ["a"]
 
 
 def test_a_changed_file_is_never_served_from_a_stale_table(tmp_path: Path) -> None:
@@ -128,14 +124,8 @@ def test_a_changed_file_is_never_served_from_a_stale_table(tmp_path: Path) -> No
     assert second.rows["question"][:] == ["r"] and second.fingerprint != first.fingerprint
 
 
-def test_another_setting_is_another_table(tmp_path: Path) -> None:
-    file = csv_file(tmp_path, "question,other,answer", "q,o,a")
-    assert load_consultations(file).rows["question"][:] == ["q"]
-    assert load_consultations(file, question_column="other").rows["question"][:] == ["o"]
-
-
 def test_a_table_that_the_disk_has_lost_a_part_of_is_made_again(tmp_path: Path, cache: Path) -> None:
-    file = csv_file(tmp_path, "question,answer", *["q,a"] * 1500)
+    file = csv_file(tmp_path, "question,answer", *["q,a"] * 1200)
     load_consultations(file)
     (table,) = cache.iterdir()
     rows, about = table / "rows.arrow", table / "about.json"
@@ -152,26 +142,12 @@ def test_a_table_that_the_disk_has_lost_a_part_of_is_made_again(tmp_path: Path, 
     ):
         part.unlink()  # not written over: it is memory-mapped
         part.write_bytes(content)
-        assert len(load_consultations(file).rows) == 1500
+        assert len(load_consultations(file).rows) == 1200
 
 
 def test_a_failed_reading_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
     refusal(csv_file(tmp_path, "question,answer", *["q,a"] * 3000, "q"))
     assert list(cache.iterdir()) == []
-
-
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = csv_file(tmp_path, "question,answer", "q,a")
-    opened = read.open_files
-
-    def grows(*args: object) -> object:
-        csv_file(tmp_path, "question,answer", "q,a", "r,b")
-        return opened(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(read, "open_files", grows)
-    assert "changed while it was read" in refusal(file) and list(cache.iterdir()) == []
 
 
 # Workbooks
@@ -245,19 +221,16 @@ def test_what_cannot_be_read_is_refused_plainly_and_never_waited_for(tmp_path: P
         assert "no file in this folder or pattern" in refusal(path)
     os.mkfifo(tmp_path / "x.csv")
     odd = ("a\0b.csv", "x" * 5000 + ".csv", "no/such/folder/x.csv", "https://host/x.csv?a=b", "builtin:other")
-    for path in (tmp_path / "x.csv", Path("/dev/null"), f"{tmp_path}/*.csv", tmp_path, *odd):
+    for path in (tmp_path / "x.csv", "/dev/null", f"{tmp_path}/*.csv", tmp_path, *odd):
         assert "data.path=" in refusal(path)
-    csv_file(tmp_path, "question,answer", name="consultations.csv")
-    said = refusal(tmp_path / "consultation.csv")
-    assert "there is no such file, but there is" in said and said.endswith("consultations.csv.")
 
 
 def test_a_column_that_only_late_rows_of_json_have_is_not_lost(tmp_path: Path) -> None:
-    rows: list[object] = [{"question": f"q{i}", "answer": "a"} for i in range(2500)]
-    rows[2000] = {"question": "q2000", "answer": "a", "late": "x", "severity": "critical"}
+    rows: list[object] = [{"question": f"q{i}", "answer": "a"} for i in range(1100)]
+    rows[1050] = {"question": "q1050", "answer": "a", "late": "x", "severity": "critical"}
     loaded = load_consultations(jsonl_file(tmp_path, *rows), keep="all")
-    assert len(loaded.rows) == 2500 and loaded.rows[2000]["severity"] == "critical"
-    assert loaded.rows[0]["severity"] == "" and loaded.rows["late"][:] == [""] * 2000 + ["x"] + [""] * 499
+    assert len(loaded.rows) == 1100 and loaded.rows[1050]["severity"] == "critical"
+    assert loaded.rows[0]["severity"] == "" and loaded.rows["late"][:] == [""] * 1050 + ["x"] + [""] * 49
 
 
 def test_duplicate_ids_are_refused_with_their_rows(tmp_path: Path) -> None:
@@ -276,10 +249,12 @@ def test_a_file_without_consultations_is_refused(tmp_path: Path) -> None:
     for lines, part in (
         (["question,answer"], "x.csv holds no rows."),
         (["question,answer", ",a", "q,"], "no row with both question and answer (1 with empty question, 1 with"),
-        (["text,topic", "q,a"], "no column that is named like"),
+        (["text,topic", "q,a"], "set data.question_column and data.answer_column to one of 'text', 'topic'"),
     ):
         assert part in refusal(csv_file(tmp_path, *lines))
-    assert refusal(csv_file(tmp_path, "[]", name="x.json")) == "x.json holds no rows."
+    for content, name in (("[]", "x.json"), ("\ufeff\n \n", "x.csv"), ("\n", "x.jsonl")):
+        assert refusal(csv_file(tmp_path, content, name=name)) == f"{name} is empty."
+    assert refusal(workbook(tmp_path / "x.xlsx", {"Empty": []})) == "x.xlsx is empty."
 
 
 def test_a_cache_folder_that_cannot_be_made_is_refused_with_the_setting(
@@ -294,11 +269,6 @@ def test_settings_of_the_hub_are_refused_for_a_file(tmp_path: Path) -> None:
     file = csv_file(tmp_path, "question,answer", "q,a")
     for setting, value in (("name", "ar"), ("revision", "main"), ("split", "test")):
         assert f"data.{setting}={value} chooses within a Hub data set" in refusal(file, **{setting: value})
-
-
-def test_the_bundled_sample_is_found_by_its_name() -> None:
-    loaded = load_consultations("builtin:consultations")
-    assert loaded.source == "builtin:consultations" and len(loaded.rows) == 420 and loaded.files == []
 
 
 Hub = Callable[[object], None]
@@ -337,8 +307,8 @@ def test_a_hub_data_set_is_read_with_the_names_of_its_labels(hub: Hub) -> None:
 def test_a_hub_id_that_gives_nothing_is_refused_in_one_sentence(hub: Hub) -> None:
     assert "data.path=org/name is" in refusal("org/name")  # offline
     for outcome, part in (
-        (ConnectionError("x"), "the Hub cannot be reached"),
-        (datasets.exceptions.DatasetNotFoundError("x"), "unknown, private or gated"),
+        (ConnectionError("Couldn't reach 'org/name' on the Hub"), "(Couldn't reach"),
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist"), "doesn't exist"),
         (ValueError("Unknown split 'trian'.\nmore"), "(Unknown split 'trian')"),
         (RuntimeError("secret"), "(RuntimeError)"),
     ):
@@ -378,7 +348,6 @@ def test_other_columns_are_left_behind_unless_asked_for_and_are_text_that_loses_
         **{"object": '{"k": [true]}', "word": "NaN ", "line": "a\r\nb", "row": 1},
     }
     assert load_consultations(file, keep=("n",)).rows.column_names == ["id", "question", "answer", "n", "row"]
-    assert "has no column 'month'" in refusal(file, keep=["month"])
     pq.write_table(pa.table({"question": ["q"], "answer": ["a"], "scan": [b"\xff\x00"]}), tmp_path / "x.parquet")
     assert load_consultations(tmp_path / "x.parquet", keep="all").rows["scan"][:] == ["/wA="]
 
@@ -400,12 +369,10 @@ def test_rows_that_are_no_consultation_are_kept_aside_as_they_were_read(tmp_path
         {"question": "\ud83d", "answer": "a", "row": 9},
     )
     aside = load_consultations(file, keep="all").rejected_rows
-    assert aside is not None
     assert [json.loads(line) for line in aside.read_text(encoding="utf-8").splitlines()] == [
         {"row": 2, "reason": "empty question", "question": None, "answer": "a", "n": [1]},
         {"row": 3, "reason": "broken characters", "question": "\ud83d", "answer": "a", "original_row": 9},
     ]
-    assert load_consultations(file).rejected_rows is None
 
 
 @pytest.fixture
@@ -455,18 +422,6 @@ def test_a_description_that_is_none_is_refused(prepared: Path) -> None:
         assert "dataset.json is none that `sevpeft prepare` wrote" in refusal(prepared)
     (prepared / "dataset.json").write_text('{"fingerprint": "x", "columns": []}', encoding="utf-8")
     assert "data.revision=main chooses" in refusal(prepared, revision="main")
-
-
-MAQA = ["q_body,a_body,category", '"عندي صداع\nمن امبارح","راجع الطبيب, اليوم",أعصاب']
-AHQAD = ["Question, Answer, Category", "عندي صداع, راجع الطبيب, Neurology"]
-
-
-def test_the_shapes_of_maqa_and_ahqad_are_read(tmp_path: Path) -> None:
-    for lines, column in ((MAQA, "category"), (AHQAD, "Category")):
-        loaded = load_consultations(csv_file(tmp_path, *lines))
-        (row,) = loaded.rows
-        assert row["question"].startswith("عندي صداع") and row["answer"].strip().startswith("راجع الطبيب")
-        assert loaded.columns["specialty"] == column
 
 
 # Several files
@@ -521,6 +476,6 @@ def test_errors_in_several_files_name_the_file_and_its_own_line(maqa: Path) -> N
     assert "train.csv, line 2: column 'p_critical' is not a number" in said and "secret" not in said
     for name in ("test", "train"):
         csv_file(maqa, "id,question,answer", f"{name},q,a", "same,q,a", name=f"{name}.csv")
-    assert "such as test.csv, line 3 and train.csv, line 3" in refusal(maqa)
+    assert "test.csv, line 3 and train.csv, line 3 have the same 'id'" in refusal(maqa)
     jsonl_file(maqa, {"q_body": "q", "a_body": "a", "category": "c"})
     assert "several formats" in refusal(maqa)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 
-from sevpeft.data.split import TEST, TRAIN, VALIDATION, HoldOut, Splits, hold_out, split_rows
+from sevpeft.data.split import Splits, hold_out, split_rows
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.recipe import DataSection
@@ -51,7 +52,7 @@ def test_sizes_are_fractions_or_numbers_of_rows() -> None:
     for asked, expected in (((0.1, 0.2), (140, 20, 40)), ((7, 13), (180, 7, 13)), ((0.001, 0), (199, 1, 0))):
         splits = split(many(200), *asked)
         assert sizes(splits) == expected
-        assert (splits.by, splits.groups, splits.leaks) == ("random", 200, 0)
+        assert (splits.by, splits.leaks) == ("random", 0)
 
 
 def test_the_parts_are_all_the_rows_each_once_and_in_order() -> None:
@@ -66,7 +67,7 @@ def test_a_question_asked_again_in_another_spelling_stays_on_its_side() -> None:
     splits = split(rows([form.format(number) for number in range(100) for form in forms]))
     train, validation, test = (questions(part) for part in (splits.train, splits.validation, splits.test))
     assert not (train & validation or train & test or validation & test)
-    assert splits.groups == 100 and sizes(splits) == (240, 30, 30)
+    assert sizes(splits) == (240, 30, 30)
 
 
 def test_a_group_that_is_too_large_for_a_side_is_trained_on() -> None:
@@ -161,33 +162,36 @@ def test_a_column_split_that_is_filled_in_part_is_refused_with_the_row() -> None
 
 
 def test_a_column_split_without_train_is_refused() -> None:
-    with pytest.raises(DataError, match="no train rows"):
+    with pytest.raises(DataError, match="none of 0 rows to train on"):
         split(rows(list("ab"), ["test", "dev"]))
 
 
 def test_sizes_that_cannot_be_met_are_refused() -> None:
     for validation, test, data, part in (
-        (0.5, 0.5, many(10), "data.validation_size=0.5 and data.test_size=0.5 of 10 rows"),
-        (10, 0, many(10), "leave none to train on"),
-        (5, 1, rows(["a"] * 5 + ["b"] * 5), "data.test_size=1 gives no test rows"),
+        (0.5, 0.5, many(10), "data.test_size and data.validation_size would leave none of 10 rows"),
+        (10, 0, many(10), "leave none of 10 rows to train on"),
+        (5, 1, rows(["a"] * 5 + ["b"] * 5), "data.test_size is too small"),
     ):
         with pytest.raises(DataError) as refused:
             split(data, validation, test)
         assert part in str(refused.value)
 
 
-def held(cells: list[str], validation: float = 0.1, test: float = 0.1, seed: int = 0) -> HoldOut:
-    return hold_out(cells, "when", section(validation, test, seed))
+def held(cells: list[str], validation: float = 0.1, test: float = 0.1, seed: int = 0) -> tuple[str, dict[str, Any]]:
+    """A letter for the side of each row, and how it came."""
+    found, about = hold_out(cells, "when", section(validation, test, seed))
+    assert about["validation_from_train"] == (1 not in found)
+    return "".join("-vt"[side] for side in found.tolist()), about
 
 
-def sides(result: HoldOut) -> str:
-    return "".join("-vt"[side] for side in result.sides.tolist())
+def sides(*words: Any, **more: Any) -> str:
+    return held(*words, **more)[0]
 
 
 def test_the_newest_values_are_the_test_and_those_before_them_the_validation() -> None:
-    result = held([str(number) for number in (9, 10, 1, 2, 3, 4, 5, 6, 7, 8)], 0.2, 0.1)
-    assert sides(result) == "vt-------v" and result.ordered
-    assert result.values[TEST] == ["10"] and result.values[VALIDATION] == ["8", "9"]
+    found, about = held([str(number) for number in (9, 10, 1, 2, 3, 4, 5, 6, 7, 8)], 0.2, 0.1)
+    assert found == "vt-------v" and about["ordered"]
+    assert about["values"] == {"train": "1 to 7 (7 values)", "validation": "8 to 9 (2 values)", "test": "'10'"}
     for dates in (
         ["2019-05-01", "2021-01-31", "2020-12-01"],
         ["2019-05", "2021-01", "2020-12"],
@@ -195,44 +199,45 @@ def test_the_newest_values_are_the_test_and_those_before_them_the_validation() -
         ["٢٠١٩", "٢٠٢١", "٢٠٢٠"],
         ["-3.5", "0", "-1"],
     ):
-        assert sides(held(dates, 1, 1)) == "-tv", dates
-    assert not held(["1", "2", "3", "unknown"]).ordered and not held(["1e999999999", "2", "3"]).ordered
+        assert sides(dates, 1, 1) == "-tv", dates
+    for unordered in (["1", "2", "3", "unknown"], ["1e999999999", "2", "3"], ["2019-05", "2020-12", "2021"]):
+        assert not held(unordered)[1]["ordered"]
 
 
 def test_whole_values_come_as_near_to_the_size_as_they_can() -> None:
     years = ["2018"] * 50 + ["2019"] * 30 + ["2020"] * 15 + ["2021"] * 5
-    assert Counter(sides(held(years, 0.3, 0.1))) == {"t": 5, "v": 45, "-": 50}
-    assert Counter(sides(held(years, 0.1, 0.18))) == {"t": 20, "v": 30, "-": 50}
-    smallest = held(["a"] * 50 + ["b"] * 30 + ["c"] * 20, 0.01, 0.01)
-    assert smallest.values == {TRAIN: ["a"], VALIDATION: ["b"], TEST: ["c"]}
+    assert Counter(sides(years, 0.3, 0.1)) == {"t": 5, "v": 45, "-": 50}
+    assert Counter(sides(years, 0.1, 0.18)) == {"t": 20, "v": 30, "-": 50}
+    smallest = held(["a"] * 50 + ["b"] * 30 + ["c"] * 20, 0.01, 0.01)[1]
+    assert smallest["values"] == {"train": "'a'", "validation": "'b'", "test": "'c'"}
 
 
 def test_words_are_drawn_by_the_seed_and_no_value_is_on_two_sides() -> None:
     sources = [f"clinic {number % 20}" for number in range(400)]
-    result = held(sources, 0.1, 0.2)
-    assert not result.ordered and Counter(sides(result)) == {"-": 280, "v": 40, "t": 80}
-    assert len(set(zip(sources, result.sides.tolist(), strict=True))) == 20 == sum(map(len, result.values.values()))
-    assert sides(held(sources, 0.1, 0.2)) == sides(result) != sides(held(sources, 0.1, 0.2, seed=1))
+    found, about = held(sources, 0.1, 0.2)
+    assert not about["ordered"] and Counter(found) == {"-": 280, "v": 40, "t": 80}
+    assert len(set(zip(sources, found, strict=True))) == 20
+    assert sides(sources, 0.1, 0.2) == found != sides(sources, 0.1, 0.2, seed=1)
 
 
 def test_of_two_values_one_is_held_out_and_train_always_keeps_one() -> None:
-    assert Counter(sides(held(["a"] * 6 + ["b"] * 4))) == {"-": 6, "t": 4}
-    assert Counter(sides(held(["a"] * 6 + ["b"] * 4, 0.1, 0))) == {"-": 6, "v": 4}
-    assert Counter(sides(held(["1"] * 6 + ["2"] * 4))) == {"-": 6, "t": 4}
+    assert Counter(sides(["a"] * 6 + ["b"] * 4)) == {"-": 6, "t": 4}
+    assert Counter(sides(["a"] * 6 + ["b"] * 4, 0.1, 0)) == {"-": 6, "v": 4}
+    assert Counter(sides(["1"] * 6 + ["2"] * 4)) == {"-": 6, "t": 4}
     for cells in (["1"] * 90 + ["2"] * 5 + ["3"] * 5, list("abcdefghij"), ["1"] * 5 + ["2"] * 5):
-        assert TRAIN in held(cells, 0.4, 0.4).sides.tolist()
+        assert "-" in sides(cells, 0.4, 0.4)
 
 
 def test_rows_without_a_value_are_trained_on_and_counted() -> None:
-    result = held(["2020", "", "2021", " ", "2022"], 1, 1)
-    assert sides(result) == "--v-t" and result.empty == 2 and result.ordered
+    found, about = held(["2020", "", "2021", " ", "2022"], 1, 1)
+    assert found == "--v-t" and about["rows_without_value"] == 2 and about["ordered"]
 
 
 def test_a_column_that_cannot_be_held_out_is_refused() -> None:
     for cells, size, part in (
-        (["a"] * 5, 0.1, "has 1 value in all 5 rows"),
-        ([""] * 5, 0.1, "has no value"),
-        (["a", "", "a"], 0.1, "has 1 value"),
+        (["a"] * 5, 0.1, "fewer than two values"),
+        ([""] * 5, 0.1, "fewer than two values"),
+        (["a", "", "a"], 0.1, "fewer than two values"),
         (list("abcd"), 0.5, "leave none of 4 rows to train on"),
     ):
         with pytest.raises(DataError, match=part):

@@ -20,8 +20,8 @@ from filelock import FileLock
 from rich.console import Console
 
 from sevpeft.cli import main
+from sevpeft.data.prepare import PrepareSettings
 from sevpeft.data.prepare.prepare import prepare
-from sevpeft.data.prepare.settings import PrepareSettings
 from sevpeft.data.read import load_consultations
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import Interrupted, ModelError, RunError, UsageError

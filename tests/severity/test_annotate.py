@@ -116,8 +116,8 @@ def test_the_figures_count_what_stands_in_the_output(tmp_path: Path) -> None:
 
 
 def test_a_prepared_folder_becomes_one_with_severity_and_keeps_where_it_is_from(tmp_path: Path) -> None:
+    from sevpeft.data.prepare import PrepareSettings
     from sevpeft.data.prepare.prepare import prepare
-    from sevpeft.data.prepare.settings import PrepareSettings
 
     words = ["صداع", "حرارة", "نزيف", "دوخة", "سعال", "حكة", "ألم", "تعب"]
     rows = []

@@ -1,4 +1,4 @@
-"""Text of a consultation without what only the keyboard, the web page or a broken encoding put there.
+"""Cleans a text of what only the keyboard, the web page or a broken encoding put there.
 
 Nothing is folded: hamza, teh marbuta and alef maqsura stay as they were written, as a reader needs them.
 """
@@ -9,22 +9,34 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
+from pathlib import Path
 
 import emoji as emoji_names
 import ftfy
+import yaml
 from ftfy import badness
 
-from sevpeft.data.prepare.settings import Cleaning
-from sevpeft.data.prepare.words import PATTERNS, WORDS
+from sevpeft.data.prepare import Cleaning
 from sevpeft.data.text import DIGITS, INVISIBLE, TASHKEEL, TATWEEL
+
+_FILE = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+WORDS: dict[str, frozenset[str]] = {name: frozenset(words.split()) for name, words in _FILE["words"].items()}
+
+
+def _compiled(written: str | list[str]) -> re.Pattern[str]:
+    """A pattern, or one that matches any of a list, with the fragments filled in."""
+    joined = written if isinstance(written, str) else "|".join(written)
+    for fragment, meaning in _FILE["fragments"].items():
+        joined = joined.replace(f"<{fragment}>", meaning)
+    return re.compile(joined)
+
+
+PATTERNS: dict[str, re.Pattern[str]] = {name: _compiled(written) for name, written in _FILE["patterns"].items()}
 
 
 def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
-    """The text cleaned, and the names of the switches that changed it, in the order of their steps.
-
-    Cleaning what is clean already changes nothing.
-    """
+    """The text cleaned, and the names of the switches that changed it, in order; cleaning again changes nothing."""
     steps = _steps(switches)
     changed: set[str] = set()
     before = None
@@ -33,61 +45,43 @@ def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
     while before != text:
         before = text
         for name, step in steps:
-            after = step(text)
-            if after != text:
+            if (after := step(text)) != text:
                 changed.add(name)
                 text = after
     return text, tuple(name for name, _ in steps if name in changed)
 
 
 @lru_cache(maxsize=64)
-def _steps(switches: Cleaning) -> tuple[tuple[str, Callable[[str], str]], ...]:
-    chosen = {name: value for name, value in switches if value and value != "keep"}
-    return tuple((name, _EMOJI[value] if name == "emoji" else _STEPS[name]) for name, value in chosen.items())
+def _steps(switches: Cleaning) -> list[tuple[str, Callable[[str], str]]]:
+    return [(name, _EMOJI.get(value) or _STEPS[name]) for name, value in switches if value and value != "keep"]
 
 
-def _substituted(
-    *pairs: tuple[str, str | Callable[[re.Match[str]], str]], flags: int = 0, only_if: str = ""
-) -> Callable[[str], str]:
-    """A step of pairs of a pattern and what takes its place, one after the other, where `only_if` is found."""
-    compiled, needed = [(re.compile(pattern, flags), by) for pattern, by in pairs], re.compile(only_if)
-
-    def step(text: str) -> str:
-        if needed.search(text):
-            for found, by in compiled:
-                text = found.sub(by, text)
-        return text
-
-    return step
+def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]], needed: str = "") -> Callable[[str], str]:
+    """A step of pairs of a pattern and what takes its place; where `needed` is not found, neither is any (faster)."""
+    compiled, any_ = [(re.compile(pattern), by) for pattern, by in pairs], re.compile(needed)
+    return lambda text: reduce(lambda out, pair: pair[0].sub(pair[1], out), compiled if any_.search(text) else (), text)
 
 
 # Encodings. ftfy knows what UTF-8 looks like in the western code pages. Arabic forums have two accidents more: UTF-8
 # that was read as Windows-1256 ("ط§ظ„ظ…"), and Windows-1256 that was read as Windows-1252 ("ÇáÓáÇã"). The second has no
 # UTF-8 in it, so only a text whose letters are mostly accented is taken for it, as no French or German one is.
 
-# What each accident cannot do without; a text that has none of it is not looked at further.
-_SUSPECT = re.compile(r"[\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]")
+# What each accident leaves; a text that has none of it is not looked at further.
+_SUSPECT = r"[\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]"
+_ARABIC = re.compile(r"[\u0620-\u064A]")
+_MAYBE_BROKEN = re.compile(_SUSPECT)
+# What is left of Arabic in UTF-8 that was read in a western code page and then cut or changed.
+_REMAINS = re.compile(f"(?:[ØÙ]{_SUSPECT}){{2}}")
 # Bytes D8 to DB begin an Arabic letter in UTF-8, bytes 80 to BF end it; in Windows-1256 the latter are no letters that
 # Arabic words have.
 _TRAILING = re.escape(bytes(range(0x80, 0xC0)).decode("cp1256"))
 _UTF8_AS_1256 = re.compile(f"(?:[طظعغ][{_TRAILING}])+")
 _SURELY_UTF8_AS_1256 = re.compile(f"(?:[طظ][{_TRAILING}]){{3}}")
-_ACCENTED = re.compile(r"[\u00C0-\u00FF]")
-_LATIN = re.compile(r"[A-Za-z]")
-_ARABIC = re.compile(r"[\u0620-\u064A]")
-_LOST = re.compile(
-    # The replacement character, private use, and what a code page without Arabic leaves of three words.
-    r"[\uFFFD\uE000-\uF8FF\U000F0000-\U0010FFFD]|(?<![^\s])\?+[^\S\n]+\?+[^\S\n]+\?+(?![^\s])|\?{3,}[^\W\d_]"
-)
-
-
-# What is left of Arabic in UTF-8 that was read in a western code page and then cut or changed.
-_REMAINS = re.compile(r"(?:[ØÙ][\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]){2}")
 
 
 def repaired(text: str) -> str:
     """The text as it was meant, or as it is where nothing is broken or nothing can be done."""
-    if not _SUSPECT.search(text):
+    if not _MAYBE_BROKEN.search(text):
         return text
     if badness.is_bad(text):
         text = ftfy.fix_encoding(text)
@@ -95,25 +89,21 @@ def repaired(text: str) -> str:
         text = _UTF8_AS_1256.sub(lambda run: _recoded(run[0], "cp1256", "utf-8"), text)
     if _mostly_accented(text):
         meant = _recoded(text, "sloppy-windows-1252", "cp1256")
-        if len(_ARABIC.findall(meant)) > 0.8 * sum(map(str.isalpha, meant)):
-            return meant
+        text = meant if len(_ARABIC.findall(meant)) > 0.8 * sum(map(str.isalpha, meant)) else text
     return text
 
 
 def is_damaged(text: str) -> bool:
     """Whether letters of `text` are lost, or are there in a code page that `repaired` could not make out."""
-    if _LOST.search(text):
-        return True
-    return bool(_SUSPECT.search(text)) and (
-        bool(_SURELY_UTF8_AS_1256.search(text) or _REMAINS.search(text))
-        or _mostly_accented(text)
-        or bool(badness.is_bad(text))
-    )
+    if PATTERNS["lost"].search(text) or not _MAYBE_BROKEN.search(text):
+        return PATTERNS["lost"].search(text) is not None
+    remains = _SURELY_UTF8_AS_1256.search(text) or _REMAINS.search(text)
+    return bool(remains or _mostly_accented(text) or badness.is_bad(text))
 
 
 def _mostly_accented(text: str) -> bool:
-    accented = len(_ACCENTED.findall(text))
-    return accented >= 4 and accented > len(_LATIN.findall(text)) and not _ARABIC.search(text)
+    accented = len(re.findall(r"[\u00C0-\u00FF]", text))
+    return accented >= 4 and accented > len(re.findall("[A-Za-z]", text)) and not _ARABIC.search(text)
 
 
 def _recoded(text: str, read_as: str, meant: str) -> str:
@@ -123,9 +113,6 @@ def _recoded(text: str, read_as: str, meant: str) -> str:
         return text
 
 
-# Web pages.
-
-
 def _in_place_of(tag: re.Match[str]) -> str:
     name = tag[1].lower()
     if name == "sup" and tag[0][1] != "/":
@@ -133,22 +120,12 @@ def _in_place_of(tag: re.Match[str]) -> str:
     return "\n" if name in WORDS["breaking_tags"] else " " if name in WORDS["spacing_tags"] else ""
 
 
-_html = _substituted(
-    (r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,30});|&nbsp\b", lambda entity: html.unescape(entity[0])),
-    (r"<!--(?:(?!<!--).)*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>(?:(?!<\1\b).)*?</\1\s*>", " "),
-    # Only what is named like a tag is one: "Hb<12" and "العمر > 60" are readings.
-    (rf"</?({'|'.join(sorted(WORDS['html_tags']))})(?:\s[^<>]*|/)?>", _in_place_of),
-    flags=re.IGNORECASE | re.DOTALL,
-)
+def _plain_letters(text: str) -> str:
+    def plain(form: re.Match[str]) -> str:
+        # An isolated mark decomposes into a space and the mark, which would part the word.
+        return unicodedata.normalize("NFKC", form[0]).strip() or " "
 
-
-# Keyboards.
-def _letters_of(forms: re.Match[str]) -> str:
-    # The isolated mark decomposes into a space and the mark, which would part the word.
-    return "".join(unicodedata.normalize("NFKC", form).strip() or " " for form in forms[0])
-
-
-_plain_forms = _substituted((r"[\uFB50-\uFDFF\uFE70-\uFEFC]+", _letters_of))
+    return unicodedata.normalize("NFC", re.sub(r"[\uFB50-\uFDFF\uFE70-\uFEFC]", plain, text))
 
 
 def _in_place_of_stretch(match: re.Match[str]) -> str:
@@ -159,14 +136,11 @@ def _in_place_of_stretch(match: re.Match[str]) -> str:
 
 
 _EASTERN_SIGNS = DIGITS | str.maketrans("٫٬٪", ".,%")
-_PICTURE = r"\u2600-\u27BF\u2B00-\u2BFF\uFE0F\U0001F000-\U0001FAFF"
-_KEYCAP = re.compile("([0-9#*])\ufe0f?\u20e3")
+_PICTURE = r"[\u2600-\u27BF\u2B00-\u2BFF\uFE0F\U0001F000-\U0001FAFF]"
 
 
 def _without_emoji(text: str, name: Callable[[str, dict[str, str]], str] | str = " ") -> str:
-    if text.isascii() or not re.search(r"[\u00A9\u00AE\u203C-\u3299\U0001F000-\U0001FAFF]", text):
-        return text
-    return emoji_names.replace_emoji(_KEYCAP.sub(r"\1", text), name)  # a dose stays: "1️⃣ حبة"
+    return emoji_names.replace_emoji(re.sub("([0-9#*])\ufe0f?\u20e3", r"\1", text), name)  # a dose stays: "1️⃣ حبة"
 
 
 def _named_emoji(text: str) -> str:
@@ -179,28 +153,30 @@ _BETWEEN = r"[\s،,.:؛;!…~*]"
 _OPENING = re.compile(rf"(?:{_BETWEEN}*(?:{PATTERNS['greetings'].pattern})(?![\w]){_BETWEEN}*)+", re.IGNORECASE)
 _CLOSING = re.compile(rf"(?:(?<![\w])(?:{PATTERNS['thanks'].pattern}){_BETWEEN}*)+\Z", re.IGNORECASE)
 _THANKING = re.compile(r"شكر|جزا|تحيات|بارك|thank", re.IGNORECASE)
-_LONGEST_CLOSING, _LONGEST_BEFORE_THANKS = 120, 30
 
 
 def without_greetings(text: str) -> str:
     """The text without greetings at its beginning and thanks at its end; all of it if it is nothing else."""
     opening = _OPENING.match(text)
     start, end = opening.end() if opening else 0, len(text)
-    thanks = _THANKING.search(text, max(start, end - _LONGEST_CLOSING))
-    closing = _CLOSING.search(text, max(start, thanks.start() - _LONGEST_BEFORE_THANKS)) if thanks else None
+    # Thanks stand in the last 120 letters, and no more than 30 before the word that gives them away.
+    thanks = _THANKING.search(text, max(start, end - 120))
+    closing = _CLOSING.search(text, max(start, thanks.start() - 30)) if thanks else None
     rest = text[start : closing.start()].rstrip(" \t\n\r،,؛;:-") if closing else text[start:]
     return rest if any(map(str.isalnum, rest)) else text
 
 
 _STEPS: dict[str, Callable[[str], str]] = {
     "mojibake": repaired,
-    "html": _html,
-    "unicode": lambda text: unicodedata.normalize("NFC", _plain_forms(text)),
+    "html": _substituted(
+        (r"(?i)&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,30});|&nbsp\b", lambda entity: html.unescape(entity[0])),
+        (r"(?is)<!--(?:(?!<!--).)*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>(?:(?!<\1\b).)*?</\1\s*>", " "),
+        # Only what is named like a tag is one: "Hb<12" and "العمر > 60" are readings.
+        (rf"(?i)</?({'|'.join(sorted(WORDS['html_tags']))})(?:\s[^<>]*|/)?>", _in_place_of),
+    ),
+    "unicode": _plain_letters,
     "invisible": _substituted(
-        (
-            rf"(?<=[{_PICTURE}])\u200D(?=[{_PICTURE}])|([{INVISIBLE}\x00-\x08\x0E-\x1F\x7F-\x84\x86-\x9F])",
-            lambda match: "" if match[1] else match[0],
-        )
+        (rf"((?<={_PICTURE})\u200D(?={_PICTURE}))|[{INVISIBLE}\x00-\x08\x0E-\x1F\x7F-\x84\x86-\x9F]", r"\1")
     ),
     "tatweel": _substituted((f"{TATWEEL}+", _in_place_of_stretch)),
     "tashkeel": _substituted((f"[{TASHKEEL}]+", "")),
@@ -211,17 +187,13 @@ _STEPS: dict[str, Callable[[str], str]] = {
     # may begin one, as and-words do (ووجع).
     "repeated_letters": _substituted(
         (r"(?<=[^\W\d_])([اوىيآ])\1{2,}", r"\1"),
-        (
-            r"([\u0620-\u064A\u066E-\u06D3])\1{2,}|([a-z])\2{3,}|([\u064B-\u0652])\3+",
-            lambda match: match[3] or (match[1] or match[2]) * 2,
-        ),
-        only_if=r"([^\W\d_])\1\1|([\u064B-\u0652])\2",
+        (r"([\u0620-\u064A\u066E-\u06D3])\1{2,}|([a-z])\2{3,}|([\u064B-\u0652])\3+", r"\1\1\2\2\3"),
+        needed=r"([^\W\d_])\1\1|([\u064B-\u0652])\2",
     ),
     "repeated_punctuation": _substituted(
-        (
-            r"([؟?!،؛;,])\1+|([؟?!]{2})\2+|([*#_=~\-–—ـ●•▪■☆★♡♥|^()\[\]{}<>«»《》])\3{3,}|\.{4,}|[.…]*…[.…]+|\.+…",
-            lambda match: match[1] or match[2] or match[3] or "..",
-        )
+        (r"([؟?!،؛;,])\1+|([؟?!]{2})\2+|([*#_=~\-–—ـ●•▪■☆★♡♥|^()\[\]{}<>«»《》])\3{3,}", r"\1\2\3"),
+        (r"\.{4,}|[.…]*…[.…]+|\.+…", ".."),
+        needed=r"[؟?!،؛;,.…*#_=~\-–—ـ●•▪■☆★♡♥|^()\[\]{}<>«»《》]{2}",
     ),
     "greetings": without_greetings,
     "whitespace": _substituted(
@@ -230,7 +202,7 @@ _STEPS: dict[str, Callable[[str], str]] = {
         (r" ?\n ?", "\n"),
         (r"\n{3,}", "\n\n"),
         (r"\A\s+|\s+\Z", ""),
-        only_if=r"\s\s|[^\S\n ]|\A\s|\s\Z",
+        needed=r"\s\s|[^\S\n ]|\A\s|\s\Z",
     ),
 }
 _EMOJI: dict[str, Callable[[str], str]] = {"remove": _without_emoji, "name": _named_emoji}

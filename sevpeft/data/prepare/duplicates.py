@@ -1,21 +1,14 @@
-"""Groups of questions that are the same or nearly so, in time that grows with the rows, not with their square.
+"""Finds groups of questions that are the same or nearly so, in time that grows with the rows, not with their square.
 
-A question is the set of its four-letter shingles, folded. Questions whose sets have a Jaccard similarity of at least
-the threshold are near-duplicates. MinHash (Broder 1997, here `rensa`'s) with locality-sensitive hashing finds pairs
-that may be; each is then compared set with set, so that a group holds no pair of which the hash was merely hopeful.
-Groups are the connected components: a question may be in one with another that it resembles only through a third.
-
-Letters find again what words lose: a typo, a prefix, a dropped preposition. Of 600 real questions, median 25 words, a
-threshold of .7 finds again 94 % with one word replaced, 92 % with two typos, 85 % with a greeting before them and 67 %
-with eight words after them. .6 finds 98, 96, 92 and 83 %, but also takes short questions of one mould for one ("What
-are the symptoms of ...": 420 of 2,000 instead of 122); .8 finds 85, 83, 65 and 28 %.
+Near-duplicates are questions whose sets of folded four-letter shingles have a Jaccard similarity of at least the
+threshold (README.md says what .7 finds). MinHash (Broder 1997, by `rensa`) with locality-sensitive hashing finds pairs
+that may be, and each is compared set with set. Groups are the connected components of the pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import rensa
@@ -29,66 +22,44 @@ from sevpeft.data.text import fold_for_matching
 
 _SHINGLE = 4
 _PERMUTATIONS = 512
-_MOST_MISSED = 0.02  # share of the pairs exactly at the threshold that no band shows
 _NEIGHBORS = 16  # rows of one bucket with which a row is compared, beside the bucket's first
-_PAIRS_AT_ONCE = 50_000
-_SETS_AT_ONCE = 2_000
+_PAIRS_AT_ONCE, _SETS_AT_ONCE = 50_000, 2_000
 # Odd, as multipliers modulo 2 ** 64 have to be.
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
+Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Which rows ask the same, or nearly so.
+class Groups(NamedTuple):
+    """Which rows (n,) ask the same, or nearly so; numbers count from 0 in the order in which the rows bring them."""
 
-    Attributes:
-        numbers: (n,) int64, group of every row, from 0 in the order in which the rows bring them.
-        questions: (n,) int64, likewise for the exactly equal folded questions, which groups are made of.
-        keys: (n,) uint64, equal within a group; in the order that the seed sets, whatever order the rows have.
-        exact: rows whose folded question stood before. near: distinct questions that joined another's group.
-        count: groups. largest: rows of the largest.
-    """
-
-    numbers: NDArray[np.int64]
-    questions: NDArray[np.int64]
-    keys: NDArray[np.uint64]
-    exact: int
-    near: int
-    count: int
-    largest: int
+    numbers: Ints  # group of every row
+    questions: Ints  # likewise for the exactly equal folded questions, which groups are made of
+    keys: NDArray[np.uint64]  # equal within a group; in the order that the seed sets, whatever order the rows have
 
 
 def duplicate_groups(questions: Iterable[str], *, threshold: float, seed: int) -> Groups:
     """Groups of equal and, with a `threshold` below 1, near-duplicate questions (n,), of which there is one or more."""
-    keys, parts, lengths, seen = [], [], [], set()
+    keys, sets, seen = [], [], set()
     for question in questions:
         folded = fold_for_matching(question)
         keys.append(question_key(folded, seed))
         if threshold < 1 and keys[-1] not in seen:
             seen.add(keys[-1])
-            parts.append(shingles(folded))
-            lengths.append(len(parts[-1]))
+            sets.append(shingles(folded))
     key = np.array(keys, np.uint64)
     numbers, first = _numbered(key)
     component = np.arange(len(first))
     if threshold < 1:
-        component = _components(np.concatenate(parts), np.concatenate([[0], np.cumsum(lengths)]), threshold, seed)
+        begins = np.cumsum([0, *map(len, sets)])
+        component = _components(np.concatenate(sets), begins, threshold, seed)
     groups, leading = _numbered(component[numbers])
     smallest = np.full(len(leading), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest, groups, key)
-    return Groups(
-        groups,
-        numbers,
-        smallest[groups],
-        exact=len(key) - len(first),
-        near=len(first) - len(leading),
-        count=len(leading),
-        largest=int(np.bincount(groups).max()),
-    )
+    return Groups(groups, numbers, smallest[groups])
 
 
-def conflicting_groups(groups: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+def conflicting_groups(groups: Ints, labels: Ints) -> Ints:
     """The numbers of the groups (n,) whose rows have several labels (n,); a label below 0 is none."""
     labeled = labels >= 0
     pairs = np.unique(np.stack([groups[labeled], labels[labeled]], axis=1), axis=0)
@@ -97,36 +68,31 @@ def conflicting_groups(groups: NDArray[np.int64], labels: NDArray[np.int64]) -> 
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, permutations in a band): as selective as can be while few pairs at the threshold are missed.
+    """(bands, permutations in a band): as selective as can be while at most 2 % of pairs at the threshold are missed.
 
     Two sets of similarity s agree in all r permutations of one of b bands with probability 1 - (1 - s ** r) ** b.
     """
-    rows = max(r for r in range(1, 33) if (1 - threshold**r) ** (_PERMUTATIONS // r) <= _MOST_MISSED)
+    rows = max(r for r in range(1, 33) if (1 - threshold**r) ** (_PERMUTATIONS // r) <= 0.02)
     return _PERMUTATIONS // rows, rows
 
 
 def shingles(folded: str) -> NDArray[np.int32]:
     """The hashed four-letter shingles (s,) of a folded text, each once."""
     letters = np.frombuffer(folded.ljust(_SHINGLE).encode("utf-32-le"), np.uint32).astype(np.uint64)
-    windows = len(letters) - _SHINGLE + 1
-    hashed = np.zeros(windows, np.uint64)
-    for place, factor in enumerate(_FACTORS):
-        hashed += letters[place : place + windows] * factor
+    hashed = np.lib.stride_tricks.sliding_window_view(letters, _SHINGLE) @ _FACTORS
     hashed ^= hashed >> np.uint64(29)
     hashed *= _MIX
     return np.unique((hashed >> np.uint64(33)).astype(np.int32))
 
 
-def _numbered(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _numbered(values: NDArray[Any]) -> tuple[Ints, Ints]:
     """Every value's number in order of first appearance, and where each number appears first."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(first)
     return np.argsort(order)[inverse], first[order]
 
 
-def _components(
-    members: NDArray[np.int32], begins: NDArray[np.int64], threshold: float, seed: int
-) -> NDArray[np.int64]:
+def _components(members: NDArray[np.int32], begins: Ints, threshold: float, seed: int) -> Ints:
     """The component of every distinct question, whose shingles are those from where it begins to the next."""
     count, sizes = len(begins) - 1, np.diff(begins)
     sets = sparse.csr_array((np.ones(len(members), np.bool_), members, begins), shape=(count, 2**31 - 1))
@@ -148,12 +114,10 @@ def _components(
     return component
 
 
-def _buckets(
-    members: NDArray[np.int32], begins: NDArray[np.int64], bands: tuple[int, int], seed: int
-) -> NDArray[np.uint32]:
+def _buckets(members: NDArray[np.int32], begins: Ints, bands: tuple[int, int], seed: int) -> NDArray[np.uint32]:
     """The bucket (n, bands) of every set in every band.
 
-    Not to be called in a forked process: rensa's threads do not survive the fork, and the call would wait for them.
+    Not for a forked process: rensa's threads do not survive the fork, and the call would wait for them.
     """
     factors = np.random.default_rng(seed).integers(2**63, size=bands[1], dtype=np.uint64) | np.uint64(1)
     buckets = np.empty((len(begins) - 1, bands[0]), np.uint32)
@@ -169,7 +133,7 @@ def _buckets(
     return buckets
 
 
-def _pairs(buckets: NDArray[np.uint32]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def _pairs(buckets: NDArray[np.uint32]) -> Iterator[tuple[Ints, Ints]]:
     """The pairs that share a bucket: each with the bucket's first, then with those that follow it.
 
     All pairs would be a square in a bucket that half of the rows share, as a template's rows do.

@@ -1,8 +1,7 @@
-"""A folder to train on, made of consultations as they were gathered, with a count of all that was done to them.
+"""Makes a folder to train on, of consultations as they were gathered, and counts all that was done to them.
 
-The way of one row, read from top to bottom: clean → mask → reject → duplicates → split → write. Rows go through
-memory-mapped Arrow, and what is held in memory is numbers: a group, a side, a reason. The folder appears whole or not
-at all, and nothing is lost: a row is in consultations.parquet or, with its reason, in rejected.jsonl.
+The way of a row: clean → mask → reject → duplicates → split → write. Rows go through memory-mapped Arrow; in memory are
+numbers. The folder appears whole or not at all, and no row is lost: it is kept or, with its reason, in rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,32 +22,25 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from numpy.typing import NDArray
 
 import sevpeft
-from sevpeft.data.columns import PROBABILITIES, as_text, free_name, listed
+from sevpeft.data.files import PROBABILITIES, as_text, free_name, free_names, listed
+from sevpeft.data.prepare import Cleaning, PrepareSettings
 from sevpeft.data.prepare.clean import clean
-from sevpeft.data.prepare.duplicates import Groups, conflicting_groups, duplicate_groups
+from sevpeft.data.prepare.duplicates import Ints, conflicting_groups, duplicate_groups
 from sevpeft.data.prepare.mask import mask
-from sevpeft.data.prepare.reject import REASONS, reject
-from sevpeft.data.prepare.settings import Cleaning, Masking, PrepareSettings
+from sevpeft.data.prepare.reject import reject
 from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load_consultations
-from sevpeft.data.split import SIDES, VALIDATION, crossing, draw_sides, given_sides, hold_out, question_key
+from sevpeft.data.split import SIDES, crossing, draw_sides, given_sides, hold_out, question_key
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, RunError
 from sevpeft.runs import check_absent, file_hash, whole_folder, workers_end_with_this_process
 
-# Beside what `reject` finds in a text.
-_MORE_REASONS = {
-    "duplicate": "question, answer and severity stand in an earlier row already",
-    "near_duplicate": "an earlier row asks nearly the same",
-    "crosses_split": "a near-duplicate stands on a stricter side of the split",
-}
 # Reasons of the reader, which come before there is any text to judge.
 _UNREADABLE = {"empty question": "empty", "empty answer": "empty", "broken characters": "encoding_damage"}
-# More different ones are no labels of severity, and may be somebody's words.
-_MOST_LABELS, _LONGEST_LABEL = 20, 40
 _OF_INPUT = ("source", "fingerprint", "columns", "carried", "provenance", "files")
-_CHAINED = 0.01  # share of the rows from which on a group is too large to be one question
 _SMALL = 2_000  # rows below which starting processes takes longer than the work
-_SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+# Texts cleaned and masked; "" or why the row goes; a hash of the folded answer; what changed the row and was masked
+_TEXT, _NUMBER = datasets.Value("string"), datasets.Value("int64")
+_REFINED = datasets.Features(question=_TEXT, answer=_TEXT, reason=_TEXT, answer_key=_NUMBER, steps=datasets.List(_TEXT))
 
 
 def prepare(settings: PrepareSettings, output: Path) -> dict[str, Any]:
@@ -59,182 +52,17 @@ def prepare(settings: PrepareSettings, output: Path) -> dict[str, Any]:
     """
     check_absent(output)
     table = load_consultations(settings.data, keep="all")
-    if settings.split_by is not None:
-        _column(table, settings.split_by)  # before anything slow
+    column = None if settings.split_by is None else _column(table, settings.split_by)  # before anything slow
     with (
         workers_end_with_this_process(),
         whole_folder(output) as folder,
         tempfile.TemporaryDirectory(dir=folder) as scratch,
     ):
-        try:
-            about = _prepare(table, settings, folder, Path(scratch))
-        except RuntimeError as error:
-            if "abruptly died" not in str(error):
-                raise
-            raise RunError("A process was killed, most likely because memory ran out: lower num_proc.") from error
+        about = _prepare(table, settings, column, folder, Path(scratch))
         about["warnings"] = _warnings(about)
         (folder / PREPARED_ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(data_card(about), encoding="utf-8")
+        (folder / "README.md").write_text(_data_card(about), encoding="utf-8")
     return about
-
-
-def _prepare(table: Consultations, settings: PrepareSettings, folder: Path, scratch: Path) -> dict[str, Any]:
-    rows = table.rows
-    refined = _refined(rows, settings, scratch)
-    reasons = np.array(refined["reason"][:], object)
-    left = np.flatnonzero(reasons == "")
-    if not len(left):
-        found = Counter(reasons.tolist())
-        counts = ", ".join(f"{count} {name}" for name, count in found.items())
-        raise DataError(f"None of {len(reasons)} rows is left ({counts}); allow=[{next(iter(found))}] would keep some.")
-    batches = refined.select_columns(["question"]).select(left).iter(batch_size=1000)
-    questions = (question for batch in batches for question in batch["question"])
-    groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=settings.data.seed)
-    codes, names = _labels(rows)
-    conflicts = _write_conflicts(folder / "conflicts.jsonl", rows["row"][:], left, groups.numbers, codes[left], names)
-
-    repeated = _repeated(refined, rows, left, groups, codes, settings.drop_duplicates)
-    reasons[left[repeated]] = "near_duplicate" if settings.drop_duplicates == "near" else "duplicate"
-    stay = ~repeated
-    strata = None if names is None else codes[left[stay]]
-    chosen, splits = _divide(table, settings, left[stay], groups.numbers[stay], groups.keys[stay], strata)
-    reasons[left[stay][chosen < 0]] = "crosses_split"
-
-    sides, group_of = np.full(len(reasons), -1, np.int8), np.full(len(reasons), -1, np.int64)
-    sides[left[stay]], group_of[left] = chosen, groups.numbers
-    used = splits["by"] == "column split"
-    columns = _write_kept(folder / PREPARED_ROWS, rows, refined, sides, group_of, split_is_used=used)
-    rejected = _write_rejected(folder / "rejected.jsonl", table, reasons)
-
-    def of_sides(some: NDArray[np.int8]) -> dict[str, int]:
-        return {name: int((some == side).sum()) for side, name in enumerate(SIDES)}
-
-    named = dict(enumerate(names)) | {-1: "none"} if names else {}
-    by_label = {name: of_sides(sides[codes == code]) for code, name in named.items()}
-    splits |= {
-        "rows": of_sides(sides),
-        "severity": {name: counts for name, counts in by_label.items() if any(counts.values())},
-        "labeled": names is not None,
-    }
-
-    def sums(name: str) -> dict[str, int]:
-        counts = np.array(refined[name][:], np.int64)
-        return {"masks": int(counts.sum()), "rows": int((counts > 0).sum())}
-
-    return {
-        "sevpeft": sevpeft.__version__,
-        "fingerprint": file_hash(folder / PREPARED_ROWS),
-        "columns": columns,
-        "input": {name: getattr(table, name) for name in _OF_INPUT},
-        "settings": settings.model_dump(exclude={"data": {"path"}}),
-        "rows": {
-            "read": len(reasons) + sum(table.rejected.values()),
-            "kept": int((sides >= 0).sum()),
-            "rejected": dict(sorted(rejected.items(), key=lambda pair: (-pair[1], pair[0]))),
-        },
-        "cleaned": {switch: sums(f"changed_{switch}")["rows"] for switch in Cleaning.model_fields},
-        "masked": {kind: sums(f"masked_{kind}") for kind, on in settings.masking if on},
-        "duplicates": {
-            "threshold": settings.near_duplicates,
-            "groups": groups.count,
-            "equal_questions": groups.exact,
-            "near_questions": groups.near,
-            "largest_group": groups.largest,
-            "conflicting_groups": conflicts,
-            "conflicting_equal_questions": len(conflicting_groups(groups.questions, codes[left])),
-        },
-        "splits": splits,
-    }
-
-
-def _refined(rows: datasets.Dataset, settings: PrepareSettings, scratch: Path) -> datasets.Dataset:
-    """For every row, in order: `question` and `answer` cleaned and masked, `reason` ("" where it is kept),
-    `answer_key` (int64, equal where the folded answers are), `changed_SWITCH` (0 or 1) and `masked_KIND` (count).
-    """
-    kinds = {"question": "string", "answer": "string", "reason": "string", "answer_key": "int64"}
-    kinds |= {f"changed_{switch}": "int32" for switch in Cleaning.model_fields}
-    kinds |= {f"masked_{kind}": "int32" for kind in Masking.model_fields}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_proc = settings.num_proc or cores
-    return rows.select_columns(["question", "answer"]).map(
-        _refine,
-        batched=True,
-        features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
-        fn_kwargs={"settings": settings, "names": list(kinds)},
-        cache_file_name=str(scratch / "refined.arrow"),
-        load_from_cache_file=False,
-        num_proc=num_proc if num_proc > 1 and len(rows) >= _SMALL else None,
-        desc="Cleaning",
-    )
-
-
-def _refine(batch: dict[str, list[str]], settings: PrepareSettings, names: list[str]) -> dict[str, list[Any]]:
-    kinds = [kind for kind, on in settings.masking if on]
-    done: dict[str, list[Any]] = {name: [] for name in names}
-    for texts in zip(batch["question"], batch["answer"], strict=True):
-        row: dict[str, Any] = dict.fromkeys(names, 0)
-        for name, text in zip(("question", "answer"), texts, strict=True):
-            text, switches = clean(text, settings.cleaning)
-            row[name], found = mask(text, kinds)
-            row |= {f"changed_{switch}": 1 for switch in switches}
-            for kind, count in found.items():
-                row[f"masked_{kind}"] += count
-        row["reason"] = reject(row["question"], row["answer"], settings.allow) or ""
-        row["answer_key"] = question_key(fold_for_matching(row["answer"]), 0) - 2**63
-        for name in names:
-            done[name].append(row[name])
-    return done
-
-
-def _repeated(
-    refined: datasets.Dataset,
-    rows: datasets.Dataset,
-    left: NDArray[np.int64],
-    groups: Groups,
-    labels: NDArray[np.int64],
-    drop: str,
-) -> NDArray[np.bool_]:
-    """Which of the rows `left` (m,) repeat an earlier one.
-
-    Two rows whose severities differ are no repetition: which of them is right, nobody has said.
-    """
-    if drop == "none":
-        return np.zeros(len(left), bool)
-    parts = [groups.numbers]
-    if drop == "exact":
-        parts = [groups.questions, np.array(refined["answer_key"][:], np.int64)[left], labels[left]]
-        present = [name for name in PROBABILITIES if name in rows.column_names]
-        parts += [np.array(rows[name][:], np.float64).view(np.int64)[left] for name in present]
-    _, first = np.unique(np.stack(parts, axis=1), axis=0, return_index=True)
-    repeated = np.ones(len(left), bool)
-    repeated[first] = False
-    return repeated
-
-
-def _labels(rows: datasets.Dataset) -> tuple[NDArray[np.int64], list[str] | None]:
-    """The severity that the rows name, or else the likeliest by their three probabilities.
-
-    Returns:
-        A code (n,) for each name, -1 where a row has none; and the names as the rows write them, None where there are
-        so many or so long ones that they are no labels.
-    """
-    if "severity" in rows.column_names:
-        written = [(cell or "").strip() for cell in rows["severity"][:]]
-        folded = {cell: fold_for_matching(cell) or cell for cell in set(written)}
-        names: dict[str, str] = {}
-        for cell in filter(None, written):
-            names.setdefault(folded[cell], cell)
-        code = {fold: index for index, fold in enumerate(names)}
-        few = len(names) <= _MOST_LABELS and all(len(name) <= _LONGEST_LABEL for name in names.values())
-        codes = np.array([code[folded[cell]] if cell else -1 for cell in written], np.int64)
-        return codes, list(names.values()) if few else None
-    codes = np.full(len(rows), -1, np.int64)
-    if not set(PROBABILITIES) <= set(rows.column_names):
-        return codes, []
-    probabilities = np.stack([np.array(rows[name][:], np.float64) for name in PROBABILITIES], axis=1)
-    whole = np.isfinite(probabilities).all(axis=1)
-    codes[whole] = probabilities[whole].argmax(axis=1)
-    return codes, [name.removeprefix("p_") for name in PROBABILITIES]
 
 
 def _column(table: Consultations, wanted: str) -> str:
@@ -248,65 +76,161 @@ def _column(table: Consultations, wanted: str) -> str:
     return name
 
 
-def _divide(
-    table: Consultations,
-    settings: PrepareSettings,
-    stay: NDArray[np.int64],
-    groups: NDArray[np.int64],
-    keys: NDArray[np.uint64],
-    strata: NDArray[np.int64] | None,
-) -> tuple[NDArray[np.int8], dict[str, Any]]:
-    """The side (m,) of the rows that `stay`, -1 where a near-duplicate stands on a stricter one; and how it came about.
+def _prepare(
+    table: Consultations, settings: PrepareSettings, column: str | None, folder: Path, scratch: Path
+) -> dict[str, Any]:
+    rows = table.rows
+    refined = _refined(rows, settings, scratch)
+    reasons = np.array(refined["reason"][:], object)
+    left = np.flatnonzero(reasons == "")
+    if not len(left):
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(reasons.tolist()).items())
+        raise DataError(f"None of {len(reasons)} rows is left ({counts}); allow=[{reasons[0]}] would keep some.")
+    batches = refined.select_columns(["question"]).select(left).iter(batch_size=1000)
+    questions = (question for batch in batches for question in batch["question"])
+    groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=settings.data.seed)
+    codes, names = _labels(rows)
+    in_input = np.array(rows["row"][:])[left]
+    conflicts = _write_conflicts(folder / "conflicts.jsonl", in_input, groups.numbers, codes[left], names)
 
-    `groups`, `keys` (m,): equal where rows have to be on one side.
+    same = {"none": [left], "near": [groups.numbers]}.get(settings.drop_duplicates)
+    if same is None:
+        # Two rows whose severities differ are no repetition: which of them is right, nobody has said.
+        same = [groups.questions, np.array(refined["answer_key"][:], np.int64)[left], codes[left]]
+        present = [name for name in PROBABILITIES if name in rows.column_names]
+        same += [np.array(rows[name][:], np.float64).view(np.int64)[left] for name in present]
+    first = np.sort(np.unique(np.stack(same, axis=1), axis=0, return_index=True)[1])
+    reasons[np.delete(left, first)] = "near_duplicate" if settings.drop_duplicates == "near" else "duplicate"
+    stay = left[first]
+    given, splits = None, dict[str, Any](by="random")
+    if column is not None:
+        cells = [as_text(cell, column, "") for cell in rows.select(stay)[column]]
+        given, held = hold_out(cells, str(settings.split_by), settings.data)
+        splits = {"by": f"column {settings.split_by}", "held_out": held}
+    elif not settings.resplit and (given := given_sides(rows.select(stay), settings.data)) is not None:
+        splits = {"by": "column split"}
+    strata = None if names is None else codes[stay]
+    chosen = draw_sides(groups.keys[first], settings.data, strata=strata, given=given)
+    crossed = crossing(chosen, groups.numbers[first])
+    for side in set(chosen.tolist()) - set(chosen[~crossed].tolist()):
+        lost = f"Each of the {(chosen == side).sum()} {SIDES[side]} rows has a near-duplicate on another side"
+        raise DataError(f"{lost}: split another way.")
+    reasons[stay[crossed]] = "crosses_split"
+
+    sides, group_of = np.full(len(reasons), -1, np.int8), np.full(len(reasons), -1, np.int64)
+    sides[stay[~crossed]], group_of[left] = chosen[~crossed], groups.numbers
+    others = rows.remove_columns("split") if splits["by"] == "column split" else rows
+    columns = _write_kept(folder / PREPARED_ROWS, others, refined, sides, group_of)
+    rejected = _write_rejected(folder / "rejected.jsonl", table, reasons)
+
+    def of_sides(some: NDArray[np.int8]) -> dict[str, int]:
+        return {name: int((some == side).sum()) for side, name in enumerate(SIDES)}
+
+    named = dict(enumerate(names)) | {-1: "none"} if names else {}
+    by_label = {name: of_sides(sides[codes == code]) for code, name in named.items()}
+    times, in_rows = Counter[str](), Counter[str]()
+    for batch in refined.select_columns(["steps"]).iter(batch_size=1000):
+        times.update(step for steps in batch["steps"] for step in steps)
+        in_rows.update(step for steps in batch["steps"] for step in set(steps))
+    distinct, together = (int(numbers.max()) + 1 for numbers in (groups.questions, groups.numbers))
+    return {
+        "sevpeft": sevpeft.__version__,
+        "fingerprint": file_hash(folder / PREPARED_ROWS),
+        "columns": columns,
+        "input": {name: getattr(table, name) for name in _OF_INPUT},
+        "settings": settings.model_dump(exclude={"data": {"path"}}),
+        "rows": {
+            "read": len(reasons) + sum(table.rejected.values()),
+            "kept": int((sides >= 0).sum()),
+            "rejected": dict(sorted(rejected.items(), key=lambda pair: (-pair[1], pair[0]))),
+        },
+        "cleaned": {switch: in_rows[switch] for switch in Cleaning.model_fields},
+        "masked": {kind: {"masks": times[kind], "rows": in_rows[kind]} for kind, on in settings.masking if on},
+        "duplicates": {
+            "threshold": settings.near_duplicates,
+            "groups": together,
+            "equal_questions": len(left) - distinct,
+            "near_questions": distinct - together,
+            "largest_group": int(np.bincount(groups.numbers).max()),
+            "conflicting_groups": conflicts,
+            "conflicting_equal_questions": len(conflicting_groups(groups.questions, codes[left])),
+        },
+        "splits": {
+            **splits,
+            "crossed": int(crossed.sum()),
+            "rows": of_sides(sides),
+            "severity": {name: counts for name, counts in by_label.items() if any(counts.values())},
+            "labeled": names is not None,
+        },
+    }
+
+
+def _refined(rows: datasets.Dataset, settings: PrepareSettings, scratch: Path) -> datasets.Dataset:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_proc = (settings.num_proc or cores) if len(rows) >= _SMALL else 1
+    try:
+        return rows.select_columns(["question", "answer"]).map(
+            _refine,
+            batched=True,
+            features=_REFINED,
+            fn_kwargs={"settings": settings},
+            cache_file_name=str(scratch / "refined.arrow"),
+            load_from_cache_file=False,
+            num_proc=num_proc if num_proc > 1 else None,
+            desc="Cleaning",
+        )
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise RunError("A process was killed, most likely because memory ran out: lower num_proc.") from error
+
+
+def _refine(batch: dict[str, list[str]], settings: PrepareSettings) -> dict[str, list[Any]]:
+    masks = [kind for kind, on in settings.masking if on]
+    done = []
+    for pair in zip(batch["question"], batch["answer"], strict=True):
+        texts, steps = [], list[str]()
+        for text in pair:
+            text, switches = clean(text, settings.cleaning)
+            text, found = mask(text, masks)
+            texts.append(text)
+            steps += [*switches, *Counter(found).elements()]
+        reason = reject(texts[0], texts[1], settings.allow) or ""
+        done.append((*texts, reason, question_key(fold_for_matching(texts[1]), 0) - 2**63, steps))
+    return {name: list(column) for name, column in zip(_REFINED, zip(*done, strict=True), strict=True)}
+
+
+def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
+    """The severity that the rows name, or else the likeliest by their three probabilities.
+
+    A code (n,) for each name, -1 where a row has none; and the names as first written, None where there are so many or
+    so long ones that they may be somebody's words.
     """
-    rows, given = table.rows.select(stay), None
-    about: dict[str, Any] = {"by": "random"}
-    if settings.split_by is not None:
-        name = _column(table, settings.split_by)
-        held = hold_out([as_text(cell, name, "") for cell in rows[name][:]], settings.split_by, settings.data)
-        given = held.sides
-        about = {
-            "by": f"column {settings.split_by}",
-            "held_out": {
-                "ordered": held.ordered,
-                "values": {name: _values(held.values[side], held.ordered) for side, name in enumerate(SIDES)},
-                "rows_without_value": held.empty,
-                "validation_from_train": not (given == VALIDATION).any(),
-            },
-        }
-    elif not settings.resplit and (given := given_sides(rows, settings.data)) is not None:
-        about = {"by": "column split"}
-    sides = draw_sides(keys, settings.data, strata=strata, given=given)
-    crossed = crossing(sides, groups)
-    for side, name in enumerate(SIDES):
-        if (sides == side).any() and not (sides[~crossed] == side).any():
-            count = int((sides == side).sum())
-            raise DataError(f"Each of the {count} {name} rows has a near-duplicate on another side: split another way.")
-    return np.where(crossed, np.int8(-1), sides), about | {"crossed": int(crossed.sum())}
+    if "severity" in rows.column_names:
+        written = [(cell or "").strip() for cell in rows["severity"][:]]
+        folded = {cell: fold_for_matching(cell) or cell for cell in dict.fromkeys(written) if cell}
+        names: dict[str, str] = {}
+        for cell, fold in folded.items():
+            names.setdefault(fold, cell)
+        number = {fold: index for index, fold in enumerate(names)}
+        codes = np.array([number[folded[cell]] if cell else -1 for cell in written], np.int64)
+        few = len(names) <= 20 and all(len(name) <= 40 for name in names.values())
+        return codes, list(names.values()) if few else None
+    if not set(PROBABILITIES) <= set(rows.column_names):
+        return np.full(len(rows), -1, np.int64), []
+    probabilities = np.stack([np.array(rows[name][:], np.float64) for name in PROBABILITIES], axis=1)
+    whole = np.isfinite(probabilities).all(axis=1)
+    return np.where(whole, probabilities.argmax(axis=1), -1), [name.removeprefix("p_") for name in PROBABILITIES]
 
 
 def _write_kept(
-    file: Path,
-    rows: datasets.Dataset,
-    refined: datasets.Dataset,
-    sides: NDArray[np.int8],
-    groups: NDArray[np.int64],
-    *,
-    split_is_used: bool,
+    file: Path, rows: datasets.Dataset, refined: datasets.Dataset, sides: NDArray[np.int8], groups: Ints
 ) -> list[str]:
-    """Writes the rows whose side is 0 or above, with cleaned texts, `row`, `group` and `split`; returns the columns.
-
-    A column of the input that is called like one of the new ones becomes "original_NAME"; so does its own `split`,
-    unless it is the one that was used.
-    """
-    ours = {"id", "question", "answer", "row", *["split"] * split_is_used}
-    others = [name for name in rows.column_names if name not in ours]
-    new: dict[str, str] = {}
-    for name in others:
-        new[name] = free_name(name, {"group", "split", *new.values(), *(other for other in others if other != name)})
-    carried = rows.select_columns(["id", *others, "row"]).rename_columns(new)
-    whole = datasets.concatenate_datasets([carried, refined.select_columns(["question", "answer"])], axis=1)
+    """Writes the rows whose side (n,) is not -1, with `group` (n,) and `split`; returns the names of the columns."""
+    ours = ("id", "question", "answer", "row")
+    new = free_names([name for name in rows.column_names if name not in ours], {"group", "split"})
+    others = rows.select_columns(["id", *new, "row"]).rename_columns(new)
+    whole = datasets.concatenate_datasets([others, refined.select_columns(["question", "answer"])], axis=1)
     whole = whole.add_column("group", groups).add_column("split", [SIDES[side] for side in sides])
     names = ["id", "question", "answer", *new.values(), "row", "group", "split"]
     whole.select_columns(names).select(np.flatnonzero(sides >= 0)).to_parquet(str(file), batch_size=10_000)
@@ -314,64 +238,39 @@ def _write_kept(
 
 
 def _write_rejected(file: Path, table: Consultations, reasons: NDArray[np.object_]) -> Counter[str]:
-    """Writes every row that has a reason (n,), as it was read and under its own names; returns how many each has.
-
-    The rows that did not become one in the table are among them.
-    """
-    counts = Counter(reasons[reasons != ""].tolist())
-
-    def unreadable() -> Iterator[dict[str, Any]]:
-        for line in table.rejected_rows.open(encoding="utf-8") if table.rejected_rows else ():
-            row = json.loads(line)
-            row["reason"] = _UNREADABLE[row["reason"]]
-            counts[row["reason"]] += 1
-            yield row
-
-    def rejected() -> Iterator[dict[str, Any]]:
-        names = {name: free_name(own, {"row", "reason"}) for name, own in (table.columns | table.carried).items()}
-        if table.columns["question"] == table.columns["answer"]:
-            names |= {"question": "question", "answer": "answer"}
-        out = np.flatnonzero(reasons != "")
-        for index, row in zip(out, table.rows.select(out), strict=True):
-            yield {"row": row["row"], "reason": reasons[index]} | {new: row[name] for name, new in names.items()}
-
+    """Writes every row that has a reason (n,), and those that the reader rejected, under their own names, in order."""
+    counts = Counter[str]()
+    names = {name: free_name(own, {"row", "reason"}) for name, own in (table.columns | table.carried).items()}
+    if table.columns["question"] == table.columns["answer"]:
+        names |= {"question": "question", "answer": "answer"}
+    out = np.flatnonzero(reasons != "")
+    rejected = (
+        {"row": row["row"], "reason": reasons[index]} | {new: row[name] for name, new in names.items()}
+        for index, row in zip(out, table.rows.select(out), strict=True)
+    )
     # Half an emoji has no place in UTF-8; with a backslash it is JSON's own way to write it.
-    with file.open("w", encoding="utf-8", errors="backslashreplace") as lines:
-        for row in heapq.merge(unreadable(), rejected(), key=lambda row: row["row"]):
+    with (
+        table.rejected_rows.open(encoding="utf-8") as unreadable,
+        file.open("w", encoding="utf-8", errors="backslashreplace") as lines,
+    ):
+        read = (row | {"reason": _UNREADABLE[row["reason"]]} for row in map(json.loads, unreadable))
+        for row in heapq.merge(read, rejected, key=itemgetter("row")):
+            counts[row["reason"]] += 1
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return counts
 
 
-def _write_conflicts(
-    file: Path,
-    numbers: list[int],
-    left: NDArray[np.int64],
-    groups: NDArray[np.int64],
-    codes: NDArray[np.int64],
-    names: list[str] | None,
-) -> int:
-    """Writes, for each group whose rows have several labels, its number, its row numbers and their labels; counts them.
-
-    `groups` and `codes` are those of the rows `left` (m,). `names` is None where labels may be a patient's words.
-    """
+def _write_conflicts(file: Path, rows: Ints, groups: Ints, codes: Ints, names: list[str] | None) -> int:
+    """Writes and counts the groups whose rows (m,) have several labels; without `names` they may be a patient's."""
     found = conflicting_groups(groups, codes)
-    members: dict[int, list[int]] = {group: [] for group in found.tolist()}
-    for at in np.flatnonzero(np.isin(groups, found)).tolist():
-        members[int(groups[at])].append(at)
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     with file.open("w", encoding="utf-8") as lines:
-        for group, inside in members.items():
-            entry: dict[str, Any] = {"group": group, "rows": [numbers[at] for at in left[inside]]}
+        for group in found.tolist():
+            entry: dict[str, Any] = {"group": group, "rows": rows[members[group]].tolist()}
             if names is not None:
-                entry["severities"] = [names[code] if code >= 0 else "" for code in codes[inside]]
+                entry["severities"] = [names[code] if code >= 0 else "" for code in codes[members[group]]]
             lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
     return len(found)
-
-
-def _values(values: list[str], ordered: bool) -> str:
-    """Which values stand on a side, in a few words: from which to which, or each."""
-    if ordered and len(values) > 1 and max(map(len, (values[0], values[-1]))) <= _LONGEST_LABEL:
-        return f"{values[0]} to {values[-1]} ({len(values)} values)"
-    return listed(values) or "none"
 
 
 def _warnings(about: Mapping[str, Any]) -> list[str]:
@@ -379,7 +278,7 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
     largest, held = duplicates["largest_group"], splits.get("held_out", {})
     conflicts, crossed, empty = duplicates["conflicting_groups"], splits["crossed"], held.get("rows_without_value")
     unlabeled = sum(splits["severity"].get("none", {}).values())
-    chained, carved = largest > max(50, _CHAINED * rows["kept"]), held.get("validation_from_train")
+    chained, carved = largest > max(50, 0.01 * rows["kept"]), held.get("validation_from_train")
     found = [
         (2 * rows["kept"] < rows["read"], f"Only {rows['kept']} of {rows['read']} rows are left."),
         (conflicts, f"{conflicts} groups of near-duplicates have several severities, listed in conflicts.jsonl."),
@@ -396,19 +295,10 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
     return [sentence for holds, sentence in found if holds]
 
 
-def data_card(about: Mapping[str, Any]) -> str:
-    """The data card for what dataset.json says. It quotes no row, no path and no name: it is the first to be shared."""
+def _data_card(about: Mapping[str, Any]) -> str:
+    """The data card. It quotes no row, no path and no name: it is the first to be shared."""
     source = about["input"]["source"]
     if not source.startswith("builtin:") and not source.endswith(" on the Hub"):
         source = PurePath(source).name  # without the folders in which somebody keeps it
-    header = DatasetCardData(
-        language=["ar"],
-        task_categories=["text-generation", "question-answering"],
-        tags=["medical", "consultations", "sevpeft"],
-        size_categories=[next((size for most, size in _SIZES.items() if about["rows"]["kept"] < most), "1M<n<10M")],
-        # Without this the Hub would take the rejected rows for data as well.
-        configs=[{"config_name": "default", "data_files": PREPARED_ROWS}],
-    )
-    reasons = {**REASONS, **_MORE_REASONS}
-    template = Path(__file__).with_name("card.md")
-    return str(DatasetCard.from_template(header, str(template), **about, source=source, reasons=reasons, sides=SIDES))
+    template = str(Path(__file__).with_name("card.md"))
+    return str(DatasetCard.from_template(DatasetCardData(), template, **about, source=source, sides=SIDES))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import re
 
+from sevpeft.data.prepare import Cleaning
 from sevpeft.data.prepare.clean import clean, without_greetings
-from sevpeft.data.prepare.settings import Cleaning
 from sevpeft.data.read import load_consultations
 from sevpeft.data.text import fold_for_matching
 
@@ -111,7 +111,7 @@ def test_cleaning_again_changes_nothing_whatever_the_text_and_the_switches() -> 
     escape = re.compile(r"\\(?:u[0-9a-f]{4}|x[0-9a-f]{2}|[tnr])")
     plain = escape.sub(lambda found: found[0].encode().decode("unicode_escape"), PIECES.strip().replace("\n", "|"))
     draw, parts = random.Random(7), plain.split("|")
-    for number in range(3000):
+    for number in range(1500):
         text = "".join(draw.choice(parts) + draw.choice(("", "", " ")) for _ in range(draw.randint(1, 14)))
         chosen: dict[str, bool | str] = {name: draw.random() < 0.6 for name in SWITCHES}
         chosen["emoji"] = draw.choice(("keep", "remove", "name"))

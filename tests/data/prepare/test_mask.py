@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
+from sevpeft.data.prepare import Masking
+from sevpeft.data.prepare.clean import WORDS
 from sevpeft.data.prepare.mask import MASKS, mask
-from sevpeft.data.prepare.settings import Masking
-from sevpeft.data.prepare.words import WORDS
 from sevpeft.data.read import load_consultations
 from sevpeft.data.text import fold_for_matching
 
@@ -177,7 +177,7 @@ PIECES = """
 def test_masking_again_finds_nothing_and_cuts_no_mask() -> None:
     draw = random.Random(11)
     parts = [*PIECES.strip().replace("\n", "|").split("|"), "\n", *MASKS.values()]
-    for _ in range(3000):
+    for _ in range(1500):
         text = "".join(draw.choice(parts) + draw.choice(("", " ")) for _ in range(draw.randint(1, 14)))
         once, counts = mask(text)
         assert mask(once) == (once, {}), repr(text)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import get_args
 
+from sevpeft.data.prepare import Cleaning, Reason
 from sevpeft.data.prepare.clean import clean
 from sevpeft.data.prepare.reject import REASONS, reject
-from sevpeft.data.prepare.settings import Cleaning, Reason
 from sevpeft.data.read import load_consultations
 
 QUESTION = "عندي صداع شديد منذ ثلاثة أيام مع غثيان ولا أعاني من ضيق تنفس فما السبب؟"
