@@ -51,7 +51,7 @@ def compare(
         quiet_libraries()
         from sevpeft.evaluation import compare as comparing
         from sevpeft.evaluation.arms import parse_arms, parse_seeds
-        from sevpeft.evaluation.comparison import comparison_tables
+        from sevpeft.evaluation.tables import comparison_tables
         from sevpeft.sharing.card import write_card
     settings: dict[str, Any] = {"arms": parse_arms(arms), "seeds": parse_seeds(seeds), "answers": not nll_only}
     content = comparing.compare(recipes, overrides, output=folder, console=messages, on_trained=write_card, **settings)

@@ -46,7 +46,7 @@ def evaluate(
         from sevpeft.evaluation.evaluate import EVALUATION, PREDICTIONS
         from sevpeft.evaluation.evaluate import evaluate as evaluate_run
         from sevpeft.evaluation.judge import JUDGEMENTS
-        from sevpeft.evaluation.scores import evaluation_tables
+        from sevpeft.evaluation.tables import evaluation_tables
 
     content = evaluate_run(Run(run), overrides or [], limit=limit, answers=not nll_only, console=messages)
     if as_json:

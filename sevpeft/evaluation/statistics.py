@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,22 +26,18 @@ from scipy import stats
 
 from sevpeft.console import number_text
 from sevpeft.errors import DataError
+from sevpeft.recipe import EvaluationSection
 
-if TYPE_CHECKING:
-    from sevpeft.recipe import EvaluationSection
-
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 PERMUTATIONS = 4999
 ALPHA = 0.05
 POWER = 0.8
 # Groups times draws that scipy holds at once: what fits the cache is drawn fastest, permutations are set up slowly.
 _DRAWN_AT_ONCE = 300_000
 _PERMUTED_AT_ONCE = 4_000_000
+_DEFAULT = EvaluationSection()
 
 Floats = NDArray[np.float64]
 Direction = Literal["higher", "lower", "neither"]
-Outcome = Literal["better", "worse", "higher", "lower", "not distinguishable", "too few questions", "no data"]
 ARROWS: dict[Direction, str] = {"higher": "↑", "lower": "↓", "neither": ""}
 K = TypeVar("K", bound=Hashable)
 
@@ -59,6 +55,10 @@ class Estimate:
     standard_error: float
     rows: int
     groups: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As evaluation.json and comparison.json hold it."""
+        return {**{name: _or_none(getattr(self, name)) for name in ("value", "low", "high")}, "rows": self.rows}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ class _Groups:
         return float(totals.sum() / self.masses.sum())
 
     def all_equal(self, totals: Floats) -> bool:
-        """Whether all groups have the same mean."""
         return np.allclose(totals, self.mean(totals) * self.masses, rtol=1e-12, atol=0)
 
     def standard_error(self, totals: Floats) -> float:
@@ -110,12 +109,10 @@ class _Groups:
 def interval(
     values: ArrayLike,
     groups: ArrayLike,
+    settings: EvaluationSection = _DEFAULT,
     *,
     weights: ArrayLike | None = None,
     share: bool = False,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Estimate:
     """Mean of the values (n,) of rows in groups (n,), Σ weight·value / Σ weight, with its clustered interval.
 
@@ -132,10 +129,7 @@ def interval(
     if not data.count:
         return Estimate(np.nan, np.nan, np.nan, np.nan, 0, 0)
     totals = data.totals[0]
-    if share:
-        low, high = _share_interval(totals, data, confidence)
-    else:
-        low, high = _bootstrap_interval(totals, data, confidence, resamples, seed)
+    low, high = (_share_interval if share else _bootstrap_interval)(totals, data, settings)
     return Estimate(data.mean(totals), low, high, data.standard_error(totals), data.rows, data.count)
 
 
@@ -143,26 +137,23 @@ def paired_difference(
     first: ArrayLike,
     second: ArrayLike,
     groups: ArrayLike,
+    settings: EvaluationSection = _DEFAULT,
     *,
     weights: ArrayLike | None = None,
     share: bool = False,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
 ) -> Difference:
     """first − second, row by row, with an interval over groups and, where there are several, over seeds.
 
     Args:
         first, second: scores (n,) or (seeds, n), rows and seeds in the same order; an arm without seeds, such as the
             base model, is compared with every seed of the other. A row that lacks a value in any is left out of all.
-        share: as in `interval`.
+        weights, share: as in `interval`.
 
     Raises:
         DataError: a value is infinite.
     """
     one, other = np.broadcast_arrays(*(np.atleast_2d(np.asarray(of, dtype=np.float64)) for of in (first, second)))
-    seeds = len(one)
+    seeds, confidence = len(one), settings.confidence_level
     data = _by_group(np.concatenate([one, other]), groups, weights)
     if not data.count:
         nan = np.nan
@@ -171,13 +162,13 @@ def paired_difference(
     mean = by_seed.mean(axis=0)
     per_seed = by_seed.sum(axis=1) / data.masses.sum()
     value = data.mean(mean)
-    low, high = _bootstrap_interval(mean, data, confidence, resamples, seed)
+    low, high = _bootstrap_interval(mean, data, settings)
     if share and data.all_equal(mean):
         # Every question shows the same; the questions asked bound how many others could differ (Clopper–Pearson for 0).
         unseen = float(1 - ((1 - confidence) / 2) ** (1 / data.count))
         low, high = max(-1.0, value - unseen), min(1.0, value + unseen)
     of_rows, of_seeds = data.standard_error(mean), _seed_error(by_seed, data, per_seed)
-    p, p_at_most = _permutation_p(mean, permutations, seed)
+    p, p_at_most = _permutation_p(mean, settings.seed)
     error, freedom = of_rows, float(data.count - 1)
     if of_seeds > 0:
         margin = stats.t.ppf((1 + confidence) / 2, seeds - 1) * of_seeds
@@ -196,38 +187,36 @@ def _by_group(values: Floats, groups: ArrayLike, weights: ArrayLike | None) -> _
         raise DataError("A score is infinite, so there is no mean; look for the row in scores.jsonl.")
     mass = np.ones(values.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
     there = np.all(np.isfinite(values), axis=0) & (mass > 0)
-    kept, mass = values[:, there], mass[there]
     distinct, index = np.unique(np.asarray(groups)[there], return_inverse=True)
-    totals: Floats = np.stack([np.bincount(index, weights=row * mass, minlength=len(distinct)) for row in kept])
+    mass = mass[there]
+    sums = [np.bincount(index, weights=row * mass, minlength=len(distinct)) for row in values[:, there]]
     masses: Floats = np.asarray(np.bincount(index, weights=mass, minlength=len(distinct)), dtype=np.float64)
-    return _Groups(totals, masses, int(there.sum()))
+    return _Groups(np.stack(sums), masses, int(there.sum()))
 
 
-def _bootstrap_interval(
-    totals: Floats, data: _Groups, confidence: float, resamples: int, seed: int
-) -> tuple[float, float]:
+def _bootstrap_interval(totals: Floats, data: _Groups, settings: EvaluationSection) -> tuple[float, float]:
     count = data.count
     if count < 2 or data.all_equal(totals):
         return float("nan"), float("nan")
-    expanded = 1 - 2 * stats.norm.cdf(-np.sqrt(count / (count - 1)) * stats.t.ppf((1 + confidence) / 2, count - 1))
+    student = stats.t.ppf((1 + settings.confidence_level) / 2, count - 1)
     drawn = stats.bootstrap(
         (totals, data.masses),
         lambda total, mass, axis: total.sum(axis=axis) / mass.sum(axis=axis),
         paired=True,
         vectorized=True,
-        n_resamples=resamples,
+        n_resamples=settings.n_resamples,
         batch=max(1, _DRAWN_AT_ONCE // count),
-        confidence_level=expanded,
+        confidence_level=1 - 2 * stats.norm.cdf(-np.sqrt(count / (count - 1)) * student),
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(settings.seed),
     )
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
-def _share_interval(totals: Floats, data: _Groups, confidence: float) -> tuple[float, float]:
+def _share_interval(totals: Floats, data: _Groups, settings: EvaluationSection) -> tuple[float, float]:
     """Clopper–Pearson for as many independent rows as carry the information of these clustered ones."""
     value, error, count = data.mean(totals), data.standard_error(totals), data.count
-    effective, tail = float(count), (1 + confidence) / 2
+    effective, tail = float(count), (1 + settings.confidence_level) / 2
     if 0 < value < 1:
         if not error > 0:  # one question, or all have the same share
             return float("nan"), float("nan")
@@ -249,7 +238,7 @@ def _seed_error(by_seed: Floats, data: _Groups, per_seed: Floats) -> float:
     return float(np.sqrt(max(0.0, np.var(per_seed, ddof=1) - by_rows) / seeds))
 
 
-def _permutation_p(by_group: Floats, permutations: int, seed: int) -> tuple[float, bool]:
+def _permutation_p(by_group: Floats, seed: int) -> tuple[float, bool]:
     """Two-sided p, and whether the number of permutations limits it: all are tried where there are few, else a draw.
 
     Groups are swapped between the arms as wholes, which turns the sign of their difference.
@@ -265,92 +254,58 @@ def _permutation_p(by_group: Floats, permutations: int, seed: int) -> tuple[floa
         lambda differences, axis: differences.sum(axis=axis),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=permutations,
+        n_resamples=PERMUTATIONS,
         batch=max(1, _PERMUTED_AT_ONCE // len(differing)),
         rng=np.random.default_rng(seed),
     )
     p = float(tested.pvalue)
-    return p, 2.0 ** len(differing) > permutations and p <= 2 / (permutations + 1)
+    return p, 2.0 ** len(differing) > PERMUTATIONS and p <= 2 / (PERMUTATIONS + 1)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One arm against another, in one score on the rows of one stratum.
-
-    Attributes:
-        difference: first arm − second arm.
-        better: the direction of the score that is good on these rows.
-        p: corrected by Holm for the comparisons of its family; NaN where it could not be made.
-        p_at_most: whether p may be smaller, and only more permutations would show it.
-        family: how many comparisons were corrected together.
-    """
-
-    difference: Difference
-    better: Direction
-    p: float
-    p_at_most: bool
-    family: int
-
-    @property
-    def detectable(self) -> float:
-        """Smallest true difference that an experiment with this standard error finds with the given power.
-
-        (t_{1−α/2m} + t_power) · SE; the m comparisons of the family share α (Bonferroni, which is what Holm asks of the
-        smallest p). NaN where there is no standard error or too few questions to find anything.
-        """
-        found = self.difference
-        if self._hopeless or not found.standard_error > 0 or found.degrees_of_freedom < 1:
-            return float("nan")
-        quantiles = stats.t.ppf([1 - ALPHA / self.family / 2, POWER], found.degrees_of_freedom)
-        return float(quantiles.sum() * found.standard_error)
-
-    @property
-    def outcome(self) -> Outcome:
-        """What the difference shows of the first arm; "higher" and "lower" where neither direction is good."""
-        found = self.difference
-        if not found.rows:
-            return "no data"
-        if self.p < ALPHA and not found.low <= 0 <= found.high:
-            rises = found.value > 0
-            if self.better == "neither":
-                return "higher" if rises else "lower"
-            return "better" if rises == (self.better == "higher") else "worse"
-        return "too few questions" if self._hopeless else "not distinguishable"
-
-    @property
-    def _hopeless(self) -> bool:
-        """Whether even the most extreme answers could not have given a p below α."""
-        smallest = 2 / min(2.0**self.difference.groups, PERMUTATIONS + 1)
-        return smallest * self.family >= ALPHA or not np.isfinite(self.p)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As evaluation.json and comparison.json hold it."""
-        return {
-            **estimate_dict(self.difference),
-            "p": _or_none(self.p),
-            "p_at_most": self.p_at_most,
-            "comparisons": self.family,
-            "per_seed": [_or_none(value) for value in self.difference.per_seed],
-            "detectable": _or_none(self.detectable),
-            "better": self.better,
-            "outcome": self.outcome,
-        }
-
-
-def compare_family(differences: Mapping[K, Difference], better: Callable[[K], Direction]) -> dict[K, Comparison]:
-    """Comparisons that are corrected together.
+def compare_family(differences: Mapping[K, Difference], better: Callable[[K], Direction]) -> dict[K, dict[str, Any]]:
+    """Comparisons that are corrected together, as evaluation.json and comparison.json hold them.
 
     Args:
         better: key → direction that is good there.
+
+    Returns:
+        Key → the difference, and
+        - p: corrected by Holm; p_at_most: more permutations could show that it is smaller.
+        - comparisons: how many were corrected together.
+        - detectable: smallest true difference that an experiment with this standard error finds with the given power,
+          (t_{1−α/2m} + t_power) · SE. The m comparisons share α (Bonferroni, which Holm asks of the smallest p).
+        - outcome: better, worse, higher or lower (where neither direction is good), not distinguishable, too few
+          questions (even the most extreme answers could not have given a p below α), or no data.
     """
-    corrected = holm([found.p for found in differences.values()])
+    corrected = holm([found.p for found in differences.values()]).tolist()
     family = int(np.isfinite(corrected).sum())
     # A limited p is the smallest there can be, and Holm passes it on to no larger one than shows the same.
     limited = [p for p, found in zip(corrected, differences.values(), strict=True) if found.p_at_most]
-    return {
-        key: Comparison(found, better(key), float(p), bool(p < 1 and p in limited), family)
-        for (key, found), p in zip(differences.items(), corrected, strict=True)
-    }
+    compared = {}
+    for (key, found), p in zip(differences.items(), corrected, strict=True):
+        hopeless = not np.isfinite(p) or 2 / min(2.0**found.groups, PERMUTATIONS + 1) * family >= ALPHA
+        detectable = float("nan")
+        if not hopeless and found.standard_error > 0 and found.degrees_of_freedom >= 1:
+            quantiles = stats.t.ppf([1 - ALPHA / family / 2, POWER], found.degrees_of_freedom)
+            detectable = float(quantiles.sum() * found.standard_error)
+        outcome, good = "too few questions" if hopeless else "not distinguishable", better(key)
+        if not found.rows:
+            outcome = "no data"
+        elif p < ALPHA and not found.low <= 0 <= found.high:
+            outcome = "higher" if found.value > 0 else "lower"
+            if good != "neither":
+                outcome = "better" if outcome == good else "worse"
+        compared[key] = {
+            **found.as_dict(),
+            "p": _or_none(p),
+            "p_at_most": p < 1 and p in limited,
+            "comparisons": family,
+            "per_seed": [_or_none(value) for value in found.per_seed],
+            "detectable": _or_none(detectable),
+            "better": good,
+            "outcome": outcome,
+        }
+    return compared
 
 
 def holm(p: ArrayLike) -> Floats:
@@ -387,18 +342,13 @@ def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
     }
 
 
-def estimate_dict(found: Estimate) -> dict[str, Any]:
-    """As evaluation.json and comparison.json hold it."""
-    return {**{name: _or_none(getattr(found, name)) for name in ("value", "low", "high")}, "rows": found.rows}
-
-
 def _or_none(value: float) -> float | None:
     """JSON has no NaN."""
     return float(value) if np.isfinite(value) else None
 
 
 def estimate_text(found: Mapping[str, Any], metric: Mapping[str, Any], *, sign: bool = False) -> str:
-    """`5.110 [5.020, 5.200]` of what `estimate_dict` gives, in shown units; the value alone where there is no interval.
+    """`5.110 [5.020, 5.200]` of what `Estimate.as_dict` gives; the value alone where there is no interval.
 
     Args:
         metric: `Metric.meaning()` of the score; four figures of nats and three of all others are shown.
@@ -406,6 +356,6 @@ def estimate_text(found: Mapping[str, Any], metric: Mapping[str, Any], *, sign: 
     figures, times = (4 if metric["unit"] == "nats a token" else 3), metric["shown_times"]
     value, low, high = (None if found[name] is None else found[name] * times for name in ("value", "low", "high"))
     text = number_text(value, figures, sign=sign)
-    return (
-        text if low is None or high is None else f"{text} [{number_text(low, figures)}, {number_text(high, figures)}]"
-    )
+    if low is None or high is None:
+        return text
+    return f"{text} [{number_text(low, figures)}, {number_text(high, figures)}]"

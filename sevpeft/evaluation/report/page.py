@@ -20,17 +20,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sevpeft.console import number_text, p_text
 from sevpeft.errors import RunError
-from sevpeft.evaluation.report.cases import UNKNOWN, Answers, cases, sample, shared_ids
-from sevpeft.evaluation.report.plots import differences_of_arms, differences_to_base, loss_curves
-from sevpeft.evaluation.report.tables import (
-    difference_tables,
-    evaluation_tables,
-    facts,
-    loss_table,
-    metric_label,
-    score_tables,
-)
+from sevpeft.evaluation.report.cases import UNKNOWN, cases
+from sevpeft.evaluation.report.plots import forest, loss_curves
+from sevpeft.evaluation.statistics import estimate_text
+from sevpeft.evaluation.tables import OPEN_STRATA, metric_label, plain
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import json_lines, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
@@ -39,7 +34,7 @@ REPORT, COMPARISON = "report.html", "comparison.json"
 # Heading of the page's facts → section of metrics.json; and the parts of evaluation.json that are facts.
 _SECTIONS = {"Data": "data", "Severity weights": "weights", "Model": "model", "Training": "training"}
 _EVALUATION = ("data", "generation", "evaluation", "lexicons", "judge")
-_ARMS = {"adapter": "the adapter", "base": "base model", "reference": "doctor's reference answer"}
+_NEEDED = ("metrics", "methods", "columns")
 
 
 @dataclass(frozen=True)
@@ -62,11 +57,13 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     """
     folder = Path(folder)
     if (folder / COMPARISON).is_file():
-        page = _comparison_page(folder, answers)
+        page = _comparison_page(folder)
     elif (folder / "recipe.yaml").is_file():
-        page = _run_page(folder, answers)
+        page = _run_page(folder)
     else:
         raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
+    for part in page["parts"]:
+        part["cases"], part["answered"] = cases(part["answers"], answers)
     shown = sum(len(part["cases"]) for part in page["parts"])
     templates = files("sevpeft.evaluation.report") / "templates"
     script, style = ((templates / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
@@ -81,8 +78,8 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
         **page,
         shown=shown,
         made=time.strftime("%Y-%m-%d %H:%M"),
-        arms=_ARMS,
-        metric_label=metric_label,
+        **{one.__name__: one for one in (estimate_text, metric_label, number_text, p_text, plain)},
+        open_strata=OPEN_STRATA,
         strata=[*reversed(SEVERITIES), UNKNOWN],
         style=Markup(style),
         script=Markup(script),
@@ -92,10 +89,10 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     return Report(folder / REPORT, shown, tuple(page["missing"]))
 
 
-def _run_page(folder: Path, answers: int) -> dict[str, Any]:
+def _run_page(folder: Path) -> dict[str, Any]:
     recipe, metrics = load_recipe(folder / "recipe.yaml"), _object(folder / "metrics.json")
-    evaluation = _object(folder / "evaluation.json", ("scores", "metrics", "methods", "columns", "notes"))
-    by_arm = _answers(folder)
+    evaluation = _object(folder / "evaluation.json", ("scores", "notes", *_NEEDED))
+    scores, by_arm = evaluation.get("scores", {}), _answers(folder)
     verdict = "This run was not evaluated, so nothing is known about its answers."
     if evaluation:
         verdict = (
@@ -111,73 +108,76 @@ def _run_page(folder: Path, answers: int) -> dict[str, Any]:
         missing.append(f"The run was not evaluated: sevpeft evaluate {folder}")
     elif not by_arm:
         missing.append(f"No answers were generated: sevpeft evaluate {folder} (without --nll-only)")
-    part = _part(
-        by_arm,
-        answers,
-        heading="",
-        sentences=evaluation.get("notes", []),
-        tables=loss_table(metrics) + (evaluation_tables(evaluation) if evaluation else []),
-        differences=[],
-        plots=(differences_to_base(evaluation) if evaluation else []) + loss_curves(_lines(folder / "log.jsonl")),
-    )
+    plots = loss_curves(_lines(folder / "log.jsonl"))
+    for name, metric in evaluation.get("metrics", {}).items():
+        of_stratum = {plain(stratum): of["metrics"].get(name, {}).get("adapter") for stratum, of in scores.items()}
+        against = {label: of["against"].get("base") for label, of in of_stratum.items() if of}
+        plots += forest(f"Adapter − base model: {metric['label']}", against, metric)
     model = metrics.get("model", {}).get("name_or_path", recipe.model.name_or_path)
-    sections = {name: metrics.get(key, {}) for name, key in _SECTIONS.items()}
-    sections["Environment"] = _object(folder / "environment.json")
-    sections["Evaluation"] = {key: evaluation[key] for key in _EVALUATION if key in evaluation}
+    facts = {heading: metrics.get(key, {}) for heading, key in _SECTIONS.items()}
     return {
         "title": f"Run {folder.resolve().name}",
         "subtitle": f"A LoRA adapter for {Path(model).name if Path(model).is_absolute() else model}",
         "verdict": verdict,
         "missing": missing,
-        "parts": [part],
-        "metrics": evaluation.get("metrics", {}),
-        "methods": evaluation.get("methods", {}),
-        "columns": evaluation.get("columns", {}),
-        "facts": {name: facts(section) for name, section in sections.items()},
-    }
-
-
-def _comparison_page(folder: Path, answers: int) -> dict[str, Any]:
-    content = _object(folder / COMPARISON, ("arms", "seeds", "primary", "metrics", "methods", "verdict", "recipes"))
-    parts, missing = [], []
-    environment: dict[str, Any] = {}
-    for name, recipe in content["recipes"].items():
-        by_arm: dict[str, Any] = {}
-        for arm, runs in recipe["runs"].items():
-            first = folder / runs[0]
-            environment = environment or _object(first / "environment.json")
-            by_arm[arm] = _answers(first).get("base" if arm == "base" else "adapter", {})
-        by_arm = {arm: by_id for arm, by_id in by_arm.items() if by_id}
-        if not by_arm:
-            missing.append(f"{name}: the runs hold no answers to show (compared with --nll-only, or moved).")
-        # The verdict of a single recipe stands at the top of the page already.
-        sentences = [recipe["verdict"]] if recipe["verdict"] != content["verdict"] else []
-        sentences += [sentence for sentence in (recipe["power"], *recipe["notes"]) if sentence]
-        about = {"heading": name, "sentences": sentences, "tables": score_tables(recipe, content)}
-        about["plots"] = differences_of_arms(recipe, content, f"{name}: " if len(content["recipes"]) > 1 else "")
-        parts.append(_part(by_arm, answers, differences=difference_tables(recipe, content), **about))
-    return {
-        "title": f"Comparison {folder.resolve().name}",
-        "subtitle": f"{len(content['arms'])} arms, seeds {', '.join(str(seed) for seed in content['seeds'])}",
-        "verdict": content["verdict"],
-        "missing": missing,
-        "parts": parts,
-        "metrics": content["metrics"],
-        "methods": content["methods"],
-        "columns": content["arms"],
+        "parts": [
+            {
+                "heading": "",
+                "sentences": evaluation.get("notes", []),
+                "scores": scores,
+                "plots": plots,
+                "answers": by_arm,
+            }
+        ],
+        "losses": {key: metrics[key] for key in ("before", "after")} if "after" in metrics else {},
+        "primary": None,
+        **{name: evaluation.get(name, {}) for name in _NEEDED},
         "facts": {
-            **{
-                name: facts({key: of[key] for key in ("model", "data", "chosen")})
-                for name, of in content["recipes"].items()
-            },
-            "Environment": facts(environment),
+            **facts,
+            "Environment": _object(folder / "environment.json"),
+            "Evaluation": {key: evaluation[key] for key in _EVALUATION if key in evaluation},
         },
     }
 
 
-def _part(by_arm: Answers, answers: int, **about: Any) -> dict[str, Any]:
-    """What belongs to one recipe of a comparison, or to the run: heading, sentences, tables, plots and answers."""
-    return {**about, "cases": cases(by_arm, sample(by_arm, answers)), "answered": len(shared_ids(by_arm))}
+def _comparison_page(folder: Path) -> dict[str, Any]:
+    content = _object(folder / COMPARISON, ("seeds", "primary", "verdict", "recipes", *_NEEDED))
+    primary = content["primary"]["metric"]
+    metric = content["metrics"][primary]
+    parts, missing = [], []
+    facts: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    for name, recipe in content["recipes"].items():
+        by_arm = {}
+        for arm, (first, *_) in recipe["runs"].items():
+            environment = environment or _object(folder / first / "environment.json")
+            if answers := _answers(folder / first).get("base" if arm == "base" else "adapter"):
+                by_arm[arm] = answers
+        if not by_arm:
+            missing.append(f"{name}: the runs hold no answers to show (compared with --nll-only, or moved).")
+        plots = []
+        for stratum in OPEN_STRATA:
+            by_column = recipe["scores"][stratum]["metrics"][primary]
+            pairs = {f"{arm} − {other}": one for arm, of in by_column.items() for other, one in of["against"].items()}
+            title = f"{name}: " * (len(content["recipes"]) > 1) + f"Differences in {metric['label']}, {plain(stratum)}"
+            plots += forest(title, pairs, metric)
+        # The verdict of a single recipe stands at the top of the page already.
+        verdict = recipe["verdict"] if recipe["verdict"] != content["verdict"] else ""
+        sentences = [sentence for sentence in (verdict, recipe["power"], *recipe["notes"]) if sentence]
+        about = {"heading": name, "sentences": sentences, "plots": plots}
+        parts.append({**about, "scores": recipe["scores"], "answers": by_arm})
+        facts[name] = {key: recipe[key] for key in ("model", "data", "chosen")}
+    return {
+        "title": f"Comparison {folder.resolve().name}",
+        "subtitle": f"{len(content['columns'])} arms, seeds {', '.join(map(str, content['seeds']))}",
+        "verdict": content["verdict"],
+        "missing": missing,
+        "parts": parts,
+        "losses": {},
+        "primary": primary,
+        **{name: content[name] for name in _NEEDED},
+        "facts": {**facts, "Environment": environment},
+    }
 
 
 def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
