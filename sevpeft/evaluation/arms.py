@@ -39,11 +39,7 @@ ARMS = {
 
 
 def parse_arms(text: str) -> tuple[str, ...]:
-    """The arms of a comma-separated list.
-
-    Raises:
-        UsageError: one is unknown, or none of them is trained.
-    """
+    """The arms of a comma-separated list; a UsageError where one is unknown or none of them is trained."""
     arms = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UsageError(f"There is no arm called {unknown[0]}; --arms takes {', '.join(ARMS)}, separated by commas.")
@@ -53,11 +49,7 @@ def parse_arms(text: str) -> tuple[str, ...]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """The seeds of a comma-separated list.
-
-    Raises:
-        UsageError: one is no number from 0 to 2³² − 1, or stands twice, which would give the same adapter twice.
-    """
+    """The seeds of a comma-separated list; a UsageError where one is no number from 0 to 2³² − 1 or stands twice."""
     words = [part.strip() for part in text.split(",") if part.strip()]
     seeds = tuple(int(word) for word in words if word.isascii() and word.isdigit() and int(word) < 2**32)
     if not words or len(set(seeds)) < len(words):
@@ -75,11 +67,7 @@ class Experiment:
     recipe: Recipe
 
     def recipe_of(self, arm: str, seed: int, controlled: str) -> Recipe:
-        """The recipe of an arm, the one that `sevpeft train` takes with the same settings.
-
-        Args:
-            controlled: whose weights the controls shuffle or average.
-        """
+        """The recipe of an arm, that of `sevpeft train` with the same settings; controls have the weights of another."""
         settings = [f"training.seed={seed}"]
         weights = controlled if arm in CONTROLS else arm
         if weights in SEVERITY_PRESETS:
@@ -98,8 +86,7 @@ def experiments(paths: Sequence[Path], overrides: Sequence[str], arms: Sequence[
 
     Raises:
         UsageError: arms of a recipe would differ in more than weights, two recipes have one name, or an arm is another
-            under a second name.
-        RunError: the output folder is a run.
+            under a second name. RunError: the output folder is a run.
     """
     if (output / "recipe.yaml").exists():
         raise RunError(f"{output} holds a run; give --output a folder of its own.")
@@ -122,11 +109,7 @@ def experiments(paths: Sequence[Path], overrides: Sequence[str], arms: Sequence[
 
 
 def state_of(run: Run, recipe: Recipe) -> str:
-    """ "absent", "started" or "finished".
-
-    Raises:
-        RunError: the folder is damaged, or its run was trained by another recipe.
-    """
+    """ "absent", "started" or "finished"; a RunError where it is damaged, or was trained by another recipe."""
     try:
         if not (run.folder / "recipe.yaml").exists():
             if run.adapter.exists():
@@ -137,8 +120,7 @@ def state_of(run: Run, recipe: Recipe) -> str:
         recipe, finished = as_started(recipe, run), run.finished
     except (SevpeftError, ValueError):
         raise RunError(
-            f"{run.folder} is damaged, so it can be neither continued nor read; move it away and run this again, which "
-            "trains that run anew and keeps the others."
+            f"{run.folder} is damaged; move it away and run this again, which trains that run anew and keeps the others."
         ) from None
     check_same_recipe(recipe, run)
     return "finished" if finished else "started"

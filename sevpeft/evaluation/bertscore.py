@@ -3,11 +3,7 @@
 BERTScore (Zhang et al. 2020) matches each token of one text with its nearest in the other by the hidden states of one
 layer of an encoder. The published results use bert-base-multilingual-cased, layer 9, without rescaling and without idf
 weights: the defaults of a recipe. The package guesses the architecture from the model's name (a path with "t5" in it is
-a T5), reads pickled weights, and knows the layers of its own list only. So encoder and tokenizer are loaded here, with
-the layers asked for, and handed to its scoring.
-
-Limits: an unrelated fluent Arabic answer scores .6 and more (there is no Arabic baseline to rescale by), and negation
-hardly lowers it. Read it beside its floors only.
+a T5), reads pickled weights, and knows the layers of its own list only.
 """
 
 from __future__ import annotations
@@ -15,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,11 +30,8 @@ _SETTING = "evaluation.bertscore_model"
 def load_encoder(settings: EvaluationSection) -> tuple[Encoder | None, str | None]:
     """The encoder of BERTScore, or None and why the score is left out.
 
-    The default encoder may be absent on a machine without a connection, which costs one score. One that the recipe
-    names was meant.
-
-    Raises:
-        ModelError: the encoder that the recipe names cannot be loaded or has no such layer.
+    The default encoder may be absent on a machine without a connection. One that the recipe names was meant, so that a
+    ModelError says why it cannot be loaded.
     """
     if not settings.bertscore:
         return None, "BERTScore is left out, as evaluation.bertscore=false says."
@@ -51,15 +45,14 @@ def load_encoder(settings: EvaluationSection) -> tuple[Encoder | None, str | Non
 
 
 class Encoder:
-    """An encoder in float32, cut after one of its layers, loaded once for all arms and floors.
+    """An encoder in float32, loaded once for all arms and floors.
 
     Args:
         name: Hub id or folder.
-        num_layers: the layer whose hidden states are compared, counted from 1.
+        num_layers: the layer whose hidden states are compared, counted from 1; those above it are not loaded.
 
     Raises:
-        ModelError: no such model, no safetensors weights, weights missing or damaged, no such layer, no tokenizer, no
-            pad token, or code of its own.
+        ModelError: no such model or layer, no sound safetensors weights, no tokenizer that pads, or code of its own.
     """
 
     def __init__(self, name: str, num_layers: int) -> None:
@@ -78,14 +71,8 @@ class Encoder:
             if getattr(config, "layer_types", None):
                 config.layer_types = list(config.layer_types)[:num_layers]
             kind = T5EncoderModel if config.model_type in ("t5", "mt5", "umt5") else AutoModel
-            model, loading = kind.from_pretrained(
-                place,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
+            how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+            model, loading = kind.from_pretrained(place, config=config, output_loading_info=True, **how)
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         # transformers fills what is missing with random numbers, and makes up a tokenizer without files.
         if absent := sorted(key for key in loading["missing_keys"] if "pooler" not in key):
@@ -108,7 +95,8 @@ class Encoder:
         A row whose prediction or reference is empty, or holds invisible marks alone, scores 0.
         """
         scores, pairs = np.zeros((3, len(predictions))), list(zip(predictions, references, strict=True))
-        filled = [i for i, pair in enumerate(pairs) if all(self._tokens(text.strip()) for text in pair)]
+        tokens = partial(self._tokenizer, add_special_tokens=False)
+        filled = [i for i, pair in enumerate(pairs) if all(tokens(text.strip())["input_ids"] for text in pair)]
         if filled:
             # As the package weighs without idf: every token 1, the separators 0.
             weights: defaultdict[int | None, float] = defaultdict(lambda: 1.0)
@@ -124,6 +112,3 @@ class Encoder:
             )
             scores[:, filled] = scored.double().cpu().numpy().T
         return scores
-
-    def _tokens(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -24,18 +24,7 @@ from rich.console import Console
 
 from sevpeft.console import Screen, number_text, p_text
 from sevpeft.errors import Interrupted, RunError
-from sevpeft.evaluation.arms import (
-    ADAPTER,
-    ARMS,
-    BASE,
-    CE,
-    CONTROLS,
-    OWN,
-    SHUFFLED,
-    WEIGHTED,
-    experiments,
-    state_of,
-)
+from sevpeft.evaluation.arms import ADAPTER, ARMS, BASE, CE, CONTROLS, OWN, SHUFFLED, WEIGHTED, experiments, state_of
 from sevpeft.evaluation.evaluate import LIKELIHOOD, SCORES, evaluate, stored_evaluation, test_rows
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.scores import (
@@ -113,12 +102,10 @@ def compare(
 
     Args:
         overrides: KEY=VALUE for all recipes.
-        output: folder of the comparison, whose runs stand in OUTPUT/RECIPE/ARM-SEED.
+        output: folder of the comparison, whose runs stand in OUTPUT/RECIPE/ARM-SEED. They are kept when a SevpeftError
+            ends the comparison.
         answers: generate and score answers; without, the likelihood alone is compared.
         on_trained: called with every run that was trained here.
-
-    Raises:
-        SevpeftError: in one plain sentence; finished runs and rows are kept.
     """
     arms = [arm for arm in ARMS if arm in arms]  # in the order of the table
     screen = console or Screen(quiet=True)
@@ -322,13 +309,8 @@ def family_of(place: Place, chosen: Mapping[str, str | None]) -> tuple[str, ...]
 
 
 def choose(validation: Mapping[str, Sequence[float]]) -> str | None:
-    """The weights with the lowest validation NLL of critical cases, meaned over seeds; None where there are none.
-
-    Args:
-        validation: arm → nats a token, one for each seed.
-    """
-    candidates = {arm: float(np.mean(losses)) for arm, losses in validation.items() if arm in WEIGHTED}
-    return min(candidates, key=candidates.__getitem__, default=None)
+    """The weights with the lowest mean of the seeds' validation NLL (arm → nats a token); None where there are none."""
+    return min((arm for arm in validation if arm in WEIGHTED), key=lambda arm: np.mean(validation[arm]), default=None)
 
 
 def check_test_split(rows: EvaluationRows, name: str) -> None:
@@ -344,8 +326,7 @@ def verdict_of(scores: Mapping[str, Any], chosen: str | None, seeds: int) -> tup
     """The verdict, whose first sentence holds the gain beside its price, and what difference could have been found.
 
     Args:
-        scores: one recipe's, with its comparisons.
-        seeds: how many each arm was trained with.
+        scores: one recipe's, with its comparisons. seeds: how many each arm was trained with.
     """
     against = scores[CRITICAL]["metrics"][PRIMARY][chosen]["against"] if chosen else {}
     if not against:
@@ -380,19 +361,16 @@ def verdict_of(scores: Mapping[str, Any], chosen: str | None, seeds: int) -> tup
 
 def _price(scores: Mapping[str, Any], arm: str, reference: str) -> str:
     """The change of the other cases and of the safety of the answers; what got worse stands first."""
-    found: dict[str, list[str]] = {
-        outcome: [] for outcome in ("worse", "better", "not distinguishable", "too few questions")
-    }
+    found: dict[str, list[str]] = {"worse": [], "better": [], "not distinguishable": [], "too few questions": []}
     for metric in (PRIMARY, *SAFETY):
         about = METRICS[metric]
         name = about.label if about.label.isupper() else about.label.lower()
         by_stratum = metric == PRIMARY or about.elsewhere is not None or about.of != "all rows"
         for stratum, of in scores.items():
             one = of["metrics"].get(metric, {}).get(arm, {}).get("against", {}).get(reference)
-            if one and (stratum == ALL) != by_stratum and (stratum, metric) != (CRITICAL, PRIMARY):
+            if one and one["rows"] and (stratum == ALL) != by_stratum and (stratum, metric) != (CRITICAL, PRIMARY):
                 size = f"{estimate_text(one, about.meaning(), sign=True)}{' points' if about.unit == '%' else ''}"
-                found.setdefault(one["outcome"], []).append(f"{name} of {plain(stratum)} {size}")
-    found.pop("no data", None)
+                found[one["outcome"]].append(f"{name} of {plain(stratum)} {size}")
     price = "".join(f"; {outcome}: {', '.join(items)}" for outcome, items in found.items() if items)
     unknown = not set(SAFETY) & set(scores[CRITICAL]["metrics"])
     return price + ("; no answers were compared, so their safety is unknown" if unknown else "")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,7 @@ def evaluate(
         console: where progress is shown.
 
     Returns:
-        The content of evaluation.json.
-
-    Raises:
-        SevpeftError: in one plain sentence; finished work is kept.
+        The content of evaluation.json. What cannot be done is a SevpeftError, and finished work is kept.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("evaluate runs as one process; start it without accelerate, as `sevpeft evaluate RUN`.")
@@ -104,31 +101,32 @@ def evaluate(
     encoder, missing_encoder = load_encoder(asked) if answers else (None, None)
     judge = Judge(asked.judge) if asked.judge and answers else None
     floors = floors and ADAPTER in arms
-    constant = None
+    judged, about_judge, judge_notes, constant = {}, {}, [], None
     if answers and floors:
         chosen = np.random.default_rng(0).permutation(len(splits.train))[:_ANSWERS_TO_CHOOSE_FROM]
         constant = constant_answer(splits.train.select(chosen)["answer"])
-    with _work_on(run):
-        work = _RowWork(run, recipe, every, rows, console)
-        likelihood, lines = {}, {}
-        # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
-        for arm in (one for one in (BASE, ADAPTER) if one in arms):
-            likelihood[arm] = work.likelihood(arm)
-            if answers:
-                lines[arm] = work.answers(arm)
-        if floors:
-            likelihood[SHUFFLED] = work.likelihood(SHUFFLED)
-        texts = {arm: [line["prediction"] for line in of_arm] for arm, of_arm in lines.items()}
-        judged: dict[str, Scores] = {}
-        about_judge: dict[str, Any] = {}
-        judge_notes: list[str] = []
-        if judge is not None:
-            origin = {**work.answer_origin, "judge": judge.about}
-            kept = RowFile(run.folder / JUDGEMENTS, origin, ("digest", "ratings", "reason"))
-            with_floor = {CONSTANT: [constant] * len(rows)} if constant is not None and BASE in arms else {}
-            judged, about_judge, judge_notes = judge.rate(
-                rows, {**texts, **with_floor}, kept.lines, kept.append, console
-            )
+    lock = run.folder / ".evaluating"  # a kill releases it
+    try:
+        with plain_disk_errors(run.folder, remedy="evaluate a run that you may write to"), FileLock(lock, timeout=0):
+            work = _RowWork(run, recipe, every, rows, console)
+            likelihood, lines = {}, {}
+            # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
+            for arm in (one for one in (BASE, ADAPTER) if one in arms):
+                likelihood[arm] = work.likelihood(arm)
+                lines |= {arm: work.answers(arm)} if answers else {}
+            if floors:
+                likelihood[SHUFFLED] = work.likelihood(SHUFFLED)
+            texts = {arm: [line["prediction"] for line in of_arm] for arm, of_arm in lines.items()}
+            if judge is not None:
+                origin = {**work.answer_origin, "judge": judge.about}
+                kept = RowFile(run.folder / JUDGEMENTS, origin, ("digest", "ratings", "reason"))
+                with_floor = texts | ({CONSTANT: [constant] * len(rows)} if constant and BASE in arms else {})
+                judged, about_judge, judge_notes = judge.rate(rows, with_floor, kept.lines, kept.append, console)
+            lock.unlink()
+    except Timeout:
+        raise RunError(f"{run.folder} is being evaluated by another process; wait for it.") from None
+    except KeyboardInterrupt as error:
+        raise Interrupted("Interrupted; finished rows are kept, and the same command goes on from them.") from error
     with console.status("Scoring"):
         scores: dict[str, Scores] = {name: {"nll": likelihood[name][0]} for name in COLUMNS if name in likelihood}
         for arm, of_arm in lines.items():
@@ -155,12 +153,7 @@ def evaluate(
         ]
         content = {
             **work.origin,
-            "data": {
-                **work.origin["data"],
-                "fingerprint": rows.fingerprint,
-                "evaluated": len(rows),
-                "leaks": rows.leaks,
-            },
+            "data": {**work.origin["data"], "fingerprint": rows.fingerprint, "evaluated": len(rows)},
             **{name: getattr(recipe, name).model_dump() for name in ("generation", "evaluation")},
             "split": "test",
             "scores": summary,
@@ -175,43 +168,16 @@ def evaluate(
     return content
 
 
-@contextmanager
-def _work_on(run: Run) -> Iterator[None]:
-    """Holds the run's lock, which a kill releases.
-
-    Raises:
-        RunError: another process evaluates the run, or it may not be written to.
-        Interrupted: by Ctrl-C.
-    """
-    lock = FileLock(run.folder / ".evaluating", timeout=0)
-    with plain_disk_errors(run.folder, remedy="evaluate a run that you may write to"):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RunError(f"{run.folder} is being evaluated by another process; wait for it.") from None
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise Interrupted("Interrupted; finished rows are kept, and the same command goes on from them.") from error
-    finally:
-        (run.folder / ".evaluating").unlink(missing_ok=True)
-        lock.release()
-
-
 # Rows
 
 
 def test_rows(table: Consultations, splits: Splits, severity: Severity | None, split: str = "test") -> EvaluationRows:
-    """Rows of the test split of a run, or of its validation split, from what `load_splits` gives for its recipe.
-
-    Raises:
-        RunError: the run kept no test rows.
-    """
+    """Rows of a split from what `load_splits` gives for a run's recipe; a RunError where it kept none for the test."""
     rows = splits.test if split == "test" else splits.validation
     if len(rows) == 0:
         raise RunError(
-            "The run kept no rows for the test (data.test_size=0), and rows that were trained on prove nothing; train "
-            "again with data.test_size=0.1, or with a split column that names test rows."
+            "The run kept no rows for the test; train again with data.test_size=0.1, or with a split column that names "
+            "test rows."
         )
     # Near-duplicates where `sevpeft prepare` found them, else equal questions.
     groups = rows["group"][:] if table.provenance else question_keys(rows)
@@ -241,14 +207,11 @@ class RowFile:
 
     Args:
         path: of the .jsonl file, which need not exist.
-        origin: what the lines depend on, as nested plain values.
+        origin: what the lines depend on, as nested plain values. Lines of another are a RunError.
         fields: that every line has beside arm and id.
 
     Attributes:
         lines: (arm, id) → line.
-
-    Raises:
-        RunError: the lines that are there have another origin or none.
     """
 
     def __init__(self, path: Path, origin: Mapping[str, Any], fields: Collection[str] = ()) -> None:
@@ -300,9 +263,6 @@ class _RowWork:
     Args:
         every: rows of the split; what is kept belongs to them.
         rows: those of them that are evaluated.
-
-    Raises:
-        RunError: files that stand in the run were made from something else.
     """
 
     def __init__(self, run: Run, recipe: Recipe, every: EvaluationRows, rows: EvaluationRows, console: Console) -> None:
@@ -357,19 +317,11 @@ class _RowWork:
         """Lines of predictions.jsonl, in the order of the rows."""
         rows = self._missing(self.predictions, arm)
         if len(rows):
-            about = {
-                identity: {
-                    "question": rows.questions[at],
-                    "reference": rows.references[at],
-                    "severity": SEVERITIES[rows.strata[at]] if rows.strata[at] >= 0 else None,
-                    "group": int(rows.groups[at]),
-                }
-                for at, identity in enumerate(rows.ids)
-            }
-
-            def on_slow(text: str) -> None:
-                print_labeled(self.console, "Batches", text)
-
+            names = [SEVERITIES[stratum] if stratum >= 0 else None for stratum in rows.strata]
+            columns = (rows.ids, rows.questions, rows.references, names, rows.groups.tolist())
+            keys = ("question", "reference", "severity", "group")
+            about = {one: dict(zip(keys, of, strict=True)) for one, *of in zip(*columns, strict=True)}
+            on_slow = partial(print_labeled, self.console, "Batches")
             model, prompt = self._model(arm)
             with row_progress(self.console, f"Answers, {arm}", len(rows)) as done:
                 for batch in generate(model, prompt, rows, self.recipe.generation, on_slow):

@@ -1,9 +1,8 @@
 """Answers of a loaded model to questions, and the likelihood that it gives to reference answers.
 
 The prompt is the training's own. A row's answer does not depend on its batch: padding is hidden behind the attention
-mask, and a model that cannot do that answers one question at a time. A sampled answer draws random numbers that belong
-to the row's id. So a resumed or limited evaluation gives the same answers, to the rounding of the device: in float32
-greedy answers are equal token for token, in bfloat16 most are.
+mask, and a model that cannot do that answers one question at a time. So a resumed or limited evaluation gives the same
+answers, to the rounding of the device: in float32 greedy answers are equal token for token, in bfloat16 most are.
 """
 
 from __future__ import annotations
@@ -93,13 +92,7 @@ class EvaluationRows:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer without control tokens.
-
-    Attributes:
-        token_ids: with the end token, where one came.
-        truncated: none came, so that the cap on the length cut the answer off.
-        lost_words: of the question, which did not fit the model's context.
-    """
+    """An answer; truncated where no end token came, with the words of the question that did not fit the context."""
 
     id: str
     text: str
@@ -118,16 +111,15 @@ def generate(
     """Answers the rows' questions, longest first.
 
     Args:
-        model: with the adapter that is to answer, or with none, in evaluation mode. Its own generation_config.json is
-            put out of force: its penalties and limits would differ from arm to arm.
+        model: in evaluation mode. Its own generation_config.json is put out of force: its penalties and limits would
+            differ from arm to arm.
         on_slow: gets one sentence where questions may not share a batch.
 
     Yields:
         The predictions of a batch, in an order of its own: join them to the rows by id.
 
     Raises:
-        ModelError: max_new_tokens leave no room for a question.
-        RunError: one row alone does not fit the GPU's memory.
+        ModelError: max_new_tokens leave no room for a question. RunError: one row alone does not fit the GPU's memory.
     """
     size, most = settings.per_device_eval_batch_size, settings.max_new_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -160,14 +152,11 @@ def generate(
 def fitting_prompts(
     rows: EvaluationRows, prompt: Prompt, limit: int | None, answer_lengths: Sequence[int]
 ) -> tuple[list[list[int]], list[int]]:
-    """Prompt tokens of every row, and how many words each question lost to fit, as in the training.
+    """Prompt tokens (n,) of the rows, and how many words (n,) each question lost to fit, as in the training.
 
     Args:
-        limit: tokens of prompt and answer together; None for no limit.
+        limit: tokens of prompt and answer together. A prompt is empty where the answer leaves no room for a question.
         answer_lengths: (n,) tokens that follow each prompt.
-
-    Returns:
-        Prompts (n,), empty where the answer leaves no room for a question, and lost words (n,).
     """
     prompts, lost = list(prompt.prompt_ids(rows.questions, rows.dialects)), [0] * len(rows)
     for i, length in enumerate(answer_lengths):
@@ -186,10 +175,9 @@ def _run_batches(
     padding: int,
     remedy: str,
 ) -> Iterator[tuple[list[int], R]]:
-    """Batches of rows with what was computed of them; one that is too large for the GPU is halved.
+    """Batches of rows, the longest first, with what was computed of them; one too large for the GPU is halved.
 
     Args:
-        lengths: of each row. The longest come first, so that a lack of memory shows at once.
         size: most rows of a batch whose longest row has this length.
         padding: most tokens of padding in a batch.
         remedy: what helps where a single row is too large.
@@ -201,20 +189,17 @@ def _run_batches(
         while count < most and (room := room - (longest - lengths[order[count]])) >= 0:
             count += 1
         try:
-            result: R | None = compute(order[:count])
+            yield order[:count], compute(order[:count])
+            order = order[count:]
+            continue
         except torch.OutOfMemoryError as error:
             if count == 1:
                 raise RunError(
                     f"The GPU's memory is full with a single row; {remedy}, or evaluate on a GPU with more memory. "
                     "Finished rows are kept."
                 ) from error
-            result = None
-        if result is None:  # out here the exception, which holds the memory, is gone
-            share = count / 2 / size(longest)
-            torch.cuda.empty_cache()
-            continue
-        yield order[:count], result
-        order = order[count:]
+        share = count / 2 / size(longest)  # out here the exception, which holds the memory, is gone
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -254,18 +239,13 @@ class SeededDraw(LogitsProcessor):
     """Draws one token for every row by its probability, and leaves nothing else to choose.
 
     Transformers' own sampling takes the random numbers of a batch from one stream, so that a row's answer would depend
-    on its neighbors. Here each row has a stream of its own, seeded with its id, the same in every batch and arm. A
-    token is the first at which the cumulated probability passes the row's next uniform number.
-
-    Args:
-        ids: of the batch's rows.
-        steps: tokens that an answer has at most.
+    on its neighbors. Here each row has a stream of its own, of as many numbers as its answer has steps, seeded with its
+    id. A token is the first at which the cumulated probability passes the row's next number.
     """
 
     def __init__(self, ids: list[str], seed: int, steps: int) -> None:
-        digests = [hashlib.blake2b(f"{seed} {identity}".encode(), digest_size=8).digest() for identity in ids]
-        streams = [np.random.default_rng(int.from_bytes(digest, "big") >> 1) for digest in digests]
-        self.uniform = torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
+        seeds = [[seed, *hashlib.sha256(identity.encode()).digest()] for identity in ids]
+        self.uniform = torch.from_numpy(np.stack([np.random.default_rng(one).random(steps) for one in seeds]))
         self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -290,10 +270,8 @@ def reference_nll(
 
     Yields:
         Of a batch the positions in `rows`, the nats of each answer and the token that ends it, and its tokens. Rows
-        whose answer leaves no room for their question come first, with NaN and 0.
-
-    Raises:
-        RunError: one row alone does not fit the GPU's memory.
+        whose answer leaves no room for their question come first, with NaN and 0. A RunError where one row alone does
+        not fit the GPU's memory.
     """
     answers = prompt.answer_ids(rows.references)
     prompts, _ = fitting_prompts(rows, prompt, max_length, [len(answer) for answer in answers])
@@ -345,7 +323,7 @@ def _batch_nll(model: PreTrainedModel, prompts: list[list[int]], answers: list[l
 
 @torch.no_grad()
 def batching_problem(model: PreTrainedModel, end_id: int) -> str:
-    """Why questions may not share a batch; empty where they may. Measured, because a list of names would age.
+    """Why questions may not share a batch of this model; empty where they may. Measured, as a list of names would age.
 
     Where padding on the left is not hidden behind the attention mask, a question gets another answer in another batch,
     without an error. No fixed tolerance can decide: rounding of a real model in bfloat16 moves log-probabilities by a
@@ -356,10 +334,6 @@ def batching_problem(model: PreTrainedModel, end_id: int) -> str:
       must be equal within rounding.
     - Positions: a padded row against the row alone. The yardstick is the row alone, answered step by step with a cache,
       against the row read at once with padding on the right, where a causal model does not look.
-
-    Args:
-        model: causal language model, with or without an adapter, on its device, in evaluation mode.
-        end_id: token that ends an answer.
     """
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)

@@ -1,14 +1,12 @@
 """A language model that rates answers by a rubric, at an OpenAI-compatible URL; off unless the recipe names one.
 
-A rubric is a file of items, each a number from 1 to 5 or a yes or no. The judge does not see which arm wrote an answer.
-Whether the answer or the doctor's comes first is drawn by the row's id, the same for all arms, so that a preference for
-the first or the last text falls on no arm. The texts are handed over as JSON, out of which no text can break. A reply
-that is not one valid verdict is none: a guessed rating would be a figure.
+The judge does not see which arm wrote an answer. Whether the answer or the doctor's comes first is drawn by the row's
+id, the same for all arms, so that a preference for the first or the last text falls on no arm. The texts are handed
+over as JSON, out of which no text can break. A reply that is not one valid verdict is none.
 
-Every verdict is kept with the digest of what the judge was asked, so that it is asked once, and equal answers are
-judged once. Consultations go to the host that the recipe names and to no other: a redirect is not followed, and for
-this machine's own address no proxy of the environment is used. The key stands in no message, and of what a server says
-only the status is repeated, because error pages quote requests.
+Consultations go to the host that the recipe names and to no other: a redirect is not followed, and for this machine's
+own address no proxy of the environment is used. The key stands in no message, and of what a server says only the status
+is repeated, because error pages quote requests.
 """
 
 from __future__ import annotations
@@ -140,19 +138,14 @@ class Rubric(BaseModel):
 
 
 class Judge:
-    """The judge of a recipe, checked before anything slow happens and before anything is sent.
-
-    Raises:
-        DataError: the rubric cannot be used.
-        UsageError: the key would be readable on its way, or can be no key.
-    """
+    """The judge of a recipe, checked before anything slow happens and before anything is sent."""
 
     def __init__(self, settings: JudgeSection) -> None:
         self.rubric = Rubric.load(Path(settings.rubric) if settings.rubric else PACKAGE_RUBRIC)
         self.metrics = judge_metrics({name: item.model_dump() for name, item in self.rubric.items.items()})
         version = hashlib.sha256(self.rubric.full_instructions().encode()).hexdigest()[:12]
-        self.about = {"model": settings.model, "rubric": f"{self.rubric.name} {version}"}
-        self.about |= {"max_tokens": settings.max_tokens}
+        rubric = f"{self.rubric.name} {version}"
+        self.about = {"model": settings.model, "rubric": rubric, "max_tokens": settings.max_tokens}
         self.settings, parts = settings, urlsplit(settings.url)
         self.host, key = parts.netloc, os.environ.get(JUDGE_KEY, "").strip()
         self.on_this_machine = _on_this_machine(parts.hostname or "")
@@ -179,16 +172,15 @@ class Judge:
         keep: Callable[[list[dict[str, Any]]], None],
         console: Console,
     ) -> tuple[dict[str, Scores], dict[str, Any], list[str]]:
-        """Has judged what was not judged yet.
+        """Has judged what was not judged yet; equal answers are judged once.
 
         Args:
             answers: column → the answers (n,) to the rows.
-            kept: (column, id) → line of an earlier verdict.
+            kept: (column, id) → line of an earlier verdict, with the digest of what the judge was asked.
             keep: adds lines to them.
 
         Returns:
-            Column → judge_ITEM → (n,), NaN where there is no verdict; what evaluation.json says of the judge; and
-            what a reader has to know before believing a figure.
+            Column → judge_ITEM → (n,), NaN where there is no verdict; what evaluation.json says of the judge; and notes.
 
         Raises:
             RunError: the judge cannot be reached, refuses, or talks nonsense; finished verdicts are kept.
@@ -222,8 +214,8 @@ class Judge:
                     "away and name another judge, or raise evaluation.judge.max_tokens for one that thinks."
                 )
 
-        for digest, line in list(known.items()):  # for another arm that gave the same answer
-            take(digest, line)
+        for one in list(known.items()):  # for another arm that gave the same answer
+            take(*one)
         if missing := {digest: prompt for digest, prompt in prompts.items() if digest not in known}:
             console.print(
                 f"Judge: {len(missing):,} answers, each with its question and reference answer, go to {self.host} "
@@ -239,32 +231,20 @@ class Judge:
             found = [kept[column, identity]["ratings"] for identity in rows.ids]
             unreadable = found.count(None)
             counts[column] = {"judged": len(rows) - unreadable, "unreadable": unreadable}
-            if unreadable < len(rows):
-                values = {"yes": 1.0, "no": 0.0}
-                scores[column] = {
-                    f"judge_{item}": np.array(
-                        [np.nan if one is None else values.get(one[item], one[item]) for one in found]
-                    )
-                    for item in self.rubric.items
-                }
+            for item in self.rubric.items if unreadable < len(rows) else ():
+                ratings = [np.nan if one is None else {"yes": 1, "no": 0}.get(one[item], one[item]) for one in found]
+                scores.setdefault(column, {})[f"judge_{item}"] = np.array(ratings, dtype=np.float64)
             if unreadable:
-                notes.append(
-                    f"Judge: {unreadable:,} of {len(rows):,} answers ({column}) got no readable verdict; its scores "
-                    "leave them out."
-                )
+                notes.append(f"Judge: {unreadable:,} of {len(rows):,} answers ({column}) got no readable verdict.")
         if "temperature" not in self._body:
             notes.append("Judge: it takes no temperature, so that the same answer may be rated otherwise next time.")
         return scores, {"model": self.about["model"], "rubric": self.about["rubric"], "answers": counts}, notes
 
     async def ask(self, prompts: Mapping[str, str], on_reply: Callable[[str, str | None], None]) -> None:
-        """Asks for every prompt, several at once.
-
-        Args:
-            prompts: key → prompt.
-            on_reply: gets the key and the reply as soon as it is there; None where this prompt was refused.
+        """Asks for every prompt (by its key), several at once; `on_reply` gets the key, and None where it was refused.
 
         Raises:
-            RunError: in one sentence, when the judge cannot be asked any further.
+            RunError: the judge cannot be asked any further.
         """
         # The shortest goes alone: what is refused then is the settings and not the length.
         (first, *others) = sorted(prompts.items(), key=lambda one: len(one[1]))

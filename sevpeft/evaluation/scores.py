@@ -1,9 +1,8 @@
 """Scores of answers and likelihoods, row by row, for the arms and for the floors beside them, and their means.
 
 What each score means stands in metrics.yaml. A score means nothing alone: an unrelated fluent answer has a BERTScore of
-.6, and a model that sends everybody to the emergency room has a referral rate of 1. So four other columns are computed
-with the adapter's: the base model, the adapter's answers against the references of other questions, one training answer
-for all questions, and, for what an answer says by itself, the doctors' own answers.
+.6, and a model that sends everybody to the emergency room has a referral rate of 1. So four other columns stand beside
+the adapter's (`COLUMNS`).
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ from sevpeft.severity.probabilities import SEVERITIES
 
 Scores = dict[str, NDArray[np.float64]]
 """Name of a score → (n,), NaN where a row has none."""
-ALL = "all"
-"""The stratum of all rows, beside the severities."""
+ALL = "all"  # the stratum of all rows, beside the severities
 CRITICAL = SEVERITIES[-1]
 REFERENCE = "reference"
 COLUMNS = {
@@ -188,12 +186,10 @@ def row_scores(
 def floor_scores(
     rows: EvaluationRows, answers: Sequence[str], shuffled: Sequence[str], constant: str, encoder: Encoder | None
 ) -> dict[str, Scores]:
-    """Column → scores by name (n,), of the floors.
+    """Column → scores (n,) of the floors.
 
     Args:
-        answers: of the adapter.
-        shuffled: for each row the reference of another question.
-        constant: a training answer.
+        answers: of the adapter. shuffled: for each row the reference of another question. constant: a training answer.
     """
     of_others, own = text_scores(answers, shuffled, encoder=encoder), row_scores(rows, rows.references)
     return {
@@ -229,10 +225,9 @@ def other_references(rows: EvaluationRows, seed: int) -> list[str]:
 
 
 def constant_answer(training_answers: Sequence[str], seed: int = 0) -> str:
-    """The training answer that is most like other training answers: nearly the best that ignores the question.
+    """Of a draw of training answers the one most like another draw: nearly the best that ignores the question.
 
-    Out of a seeded draw of candidates, compared with another draw, never with the test split. By chrF++ with β = 1,
-    since β = 2 takes the longest answer for the most typical one.
+    By chrF++ with β = 1, since β = 2 takes the longest answer for the most typical one.
     """
     answers, random = sorted(training_answers), np.random.default_rng(seed)
     candidates = [answers[i] for i in random.permutation(len(answers))[:_CANDIDATES]]
@@ -271,7 +266,6 @@ def summarize(
         scores: column → score → (n,) or (seeds, n).
         tokens: column → (n,) of what was scored: NLL is a mean over tokens, as the loss of the training is.
         pairs: column → those that it is compared with, in the scores of `HEADLINE`.
-        metrics: score → its meaning.
 
     Returns:
         Stratum → rows, questions, and metrics: score → column → mean, as evaluation.json and comparison.json hold it;

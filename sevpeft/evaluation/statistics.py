@@ -1,7 +1,7 @@
 """Means and paired differences of row scores, with intervals over questions, p-values and their correction.
 
-A question that occurs three times in the test split is one piece of evidence. So its rows are drawn together (cluster
-bootstrap; Field & Welsh 2007): `scipy.stats.bootstrap` draws pairs of a group's total and mass. Three things are added:
+A question that occurs three times in the test split is one piece of evidence, so its rows are drawn together (cluster
+bootstrap; Field & Welsh 2007), as pairs of a group's total and mass. Three things are added:
 
 - Percentile intervals are too narrow for few groups. They are widened to the coverage of Student's t (the expanded
   percentile interval; Hesterberg 2015, §5.3).
@@ -44,7 +44,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over rows and its interval; low and high are NaN where one group or equal values leave it open.
+    """A mean over rows and its interval, NaN where one group or equal values leave it open.
 
     `standard_error` is the linearized one of a ratio of group totals; `rows` and `groups` are those that had a value.
     """
@@ -66,9 +66,8 @@ class Difference(Estimate):
     """How much higher the first arm scores on the same rows, meaned over seeds.
 
     Attributes:
-        p: probability of such a difference or a larger one (two-sided) if the arms were the same. Groups of rows are
-            swapped between the arms; with several seeds it is no smaller than that of a t test with the seeds' spread.
-            NaN for fewer than two groups.
+        p: two-sided, by swapping groups of rows between the arms; with several seeds it is no smaller than that of a t
+            test with the seeds' spread. NaN for fewer than two groups.
         p_at_most: whether the number of permutations that were drawn limits p, so that it may be smaller.
         degrees_of_freedom: Satterthwaite's (1946), of groups and seeds.
         per_seed: the difference of each seed, in the order given.
@@ -87,10 +86,7 @@ class _Groups:
     totals: Floats
     masses: Floats
     rows: int
-
-    @property
-    def count(self) -> int:
-        return len(self.masses)
+    count: int
 
     def mean(self, totals: Floats) -> float:
         return float(totals.sum() / self.masses.sum())
@@ -100,10 +96,9 @@ class _Groups:
 
     def standard_error(self, totals: Floats) -> float:
         """Of the mean over groups, by linearization; NaN for one group."""
-        if self.count < 2:
-            return float("nan")
         rest = totals - self.mean(totals) * self.masses
-        return float(np.sqrt(np.sum(rest**2) * self.count / (self.count - 1)) / self.masses.sum())
+        scale = self.count / (self.count - 1) if self.count > 1 else np.nan
+        return float(np.sqrt(np.sum(rest**2) * scale) / self.masses.sum())
 
 
 def interval(
@@ -118,12 +113,10 @@ def interval(
 
     Args:
         values: NaN where a row has none (false reassurance of a question that is not critical); such rows are left out.
+            An infinite one is a DataError.
         weights: mass of each row, such as its tokens for a mean per token; one each by default.
         share: whether every row says yes or no (1 or 0), for the Korn–Graubard interval. A score that happens to be
             0 everywhere is no share.
-
-    Raises:
-        DataError: a value is infinite.
     """
     data = _by_group(np.atleast_2d(np.asarray(values, dtype=np.float64)), groups, weights)
     if not data.count:
@@ -148,9 +141,6 @@ def paired_difference(
         first, second: scores (n,) or (seeds, n), rows and seeds in the same order; an arm without seeds, such as the
             base model, is compared with every seed of the other. A row that lacks a value in any is left out of all.
         weights, share: as in `interval`.
-
-    Raises:
-        DataError: a value is infinite.
     """
     one, other = np.broadcast_arrays(*(np.atleast_2d(np.asarray(of, dtype=np.float64)) for of in (first, second)))
     seeds, confidence = len(one), settings.confidence_level
@@ -187,11 +177,10 @@ def _by_group(values: Floats, groups: ArrayLike, weights: ArrayLike | None) -> _
         raise DataError("A score is infinite, so there is no mean; look for the row in scores.jsonl.")
     mass = np.ones(values.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
     there = np.all(np.isfinite(values), axis=0) & (mass > 0)
-    distinct, index = np.unique(np.asarray(groups)[there], return_inverse=True)
-    mass = mass[there]
-    sums = [np.bincount(index, weights=row * mass, minlength=len(distinct)) for row in values[:, there]]
-    masses: Floats = np.asarray(np.bincount(index, weights=mass, minlength=len(distinct)), dtype=np.float64)
-    return _Groups(np.stack(sums), masses, int(there.sum()))
+    index, mass = np.unique(np.asarray(groups)[there], return_inverse=True)[1], mass[there]
+    sums = [np.bincount(index, weights=row * mass) for row in values[:, there]]
+    masses = np.bincount(index, weights=mass)
+    return _Groups(np.stack(sums), masses, int(there.sum()), len(masses))
 
 
 def _bootstrap_interval(totals: Floats, data: _Groups, settings: EvaluationSection) -> tuple[float, float]:
@@ -231,7 +220,7 @@ def _share_interval(totals: Floats, data: _Groups, settings: EvaluationSection) 
 def _seed_error(by_seed: Floats, data: _Groups, per_seed: Floats) -> float:
     """Standard error that the choice of seeds adds: their spread less what the rows of one seed vary by themselves."""
     seeds, count = by_seed.shape
-    if seeds < 2 or count < 2:
+    if min(seeds, count) < 2:
         return 0.0
     rest = by_seed - by_seed.mean(axis=0) - (per_seed - per_seed.mean())[:, None] * data.masses
     by_rows = np.sum(rest**2) * count / (count - 1) / data.masses.sum() ** 2 / (seeds - 1)
@@ -243,12 +232,9 @@ def _permutation_p(by_group: Floats, seed: int) -> tuple[float, bool]:
 
     Groups are swapped between the arms as wholes, which turns the sign of their difference.
     """
-    if len(by_group) < 2:
-        return float("nan"), False
-    # A group in which the arms are equal is the same swapped.
-    differing = by_group[by_group != 0]
-    if len(differing) < 2:
-        return 1.0, False  # of one group both signs are as extreme
+    differing = by_group[by_group != 0]  # a group in which the arms are equal is the same swapped
+    if len(differing) < 2:  # of one group both signs are as extreme
+        return 1.0 if len(by_group) > 1 else float("nan"), False
     tested = stats.permutation_test(
         (differing,),
         lambda differences, axis: differences.sum(axis=axis),
@@ -284,10 +270,10 @@ def compare_family(differences: Mapping[K, Difference], better: Callable[[K], Di
     compared = {}
     for (key, found), p in zip(differences.items(), corrected, strict=True):
         hopeless = not np.isfinite(p) or 2 / min(2.0**found.groups, PERMUTATIONS + 1) * family >= ALPHA
-        detectable = float("nan")
+        detectable = np.nan
         if not hopeless and found.standard_error > 0 and found.degrees_of_freedom >= 1:
             quantiles = stats.t.ppf([1 - ALPHA / family / 2, POWER], found.degrees_of_freedom)
-            detectable = float(quantiles.sum() * found.standard_error)
+            detectable = quantiles.sum() * found.standard_error
         outcome, good = "too few questions" if hopeless else "not distinguishable", better(key)
         if not found.rows:
             outcome = "no data"
@@ -311,24 +297,17 @@ def compare_family(differences: Mapping[K, Difference], better: Callable[[K], Di
 def holm(p: ArrayLike) -> Floats:
     """p of several comparisons (n,), corrected so that one false finding among all is as rare as α (Holm 1979).
 
-    scipy has corrections of the false discovery rate only (`false_discovery_control`). NaN, a comparison that could
-    not be made, stays NaN and does not count.
+    NaN, a comparison that could not be made, stays NaN and does not count. scipy has no correction of this kind.
     """
     given = np.asarray(p, dtype=np.float64)
     corrected = np.full(given.shape, np.nan)
-    made = np.flatnonzero(np.isfinite(given))
-    order = made[np.argsort(given[made], kind="stable")]
-    factors = np.arange(len(order), 0, -1)
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(given[order] * factors))
+    order = np.argsort(given, kind="stable")[: np.isfinite(given).sum()]  # NaN is sorted last
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(given[order] * np.arange(len(order), 0, -1)))
     return corrected
 
 
 def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
-    """How every interval, p and detectable difference was computed, for the lines below the tables.
-
-    Args:
-        families: which comparisons are corrected together.
-    """
+    """How every interval, p and detectable difference was computed; families: what is corrected together."""
     return {
         "Interval": f"{settings.confidence_level:.0%}; bootstrap of questions, {settings.n_resamples:,} resamples, "
         "widened for few questions. Differences also over seeds. A mean of yes or no: Korn–Graubard (exact binomial). "

@@ -15,7 +15,6 @@ import pytest
 from sevpeft.errors import RunError, SevpeftError
 from sevpeft.evaluation.report.cases import cases, direction, marked
 from sevpeft.evaluation.report.page import write_report
-from sevpeft.evaluation.report.plots import forest
 from sevpeft.evaluation.scores import METRICS
 
 ATTACK = '</p><script>alert("x")</script><img src=http://a.example/x onerror=alert(1)> "\'&'
@@ -280,16 +279,20 @@ def test_to_send_harmless_cases_to_the_emergency_room_is_shown_as_worse(tmp_path
     ]  # fmt: skip
     assert ['class="better"' in head for head in heads.values()] == [True, False, False]
     assert ['class="worse"' in head for head in heads.values()] == [False, True, False]
-    drawing = html.split("<h4>Adapter − base model: Urgent referral</h4>")[1].split("</svg>")[0]
-    assert "critical cases ↑" in drawing and "non-critical cases ↓" in drawing and "all cases ↑" not in drawing
-    assert drawing.count("var(--non-critical)") == drawing.count("var(--critical)") > 0
+    assert [head.split("<circle")[0].split("forest ")[1].split('"')[0] for head in heads.values()] == [
+        "better", "worse", "higher",
+    ]  # fmt: skip
     assert "no data" in text and "not distinguishable" not in text.split("Limits")[0]
 
 
 def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", evaluated=False)
     page = report(folder)
-    assert f"sevpeft evaluate {folder}" in page.text and "4.750" in page.text and len(page.named("svg")) == 1
+    assert (
+        f"sevpeft evaluate {folder}" in page.text
+        and "4.750" in page.text
+        and [svg["class"] for svg in page.named("svg")] == ["curves"]
+    )
     for name in ("metrics.json", "environment.json", "log.jsonl"):
         (folder / name).unlink()
     assert "--resume" in write_report(folder).missing[0]
@@ -300,17 +303,17 @@ def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     assert "balanced − ce" in Page(written.path.read_text(encoding="utf-8")).text
 
 
-def test_pictures_are_text_in_the_readers_colors(tmp_path: Path) -> None:
-    html = write_report(write_run(tmp_path / "run")).path.read_text(encoding="utf-8")
-    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.S)
-    assert len(drawings) == 2
-    for drawing in drawings:
-        assert "<text" in drawing and not re.search(r"#[0-9a-fA-F]{6}\b", drawing)
-    metric = {**NLL, "label": "T <"}
-    differences = {"a − b": compared(-2.0), "x$y$ <z>": compared(0.0, outcome="not distinguishable"), "absent": None}
-    svg = forest("T <", differences, metric)[0]["svg"]
-    assert "a − b" in svg and "x$y$ &lt;z&gt;" in svg and 'aria-label="T &lt;"' in svg
-    assert "var(--non-critical)" in svg and forest("T", {"absent": None}, metric) == []
+def test_bars_and_curves_are_drawn_to_scale(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    by = content["scores"]["critical"]["metrics"]["nll"]["adapter"]["against"]
+    by["base"] |= {"value": -0.3, "low": -0.6, "high": 0.15}
+    (folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
+    html = write_report(folder).path.read_text(encoding="utf-8")
+    assert (
+        '<path d="M4.0 6H74.0"/><circle cx="32.0"' in html
+    )  # 56 of 60 to the left, and a quarter of that to the right
+    assert html.count('<circle cx="') == 3 and '<polyline class="critical" points="0.0,0.0 100.0,' in html
 
 
 def test_a_comparison_begins_with_its_verdict_and_shows_every_arm(tmp_path: Path) -> None:

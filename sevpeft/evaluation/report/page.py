@@ -23,7 +23,6 @@ from markupsafe import Markup
 from sevpeft.console import number_text, p_text
 from sevpeft.errors import RunError
 from sevpeft.evaluation.report.cases import UNKNOWN, cases
-from sevpeft.evaluation.report.plots import forest, loss_curves
 from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.evaluation.tables import OPEN_STRATA, metric_label, plain
 from sevpeft.recipe import load_recipe
@@ -64,6 +63,7 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
         raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
     for part in page["parts"]:
         part["cases"], part["answered"] = cases(part["answers"], answers)
+        part["scales"] = _scales(part["scores"])
     shown = sum(len(part["cases"]) for part in page["parts"])
     templates = files("sevpeft.evaluation.report") / "templates"
     script, style = ((templates / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
@@ -92,7 +92,7 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
 def _run_page(folder: Path) -> dict[str, Any]:
     recipe, metrics = load_recipe(folder / "recipe.yaml"), _object(folder / "metrics.json")
     evaluation = _object(folder / "evaluation.json", ("scores", "notes", *_NEEDED))
-    scores, by_arm = evaluation.get("scores", {}), _answers(folder)
+    by_arm = _answers(folder)
     verdict = "This run was not evaluated, so nothing is known about its answers."
     if evaluation:
         verdict = (
@@ -108,32 +108,20 @@ def _run_page(folder: Path) -> dict[str, Any]:
         missing.append(f"The run was not evaluated: sevpeft evaluate {folder}")
     elif not by_arm:
         missing.append(f"No answers were generated: sevpeft evaluate {folder} (without --nll-only)")
-    plots = loss_curves(_lines(folder / "log.jsonl"))
-    for name, metric in evaluation.get("metrics", {}).items():
-        of_stratum = {plain(stratum): of["metrics"].get(name, {}).get("adapter") for stratum, of in scores.items()}
-        against = {label: of["against"].get("base") for label, of in of_stratum.items() if of}
-        plots += forest(f"Adapter − base model: {metric['label']}", against, metric)
     model = metrics.get("model", {}).get("name_or_path", recipe.model.name_or_path)
-    facts = {heading: metrics.get(key, {}) for heading, key in _SECTIONS.items()}
+    about = {"heading": "", "sentences": evaluation.get("notes", []), "scores": evaluation.get("scores", {})}
     return {
         "title": f"Run {folder.resolve().name}",
         "subtitle": f"A LoRA adapter for {Path(model).name if Path(model).is_absolute() else model}",
         "verdict": verdict,
         "missing": missing,
-        "parts": [
-            {
-                "heading": "",
-                "sentences": evaluation.get("notes", []),
-                "scores": scores,
-                "plots": plots,
-                "answers": by_arm,
-            }
-        ],
+        "parts": [{**about, "answers": by_arm}],
         "losses": {key: metrics[key] for key in ("before", "after")} if "after" in metrics else {},
+        "curves": _loss_curves(_lines(folder / "log.jsonl")),
         "primary": None,
         **{name: evaluation.get(name, {}) for name in _NEEDED},
         "facts": {
-            **facts,
+            **{heading: metrics.get(key, {}) for heading, key in _SECTIONS.items()},
             "Environment": _object(folder / "environment.json"),
             "Evaluation": {key: evaluation[key] for key in _EVALUATION if key in evaluation},
         },
@@ -142,8 +130,6 @@ def _run_page(folder: Path) -> dict[str, Any]:
 
 def _comparison_page(folder: Path) -> dict[str, Any]:
     content = _object(folder / COMPARISON, ("seeds", "primary", "verdict", "recipes", *_NEEDED))
-    primary = content["primary"]["metric"]
-    metric = content["metrics"][primary]
     parts, missing = [], []
     facts: dict[str, Any] = {}
     environment: dict[str, Any] = {}
@@ -155,17 +141,10 @@ def _comparison_page(folder: Path) -> dict[str, Any]:
                 by_arm[arm] = answers
         if not by_arm:
             missing.append(f"{name}: the runs hold no answers to show (compared with --nll-only, or moved).")
-        plots = []
-        for stratum in OPEN_STRATA:
-            by_column = recipe["scores"][stratum]["metrics"][primary]
-            pairs = {f"{arm} − {other}": one for arm, of in by_column.items() for other, one in of["against"].items()}
-            title = f"{name}: " * (len(content["recipes"]) > 1) + f"Differences in {metric['label']}, {plain(stratum)}"
-            plots += forest(title, pairs, metric)
         # The verdict of a single recipe stands at the top of the page already.
         verdict = recipe["verdict"] if recipe["verdict"] != content["verdict"] else ""
         sentences = [sentence for sentence in (verdict, recipe["power"], *recipe["notes"]) if sentence]
-        about = {"heading": name, "sentences": sentences, "plots": plots}
-        parts.append({**about, "scores": recipe["scores"], "answers": by_arm})
+        parts.append({"heading": name, "sentences": sentences, "scores": recipe["scores"], "answers": by_arm})
         facts[name] = {key: recipe[key] for key in ("model", "data", "chosen")}
     return {
         "title": f"Comparison {folder.resolve().name}",
@@ -174,10 +153,40 @@ def _comparison_page(folder: Path) -> dict[str, Any]:
         "missing": missing,
         "parts": parts,
         "losses": {},
-        "primary": primary,
+        "curves": {},
+        "primary": content["primary"]["metric"],
         **{name: content[name] for name in _NEEDED},
         "facts": {**facts, "Environment": environment},
     }
+
+
+def _scales(scores: dict[str, Any]) -> dict[str, float]:
+    """Score → largest end of an interval of its differences, so that all bars of a score have one scale."""
+    scales: dict[str, float] = {}
+    for metric, by in (pair for found in scores.values() for pair in found["metrics"].items()):
+        ends = [one[end] for of in by.values() for one in of["against"].values() for end in ("low", "high", "value")]
+        scales[metric] = max([abs(end) for end in ends if end is not None] + [scales.get(metric, 1e-12)])
+    return scales
+
+
+def _loss_curves(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Points of each validation loss in a square of 100 by 100, and the ends of the axes; empty without two points."""
+    curves = {}
+    for name in ("all", *reversed(SEVERITIES)):
+        key = "eval_loss" if name == "all" else f"eval_loss_{name}"
+        # Of a step that a resumed run took twice, the later.
+        points = {entry["step"]: entry[key] for entry in log if isinstance(entry.get(key), int | float)}
+        if len(points) > 1:
+            curves[name] = sorted(points.items())
+    if not curves:
+        return {}
+    steps, losses = zip(*(point for points in curves.values() for point in points), strict=True)
+    first, low, width, height = min(steps), min(losses), max(steps) - min(steps), max(losses) - min(losses) or 1.0
+    lines = {
+        name: " ".join(f"{100 * (x - first) / width:.1f},{100 - 100 * (y - low) / height:.1f}" for x, y in points)
+        for name, points in curves.items()
+    }
+    return {"lines": lines, "first": first, "last": max(steps), "low": low, "high": max(losses)}
 
 
 def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
