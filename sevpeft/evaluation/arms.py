@@ -67,7 +67,7 @@ class Experiment:
     recipe: Recipe
 
     def recipe_of(self, arm: str, seed: int, controlled: str) -> Recipe:
-        """The recipe of an arm, that of `sevpeft train` with the same settings; controls have the weights of another."""
+        """The recipe of an arm, that of `sevpeft train` with the same settings; controls have weights of another."""
         settings = [f"training.seed={seed}"]
         weights = controlled if arm in CONTROLS else arm
         if weights in SEVERITY_PRESETS:
@@ -120,7 +120,7 @@ def state_of(run: Run, recipe: Recipe) -> str:
         recipe, finished = as_started(recipe, run), run.finished
     except (SevpeftError, ValueError):
         raise RunError(
-            f"{run.folder} is damaged; move it away and run this again, which trains that run anew and keeps the others."
+            f"{run.folder} is damaged; move it away and run this again, which trains that run anew."
         ) from None
     check_same_recipe(recipe, run)
     return "finished" if finished else "started"

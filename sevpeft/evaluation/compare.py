@@ -38,7 +38,7 @@ from sevpeft.evaluation.scores import (
     add_comparisons,
     summarize,
 )
-from sevpeft.evaluation.statistics import POWER, estimate_text, methods
+from sevpeft.evaluation.statistics import POWER, Difference, estimate_text, methods
 from sevpeft.evaluation.tables import plain
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, file_hash, json_lines, plain_disk_errors, write_atomically
@@ -165,7 +165,9 @@ def compare(
             getattr(error, "exit_code", 130),
         ) from error
     with screen.status("Comparing"):
-        summaries, of_arms, contents = {}, {}, {}
+        summaries: dict[str, dict[str, Any]] = {}
+        contents: dict[str, dict[str, Any]] = {}
+        of_arms: dict[Place, Difference] = {}
         for name, one in found.items():
             finished = units(name, to_train, controlled[name])
             _check_equal(finished)
@@ -203,7 +205,7 @@ def compare(
             "columns": {arm: ARMS[arm] for arm in arms},
             "seeds": list(seeds),
             "primary": {"metric": PRIMARY, "stratum": CRITICAL},
-            "metrics": {name: METRICS[name].meaning() for name in METRICS if name in shown},
+            "metrics": {name: METRICS[name] for name in METRICS if name in shown},
             "methods": methods(one.recipe.evaluation, families),
             "verdict": " ".join(f"{name}: " * (len(found) > 1) + of["verdict"] for name, of in contents.items()),
             "recipes": contents,
@@ -333,7 +335,7 @@ def verdict_of(scores: Mapping[str, Any], chosen: str | None, seeds: int) -> tup
         lacking = "neither plain CE nor shuffled weights" if chosen else "no severity weights"
         return f"No verdict: the arms hold {lacking}.", ""
     first, *others = against
-    about, outcomes = METRICS[PRIMARY].meaning(), {reference: one["outcome"] for reference, one in against.items()}
+    about, outcomes = METRICS[PRIMARY], {reference: one["outcome"] for reference, one in against.items()}
     sizes = {
         reference: f"{estimate_text(one, about, sign=True)}, p {p_text(one['p'], one['p_at_most'])}"
         for reference, one in against.items()
@@ -364,12 +366,12 @@ def _price(scores: Mapping[str, Any], arm: str, reference: str) -> str:
     found: dict[str, list[str]] = {"worse": [], "better": [], "not distinguishable": [], "too few questions": []}
     for metric in (PRIMARY, *SAFETY):
         about = METRICS[metric]
-        name = about.label if about.label.isupper() else about.label.lower()
-        by_stratum = metric == PRIMARY or about.elsewhere is not None or about.of != "all rows"
+        name = about["label"] if about["label"].isupper() else about["label"].lower()
+        by_stratum = metric == PRIMARY or about["better"][ALL] == "neither" or about["of"] != "all rows"
         for stratum, of in scores.items():
             one = of["metrics"].get(metric, {}).get(arm, {}).get("against", {}).get(reference)
             if one and one["rows"] and (stratum == ALL) != by_stratum and (stratum, metric) != (CRITICAL, PRIMARY):
-                size = f"{estimate_text(one, about.meaning(), sign=True)}{' points' if about.unit == '%' else ''}"
+                size = f"{estimate_text(one, about, sign=True)}{' points' if about['unit'] == '%' else ''}"
                 found[one["outcome"]].append(f"{name} of {plain(stratum)} {size}")
     price = "".join(f"; {outcome}: {', '.join(items)}" for outcome, items in found.items() if items)
     unknown = not set(SAFETY) & set(scores[CRITICAL]["metrics"])

@@ -101,7 +101,8 @@ def evaluate(
     encoder, missing_encoder = load_encoder(asked) if answers else (None, None)
     judge = Judge(asked.judge) if asked.judge and answers else None
     floors = floors and ADAPTER in arms
-    judged, about_judge, judge_notes, constant = {}, {}, [], None
+    verdicts: tuple[dict[str, Scores], dict[str, Any], list[str]] = ({}, {}, [])
+    constant = None
     if answers and floors:
         chosen = np.random.default_rng(0).permutation(len(splits.train))[:_ANSWERS_TO_CHOOSE_FROM]
         constant = constant_answer(splits.train.select(chosen)["answer"])
@@ -109,7 +110,8 @@ def evaluate(
     try:
         with plain_disk_errors(run.folder, remedy="evaluate a run that you may write to"), FileLock(lock, timeout=0):
             work = _RowWork(run, recipe, every, rows, console)
-            likelihood, lines = {}, {}
+            likelihood: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+            lines: dict[str, list[dict[str, Any]]] = {}
             # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
             for arm in (one for one in (BASE, ADAPTER) if one in arms):
                 likelihood[arm] = work.likelihood(arm)
@@ -121,7 +123,7 @@ def evaluate(
                 origin = {**work.answer_origin, "judge": judge.about}
                 kept = RowFile(run.folder / JUDGEMENTS, origin, ("digest", "ratings", "reason"))
                 with_floor = texts | ({CONSTANT: [constant] * len(rows)} if constant and BASE in arms else {})
-                judged, about_judge, judge_notes = judge.rate(rows, with_floor, kept.lines, kept.append, console)
+                verdicts = judge.rate(rows, with_floor, kept.lines, kept.append, console)
             lock.unlink()
     except Timeout:
         raise RunError(f"{run.folder} is being evaluated by another process; wait for it.") from None
@@ -136,7 +138,7 @@ def evaluate(
             shuffled = [work.shuffled[identity] for identity in rows.ids]
             for column, by_name in floor_scores(rows, texts[ADAPTER], shuffled, constant, encoder).items():
                 scores[column] = scores.get(column, {}) | by_name
-        for column, by_name in judged.items():
+        for column, by_name in verdicts[0].items():
             scores[column] |= by_name
         meanings = METRICS | (judge.metrics if judge else {})
         tokens = {column: of for column, (_, of) in likelihood.items()}
@@ -149,7 +151,7 @@ def evaluate(
             missing_encoder,
             unfit and f"No NLL: {unfit:,} rows, whose answer leaves no room for a question in training.max_length.",
             lost and f"Shortened to fit the model's context: {lost:,} questions.",
-            *judge_notes,
+            *verdicts[2],
         ]
         content = {
             **work.origin,
@@ -158,10 +160,10 @@ def evaluate(
             "split": "test",
             "scores": summary,
             "columns": {name: text for name, text in COLUMNS.items() if name in scores},
-            "metrics": {name: meanings[name].meaning() for name in next(iter(summary.values()))["metrics"]},
+            "metrics": {name: meanings[name] for name in next(iter(summary.values()))["metrics"]},
             "methods": methods(asked, "the strata of one score together"),
             "lexicons": lexicon_versions() if answers else {},
-            **({"judge": about_judge} if judge else {}),
+            **({"judge": verdicts[1]} if judge else {}),
             "notes": [note for note in notes if note],
         }
         _write(run, content, rows, scores)

@@ -75,7 +75,7 @@ class EvaluationRows:
         """The rows at these positions, in their order."""
         chosen = np.asarray(positions, dtype=np.int64)
         lists = {name: getattr(self, name) for name in ("ids", "questions", "references", "dialects")}
-        taken = {name: of and [of[i] for i in chosen] for name, of in lists.items()}
+        taken: dict[str, Any] = {name: of and [of[i] for i in chosen] for name, of in lists.items()}
         return replace(self, strata=self.strata[chosen], groups=self.groups[chosen], **taken)
 
     def limited(self, number: int | None, seed: int = 0) -> EvaluationRows:

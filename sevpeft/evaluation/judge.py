@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
@@ -57,6 +57,7 @@ _REMEDIES = {
     429: "run this again later, or lower evaluation.judge.concurrency",
 }
 Words = Annotated[str, Field(min_length=1)]
+K = TypeVar("K")
 
 
 class Item(BaseModel):
@@ -172,7 +173,7 @@ class Judge:
         keep: Callable[[list[dict[str, Any]]], None],
         console: Console,
     ) -> tuple[dict[str, Scores], dict[str, Any], list[str]]:
-        """Has judged what was not judged yet; equal answers are judged once.
+        """Has judged what was not judged yet.
 
         Args:
             answers: column → the answers (n,) to the rows.
@@ -180,43 +181,34 @@ class Judge:
             keep: adds lines to them.
 
         Returns:
-            Column → judge_ITEM → (n,), NaN where there is no verdict; what evaluation.json says of the judge; and notes.
+            Column → judge_ITEM → (n,), NaN where there is no verdict; what evaluation.json says of the judge; notes.
 
         Raises:
             RunError: the judge cannot be reached, refuses, or talks nonsense; finished verdicts are kept.
         """
-        prompts: dict[str, str] = {}
-        places: dict[str, list[tuple[str, str]]] = {}
+        missing: dict[tuple[str, ...], str] = {}
         for column, texts in answers.items():
             for identity, *three in zip(rows.ids, rows.questions, rows.references, texts, strict=True):
                 prompt = self.rubric.prompt(identity, *three)
-                digest = hashlib.sha256(f"{self.about['model']}\n{prompt}".encode()).hexdigest()[:24]
-                if kept.get((column, identity), {"digest": digest})["digest"] != digest:
+                digest = hashlib.sha256(prompt.encode()).hexdigest()[:24]
+                if (column, identity) not in kept:
+                    missing[column, identity, digest] = prompt
+                elif kept[column, identity]["digest"] != digest:
                     raise RunError(f"{JUDGEMENTS} holds verdicts on other answers than these; move it away.")
-                prompts[digest] = prompt
-                places.setdefault(digest, []).append((column, identity))
-        known = {line["digest"]: line for line in kept.values() if line["digest"] in prompts}
 
-        def take(digest: str, verdict: Mapping[str, Any]) -> None:
-            known[digest] = verdict
-            if new := [place for place in places[digest] if place not in kept]:
-                keep([{**verdict, "arm": column, "id": identity, "digest": digest} for column, identity in new])
-
-        def on_reply(digest: str, reply: str | None) -> None:
+        def on_reply(place: tuple[str, ...], reply: str | None) -> None:
             ratings, reason = self.rubric.read(reply or "") or (None, "")
-            shown = {} if ratings else {"reply": reply and reply[:_LONGEST_SHOWN]}
-            take(digest, {"ratings": ratings, "reason": reason, **shown})
+            line = dict(zip(("arm", "id", "digest"), place, strict=True)) | {"ratings": ratings, "reason": reason}
+            keep([line | ({} if ratings else {"reply": reply and reply[:_LONGEST_SHOWN]})])
             done(1)
-            unreadable = sum(line["ratings"] is None for line in known.values())
-            if len(known) >= _ENOUGH and 2 * unreadable > len(known):
+            unreadable = sum(line["ratings"] is None for line in kept.values())
+            if len(kept) >= _ENOUGH and 2 * unreadable > len(kept):
                 raise RunError(
-                    f"{unreadable} of {len(known)} replies of {self.about['model']} are no verdicts; move {JUDGEMENTS} "
+                    f"{unreadable} of {len(kept)} replies of {self.about['model']} are no verdicts; move {JUDGEMENTS} "
                     "away and name another judge, or raise evaluation.judge.max_tokens for one that thinks."
                 )
 
-        for one in list(known.items()):  # for another arm that gave the same answer
-            take(*one)
-        if missing := {digest: prompt for digest, prompt in prompts.items() if digest not in known}:
+        if missing:
             console.print(
                 f"Judge: {len(missing):,} answers, each with its question and reference answer, go to {self.host} "
                 f"({'this' if self.on_this_machine else 'another'} machine) with "
@@ -240,7 +232,7 @@ class Judge:
             notes.append("Judge: it takes no temperature, so that the same answer may be rated otherwise next time.")
         return scores, {"model": self.about["model"], "rubric": self.about["rubric"], "answers": counts}, notes
 
-    async def ask(self, prompts: Mapping[str, str], on_reply: Callable[[str, str | None], None]) -> None:
+    async def ask(self, prompts: Mapping[K, str], on_reply: Callable[[K, str | None], None]) -> None:
         """Asks for every prompt (by its key), several at once; `on_reply` gets the key, and None where it was refused.
 
         Raises:
@@ -253,7 +245,7 @@ class Judge:
             headers=self._headers, follow_redirects=False, trust_env=not self.on_this_machine, timeout=None
         ) as client:
 
-            async def work(key: str, prompt: str) -> None:
+            async def work(key: K, prompt: str) -> None:
                 async with gate:
                     on_reply(key, await self._reply(client, prompt))
 
@@ -283,7 +275,11 @@ class Judge:
             else:
                 status = response.status_code
                 if status == 200:
-                    return _content(response.content)
+                    try:
+                        text = json.loads(response.content)["choices"][0]["message"]["content"]
+                    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+                        text = ""
+                    return text if isinstance(text, str) else ""
                 if status in (400, 413, 422):
                     return None
                 problem = f"answers with status {status}; {_REMEDIES.get(status, 'see its log, and run this again')}"
@@ -304,11 +300,3 @@ def _on_this_machine(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
-
-
-def _content(content: bytes) -> str:
-    try:
-        text = json.loads(content)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return ""
-    return text if isinstance(text, str) else ""

@@ -80,12 +80,9 @@ _DIGITS = str.maketrans("٠١٢٣٤٥٦٧٨٩۰۱۲۳۴۵۶۷۸۹٫", "012345678
 
 @dataclass(frozen=True)
 class Finding:
-    """What one answer was found to say, with its words.
+    """What one answer was found to say: score → value, and the words of every kind that is there.
 
-    Attributes:
-        scores: name → value; false_reassurance is NaN where the question is not critical.
-        hits: kind → words of the answer: "referral", "reassurance", "medicine", "dose", and as not counted "negated",
-            "conditional" and "asked"; kinds without words are absent.
+    Kinds are "referral", "reassurance", "medicine", "dose", and what is not counted: "negated", "conditional", "asked".
     """
 
     scores: dict[str, float]
@@ -94,12 +91,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Advice:
-    """An expression of the lexicon that stands in an answer.
+    """A referral (with an urgency from 1 at leisure to 4 at once) or reassurance (0) that stands in an answer.
 
-    Attributes:
-        level: a key of `REFERRALS`, or one of `REASSURANCE`.
-        words: as the answer writes it, folded, with the words of its time; words in gaps are left out.
-        urgency: of a referral, by its level and its time: 1 at leisure to 4 at once; 0 of reassurance.
+    Its words are as the answer writes them, folded, with those of its time; words in gaps are left out.
     """
 
     level: str
@@ -118,8 +112,7 @@ def safety_findings(
     """What each answer (n) says, against its question and its reference answer.
 
     Args:
-        critical: which questions are critical (n,); without it, those of which the severity rules find it most
-            probable.
+        critical: which questions are (n,); without it, those of which the severity rules find it most probable.
     """
     if critical is None:
         critical = _rules().probabilities(questions).argmax(axis=1) == SEVERITIES.index("critical")
@@ -239,13 +232,11 @@ def advice(answer: str) -> list[Advice]:
 def _advice(text: Text, place: _Place, found: dict[str, list[_Place]], alone: bool) -> Advice:
     urgency = REFERRALS.get(place.level, 0)
     times = [time for level in TIMES for time in found[level] if urgency and _belongs(text, place, time)]
-    if urgency:
-        soonest = max((TIMES[time.level] for time in times), default=0)
-        urgency = max(urgency, soonest) if place.level == "emergency_now" else soonest or urgency
+    soonest = max((TIMES[time.level] for time in times), default=0)
+    urgency = max(urgency, soonest) if place.level == "emergency_now" else soonest or urgency
     positions = sorted({*place.positions, *(position for time in times for position in time.positions)})
     words = " ".join(text.words[position] for position in positions).replace(POINT, ".")
-    soon = alone and any(time.level in ("time_now", "time_today") for time in times)
-    return Advice(place.level, words, _context(text, place, found, soon=soon), urgency)
+    return Advice(place.level, words, _context(text, place, found, soon=alone and soonest >= _TODAY), urgency)
 
 
 def _belongs(text: Text, place: _Place, time: _Place) -> bool:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
@@ -25,7 +24,7 @@ from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED
 from sevpeft.evaluation.bertscore import Encoder
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.safety import safety_scores
-from sevpeft.evaluation.statistics import Difference, Direction, compare_family, interval, paired_difference
+from sevpeft.evaluation.statistics import Difference, compare_family, interval, paired_difference
 from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
 
@@ -56,55 +55,39 @@ _CANDIDATES = 60
 _ARABIC = re.compile("[\u0600-\u06ff\u0750-\u077f\u0870-\u08ff\ufb50-\ufdff\ufe70-\ufeff]")
 
 
-@dataclass(frozen=True)
-class Metric:
-    """What a number means; the fields are explained in metrics.yaml."""
-
-    name: str
-    label: str
-    definition: str
-    unit: str
-    better: Direction
-    limits: str
-    of: Literal["all rows", "critical questions"] = "all rows"
-    yes_no: bool = False
-    elsewhere: Direction | None = None
-
-    @property
-    def shown_times(self) -> int:
-        """Factor between the stored and the shown number."""
-        return 100 if self.unit == "%" else 1
-
-    def direction(self, stratum: str) -> Direction:
-        """Which way is better on the rows of a stratum."""
-        if self.elsewhere is None or stratum == CRITICAL:
-            return self.better
-        return "neither" if stratum == ALL else self.elsewhere
-
-    def meaning(self) -> dict[str, Any]:
-        """What a table of the score has to know, for evaluation.json and comparison.json."""
-        kept = ("label", "definition", "unit", "limits", "shown_times", "of")
-        better = {stratum: self.direction(stratum) for stratum in (*reversed(SEVERITIES), ALL)}
-        return {**{name: getattr(self, name) for name in kept}, "better": better}
+def _meaning(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table has to know of a score, as evaluation.json holds it; `better` by stratum. See metrics.yaml."""
+    better, elsewhere = about["better"], about.get("elsewhere")
+    return {
+        "label": about["label"],
+        "definition": f"{about['definition'].strip().rstrip('.')}.",
+        "unit": about["unit"],
+        "limits": about["limits"],
+        "shown_times": 100 if about["unit"] == "%" else 1,
+        "of": about.get("of", "all rows"),
+        "yes_no": about.get("yes_no", False),
+        "better": {name: elsewhere or better for name in reversed(SEVERITIES)}
+        | {CRITICAL: better, ALL: "neither" if elsewhere else better},
+    }
 
 
-def judge_metrics(items: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
+def judge_metrics(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Scores judge_ITEM of the items of a rubric: item → {label, scale, better, definition}."""
-    metrics = {}
-    for name, about in ((f"judge_{item}", about) for item, about in items.items()):
-        yes_no, definition = about["scale"] == "yes-no", f"{about['definition'].strip().rstrip('.')}."
-        unit = "%" if yes_no else "1–5"
-        metrics[name] = Metric(name, about["label"], definition, unit, about["better"], _JUDGED, yes_no=yes_no)
-    return metrics
+    units = {"yes-no": "%", "1-5": "1–5"}
+    return {
+        f"judge_{item}": _meaning(
+            {**about, "unit": units[about["scale"]], "yes_no": about["scale"] == "yes-no", "limits": _JUDGED}
+        )
+        for item, about in items.items()
+    }
 
 
 _HERE = Path(__file__).parent
 _TABLE = yaml.safe_load((_HERE / "metrics.yaml").read_text(encoding="utf-8"))
 _JUDGED = _TABLE["limits"]["judge"]
-METRICS: dict[str, Metric] = {
-    **{name: Metric(name, **about) for name, about in _TABLE["metrics"].items()},
-    **judge_metrics(yaml.safe_load((_HERE / "rubrics" / "answers.yaml").read_text(encoding="utf-8"))["items"]),
-}
+METRICS = {name: _meaning(about) for name, about in _TABLE["metrics"].items()} | judge_metrics(
+    yaml.safe_load((_HERE / "rubrics" / "answers.yaml").read_text(encoding="utf-8"))["items"]
+)
 
 
 # Scores of rows
@@ -257,7 +240,7 @@ def summarize(
     *,
     tokens: Mapping[str, np.ndarray],
     pairs: Mapping[str, Sequence[str]],
-    metrics: Mapping[str, Metric] = METRICS,
+    metrics: Mapping[str, Any] = METRICS,
 ) -> tuple[dict[str, Any], dict[Place, Difference]]:
     """Means of every score and column with intervals clustered by question, and the differences of columns.
 
@@ -281,7 +264,7 @@ def summarize(
         for metric in names:
             values = {column: np.atleast_2d(of[metric])[:, part] for column, of in scores.items() if metric in of}
             mass = {column: tokens[column][part] if metric == "nll" else None for column in values}
-            yes_no, by_column = metrics[metric].yes_no, {}
+            yes_no, by_column = metrics[metric]["yes_no"], {}
             for column, of in values.items():
                 mean = of.mean(axis=0)
                 # Seeds that disagree on a row leave no yes or no there.
@@ -302,7 +285,7 @@ def add_comparisons(
     found: Mapping[str, Mapping[str, Any]],
     differences: Mapping[Place, Difference],
     family: Callable[[Place], Hashable],
-    metrics: Mapping[str, Metric] = METRICS,
+    metrics: Mapping[str, Any] = METRICS,
 ) -> None:
     """Puts the differences into the summaries (recipe → summary) under "against", each with its corrected p.
 
@@ -313,7 +296,7 @@ def add_comparisons(
     for place, difference in differences.items():
         families.setdefault(family(place), {})[place] = difference
     for together in families.values():
-        compared = compare_family(together, lambda place: metrics[place[2]].direction(place[1]))
+        compared = compare_family(together, lambda place: metrics[place[2]]["better"][place[1]])
         for (name, stratum, metric, column, other), comparison in compared.items():
             found[name][stratum]["metrics"][metric][column]["against"][other] = comparison
 

@@ -179,7 +179,7 @@ def _by_group(values: Floats, groups: ArrayLike, weights: ArrayLike | None) -> _
     there = np.all(np.isfinite(values), axis=0) & (mass > 0)
     index, mass = np.unique(np.asarray(groups)[there], return_inverse=True)[1], mass[there]
     sums = [np.bincount(index, weights=row * mass) for row in values[:, there]]
-    masses = np.bincount(index, weights=mass)
+    masses: Floats = np.asarray(np.bincount(index, weights=mass), dtype=np.float64)
     return _Groups(np.stack(sums), masses, int(there.sum()), len(masses))
 
 
@@ -330,7 +330,7 @@ def estimate_text(found: Mapping[str, Any], metric: Mapping[str, Any], *, sign: 
     """`5.110 [5.020, 5.200]` of what `Estimate.as_dict` gives; the value alone where there is no interval.
 
     Args:
-        metric: `Metric.meaning()` of the score; four figures of nats and three of all others are shown.
+        metric: a score of `METRICS`; four figures of nats and three of all others are shown.
     """
     figures, times = (4 if metric["unit"] == "nats a token" else 3), metric["shown_times"]
     value, low, high = (None if found[name] is None else found[name] * times for name in ("value", "low", "high"))

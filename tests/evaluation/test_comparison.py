@@ -274,7 +274,7 @@ def test_the_widest_numbers_fit_80_columns() -> None:
     verdict, power = verdict_of(found.scores, "balanced", 3)
     one = {"model": "tiny", "chosen": "balanced", "controls_of": "balanced", "notes": [], "scores": found.scores}
     one |= {"validation": {"balanced": {"mean": 4.0, "per_seed": [4.0]}}, "verdict": verdict, "power": power}
-    metrics = {name: METRICS[name].meaning() for name in ("nll", "chrf")}
+    metrics = {name: METRICS[name] for name in ("nll", "chrf")}
     content = {"metrics": metrics, "recipes": {"one": one}, "methods": methods(SETTINGS, "all together")}
     content |= {"columns": dict.fromkeys(arms, ""), "primary": {"metric": "nll", "stratum": CRITICAL}}
     console = Console(file=io.StringIO(), width=80)

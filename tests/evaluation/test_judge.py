@@ -108,14 +108,16 @@ def test_which_text_comes_first_is_drawn_by_the_row_and_is_the_same_for_every_ar
 def test_every_item_is_a_score_with_its_meaning() -> None:
     metrics = Judge(JudgeSection(model="m", url="http://127.0.0.1:9/v1")).metrics
     assert all(METRICS[name] == metric for name, metric in metrics.items())
-    assert {name: (metric.better, metric.unit, metric.yes_no) for name, metric in metrics.items()} == {
+    assert {
+        name: (metric["better"]["critical"], metric["unit"], metric["yes_no"]) for name, metric in metrics.items()
+    } == {
         "judge_urgency": ("higher", "1–5", False),
         "judge_harm": ("lower", "%", True),
         "judge_false_reassurance": ("lower", "%", True),
         "judge_relevance": ("higher", "1–5", False),
         "judge_clarity": ("higher", "1–5", False),
     }
-    assert all("not a physician's" in metric.limits for metric in metrics.values())
+    assert all("not a physician's" in metric["limits"] for metric in metrics.values())
 
 
 OTHER = "name: mine\ninstructions: Rate.\nitems:\n  kindness:\n    label: Kind\n    scale: 1-5\n    better: higher\n"
@@ -366,15 +368,6 @@ def test_verdicts_become_scores_an_unreadable_one_no_rating_and_none_is_asked_fo
     assert kept["base", "row 0"]["reason"] == "Sends to care."
     assert (tmp_path / JUDGEMENTS).stat().st_mode & 0o777 == 0o600
     np.testing.assert_equal(judge(tmp_path, url=server.url, model="m"), first)  # the server is gone
-
-
-def test_an_answer_that_several_arms_give_is_judged_once(tmp_path: Path) -> None:
-    same = ["الجواب نفسه"] * 12
-    with serving(good) as server:
-        judge(tmp_path, {"adapter": same}, url=server.url, model="m")
-        scores, _, _ = judge(tmp_path, dict.fromkeys(("adapter", "base", "constant"), same), url=server.url, model="m")
-    assert len(server.requests) == 12 and len(lines(tmp_path)) == 36
-    assert list(scores) == ["adapter", "base", "constant"]
 
 
 def test_finished_verdicts_outlive_a_judge_that_dies_and_the_same_command_goes_on(tmp_path: Path) -> None:

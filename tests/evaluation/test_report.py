@@ -28,7 +28,7 @@ NLL = {
     "shown_times": 1,
     "of": "all rows",
 }
-REFERRAL = {**METRICS["urgent_referral"].meaning(), "limits": ""}
+REFERRAL = {**METRICS["urgent_referral"], "limits": ""}
 METHODS = {"Interval": "90% of questions", "Test": "9 permutations", "Correction": "Holm"}
 
 
@@ -257,7 +257,7 @@ def test_to_send_harmless_cases_to_the_emergency_room_is_shown_as_worse(tmp_path
     """Table, arrow and picture go by the stratum; where no row has a value nothing is claimed."""
     folder = write_run(tmp_path / "run")
     content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    rises = {name: METRICS["urgent_referral"].direction(name) for name in ("critical", "non_critical", "all")}
+    rises = {name: METRICS["urgent_referral"]["better"][name] for name in ("critical", "non_critical", "all")}
     outcomes = {"higher": "better", "lower": "worse", "neither": "higher"}
     for name, better in rises.items():
         difference = compared(0.95, better=better, outcome=outcomes[better], p=0.001)
