@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import app, check_one_process, quiet_libraries
+from sevpeft.cli.application import app, quiet_libraries
 from sevpeft.errors import UsageError
 
 
@@ -39,7 +39,6 @@ def compare(
     """
     from sevpeft.console import Screen, print_json
 
-    check_one_process("compare", "; once on each GPU with the same --output, the commands share the runs")
     overrides = [word for word in words if re.match(r"\w+(\.\w+)*=", word)]
     recipes = [Path(word) for word in words if word not in overrides]
     if not recipes:

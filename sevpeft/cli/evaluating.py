@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sevpeft.cli.application import app, check_one_process, quiet_libraries
+from sevpeft.cli.application import app, quiet_libraries
 
 
 @app.command()
@@ -38,7 +38,6 @@ def evaluate(
     from sevpeft.console import Screen, print_json
     from sevpeft.runs import Run, check_run
 
-    check_one_process("evaluate")
     check_run(run)
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):

@@ -8,6 +8,7 @@ What could make rows, steps or prompts differ between arms is refused here, befo
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ ARMS = {
     SHUFFLED: "control: the weights shuffled over the consultations",
     CONSTANT: "control: the mean weight for every consultation",
 }
+
+
+def check_one_process(verb: str) -> None:
+    """Raises UsageError where a launcher started several processes, which would all write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"{verb} runs as one process; start `sevpeft {verb}` itself, without a launcher.")
 
 
 def parse_arms(text: str) -> tuple[str, ...]:

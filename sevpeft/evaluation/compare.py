@@ -24,7 +24,19 @@ from rich.console import Console
 
 from sevpeft.console import Screen, number_text, p_text
 from sevpeft.errors import Interrupted, RunError
-from sevpeft.evaluation.arms import ADAPTER, ARMS, BASE, CE, CONTROLS, OWN, SHUFFLED, WEIGHTED, experiments, state_of
+from sevpeft.evaluation.arms import (
+    ADAPTER,
+    ARMS,
+    BASE,
+    CE,
+    CONTROLS,
+    OWN,
+    SHUFFLED,
+    WEIGHTED,
+    check_one_process,
+    experiments,
+    state_of,
+)
 from sevpeft.evaluation.evaluate import LIKELIHOOD, SCORES, evaluate, stored_evaluation, test_rows
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.scores import (
@@ -107,6 +119,7 @@ def compare(
         answers: generate and score answers; without, the likelihood alone is compared.
         on_trained: called with every run that was trained here.
     """
+    check_one_process("compare")
     arms = [arm for arm in ARMS if arm in arms]  # in the order of the table
     screen = console or Screen(quiet=True)
     found = {one.recipe.name: one for one in experiments(recipes, overrides, arms, output)}

@@ -24,7 +24,7 @@ from sevpeft.console import Screen, print_labeled, row_progress
 from sevpeft.data.read import Consultations
 from sevpeft.data.split import Splits, question_keys
 from sevpeft.errors import Interrupted, RunError, UsageError
-from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED, check_adapter, differences
+from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED, check_adapter, check_one_process, differences
 from sevpeft.evaluation.bertscore import load_encoder
 from sevpeft.evaluation.generate import EvaluationRows, generate, reference_nll
 from sevpeft.evaluation.judge import JUDGEMENTS, Judge
@@ -81,8 +81,7 @@ def evaluate(
     Returns:
         The content of evaluation.json. What cannot be done is a SevpeftError, and finished work is kept.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("evaluate runs as one process; start it without accelerate, as `sevpeft evaluate RUN`.")
+    check_one_process("evaluate")
     console = console or Screen(quiet=True)
     run = run if isinstance(run, Run) else Run(Path(run).expanduser())
     check_run(run.folder)

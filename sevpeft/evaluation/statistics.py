@@ -156,7 +156,7 @@ def paired_difference(
     if share and data.all_equal(mean):
         # Every question shows the same; the questions asked bound how many others could differ (Clopper–Pearson for 0).
         unseen = float(1 - ((1 - confidence) / 2) ** (1 / data.count))
-        low, high = max(-1.0, value - unseen), min(1.0, value + unseen)
+        low, high = value - unseen, value + unseen
     of_rows, of_seeds = data.standard_error(mean), _seed_error(by_seed, data, per_seed)
     p, p_at_most = _permutation_p(mean, settings.seed)
     error, freedom = of_rows, float(data.count - 1)
@@ -169,6 +169,8 @@ def paired_difference(
         freedom = float(error**4 / (of_rows**4 / max(data.count - 1, 1) + of_seeds**4 / (seeds - 1)))
         of_t = float(2 * stats.t.sf(abs(value) / error, freedom))
         p, p_at_most = max(p, of_t), p_at_most and of_t <= p
+    if share:
+        low, high = np.clip((low, high), -1, 1).tolist()
     return Difference(value, low, high, error, data.rows, data.count, p, p_at_most, freedom, tuple(per_seed.tolist()))
 
 

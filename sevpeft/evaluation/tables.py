@@ -62,7 +62,8 @@ def _tables(content: Json, scores: Json, headings: Sequence[str], differing: Seq
     parts: list[RenderableType] = []
     for stratum in (name for name in OPEN_STRATA if name in scores):
         found = scores[stratum]
-        means, differences = _table(headings), _table(("difference", "p (Holm)", "outcome"))
+        alone = "adapter − base model" if len(differing) > 1 else ""
+        means, differences = _table("", *headings), _table(alone, "difference", "p (Holm)", "outcome")
         for name, by in found["metrics"].items():
             about = content["metrics"][name]
             label = metric_label(about, stratum)
@@ -76,18 +77,19 @@ def _tables(content: Json, scores: Json, headings: Sequence[str], differing: Seq
             means.add_row(label, *cells)
             pairs = [(arm, *pair) for arm, of in by.items() for pair in of["against"].items()]
             for arm, reference, one in pairs if name in differing else ():
-                pair = f"{label}: {arm} − {reference}" if len(differing) > 1 else f"{arm} − {reference}"
                 p = p_text(one["p"], one["p_at_most"])
-                differences.add_row(pair, estimate_text(one, about, sign=True), p, one["outcome"])
+                differences.add_row(
+                    label if alone else f"{arm} − {reference}", estimate_text(one, about, sign=True), p, one["outcome"]
+                )
         title = f"{plain(stratum).capitalize()}: {found['rows']:,} rows, {found['questions']:,} questions"
         parts += [Text(), Text(title, style="bold"), means, Text()]
         parts += [differences, Text()] if differences.row_count else []
     return parts
 
 
-def _table(headings: Sequence[str]) -> Table:
+def _table(first: str, *headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("", overflow="fold", max_width=22)
+    table.add_column(first, overflow="fold", max_width=22)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

@@ -316,6 +316,12 @@ def test_runs_that_were_not_trained_alike_are_not_compared(
             compared(settings, other)
 
 
+def test_several_processes_of_a_launcher_are_refused(settings: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="sevpeft compare"):
+        compared(settings, tmp_path / "out")
+
+
 def test_data_that_can_show_nothing_is_refused_before_anything_is_trained(settings: list[str], tmp_path: Path) -> None:
     data = tmp_path / "data.csv"
     data.write_text("question,answer\n" + "".join(f"سؤال {n},جواب {n}\n" for n in range(40)), encoding="utf-8")

@@ -221,7 +221,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(
         evaluate(run, limit=1)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(UsageError, match="sevpeft evaluate RUN"):
+        with pytest.raises(UsageError, match="sevpeft evaluate"):
             evaluate(run)
     (run.adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(RunError, match="no adapter"):

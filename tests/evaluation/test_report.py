@@ -242,7 +242,7 @@ def test_a_run_is_shown_with_its_scores_intervals_differences_and_floors(tmp_pat
     text = report(write_run(tmp_path / "run")).text
     for shown in (
         "5.250 [5.150, 5.350]",
-        "adapter − base −0.250 [−0.350, −0.150] .010 of 4 0.020 better",
+        "NLL, nats a token ↓ −0.250 [−0.350, −0.150] .010 of 4 0.020 better",
         "floor: shuffled",
         "50.0 [40.0, 60.0]",
     ):
@@ -270,7 +270,7 @@ def test_to_send_harmless_cases_to_the_emergency_room_is_shown_as_worse(tmp_path
     html = write_report(folder).path.read_text(encoding="utf-8")
     text = Page(html).text
     heads = {
-        name: html.split(f"Differences, {shown} cases")[-1].split("</table>")[0]
+        name: html.split(f"Adapter − base model, {shown} cases")[-1].split("</table>")[0]
         for name, shown in (("critical", "critical"), ("non_critical", "non-critical"), ("all", "all"))
     }
     label = "Urgent referral, %\u00a0"

@@ -216,6 +216,9 @@ def test_two_arms_that_never_erred_may_still_differ_on_other_questions() -> None
     assert none.value == 0 and none.high == -none.low == pytest.approx(1 - 0.025 ** (1 / 30))
     every = paired_difference(np.ones(30), np.zeros(30), np.arange(30), share=True)
     assert (every.low, every.high) == (pytest.approx(0.025 ** (1 / 30)), 1)
+    # Nor do seeds that disagree make a difference of shares larger than all of them.
+    apart = paired_difference([np.ones(30), np.zeros(30)], np.zeros(30), np.arange(30), share=True)
+    assert (apart.low, apart.high) == (-1, 1)
 
 
 def test_rows_and_seeds_are_paired() -> None:

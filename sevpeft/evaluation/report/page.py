@@ -164,8 +164,10 @@ def _scales(scores: dict[str, Any]) -> dict[str, float]:
     """Score → largest end of an interval of its differences, so that all bars of a score have one scale."""
     scales: dict[str, float] = {}
     for metric, by in (pair for found in scores.values() for pair in found["metrics"].items()):
-        ends = [one[end] for of in by.values() for one in of["against"].values() for end in ("low", "high", "value")]
-        scales[metric] = max([abs(end) for end in ends if end is not None] + [scales.get(metric, 1e-12)])
+        # The base model lies so far off that nothing else could be told apart.
+        trained = (one for arm, of in by.items() if arm != "base" for one in of["against"].values())
+        ends = [abs(one[end]) for one in trained for end in ("low", "high", "value") if one[end] is not None]
+        scales[metric] = max([*ends, scales.get(metric, 1e-12)])
     return scales
 
 
