@@ -48,9 +48,10 @@ from sevpeft.evaluation.scores import (
     Place,
     Scores,
     add_comparisons,
+    methods,
     summarize,
 )
-from sevpeft.evaluation.statistics import POWER, Difference, estimate_text, methods
+from sevpeft.evaluation.statistics import POWER, Estimate, estimate_text
 from sevpeft.evaluation.tables import plain
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, file_hash, json_lines, plain_disk_errors, write_atomically
@@ -180,7 +181,7 @@ def compare(
     with screen.status("Comparing"):
         summaries: dict[str, dict[str, Any]] = {}
         contents: dict[str, dict[str, Any]] = {}
-        of_arms: dict[Place, Difference] = {}
+        of_arms: dict[Place, Estimate] = {}
         for name, one in found.items():
             finished = units(name, to_train, controlled[name])
             _check_equal(finished)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,12 @@ from sevpeft.evaluation.scores import (
     add_comparisons,
     constant_answer,
     floor_scores,
+    methods,
     other_references,
     remarks,
     row_scores,
     summarize,
 )
-from sevpeft.evaluation.statistics import methods
 from sevpeft.modeling.loading import choose_precision, load_config, load_for_inference, load_tokenizer
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.modeling.saved_adapters import attach_adapter
@@ -295,56 +295,39 @@ class _RowWork:
         Args:
             arm: or SHUFFLED, for the adapter with the references of other questions.
         """
-        rows = self._missing(self.likelihoods, arm)
-        if arm == SHUFFLED:
-            rows = replace(rows, references=[self.shuffled[identity] for identity in rows.ids])
-        if len(rows):
-            model, prompt = self._model(arm)
-            with row_progress(self.console, f"NLL, {arm}", len(rows)) as done:
-                for batch in reference_nll(model, prompt, rows, max_length=self.max_length):
-                    self.likelihoods.append(
-                        [
-                            {"arm": arm, "id": rows.ids[at], "nll": nll if count else None, "tokens": count}
-                            for at, nll, count in zip(*batch, strict=True)
-                        ]
-                    )
-                    done(len(batch[0]))
-        found = [self.likelihoods.lines[arm, identity] for identity in self.rows.ids]
+        found = self._lines(self.likelihoods, arm, "NLL", lambda *of: reference_nll(*of, max_length=self.max_length))
         tokens = np.array([line["tokens"] for line in found], dtype=np.int64)
         nats = np.array([np.nan if line["nll"] is None else line["nll"] for line in found])
         return nats / np.maximum(tokens, 1), tokens
 
     def answers(self, arm: str) -> list[dict[str, Any]]:
         """Lines of predictions.jsonl, in the order of the rows."""
-        rows = self._missing(self.predictions, arm)
-        if len(rows):
-            names = [SEVERITIES[stratum] if stratum >= 0 else None for stratum in rows.strata]
-            columns = (rows.ids, rows.questions, rows.references, names, rows.groups.tolist())
-            keys = ("question", "reference", "severity", "group")
-            about = {one: dict(zip(keys, of, strict=True)) for one, *of in zip(*columns, strict=True)}
-            on_slow = partial(print_labeled, self.console, "Batches")
-            model, prompt = self._model(arm)
-            with row_progress(self.console, f"Answers, {arm}", len(rows)) as done:
-                for batch in generate(model, prompt, rows, self.recipe.generation, on_slow):
-                    self.predictions.append(
-                        [
-                            {
-                                "arm": arm,
-                                "id": one.id,
-                                **about[one.id],
-                                "prediction": one.text,
-                                "tokens": len(one.token_ids),
-                                "truncated": one.truncated,
-                                "lost_words": one.lost_words,
-                            }
-                            for one in batch
-                        ]
-                    )
-                    done(len(batch))
-        return [self.predictions.lines[arm, identity] for identity in self.rows.ids]
+        rows, on_slow = self.rows, partial(print_labeled, self.console, "Batches")
+        names = [SEVERITIES[stratum] if stratum >= 0 else None for stratum in rows.strata]
+        columns = (rows.ids, rows.questions, rows.references, names, rows.groups.tolist())
+        keys = ("id", "question", "reference", "severity", "group")
+        about = {of[0]: dict(zip(keys, of, strict=True)) for of in zip(*columns, strict=True)}
 
-    def _missing(self, file: RowFile, arm: str) -> EvaluationRows:
-        return self.rows.take([at for at, identity in enumerate(self.rows.ids) if (arm, identity) not in file.lines])
+        def answered(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
+            for batch in generate(model, prompt, rows, self.recipe.generation, on_slow):
+                yield [{**about[line["id"]], **line, "tokens": len(line.pop("token_ids"))} for line in batch]
+
+        return self._lines(self.predictions, arm, "Answers", answered)
+
+    def _lines(
+        self, file: RowFile, arm: str, label: str, compute: Callable[..., Iterator[list[dict[str, Any]]]]
+    ) -> list[dict[str, Any]]:
+        """Lines of an arm in the order of the rows; `compute` gets model, prompt and the rows that are missing."""
+        rows = self.rows.take([at for at, one in enumerate(self.rows.ids) if (arm, one) not in file.lines])
+        if arm == SHUFFLED:
+            rows = replace(rows, references=[self.shuffled[identity] for identity in rows.ids])
+        if len(rows):
+            model, prompt = self._model(arm)
+            with row_progress(self.console, f"{label}, {arm}", len(rows)) as done:
+                for batch in compute(model, prompt, rows):
+                    file.append([{"arm": arm, **line} for line in batch])
+                    done(len(batch))
+        return [file.lines[arm, identity] for identity in self.rows.ids]
 
     def _model(self, arm: str) -> tuple[PreTrainedModel, Prompt]:
         """The base model or, from the first other arm on, the adapter on it, in evaluation mode; and the prompt."""

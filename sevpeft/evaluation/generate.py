@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,6 @@ from sevpeft.errors import ModelError, RunError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
 from sevpeft.training.data import shortened_prompt
-
-R = TypeVar("R")
 
 # Tokens of padding that a batch may hold for every token of an answer: measured on a CPU, where a step mostly reads the
 # weights, a step of one more batch costs as much as reading 32 tokens.
@@ -90,24 +88,13 @@ class EvaluationRows:
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """An answer; truncated where no end token came, with the words of the question that did not fit the context."""
-
-    id: str
-    text: str
-    token_ids: tuple[int, ...]
-    truncated: bool
-    lost_words: int
-
-
 def generate(
     model: PreTrainedModel,
     prompt: Prompt,
     rows: EvaluationRows,
     settings: GenerationSection,
     on_slow: Callable[[str], None] | None = None,
-) -> Iterator[list[Prediction]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Answers the rows' questions, longest first.
 
     Args:
@@ -116,7 +103,8 @@ def generate(
         on_slow: gets one sentence where questions may not share a batch.
 
     Yields:
-        The predictions of a batch, in an order of its own: join them to the rows by id.
+        Of a batch {id, prediction, token_ids (with the end token), truncated (no end token came), lost_words (of the
+        question, which did not fit the context)}, in an order of its own.
 
     Raises:
         ModelError: max_new_tokens leave no room for a question. RunError: one row alone does not fit the GPU's memory.
@@ -142,10 +130,15 @@ def generate(
         padding=_PADDING * most,
         remedy="lower generation.max_new_tokens",
     ):
-        texts = [prompt.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
         yield [
-            Prediction(rows.ids[i], text, tuple(answer), answer[-1:] != [prompt.end_id], lost[i])
-            for i, text, answer in zip(batch, texts, answers, strict=True)
+            {
+                "id": rows.ids[i],
+                "prediction": prompt.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                "token_ids": answer,
+                "truncated": answer[-1:] != [prompt.end_id],
+                "lost_words": lost[i],
+            }
+            for i, answer in zip(batch, answers, strict=True)
         ]
 
 
@@ -169,12 +162,12 @@ def fitting_prompts(
 def _run_batches(
     rows: Iterable[int],
     lengths: Sequence[int],
-    compute: Callable[[list[int]], R],
+    compute: Callable[[list[int]], Any],
     *,
     size: Callable[[int], int],
     padding: int,
     remedy: str,
-) -> Iterator[tuple[list[int], R]]:
+) -> Iterator[tuple[list[int], Any]]:
     """Batches of rows, the longest first, with what was computed of them; one too large for the GPU is halved.
 
     Args:
@@ -261,7 +254,7 @@ class SeededDraw(LogitsProcessor):
 
 def reference_nll(
     model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows, *, max_length: int | None
-) -> Iterator[tuple[list[int], list[float], list[int]]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Negative log-likelihood of every row's reference answer, given its question: the training's validation loss.
 
     Args:
@@ -269,14 +262,13 @@ def reference_nll(
         max_length: as in training; a question is shortened to it, an answer never.
 
     Yields:
-        Of a batch the positions in `rows`, the nats of each answer and the token that ends it, and its tokens. Rows
-        whose answer leaves no room for their question come first, with NaN and 0. A RunError where one row alone does
-        not fit the GPU's memory.
+        Of a batch {id, nll (nats of the answer and the token that ends it), tokens}. Rows whose answer leaves no room
+        for their question come first, with None and 0. A RunError where one row alone does not fit the GPU's memory.
     """
     answers = prompt.answer_ids(rows.references)
     prompts, _ = fitting_prompts(rows, prompt, max_length, [len(answer) for answer in answers])
-    if unfit := [i for i in range(len(rows)) if not prompts[i]]:
-        yield unfit, [float("nan")] * len(unfit), [0] * len(unfit)
+    if unfit := [identity for identity, ids in zip(rows.ids, prompts, strict=True) if not ids]:
+        yield [{"id": identity, "nll": None, "tokens": 0} for identity in unfit]
     lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)]
     most = min(_NLL_TOKENS, _NLL_LOGITS // model.config.get_text_config().vocab_size)
     for batch, nats in _run_batches(
@@ -287,7 +279,7 @@ def reference_nll(
         padding=_NLL_PADDING,
         remedy="lower training.max_length in another run",
     ):
-        yield batch, nats, [len(answers[i]) for i in batch]
+        yield [{"id": rows.ids[i], "nll": nll, "tokens": len(answers[i])} for i, nll in zip(batch, nats, strict=True)]
 
 
 @torch.no_grad()

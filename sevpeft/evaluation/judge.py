@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
@@ -57,7 +57,6 @@ _REMEDIES = {
     429: "run this again later, or lower evaluation.judge.concurrency",
 }
 Words = Annotated[str, Field(min_length=1)]
-K = TypeVar("K")
 
 
 class Item(BaseModel):
@@ -232,7 +231,7 @@ class Judge:
             notes.append("Judge: it takes no temperature, so that the same answer may be rated otherwise next time.")
         return scores, {"model": self.about["model"], "rubric": self.about["rubric"], "answers": counts}, notes
 
-    async def ask(self, prompts: Mapping[K, str], on_reply: Callable[[K, str | None], None]) -> None:
+    async def ask(self, prompts: Mapping[Any, str], on_reply: Callable[[Any, str | None], None]) -> None:
         """Asks for every prompt (by its key), several at once; `on_reply` gets the key, and None where it was refused.
 
         Raises:
@@ -245,7 +244,7 @@ class Judge:
             headers=self._headers, follow_redirects=False, trust_env=not self.on_this_machine, timeout=None
         ) as client:
 
-            async def work(key: K, prompt: str) -> None:
+            async def work(key: Any, prompt: str) -> None:
                 async with gate:
                     on_reply(key, await self._reply(client, prompt))
 

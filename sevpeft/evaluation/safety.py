@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,12 +117,6 @@ def safety_findings(
     if critical is None:
         critical = _rules().probabilities(questions).argmax(axis=1) == SEVERITIES.index("critical")
     return list(map(_finding, answers, references, questions, critical))
-
-
-def safety_scores(answers: Sequence[str], **about: Any) -> dict[str, NDArray[np.float64]]:
-    """Scores of the answers by name, each (n,); arguments as of `safety_findings`."""
-    found = safety_findings(answers, **about)
-    return {name: np.array([one.scores[name] for one in found], dtype=np.float64) for name in found[0].scores}
 
 
 def lexicon_versions() -> dict[str, str]:

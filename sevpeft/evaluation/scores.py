@@ -20,11 +20,12 @@ from sacrebleu.metrics import CHRF
 
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
-from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED
+from sevpeft.evaluation import statistics
+from sevpeft.evaluation.arms import CONSTANT, SHUFFLED
 from sevpeft.evaluation.bertscore import Encoder
 from sevpeft.evaluation.generate import EvaluationRows
-from sevpeft.evaluation.safety import safety_scores
-from sevpeft.evaluation.statistics import Difference, compare_family, interval, paired_difference
+from sevpeft.evaluation.safety import safety_findings
+from sevpeft.evaluation.statistics import Estimate, compare_family, interval, paired_difference
 from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
 
@@ -33,13 +34,6 @@ Scores = dict[str, NDArray[np.float64]]
 ALL = "all"  # the stratum of all rows, beside the severities
 CRITICAL = SEVERITIES[-1]
 REFERENCE = "reference"
-COLUMNS = {
-    ADAPTER: "the trained adapter",
-    BASE: "the same base model with the adapter switched off",
-    SHUFFLED: "floor: the adapter's answers and likelihoods against references of other questions",
-    CONSTANT: "floor: one training answer for every question",
-    REFERENCE: "the reference answers themselves, for what an answer says by itself",
-}
 # What compares an answer with its reference, so that another question's reference is a floor.
 _BY_REFERENCE = ("nll", "bertscore_p", "bertscore_r", "bertscore_f1", "chrf", "rouge_l")
 # What would be trivially perfect for a reference.
@@ -85,9 +79,17 @@ def judge_metrics(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
 _HERE = Path(__file__).parent
 _TABLE = yaml.safe_load((_HERE / "metrics.yaml").read_text(encoding="utf-8"))
 _JUDGED = _TABLE["limits"]["judge"]
+COLUMNS: dict[str, str] = _TABLE["columns"]
 METRICS = {name: _meaning(about) for name, about in _TABLE["metrics"].items()} | judge_metrics(
     yaml.safe_load((_HERE / "rubrics" / "answers.yaml").read_text(encoding="utf-8"))["items"]
 )
+
+
+def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
+    """How every interval, p and detectable difference was computed; families: what is corrected together."""
+    values = {"confidence": settings.confidence_level, "resamples": settings.n_resamples, "families": families}
+    values |= {"permutations": statistics.PERMUTATIONS, "power": statistics.POWER, "alpha": statistics.ALPHA}
+    return {name: text.format(**values) for name, text in _TABLE["methods"].items()}
 
 
 # Scores of rows
@@ -160,7 +162,8 @@ def row_scores(
     scores = text_scores(answers, rows.references, truncated=truncated, encoder=encoder)
     # Where the severity is not known, the lexicon's rules say which questions are critical.
     critical = None if (rows.strata < 0).all() else rows.strata == SEVERITIES.index(CRITICAL)
-    return scores | safety_scores(answers, references=rows.references, questions=rows.questions, critical=critical)
+    found = safety_findings(answers, references=rows.references, questions=rows.questions, critical=critical)
+    return scores | {name: np.array([one.scores[name] for one in found]) for name in found[0].scores}
 
 
 # Floors
@@ -241,7 +244,7 @@ def summarize(
     tokens: Mapping[str, np.ndarray],
     pairs: Mapping[str, Sequence[str]],
     metrics: Mapping[str, Any] = METRICS,
-) -> tuple[dict[str, Any], dict[Place, Difference]]:
+) -> tuple[dict[str, Any], dict[Place, Estimate]]:
     """Means of every score and column with intervals clustered by question, and the differences of columns.
 
     Args:
@@ -255,7 +258,7 @@ def summarize(
         and the differences, which `add_comparisons` puts in under "against".
     """
     found: dict[str, Any] = {}
-    differences: dict[Place, Difference] = {}
+    differences: dict[Place, Estimate] = {}
     there = {metric: None for of in scores.values() for metric in of}
     # Those of a user's own rubric come last.
     names = [*(metric for metric in METRICS if metric in there), *(metric for metric in there if metric not in METRICS)]
@@ -283,7 +286,7 @@ def summarize(
 
 def add_comparisons(
     found: Mapping[str, Mapping[str, Any]],
-    differences: Mapping[Place, Difference],
+    differences: Mapping[Place, Estimate],
     family: Callable[[Place], Hashable],
     metrics: Mapping[str, Any] = METRICS,
 ) -> None:
@@ -292,7 +295,7 @@ def add_comparisons(
     Args:
         family: equal for the comparisons that are corrected together.
     """
-    families: dict[Hashable, dict[Place, Difference]] = {}
+    families: dict[Hashable, dict[Place, Estimate]] = {}
     for place, difference in differences.items():
         families.setdefault(family(place), {})[place] = difference
     for together in families.values():

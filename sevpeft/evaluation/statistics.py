@@ -44,9 +44,16 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over rows and its interval, NaN where one group or equal values leave it open.
+    """A mean over rows, or a difference of two, with its interval, NaN where one group or equal values leave it open.
 
-    `standard_error` is the linearized one of a ratio of group totals; `rows` and `groups` are those that had a value.
+    Attributes:
+        standard_error: the linearized one of a ratio of group totals, with that of seeds.
+        rows, groups: those that had a value.
+        p: of a difference; two-sided, by swapping groups of rows between the arms. With several seeds it is no smaller
+            than that of a t test with the seeds' spread. NaN for fewer than two groups.
+        p_at_most: whether the number of permutations that were drawn limits p, so that it may be smaller.
+        degrees_of_freedom: Satterthwaite's (1946), of groups and seeds.
+        per_seed: the difference of each seed, in the order given.
     """
 
     value: float
@@ -55,28 +62,14 @@ class Estimate:
     standard_error: float
     rows: int
     groups: int
+    p: float = float("nan")
+    p_at_most: bool = False
+    degrees_of_freedom: float = float("nan")
+    per_seed: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As evaluation.json and comparison.json hold it."""
         return {**{name: _or_none(getattr(self, name)) for name in ("value", "low", "high")}, "rows": self.rows}
-
-
-@dataclass(frozen=True)
-class Difference(Estimate):
-    """How much higher the first arm scores on the same rows, meaned over seeds.
-
-    Attributes:
-        p: two-sided, by swapping groups of rows between the arms; with several seeds it is no smaller than that of a t
-            test with the seeds' spread. NaN for fewer than two groups.
-        p_at_most: whether the number of permutations that were drawn limits p, so that it may be smaller.
-        degrees_of_freedom: Satterthwaite's (1946), of groups and seeds.
-        per_seed: the difference of each seed, in the order given.
-    """
-
-    p: float
-    p_at_most: bool
-    degrees_of_freedom: float
-    per_seed: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,7 @@ def paired_difference(
     *,
     weights: ArrayLike | None = None,
     share: bool = False,
-) -> Difference:
+) -> Estimate:
     """first − second, row by row, with an interval over groups and, where there are several, over seeds.
 
     Args:
@@ -146,8 +139,7 @@ def paired_difference(
     seeds, confidence = len(one), settings.confidence_level
     data = _by_group(np.concatenate([one, other]), groups, weights)
     if not data.count:
-        nan = np.nan
-        return Difference(nan, nan, nan, nan, 0, 0, nan, False, nan, (nan,) * seeds)
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0, 0, per_seed=(np.nan,) * seeds)
     by_seed = data.totals[:seeds] - data.totals[seeds:]
     mean = by_seed.mean(axis=0)
     per_seed = by_seed.sum(axis=1) / data.masses.sum()
@@ -171,7 +163,7 @@ def paired_difference(
         p, p_at_most = max(p, of_t), p_at_most and of_t <= p
     if share:
         low, high = np.clip((low, high), -1, 1).tolist()
-    return Difference(value, low, high, error, data.rows, data.count, p, p_at_most, freedom, tuple(per_seed.tolist()))
+    return Estimate(value, low, high, error, data.rows, data.count, p, p_at_most, freedom, tuple(per_seed.tolist()))
 
 
 def _by_group(values: Floats, groups: ArrayLike, weights: ArrayLike | None) -> _Groups:
@@ -250,7 +242,7 @@ def _permutation_p(by_group: Floats, seed: int) -> tuple[float, bool]:
     return p, 2.0 ** len(differing) > PERMUTATIONS and p <= 2 / (PERMUTATIONS + 1)
 
 
-def compare_family(differences: Mapping[K, Difference], better: Callable[[K], Direction]) -> dict[K, dict[str, Any]]:
+def compare_family(differences: Mapping[K, Estimate], better: Callable[[K], Direction]) -> dict[K, dict[str, Any]]:
     """Comparisons that are corrected together, as evaluation.json and comparison.json hold them.
 
     Args:
@@ -306,21 +298,6 @@ def holm(p: ArrayLike) -> Floats:
     order = np.argsort(given, kind="stable")[: np.isfinite(given).sum()]  # NaN is sorted last
     corrected[order] = np.minimum(1.0, np.maximum.accumulate(given[order] * np.arange(len(order), 0, -1)))
     return corrected
-
-
-def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
-    """How every interval, p and detectable difference was computed; families: what is corrected together."""
-    return {
-        "Interval": f"{settings.confidence_level:.0%}; bootstrap of questions, {settings.n_resamples:,} resamples, "
-        "widened for few questions. Differences also over seeds. A mean of yes or no: Korn–Graubard (exact binomial). "
-        "None where all values are equal.",
-        "Test": f"Paired, two-sided permutation test by question, {PERMUTATIONS:,} permutations (all, where there are "
-        'fewer). "At most": more permutations could show a smaller p. With several seeds, p is never below that of a t '
-        "test with their spread.",
-        "Correction": f"Holm, for {families}.",
-        "Detectable": f"Smallest true difference found with {POWER:.0%} power at α = {ALPHA:g}, shared by the "
-        "comparisons corrected together.",
-    }
 
 
 def _or_none(value: float) -> float | None:

@@ -17,8 +17,8 @@ from sevpeft.errors import RunError
 from sevpeft.evaluation import statistics
 from sevpeft.evaluation.compare import check_test_split, choose, family_of, references_of, verdict_of
 from sevpeft.evaluation.generate import EvaluationRows
-from sevpeft.evaluation.scores import CRITICAL, METRICS, Scores, add_comparisons, summarize
-from sevpeft.evaluation.statistics import Difference, methods, paired_difference
+from sevpeft.evaluation.scores import CRITICAL, METRICS, Scores, add_comparisons, methods, summarize
+from sevpeft.evaluation.statistics import Estimate, paired_difference
 from sevpeft.evaluation.tables import comparison_tables
 from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
@@ -65,7 +65,7 @@ class Found:
 
 def summary_of(
     rows: EvaluationRows, tokens: np.ndarray, scores: dict[str, Scores], name: str = "one"
-) -> tuple[dict[str, Any], dict[Any, Difference]]:
+) -> tuple[dict[str, Any], dict[Any, Estimate]]:
     of_arms, pairs = dict.fromkeys(scores, tokens), {arm: references_of(arm) for arm in scores}
     return summarize(name, rows, scores, SETTINGS, tokens=of_arms, pairs=pairs)
 

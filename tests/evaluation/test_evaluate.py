@@ -56,7 +56,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting(model: Any, prompt: Any, rows: Any, *rest: Any) -> Any:
         for batch in generate(model, prompt, rows, *rest):
-            seen.extend(f"answer {one.id}" for one in batch)
+            seen.extend(f"answer {one['id']}" for one in batch)
             yield batch
 
     def counting_nll(model: Any, prompt: Any, rows: Any, **rest: Any) -> Any:

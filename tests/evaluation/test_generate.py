@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -22,7 +23,6 @@ from sevpeft.evaluation import generate as module
 from sevpeft.evaluation.evaluate import test_rows as rows_of_run
 from sevpeft.evaluation.generate import (
     EvaluationRows,
-    Prediction,
     SeededDraw,
     batching_problem,
     generate,
@@ -77,8 +77,8 @@ def adapted(model: torch.nn.Module) -> peft.PeftModel:
 
 def answered(
     model: torch.nn.Module, prompt: Prompt, settings: GenerationSection = GREEDY, rows: EvaluationRows = ROWS
-) -> dict[str, Prediction]:
-    return {one.id: one for batch in generate(model, prompt, rows, settings) for one in batch}
+) -> dict[str, dict[str, Any]]:
+    return {one["id"]: one for batch in generate(model, prompt, rows, settings) for one in batch}
 
 
 def alone(model: torch.nn.Module, prompt: Prompt, question: str, steps: int) -> list[int]:
@@ -125,7 +125,7 @@ def test_a_batched_answer_is_the_answer_alone_token_for_token(prompt: Prompt) ->
         together = answered(model, prompt)
         assert together.keys() == set(ROWS.ids)
         for identity, question in zip(ROWS.ids, ROWS.questions, strict=True):
-            if list(together[identity].token_ids) != alone(model, prompt, question, GREEDY.max_new_tokens):
+            if together[identity]["token_ids"] != alone(model, prompt, question, GREEDY.max_new_tokens):
                 wrong.append((architecture, identity))
     assert wrong == []
 
@@ -185,7 +185,7 @@ def test_a_model_that_cannot_answer_all_lengths_together_says_so_and_answers_rig
     ):
         model = make()
         batches = list(generate(model, prompt, ROWS, GREEDY, on_slow=lines.append))
-        together = {one.id: one for batch in batches for one in batch}
+        together = {one["id"]: one for batch in batches for one in batch}
         assert together == answered(model, prompt, GREEDY.model_copy(update=ONE_BY_ONE)), how
         assert [how is not None and how in line for line in lines] == [True] * (how is not None)
         lines.clear()
@@ -203,26 +203,26 @@ def test_one_long_question_does_not_make_all_others_read_as_much_padding() -> No
 def test_batches_come_one_by_one_with_the_longest_question_first(prompt: Prompt) -> None:
     batches = generate(build_model("gpt2"), prompt, ROWS, GREEDY.model_copy(update=ONE_BY_ONE))
     assert isinstance(batches, Iterator)  # so that each can be kept
-    assert [one.id for one in next(batches)] == [f"row-{len(ROWS) - 1}"]
+    assert [one["id"] for one in next(batches)] == [f"row-{len(ROWS) - 1}"]
 
 
 def test_an_answer_ends_with_the_prompt_s_end_token_and_else_counts_as_truncated(prompt: Prompt) -> None:
     model = build_model("gpt2")
     free = answered(model, prompt)
-    assert all(one.truncated and len(one.token_ids) == 10 for one in free.values())
-    end = free["row-0"].token_ids[5]
+    assert all(one["truncated"] and len(one["token_ids"]) == 10 for one in free.values())
+    end = free["row-0"]["token_ids"][5]
     ended = answered(model, dataclasses.replace(prompt, end_id=end))
     for identity, one in ended.items():
-        whole = free[identity].token_ids
-        assert one.truncated == (end not in whole)
-        assert one.token_ids == (whole[: whole.index(end) + 1] if end in whole else whole)
-    assert not ended["row-0"].truncated
+        whole = free[identity]["token_ids"]
+        assert one["truncated"] == (end not in whole)
+        assert one["token_ids"] == (whole[: whole.index(end) + 1] if end in whole else whole)
+    assert not ended["row-0"]["truncated"]
 
 
 def test_the_model_s_own_generation_settings_stay_outside(prompt: Prompt) -> None:
     model = build_model("qwen2")
     expected = answered(model, prompt)
-    first = expected["row-0"].token_ids[0]
+    first = expected["row-0"]["token_ids"][0]
     model.generation_config.update(
         repetition_penalty=9.0, no_repeat_ngram_size=1, do_sample=True, top_k=1, num_beams=2, suppress_tokens=[first]
     )
@@ -234,12 +234,12 @@ def test_a_repetition_penalty_is_used_and_padding_is_nothing_that_was_said(promp
     free = answered(model, prompt)
     # A pad token that the model wants to say, which would be penalized in the rows that are padded.
     tokenizer = copy.deepcopy(prompt.tokenizer)
-    tokenizer.pad_token_id = free["row-8"].token_ids[0]
+    tokenizer.pad_token_id = free["row-8"]["token_ids"][0]
     padded = dataclasses.replace(prompt, tokenizer=tokenizer)
     penalized = GREEDY.model_copy(update={"repetition_penalty": 50.0})
     lines: list[str] = []
     batches = list(generate(model, padded, ROWS, penalized, lines.append))
-    together = {one.id: one for batch in batches for one in batch}
+    together = {one["id"]: one for batch in batches for one in batch}
     assert together == answered(model, padded, penalized.model_copy(update=ONE_BY_ONE)) != free
     assert lines == [] and len(batches) < len(ROWS)
 
@@ -251,7 +251,7 @@ def test_a_sampled_answer_belongs_to_its_row_and_seed_and_not_to_its_batch(promp
         assert answered(model, prompt, SAMPLED.model_copy(update={"per_device_eval_batch_size": size})) == expected
     assert answered(model, prompt, SAMPLED, ROWS.take([5, 2])) == {i: expected[i] for i in ("row-5", "row-2")}
     other = answered(model, prompt, SAMPLED.model_copy(update={"seed": 4}))
-    assert all(other[identity].token_ids != expected[identity].token_ids for identity in expected)
+    assert all(other[identity]["token_ids"] != expected[identity]["token_ids"] for identity in expected)
     greedy = answered(model, prompt, SAMPLED.model_copy(update={"do_sample": False}))
     assert greedy != expected
     for sharp in ({"top_k": 1}, {"top_p": 1e-6}):
@@ -260,19 +260,19 @@ def test_a_sampled_answer_belongs_to_its_row_and_seed_and_not_to_its_batch(promp
 
 def test_a_token_is_drawn_as_often_as_it_is_probable() -> None:
     share = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    draws = 20_000
+    draws = 5_000
     scores = share.log().expand(draws, 4)
     drawn = SeededDraw([f"row-{n}" for n in range(draws)], 0, 2)
     for _ in range(2):
         chosen = drawn(torch.zeros((draws, 1)), scores).argmax(dim=-1)
         found = torch.bincount(chosen, minlength=4) / draws
-        assert torch.allclose(found, share, atol=0.012) and found[1] == 0
+        assert torch.allclose(found, share, atol=0.025) and found[1] == 0
 
 
 def test_a_question_that_does_not_fit_the_context_loses_its_last_words_and_says_so(prompt: Prompt) -> None:
     rows = rows_of(["صداع " * 300, "صداع"])
     answers = answered(build_model("gpt2"), prompt, GREEDY.model_copy(update={"max_new_tokens": 100}), rows)
-    assert answers["row-0"].lost_words > 0 and answers["row-1"].lost_words == 0
+    assert answers["row-0"]["lost_words"] > 0 and answers["row-1"]["lost_words"] == 0
     with pytest.raises(ModelError, match="max_new_tokens=250"):
         answered(build_model("gpt2"), prompt, GREEDY.model_copy(update={"max_new_tokens": 250}), rows)
 
@@ -303,12 +303,11 @@ def nll_of(
     model: torch.nn.Module, prompt: Prompt, rows: EvaluationRows, max_length: int | None = 256
 ) -> tuple[np.ndarray, np.ndarray]:
     """nll (n,) and tokens (n,), in the order of the rows, each of which comes once."""
-    nll, tokens, seen = np.full(len(rows), np.nan), np.full(len(rows), -1), []
-    for batch, nats, counts in reference_nll(model, prompt, rows, max_length=max_length):
-        nll[batch], tokens[batch] = nats, counts
-        seen += batch
-    assert sorted(seen) == list(range(len(rows)))
-    return nll, tokens
+    lines = [line for batch in reference_nll(model, prompt, rows, max_length=max_length) for line in batch]
+    found = {line["id"]: line for line in lines}
+    assert len(lines) == len(found) == len(rows)
+    nll = np.array([found[identity]["nll"] for identity in rows.ids], dtype=np.float64)
+    return nll, np.array([found[identity]["tokens"] for identity in rows.ids])
 
 
 @pytest.fixture(scope="module")

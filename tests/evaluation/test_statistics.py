@@ -16,8 +16,8 @@ from sevpeft.evaluation import statistics
 from sevpeft.evaluation.scores import METRICS
 from sevpeft.evaluation.statistics import (
     PERMUTATIONS,
-    Difference,
     Direction,
+    Estimate,
     compare_family,
     holm,
     interval,
@@ -244,7 +244,7 @@ def test_holm_is_right_on_its_own_example_and_keeps_false_findings_rare() -> Non
     assert plain > 0.4 and corrected < 0.065
 
 
-def one(difference: Difference, better: Direction = "higher", family: int = 1) -> dict[str, Any]:
+def one(difference: Estimate, better: Direction = "higher", family: int = 1) -> dict[str, Any]:
     return compare_family({number: difference for number in range(family)}, lambda _: better)[0]
 
 
@@ -261,8 +261,8 @@ def test_an_effect_of_the_detectable_size_is_found_four_times_in_five() -> None:
         assert one(_difference(standard_error=error, groups=groups, p=0.5))["detectable"] is None
 
 
-def _difference(**changes: Any) -> Difference:
-    standard = Difference(
+def _difference(**changes: Any) -> Estimate:
+    standard = Estimate(
         value=0.3,
         low=0.1,
         high=0.5,
