@@ -93,8 +93,9 @@ def experiments(paths: Sequence[Path], overrides: Sequence[str], arms: Sequence[
 
     Raises:
         UsageError: arms of a recipe would differ in more than weights, two recipes have one name, or an arm is another
-            under a second name. RunError: the output folder is a run.
+            under a second name, or several processes run. RunError: the output folder is a run.
     """
+    check_one_process("compare")
     if (output / "recipe.yaml").exists():
         raise RunError(f"{output} holds a run; give --output a folder of its own.")
     found: dict[str, Experiment] = {}

@@ -24,34 +24,12 @@ from rich.console import Console
 
 from sevpeft.console import Screen, number_text, p_text
 from sevpeft.errors import Interrupted, RunError
-from sevpeft.evaluation.arms import (
-    ADAPTER,
-    ARMS,
-    BASE,
-    CE,
-    CONTROLS,
-    OWN,
-    SHUFFLED,
-    WEIGHTED,
-    check_one_process,
-    experiments,
-    state_of,
-)
+from sevpeft.evaluation import scores as scoring
+from sevpeft.evaluation.arms import ADAPTER, ARMS, BASE, CE, CONTROLS, OWN, SHUFFLED, WEIGHTED, experiments, state_of
 from sevpeft.evaluation.evaluate import LIKELIHOOD, SCORES, evaluate, stored_evaluation, test_rows
 from sevpeft.evaluation.generate import EvaluationRows
-from sevpeft.evaluation.scores import (
-    ALL,
-    CRITICAL,
-    HEADLINE,
-    METRICS,
-    SAFETY,
-    Place,
-    Scores,
-    add_comparisons,
-    methods,
-    summarize,
-)
-from sevpeft.evaluation.statistics import POWER, Estimate, estimate_text
+from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, SAFETY, Scores
+from sevpeft.evaluation.statistics import POWER, estimate_text
 from sevpeft.evaluation.tables import plain
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, file_hash, json_lines, plain_disk_errors, write_atomically
@@ -120,7 +98,6 @@ def compare(
         answers: generate and score answers; without, the likelihood alone is compared.
         on_trained: called with every run that was trained here.
     """
-    check_one_process("compare")
     arms = [arm for arm in ARMS if arm in arms]  # in the order of the table
     screen = console or Screen(quiet=True)
     found = {one.recipe.name: one for one in experiments(recipes, overrides, arms, output)}
@@ -181,12 +158,12 @@ def compare(
     with screen.status("Comparing"):
         summaries: dict[str, dict[str, Any]] = {}
         contents: dict[str, dict[str, Any]] = {}
-        of_arms: dict[Place, Estimate] = {}
+        of_arms: dict[Any, Any] = {}
         for name, one in found.items():
             finished = units(name, to_train, controlled[name])
             _check_equal(finished)
             tokens, scores = _read_scores(finished)
-            summaries[name], differences = summarize(
+            summaries[name], differences = scoring.summarize(
                 name,
                 rows[name],
                 {arm: scores[arm] for arm in arms},
@@ -209,7 +186,7 @@ def compare(
                     dict.fromkeys(note for unit in finished for note in stored_evaluation(unit.run)["notes"])
                 ),
             }
-        add_comparisons(summaries, of_arms, lambda place: family_of(place, chosen))
+        scoring.add_comparisons(summaries, of_arms, lambda place: family_of(place, chosen))
         for name, summary in summaries.items():
             verdict, power = verdict_of(summary, chosen[name], len(seeds))
             contents[name] |= {"verdict": verdict, "power": power, "scores": summary}
@@ -220,7 +197,7 @@ def compare(
             "seeds": list(seeds),
             "primary": {"metric": PRIMARY, "stratum": CRITICAL},
             "metrics": {name: METRICS[name] for name in METRICS if name in shown},
-            "methods": methods(one.recipe.evaluation, families),
+            "methods": scoring.methods(one.recipe.evaluation, families),
             "verdict": " ".join(f"{name}: " * (len(found) > 1) + of["verdict"] for name, of in contents.items()),
             "recipes": contents,
         }
@@ -290,7 +267,7 @@ def _read_scores(units: Sequence[_Unit]) -> tuple[np.ndarray, dict[str, Scores]]
         for column, arm in unit.columns.items():
             by_arm.setdefault(arm, []).append(_column(unit.run.folder / SCORES, "column", column, unit.rows))
     # Only what every arm has can be compared.
-    shared = [name for name in HEADLINE if all(name in of for seeds in by_arm.values() for of in seeds)]
+    shared = [name for name in scoring.HEADLINE if all(name in of for seeds in by_arm.values() for of in seeds)]
     return tokens[0], {
         arm: {name: np.stack([of[name] for of in seeds]) for name in shared} for arm, seeds in by_arm.items()
     }
@@ -318,7 +295,7 @@ def references_of(arm: str) -> tuple[str, ...]:
     return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED) else tuple(REFERENCES)
 
 
-def family_of(place: Place, chosen: Mapping[str, str | None]) -> tuple[str, ...]:
+def family_of(place: tuple[str, ...], chosen: Mapping[str, str | None]) -> tuple[str, ...]:
     """Equal for comparisons that are corrected together; chosen: recipe → the arm that validation chose."""
     name, stratum, metric, arm, _ = place
     return () if (stratum, metric, arm) == (CRITICAL, PRIMARY, chosen[name]) else (name, metric)

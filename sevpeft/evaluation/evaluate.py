@@ -24,24 +24,13 @@ from sevpeft.console import Screen, print_labeled, row_progress
 from sevpeft.data.read import Consultations
 from sevpeft.data.split import Splits, question_keys
 from sevpeft.errors import Interrupted, RunError, UsageError
+from sevpeft.evaluation import scores as scoring
 from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED, check_adapter, check_one_process, differences
 from sevpeft.evaluation.bertscore import load_encoder
 from sevpeft.evaluation.generate import EvaluationRows, generate, reference_nll
 from sevpeft.evaluation.judge import JUDGEMENTS, Judge
 from sevpeft.evaluation.safety import lexicon_versions
-from sevpeft.evaluation.scores import (
-    COLUMNS,
-    METRICS,
-    Scores,
-    add_comparisons,
-    constant_answer,
-    floor_scores,
-    methods,
-    other_references,
-    remarks,
-    row_scores,
-    summarize,
-)
+from sevpeft.evaluation.scores import Scores
 from sevpeft.modeling.loading import choose_precision, load_config, load_for_inference, load_tokenizer
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.modeling.saved_adapters import attach_adapter
@@ -104,49 +93,57 @@ def evaluate(
     constant = None
     if answers and floors:
         chosen = np.random.default_rng(0).permutation(len(splits.train))[:_ANSWERS_TO_CHOOSE_FROM]
-        constant = constant_answer(splits.train.select(chosen)["answer"])
-    lock = run.folder / ".evaluating"  # a kill releases it
+        constant = scoring.constant_answer(splits.train.select(chosen)["answer"])
+    lock = FileLock(run.folder / ".evaluating", timeout=0)  # a kill releases it
+    with plain_disk_errors(run.folder, remedy="evaluate a run that you may write to"):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"{run.folder} is being evaluated by another process; wait for it.") from None
     try:
-        with plain_disk_errors(run.folder, remedy="evaluate a run that you may write to"), FileLock(lock, timeout=0):
-            work = _RowWork(run, recipe, every, rows, console)
-            likelihood: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-            lines: dict[str, list[dict[str, Any]]] = {}
-            # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
-            for arm in (one for one in (BASE, ADAPTER) if one in arms):
-                likelihood[arm] = work.likelihood(arm)
-                lines |= {arm: work.answers(arm)} if answers else {}
-            if floors:
-                likelihood[SHUFFLED] = work.likelihood(SHUFFLED)
-            texts = {arm: [line["prediction"] for line in of_arm] for arm, of_arm in lines.items()}
-            if judge is not None:
-                origin = {**work.answer_origin, "judge": judge.about}
-                kept = RowFile(run.folder / JUDGEMENTS, origin, ("digest", "ratings", "reason"))
-                with_floor = texts | ({CONSTANT: [constant] * len(rows)} if constant and BASE in arms else {})
-                verdicts = judge.rate(rows, with_floor, kept.lines, kept.append, console)
-            lock.unlink()
-    except Timeout:
-        raise RunError(f"{run.folder} is being evaluated by another process; wait for it.") from None
+        work = _RowWork(run, recipe, every, rows, console)
+        likelihood: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        lines: dict[str, list[dict[str, Any]]] = {}
+        # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
+        for arm in (one for one in (BASE, ADAPTER) if one in arms):
+            likelihood[arm] = work.likelihood(arm)
+            lines |= {arm: work.answers(arm)} if answers else {}
+        if floors:
+            likelihood[SHUFFLED] = work.likelihood(SHUFFLED)
+        texts = {arm: [line["prediction"] for line in of_arm] for arm, of_arm in lines.items()}
+        if judge is not None:
+            origin = {**work.answer_origin, "judge": judge.about}
+            kept = RowFile(run.folder / JUDGEMENTS, origin, ("digest", "ratings", "reason"))
+            with_floor = texts | ({CONSTANT: [constant] * len(rows)} if constant and BASE in arms else {})
+            verdicts = judge.rate(rows, with_floor, kept.lines, kept.append, console)
     except KeyboardInterrupt as error:
         raise Interrupted("Interrupted; finished rows are kept, and the same command goes on from them.") from error
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
     with console.status("Scoring"):
-        scores: dict[str, Scores] = {name: {"nll": likelihood[name][0]} for name in COLUMNS if name in likelihood}
+        scores: dict[str, Scores] = {
+            name: {"nll": likelihood[name][0]} for name in scoring.COLUMNS if name in likelihood
+        }
         for arm, of_arm in lines.items():
             truncated = [line["truncated"] for line in of_arm]
-            scores[arm] |= row_scores(rows, texts[arm], truncated=truncated, encoder=encoder)
+            scores[arm] |= scoring.row_scores(rows, texts[arm], truncated=truncated, encoder=encoder)
         if constant is not None:
             shuffled = [work.shuffled[identity] for identity in rows.ids]
-            for column, by_name in floor_scores(rows, texts[ADAPTER], shuffled, constant, encoder).items():
+            for column, by_name in scoring.floor_scores(rows, texts[ADAPTER], shuffled, constant, encoder).items():
                 scores[column] = scores.get(column, {}) | by_name
         for column, by_name in verdicts[0].items():
             scores[column] |= by_name
-        meanings = METRICS | (judge.metrics if judge else {})
+        meanings = scoring.METRICS | (judge.metrics if judge else {})
         tokens = {column: of for column, (_, of) in likelihood.items()}
-        summary, of_arms = summarize("", rows, scores, asked, tokens=tokens, pairs={ADAPTER: (BASE,)}, metrics=meanings)
-        add_comparisons({"": summary}, of_arms, lambda place: place[2], meanings)
+        summary, of_arms = scoring.summarize(
+            "", rows, scores, asked, tokens=tokens, pairs={ADAPTER: (BASE,)}, metrics=meanings
+        )
+        scoring.add_comparisons({"": summary}, of_arms, lambda place: place[2], meanings)
         unfit = int((tokens[arms[0]] == 0).sum())
         lost = max((sum(line["lost_words"] > 0 for line in of_arm) for of_arm in lines.values()), default=0)
         notes = [
-            *remarks(rows),
+            *scoring.remarks(rows),
             missing_encoder,
             unfit and f"No NLL: {unfit:,} rows, whose answer leaves no room for a question in training.max_length.",
             lost and f"Shortened to fit the model's context: {lost:,} questions.",
@@ -158,9 +155,9 @@ def evaluate(
             **{name: getattr(recipe, name).model_dump() for name in ("generation", "evaluation")},
             "split": "test",
             "scores": summary,
-            "columns": {name: text for name, text in COLUMNS.items() if name in scores},
+            "columns": {name: text for name, text in scoring.COLUMNS.items() if name in scores},
             "metrics": {name: meanings[name] for name in next(iter(summary.values()))["metrics"]},
-            "methods": methods(asked, "the strata of one score together"),
+            "methods": scoring.methods(asked, "the strata of one score together"),
             "lexicons": lexicon_versions() if answers else {},
             **({"judge": verdicts[1]} if judge else {}),
             "notes": [note for note in notes if note],
@@ -270,7 +267,7 @@ class _RowWork:
         self.recipe, self.rows, self.console = recipe, rows, console
         self.max_length = recipe.training.settings()["max_length"]
         # Shuffled among all rows, so that a limited evaluation has the same floor.
-        self.shuffled = dict(zip(every.ids, other_references(every, recipe.evaluation.seed), strict=True))
+        self.shuffled = dict(zip(every.ids, scoring.other_references(every, recipe.evaluation.seed), strict=True))
         self.origin: dict[str, Any] = {
             "adapter": file_hash(run.adapter / "adapter_model.safetensors"),
             "model": recipe.model.model_dump(),

@@ -177,7 +177,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr(module.RowFile, "append", interrupted)
     with pytest.raises(Interrupted):
         evaluate(run)
-    assert len(lines(run)) == 4
+    assert len(lines(run)) == 4 and not (run.folder / ".evaluating").exists()
 
 
 def test_two_evaluations_of_one_run_do_not_mix_and_a_kill_releases_the_run(run: Run) -> None:

@@ -93,7 +93,7 @@ def test_bertscore_is_the_packages_own_to_a_millionth(encoder_folder: Callable[.
     wrong = []
     for architecture in ENCODERS:
         folder = encoder_folder(architecture, name=f"{architecture}-encoder", model_max_length=64)
-        for layer in (1, 3):
+        for layer in (3,):
             ours = Encoder(str(folder), layer).score(PREDICTIONS, REFERENCES)
             package = bert_score.score(PREDICTIONS, REFERENCES, model_type=str(folder), num_layers=layer, device="cpu")
             if np.abs(ours - torch.stack(package).double().numpy()).max() >= 1e-6:

@@ -93,14 +93,6 @@ def _run_page(folder: Path) -> dict[str, Any]:
     recipe, metrics = load_recipe(folder / "recipe.yaml"), _object(folder / "metrics.json")
     evaluation = _object(folder / "evaluation.json", ("scores", "notes", *_NEEDED))
     by_arm = _answers(folder)
-    verdict = "This run was not evaluated, so nothing is known about its answers."
-    if evaluation:
-        verdict = (
-            "Measured on this run's own test questions, beside its base model. Whether severity is the reason for "
-            "anything, one run cannot show: sevpeft compare puts it beside plain cross-entropy and shuffled weights."
-        )
-        if recipe.severity.control != "none":
-            verdict += f" It is a control run ({recipe.severity.control} weights): severity did not steer it."
     missing = []
     if "after" not in metrics:
         missing.append(f"The training is not finished: sevpeft train RECIPE --output {folder} --resume")
@@ -113,7 +105,8 @@ def _run_page(folder: Path) -> dict[str, Any]:
     return {
         "title": f"Run {folder.resolve().name}",
         "subtitle": f"A LoRA adapter for {Path(model).name if Path(model).is_absolute() else model}",
-        "verdict": verdict,
+        "verdict": "",
+        "control": recipe.severity.control,
         "missing": missing,
         "parts": [{**about, "answers": by_arm}],
         "losses": {key: metrics[key] for key in ("before", "after")} if "after" in metrics else {},
