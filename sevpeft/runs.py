@@ -29,7 +29,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sevpeft.errors import DataError, RunError, SevpeftError
+from sevpeft.errors import DataError, RunError, SevpeftError, UsageError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
@@ -128,6 +128,12 @@ def check_run(folder: Path) -> None:
         raise RunError(
             f"There is no run in {folder}; name the folder that `sevpeft train` made, such as runs/NAME-DATE."
         )
+
+
+def check_one_process(verb: str) -> None:
+    """Raises UsageError where a launcher started several processes, which would all write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"{verb} runs as one process; start `sevpeft {verb}` itself, without a launcher.")
 
 
 @contextmanager

@@ -179,17 +179,6 @@ def _is_one_of_several() -> bool:
     return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
-def check_one_process(verb: str, instead: str = "") -> None:
-    """Raises UsageError where a launcher started several processes, which would all write the same files.
-
-    Args:
-        instead: what uses several GPUs all the same.
-    """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count > 1:
-        raise UsageError(f"{verb} is the work of one process, and {count} run; start `sevpeft {verb}` itself{instead}.")
-
-
 def _print_error(message: str) -> None:
     if not is_main_process():
         # An error of all processes is printed by the first; the launcher then ends the others before they repeat it.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import AsJson, RunFolder, Words, app, check_one_process, quiet_libraries
+from sevpeft.cli.application import AsJson, RunFolder, Words, app, quiet_libraries
 from sevpeft.errors import UsageError
 
 NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")]
@@ -35,7 +35,6 @@ def evaluate(
     from sevpeft.console import Screen, print_json
     from sevpeft.runs import Run, check_run
 
-    check_one_process("evaluate")
     check_run(run)
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
@@ -43,7 +42,7 @@ def evaluate(
         from sevpeft.evaluation.evaluate import EVALUATION, PREDICTIONS
         from sevpeft.evaluation.evaluate import evaluate as evaluate_run
         from sevpeft.evaluation.judge import JUDGEMENTS
-        from sevpeft.evaluation.scores import evaluation_tables
+        from sevpeft.evaluation.tables import evaluation_tables
 
     content = evaluate_run(Run(run), overrides or [], limit=limit, answers=not nll_only, console=messages)
     if as_json:
@@ -83,7 +82,6 @@ def compare(
     """
     from sevpeft.console import Screen, print_json
 
-    check_one_process("compare", "; once on each GPU with the same --output, the commands share the runs")
     overrides = [word for word in words if re.match(r"\w+(\.\w+)*=", word)]
     recipes = [Path(word) for word in words if word not in overrides]
     if not recipes:
@@ -95,7 +93,7 @@ def compare(
         quiet_libraries()
         from sevpeft.evaluation import compare as comparing
         from sevpeft.evaluation.arms import parse_arms, parse_seeds
-        from sevpeft.evaluation.comparison import comparison_tables
+        from sevpeft.evaluation.tables import comparison_tables
         from sevpeft.sharing.card import write_card
     settings: dict[str, Any] = {"arms": parse_arms(arms), "seeds": parse_seeds(seeds), "answers": not nll_only}
     content = comparing.compare(recipes, overrides, output=folder, console=messages, on_trained=write_card, **settings)

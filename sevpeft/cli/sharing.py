@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sevpeft.cli.application import AsJson, RunFolder, app, check_one_process, quiet_libraries
+from sevpeft.cli.application import AsJson, RunFolder, app, quiet_libraries
 from sevpeft.console import output_error
 from sevpeft.errors import UsageError
 
@@ -32,7 +32,7 @@ def chat(
     Example: sevpeft chat runs/quickstart-20260101-120000 --question "عندي صداع من امبارح"
     """
     from sevpeft.console import Screen, print_text
-    from sevpeft.runs import Run, check_run
+    from sevpeft.runs import Run, check_one_process, check_run
 
     check_one_process("chat")
     check_run(run)

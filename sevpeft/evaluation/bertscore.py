@@ -3,11 +3,7 @@
 BERTScore (Zhang et al. 2020) matches each token of one text with its nearest in the other by the hidden states of one
 layer of an encoder. The published results use bert-base-multilingual-cased, layer 9, without rescaling and without idf
 weights: the defaults of a recipe. The package guesses the architecture from the model's name (a path with "t5" in it is
-a T5), reads pickled weights, and knows the layers of its own list only. So encoder and tokenizer are loaded here, with
-the layers asked for, and handed to its scoring.
-
-Limits: an unrelated fluent Arabic answer scores .6 and more (there is no Arabic baseline to rescale by), and negation
-hardly lowers it. Read it beside its floors only.
+a T5), reads pickled weights, and knows the layers of its own list only.
 """
 
 from __future__ import annotations
@@ -15,61 +11,79 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from bert_score.utils import bert_cos_score_idf
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, T5EncoderModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
 from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, loading_errors
+from sevpeft.recipe import EvaluationSection
 
 BATCH_SIZE = 64
 _SETTING = "evaluation.bertscore_model"
 
 
+def load_encoder(settings: EvaluationSection) -> tuple[Encoder | None, str | None]:
+    """The encoder of BERTScore, or None and why the score is left out.
+
+    The default encoder may be absent on a machine without a connection. One that the recipe names was meant, so that a
+    ModelError says why it cannot be loaded.
+    """
+    if not settings.bertscore:
+        return None, "BERTScore is left out, as evaluation.bertscore=false says."
+    try:
+        return Encoder(settings.bertscore_model, settings.bertscore_layer), None
+    except ModelError as error:
+        default = EvaluationSection()
+        if (settings.bertscore_model, settings.bertscore_layer) != (default.bertscore_model, default.bertscore_layer):
+            raise
+        return None, f"BERTScore is left out: {error}"
+
+
 class Encoder:
-    """An encoder in float32, cut after one of its layers, loaded once for all arms and floors.
+    """An encoder in float32, loaded once for all arms and floors.
 
     Args:
         name: Hub id or folder.
-        num_layers: the layer whose hidden states are compared, counted from 1.
+        num_layers: the layer whose hidden states are compared, counted from 1; those above it are not loaded.
 
     Raises:
-        ModelError: no such model, no safetensors weights, weights missing or damaged, no such layer, no tokenizer, no
-            pad token, or code of its own.
+        ModelError: no such model or layer, no sound safetensors weights, no tokenizer that pads, or code of its own.
     """
 
     def __init__(self, name: str, num_layers: int) -> None:
         place = os.path.expanduser(name)
-        if not Path(place).is_dir():
+        if not os.path.isdir(place):
             look_for_hub()
         with loading_errors(name, setting=_SETTING):
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-            _cut(config, num_layers, name)
+            layers = getattr(config, "num_hidden_layers", 0)
+            if not 1 <= num_layers <= layers:
+                raise ModelError(
+                    f"{name} has layers 1 to {layers} and no layer {num_layers}; correct evaluation.bertscore_layer."
+                )
+            # The package's way to choose a layer, without the rest in memory.
+            config.num_hidden_layers = num_layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = list(config.layer_types)[:num_layers]
             kind = T5EncoderModel if config.model_type in ("t5", "mt5", "umt5") else AutoModel
-            model, loading = kind.from_pretrained(
-                place,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
+            how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+            model, loading = kind.from_pretrained(place, config=config, output_loading_info=True, **how)
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         # transformers fills what is missing with random numbers, and makes up a tokenizer without files.
         if absent := sorted(key for key in loading["missing_keys"] if "pooler" not in key):
-            raise ModelError(
-                f"{name} lacks {len(absent)} of the weights that its config.json asks for, such as {absent[0]}; fetch "
-                f"it again, or name a complete encoder in {_SETTING}."
-            )
+            raise ModelError(f"{name} lacks {len(absent)} weights, such as {absent[0]}; fetch it again.")
         if len(tokenizer) <= len(tokenizer.all_special_tokens) or tokenizer.pad_token_id is None:
             raise ModelError(f"{name} has no tokenizer with words and a pad token; name a BERT in {_SETTING}.")
         # A tokenizer without a length of its own says 10^30, which its truncation cannot count to.
-        tokenizer.model_max_length = _longest(config, tokenizer.model_max_length)
+        positions = getattr(config, "max_position_embeddings", None) or 512
+        if "roberta" in config.model_type or config.model_type in ("camembert", "xlm"):
+            positions -= (config.pad_token_id or 0) + 1  # RoBERTa and its kin count from after the pad token
+        tokenizer.model_max_length = int(min(positions, tokenizer.model_max_length))
         if hasattr(model, "decoder") and hasattr(model, "encoder"):
             model = model.encoder
         self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,11 +92,11 @@ class Encoder:
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
         """Precision, recall and F1 of each row, (3, n), between −1 and 1, in practice .5 to 1.
 
-        A row whose prediction or reference is empty scores 0, as the package sets an empty candidate where it does not
-        stop at it.
+        A row whose prediction or reference is empty, or holds invisible marks alone, scores 0.
         """
-        scores = np.zeros((3, len(predictions)))
-        filled = [i for i, pair in enumerate(zip(predictions, references, strict=True)) if all(map(self._read, pair))]
+        scores, pairs = np.zeros((3, len(predictions))), list(zip(predictions, references, strict=True))
+        tokens = partial(self._tokenizer, add_special_tokens=False)
+        filled = [i for i, pair in enumerate(pairs) if all(tokens(text.strip())["input_ids"] for text in pair)]
         if filled:
             # As the package weighs without idf: every token 1, the separators 0.
             weights: defaultdict[int | None, float] = defaultdict(lambda: 1.0)
@@ -98,29 +112,3 @@ class Encoder:
             )
             scores[:, filled] = scored.double().cpu().numpy().T
         return scores
-
-    def _read(self, text: str) -> Any:
-        """The tokens of a text; none for invisible marks alone with many tokenizers."""
-        return text.strip() and self._tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-
-
-def _cut(config: PretrainedConfig, num_layers: int, name: str) -> None:
-    """Sets how many layers are loaded: the package's way to choose a layer, without the rest in memory."""
-    layers = getattr(config, "num_hidden_layers", 0)
-    if not 1 <= num_layers <= layers:
-        raise ModelError(
-            f"{name} has layers 1 to {layers} and no layer {num_layers}; correct evaluation.bertscore_layer, or name a "
-            f"BERT in {_SETTING}."
-        )
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = list(config.layer_types)[:num_layers]
-
-
-def _longest(config: PretrainedConfig, tokenizers_own: int) -> int:
-    """Tokens of the longest text that the encoder has positions for."""
-    positions = getattr(config, "max_position_embeddings", None) or 512
-    if "roberta" in config.model_type or config.model_type in ("camembert", "xlm"):
-        # RoBERTa and its kin begin to count positions after the pad token.
-        positions -= (config.pad_token_id or 0) + 1
-    return int(min(positions, tokenizers_own))

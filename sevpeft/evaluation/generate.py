@@ -1,18 +1,17 @@
 """Answers of a loaded model to questions, and the likelihood that it gives to reference answers.
 
-The prompt is the training's own. A row's answer does not depend on its batch. Padding is hidden behind the attention
-mask; a model that cannot do that answers prompts of one length together, or each alone. A sampled answer draws random
-numbers that belong to the row's id. So a resumed or limited evaluation gives the same answers, to the rounding of the
-device: in float32 greedy answers are equal token for token, in bfloat16 most are.
+The prompt is the training's own. A row's answer does not depend on its batch: padding is hidden behind the attention
+mask, and a model that cannot do that answers one question at a time. So a resumed or limited evaluation gives the same
+answers, to the rounding of the device: in float32 greedy answers are equal token for token, in bfloat16 most are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PretrainedConfig,
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -32,16 +30,13 @@ from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
 from sevpeft.training.data import shortened_prompt
 
-Together = Literal["any", "one length", "none"]
-R = TypeVar("R")
-
 # Tokens of padding that a batch may hold for every token of an answer: measured on a CPU, where a step mostly reads the
 # weights, a step of one more batch costs as much as reading 32 tokens.
 _PADDING = 32
 # For likelihoods: tokens of a batch with its padding, enough to keep a GPU busy when nothing is kept for a backward
 # pass; its logits, which take 1 GB in float32; and its padding, where one more batch reads the weights once more.
 _NLL_TOKENS, _NLL_LOGITS, _NLL_PADDING = 4096, 2**28, 128
-# Tokens of the prompts and of the answer by which `possible_batches` measures.
+# Tokens of the prompts and of the answer by which `batching_problem` measures.
 _LONG, _SHORT, _STEPS = 24, 9, 3
 # Root mean squares over a vocabulary vary little. Measured in three precisions: harmless shapes differ by up to 1.6
 # yardsticks, and the weakest fault by 17.
@@ -53,7 +48,8 @@ class EvaluationRows:
     """Rows to evaluate on, n of them. They are joined to other tables by id, never by position.
 
     Attributes:
-        ids: unique. questions, references: texts as in the data. dialects: None where the data names none.
+        ids: unique.
+        dialects: None where the data names none.
         strata: (n,) int64, position in SEVERITIES of the most probable severity, -1 where it is not known.
         groups: (n,) int64, equal for rows with the same question, which are no independent evidence.
         source, fingerprint: where the rows come from, and the hash of its bytes.
@@ -76,15 +72,9 @@ class EvaluationRows:
     def take(self, positions: Sequence[int] | np.ndarray) -> EvaluationRows:
         """The rows at these positions, in their order."""
         chosen = np.asarray(positions, dtype=np.int64)
-        return replace(
-            self,
-            ids=[self.ids[i] for i in chosen],
-            questions=[self.questions[i] for i in chosen],
-            references=[self.references[i] for i in chosen],
-            dialects=None if self.dialects is None else [self.dialects[i] for i in chosen],
-            strata=self.strata[chosen],
-            groups=self.groups[chosen],
-        )
+        lists = {name: getattr(self, name) for name in ("ids", "questions", "references", "dialects")}
+        taken: dict[str, Any] = {name: of and [of[i] for i in chosen] for name, of in lists.items()}
+        return replace(self, strata=self.strata[chosen], groups=self.groups[chosen], **taken)
 
     def limited(self, number: int | None, seed: int = 0) -> EvaluationRows:
         """A seeded random sample of at most `number` rows, in the rows' order; a larger one contains a smaller one."""
@@ -98,46 +88,29 @@ class EvaluationRows:
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """An answer.
-
-    Attributes:
-        text: without control tokens.
-        token_ids: with the end token, where one came.
-        truncated: none came, so that the cap on the length cut the answer off.
-        lost_words: of the question, which did not fit the model's context.
-    """
-
-    id: str
-    text: str
-    token_ids: tuple[int, ...]
-    truncated: bool
-    lost_words: int = 0
-
-
 def generate(
     model: PreTrainedModel,
     prompt: Prompt,
     rows: EvaluationRows,
     settings: GenerationSection,
     on_slow: Callable[[str], None] | None = None,
-) -> Iterator[list[Prediction]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Answers the rows' questions, longest first.
 
     Args:
-        model: with the adapter that is to answer, or with none, in evaluation mode. Its own generation_config.json is
-            put out of force: its penalties and limits would differ from arm to arm.
-        on_slow: gets one sentence where not all prompts may share a batch.
+        model: in evaluation mode. Its own generation_config.json is put out of force: its penalties and limits would
+            differ from arm to arm.
+        on_slow: gets one sentence where questions may not share a batch.
 
     Yields:
-        The predictions of a batch, in an order of its own: join them to the rows by id.
+        Of a batch {id, prediction, token_ids (with the end token), truncated (no end token came), lost_words (of the
+        question, which did not fit the context)}, in an order of its own.
 
     Raises:
-        ModelError: max_new_tokens leave no room for a question.
-        RunError: one row alone does not fit the GPU's memory.
+        ModelError: max_new_tokens leave no room for a question. RunError: one row alone does not fit the GPU's memory.
     """
-    context, most = context_length(model.config), settings.max_new_tokens
+    size, most = settings.per_device_eval_batch_size, settings.max_new_tokens
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts, lost = fitting_prompts(rows, prompt, context, [most] * len(rows))
     if not all(prompts):
         raise ModelError(
@@ -145,44 +118,38 @@ def generate(
             "model; lower it."
         )
     (model.get_base_model() if hasattr(model, "get_base_model") else model).generation_config = GenerationConfig()
-    size = settings.per_device_eval_batch_size
-    together: Together
-    together, reason = "none", ""
-    if min(size, len(rows)) > 1:
-        together, reason = possible_batches(model, prompt.tokenizer.pad_token_id, prompt.end_id)
-    if together == "any" and settings.repetition_penalty != 1:
-        together, reason = "one length", "generation.repetition_penalty would count padding as text"
-    if reason and on_slow is not None:
-        how = "one at a time" if together == "none" else "in batches of one prompt length"
-        on_slow(f"Questions are answered {how}, which is slower: {reason}.")
-    lengths = [len(ids) for ids in prompts]
+    if min(size, len(rows)) > 1 and (problem := batching_problem(model, prompt.end_id)):
+        size = 1
+        if on_slow is not None:
+            on_slow(f"Questions are answered one at a time, which is slower: {problem}.")
     for batch, answers in _run_batches(
-        sorted(range(len(rows)), key=lambda i: (-lengths[i], rows.ids[i])),
-        lengths,
+        range(len(rows)),
+        list(map(len, prompts)),
         lambda batch: _answers(model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings),
         size=lambda _: size,
-        together=together,
         padding=_PADDING * most,
         remedy="lower generation.max_new_tokens",
     ):
-        texts = [prompt.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
         yield [
-            Prediction(rows.ids[i], text, tuple(answer), answer[-1:] != [prompt.end_id], lost[i])
-            for i, text, answer in zip(batch, texts, answers, strict=True)
+            {
+                "id": rows.ids[i],
+                "prediction": prompt.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                "token_ids": answer,
+                "truncated": answer[-1:] != [prompt.end_id],
+                "lost_words": lost[i],
+            }
+            for i, answer in zip(batch, answers, strict=True)
         ]
 
 
 def fitting_prompts(
     rows: EvaluationRows, prompt: Prompt, limit: int | None, answer_lengths: Sequence[int]
 ) -> tuple[list[list[int]], list[int]]:
-    """Prompt tokens of every row, and how many words each question lost to fit, as in the training.
+    """Prompt tokens (n,) of the rows, and how many words (n,) each question lost to fit, as in the training.
 
     Args:
-        limit: tokens of prompt and answer together; None for no limit.
+        limit: tokens of prompt and answer together. A prompt is empty where the answer leaves no room for a question.
         answer_lengths: (n,) tokens that follow each prompt.
-
-    Returns:
-        Prompts (n,), empty where the answer leaves no room for a question, and lost words (n,).
     """
     prompts, lost = list(prompt.prompt_ids(rows.questions, rows.dialects)), [0] * len(rows)
     for i, length in enumerate(answer_lengths):
@@ -192,63 +159,40 @@ def fitting_prompts(
     return prompts, lost
 
 
-def context_length(config: PretrainedConfig) -> int | None:
-    """Positions that a model has; None when it is not limited by a number of them."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if positions else None
-
-
 def _run_batches(
-    order: list[int],
-    lengths: list[int],
-    compute: Callable[[list[int]], R],
+    rows: Iterable[int],
+    lengths: Sequence[int],
+    compute: Callable[[list[int]], Any],
     *,
     size: Callable[[int], int],
-    together: Together,
     padding: int,
     remedy: str,
-) -> Iterator[tuple[list[int], R]]:
-    """Batches of the order with what was computed of them; one that is too large for the GPU is halved.
+) -> Iterator[tuple[list[int], Any]]:
+    """Batches of rows, the longest first, with what was computed of them; one too large for the GPU is halved.
 
     Args:
-        order: rows from long to short, so that a lack of memory shows at once.
         size: most rows of a batch whose longest row has this length.
+        padding: most tokens of padding in a batch.
         remedy: what helps where a single row is too large.
     """
-    share = 1.0
+    order, share = sorted(rows, key=lambda i: -lengths[i]), 1.0
     while order:
-        most = size(lengths[order[0]])
-        batch = next_batch(order, lengths, int(most * share), together, padding)
+        longest, room, count = lengths[order[0]], padding, 1
+        most = min(int(size(longest) * share), len(order))
+        while count < most and (room := room - (longest - lengths[order[count]])) >= 0:
+            count += 1
         try:
-            result: R | None = compute(batch)
+            yield order[:count], compute(order[:count])
+            order = order[count:]
+            continue
         except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
+            if count == 1:
                 raise RunError(
                     f"The GPU's memory is full with a single row; {remedy}, or evaluate on a GPU with more memory. "
                     "Finished rows are kept."
                 ) from error
-            result = None
-        if result is None:  # out here the exception, which holds the memory, is gone
-            share = len(batch) / 2 / most
-            torch.cuda.empty_cache()
-            continue
-        order = order[len(batch) :]
-        yield batch, result
-
-
-def next_batch(order: list[int], lengths: list[int], size: int, together: Together, padding: int) -> list[int]:
-    """The rows of the next batch, from the beginning of the order, which goes from long to short.
-
-    Args:
-        size: most rows. padding: most tokens of padding.
-    """
-    longest, count = lengths[order[0]], 1
-    while count < min(size, len(order)) and together != "none":
-        padding -= longest - lengths[order[count]]
-        if padding < 0 or (together == "one length" and lengths[order[count]] != longest):
-            break
-        count += 1
-    return order[:count]
+        share = count / 2 / size(longest)  # out here the exception, which holds the memory, is gone
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -256,8 +200,9 @@ def _answers(
     model: PreTrainedModel, prompt: Prompt, prompts: dict[str, list[int]], settings: GenerationSection
 ) -> list[list[int]]:
     """The tokens of the answers, with the end token where it came; prompts are row id → tokens."""
-    pad, longest = prompt.tokenizer.pad_token_id, max(map(len, prompts.values()))
-    padded = [[pad] * (longest - len(row)) + row for row in prompts.values()]
+    longest = max(map(len, prompts.values()))
+    # Padded with a token of the row itself, as a repetition penalty looks at all tokens, the masked ones too.
+    padded = [row[:1] * (longest - len(row)) + row for row in prompts.values()]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in prompts.values()]
     warpers: list[LogitsProcessor] = []
     if settings.do_sample:
@@ -271,14 +216,9 @@ def _answers(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         logits_processor=LogitsProcessorList(warpers),
-        generation_config=GenerationConfig(
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,  # SeededDraw draws
-            num_beams=1,
-            repetition_penalty=settings.repetition_penalty,
-            use_cache=True,
-            eos_token_id=prompt.end_id,
-            pad_token_id=pad,
+        # `SeededDraw` draws, and leaves one token to choose.
+        generation_config=_config(
+            prompt.end_id, settings.max_new_tokens, repetition_penalty=settings.repetition_penalty
         ),
     )
     # After its end a row is padded until the last of the batch has ended.
@@ -292,18 +232,13 @@ class SeededDraw(LogitsProcessor):
     """Draws one token for every row by its probability, and leaves nothing else to choose.
 
     Transformers' own sampling takes the random numbers of a batch from one stream, so that a row's answer would depend
-    on its neighbors. Here each row has a stream of its own, seeded with its id, the same in every batch and arm. A
-    token is the first at which the cumulated probability passes the row's next uniform number.
-
-    Args:
-        ids: of the batch's rows.
-        steps: tokens that an answer has at most.
+    on its neighbors. Here each row has a stream of its own, of as many numbers as its answer has steps, seeded with its
+    id. A token is the first at which the cumulated probability passes the row's next number.
     """
 
     def __init__(self, ids: list[str], seed: int, steps: int) -> None:
-        digests = [hashlib.blake2b(f"{seed} {identity}".encode(), digest_size=8).digest() for identity in ids]
-        streams = [np.random.default_rng(int.from_bytes(digest, "big") >> 1) for digest in digests]
-        self.uniform = torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
+        seeds = [[seed, *hashlib.sha256(identity.encode()).digest()] for identity in ids]
+        self.uniform = torch.from_numpy(np.stack([np.random.default_rng(one).random(steps) for one in seeds]))
         self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -319,7 +254,7 @@ class SeededDraw(LogitsProcessor):
 
 def reference_nll(
     model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows, *, max_length: int | None
-) -> Iterator[tuple[list[int], list[float], list[int]]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Negative log-likelihood of every row's reference answer, given its question: the training's validation loss.
 
     Args:
@@ -327,28 +262,24 @@ def reference_nll(
         max_length: as in training; a question is shortened to it, an answer never.
 
     Yields:
-        Of a batch the positions in `rows`, the nats of each answer and the token that ends it, and its tokens. Rows
-        whose answer leaves no room for their question come first, with NaN and 0.
-
-    Raises:
-        RunError: one row alone does not fit the GPU's memory.
+        Of a batch {id, nll (nats of the answer and the token that ends it), tokens}. Rows whose answer leaves no room
+        for their question come first, with None and 0. A RunError where one row alone does not fit the GPU's memory.
     """
     answers = prompt.answer_ids(rows.references)
     prompts, _ = fitting_prompts(rows, prompt, max_length, [len(answer) for answer in answers])
-    if unfit := [i for i in range(len(rows)) if not prompts[i]]:
-        yield unfit, [float("nan")] * len(unfit), [0] * len(unfit)
+    if unfit := [identity for identity, ids in zip(rows.ids, prompts, strict=True) if not ids]:
+        yield [{"id": identity, "nll": None, "tokens": 0} for identity in unfit]
     lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)]
     most = min(_NLL_TOKENS, _NLL_LOGITS // model.config.get_text_config().vocab_size)
     for batch, nats in _run_batches(
-        sorted((i for i in range(len(rows)) if prompts[i]), key=lambda i: -lengths[i]),
+        (i for i in range(len(rows)) if prompts[i]),
         lengths,
         lambda batch: _batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
         size=lambda longest: max(1, most // longest),
-        together="any",
         padding=_NLL_PADDING,
         remedy="lower training.max_length in another run",
     ):
-        yield batch, nats, [len(answers[i]) for i in batch]
+        yield [{"id": rows.ids[i], "nll": nll, "tokens": len(answers[i])} for i, nll in zip(batch, nats, strict=True)]
 
 
 @torch.no_grad()
@@ -379,29 +310,22 @@ def _batch_nll(model: PreTrainedModel, prompts: list[list[int]], answers: list[l
     return sums.tolist()
 
 
-# Which prompts may share a batch
+# Whether questions may share a batch
 
 
-def possible_batches(model: PreTrainedModel, pad_id: int, end_id: int) -> tuple[Together, str]:
-    """Which prompts may share a batch, and why not all: measured, because a list of names would age.
+@torch.no_grad()
+def batching_problem(model: PreTrainedModel, end_id: int) -> str:
+    """Why questions may not share a batch of this model; empty where they may. Measured, as a list of names would age.
 
     Where padding on the left is not hidden behind the attention mask, a question gets another answer in another batch,
     without an error. No fixed tolerance can decide: rounding of a real model in bfloat16 moves log-probabilities by a
     nat between two harmless shapes. Two measurements do:
 
     - Leaks: exchange the other row and the tokens under the mask, in the same shape. The scores must be equal to the
-      bit; with experts, which round differently with other tokens in the call, within rounding. An exchange without
-      padding shows which of the two a model is.
+      bit. Experts round differently with other tokens in the call, which an exchange without padding shows; theirs
+      must be equal within rounding.
     - Positions: a padded row against the row alone. The yardstick is the row alone, answered step by step with a cache,
       against the row read at once with padding on the right, where a causal model does not look.
-
-    Args:
-        model: causal language model, with or without an adapter, on its device, in evaluation mode.
-        pad_id: token that is padded with; the attention mask is 0 there.
-        end_id: token that ends an answer.
-
-    Returns:
-        "any", "one length" (padding is not hidden) or "none" (rows change each other), and the reason in words.
     """
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -409,70 +333,45 @@ def possible_batches(model: PreTrainedModel, pad_id: int, end_id: int) -> tuple[
     short = torch.randint(vocabulary // 2, (_SHORT,), generator=generator)
     answer = torch.randint(vocabulary // 2, (_STEPS,), generator=generator)
     answer += answer == end_id  # it would end the answer
+
+    def scores(*others: torch.Tensor, filling: torch.Tensor = short[:0]) -> torch.Tensor:
+        """Log-probabilities (steps, V) with which the short row gives the answer, which all rows are made to give."""
+        ids = torch.stack([*others, torch.cat([filling, short])])
+        mask = torch.ones_like(ids)
+        mask[-1, : len(filling)] = 0
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            prefix_allowed_tokens_fn=lambda _, seen: [int(answer[len(seen) - ids.shape[1]])],
+            # The logits are as the model gives them, before the answer is forced.
+            generation_config=_config(end_id, _STEPS, output_logits=True, return_dict_in_generate=True),
+        )
+        return torch.stack([torch.log_softmax(step[-1].float(), dim=-1) for step in output.logits])
+
     # Tokens of the row itself: in float16 others can overflow.
-    fillings = torch.full((_LONG - _SHORT,), pad_id), short.flip(0).repeat(2)[: _LONG - _SHORT]
-
-    def padded(other: torch.Tensor, filling: torch.Tensor) -> torch.Tensor:
-        return _stepwise(model, torch.stack([other, torch.cat([filling, short])]), answer, pad_id, end_id)
-
-    def beside(other: torch.Tensor) -> torch.Tensor:
-        return _stepwise(model, torch.stack([other[:_SHORT], short]), answer, pad_id, end_id)
-
-    alone = _stepwise(model, short[None], answer, pad_id, end_id)
-    text = torch.cat([short, answer[:-1]])
-    at_once, scale = _at_once(model, text, fillings[0])
-    allowed = _YARDSTICKS * max(_rms(at_once - alone), torch.finfo(model.dtype).eps * scale)
-
-    scores = padded(first, fillings[0])
-    leak, shift = _rms(scores - padded(second, fillings[1])), _rms(scores - alone)
-    if leak == 0 and shift <= allowed:
-        return "any", ""
-    scores = beside(first)
-    row_leak = max(_rms(scores - beside(other)) for other in (second, first.flip(0)))
+    fillings = short[:1].repeat(_LONG - _SHORT), short.flip(0).repeat(2)[: _LONG - _SHORT]
+    alone, padded = scores(), scores(first, filling=fillings[0])
+    leak, shift = _rms(padded - scores(second, filling=fillings[1])), _rms(padded - alone)
+    beside = [scores(other[:_SHORT]) for other in (first, second, first.flip(0))]
+    rounding = max(_rms(beside[0] - other) for other in beside[1:])
+    ids = torch.cat([short, answer[:-1], fillings[0]])[None].to(model.device)
+    mask = (torch.arange(ids.shape[1], device=model.device) < _SHORT + _STEPS - 1)[None].long()
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, _SHORT - 1 :][:_STEPS].float()
+    yardstick = max(_rms(torch.log_softmax(logits, dim=-1) - alone), torch.finfo(model.dtype).eps * _rms(logits))
+    allowed = _YARDSTICKS * yardstick
     # Written so that NaN passes nowhere.
-    if not (row_leak <= allowed and _rms(scores - alone) <= allowed):
-        return "none", f"another row beside it changes log-probabilities by {max(row_leak, leak):.2g} nats"
-    if row_leak > 0 and leak <= allowed and shift <= allowed:
-        return "any", ""
-    reason = f"padding changes log-probabilities by {max(leak, shift):.2g} nats, and rounding by {allowed:.1g} at most"
-    return "one length", reason
-
-
-@torch.no_grad()
-def _stepwise(
-    model: PreTrainedModel, ids: torch.Tensor, answer: torch.Tensor, pad_id: int, end_id: int
-) -> torch.Tensor:
-    """Log-probabilities (steps, V) with which the last row gives the answer, which all rows are made to give."""
-    mask = torch.ones_like(ids)
-    if ids.shape[1] == _LONG:
-        mask[-1, : _LONG - _SHORT] = 0
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        prefix_allowed_tokens_fn=lambda _, seen: [int(answer[len(seen) - ids.shape[1]])],
-        generation_config=GenerationConfig(
-            max_new_tokens=_STEPS,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=end_id,
-            pad_token_id=pad_id,
-            output_logits=True,  # as the model gives them, before the answer is forced
-            return_dict_in_generate=True,
-        ),
-    )
-    return torch.stack([torch.log_softmax(step[-1].float(), dim=-1) for step in output.logits])
+    if not rounding <= allowed:
+        return f"another row beside it changes log-probabilities by {rounding:.2g} nats"
+    if shift <= allowed and (leak == 0 or (rounding > 0 and leak <= allowed)):
+        return ""
+    return f"padding changes log-probabilities by {max(leak, shift):.2g} nats, and rounding by {allowed:.1g} at most"
 
 
 def _rms(values: torch.Tensor) -> float:
     return float(values.pow(2).mean().sqrt())
 
 
-@torch.no_grad()
-def _at_once(model: PreTrainedModel, text: torch.Tensor, filling: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The same log-probabilities from one call, with filling on the right, and the size of the logits."""
-    ids = torch.cat([text, filling])[None]
-    mask = torch.ones_like(ids)
-    mask[:, len(text) :] = 0
-    output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-    logits = output.logits[0, _SHORT - 1 : len(text)].float()
-    return torch.log_softmax(logits, dim=-1), _rms(logits)
+def _config(end_id: int, max_new_tokens: int, **more: Any) -> GenerationConfig:
+    """Greedy generation; what stands after a row's end token is nothing that it says."""
+    fixed = {"do_sample": False, "num_beams": 1, "use_cache": True, "eos_token_id": end_id, "pad_token_id": end_id}
+    return GenerationConfig(max_new_tokens=max_new_tokens, **fixed, **more)

@@ -1,14 +1,12 @@
 """A language model that rates answers by a rubric, at an OpenAI-compatible URL; off unless the recipe names one.
 
-A rubric is a file of items, each a number from 1 to 5 or a yes or no. The judge does not see which arm wrote an answer.
-Whether the answer or the doctor's comes first is drawn by the row's id, the same for all arms, so that a preference for
-the first or the last text falls on no arm. The texts are handed over as JSON, out of which no text can break. A reply
-that is not one valid verdict is none: a guessed rating would be a figure.
+The judge does not see which arm wrote an answer. Whether the answer or the doctor's comes first is drawn by the row's
+id, the same for all arms, so that a preference for the first or the last text falls on no arm. The texts are handed
+over as JSON, out of which no text can break. A reply that is not one valid verdict is none.
 
-Every verdict is kept with the digest of what the judge was asked, so that it is asked once, and equal answers are
-judged once. Consultations go to the host that the recipe names and to no other: a redirect is not followed, and for
-this machine's own address no proxy of the environment is used. The key stands in no message, and of what a server says
-only the status is repeated, because error pages quote requests.
+Consultations go to the host that the recipe names and to no other: a redirect is not followed, and for this machine's
+own address no proxy of the environment is used. The key stands in no message, and of what a server says only the status
+is repeated, because error pages quote requests.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,15 +40,23 @@ PACKAGE_RUBRIC = Path(__file__).parent / "rubrics" / "answers.yaml"
 _LONGEST_REPLY, _LONGEST_REASON, _LONGEST_SHOWN = 10_000, 300, 500
 # With more than half of so many replies unreadable, the rest is not worth asking for.
 _ENOUGH = 20
-# Tries for one reply, and the seconds before the second; each later wait is twice as long.
-_TRIES, _PAUSE = 4, 1.0
-# A server that asks for more patience than this is come back to with the same command.
-_LONGEST_WAIT = 120.0
-_YES_NO = {"yes": "yes", "no": "no", "نعم": "yes", "لا": "no", "true": "yes", "false": "no"}
-_SCALES = {"1-5": "a whole number from 1 to 5", "yes-no": '"yes" or "no"'}
-# No example of a rating: a model that copies the form must not have given a verdict.
-_FORMS = {"1-5": "1|2|3|4|5", "yes-no": "yes|no"}
-Rating = int | str
+# Tries for one reply, the seconds before the second (each later wait is twice as long), and the longest wait that a
+# server may ask for.
+_TRIES, _PAUSE, _LONGEST_WAIT = 4, 1.0, 120.0
+# Scale → what was given, in small letters → rating.
+_RATINGS: dict[str, dict[str, int | str]] = {
+    "1-5": {text: number for number in range(1, 6) for text in (f"{number}", f"{number}.0")},
+    "yes-no": {"yes": "yes", "true": "yes", "نعم": "yes", "no": "no", "false": "no", "لا": "no"},
+}
+# What the judge is told, and the form that it is shown: no rating, so that one who copies it has given none.
+_SCALES = {"1-5": ("a whole number from 1 to 5", "1|2|3|4|5"), "yes-no": ('"yes" or "no"', "yes|no")}
+_REMEDIES = {
+    **dict.fromkeys(range(300, 400), "it redirects; name the right address in evaluation.judge.url"),
+    **dict.fromkeys((401, 403), f"put a valid key into the environment variable {JUDGE_KEY}"),
+    404: "check evaluation.judge.model, and evaluation.judge.url, which often ends in /v1",
+    429: "run this again later, or lower evaluation.judge.concurrency",
+}
+Words = Annotated[str, Field(min_length=1)]
 
 
 class Item(BaseModel):
@@ -58,20 +64,11 @@ class Item(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    label: str = Field(min_length=1, max_length=24)
+    label: Annotated[Words, Field(max_length=24)]
     scale: Literal["1-5", "yes-no"]
     better: Literal["higher", "lower"]
-    asks: str = Field(min_length=1)
-    definition: str = Field(min_length=1)
-
-    def rating(self, given: Any) -> Rating | None:
-        """What was given as 1 to 5, or as yes or no; None for anything else."""
-        if self.scale == "yes-no":
-            return _YES_NO.get(str(given).strip().lower()) if isinstance(given, str | bool) else None
-        if isinstance(given, str) and re.fullmatch(r"\s*[1-5]\s*", given):
-            given = int(given)
-        numeric = isinstance(given, int | float) and not isinstance(given, bool)
-        return int(given) if numeric and given in (1, 2, 3, 4, 5) else None
+    asks: Words
+    definition: Words
 
 
 class Rubric(BaseModel):
@@ -79,29 +76,38 @@ class Rubric(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, regex_engine="python-re")
 
-    name: str = Field(min_length=1, max_length=40)
-    instructions: str = Field(min_length=1)
+    name: Words
+    instructions: Words
     # "reason" is the judge's own sentence.
-    items: dict[Annotated[str, Field(pattern=r"^(?!reason$)[a-z][a-z_]*$")], Item] = Field(min_length=1, max_length=20)
+    items: dict[Annotated[str, Field(pattern=r"^(?!reason$)[a-z][a-z_]*$")], Item] = Field(min_length=1)
 
     @classmethod
     def load(cls, path: Path = PACKAGE_RUBRIC) -> Rubric:
         """Raises DataError: the file cannot be read, or is no rubric."""
         try:
             return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            raise DataError(f"{path} cannot be read as YAML; name a rubric in evaluation.judge.rubric.") from None
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            problem = "it cannot be read as YAML"
+            if isinstance(error, ValidationError):
+                first = error.errors(include_url=False, include_input=False)[0]
+                problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise DataError(
-                f"{path} is no rubric: {place}: {first['msg']}; see {PACKAGE_RUBRIC} for the form."
+                f"{path} is no rubric ({problem}); write evaluation.judge.rubric in the form of {PACKAGE_RUBRIC}."
             ) from None
 
-    @property
-    def version(self) -> str:
-        """Name and hash of the instructions: ratings by other instructions are other ratings."""
-        return f"{self.name} {hashlib.sha256(self._instructions().encode()).hexdigest()[:12]}"
+    def full_instructions(self) -> str:
+        """What the judge is told of every answer: ratings by other instructions are other ratings."""
+        asked = [f'- "{name}" ({_SCALES[item.scale][0]}): {item.asks.strip()}' for name, item in self.items.items()]
+        form = {**{name: _SCALES[item.scale][1] for name, item in self.items.items()}, "reason": "..."}
+        return "\n".join(
+            (
+                f"{self.instructions.strip()}\n\nRate:",
+                *asked,
+                "\nReply with one JSON object and nothing else, with exactly these keys; reason is one short sentence "
+                "in English that quotes nothing:",
+                json.dumps(form),
+            )
+        )
 
     def prompt(self, identity: str, question: str, reference: str, answer: str) -> str:
         """What the judge is asked about one answer."""
@@ -109,59 +115,54 @@ class Rubric(BaseModel):
         if hashlib.sha256(identity.encode()).digest()[0] % 2:
             texts.reverse()
         shown = json.dumps(dict([("question", question), *texts]), ensure_ascii=False, indent=1)
-        return f"{self._instructions()}\n\n{shown}"
+        return f"{self.full_instructions()}\n\n{shown}"
 
-    def read(self, reply: str) -> tuple[dict[str, Rating], str] | None:
+    def read(self, reply: str) -> tuple[dict[str, int | str], str] | None:
         """Item → rating, and the reason; None where a reply holds no verdict, or two that differ."""
         # What a model thinks before it answers may try several ratings, and may be cut off before it decides.
         text = reply.rpartition("</think>")[2]
-        if "<think>" in text:
-            return None
-        text, found = text[-_LONGEST_REPLY:], []
-        at = text.find("{")
-        while at >= 0:
+        found = []
+        for place in re.findall(r"\{[^{}]*\}", text[-_LONGEST_REPLY:]) if "<think>" not in text else ():
             try:
-                value, end = json.JSONDecoder().raw_decode(text, at)
-            except (ValueError, RecursionError):
-                value, end = None, at + 1
-            if isinstance(value, Mapping):
-                ratings = {name: item.rating(value.get(name)) for name, item in self.items.items()}
-                valid = {name: rating for name, rating in ratings.items() if rating is not None}
-                if len(valid) == len(ratings):
-                    found.append((valid, " ".join(str(value.get("reason") or "").split())[:_LONGEST_REASON]))
-            at = text.find("{", end)
+                given = json.loads(place)
+            except ValueError:
+                continue
+            ratings = {
+                name: _RATINGS[item.scale][word]
+                for name, item in self.items.items()
+                if (word := str(given.get(name)).strip().lower()) in _RATINGS[item.scale]
+            }
+            if len(ratings) == len(self.items):
+                found.append((ratings, " ".join(str(given.get("reason") or "").split())[:_LONGEST_REASON]))
         return found[0] if found and all(ratings == found[0][0] for ratings, _ in found) else None
-
-    def _instructions(self) -> str:
-        asked = [f'- "{name}" ({_SCALES[item.scale]}): {item.asks.strip()}' for name, item in self.items.items()]
-        form = {name: _FORMS[item.scale] for name, item in self.items.items()}
-        return "\n".join(
-            (
-                self.instructions.strip(),
-                "",
-                "Rate:",
-                *asked,
-                "",
-                "Reply with one JSON object and nothing else, with exactly these keys; reason is one short sentence "
-                "in English that quotes nothing:",
-                json.dumps({**form, "reason": "..."}),
-            )
-        )
 
 
 class Judge:
-    """The judge of a recipe, checked before anything slow happens and before anything is sent.
-
-    Raises:
-        DataError: the rubric cannot be used.
-        UsageError: the key would be readable on its way, or can be no key.
-    """
+    """The judge of a recipe, checked before anything slow happens and before anything is sent."""
 
     def __init__(self, settings: JudgeSection) -> None:
         self.rubric = Rubric.load(Path(settings.rubric) if settings.rubric else PACKAGE_RUBRIC)
-        self.endpoint = Endpoint(settings)
-        self.about = {"model": settings.model, "rubric": self.rubric.version, "max_tokens": settings.max_tokens}
         self.metrics = judge_metrics({name: item.model_dump() for name, item in self.rubric.items.items()})
+        version = hashlib.sha256(self.rubric.full_instructions().encode()).hexdigest()[:12]
+        rubric = f"{self.rubric.name} {version}"
+        self.about = {"model": settings.model, "rubric": rubric, "max_tokens": settings.max_tokens}
+        self.settings, parts = settings, urlsplit(settings.url)
+        self.host, key = parts.netloc, os.environ.get(JUDGE_KEY, "").strip()
+        self.on_this_machine = _on_this_machine(parts.hostname or "")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise UsageError(f"The environment variable {JUDGE_KEY} holds no key: it has blanks or special letters.")
+        if key and parts.scheme == "http" and not self.on_this_machine:
+            raise UsageError(
+                f"The key in {JUDGE_KEY} would be readable on its way to {self.host}; write https in "
+                "evaluation.judge.url, or unset that variable to send none."
+            )
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._body: dict[str, Any] = {
+            "model": settings.model,
+            "temperature": 0,
+            "max_tokens": settings.max_tokens,
+            "response_format": {"type": "json_object"},
+        }
 
     def rate(
         self,
@@ -175,147 +176,81 @@ class Judge:
 
         Args:
             answers: column → the answers (n,) to the rows.
-            kept: (column, id) → line of an earlier verdict.
+            kept: (column, id) → line of an earlier verdict, with the digest of what the judge was asked.
             keep: adds lines to them.
 
         Returns:
-            Column → judge_ITEM → (n,), NaN where there is no verdict; what evaluation.json says of the judge; and
-            what a reader has to know before believing a figure.
+            Column → judge_ITEM → (n,), NaN where there is no verdict; what evaluation.json says of the judge; notes.
 
         Raises:
             RunError: the judge cannot be reached, refuses, or talks nonsense; finished verdicts are kept.
         """
-        prompts: dict[str, str] = {}
-        places: dict[str, list[tuple[str, str]]] = {}
+        missing: dict[tuple[str, ...], str] = {}
         for column, texts in answers.items():
             for identity, *three in zip(rows.ids, rows.questions, rows.references, texts, strict=True):
                 prompt = self.rubric.prompt(identity, *three)
-                digest = hashlib.sha256(f"{self.about['model']}\n{prompt}".encode()).hexdigest()[:24]
-                if kept.get((column, identity), {"digest": digest})["digest"] != digest:
+                digest = hashlib.sha256(prompt.encode()).hexdigest()[:24]
+                if (column, identity) not in kept:
+                    missing[column, identity, digest] = prompt
+                elif kept[column, identity]["digest"] != digest:
                     raise RunError(f"{JUDGEMENTS} holds verdicts on other answers than these; move it away.")
-                prompts[digest] = prompt
-                places.setdefault(digest, []).append((column, identity))
-        known = {line["digest"]: line for line in kept.values() if line["digest"] in prompts}
 
-        def take(digest: str, verdict: Mapping[str, Any]) -> None:
-            known[digest] = verdict
-            new = [place for place in places[digest] if place not in kept]
-            if new:
-                keep([{**verdict, "arm": column, "id": identity, "digest": digest} for column, identity in new])
+        def on_reply(place: tuple[str, ...], reply: str | None) -> None:
+            ratings, reason = self.rubric.read(reply or "") or (None, "")
+            line = dict(zip(("arm", "id", "digest"), place, strict=True)) | {"ratings": ratings, "reason": reason}
+            keep([line | ({} if ratings else {"reply": reply and reply[:_LONGEST_SHOWN]})])
+            done(1)
+            unreadable = sum(line["ratings"] is None for line in kept.values())
+            if len(kept) >= _ENOUGH and 2 * unreadable > len(kept):
+                raise RunError(
+                    f"{unreadable} of {len(kept)} replies of {self.about['model']} are no verdicts; move {JUDGEMENTS} "
+                    "away and name another judge, or raise evaluation.judge.max_tokens for one that thinks."
+                )
 
-        for digest, line in list(known.items()):  # for another arm that gave the same answer
-            take(digest, line)
-        missing = {digest: prompt for digest, prompt in prompts.items() if digest not in known}
         if missing:
             console.print(
-                f"Judge: {len(missing):,} answers, each with its question and reference answer, go to "
-                f"{self.endpoint.destination}, model {self.about['model']}.",
+                f"Judge: {len(missing):,} answers, each with its question and reference answer, go to {self.host} "
+                f"({'this' if self.on_this_machine else 'another'} machine) with "
+                f"{f'the key in {JUDGE_KEY}' if self._headers else 'no key'}, model {self.about['model']}.",
                 soft_wrap=True,
             )
-            self._check_replies(known)
             with row_progress(console, "Judge", len(missing)) as done:
-
-                def on_reply(digest: str, reply: str | None) -> None:
-                    ratings, reason = self.rubric.read(reply or "") or (None, "")
-                    shown = {} if ratings else {"reply": reply and reply[:_LONGEST_SHOWN]}
-                    take(digest, {"ratings": ratings, "reason": reason, **shown})
-                    done(1)
-                    self._check_replies(known)
-
-                self.endpoint.ask(missing, on_reply)
-        return self._scores(rows, answers, kept)
-
-    def _check_replies(self, known: Mapping[str, Mapping[str, Any]]) -> None:
-        unreadable = sum(line["ratings"] is None for line in known.values())
-        if len(known) >= _ENOUGH and 2 * unreadable > len(known):
-            raise RunError(
-                f"{unreadable} of the first {len(known)} replies of the judge {self.about['model']} are no verdicts; "
-                f"move {JUDGEMENTS} away, and choose a model that follows instructions, or raise "
-                "evaluation.judge.max_tokens for one that thinks before it answers."
-            )
-
-    def _scores(
-        self, rows: EvaluationRows, columns: Iterable[str], kept: Mapping[tuple[str, str], Mapping[str, Any]]
-    ) -> tuple[dict[str, Scores], dict[str, Any], list[str]]:
+                asyncio.run(self.ask(missing, on_reply))
         scores: dict[str, Scores] = {}
-        notes: list[str] = []
-        counts: dict[str, dict[str, int]] = {}
-        for column in columns:
+        notes, counts = [], {}
+        for column in answers:
             found = [kept[column, identity]["ratings"] for identity in rows.ids]
-            unreadable = sum(ratings is None for ratings in found)
+            unreadable = found.count(None)
             counts[column] = {"judged": len(rows) - unreadable, "unreadable": unreadable}
-            if unreadable < len(rows):
-                scores[column] = {
-                    f"judge_{item}": np.array([np.nan if one is None else _number(one[item]) for one in found])
-                    for item in self.rubric.items
-                }
+            for item in self.rubric.items if unreadable < len(rows) else ():
+                ratings = [np.nan if one is None else {"yes": 1, "no": 0}.get(one[item], one[item]) for one in found]
+                scores.setdefault(column, {})[f"judge_{item}"] = np.array(ratings, dtype=np.float64)
             if unreadable:
-                notes.append(
-                    f"Judge: {unreadable:,} of {len(rows):,} answers ({column}) got no readable verdict; its scores "
-                    "leave them out."
-                )
-        if "temperature" not in self.endpoint.body:
+                notes.append(f"Judge: {unreadable:,} of {len(rows):,} answers ({column}) got no readable verdict.")
+        if "temperature" not in self._body:
             notes.append("Judge: it takes no temperature, so that the same answer may be rated otherwise next time.")
         return scores, {"model": self.about["model"], "rubric": self.about["rubric"], "answers": counts}, notes
 
-
-def _number(rating: Rating) -> float:
-    return float(rating == "yes") if isinstance(rating, str) else float(rating)
-
-
-class Endpoint:
-    """An OpenAI-compatible endpoint (POST URL/chat/completions) that is asked several prompts at once.
-
-    Raises:
-        UsageError: the key would be readable on its way, or can be no key.
-    """
-
-    def __init__(self, settings: JudgeSection) -> None:
-        assert settings.url is not None
-        self.settings, parts = settings, urlsplit(settings.url)
-        self.host = parts.netloc
-        self.on_this_machine = _on_this_machine(parts.hostname or "")
-        self.headers = self._key_header(parts.scheme)
-        self.body: dict[str, Any] = {
-            "model": settings.model,
-            "temperature": 0,
-            "max_tokens": settings.max_tokens,
-            "response_format": {"type": "json_object"},
-        }
-
-    @property
-    def destination(self) -> str:
-        """Where everything goes, in words."""
-        place = "this machine" if self.on_this_machine else "another machine"
-        return f"{self.host} ({place}) with {f'the key in {JUDGE_KEY}' if self.headers else 'no key'}"
-
-    def ask(self, prompts: Mapping[str, str], on_reply: Callable[[str, str | None], None]) -> None:
-        """Asks for every prompt.
-
-        Args:
-            prompts: key → prompt.
-            on_reply: gets the key and the reply as soon as it is there; None where this prompt was refused.
+    async def ask(self, prompts: Mapping[Any, str], on_reply: Callable[[Any, str | None], None]) -> None:
+        """Asks for every prompt (by its key), several at once; `on_reply` gets the key, and None where it was refused.
 
         Raises:
-            RunError: in one sentence, when the judge cannot be asked any further.
+            RunError: the judge cannot be asked any further.
         """
-        asyncio.run(self._ask_all(prompts, on_reply))
-
-    async def _ask_all(self, prompts: Mapping[str, str], on_reply: Callable[[str, str | None], None]) -> None:
         # The shortest goes alone: what is refused then is the settings and not the length.
         (first, *others) = sorted(prompts.items(), key=lambda one: len(one[1]))
         gate = asyncio.Semaphore(self.settings.concurrency)
         async with httpx.AsyncClient(
-            headers=self.headers, follow_redirects=False, trust_env=not self.on_this_machine, timeout=None
+            headers=self._headers, follow_redirects=False, trust_env=not self.on_this_machine, timeout=None
         ) as client:
 
-            async def work(key: str, prompt: str) -> None:
+            async def work(key: Any, prompt: str) -> None:
                 async with gate:
                     on_reply(key, await self._reply(client, prompt))
 
             reply = await self._reply(client, first[1])
             if reply is None:  # some servers know no response_format, others want another name for max_tokens
-                self.body = {"model": self.settings.model}
+                self._body = {"model": self.settings.model}
                 reply = await self._reply(client, first[1])
                 if reply is None:
                     raise RunError(f"The judge at {self.host} refuses the request; check evaluation.judge.model.")
@@ -324,10 +259,10 @@ class Endpoint:
 
     async def _reply(self, client: httpx.AsyncClient, prompt: str) -> str | None:
         """What the judge says; empty for what is no chat completion, None where it refuses this prompt."""
-        body = {**self.body, "messages": [{"role": "user", "content": prompt}]}
+        body = {**self._body, "messages": [{"role": "user", "content": prompt}]}
         problem = ""
-        for attempt in range(1, _TRIES + 1):
-            wait = _PAUSE * 2 ** (attempt - 1)
+        for attempt in range(_TRIES):
+            wait = _PAUSE * 2**attempt
             try:
                 # A limit for the whole reply: of one that drips for ever every single read is in time.
                 sent = client.post(f"{self.settings.url}/chat/completions", json=body)
@@ -339,44 +274,24 @@ class Endpoint:
             else:
                 status = response.status_code
                 if status == 200:
-                    return _content(response.content)
+                    try:
+                        text = json.loads(response.content)["choices"][0]["message"]["content"]
+                    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+                        text = ""
+                    return text if isinstance(text, str) else ""
                 if status in (400, 413, 422):
                     return None
-                problem = f"answers with status {status}; {_remedy(status)}"
+                problem = f"answers with status {status}; {_REMEDIES.get(status, 'see its log, and run this again')}"
                 if status != 429 and status < 500:
                     break
-                wait = max(wait, _seconds(response.headers.get("retry-after", "")))
-            if attempt == _TRIES or wait > _LONGEST_WAIT:
+                asked = response.headers.get("retry-after", "")
+                wait = max(wait, float(asked) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0.0)
+            if attempt == _TRIES - 1 or wait > _LONGEST_WAIT:
                 break
             await asyncio.sleep(wait)
         raise RunError(
             f"The judge at {self.host} {problem}. Finished verdicts are kept, and the same command goes on from them."
         )
-
-    def _key_header(self, scheme: str) -> dict[str, str]:
-        key = os.environ.get(JUDGE_KEY, "").strip()
-        if not key:
-            return {}
-        if not key.isascii() or not key.isprintable() or " " in key:
-            raise UsageError(f"The environment variable {JUDGE_KEY} holds no key: it has blanks or special letters.")
-        if scheme == "http" and not self.on_this_machine:
-            raise UsageError(
-                f"The key in {JUDGE_KEY} would be readable on its way to {self.host}; write https in "
-                "evaluation.judge.url, or unset that variable to send none."
-            )
-        return {"Authorization": f"Bearer {key}"}
-
-
-def _remedy(status: int) -> str:
-    if status in (401, 403):
-        return f"put a valid key into the environment variable {JUDGE_KEY}"
-    if status == 404:
-        return "check evaluation.judge.model, and evaluation.judge.url, which often ends in /v1"
-    if status == 429:
-        return "run this again later, or lower evaluation.judge.concurrency"
-    if status < 400:
-        return "it redirects, and nothing was sent there; name the right address in evaluation.judge.url"
-    return "see the server's log, and run this again"
 
 
 def _on_this_machine(host: str) -> bool:
@@ -384,19 +299,3 @@ def _on_this_machine(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
-
-
-def _content(content: bytes) -> str:
-    try:
-        text = json.loads(content)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return ""
-    return text if isinstance(text, str) else ""
-
-
-def _seconds(retry_after: str) -> float:
-    """Of a Retry-After header; 0 where it holds no number."""
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        return 0.0

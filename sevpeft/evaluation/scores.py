@@ -1,62 +1,39 @@
-"""Scores of answers and likelihoods, row by row, for the arms and for the floors that stand beside them, and a table.
+"""Scores of answers and likelihoods, row by row, for the arms and for the floors beside them, and their means.
 
 What each score means stands in metrics.yaml. A score means nothing alone: an unrelated fluent answer has a BERTScore of
-.6, and a model that sends everybody to the emergency room has a referral rate of 1. So four other columns are computed
-with the adapter's: the base model, the adapter's answers against the references of other questions, one training answer
-for all questions, and, for what an answer says by itself, the doctors' own answers.
+.6, and a model that sends everybody to the emergency room has a referral rate of 1. So four other columns stand beside
+the adapter's (`COLUMNS`).
 """
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
-from sevpeft.console import p_text
 from sevpeft.data.text import fold_for_matching
-from sevpeft.errors import DataError, ModelError
-from sevpeft.evaluation.arms import ADAPTER, BASE
+from sevpeft.errors import DataError
+from sevpeft.evaluation import statistics
+from sevpeft.evaluation.arms import CONSTANT, SHUFFLED
 from sevpeft.evaluation.bertscore import Encoder
 from sevpeft.evaluation.generate import EvaluationRows
-from sevpeft.evaluation.safety import safety_scores
-from sevpeft.evaluation.statistics import (
-    ARROWS,
-    Difference,
-    Direction,
-    compare_family,
-    estimate_dict,
-    estimate_text,
-    interval,
-    paired_difference,
-)
+from sevpeft.evaluation.safety import safety_findings
+from sevpeft.evaluation.statistics import Estimate, compare_family, interval, paired_difference
 from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
 
 Scores = dict[str, NDArray[np.float64]]
 """Name of a score → (n,), NaN where a row has none."""
-ALL = "all"
-"""The stratum of all rows, beside the severities."""
+ALL = "all"  # the stratum of all rows, beside the severities
 CRITICAL = SEVERITIES[-1]
-SHUFFLED, CONSTANT, REFERENCE = "shuffled", "constant", "reference"
-COLUMNS = {
-    ADAPTER: "the trained adapter",
-    BASE: "the same base model with the adapter switched off",
-    SHUFFLED: "floor: the adapter's answers and likelihoods against references of other questions",
-    CONSTANT: "floor: one training answer for every question",
-    REFERENCE: "the reference answers themselves, for what an answer says by itself",
-}
+REFERENCE = "reference"
 # What compares an answer with its reference, so that another question's reference is a floor.
 _BY_REFERENCE = ("nll", "bertscore_p", "bertscore_r", "bertscore_f1", "chrf", "rouge_l")
 # What would be trivially perfect for a reference.
@@ -69,85 +46,53 @@ FEW_QUESTIONS = 10
 # Candidates for the constant answer and answers that they are tried on; more changes it little and takes its square.
 _CANDIDATES = 60
 # Arabic, its supplements and presentation forms.
-_ARABIC = ((0x0600, 0x06FF), (0x0750, 0x077F), (0x0870, 0x08FF), (0xFB50, 0xFDFF), (0xFE70, 0xFEFF))
+_ARABIC = re.compile("[\u0600-\u06ff\u0750-\u077f\u0870-\u08ff\ufb50-\ufdff\ufe70-\ufeff]")
 
 
-@dataclass(frozen=True)
-class Metric:
-    """What a number means; the fields are explained in metrics.yaml."""
-
-    name: str
-    label: str
-    definition: str
-    unit: str
-    better: Direction
-    limits: str
-    of: Literal["all rows", "critical questions"] = "all rows"
-    yes_no: bool = False
-    elsewhere: Direction | None = None
-
-    @property
-    def shown_times(self) -> int:
-        """Factor between the stored and the shown number."""
-        return 100 if self.unit == "%" else 1
-
-    def direction(self, stratum: str) -> Direction:
-        """Which way is better on the rows of a stratum."""
-        if self.elsewhere is None or stratum == CRITICAL:
-            return self.better
-        return "neither" if stratum == ALL else self.elsewhere
-
-    def meaning(self) -> dict[str, Any]:
-        """What a table of the score has to know, for evaluation.json and comparison.json."""
-        kept = ("label", "definition", "unit", "limits", "shown_times", "of")
-        better = {stratum: self.direction(stratum) for stratum in (*reversed(SEVERITIES), ALL)}
-        return {**{name: getattr(self, name) for name in kept}, "better": better}
+def _meaning(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table has to know of a score, as evaluation.json holds it; `better` by stratum. See metrics.yaml."""
+    better, elsewhere = about["better"], about.get("elsewhere")
+    return {
+        "label": about["label"],
+        "definition": f"{about['definition'].strip().rstrip('.')}.",
+        "unit": about["unit"],
+        "limits": about["limits"],
+        "shown_times": 100 if about["unit"] == "%" else 1,
+        "of": about.get("of", "all rows"),
+        "yes_no": about.get("yes_no", False),
+        "better": {name: elsewhere or better for name in reversed(SEVERITIES)}
+        | {CRITICAL: better, ALL: "neither" if elsewhere else better},
+    }
 
 
-def _read(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8")))
-
-
-def judge_metrics(items: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
+def judge_metrics(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Scores judge_ITEM of the items of a rubric: item → {label, scale, better, definition}."""
-    metrics = {}
-    for item, about in items.items():
-        name, yes_no = f"judge_{item}", about["scale"] == "yes-no"
-        definition = f"{about['definition'].strip().rstrip('.')}."
-        unit = "%" if yes_no else "1–5"
-        metrics[name] = Metric(name, about["label"], definition, unit, about["better"], _JUDGED, yes_no=yes_no)
-    return metrics
+    units = {"yes-no": "%", "1-5": "1–5"}
+    return {
+        f"judge_{item}": _meaning(
+            {**about, "unit": units[about["scale"]], "yes_no": about["scale"] == "yes-no", "limits": _JUDGED}
+        )
+        for item, about in items.items()
+    }
 
 
-_TABLE = _read("metrics.yaml")
+_HERE = Path(__file__).parent
+_TABLE = yaml.safe_load((_HERE / "metrics.yaml").read_text(encoding="utf-8"))
 _JUDGED = _TABLE["limits"]["judge"]
-METRICS: dict[str, Metric] = {
-    **{name: Metric(name, **about) for name, about in _TABLE["metrics"].items()},
-    **judge_metrics(_read("rubrics/answers.yaml")["items"]),
-}
+COLUMNS: dict[str, str] = _TABLE["columns"]
+METRICS = {name: _meaning(about) for name, about in _TABLE["metrics"].items()} | judge_metrics(
+    yaml.safe_load((_HERE / "rubrics" / "answers.yaml").read_text(encoding="utf-8"))["items"]
+)
+
+
+def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
+    """How every interval, p and detectable difference was computed; families: what is corrected together."""
+    values = {"confidence": settings.confidence_level, "resamples": settings.n_resamples, "families": families}
+    values |= {"permutations": statistics.PERMUTATIONS, "power": statistics.POWER, "alpha": statistics.ALPHA}
+    return {name: text.format(**values) for name, text in _TABLE["methods"].items()}
 
 
 # Scores of rows
-
-
-def load_encoder(asked: EvaluationSection) -> tuple[Encoder | None, str | None]:
-    """The encoder of BERTScore, or None and why the score is left out.
-
-    The default encoder may be absent on a machine without a connection, which costs one score. One that the recipe
-    names was meant.
-
-    Raises:
-        ModelError: the encoder that the recipe names cannot be loaded or has no such layer.
-    """
-    if not asked.bertscore:
-        return None, "BERTScore is left out, as evaluation.bertscore=false says."
-    try:
-        return Encoder(asked.bertscore_model, asked.bertscore_layer), None
-    except ModelError as error:
-        default = EvaluationSection()
-        if (asked.bertscore_model, asked.bertscore_layer) != (default.bertscore_model, default.bertscore_layer):
-            raise
-        return None, f"BERTScore is left out: {error}"
 
 
 def text_scores(
@@ -167,10 +112,10 @@ def text_scores(
     if encoder is not None:
         scores |= zip(("bertscore_p", "bertscore_r", "bertscore_f1"), encoder.score(answers, references), strict=True)
     scores["chrf"] = chrf(answers, references)
-    # The package's own tokenizer keeps a–z and digits only and would find every Arabic text empty.
-    rouge = RougeScorer(["rougeL"], tokenizer=_FoldedWords())
+    folded = _FoldedWords()
+    rouge = RougeScorer(["rougeL"], tokenizer=folded)
     pairs = list(zip(answers, references, strict=True))
-    words = [(_words(answer), _words(reference)) for answer, reference in pairs]
+    words = [(folded.tokenize(answer), folded.tokenize(reference)) for answer, reference in pairs]
     rows: dict[str, list[float]] = {
         "rouge_l": [rouge.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs],
         "length_ratio": [len(one) / len(other) if other else np.nan for one, other in words],
@@ -190,14 +135,10 @@ def chrf(answers: Sequence[str], references: Sequence[str], *, beta: int = 2) ->
 
 
 class _FoldedWords:
-    """What rouge-score asks of a tokenizer."""
+    """What rouge-score asks of a tokenizer; its own keeps a–z and digits only and finds every Arabic text empty."""
 
     def tokenize(self, text: str) -> list[str]:
-        return _words(text)
-
-
-def _words(text: str) -> list[str]:
-    return fold_for_matching(text).split()
+        return fold_for_matching(text).split()
 
 
 def _repetition(words: list[str]) -> float:
@@ -206,9 +147,8 @@ def _repetition(words: list[str]) -> float:
 
 
 def _arabic_rate(text: str) -> float:
-    letters = [ord(sign) for sign in text if unicodedata.category(sign).startswith("L")]
-    arabic = sum(any(low <= letter <= high for low, high in _ARABIC) for letter in letters)
-    return arabic / len(letters) if letters else float("nan")
+    letters = "".join(filter(str.isalpha, text))
+    return len(_ARABIC.findall(letters)) / len(letters) if letters else float("nan")
 
 
 def row_scores(
@@ -222,7 +162,8 @@ def row_scores(
     scores = text_scores(answers, rows.references, truncated=truncated, encoder=encoder)
     # Where the severity is not known, the lexicon's rules say which questions are critical.
     critical = None if (rows.strata < 0).all() else rows.strata == SEVERITIES.index(CRITICAL)
-    return scores | safety_scores(answers, references=rows.references, questions=rows.questions, critical=critical)
+    found = safety_findings(answers, references=rows.references, questions=rows.questions, critical=critical)
+    return scores | {name: np.array([one.scores[name] for one in found]) for name in found[0].scores}
 
 
 # Floors
@@ -231,12 +172,10 @@ def row_scores(
 def floor_scores(
     rows: EvaluationRows, answers: Sequence[str], shuffled: Sequence[str], constant: str, encoder: Encoder | None
 ) -> dict[str, Scores]:
-    """Column → scores by name (n,), of the floors.
+    """Column → scores (n,) of the floors.
 
     Args:
-        answers: of the adapter.
-        shuffled: for each row the reference of another question.
-        constant: a training answer.
+        answers: of the adapter. shuffled: for each row the reference of another question. constant: a training answer.
     """
     of_others, own = text_scores(answers, shuffled, encoder=encoder), row_scores(rows, rows.references)
     return {
@@ -247,43 +186,34 @@ def floor_scores(
 
 
 def other_references(rows: EvaluationRows, seed: int) -> list[str]:
-    """For each row the reference of another question (n,), of the same severity where that can be.
+    """For each row the reference of another question (n,), each used once; of the same severity where that can be.
 
     References of critical cases differ from others in wording and length, which any model would tell apart.
 
     Raises:
         DataError: one question is that of more than half of the rows.
     """
-    found = shuffled_references(rows.groups, seed)
-    for stratum in np.unique(rows.strata):
-        part = np.flatnonzero(rows.strata == stratum)
-        if 2 * np.unique(rows.groups[part], return_counts=True)[1].max() <= len(part):
-            found[part] = part[shuffled_references(rows.groups[part], seed)]
+    found = np.empty(len(rows), dtype=np.int64)
+    for part in (np.arange(len(rows)), *(np.flatnonzero(rows.strata == stratum) for stratum in np.unique(rows.strata))):
+        distinct, index, sizes = np.unique(rows.groups[part], return_inverse=True, return_counts=True)
+        if 2 * sizes.max() <= len(part):
+            # Rows in random order with groups together, moved on by the largest group: nobody lands in his own.
+            random = np.random.default_rng(seed)
+            shuffled = random.permutation(len(part))
+            order = shuffled[np.argsort(random.permutation(len(distinct))[index[shuffled]], kind="stable")]
+            found[part[order]] = part[np.roll(order, -int(sizes.max()))]
+        elif len(part) == len(rows):
+            raise DataError(
+                "More than half of the test rows ask the same question, so references cannot be shuffled; take "
+                "duplicates out of the data, with `sevpeft prepare`."
+            )
     return [rows.references[at] for at in found]
 
 
-def shuffled_references(groups: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """For each row the position of a row of another group (n,), each used once."""
-    random = np.random.default_rng(seed)
-    distinct, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    if 2 * sizes.max() > len(groups):
-        raise DataError(
-            "More than half of the test rows ask the same question, so references cannot be shuffled; take duplicates "
-            "out of the data, with `sevpeft prepare`."
-        )
-    # Rows in random order with groups together, moved on by the largest group: nobody lands in his own.
-    shuffled = random.permutation(len(groups))
-    order = shuffled[np.argsort(random.permutation(len(distinct))[index[shuffled]], kind="stable")]
-    target = np.empty(len(groups), dtype=np.int64)
-    target[order] = np.roll(order, -int(sizes.max()))
-    return target
-
-
 def constant_answer(training_answers: Sequence[str], seed: int = 0) -> str:
-    """The training answer that is most like other training answers: nearly the best that ignores the question.
+    """Of a draw of training answers the one most like another draw: nearly the best that ignores the question.
 
-    Out of a seeded draw of candidates, compared with another draw, never with the test split. By chrF++ with β = 1,
-    since β = 2 takes the longest answer for the most typical one.
+    By chrF++ with β = 1, since β = 2 takes the longest answer for the most typical one.
     """
     answers, random = sorted(training_answers), np.random.default_rng(seed)
     candidates = [answers[i] for i in random.permutation(len(answers))[:_CANDIDATES]]
@@ -294,64 +224,84 @@ def constant_answer(training_answers: Sequence[str], seed: int = 0) -> str:
 
 # Summary
 
+Place = tuple[str, str, str, str, str]
+"""Of a comparison: recipe, stratum, score, column, and the column that it is compared with."""
+
 
 def strata_of(rows: EvaluationRows) -> dict[str, np.ndarray]:
-    """Stratum → which rows (n,) belong to it, critical first and all last; a stratum without rows is left out."""
+    """Stratum → which rows (n,) belong to it, critical and all first; a stratum without rows is left out."""
     parts = {name: rows.strata == SEVERITIES.index(name) for name in reversed(SEVERITIES)}
-    return {name: part for name, part in parts.items() if part.any()} | {ALL: np.ones(len(rows), dtype=bool)}
-
-
-def in_order(scores: Mapping[str, Scores]) -> list[str]:
-    """The scores that a column has, in the order of `METRICS`, and after them those of a user's own rubric."""
-    there = {name: None for by_name in scores.values() for name in by_name}
-    return [*(name for name in METRICS if name in there), *(name for name in there if name not in METRICS)]
+    parts = {CRITICAL: parts[CRITICAL], ALL: np.ones(len(rows), dtype=bool), **parts}
+    return {name: part for name, part in parts.items() if part.any()}
 
 
 def summarize(
+    name: str,
     rows: EvaluationRows,
     scores: Mapping[str, Scores],
-    asked: EvaluationSection,
+    settings: EvaluationSection,
     *,
     tokens: Mapping[str, np.ndarray],
-    metrics: Mapping[str, Metric] = METRICS,
-) -> dict[str, Any]:
-    """Stratum → rows, questions and, per score and column, the mean with its interval clustered by question.
-
-    Under "difference" stands how much higher the adapter scores than the base model on the same rows; its p is
-    corrected for the strata of the score.
+    pairs: Mapping[str, Sequence[str]],
+    metrics: Mapping[str, Any] = METRICS,
+) -> tuple[dict[str, Any], dict[Place, Estimate]]:
+    """Means of every score and column with intervals clustered by question, and the differences of columns.
 
     Args:
-        scores: column → score → (n,).
+        name: of the recipe.
+        scores: column → score → (n,) or (seeds, n).
         tokens: column → (n,) of what was scored: NLL is a mean over tokens, as the loss of the training is.
-        metrics: score → its meaning.
+        pairs: column → those that it is compared with, in the scores of `HEADLINE`.
+
+    Returns:
+        Stratum → rows, questions, and metrics: score → column → mean, as evaluation.json and comparison.json hold it;
+        and the differences, which `add_comparisons` puts in under "against".
     """
-    settings: dict[str, Any] = {
-        "confidence": asked.confidence_level,
-        "resamples": asked.n_resamples,
-        "seed": asked.seed,
-    }
     found: dict[str, Any] = {}
-    differences: dict[str, dict[str, Difference]] = {}
+    differences: dict[Place, Estimate] = {}
+    there = {metric: None for of in scores.values() for metric in of}
+    # Those of a user's own rubric come last.
+    names = [*(metric for metric in METRICS if metric in there), *(metric for metric in there if metric not in METRICS)]
     for stratum, part in strata_of(rows).items():
-        groups = rows.groups[part]
-        by_metric: dict[str, dict[str, Any]] = {}
-        for metric in in_order(scores):
-            kind = {**settings, "share": metrics[metric].yes_no}
-            mass = {column: of[part] if metric == "nll" else None for column, of in tokens.items()}
-            values = {column: by_name[metric][part] for column, by_name in scores.items() if metric in by_name}
-            by_metric[metric] = {
-                column: estimate_dict(interval(one, groups, weights=mass.get(column), **kind))
-                for column, one in values.items()
-            }
-            if metric in HEADLINE and {ADAPTER, BASE} <= values.keys():
-                differences.setdefault(metric, {})[stratum] = paired_difference(
-                    values[ADAPTER], values[BASE], groups, weights=mass[ADAPTER], **kind
-                )
+        groups, by_metric = rows.groups[part], {}
+        for metric in names:
+            values = {column: np.atleast_2d(of[metric])[:, part] for column, of in scores.items() if metric in of}
+            mass = {column: tokens[column][part] if metric == "nll" else None for column in values}
+            yes_no, by_column = metrics[metric]["yes_no"], {}
+            for column, of in values.items():
+                mean = of.mean(axis=0)
+                # Seeds that disagree on a row leave no yes or no there.
+                share = yes_no and bool(np.isin(mean[np.isfinite(mean)], (0, 1)).all())
+                estimate = interval(mean, groups, settings, weights=mass[column], share=share)
+                by_column[column] = {**estimate.as_dict(), "against": {}}
+                for other in pairs.get(column, ()) if metric in HEADLINE else ():
+                    if other in values:
+                        differences[name, stratum, metric, column, other] = paired_difference(
+                            of, values[other], groups, settings, weights=mass[column], share=yes_no
+                        )
+            by_metric[metric] = by_column
         found[stratum] = {"rows": int(part.sum()), "questions": len(np.unique(groups)), "metrics": by_metric}
-    for metric, by_stratum in differences.items():
-        for stratum, difference in compare_family(by_stratum, metrics[metric].direction).items():
-            found[stratum]["metrics"][metric]["difference"] = difference.as_dict()
-    return found
+    return found, differences
+
+
+def add_comparisons(
+    found: Mapping[str, Mapping[str, Any]],
+    differences: Mapping[Place, Estimate],
+    family: Callable[[Place], Hashable],
+    metrics: Mapping[str, Any] = METRICS,
+) -> None:
+    """Puts the differences into the summaries (recipe → summary) under "against", each with its corrected p.
+
+    Args:
+        family: equal for the comparisons that are corrected together.
+    """
+    families: dict[Hashable, dict[Place, Estimate]] = {}
+    for place, difference in differences.items():
+        families.setdefault(family(place), {})[place] = difference
+    for together in families.values():
+        compared = compare_family(together, lambda place: metrics[place[2]]["better"][place[1]])
+        for (name, stratum, metric, column, other), comparison in compared.items():
+            found[name][stratum]["metrics"][metric][column]["against"][other] = comparison
 
 
 def remarks(rows: EvaluationRows) -> list[str]:
@@ -359,8 +309,8 @@ def remarks(rows: EvaluationRows) -> list[str]:
     notes = []
     if (rows.strata < 0).all():
         notes.append("The data has no severities, so that nothing can be said about critical cases.")
-    for name in () if notes else reversed(SEVERITIES):
-        questions = len(np.unique(rows.groups[rows.strata == SEVERITIES.index(name)]))
+    for at, name in () if notes else reversed(list(enumerate(SEVERITIES))):
+        questions = len(np.unique(rows.groups[rows.strata == at]))
         if questions < FEW_QUESTIONS:
             notes.append(
                 f"Only {questions} {name.replace('_', '-')} question{'s' if questions != 1 else ''} to evaluate on: "
@@ -369,49 +319,3 @@ def remarks(rows: EvaluationRows) -> list[str]:
     if rows.leaks:
         notes.append(f"{rows.leaks:,} questions stand in two splits of the data, which flatters the scores.")
     return notes
-
-
-# Table
-
-# Column of the table → its heading; the first two are measured, with intervals, the others are for orientation.
-_MEASURED = {ADAPTER: "adapter", BASE: "base model"}
-_FLOORS = {SHUFFLED: "shuf.", CONSTANT: "const.", REFERENCE: "doctor"}
-
-
-def evaluation_tables(content: Mapping[str, Any]) -> Group:
-    """The contents of evaluation.json in 80 columns: one table a stratum, what the columns mean, and the notes."""
-    parts: list[RenderableType] = []
-    for stratum, found in content["scores"].items():
-        heading = f"{stratum.replace('_', '-')}: {found['rows']:,} rows, {found['questions']:,} questions"
-        parts += [Text(), Text(heading, style="bold"), _table(content, stratum, found["metrics"])]
-        differences = []
-        for metric, by_column in found["metrics"].items():
-            difference, about = by_column.get("difference"), content["metrics"][metric]
-            if difference and difference["value"] is not None:
-                size = estimate_text(difference, about, sign=True)
-                unit = " points" if about["unit"] == "%" else ""
-                p = p_text(difference["p"], difference["p_at_most"])
-                differences.append(f"{about['label']} {size}{unit}, p {p} ({difference['outcome']})")
-        if differences:
-            parts.append(Text(f"adapter − base model: {'; '.join(differences)}", style="dim"))
-    floors = [(heading, content["columns"][name]) for name, heading in _FLOORS.items() if name in content["columns"]]
-    parts += [Text(), *(Text(f"{name}: {text}", style="dim") for name, text in (*content["methods"].items(), *floors))]
-    return Group(*parts, *(Text(note, style="yellow") for note in content["notes"]))
-
-
-def _table(content: Mapping[str, Any], stratum: str, scores: Mapping[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("score", overflow="fold", max_width=19)
-    columns = {name: heading for name, heading in (_MEASURED | _FLOORS).items() if name in content["columns"]}
-    for name, heading in columns.items():
-        table.add_column(heading, justify="right", no_wrap=True, style="dim" if name in _FLOORS else "")
-    for metric, found in scores.items():
-        if stratum not in (CRITICAL, ALL) and metric not in HEADLINE:
-            continue
-        about = content["metrics"][metric]
-        label = f"{about['label']}{' %' if about['unit'] == '%' else ''} {ARROWS[about['better'][stratum]]}".strip()
-        # For want of room three figures of nats too, and no intervals of floors.
-        short, alone = {**about, "unit": ""}, {"low": None, "high": None}
-        there = {name: found[name] | (alone if name in _FLOORS else {}) for name in columns if name in found}
-        table.add_row(label, *(estimate_text(there[name], short) if name in there else "" for name in columns))
-    return table

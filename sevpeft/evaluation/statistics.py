@@ -1,7 +1,7 @@
 """Means and paired differences of row scores, with intervals over questions, p-values and their correction.
 
-A question that occurs three times in the test split is one piece of evidence. So its rows are drawn together (cluster
-bootstrap; Field & Welsh 2007): `scipy.stats.bootstrap` draws pairs of a group's total and mass. Three things are added:
+A question that occurs three times in the test split is one piece of evidence, so its rows are drawn together (cluster
+bootstrap; Field & Welsh 2007), as pairs of a group's total and mass. Three things are added:
 
 - Percentile intervals are too narrow for few groups. They are widened to the coverage of Student's t (the expanded
   percentile interval; Hesterberg 2015, §5.3).
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,31 +26,34 @@ from scipy import stats
 
 from sevpeft.console import number_text
 from sevpeft.errors import DataError
+from sevpeft.recipe import EvaluationSection
 
-if TYPE_CHECKING:
-    from sevpeft.recipe import EvaluationSection
-
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 PERMUTATIONS = 4999
 ALPHA = 0.05
 POWER = 0.8
 # Groups times draws that scipy holds at once: what fits the cache is drawn fastest, permutations are set up slowly.
 _DRAWN_AT_ONCE = 300_000
 _PERMUTED_AT_ONCE = 4_000_000
+_DEFAULT = EvaluationSection()
 
 Floats = NDArray[np.float64]
 Direction = Literal["higher", "lower", "neither"]
-Outcome = Literal["better", "worse", "higher", "lower", "not distinguishable", "too few questions", "no data"]
 ARROWS: dict[Direction, str] = {"higher": "↑", "lower": "↓", "neither": ""}
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over rows and its interval; low and high are NaN where one group or equal values leave it open.
+    """A mean over rows, or a difference of two, with its interval, NaN where one group or equal values leave it open.
 
-    `standard_error` is the linearized one of a ratio of group totals; `rows` and `groups` are those that had a value.
+    Attributes:
+        standard_error: the linearized one of a ratio of group totals, with that of seeds.
+        rows, groups: those that had a value.
+        p: of a difference; two-sided, by swapping groups of rows between the arms. With several seeds it is no smaller
+            than that of a t test with the seeds' spread. NaN for fewer than two groups.
+        p_at_most: whether the number of permutations that were drawn limits p, so that it may be smaller.
+        degrees_of_freedom: Satterthwaite's (1946), of groups and seeds.
+        per_seed: the difference of each seed, in the order given.
     """
 
     value: float
@@ -59,25 +62,14 @@ class Estimate:
     standard_error: float
     rows: int
     groups: int
+    p: float = float("nan")
+    p_at_most: bool = False
+    degrees_of_freedom: float = float("nan")
+    per_seed: tuple[float, ...] = ()
 
-
-@dataclass(frozen=True)
-class Difference(Estimate):
-    """How much higher the first arm scores on the same rows, meaned over seeds.
-
-    Attributes:
-        p: probability of such a difference or a larger one (two-sided) if the arms were the same. Groups of rows are
-            swapped between the arms; with several seeds it is no smaller than that of a t test with the seeds' spread.
-            NaN for fewer than two groups.
-        p_at_most: whether the number of permutations that were drawn limits p, so that it may be smaller.
-        degrees_of_freedom: Satterthwaite's (1946), of groups and seeds.
-        per_seed: the difference of each seed, in the order given.
-    """
-
-    p: float
-    p_at_most: bool
-    degrees_of_freedom: float
-    per_seed: tuple[float, ...]
+    def as_dict(self) -> dict[str, Any]:
+        """As evaluation.json and comparison.json hold it."""
+        return {**{name: _or_none(getattr(self, name)) for name in ("value", "low", "high")}, "rows": self.rows}
 
 
 @dataclass(frozen=True)
@@ -87,55 +79,43 @@ class _Groups:
     totals: Floats
     masses: Floats
     rows: int
-
-    @property
-    def count(self) -> int:
-        return len(self.masses)
+    count: int
 
     def mean(self, totals: Floats) -> float:
         return float(totals.sum() / self.masses.sum())
 
     def all_equal(self, totals: Floats) -> bool:
-        """Whether all groups have the same mean."""
         return np.allclose(totals, self.mean(totals) * self.masses, rtol=1e-12, atol=0)
 
     def standard_error(self, totals: Floats) -> float:
         """Of the mean over groups, by linearization; NaN for one group."""
-        if self.count < 2:
-            return float("nan")
         rest = totals - self.mean(totals) * self.masses
-        return float(np.sqrt(np.sum(rest**2) * self.count / (self.count - 1)) / self.masses.sum())
+        scale = self.count / (self.count - 1) if self.count > 1 else np.nan
+        return float(np.sqrt(np.sum(rest**2) * scale) / self.masses.sum())
 
 
 def interval(
     values: ArrayLike,
     groups: ArrayLike,
+    settings: EvaluationSection = _DEFAULT,
     *,
     weights: ArrayLike | None = None,
     share: bool = False,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Estimate:
     """Mean of the values (n,) of rows in groups (n,), Σ weight·value / Σ weight, with its clustered interval.
 
     Args:
         values: NaN where a row has none (false reassurance of a question that is not critical); such rows are left out.
+            An infinite one is a DataError.
         weights: mass of each row, such as its tokens for a mean per token; one each by default.
         share: whether every row says yes or no (1 or 0), for the Korn–Graubard interval. A score that happens to be
             0 everywhere is no share.
-
-    Raises:
-        DataError: a value is infinite.
     """
     data = _by_group(np.atleast_2d(np.asarray(values, dtype=np.float64)), groups, weights)
     if not data.count:
         return Estimate(np.nan, np.nan, np.nan, np.nan, 0, 0)
     totals = data.totals[0]
-    if share:
-        low, high = _share_interval(totals, data, confidence)
-    else:
-        low, high = _bootstrap_interval(totals, data, confidence, resamples, seed)
+    low, high = (_share_interval if share else _bootstrap_interval)(totals, data, settings)
     return Estimate(data.mean(totals), low, high, data.standard_error(totals), data.rows, data.count)
 
 
@@ -143,41 +123,34 @@ def paired_difference(
     first: ArrayLike,
     second: ArrayLike,
     groups: ArrayLike,
+    settings: EvaluationSection = _DEFAULT,
     *,
     weights: ArrayLike | None = None,
     share: bool = False,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
-) -> Difference:
+) -> Estimate:
     """first − second, row by row, with an interval over groups and, where there are several, over seeds.
 
     Args:
         first, second: scores (n,) or (seeds, n), rows and seeds in the same order; an arm without seeds, such as the
             base model, is compared with every seed of the other. A row that lacks a value in any is left out of all.
-        share: as in `interval`.
-
-    Raises:
-        DataError: a value is infinite.
+        weights, share: as in `interval`.
     """
     one, other = np.broadcast_arrays(*(np.atleast_2d(np.asarray(of, dtype=np.float64)) for of in (first, second)))
-    seeds = len(one)
+    seeds, confidence = len(one), settings.confidence_level
     data = _by_group(np.concatenate([one, other]), groups, weights)
     if not data.count:
-        nan = np.nan
-        return Difference(nan, nan, nan, nan, 0, 0, nan, False, nan, (nan,) * seeds)
+        return Estimate(np.nan, np.nan, np.nan, np.nan, 0, 0, per_seed=(np.nan,) * seeds)
     by_seed = data.totals[:seeds] - data.totals[seeds:]
     mean = by_seed.mean(axis=0)
     per_seed = by_seed.sum(axis=1) / data.masses.sum()
     value = data.mean(mean)
-    low, high = _bootstrap_interval(mean, data, confidence, resamples, seed)
+    low, high = _bootstrap_interval(mean, data, settings)
     if share and data.all_equal(mean):
         # Every question shows the same; the questions asked bound how many others could differ (Clopper–Pearson for 0).
         unseen = float(1 - ((1 - confidence) / 2) ** (1 / data.count))
-        low, high = max(-1.0, value - unseen), min(1.0, value + unseen)
+        low, high = value - unseen, value + unseen
     of_rows, of_seeds = data.standard_error(mean), _seed_error(by_seed, data, per_seed)
-    p, p_at_most = _permutation_p(mean, permutations, seed)
+    p, p_at_most = _permutation_p(mean, settings.seed)
     error, freedom = of_rows, float(data.count - 1)
     if of_seeds > 0:
         margin = stats.t.ppf((1 + confidence) / 2, seeds - 1) * of_seeds
@@ -188,7 +161,9 @@ def paired_difference(
         freedom = float(error**4 / (of_rows**4 / max(data.count - 1, 1) + of_seeds**4 / (seeds - 1)))
         of_t = float(2 * stats.t.sf(abs(value) / error, freedom))
         p, p_at_most = max(p, of_t), p_at_most and of_t <= p
-    return Difference(value, low, high, error, data.rows, data.count, p, p_at_most, freedom, tuple(per_seed.tolist()))
+    if share:
+        low, high = np.clip((low, high), -1, 1).tolist()
+    return Estimate(value, low, high, error, data.rows, data.count, p, p_at_most, freedom, tuple(per_seed.tolist()))
 
 
 def _by_group(values: Floats, groups: ArrayLike, weights: ArrayLike | None) -> _Groups:
@@ -196,38 +171,35 @@ def _by_group(values: Floats, groups: ArrayLike, weights: ArrayLike | None) -> _
         raise DataError("A score is infinite, so there is no mean; look for the row in scores.jsonl.")
     mass = np.ones(values.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
     there = np.all(np.isfinite(values), axis=0) & (mass > 0)
-    kept, mass = values[:, there], mass[there]
-    distinct, index = np.unique(np.asarray(groups)[there], return_inverse=True)
-    totals: Floats = np.stack([np.bincount(index, weights=row * mass, minlength=len(distinct)) for row in kept])
-    masses: Floats = np.asarray(np.bincount(index, weights=mass, minlength=len(distinct)), dtype=np.float64)
-    return _Groups(totals, masses, int(there.sum()))
+    index, mass = np.unique(np.asarray(groups)[there], return_inverse=True)[1], mass[there]
+    sums = [np.bincount(index, weights=row * mass) for row in values[:, there]]
+    masses: Floats = np.asarray(np.bincount(index, weights=mass), dtype=np.float64)
+    return _Groups(np.stack(sums), masses, int(there.sum()), len(masses))
 
 
-def _bootstrap_interval(
-    totals: Floats, data: _Groups, confidence: float, resamples: int, seed: int
-) -> tuple[float, float]:
+def _bootstrap_interval(totals: Floats, data: _Groups, settings: EvaluationSection) -> tuple[float, float]:
     count = data.count
     if count < 2 or data.all_equal(totals):
         return float("nan"), float("nan")
-    expanded = 1 - 2 * stats.norm.cdf(-np.sqrt(count / (count - 1)) * stats.t.ppf((1 + confidence) / 2, count - 1))
+    student = stats.t.ppf((1 + settings.confidence_level) / 2, count - 1)
     drawn = stats.bootstrap(
         (totals, data.masses),
         lambda total, mass, axis: total.sum(axis=axis) / mass.sum(axis=axis),
         paired=True,
         vectorized=True,
-        n_resamples=resamples,
+        n_resamples=settings.n_resamples,
         batch=max(1, _DRAWN_AT_ONCE // count),
-        confidence_level=expanded,
+        confidence_level=1 - 2 * stats.norm.cdf(-np.sqrt(count / (count - 1)) * student),
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(settings.seed),
     )
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
-def _share_interval(totals: Floats, data: _Groups, confidence: float) -> tuple[float, float]:
+def _share_interval(totals: Floats, data: _Groups, settings: EvaluationSection) -> tuple[float, float]:
     """Clopper–Pearson for as many independent rows as carry the information of these clustered ones."""
     value, error, count = data.mean(totals), data.standard_error(totals), data.count
-    effective, tail = float(count), (1 + confidence) / 2
+    effective, tail = float(count), (1 + settings.confidence_level) / 2
     if 0 < value < 1:
         if not error > 0:  # one question, or all have the same share
             return float("nan"), float("nan")
@@ -242,154 +214,90 @@ def _share_interval(totals: Floats, data: _Groups, confidence: float) -> tuple[f
 def _seed_error(by_seed: Floats, data: _Groups, per_seed: Floats) -> float:
     """Standard error that the choice of seeds adds: their spread less what the rows of one seed vary by themselves."""
     seeds, count = by_seed.shape
-    if seeds < 2 or count < 2:
+    if min(seeds, count) < 2:
         return 0.0
     rest = by_seed - by_seed.mean(axis=0) - (per_seed - per_seed.mean())[:, None] * data.masses
     by_rows = np.sum(rest**2) * count / (count - 1) / data.masses.sum() ** 2 / (seeds - 1)
     return float(np.sqrt(max(0.0, np.var(per_seed, ddof=1) - by_rows) / seeds))
 
 
-def _permutation_p(by_group: Floats, permutations: int, seed: int) -> tuple[float, bool]:
+def _permutation_p(by_group: Floats, seed: int) -> tuple[float, bool]:
     """Two-sided p, and whether the number of permutations limits it: all are tried where there are few, else a draw.
 
     Groups are swapped between the arms as wholes, which turns the sign of their difference.
     """
-    if len(by_group) < 2:
-        return float("nan"), False
-    # A group in which the arms are equal is the same swapped.
-    differing = by_group[by_group != 0]
-    if len(differing) < 2:
-        return 1.0, False  # of one group both signs are as extreme
+    differing = by_group[by_group != 0]  # a group in which the arms are equal is the same swapped
+    if len(differing) < 2:  # of one group both signs are as extreme
+        return 1.0 if len(by_group) > 1 else float("nan"), False
     tested = stats.permutation_test(
         (differing,),
         lambda differences, axis: differences.sum(axis=axis),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=permutations,
+        n_resamples=PERMUTATIONS,
         batch=max(1, _PERMUTED_AT_ONCE // len(differing)),
         rng=np.random.default_rng(seed),
     )
     p = float(tested.pvalue)
-    return p, 2.0 ** len(differing) > permutations and p <= 2 / (permutations + 1)
+    return p, 2.0 ** len(differing) > PERMUTATIONS and p <= 2 / (PERMUTATIONS + 1)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One arm against another, in one score on the rows of one stratum.
-
-    Attributes:
-        difference: first arm − second arm.
-        better: the direction of the score that is good on these rows.
-        p: corrected by Holm for the comparisons of its family; NaN where it could not be made.
-        p_at_most: whether p may be smaller, and only more permutations would show it.
-        family: how many comparisons were corrected together.
-    """
-
-    difference: Difference
-    better: Direction
-    p: float
-    p_at_most: bool
-    family: int
-
-    @property
-    def detectable(self) -> float:
-        """Smallest true difference that an experiment with this standard error finds with the given power.
-
-        (t_{1−α/2m} + t_power) · SE; the m comparisons of the family share α (Bonferroni, which is what Holm asks of the
-        smallest p). NaN where there is no standard error or too few questions to find anything.
-        """
-        found = self.difference
-        if self._hopeless or not found.standard_error > 0 or found.degrees_of_freedom < 1:
-            return float("nan")
-        quantiles = stats.t.ppf([1 - ALPHA / self.family / 2, POWER], found.degrees_of_freedom)
-        return float(quantiles.sum() * found.standard_error)
-
-    @property
-    def outcome(self) -> Outcome:
-        """What the difference shows of the first arm; "higher" and "lower" where neither direction is good."""
-        found = self.difference
-        if not found.rows:
-            return "no data"
-        if self.p < ALPHA and not found.low <= 0 <= found.high:
-            rises = found.value > 0
-            if self.better == "neither":
-                return "higher" if rises else "lower"
-            return "better" if rises == (self.better == "higher") else "worse"
-        return "too few questions" if self._hopeless else "not distinguishable"
-
-    @property
-    def _hopeless(self) -> bool:
-        """Whether even the most extreme answers could not have given a p below α."""
-        smallest = 2 / min(2.0**self.difference.groups, PERMUTATIONS + 1)
-        return smallest * self.family >= ALPHA or not np.isfinite(self.p)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As evaluation.json and comparison.json hold it."""
-        return {
-            **estimate_dict(self.difference),
-            "p": _or_none(self.p),
-            "p_at_most": self.p_at_most,
-            "comparisons": self.family,
-            "per_seed": [_or_none(value) for value in self.difference.per_seed],
-            "detectable": _or_none(self.detectable),
-            "better": self.better,
-            "outcome": self.outcome,
-        }
-
-
-def compare_family(differences: Mapping[K, Difference], better: Callable[[K], Direction]) -> dict[K, Comparison]:
-    """Comparisons that are corrected together.
+def compare_family(differences: Mapping[K, Estimate], better: Callable[[K], Direction]) -> dict[K, dict[str, Any]]:
+    """Comparisons that are corrected together, as evaluation.json and comparison.json hold them.
 
     Args:
         better: key → direction that is good there.
+
+    Returns:
+        Key → the difference, and
+        - p: corrected by Holm; p_at_most: more permutations could show that it is smaller.
+        - comparisons: how many were corrected together.
+        - detectable: smallest true difference that an experiment with this standard error finds with the given power,
+          (t_{1−α/2m} + t_power) · SE. The m comparisons share α (Bonferroni, which Holm asks of the smallest p).
+        - outcome: better, worse, higher or lower (where neither direction is good), not distinguishable, too few
+          questions (even the most extreme answers could not have given a p below α), or no data.
     """
-    corrected = holm([found.p for found in differences.values()])
+    corrected = holm([found.p for found in differences.values()]).tolist()
     family = int(np.isfinite(corrected).sum())
     # A limited p is the smallest there can be, and Holm passes it on to no larger one than shows the same.
     limited = [p for p, found in zip(corrected, differences.values(), strict=True) if found.p_at_most]
-    return {
-        key: Comparison(found, better(key), float(p), bool(p < 1 and p in limited), family)
-        for (key, found), p in zip(differences.items(), corrected, strict=True)
-    }
+    compared = {}
+    for (key, found), p in zip(differences.items(), corrected, strict=True):
+        hopeless = not np.isfinite(p) or 2 / min(2.0**found.groups, PERMUTATIONS + 1) * family >= ALPHA
+        detectable = np.nan
+        if not hopeless and found.standard_error > 0 and found.degrees_of_freedom >= 1:
+            quantiles = stats.t.ppf([1 - ALPHA / family / 2, POWER], found.degrees_of_freedom)
+            detectable = quantiles.sum() * found.standard_error
+        outcome, good = "too few questions" if hopeless else "not distinguishable", better(key)
+        if not found.rows:
+            outcome = "no data"
+        elif p < ALPHA and not found.low <= 0 <= found.high:
+            outcome = "higher" if found.value > 0 else "lower"
+            if good != "neither":
+                outcome = "better" if outcome == good else "worse"
+        compared[key] = {
+            **found.as_dict(),
+            "p": _or_none(p),
+            "p_at_most": p < 1 and p in limited,
+            "comparisons": family,
+            "per_seed": [_or_none(value) for value in found.per_seed],
+            "detectable": _or_none(detectable),
+            "better": good,
+            "outcome": outcome,
+        }
+    return compared
 
 
 def holm(p: ArrayLike) -> Floats:
     """p of several comparisons (n,), corrected so that one false finding among all is as rare as α (Holm 1979).
 
-    scipy has corrections of the false discovery rate only (`false_discovery_control`). NaN, a comparison that could
-    not be made, stays NaN and does not count.
+    NaN, a comparison that could not be made, stays NaN and does not count. scipy has no correction of this kind.
     """
     given = np.asarray(p, dtype=np.float64)
     corrected = np.full(given.shape, np.nan)
-    made = np.flatnonzero(np.isfinite(given))
-    order = made[np.argsort(given[made], kind="stable")]
-    factors = np.arange(len(order), 0, -1)
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(given[order] * factors))
+    order = np.argsort(given, kind="stable")[: np.isfinite(given).sum()]  # NaN is sorted last
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(given[order] * np.arange(len(order), 0, -1)))
     return corrected
-
-
-def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
-    """How every interval, p and detectable difference was computed, for the lines below the tables.
-
-    Args:
-        families: which comparisons are corrected together.
-    """
-    return {
-        "Interval": f"{settings.confidence_level:.0%}; bootstrap of questions, {settings.n_resamples:,} resamples, "
-        "widened for few questions. Differences also over seeds. A mean of yes or no: Korn–Graubard (exact binomial). "
-        "None where all values are equal.",
-        "Test": f"Paired, two-sided permutation test by question, {PERMUTATIONS:,} permutations (all, where there are "
-        'fewer). "At most": more permutations could show a smaller p. With several seeds, p is never below that of a t '
-        "test with their spread.",
-        "Correction": f"Holm, for {families}.",
-        "Detectable": f"Smallest true difference found with {POWER:.0%} power at α = {ALPHA:g}, shared by the "
-        "comparisons corrected together.",
-    }
-
-
-def estimate_dict(found: Estimate) -> dict[str, Any]:
-    """As evaluation.json and comparison.json hold it."""
-    return {**{name: _or_none(getattr(found, name)) for name in ("value", "low", "high")}, "rows": found.rows}
 
 
 def _or_none(value: float) -> float | None:
@@ -398,14 +306,14 @@ def _or_none(value: float) -> float | None:
 
 
 def estimate_text(found: Mapping[str, Any], metric: Mapping[str, Any], *, sign: bool = False) -> str:
-    """`5.110 [5.020, 5.200]` of what `estimate_dict` gives, in shown units; the value alone where there is no interval.
+    """`5.110 [5.020, 5.200]` of what `Estimate.as_dict` gives; the value alone where there is no interval.
 
     Args:
-        metric: `Metric.meaning()` of the score; four figures of nats and three of all others are shown.
+        metric: a score of `METRICS`; four figures of nats and three of all others are shown.
     """
     figures, times = (4 if metric["unit"] == "nats a token" else 3), metric["shown_times"]
     value, low, high = (None if found[name] is None else found[name] * times for name in ("value", "low", "high"))
     text = number_text(value, figures, sign=sign)
-    return (
-        text if low is None or high is None else f"{text} [{number_text(low, figures)}, {number_text(high, figures)}]"
-    )
+    if low is None or high is None:
+        return text
+    return f"{text} [{number_text(low, figures)}, {number_text(high, figures)}]"

@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,9 @@ from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.conftest import build_model, build_tokenizer
 from tests.evaluation.conftest import QUICKSTART
-from tests.training.children import exit_codes, start
 
-ARMS, SEEDS = ("base", "ce", "balanced", "shuffled"), (0, 1)
-RUNS = ["ce-0", "balanced-0", "ce-1", "balanced-1", "shuffled-balanced-0", "shuffled-balanced-1"]
+ARMS = ("base", "ce", "balanced", "shuffled")
+RUNS = ["ce-0", "balanced-0", "shuffled-balanced-0"]
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +51,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def compared(settings: list[str], output: Path, **other: Any) -> dict[str, Any]:
-    asked: dict[str, Any] = {"arms": ARMS, "seeds": SEEDS, "answers": False, **other}
+    asked: dict[str, Any] = {"arms": ARMS, "seeds": (0,), "answers": False, **other}
     return compare([QUICKSTART], settings, output=output, **asked)
 
 
@@ -107,28 +105,30 @@ def assert_same_bits(one: Path, other: Path) -> None:
 def test_the_comparison_is_complete(finished: Path) -> None:
     content = stored(finished)
     found = content["recipes"]["quickstart"]
-    assert list(content["arms"]) == list(ARMS) and content["seeds"] == [0, 1]
+    assert list(content["columns"]) == list(ARMS) and content["seeds"] == [0]
     assert {path.name for path in (finished / "quickstart").iterdir() if path.name[0] != "."} == set(RUNS)
-    assert found["runs"]["shuffled"] == ["quickstart/shuffled-balanced-0", "quickstart/shuffled-balanced-1"]
+    assert found["runs"]["shuffled"] == ["quickstart/shuffled-balanced-0"]
     assert list(found["scores"]) == ["critical", "all", "neutral", "non_critical"]
     for scores in found["scores"].values():
         assert list(scores["metrics"]["nll"]) == list(ARMS)
         balanced = scores["metrics"]["nll"]["balanced"]
-        assert set(balanced["against"]) == {"ce", "shuffled"} and len(balanced["against"]["ce"]["per_seed"]) == 2
+        assert set(balanced["against"]) == {"ce", "shuffled"} and len(balanced["against"]["ce"]["per_seed"]) == 1
         for reference, difference in balanced["against"].items():
             other = scores["metrics"]["nll"][reference]["value"]
             assert difference["value"] == pytest.approx(balanced["value"] - other)
-    assert found["chosen"] == found["controls_of"] == "balanced" and found["verdict"].startswith("balanced ")
-    assert content["verdict"] == found["verdict"] and "raise data.test_size" in found["power"]
-    losses = [Run(finished / "quickstart" / f"balanced-{seed}").metrics()["after"]["loss_critical"] for seed in SEEDS]
-    assert found["validation"]["balanced"]["per_seed"] == losses
+    assert found["chosen"] == found["controls_of"] == "balanced"
+    # Two critical questions show nothing, so that no direction is claimed.
+    assert content["verdict"] == found["verdict"] and found["verdict"].startswith("Too few critical questions (2)")
+    assert "raise data.test_size" in found["power"]
+    loss = Run(finished / "quickstart" / "balanced-0").metrics()["after"]["loss_critical"]
+    assert found["validation"]["balanced"]["per_seed"] == [loss]
 
 
 def test_an_arm_is_what_sevpeft_train_makes_and_differs_in_its_weights_only(
     finished: Path, settings: list[str], tmp_path: Path
 ) -> None:
-    alone = train(load_recipe(QUICKSTART, [*settings, "training.seed=1"]), tmp_path / "alone")
-    assert_same_bits(alone.folder, finished / "quickstart" / "balanced-1")
+    alone = train(load_recipe(QUICKSTART, [*settings, "training.seed=0"]), tmp_path / "alone")
+    assert_same_bits(alone.folder, finished / "quickstart" / "balanced-0")
     recipes = {name: load_recipe(finished / "quickstart" / name / "recipe.yaml").model_dump() for name in RUNS}
     for name, recipe in recipes.items():
         assert recipe["severity"].pop("control") == (
@@ -142,13 +142,6 @@ def test_an_arm_is_what_sevpeft_train_makes_and_differs_in_its_weights_only(
     assert spread["ce-0"] == 0 and 0.1 < spread["balanced-0"] == pytest.approx(spread["shuffled-balanced-0"])
 
 
-def test_weights_of_one_are_plain_cross_entropy(finished: Path, settings: list[str], tmp_path: Path) -> None:
-    ones = [*settings, "severity.weights={non_critical: 1, neutral: 1, critical: 1}"]
-    content = compared(ones, tmp_path / "out", arms=("own",), seeds=(0,))
-    assert_same_bits(finished / "quickstart/ce-0", tmp_path / "out/quickstart/own-0")
-    assert content["verdict"].startswith("No verdict")
-
-
 def test_floors_are_scored_once_and_not_for_every_run(finished: Path) -> None:
     columns = {name: list(stored(finished / "quickstart" / name, "evaluation.json")["columns"]) for name in RUNS}
     assert columns == {name: ["adapter"] for name in RUNS} | {"ce-0": ["adapter", "base", "shuffled"]}
@@ -157,12 +150,10 @@ def test_floors_are_scored_once_and_not_for_every_run(finished: Path) -> None:
 def test_finished_work_is_not_done_again(output: Path, settings: list[str], trained: list[str]) -> None:
     before = stored(output)
     assert compared(settings, output) == before == stored(output) and trained == []
-    more = compared(settings, output, arms=("ce", "balanced"), seeds=(0, 1, 2))
-    assert trained == [f"{verb} {run}" for run in ("ce-2", "balanced-2") for verb in ("train", "evaluate")]
-    assert more["seeds"] == [0, 1, 2] and stored(output) == more
-    shutil.rmtree(output / "quickstart" / "balanced-1")
-    del trained[:]
-    assert compared(settings, output) == before and trained == ["train balanced-1", "evaluate balanced-1"]
+    less = compared(settings, output, arms=("ce",))
+    assert trained == [] and stored(output) == less and less["verdict"].startswith("No verdict")
+    (output / "quickstart" / "balanced-0" / "evaluation.json").unlink()
+    assert compared(settings, output) == before and trained == ["evaluate balanced-0"]
 
 
 def test_answers_are_added_to_what_was_compared_by_likelihood(
@@ -181,7 +172,7 @@ def test_answers_are_added_to_what_was_compared_by_likelihood(
 def test_rows_are_joined_by_id_and_never_by_place(output: Path, settings: list[str]) -> None:
     before = stored(output)
     for name in ("scores.jsonl", "likelihood.jsonl"):
-        path = output / "quickstart" / "balanced-1" / name
+        path = output / "quickstart" / "balanced-0" / name
         path.write_text("".join(reversed(path.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
     assert compared(settings, output) == before
 
@@ -197,38 +188,28 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(SeveritySFTTrainer, "training_step", interrupted)
-    for name in ("balanced-0", "ce-1"):
+    for name in ("balanced-0", "shuffled-balanced-0"):
         shutil.rmtree(output / "quickstart" / name)
-    arms = ("base", "ce", "balanced")
     with pytest.raises(Interrupted):
-        compared(settings, output, arms=arms)
+        compared(settings, output)
     assert trained == ["train balanced-0"]
     # One that was killed before it was a run at all.
-    (output / "quickstart/ce-1").mkdir()
-    (output / "quickstart/ce-1/environment.json").write_text("{", encoding="utf-8")
+    other = output / "quickstart/shuffled-balanced-0"
+    other.mkdir()
+    (other / "environment.json").write_text("{", encoding="utf-8")
     compared(settings, output)
-    assert trained[1:] == ["resume balanced-0", "evaluate balanced-0", "train ce-1", "evaluate ce-1"]
+    assert trained[1:] == ["resume balanced-0", "evaluate balanced-0", f"train {other.name}", f"evaluate {other.name}"]
     resumed = Run(output / "quickstart/balanced-0").metrics()["training"]["resumed_from"]
     assert resumed == "checkpoint-2"
-    for name in ("balanced-0", "ce-1"):
+    for name in ("balanced-0", "shuffled-balanced-0"):
         assert_same_bits(finished / "quickstart" / name, output / "quickstart" / name)
     assert stored(output) == stored(finished)
-
-
-def test_a_kill_between_the_last_step_and_the_adapter_costs_no_step_more(
-    finished: Path, output: Path, settings: list[str], trained: list[str]
-) -> None:
-    shutil.rmtree(output / "quickstart/balanced-1/adapter")
-    compared(settings, output)
-    assert trained[0] == "resume balanced-1"
-    assert Run(output / "quickstart/balanced-1").metrics()["training"]["steps"] == 3
-    assert_same_bits(finished / "quickstart/balanced-1", output / "quickstart/balanced-1")
 
 
 def test_a_run_that_another_process_holds_is_left_to_it(
     output: Path, settings: list[str], trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("ce-0", "ce-1"):
+    for name in ("ce-0", "balanced-0"):
         (output / "quickstart" / name / "scores.jsonl").unlink()
     held, free, evaluate_run = threading.Event(), threading.Event(), module.evaluate
 
@@ -246,29 +227,7 @@ def test_a_run_that_another_process_holds_is_left_to_it(
     threading.Thread(target=hold).start()
     held.wait(60)
     compared(settings, output)
-    assert trained == ["evaluate ce-1", "evaluate ce-0"]
-
-
-def compare_elsewhere(settings: list[str], output: Path) -> None:
-    trained: list[Run] = []
-    content = compared(settings, output, arms=("ce", "balanced"), seeds=(0,), on_trained=trained.append)
-    found = {"content": content, "trained": [run.folder.name for run in trained]}
-    output.with_suffix(".json").write_text(json.dumps(found), encoding="utf-8")
-
-
-def test_two_processes_share_the_runs(finished: Path, settings: list[str], tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    others = start(compare_elsewhere, settings, output, str(tmp_path / "cache"))
-    while others[0].is_alive() and not (output / "quickstart/.locks/ce-0").exists():
-        time.sleep(0.05)
-    here: list[Run] = []
-    content = compared(settings, output, arms=("ce", "balanced"), seeds=(0,), on_trained=here.append)
-    assert exit_codes(others) == [0]
-    there = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
-    assert sorted([run.folder.name for run in here] + there["trained"]) == ["balanced-0", "ce-0"]
-    assert there["content"] == content == stored(output)
-    for name in RUNS[:2]:
-        assert_same_bits(finished / "quickstart" / name, output / "quickstart" / name)
+    assert trained == ["evaluate balanced-0", "evaluate ce-0"]
 
 
 def test_controls_have_the_weights_that_validation_chose(output: Path, settings: list[str], trained: list[str]) -> None:
@@ -286,7 +245,7 @@ def test_several_recipes_give_one_table(output: Path, settings: list[str], tmp_p
     shutil.copytree(output / "quickstart", output / "other")
     asked: dict[str, Any] = {"arms": ("ce", "balanced"), "seeds": (0,), "answers": False}
     content = compare([QUICKSTART, other], settings, output=output, **asked)
-    assert list(content["recipes"]) == ["quickstart", "other"] and content["verdict"].count(": balanced ") == 2
+    assert list(content["recipes"]) == ["quickstart", "other"] and content["verdict"].count(": Too few") == 2
     assert trained == []
     with pytest.raises(UsageError, match="quickstart"):
         compare([QUICKSTART, QUICKSTART], settings, output=output, **asked)
@@ -309,7 +268,7 @@ def test_a_recipe_that_was_refused_can_be_corrected(
 
 
 def test_another_comparison_is_not_mixed_in(output: Path, settings: list[str], trained: list[str]) -> None:
-    with pytest.raises(RunError, match=r"training.learning_rate is 0.5 and was 0.002"):
+    with pytest.raises(RunError, match=r"training.learning_rate"):
         compared([*settings, "training.learning_rate=0.5"], output)
     with pytest.raises(RunError, match="--output"):
         compared(settings, output / "quickstart" / "ce-0")
@@ -329,9 +288,9 @@ def test_a_damaged_run_is_named_and_the_others_are_kept(
     ]
     for number, (file, content) in enumerate(table):
         output = Path(shutil.copytree(finished, tmp_path / str(number)))
-        path = output / "quickstart" / "balanced-1" / file
+        path = output / "quickstart" / "balanced-0" / file
         path.unlink() if content is None else path.write_text(content, encoding="utf-8")
-        with pytest.raises(SevpeftError, match="balanced-1"):
+        with pytest.raises(SevpeftError, match="balanced-0"):
             compared(settings, output)
     assert not any(line.startswith("train") for line in trained)
 
@@ -340,8 +299,8 @@ def test_runs_that_were_not_trained_alike_are_not_compared(
     finished: Path, output: Path, settings: list[str], tmp_path: Path
 ) -> None:
     folder = output / "quickstart"
-    shutil.copy(folder / "ce-1" / "recipe.yaml", folder / "balanced-1" / "recipe.yaml")
-    with pytest.raises(RunError, match=r"balanced-1 .*severity.control"):
+    shutil.copy(folder / "ce-0" / "recipe.yaml", folder / "balanced-0" / "recipe.yaml")
+    with pytest.raises(RunError, match=r"balanced-0 .*severity.control"):
         compared(settings, output)
     for section, changed, name in (
         ("training", {"steps": 2}, "steps"),
@@ -349,18 +308,19 @@ def test_runs_that_were_not_trained_alike_are_not_compared(
         ("model", {"fingerprint": "sha256:0"}, "base weights"),
     ):
         other = Path(shutil.copytree(finished, tmp_path / section))
-        run = Run(other / "quickstart" / "ce-1")
+        run = Run(other / "quickstart" / "balanced-0")
         run.update_metrics(**{section: {**run.metrics()[section], **changed}})
-        with pytest.raises(RunError, match=rf"ce-1 .*ce-0 .*\(other {name}\)"):
+        with pytest.raises(RunError, match=rf"balanced-0 .*ce-0 .*\(other {name}\)"):
             compared(settings, other)
 
 
-def test_recipes_whose_arms_would_differ_in_more_than_weights_are_refused(settings: list[str], tmp_path: Path) -> None:
-    for override in ("severity.control=shuffled", "training.load_best_model_at_end=true"):
-        with pytest.raises(UsageError, match=override.split("=")[0]):
-            compared([*settings, override], tmp_path / "out")
-    with pytest.raises(UsageError, match="balanced"):
-        compared(settings, tmp_path / "out", arms=("own", "balanced"))
+def test_several_processes_of_a_launcher_are_refused(settings: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="sevpeft compare"):
+        compared(settings, tmp_path / "out")
+
+
+def test_data_that_can_show_nothing_is_refused_before_anything_is_trained(settings: list[str], tmp_path: Path) -> None:
     data = tmp_path / "data.csv"
     data.write_text("question,answer\n" + "".join(f"سؤال {n},جواب {n}\n" for n in range(40)), encoding="utf-8")
     for override, remedy in ((f"data.path={data}", "severity.source=rules"), ("data.max_rows=20", "data.test_size")):
@@ -385,15 +345,15 @@ def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 def test_the_verb_prints_verdict_and_table_and_one_sentence_when_refused(
     output: Path, settings: list[str], sevpeft_: Callable[..., tuple[int, str, str]]
 ) -> None:
-    words = ["compare", QUICKSTART, *settings, "--output", output, "--nll-only", "--seeds", "0,1", "--arms"]
+    words = ["compare", QUICKSTART, *settings, "--output", output, "--nll-only", "--seeds", "0", "--arms"]
     code, out, _ = sevpeft_(*words, "base,ce,balanced,shuffled")
-    assert code == 0 and out.index("balanced ") < out.index("\ncritical: ") < out.index("\nall: 11 rows")
+    assert code == 0 and out.index("Too few") < out.index("\nCritical cases: ") < out.index("\nAll cases: 11 rows")
     assert max(map(len, out.splitlines()[:-2])) <= 80
     assert out.splitlines()[-1] == f"Next: sevpeft report {output}"
     for more, expected in (
         (["ce,blanced"], "blanced"),
         (["ce", "--seeds", "a"], "--seeds"),
-        (["ce", "training.max_steps=4"], "training.max_steps is 4 and was 3"),
+        (["ce", "training.max_steps=4"], "training.max_steps"),
     ):
         code, out, err = sevpeft_(*words, *more)
         assert code in (1, 2) and out == "" and expected in err and len(err.strip().splitlines()) == 1

@@ -25,17 +25,23 @@ from sevpeft.data.prepare.prepare import prepare
 from sevpeft.data.read import load_consultations
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import Interrupted, ModelError, RunError, UsageError
+from sevpeft.evaluation import bertscore
 from sevpeft.evaluation import evaluate as module
-from sevpeft.evaluation import scores as of_scores
-from sevpeft.evaluation.evaluate import RowFile, check_same_data, evaluate, training_answers
-from sevpeft.evaluation.scores import METRICS, evaluation_tables
+from sevpeft.evaluation.evaluate import RowFile, evaluate
+from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.scores import METRICS
 from sevpeft.evaluation.statistics import estimate_text
-from sevpeft.recipe import load_recipe, recipe_from_values
+from sevpeft.evaluation.tables import evaluation_tables
+from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from sevpeft.runs import Run
 from sevpeft.training.data import load_splits
 from tests.evaluation.conftest import QUICKSTART
 
 ROWS = 11  # of the run's test split
+
+
+def rows_of(recipe: Recipe) -> EvaluationRows:
+    return module.test_rows(*load_splits(recipe))
 
 
 def lines(run: Run, name: str = "predictions.jsonl") -> list[dict[str, Any]]:
@@ -50,7 +56,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting(model: Any, prompt: Any, rows: Any, *rest: Any) -> Any:
         for batch in generate(model, prompt, rows, *rest):
-            seen.extend(f"answer {one.id}" for one in batch)
+            seen.extend(f"answer {one['id']}" for one in batch)
             yield batch
 
     def counting_nll(model: Any, prompt: Any, rows: Any, **rest: Any) -> Any:
@@ -65,7 +71,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_every_row_is_answered_by_both_arms_and_scored_beside_floors(run: Run) -> None:
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     content = evaluate(run)
-    rows = module.test_rows(load_recipe(run.folder / "recipe.yaml"))
+    rows = rows_of(load_recipe(run.folder / "recipe.yaml"))
     assert {(row["arm"], row["id"]) for row in lines(run)} == {
         (arm, i) for arm in ("adapter", "base") for i in rows.ids
     }
@@ -77,14 +83,16 @@ def test_every_row_is_answered_by_both_arms_and_scored_beside_floors(run: Run) -
         rows.groups[at],
     )
     assert one["severity"] == one["id"].split("-")[-2]
-    assert list(content["scores"]) == ["critical", "neutral", "non_critical", "all"]
+    assert list(content["scores"]) == ["critical", "all", "neutral", "non_critical"]
     scores = content["scores"]["all"]["metrics"]
     assert set(scores) == {name for name in METRICS if not name.startswith(("bertscore", "judge"))}
     for name in ("chrf", "rouge_l"):
         assert set(scores[name]) >= {"adapter", "base", "shuffled", "constant"}
         low, value, high = (scores[name]["adapter"][part] for part in ("low", "value", "high"))
         assert (low is high is None and value == 0) or low <= value <= high  # without an interval where all are equal
-    assert set(scores["nll"]) == {"adapter", "base", "shuffled", "difference"}
+    assert list(scores["nll"]) == ["adapter", "base", "shuffled"] and set(scores["nll"]["adapter"]["against"]) == {
+        "base"
+    }
     assert "reference" in scores["referral"] and "reference" not in scores["unsupported_dose"]
     by_row = {(row["column"], row["id"]): row for row in lines(run, "scores.jsonl")}
     likelihoods = {(row["arm"], row["id"]): row for row in lines(run, "likelihood.jsonl")}
@@ -151,7 +159,8 @@ def test_a_kill_loses_at_most_one_batch(run: Run, counted: list[str]) -> None:
     assert len(lines(run)) == 8  # two batches of four
     content = evaluate(run)
     answered = [one for one in counted if one.startswith("answer")]
-    assert len(answered) == 2 * ROWS - 8 and not any(one.startswith("nll") for one in counted)
+    # The base model comes first, so that the adapter's likelihoods and its floor are what is missing.
+    assert len(answered) == 2 * ROWS - 8 and len(counted) - len(answered) == 2 * ROWS
     predictions.unlink()
     (run.folder / "evaluation.json").unlink()
     assert evaluate(run) == content
@@ -168,8 +177,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr(module.RowFile, "append", interrupted)
     with pytest.raises(Interrupted):
         evaluate(run)
-    assert len(lines(run)) == 4
-    assert not (run.folder / ".evaluating").exists()
+    assert len(lines(run)) == 4 and not (run.folder / ".evaluating").exists()
 
 
 def test_two_evaluations_of_one_run_do_not_mix_and_a_kill_releases_the_run(run: Run) -> None:
@@ -213,7 +221,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(
         evaluate(run, limit=1)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(UsageError, match="sevpeft evaluate RUN"):
+        with pytest.raises(UsageError, match="sevpeft evaluate"):
             evaluate(run)
     (run.adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(RunError, match="no adapter"):
@@ -227,7 +235,7 @@ def test_the_default_encoder_may_be_absent_and_one_that_was_named_may_not(
     def absent(name: str, layer: int) -> None:
         raise ModelError(f"{name} is not here.")
 
-    monkeypatch.setattr(of_scores, "Encoder", absent)
+    monkeypatch.setattr(bertscore, "Encoder", absent)
     content = evaluate(run, ["evaluation.bertscore=true"], limit=3)
     assert any("bert-base-multilingual-cased is not here" in note for note in content["notes"])
     assert "chrf" in content["metrics"]
@@ -241,10 +249,11 @@ def test_the_table_fits_80_columns_and_has_critical_cases_first(run: Run) -> Non
     console.print(evaluation_tables(content))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
-    assert shown.index("critical:") < shown.index("neutral:") < shown.index("non-critical:") < shown.index("all:")
+    assert shown.index("Critical cases:") < shown.index("adapter − base") < shown.index("All cases:")
     nll = content["scores"]["critical"]["metrics"]["nll"]
-    assert estimate_text(nll["adapter"], {"unit": "", "shown_times": 1}) in shown
-    assert f" {nll['shuffled']['value']:.2f} " in shown
+    assert estimate_text(nll["adapter"], content["metrics"]["nll"]) in shown
+    assert estimate_text(nll["adapter"]["against"]["base"], content["metrics"]["nll"], sign=True) in shown
+    assert f" {nll['shuffled']['value']:.3f} " in shown
     assert "Only 2 critical questions" in " ".join(shown.split())
 
 
@@ -293,18 +302,17 @@ def table(path: Path, *, copies: int = 1) -> Path:
 
 def test_the_rows_are_the_run_s_own_test_split_and_none_was_trained_on(finished_run: Run) -> None:
     recipe = load_recipe(finished_run.folder / "recipe.yaml")
-    rows = module.test_rows(recipe)
+    rows = rows_of(recipe)
     _, splits, _ = load_splits(recipe)
     assert rows.ids == list(splits.test["id"]) and len(set(rows.ids)) == len(rows) == ROWS
     assert rows.references == list(splits.test["answer"])
     learnt = {fold_for_matching(question) for question in splits.train["question"]}
     assert not learnt & {fold_for_matching(question) for question in rows.questions}
-    assert set(training_answers(recipe)) == set(splits.train["answer"])
 
 
 def test_equal_questions_are_one_group(tmp_path: Path) -> None:
     path = table(tmp_path / "data.jsonl", copies=3)
-    rows = module.test_rows(recipe_from_values({"data": {"path": str(path), "test_size": 0.3, "validation_size": 0.2}}))
+    rows = rows_of(recipe_from_values({"data": {"path": str(path), "test_size": 0.3, "validation_size": 0.2}}))
     assert len(rows) > 3
     by_question = {(group, fold_for_matching(q)) for group, q in zip(rows.groups.tolist(), rows.questions, strict=True)}
     assert len(by_question) == len(set(rows.groups.tolist())) < len(rows)
@@ -320,14 +328,14 @@ def test_the_groups_of_a_prepared_folder_are_its_near_duplicates(tmp_path: Path)
     source = tmp_path / "data.jsonl"
     source.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in doubled), encoding="utf-8")
     prepare(PrepareSettings.model_validate({"data": {"path": str(source)}}), tmp_path / "prepared")
-    rows = module.test_rows(recipe_from_values({"data": {"path": str(tmp_path / "prepared")}}))
+    rows = rows_of(recipe_from_values({"data": {"path": str(tmp_path / "prepared")}}))
     assert len(rows) > 2 and len({fold_for_matching(question) for question in rows.questions}) == len(rows)
     pairs = {question.removeprefix("يا دكتور ") for question in rows.questions}
     assert len(np.unique(rows.groups)) == len(pairs) < len(rows)
 
 
 def test_a_sample_is_seeded_and_part_of_a_larger_one_and_the_content_hash_knows_no_order(finished_run: Run) -> None:
-    rows = module.test_rows(load_recipe(finished_run.folder / "recipe.yaml"))
+    rows = rows_of(load_recipe(finished_run.folder / "recipe.yaml"))
     small, large = rows.limited(4), rows.limited(7)
     assert small.ids == rows.limited(4).ids and len(small) == 4
     assert set(small.ids) < set(large.ids) < set(rows.ids)
@@ -344,16 +352,18 @@ def test_a_sample_is_seeded_and_part_of_a_larger_one_and_the_content_hash_knows_
 def test_without_severity_the_stratum_is_unknown(tmp_path: Path) -> None:
     path = table(tmp_path / "data.jsonl")
     path.write_text(path.read_text(encoding="utf-8").replace("severity", "nothing"), encoding="utf-8")
-    rows = module.test_rows(recipe_from_values({"data": {"path": str(path)}, "severity": {"control": "uniform"}}))
+    rows = rows_of(recipe_from_values({"data": {"path": str(path)}, "severity": {"control": "uniform"}}))
     assert (rows.strata == -1).all()
 
 
 def test_a_run_without_test_rows_or_with_changed_data_is_refused(tmp_path: Path, run: Run) -> None:
     path = table(tmp_path / "data.jsonl")
     with pytest.raises(RunError, match=r"data.test_size=0.1"):
-        module.test_rows(load_recipe(QUICKSTART, ["data.test_size=0", f"data.path={path}"]))
+        rows_of(load_recipe(QUICKSTART, ["data.test_size=0", f"data.path={path}"]))
+    recipe = run.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("builtin:consultations", str(path)), encoding="utf-8")
     with pytest.raises(RunError, match="bring that content back"):
-        check_same_data(module.test_rows(recipe_from_values({"data": {"path": str(path)}})), run)
+        evaluate(run)
 
 
 # What is kept
@@ -379,7 +389,7 @@ def test_lines_are_found_by_arm_and_id_and_only_the_owner_may_read_them(path: Pa
     file = RowFile(path, ORIGIN)
     file.append([line(2), line(0, "base")])
     file.append([line(1)])
-    assert RowFile(path, ORIGIN).of("adapter", ["row-1", "row-2"]) == [line(1), line(2)]
+    assert [RowFile(path, ORIGIN).lines["adapter", f"row-{n}"] for n in (1, 2)] == [line(1), line(2)]
     assert (
         RowFile(path, ORIGIN).lines.keys()
         == file.lines.keys()

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -19,29 +20,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from sevpeft.errors import ModelError, RunError
 from sevpeft.evaluation import generate as module
-from sevpeft.evaluation.arms import AdapterSwitch
 from sevpeft.evaluation.evaluate import test_rows as rows_of_run
 from sevpeft.evaluation.generate import (
     EvaluationRows,
-    Prediction,
     SeededDraw,
+    batching_problem,
     generate,
-    next_batch,
-    possible_batches,
     reference_nll,
 )
+from sevpeft.modeling.loading import load_config, load_for_inference, load_tokenizer
 from sevpeft.modeling.prompts import Prompt
+from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.recipe.schema import GenerationSection
 from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.compat import IGNORED
-from sevpeft.training.data import encode_rows
+from sevpeft.training.data import encode_rows, load_splits, prompt_of
 from tests.conftest import SENTENCES, build_model
 
-GREEDY = GenerationSection(max_new_tokens=20, per_device_eval_batch_size=4)
+GREEDY = GenerationSection(max_new_tokens=8, per_device_eval_batch_size=4)
 ONE_BY_ONE = {"per_device_eval_batch_size": 1}
-SAMPLED = GenerationSection(max_new_tokens=12, per_device_eval_batch_size=4, do_sample=True, temperature=1.5, seed=3)
+SAMPLED = GenerationSection(max_new_tokens=8, per_device_eval_batch_size=4, do_sample=True, temperature=1.5, seed=3)
 
 
 def rows_of(questions: list[str]) -> EvaluationRows:
@@ -77,8 +77,8 @@ def adapted(model: torch.nn.Module) -> peft.PeftModel:
 
 def answered(
     model: torch.nn.Module, prompt: Prompt, settings: GenerationSection = GREEDY, rows: EvaluationRows = ROWS
-) -> dict[str, Prediction]:
-    return {one.id: one for batch in generate(model, prompt, rows, settings) for one in batch}
+) -> dict[str, dict[str, Any]]:
+    return {one["id"]: one for batch in generate(model, prompt, rows, settings) for one in batch}
 
 
 def alone(model: torch.nn.Module, prompt: Prompt, question: str, steps: int) -> list[int]:
@@ -120,34 +120,33 @@ def experts(name: str, **shape: object) -> torch.nn.Module:
 
 def test_a_batched_answer_is_the_answer_alone_token_for_token(prompt: Prompt) -> None:
     wrong = []
-    for architecture in ("gpt2", "llama", "qwen2", "qwen3", "mistral", "bloom", "lfm2"):
+    for architecture in ("qwen3", "bloom", "lfm2"):
         model = adapted(build_model(architecture))
         together = answered(model, prompt)
         assert together.keys() == set(ROWS.ids)
         for identity, question in zip(ROWS.ids, ROWS.questions, strict=True):
-            if list(together[identity].token_ids) != alone(model, prompt, question, GREEDY.max_new_tokens):
+            if together[identity]["token_ids"] != alone(model, prompt, question, GREEDY.max_new_tokens):
                 wrong.append((architecture, identity))
     assert wrong == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_may_share_a_batch_is_measured_in_every_precision(dtype: torch.dtype) -> None:
-    harmless = ("gpt2", "bloom", "lfm2", "llama", "gemma2", "gemma3_text", "falcon_h1")
-    table = {name: (functools.partial(build_model, name), "any") for name in harmless}
-    # Their scores change by rounding with what else is in the call.
-    table["qwen3_moe"] = functools.partial(experts, "qwen3_moe", num_experts=8, moe_intermediate_size=32), "any"
-    table["mixtral"] = functools.partial(experts, "mixtral", num_local_experts=4), "any"
-    table["rwkv"] = rwkv, "none"
-    for name in ("gpt2", "llama", "lfm2"):
-        table[f"{name}, mask"] = lambda name=name: without(build_model(name), "attention_mask"), "one length"
-    table["gpt2, positions"] = lambda: without(build_model("gpt2"), "position_ids"), "one length"
-    # Rotary positions are relative: a shift of all of them is rounding.
-    table["llama, positions"] = lambda: without(build_model("llama"), "position_ids"), "any"
-    found = {name: possible_batches(make().to(dtype), 1, 0) for name, (make, _) in table.items()}
-    assert {name: together for name, (together, _) in found.items()} == {
-        name: right for name, (_, right) in table.items()
+    table = {
+        name: (functools.partial(build_model, name), "") for name in ("gpt2", "bloom", "lfm2", "gemma2", "falcon_h1")
     }
-    assert all(bool(reason) == (together != "any") for together, reason in found.values())
+    # Their scores change by rounding with what else is in the call.
+    table["qwen3_moe"] = functools.partial(experts, "qwen3_moe", num_experts=8, moe_intermediate_size=32), ""
+    table["mixtral"] = functools.partial(experts, "mixtral", num_local_experts=4), ""
+    table["rwkv"] = rwkv, "another row"
+    for name in ("gpt2", "llama", "lfm2"):
+        table[f"{name}, mask"] = lambda name=name: without(build_model(name), "attention_mask"), "padding"
+    table["gpt2, positions"] = lambda: without(build_model("gpt2"), "position_ids"), "padding"
+    # Rotary positions are relative: a shift of all of them is rounding.
+    table["llama, positions"] = lambda: without(build_model("llama"), "position_ids"), ""
+    found = {name: batching_problem(make().to(dtype), 0) for name, (make, _) in table.items()}
+    wrong = {name: found[name] for name, (_, right) in table.items() if found[name].startswith(right) != bool(right)}
+    assert not {name: of for name, of in wrong.items() if of or table[name][1]}
 
 
 def as_trained(dtype: torch.dtype) -> torch.nn.Module:
@@ -161,8 +160,8 @@ def as_trained(dtype: torch.dtype) -> torch.nn.Module:
 def test_rounding_as_large_as_a_real_model_s_is_no_fault_and_hides_none() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         model = as_trained(dtype)
-        assert possible_batches(model, 1, 0) == ("any", ""), dtype
-        assert possible_batches(without(model, "attention_mask"), 1, 0)[0] == "one length", dtype
+        assert batching_problem(model, 0) == "", dtype
+        assert batching_problem(without(model, "attention_mask"), 0).startswith("padding"), dtype
     model = as_trained(torch.bfloat16)
     forward = model.forward
 
@@ -174,58 +173,56 @@ def test_rounding_as_large_as_a_real_model_s_is_no_fault_and_hides_none() -> Non
         return output
 
     model.forward = leaking
-    assert possible_batches(model, 1, 0)[0] == "one length"
+    assert batching_problem(model, 0).startswith("padding")
 
 
 def test_a_model_that_cannot_answer_all_lengths_together_says_so_and_answers_right(prompt: Prompt) -> None:
     lines: list[str] = []
     for make, how in (
-        (lambda: without(build_model("gpt2"), "attention_mask", "position_ids"), "in batches of one prompt length"),
+        (lambda: without(build_model("gpt2"), "attention_mask", "position_ids"), "one at a time"),
         (rwkv, "one at a time"),
         (lambda: build_model("gpt2"), None),
     ):
         model = make()
         batches = list(generate(model, prompt, ROWS, GREEDY, on_slow=lines.append))
-        together = {one.id: one for batch in batches for one in batch}
+        together = {one["id"]: one for batch in batches for one in batch}
         assert together == answered(model, prompt, GREEDY.model_copy(update=ONE_BY_ONE)), how
         assert [how is not None and how in line for line in lines] == [True] * (how is not None)
         lines.clear()
 
 
-def test_batches_are_what_may_be_answered_together() -> None:
-    lengths = [7, 7, 7, 5, 5]
-    assert next_batch([0, 1, 2, 3, 4], lengths, 4, "any", 100) == [0, 1, 2, 3]
-    assert next_batch([0, 1, 2, 3, 4], lengths, 2, "one length", 100) == [0, 1]
-    assert next_batch([2, 3, 4], lengths, 2, "one length", 100) == [2]
-    assert next_batch([2, 3, 4], lengths, 2, "none", 100) == [2]
-    # One long question does not make all others read as much padding.
-    assert next_batch([0, 1, 2, 3, 4], lengths, 5, "any", 3) == [0, 1, 2, 3]
-    assert next_batch([0, 1, 2, 3, 4], lengths, 5, "any", 0) == [0, 1, 2]
+def test_one_long_question_does_not_make_all_others_read_as_much_padding() -> None:
+    def batches(size: int, padding: int) -> list[list[int]]:
+        of = module._run_batches(range(5), [5, 7, 7, 5, 7], list, size=lambda _: size, padding=padding, remedy="")
+        return [batch for batch, _ in of]
+
+    assert batches(5, 100) == [[1, 2, 4, 0, 3]] and batches(2, 100) == [[1, 2], [4, 0], [3]]
+    assert batches(5, 3) == [[1, 2, 4, 0], [3]] and batches(5, 0) == [[1, 2, 4], [0, 3]]
 
 
 def test_batches_come_one_by_one_with_the_longest_question_first(prompt: Prompt) -> None:
     batches = generate(build_model("gpt2"), prompt, ROWS, GREEDY.model_copy(update=ONE_BY_ONE))
     assert isinstance(batches, Iterator)  # so that each can be kept
-    assert [one.id for one in next(batches)] == [f"row-{len(ROWS) - 1}"]
+    assert [one["id"] for one in next(batches)] == [f"row-{len(ROWS) - 1}"]
 
 
 def test_an_answer_ends_with_the_prompt_s_end_token_and_else_counts_as_truncated(prompt: Prompt) -> None:
     model = build_model("gpt2")
     free = answered(model, prompt)
-    assert all(one.truncated and len(one.token_ids) == 20 for one in free.values())
-    end = free["row-0"].token_ids[5]
+    assert all(one["truncated"] and len(one["token_ids"]) == 8 for one in free.values())
+    end = free["row-0"]["token_ids"][5]
     ended = answered(model, dataclasses.replace(prompt, end_id=end))
     for identity, one in ended.items():
-        whole = free[identity].token_ids
-        assert one.truncated == (end not in whole)
-        assert one.token_ids == (whole[: whole.index(end) + 1] if end in whole else whole)
-    assert not ended["row-0"].truncated
+        whole = free[identity]["token_ids"]
+        assert one["truncated"] == (end not in whole)
+        assert one["token_ids"] == (whole[: whole.index(end) + 1] if end in whole else whole)
+    assert not ended["row-0"]["truncated"]
 
 
 def test_the_model_s_own_generation_settings_stay_outside(prompt: Prompt) -> None:
     model = build_model("qwen2")
     expected = answered(model, prompt)
-    first = expected["row-0"].token_ids[0]
+    first = expected["row-0"]["token_ids"][0]
     model.generation_config.update(
         repetition_penalty=9.0, no_repeat_ngram_size=1, do_sample=True, top_k=1, num_beams=2, suppress_tokens=[first]
     )
@@ -235,25 +232,26 @@ def test_the_model_s_own_generation_settings_stay_outside(prompt: Prompt) -> Non
 def test_a_repetition_penalty_is_used_and_padding_is_nothing_that_was_said(prompt: Prompt) -> None:
     model = build_model("qwen2")
     free = answered(model, prompt)
-    # Padded with what the model wants to say, which would be penalized in the rows that are padded.
-    wanted = free["row-8"].token_ids[0]
+    # A pad token that the model wants to say, which would be penalized in the rows that are padded.
     tokenizer = copy.deepcopy(prompt.tokenizer)
-    tokenizer.pad_token_id = wanted
+    tokenizer.pad_token_id = free["row-8"]["token_ids"][0]
     padded = dataclasses.replace(prompt, tokenizer=tokenizer)
     penalized = GREEDY.model_copy(update={"repetition_penalty": 50.0})
-    together = answered(model, padded, penalized)
-    assert together == answered(model, padded, penalized.model_copy(update=ONE_BY_ONE))
-    assert together["row-8"].token_ids[0] == wanted and together != free
+    lines: list[str] = []
+    batches = list(generate(model, padded, ROWS, penalized, lines.append))
+    together = {one["id"]: one for batch in batches for one in batch}
+    assert together == answered(model, padded, penalized.model_copy(update=ONE_BY_ONE)) != free
+    assert lines == [] and len(batches) < len(ROWS)
 
 
 def test_a_sampled_answer_belongs_to_its_row_and_seed_and_not_to_its_batch(prompt: Prompt) -> None:
     model = build_model("gpt2")
     expected = answered(model, prompt, SAMPLED)
-    for size in (1, 3, 16):
+    for size in (1, 3):
         assert answered(model, prompt, SAMPLED.model_copy(update={"per_device_eval_batch_size": size})) == expected
     assert answered(model, prompt, SAMPLED, ROWS.take([5, 2])) == {i: expected[i] for i in ("row-5", "row-2")}
     other = answered(model, prompt, SAMPLED.model_copy(update={"seed": 4}))
-    assert all(other[identity].token_ids != expected[identity].token_ids for identity in expected)
+    assert all(other[identity]["token_ids"] != expected[identity]["token_ids"] for identity in expected)
     greedy = answered(model, prompt, SAMPLED.model_copy(update={"do_sample": False}))
     assert greedy != expected
     for sharp in ({"top_k": 1}, {"top_p": 1e-6}):
@@ -262,19 +260,19 @@ def test_a_sampled_answer_belongs_to_its_row_and_seed_and_not_to_its_batch(promp
 
 def test_a_token_is_drawn_as_often_as_it_is_probable() -> None:
     share = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    draws = 20_000
+    draws = 5_000
     scores = share.log().expand(draws, 4)
     drawn = SeededDraw([f"row-{n}" for n in range(draws)], 0, 2)
     for _ in range(2):
         chosen = drawn(torch.zeros((draws, 1)), scores).argmax(dim=-1)
         found = torch.bincount(chosen, minlength=4) / draws
-        assert torch.allclose(found, share, atol=0.012) and found[1] == 0
+        assert torch.allclose(found, share, atol=0.025) and found[1] == 0
 
 
 def test_a_question_that_does_not_fit_the_context_loses_its_last_words_and_says_so(prompt: Prompt) -> None:
     rows = rows_of(["صداع " * 300, "صداع"])
     answers = answered(build_model("gpt2"), prompt, GREEDY.model_copy(update={"max_new_tokens": 100}), rows)
-    assert answers["row-0"].lost_words > 0 and answers["row-1"].lost_words == 0
+    assert answers["row-0"]["lost_words"] > 0 and answers["row-1"]["lost_words"] == 0
     with pytest.raises(ModelError, match="max_new_tokens=250"):
         answered(build_model("gpt2"), prompt, GREEDY.model_copy(update={"max_new_tokens": 250}), rows)
 
@@ -284,7 +282,7 @@ def test_a_full_gpu_makes_batches_smaller_until_a_single_row_does_not_fit(
 ) -> None:
     model = build_model("gpt2")
     expected, run, largest = answered(model, prompt), model.generate, 2
-    monkeypatch.setattr(module, "possible_batches", lambda *_: ("any", ""))
+    monkeypatch.setattr(module, "batching_problem", lambda *_: "")
 
     def small(**asked: torch.Tensor) -> object:
         if len(asked["input_ids"]) > largest:
@@ -305,30 +303,33 @@ def nll_of(
     model: torch.nn.Module, prompt: Prompt, rows: EvaluationRows, max_length: int | None = 256
 ) -> tuple[np.ndarray, np.ndarray]:
     """nll (n,) and tokens (n,), in the order of the rows, each of which comes once."""
-    nll, tokens, seen = np.full(len(rows), np.nan), np.full(len(rows), -1), []
-    for batch, nats, counts in reference_nll(model, prompt, rows, max_length=max_length):
-        nll[batch], tokens[batch] = nats, counts
-        seen += batch
-    assert sorted(seen) == list(range(len(rows)))
-    return nll, tokens
+    lines = [line for batch in reference_nll(model, prompt, rows, max_length=max_length) for line in batch]
+    found = {line["id"]: line for line in lines}
+    assert len(lines) == len(found) == len(rows)
+    nll = np.array([found[identity]["nll"] for identity in rows.ids], dtype=np.float64)
+    return nll, np.array([found[identity]["tokens"] for identity in rows.ids])
 
 
 @pytest.fixture(scope="module")
-def switch(finished_run: Run) -> AdapterSwitch:
-    return AdapterSwitch(load_recipe(finished_run.folder / "recipe.yaml"), finished_run.adapter)
+def trained_prompt(finished_run: Run) -> Prompt:
+    recipe = load_recipe(finished_run.folder / "recipe.yaml")
+    return prompt_of(recipe, load_tokenizer(recipe, load_config(recipe)))
 
 
 @pytest.fixture(scope="module")
 def validation(finished_run: Run) -> EvaluationRows:
-    return rows_of_run(load_recipe(finished_run.folder / "recipe.yaml"), "validation")
+    return rows_of_run(*load_splits(load_recipe(finished_run.folder / "recipe.yaml")), "validation")
 
 
 def test_the_likelihood_is_the_validation_loss_before_and_after_training(
-    finished_run: Run, switch: AdapterSwitch, validation: EvaluationRows
+    finished_run: Run, trained_prompt: Prompt, validation: EvaluationRows
 ) -> None:
-    for arm, measured in (("base", "before"), ("adapter", "after")):
-        with switch.activate(arm) as model:
-            nll, tokens = nll_of(model, switch.prompt, validation)
+    recipe = load_recipe(finished_run.folder / "recipe.yaml")
+    for measured in ("before", "after"):
+        model = load_for_inference(recipe)
+        if measured == "after":
+            model = attach_adapter(model, finished_run.adapter, recipe)
+        nll, tokens = nll_of(model, trained_prompt, validation)
         losses = finished_run.metrics()[measured]
         assert nll.sum() / tokens.sum() == pytest.approx(losses["loss"], rel=1e-5)
         for stratum, name in enumerate(SEVERITIES):
@@ -338,12 +339,12 @@ def test_the_likelihood_is_the_validation_loss_before_and_after_training(
 
 
 def test_a_row_has_the_likelihood_of_its_own_tokens_whatever_the_batch(
-    switch: AdapterSwitch, validation: EvaluationRows, monkeypatch: pytest.MonkeyPatch
+    trained_prompt: Prompt, validation: EvaluationRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = switch.prompt
+    prompt = trained_prompt
     question, answer = prompt.prompt_ids(validation.questions[:1])[0], prompt.answer_ids(validation.references[:1])[0]
     wrong = []
-    for architecture in ("gpt2", "bloom", "lfm2", "qwen2", "gemma2", "gemma3", "cohere2"):
+    for architecture in ("gpt2", "bloom", "lfm2", "gemma2", "gemma3", "cohere2"):
         model = build_model(architecture)
         nll, tokens = nll_of(model, prompt, validation)
         with monkeypatch.context() as patch:
@@ -359,7 +360,7 @@ def test_a_row_has_the_likelihood_of_its_own_tokens_whatever_the_batch(
 
 
 def test_only_labeled_positions_reach_the_head_and_rows_of_one_length_share_a_batch(
-    switch: AdapterSwitch, validation: EvaluationRows, monkeypatch: pytest.MonkeyPatch
+    trained_prompt: Prompt, validation: EvaluationRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_NLL_TOKENS", 200)
     for architecture in ("gpt2", "gemma3"):
@@ -368,7 +369,7 @@ def test_only_labeled_positions_reach_the_head_and_rows_of_one_length_share_a_ba
             lambda _, inputs, __, p=positions: p.append(inputs[0].shape[1])
         )
         monkeypatch.setattr(model, "forward", watched(model.forward, read))
-        _, tokens = nll_of(model, switch.prompt, validation)
+        _, tokens = nll_of(model, trained_prompt, validation)
         assert sum(positions) == tokens.sum() and len(read) > 1
         # Sorted by question and answer together, so that hardly any padding is read.
         assert sum(mask.numel() for mask in read) < 1.2 * sum(int(mask.sum()) for mask in read)
@@ -379,11 +380,11 @@ def watched(forward: Callable[..., object], masks: list[torch.Tensor]) -> Callab
 
 
 def test_a_row_is_shortened_as_in_training_and_one_that_does_not_fit_has_no_likelihood(
-    switch: AdapterSwitch, validation: EvaluationRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_prompt: Prompt, validation: EvaluationRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from datasets import Dataset
 
-    answers = switch.prompt.answer_ids(validation.references)
+    answers = trained_prompt.answer_ids(validation.references)
     lengths = [len(row) for row in answers]
     most = max(lengths) + 10
     scored: dict[tuple[int, ...], int] = {}
@@ -394,20 +395,20 @@ def test_a_row_is_shortened_as_in_training_and_one_that_does_not_fit_has_no_like
         return batch_nll(model, prompts, of)
 
     monkeypatch.setattr(module, "_batch_nll", spying)
-    nll, tokens = nll_of(build_model("gpt2"), switch.prompt, validation, max_length=most)
+    nll, tokens = nll_of(build_model("gpt2"), trained_prompt, validation, max_length=most)
     assert np.isnan(nll[np.argmax(lengths)]) and tokens[np.argmax(lengths)] == 0 and np.isfinite(nll).any()
     rows = Dataset.from_dict({"question": validation.questions, "answer": validation.references})
-    encoded, report = encode_rows(rows, switch.prompt, most, strata=None, cache_file=tmp_path / "rows.arrow")
+    encoded, report = encode_rows(rows, trained_prompt, most, strata=None, cache_file=tmp_path / "rows.arrow")
     assert report.shortened and report.refused
     assert scored == {tuple(row["input_ids"]): sum(label != IGNORED for label in row["labels"]) for row in encoded}
-    assert np.isnan(nll_of(build_model("gpt2"), switch.prompt, validation, max_length=5)[0]).all()
+    assert np.isnan(nll_of(build_model("gpt2"), trained_prompt, validation, max_length=5)[0]).all()
 
 
 def test_a_full_gpu_makes_batches_of_the_likelihood_smaller(
-    switch: AdapterSwitch, validation: EvaluationRows, monkeypatch: pytest.MonkeyPatch
+    trained_prompt: Prompt, validation: EvaluationRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, score, largest = build_model("gpt2"), module._batch_nll, 1
-    expected, _ = nll_of(model, switch.prompt, validation)
+    expected, _ = nll_of(model, trained_prompt, validation)
 
     def small(model: torch.nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
         if len(prompts) > largest:
@@ -415,7 +416,7 @@ def test_a_full_gpu_makes_batches_of_the_likelihood_smaller(
         return score(model, prompts, answers)
 
     monkeypatch.setattr(module, "_batch_nll", small)
-    assert np.allclose(nll_of(model, switch.prompt, validation)[0], expected)
+    assert np.allclose(nll_of(model, trained_prompt, validation)[0], expected)
     largest = 0
     with pytest.raises(RunError, match=r"training.max_length"):
-        nll_of(model, switch.prompt, validation)
+        nll_of(model, trained_prompt, validation)

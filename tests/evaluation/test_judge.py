@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -18,8 +19,9 @@ from sevpeft.errors import DataError, RunError, SevpeftError, UsageError
 from sevpeft.evaluation import judge as module
 from sevpeft.evaluation.evaluate import RowFile, evaluate
 from sevpeft.evaluation.generate import EvaluationRows
-from sevpeft.evaluation.judge import JUDGEMENTS, Endpoint, Judge, Rubric
-from sevpeft.evaluation.scores import METRICS, Scores, evaluation_tables
+from sevpeft.evaluation.judge import JUDGEMENTS, Judge, Rubric
+from sevpeft.evaluation.scores import METRICS, Scores
+from sevpeft.evaluation.tables import evaluation_tables
 from sevpeft.recipe import JUDGE_KEY, JudgeSection
 from sevpeft.runs import Run
 from tests.evaluation.judge_server import GOOD, KEY, Play, Request, good, serving, slow
@@ -52,8 +54,9 @@ def test_a_reply_is_one_sound_verdict_or_none() -> None:
         f"<think>{'{' * 40_000}</think>{changed()}",
         f"{'long ' * 9_000}{changed()}",
         changed(urgency="4", harm=False, false_reassurance="لا", clarity=5.0),
-        changed(harm="No", extra={"nested": 1}),
+        changed(harm="No", extra=1),
         changed(reason=None),
+        json.dumps({"ratings": GOOD}),
     ):
         verdict = RUBRIC.read(reply)
         assert verdict is not None and verdict[0] == ratings, reply[:100]
@@ -71,8 +74,8 @@ def test_a_reply_is_one_sound_verdict_or_none() -> None:
         changed(harm=1),
         changed(harm="maybe"),
         changed()[:-30],
+        changed(extra={"nested": 1}),
         json.dumps({name: value for name, value in GOOD.items() if name != "harm"}),
-        json.dumps({"ratings": GOOD}),
         json.dumps([4, "no"]),
         f"{changed(urgency=5)} or rather {changed(urgency=1)}",
         f"<think>perhaps {changed()}",
@@ -105,28 +108,36 @@ def test_which_text_comes_first_is_drawn_by_the_row_and_is_the_same_for_every_ar
 def test_every_item_is_a_score_with_its_meaning() -> None:
     metrics = Judge(JudgeSection(model="m", url="http://127.0.0.1:9/v1")).metrics
     assert all(METRICS[name] == metric for name, metric in metrics.items())
-    assert {name: (metric.better, metric.unit, metric.yes_no) for name, metric in metrics.items()} == {
+    assert {
+        name: (metric["better"]["critical"], metric["unit"], metric["yes_no"]) for name, metric in metrics.items()
+    } == {
         "judge_urgency": ("higher", "1–5", False),
         "judge_harm": ("lower", "%", True),
         "judge_false_reassurance": ("lower", "%", True),
         "judge_relevance": ("higher", "1–5", False),
         "judge_clarity": ("higher", "1–5", False),
     }
-    assert all("not a physician's" in metric.limits for metric in metrics.values())
+    assert all("not a physician's" in metric["limits"] for metric in metrics.values())
 
 
 OTHER = "name: mine\ninstructions: Rate.\nitems:\n  kindness:\n    label: Kind\n    scale: 1-5\n    better: higher\n"
 OTHER += "    asks: Is it kind?\n    definition: How kind it is\n"
 
 
+def version_of(path: Path | None) -> str:
+    settings = JudgeSection(model="m", url="http://127.0.0.1:9/v1", rubric=path and str(path))
+    return str(Judge(settings).about["rubric"])
+
+
 def test_another_rubric_has_its_own_items_and_version_and_what_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(OTHER, encoding="utf-8")
     mine = Rubric.load(path)
-    assert mine.version.startswith("mine ") and mine.version != RUBRIC.version
+    assert version_of(path).startswith("mine ") and version_of(path) != version_of(None)
+    before = version_of(path)
     assert mine.read('{"kindness": 2}') == ({"kindness": 2}, "")
     path.write_text(OTHER.replace("Is it kind?", "Is it very kind?"), encoding="utf-8")
-    assert Rubric.load(path).version != mine.version
+    assert version_of(path) != before
     for content, message in (
         (OTHER.replace("1-5", "1-10"), "items.kindness.scale"),
         (OTHER.replace("kindness", "Kindness!"), "items.Kindness!"),
@@ -151,7 +162,7 @@ ASKED = {
 
 def ask(url: str, **settings: Any) -> dict[str, str | None]:
     replies: dict[str, str | None] = {}
-    Endpoint(JudgeSection(model="judge", url=url, **settings)).ask(ASKED, replies.__setitem__)
+    asyncio.run(Judge(JudgeSection(model="judge", url=url, **settings)).ask(ASKED, replies.__setitem__))
     return replies
 
 
@@ -286,9 +297,9 @@ def test_what_can_be_no_key_or_would_travel_in_the_open_is_refused_without_showi
     ):
         monkeypatch.setenv(JUDGE_KEY, key)
         with pytest.raises(UsageError) as caught:
-            Endpoint(JudgeSection(model="judge", url=url))
+            Judge(JudgeSection(model="judge", url=url))
         assert JUDGE_KEY in str(caught.value) and key not in str(caught.value)
-    Endpoint(JudgeSection(model="judge", url="https://judge.example/v1"))
+    Judge(JudgeSection(model="judge", url="https://judge.example/v1"))
 
 
 def test_this_machine_is_known_from_others() -> None:
@@ -300,7 +311,7 @@ def test_this_machine_is_known_from_others() -> None:
         ("http://localhost.example/v1", False),
         ("http://10.0.0.1/v1", False),
     ):
-        assert Endpoint(JudgeSection(model="judge", url=url)).on_this_machine == here, url
+        assert Judge(JudgeSection(model="judge", url=url)).on_this_machine == here, url
 
 
 # Judging
@@ -359,15 +370,6 @@ def test_verdicts_become_scores_an_unreadable_one_no_rating_and_none_is_asked_fo
     np.testing.assert_equal(judge(tmp_path, url=server.url, model="m"), first)  # the server is gone
 
 
-def test_an_answer_that_several_arms_give_is_judged_once(tmp_path: Path) -> None:
-    same = ["الجواب نفسه"] * 12
-    with serving(good) as server:
-        judge(tmp_path, {"adapter": same}, url=server.url, model="m")
-        scores, _, _ = judge(tmp_path, dict.fromkeys(("adapter", "base", "constant"), same), url=server.url, model="m")
-    assert len(server.requests) == 12 and len(lines(tmp_path)) == 36
-    assert list(scores) == ["adapter", "base", "constant"]
-
-
 def test_finished_verdicts_outlive_a_judge_that_dies_and_the_same_command_goes_on(tmp_path: Path) -> None:
     with (
         serving(lambda request: good(request) if request.number < 7 else (500, b"")) as server,
@@ -387,10 +389,10 @@ def test_finished_verdicts_outlive_a_judge_that_dies_and_the_same_command_goes_o
 
 def test_a_judge_that_talks_nonsense_is_stopped_early_also_the_second_time(tmp_path: Path) -> None:
     with serving(lambda request: (200, "nonsense")) as server:
-        for _ in range(2):
-            with pytest.raises(RunError, match="20 of the first 20 replies"):
+        for most in (20, 21):
+            with pytest.raises(RunError, match=r"evaluation.judge.max_tokens"):
                 judge(tmp_path, url=server.url, model="m", concurrency=1)
-            assert len(server.requests) == 20
+            assert len(server.requests) == most
 
 
 def test_verdicts_on_other_answers_or_by_another_judge_are_refused(tmp_path: Path) -> None:
@@ -418,12 +420,12 @@ def test_where_the_answers_go_is_said_before_they_go(tmp_path: Path, monkeypatch
     monkeypatch.setenv(JUDGE_KEY, KEY)
     out = io.StringIO()
 
-    def asking(self: Any, prompts: dict[str, str], on_reply: Callable[..., None]) -> None:
+    async def asking(self: Any, prompts: dict[str, str], on_reply: Callable[..., None]) -> None:
         for word in ("24 answers", "judge.example", "another machine", JUDGE_KEY, "model m"):
             assert word in out.getvalue(), word
         raise RunError("enough")
 
-    monkeypatch.setattr(Endpoint, "ask", asking)
+    monkeypatch.setattr(Judge, "ask", asking)
     with pytest.raises(RunError, match="enough"):
         judge(tmp_path, url="https://judge.example/v1", model="m", out=out)
     assert KEY not in out.getvalue()
@@ -448,7 +450,7 @@ def test_without_a_judge_nothing_is_sent_and_with_one_its_scores_stand_beside_fl
     predictions = [json.loads(line) for line in (run.folder / "predictions.jsonl").read_text("utf-8").splitlines()]
     assert asked >= {row["prediction"] for row in predictions}
     scores = found["scores"]["all"]["metrics"]
-    assert set(scores["judge_urgency"]) == {"adapter", "base", "constant", "difference"}
+    assert set(scores["judge_urgency"]) == {"adapter", "base", "constant"}
     # The same in every row, so that no interval can be drawn from the rows.
     assert (scores["judge_urgency"]["adapter"]["value"], scores["judge_urgency"]["adapter"]["low"]) == (2.0, None)
     assert found["metrics"]["judge_harm"]["label"] == "Judge: harm"
@@ -460,7 +462,7 @@ def test_without_a_judge_nothing_is_sent_and_with_one_its_scores_stand_beside_fl
             assert found["scores"][stratum]["metrics"][name] == value
     table = io.StringIO()
     Console(file=table, width=80).print(evaluation_tables(found))
-    assert "Judge: urgency ↑" in table.getvalue() and max(map(len, table.getvalue().splitlines())) <= 80
+    assert "Judge: urgency" in table.getvalue() and max(map(len, table.getvalue().splitlines())) <= 80
     texts = [path.read_bytes() for path in run.folder.rglob("*") if path.is_file()]
     assert KEY not in screen.getvalue() and not any(KEY.encode() in text for text in texts)
 

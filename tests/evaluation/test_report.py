@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 
 from sevpeft.errors import RunError, SevpeftError
-from sevpeft.evaluation.report.cases import cases, direction, marked, sample
+from sevpeft.evaluation.report.cases import cases, direction, marked
 from sevpeft.evaluation.report.page import write_report
-from sevpeft.evaluation.report.plots import forest
-from sevpeft.evaluation.report.tables import cell
 from sevpeft.evaluation.scores import METRICS
 
 ATTACK = '</p><script>alert("x")</script><img src=http://a.example/x onerror=alert(1)> "\'&'
@@ -30,16 +28,16 @@ NLL = {
     "shown_times": 1,
     "of": "all rows",
 }
-REFERRAL = {**METRICS["urgent_referral"].meaning(), "limits": ""}
+REFERRAL = {**METRICS["urgent_referral"], "limits": ""}
 METHODS = {"Interval": "90% of questions", "Test": "9 permutations", "Correction": "Holm"}
 
 
 def estimate(value: float, **more: Any) -> dict[str, Any]:
-    return {"value": value, "low": value - 0.1, "high": value + 0.1, "rows": 4, **more}
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "rows": 4, "against": {}, **more}
 
 
 def compared(value: float, **more: Any) -> dict[str, Any]:
-    """A difference as `statistics.Comparison` writes it."""
+    """A difference as `compare_family` writes it."""
     about = {"p": 0.2, "p_at_most": False, "comparisons": 4, "detectable": 0.02, "better": "lower", "outcome": "better"}
     return {**estimate(value), "per_seed": [value], **about, **more}
 
@@ -74,12 +72,13 @@ def write_run(folder: Path, lines: list[dict[str, Any]] | None = None, *, evalua
     if lines is None:
         lines = [line(arm, f"q{at}") for arm in ("adapter", "base") for at in range(3)]
     if evaluated:
-        by = {"adapter": estimate(5.25), "base": estimate(5.5), "shuffled": estimate(6.0)}
+        against = {"against": {"base": compared(-0.25, p=0.01)}}
+        by = {"adapter": {**estimate(5.25), **against}, "base": estimate(5.5), "shuffled": estimate(6.0)}
         scores = {
             "rows": 4,
             "questions": 3,
             "metrics": {
-                "nll": {**by, "difference": compared(-0.25, p=0.01)},
+                "nll": by,
                 "urgent_referral": {"adapter": estimate(0.5), "base": {**estimate(0), "value": None}},
             },
         }
@@ -118,7 +117,7 @@ def write_comparison(folder: Path) -> Path:
     }
     content = {
         "seeds": [0],
-        "arms": arms,
+        "columns": arms,
         "primary": {"metric": "nll", "stratum": "critical"},
         "methods": METHODS,
         "metrics": {"nll": NLL},
@@ -241,7 +240,12 @@ def test_the_policy_allows_the_pages_own_script_and_no_other(tmp_path: Path) -> 
 
 def test_a_run_is_shown_with_its_scores_intervals_differences_and_floors(tmp_path: Path) -> None:
     text = report(write_run(tmp_path / "run")).text
-    for shown in ("5.250 [5.150, 5.350]", "−0.250 [−0.350, −0.150] p .010", "floor: shuffled", "50.0 [40.0, 60.0]"):
+    for shown in (
+        "5.250 [5.150, 5.350]",
+        "NLL, nats a token ↓ −0.250 [−0.350, −0.150] .010 of 4 0.020 better",
+        "floor: shuffled",
+        "50.0 [40.0, 60.0]",
+    ):
         assert shown in text, shown
     assert all(f"{name} {method}" in text for name, method in METHODS.items())
     assert "Only 3 critical questions." in text and "Not a medical device" in text
@@ -253,21 +257,21 @@ def test_to_send_harmless_cases_to_the_emergency_room_is_shown_as_worse(tmp_path
     """Table, arrow and picture go by the stratum; where no row has a value nothing is claimed."""
     folder = write_run(tmp_path / "run")
     content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    rises = {name: METRICS["urgent_referral"].direction(name) for name in ("critical", "non_critical", "all")}
+    rises = {name: METRICS["urgent_referral"]["better"][name] for name in ("critical", "non_critical", "all")}
     outcomes = {"higher": "better", "lower": "worse", "neither": "higher"}
     for name, better in rises.items():
         difference = compared(0.95, better=better, outcome=outcomes[better], p=0.001)
-        by = {"adapter": estimate(1.0), "base": estimate(0.05), "difference": difference}
+        by = {"adapter": estimate(1.0, against={"base": difference}), "base": estimate(0.05)}
         content["scores"][name] = {"rows": 40, "questions": 40, "metrics": {"urgent_referral": by}}
     empty = {name: None for name in ("value", "low", "high", "p", "detectable")}
     none = {**compared(0), **empty, "rows": 0, "outcome": "no data"}
-    content["scores"]["neutral"]["metrics"] = {"nll": {"adapter": estimate(1.0), "difference": none}}
+    content["scores"]["neutral"]["metrics"] = {"nll": {"adapter": estimate(1.0, against={"base": none})}}
     (folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
     html = write_report(folder).path.read_text(encoding="utf-8")
     text = Page(html).text
     heads = {
-        name: html.split(f"{shown} cases: ")[2].split("</table>")[0]
-        for name, shown in (("critical", "Critical"), ("non_critical", "Non-critical"), ("all", "All"))
+        name: html.split(f"Adapter − base model, {shown} cases")[-1].split("</table>")[0]
+        for name, shown in (("critical", "critical"), ("non_critical", "non-critical"), ("all", "all"))
     }
     label = "Urgent referral, %\u00a0"
     assert [(f"{label}↑" in heads[name], f"{label}↓" in heads[name]) for name in rises] == [
@@ -275,16 +279,20 @@ def test_to_send_harmless_cases_to_the_emergency_room_is_shown_as_worse(tmp_path
     ]  # fmt: skip
     assert ['class="better"' in head for head in heads.values()] == [True, False, False]
     assert ['class="worse"' in head for head in heads.values()] == [False, True, False]
-    drawing = html.split("<h4>Adapter − base model: Urgent referral</h4>")[1].split("</svg>")[0]
-    assert "critical cases ↑" in drawing and "non-critical cases ↓" in drawing and "all cases ↑" not in drawing
-    assert drawing.count("var(--non-critical)") == drawing.count("var(--critical)") > 0
+    assert [head.split("<circle")[0].split("forest ")[1].split('"')[0] for head in heads.values()] == [
+        "better", "worse", "higher",
+    ]  # fmt: skip
     assert "no data" in text and "not distinguishable" not in text.split("Limits")[0]
 
 
 def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", evaluated=False)
     page = report(folder)
-    assert f"sevpeft evaluate {folder}" in page.text and "4.750" in page.text and len(page.named("svg")) == 1
+    assert (
+        f"sevpeft evaluate {folder}" in page.text
+        and "4.750" in page.text
+        and [svg["class"] for svg in page.named("svg")] == ["curves"]
+    )
     for name in ("metrics.json", "environment.json", "log.jsonl"):
         (folder / name).unlink()
     assert "--resume" in write_report(folder).missing[0]
@@ -292,27 +300,27 @@ def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     shutil.rmtree(comparison / "toy")
     written = write_report(comparison)
     assert written.shown == 0 and "toy" in written.missing[0]
-    assert "balanced (chosen) − ce" in Page(written.path.read_text(encoding="utf-8")).text
+    assert "balanced − ce" in Page(written.path.read_text(encoding="utf-8")).text
 
 
-def test_pictures_are_text_in_the_readers_colors(tmp_path: Path) -> None:
-    html = write_report(write_run(tmp_path / "run")).path.read_text(encoding="utf-8")
-    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.S)
-    assert len(drawings) == 2
-    for drawing in drawings:
-        assert "<text" in drawing and not re.search(r"#[0-9a-fA-F]{6}\b", drawing)
-    metric = {**NLL, "label": "T <"}
-    differences = {"a − b": compared(-2.0), "x$y$ <z>": compared(0.0, outcome="not distinguishable"), "absent": None}
-    svg = forest("T <", differences, metric)[0].svg
-    assert "a − b" in svg and "x$y$ &lt;z&gt;" in svg and 'aria-label="T &lt;"' in svg
-    assert "var(--non-critical)" in svg and forest("T", {"absent": None}, metric) == []
+def test_bars_and_curves_are_drawn_to_scale(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    content = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    by = content["scores"]["critical"]["metrics"]["nll"]["adapter"]["against"]
+    by["base"] |= {"value": -0.3, "low": -0.6, "high": 0.15}
+    (folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
+    html = write_report(folder).path.read_text(encoding="utf-8")
+    assert (
+        '<path d="M4.0 6H74.0"/><circle cx="32.0"' in html
+    )  # 56 of 60 to the left, and a quarter of that to the right
+    assert html.count('<circle cx="') == 3 and '<polyline class="critical" points="0.0,0.0 100.0,' in html
 
 
 def test_a_comparison_begins_with_its_verdict_and_shows_every_arm(tmp_path: Path) -> None:
     page = report(write_comparison(tmp_path / "cmp"))
     assert page.text.count("balanced lowers it <b>.") == 1
     assert page.text.index("balanced lowers it <b>.") < page.text.index("Scores")
-    for shown in ("balanced (chosen) − ce −0.050 [−0.150, 0.050] .004 of 24 0.020 better", ".010 of 24", ".02."):
+    for shown in ("balanced − ce −0.050 [−0.150, 0.050] .004 of 24 0.020 better", ".010 of 24", ".02."):
         assert shown in page.text, shown
     # Each arm's answers are those of its first run, the base model's from its own column.
     answers = re.findall(r"(?:adapter|base) of \w+", page.text)
@@ -327,20 +335,22 @@ def test_arms_are_joined_by_id_and_never_by_position() -> None:
         "adapter": {name: line("adapter", name, prediction=f"a {name}") for name in ("1", "2", "3", "unanswered")},
         "base": {name: line("base", name, prediction=f"b {name}") for name in ("3", "2", "1")},
     }
-    shown = cases(answers, sample(answers, 10))
-    assert [case.identity for case in shown] == ["1", "2", "3"]
+    shown, answered = cases(answers, 10)
+    assert [case["identity"] for case in shown] == ["1", "2", "3"] and answered == 3
     for case in shown:
-        assert [answer.text for answer in case.answers[:-1]] == [f"a {case.identity}", f"b {case.identity}"]
+        name = case["identity"]
+        assert [answer["text"] for answer in case["answers"][:-1]] == [f"a {name}", f"b {name}"]
 
 
 def test_a_sample_takes_as_many_of_each_severity_and_more_where_one_has_few() -> None:
     severities = ["critical"] * 2 + ["neutral"] * 50 + ["non_critical"] * 50 + [None] * 50
     rows = {str(at): line("adapter", str(at), severity=severity) for at, severity in enumerate(severities)}
-    drawn = [severities[int(identity)] for identity in sample({"adapter": rows}, 20)]
+    shown = cases({"adapter": rows}, 20)[0]
+    drawn = [severities[int(case["identity"])] for case in shown]
     assert [drawn.count(name) for name in ("critical", "neutral", "non_critical", None)] == [2, 6, 6, 6]
     assert drawn == sorted(drawn, key=["critical", "neutral", "non_critical", None].index)
-    assert sample({"adapter": rows}, 20) == sample({"adapter": rows}, 20)
-    assert sample({"adapter": rows}, 0) == [] == sample({}, 5)
+    assert cases({"adapter": rows}, 20)[0] == shown
+    assert cases({"adapter": rows}, 0) == ([], 152) and cases({}, 5) == ([], 0)
 
 
 def test_marks_stand_on_the_words_that_the_rules_matched_and_change_no_letter() -> None:
@@ -356,21 +366,22 @@ def test_marks_stand_on_the_words_that_the_rules_matched_and_change_no_letter() 
         "... نزيف",
     )
     for text in (*texts, f"السلام عليكم،\n{CHEST}؟؟ شكرا"):
-        assert "".join(piece.text for piece in marked(text)) == text
+        assert "".join(piece for piece, _ in marked(text)) == text
     by_mark: dict[str, str] = {}
-    for piece in marked(f"السلام عليكم،\n{CHEST}؟؟ شكرا"):
-        by_mark[piece.mark] = by_mark.get(piece.mark, "") + " " + piece.text
+    for piece, match in marked(f"السلام عليكم،\n{CHEST}؟؟ شكرا"):
+        mark = "" if match is None else "discounted" if match.discounted else match.level
+        by_mark[mark] = by_mark.get(mark, "") + " " + piece
     assert "ضيق تنفس" in by_mark["critical"] and "،" not in by_mark["critical"]
     assert "نزيف" in by_mark["discounted"] and "نزيف" not in by_mark["critical"]
     # معنديش is two words to the rules; what follows must not slip by one.
     for text, critical in (("عندي سعال وضيق تنفس", "وضيق تنفس"), ("معنديش سعال. عندي ضيق تنفس", "ضيق تنفس")):
-        assert [piece.text for piece in marked(text) if piece.mark == "critical"] == [critical], text
+        found = [piece for piece, match in marked(text) if match and not match.discounted and match.level == "critical"]
+        assert found == [critical], text
 
 
 def test_safety_hits_stand_under_the_answer_with_their_words() -> None:
-    case = cases({"adapter": {"1": line("adapter", "1")}}, ["1"])[0]
-    assert [kind for kind, *_ in case.answers[0].hits] == ["reassurance"]
-    assert "referral" in [kind for kind, *_ in case.answers[-1].hits]
+    answers = cases({"adapter": {"1": line("adapter", "1")}}, 1)[0][0]["answers"]
+    assert list(answers[0]["hits"]) == ["reassurance"] and "referral" in answers[-1]["hits"]
 
 
 def test_the_opinion_of_a_judge_stands_under_its_answer_and_is_no_markup(tmp_path: Path) -> None:
@@ -401,14 +412,6 @@ def test_empty_and_cut_off_answers_are_marked(tmp_path: Path) -> None:
     rows = [line("adapter", "q0", prediction="  "), line("base", "q0", truncated=True)]
     text = report(write_run(tmp_path / "run", rows)).text
     assert "the adapter no answer" in text and "base model cut off" in text
-
-
-# Numbers
-
-
-def test_a_cell_is_empty_where_nothing_was_measured_and_a_dash_where_no_row_has_a_value() -> None:
-    assert cell({"value": 0.5, "low": None, "high": None}, REFERRAL).interval == ""
-    assert cell(None, NLL).value == "" and cell({"value": None, "low": None, "high": None}, NLL).value == "–"
 
 
 # Bad input

@@ -75,7 +75,7 @@ def test_nothing_is_wider_than_the_screen(browser: Any, pages: dict[str, Path]) 
             for color in ("color", "backgroundColor")
         )
         assert (brightness(ink) > brightness(paper)) == (scheme == "dark")
-        assert browser.find_element("css selector", "svg text").is_displayed()
+        assert browser.find_element("css selector", "svg.forest").is_displayed()
 
 
 def brightness(color: str) -> int:

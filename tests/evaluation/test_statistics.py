@@ -12,19 +12,24 @@ from scipy import stats
 
 from sevpeft.console import p_text
 from sevpeft.errors import DataError
+from sevpeft.evaluation import statistics
 from sevpeft.evaluation.scores import METRICS
 from sevpeft.evaluation.statistics import (
     PERMUTATIONS,
-    Comparison,
-    Difference,
     Direction,
+    Estimate,
     compare_family,
     holm,
     interval,
     paired_difference,
 )
+from sevpeft.recipe import EvaluationSection
 
 RUNS = 200
+
+
+def drawn(resamples: int, **more: Any) -> EvaluationSection:
+    return EvaluationSection(n_resamples=resamples, **more)
 
 
 def clustered(random: np.random.Generator, groups: int) -> NDArray[np.int64]:
@@ -41,7 +46,7 @@ def test_a_95_percent_interval_covers_the_mean_in_about_95_percent_of_200_sample
     for _ in range(RUNS):
         groups = clustered(random, 60)
         values = random.normal(3.0, 2.0, size=60)[groups] + random.normal(0, 0.5, size=len(groups))
-        found = interval(values, groups, resamples=600)
+        found = interval(values, groups, drawn(600))
         covered += found.low <= 3.0 <= found.high
     assert 0.92 <= covered / RUNS <= 0.98
 
@@ -53,7 +58,7 @@ def test_the_interval_of_a_share_covers_it_about_as_often_as_it_says() -> None:
         hits = 0
         for _ in range(RUNS):
             numbers = clustered(random, groups)
-            found = interval((random.random(groups) < share)[numbers].astype(float), numbers, share=True, resamples=600)
+            found = interval((random.random(groups) < share)[numbers].astype(float), numbers, drawn(600), share=True)
             hits += found.low <= share <= found.high
         covered[share] = hits / RUNS
     assert min(covered.values()) >= 0.92, covered
@@ -72,7 +77,7 @@ def test_few_groups_get_an_interval_as_wide_as_students() -> None:
     ratios = []
     for _ in range(30):
         values = random.normal(size=12)
-        found = interval(values, np.arange(12), resamples=4000)
+        found = interval(values, np.arange(12), drawn(4000))
         ratios.append((found.high - found.low) / (2 * stats.t.ppf(0.975, 11) * stats.sem(values)))
     assert np.mean(ratios) == pytest.approx(1, abs=0.04)
 
@@ -95,10 +100,10 @@ def test_the_standard_error_is_that_of_the_bootstrap() -> None:
     values = random.exponential(size=300)[groups]
     totals = np.bincount(groups, values)
     masses = np.bincount(groups).astype(float)
-    drawn = stats.bootstrap(
+    by_scipy = stats.bootstrap(
         (totals, masses), lambda t, m, axis: t.sum(axis) / m.sum(axis), paired=True, n_resamples=3000, rng=random
     )
-    assert interval(values, groups).standard_error == pytest.approx(float(drawn.standard_error), rel=0.06)
+    assert interval(values, groups).standard_error == pytest.approx(float(by_scipy.standard_error), rel=0.06)
 
 
 def test_a_mean_leaves_out_rows_without_a_value_and_weighs_by_tokens() -> None:
@@ -119,7 +124,7 @@ def test_the_same_seed_gives_the_same_interval_in_whatever_order_the_groups_are_
     values = np.random.default_rng(6).normal(size=40)
     groups = np.arange(40) // 2
     assert interval(values, groups) == interval(values, groups + 1000)
-    assert interval(values, groups, seed=1).low != interval(values, groups, seed=2).low
+    assert interval(values, groups, drawn(200, seed=1)).low != interval(values, groups, drawn(200, seed=2)).low
 
 
 def test_equal_values_of_what_is_no_share_have_no_interval() -> None:
@@ -127,7 +132,7 @@ def test_equal_values_of_what_is_no_share_have_no_interval() -> None:
     for value in (0.0, 1.0, 0.25, 4.0):
         found = interval([value] * 10, list(range(10)))
         assert found.value == value and np.isnan([found.low, found.high]).all(), value
-    shares = {name for name, metric in METRICS.items() if metric.yes_no}
+    shares = {name for name, metric in METRICS.items() if metric["yes_no"]}
     assert shares == {
         *("empty", "truncated", "referral", "urgent_referral", "false_reassurance"),
         *("unsupported_medicine", "unsupported_dose", "judge_harm", "judge_false_reassurance"),
@@ -149,26 +154,30 @@ def arms(
     return other + per_group + noise, other, numbers
 
 
-def test_a_planted_effect_is_found_under_noise_that_hides_it_from_an_unpaired_look() -> None:
+def test_a_planted_effect_is_found_under_noise_that_hides_it_from_an_unpaired_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 499)
     random = np.random.default_rng(7)
     found = unpaired = 0
     for _ in range(40):
         first, second, groups = arms(random, 0.5)
-        difference = paired_difference(first, second, groups, resamples=400, permutations=499)
+        difference = paired_difference(first, second, groups, drawn(400))
         found += difference.p < 0.05 and difference.low > 0
         unpaired += stats.ttest_ind(first[0], second[0]).pvalue < 0.05
     assert found >= 38 and unpaired <= 12
 
 
-def test_a_null_is_not_found_in_95_percent_of_200_simulated_nulls() -> None:
+def test_a_null_is_not_found_in_95_percent_of_200_simulated_nulls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 299)
     for seeds, seed_spread in ((1, 0.0), (3, 0.0), (3, 0.5)):
         random = np.random.default_rng(8)
         silent = covered = 0
         for _ in range(RUNS):
             first, second, groups = arms(random, 0.0, groups=40, seeds=seeds, seed_spread=seed_spread)
-            difference = paired_difference(first, second, groups, resamples=400, permutations=399)
+            difference = paired_difference(first, second, groups, drawn(300))
             covered += difference.low <= 0 <= difference.high
-            silent += one(difference).outcome == "not distinguishable"
+            silent += one(difference)["outcome"] == "not distinguishable"
         assert silent / RUNS >= 0.95, (seeds, seed_spread)
         assert 0.92 <= covered / RUNS <= 0.98, (seeds, seed_spread)
 
@@ -207,6 +216,9 @@ def test_two_arms_that_never_erred_may_still_differ_on_other_questions() -> None
     assert none.value == 0 and none.high == -none.low == pytest.approx(1 - 0.025 ** (1 / 30))
     every = paired_difference(np.ones(30), np.zeros(30), np.arange(30), share=True)
     assert (every.low, every.high) == (pytest.approx(0.025 ** (1 / 30)), 1)
+    # Nor do seeds that disagree make a difference of shares larger than all of them.
+    apart = paired_difference([np.ones(30), np.zeros(30)], np.zeros(30), np.arange(30), share=True)
+    assert (apart.low, apart.high) == (-1, 1)
 
 
 def test_rows_and_seeds_are_paired() -> None:
@@ -232,25 +244,25 @@ def test_holm_is_right_on_its_own_example_and_keeps_false_findings_rare() -> Non
     assert plain > 0.4 and corrected < 0.065
 
 
-def one(difference: Difference, better: Direction = "higher", **changes: Any) -> Comparison:
-    return replace(compare_family({"only": difference}, lambda _: better)["only"], **changes)
+def one(difference: Estimate, better: Direction = "higher", family: int = 1) -> dict[str, Any]:
+    return compare_family({number: difference for number in range(family)}, lambda _: better)[0]
 
 
 def test_an_effect_of_the_detectable_size_is_found_four_times_in_five() -> None:
     random = np.random.default_rng(12)
-    smallest = one(_difference(standard_error=1 / np.sqrt(50), degrees_of_freedom=49)).detectable
+    smallest = one(_difference(standard_error=1 / np.sqrt(50), degrees_of_freedom=49))["detectable"]
     found = np.mean([stats.ttest_1samp(random.normal(smallest, 1, size=50), 0).pvalue < 0.05 for _ in range(600)])
     assert found == pytest.approx(0.8, abs=0.04)
-    plain = one(_difference()).detectable
-    assert one(_difference(), family=10).detectable > plain
-    assert one(_difference(standard_error=0.05)).detectable == pytest.approx(plain / 2)
+    plain = one(_difference())["detectable"]
+    assert one(_difference(), family=10)["detectable"] > plain
+    assert one(_difference(standard_error=0.05))["detectable"] == pytest.approx(plain / 2)
     # Nothing to go by, rows that are all equal, and too few questions for the test: no size can be named.
     for error, groups in ((float("nan"), 50), (0.0, 50), (0.1, 5)):
-        assert np.isnan(one(_difference(standard_error=error, groups=groups, p=0.5)).detectable)
+        assert one(_difference(standard_error=error, groups=groups, p=0.5))["detectable"] is None
 
 
-def _difference(**changes: Any) -> Difference:
-    standard = Difference(
+def _difference(**changes: Any) -> Estimate:
+    standard = Estimate(
         value=0.3,
         low=0.1,
         high=0.5,
@@ -282,15 +294,15 @@ def test_the_outcome_says_what_the_data_can_say() -> None:
         ({"p": nan, "low": nan, "high": nan, "groups": 1}, "higher", "too few questions"),
         (nothing, "higher", "no data"),
     ]
-    wrong = [row for row in table if one(_difference(**row[0]), row[1]).outcome != row[2]]
+    wrong = [row for row in table if one(_difference(**row[0]), row[1])["outcome"] != row[2]]
     assert not wrong, wrong
 
 
 def test_a_family_shares_its_correction() -> None:
     family = {name: _difference(p=p) for name, p in (("a", 0.0004), ("b", 0.0007), ("c", 0.5), ("d", np.nan))}
     found = compare_family(family, lambda _: "higher")
-    assert [round(float(found[name].p), 6) for name in "abc"] == [0.0012, 0.0014, 0.5]
-    assert {of.family for of in found.values()} == {3} and np.isnan(found["d"].p)
+    assert [round(found[name]["p"], 6) for name in "abc"] == [0.0012, 0.0014, 0.5]
+    assert {of["comparisons"] for of in found.values()} == {3} and found["d"]["p"] is None
 
 
 def test_the_good_direction_depends_on_the_stratum() -> None:
@@ -304,16 +316,14 @@ def test_the_good_direction_depends_on_the_stratum() -> None:
         "referral": ("higher", "neither", "neither", "neither"),
         "false_reassurance": ("lower",) * 4,
     }
-    found = {name: tuple(METRICS[name].direction(stratum) for stratum in strata) for name in table}
+    found = {name: tuple(METRICS[name]["better"][stratum] for stratum in strata) for name in table}
     assert found == table
-    assert METRICS["urgent_referral"].meaning()["better"] == dict(zip(strata, table["urgent_referral"], strict=True))
 
 
 def test_a_p_that_the_number_of_permutations_limits_is_an_upper_bound() -> None:
     limited, other = _difference(p=0.0004, p_at_most=True), _difference(p=0.03)
     found = compare_family({"one": limited, "two": limited, "three": other}, lambda key: "lower")
-    assert [found[name].p_at_most for name in ("one", "two", "three")] == [True, True, False]
-    assert found["one"].as_dict()["p_at_most"] is True
+    assert [found[name]["p_at_most"] for name in ("one", "two", "three")] == [True, True, False]
     expected = {(0.0004, True): "at most .001", (0.0004, False): "< .001", (0.0121, True): "at most .013"}
     assert {key: p_text(*key) for key in expected} == expected
     clear = paired_difference([np.arange(40.0) + 3], [np.arange(40.0)], np.arange(40))

@@ -20,17 +20,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sevpeft.console import number_text, p_text
 from sevpeft.errors import RunError
-from sevpeft.evaluation.report.cases import UNKNOWN, Answers, cases, sample, shared_ids
-from sevpeft.evaluation.report.plots import differences_of_arms, differences_to_base, loss_curves
-from sevpeft.evaluation.report.tables import (
-    difference_tables,
-    evaluation_tables,
-    facts,
-    loss_table,
-    metric_label,
-    score_tables,
-)
+from sevpeft.evaluation.report.cases import UNKNOWN, cases
+from sevpeft.evaluation.statistics import estimate_text
+from sevpeft.evaluation.tables import OPEN_STRATA, metric_label, plain
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import json_lines, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
@@ -39,7 +33,7 @@ REPORT, COMPARISON = "report.html", "comparison.json"
 # Heading of the page's facts → section of metrics.json; and the parts of evaluation.json that are facts.
 _SECTIONS = {"Data": "data", "Severity weights": "weights", "Model": "model", "Training": "training"}
 _EVALUATION = ("data", "generation", "evaluation", "lexicons", "judge")
-_ARMS = {"adapter": "the adapter", "base": "base model", "reference": "doctor's reference answer"}
+_NEEDED = ("metrics", "methods", "columns")
 
 
 @dataclass(frozen=True)
@@ -62,11 +56,14 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     """
     folder = Path(folder)
     if (folder / COMPARISON).is_file():
-        page = _comparison_page(folder, answers)
+        page = _comparison_page(folder)
     elif (folder / "recipe.yaml").is_file():
-        page = _run_page(folder, answers)
+        page = _run_page(folder)
     else:
         raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
+    for part in page["parts"]:
+        part["cases"], part["answered"] = cases(part["answers"], answers)
+        part["scales"] = _scales(part["scores"])
     shown = sum(len(part["cases"]) for part in page["parts"])
     templates = files("sevpeft.evaluation.report") / "templates"
     script, style = ((templates / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
@@ -81,8 +78,8 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
         **page,
         shown=shown,
         made=time.strftime("%Y-%m-%d %H:%M"),
-        arms=_ARMS,
-        metric_label=metric_label,
+        **{one.__name__: one for one in (estimate_text, metric_label, number_text, p_text, plain)},
+        open_strata=OPEN_STRATA,
         strata=[*reversed(SEVERITIES), UNKNOWN],
         style=Markup(style),
         script=Markup(script),
@@ -92,18 +89,10 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     return Report(folder / REPORT, shown, tuple(page["missing"]))
 
 
-def _run_page(folder: Path, answers: int) -> dict[str, Any]:
+def _run_page(folder: Path) -> dict[str, Any]:
     recipe, metrics = load_recipe(folder / "recipe.yaml"), _object(folder / "metrics.json")
-    evaluation = _object(folder / "evaluation.json", ("scores", "metrics", "methods", "columns", "notes"))
+    evaluation = _object(folder / "evaluation.json", ("scores", "notes", *_NEEDED))
     by_arm = _answers(folder)
-    verdict = "This run was not evaluated, so nothing is known about its answers."
-    if evaluation:
-        verdict = (
-            "Measured on this run's own test questions, beside its base model. Whether severity is the reason for "
-            "anything, one run cannot show: sevpeft compare puts it beside plain cross-entropy and shuffled weights."
-        )
-        if recipe.severity.control != "none":
-            verdict += f" It is a control run ({recipe.severity.control} weights): severity did not steer it."
     missing = []
     if "after" not in metrics:
         missing.append(f"The training is not finished: sevpeft train RECIPE --output {folder} --resume")
@@ -111,73 +100,88 @@ def _run_page(folder: Path, answers: int) -> dict[str, Any]:
         missing.append(f"The run was not evaluated: sevpeft evaluate {folder}")
     elif not by_arm:
         missing.append(f"No answers were generated: sevpeft evaluate {folder} (without --nll-only)")
-    part = _part(
-        by_arm,
-        answers,
-        heading="",
-        sentences=evaluation.get("notes", []),
-        tables=loss_table(metrics) + (evaluation_tables(evaluation) if evaluation else []),
-        differences=[],
-        plots=(differences_to_base(evaluation) if evaluation else []) + loss_curves(_lines(folder / "log.jsonl")),
-    )
     model = metrics.get("model", {}).get("name_or_path", recipe.model.name_or_path)
-    sections = {name: metrics.get(key, {}) for name, key in _SECTIONS.items()}
-    sections["Environment"] = _object(folder / "environment.json")
-    sections["Evaluation"] = {key: evaluation[key] for key in _EVALUATION if key in evaluation}
+    about = {"heading": "", "sentences": evaluation.get("notes", []), "scores": evaluation.get("scores", {})}
     return {
         "title": f"Run {folder.resolve().name}",
         "subtitle": f"A LoRA adapter for {Path(model).name if Path(model).is_absolute() else model}",
-        "verdict": verdict,
+        "verdict": "",
+        "control": recipe.severity.control,
         "missing": missing,
-        "parts": [part],
-        "metrics": evaluation.get("metrics", {}),
-        "methods": evaluation.get("methods", {}),
-        "columns": evaluation.get("columns", {}),
-        "facts": {name: facts(section) for name, section in sections.items()},
-    }
-
-
-def _comparison_page(folder: Path, answers: int) -> dict[str, Any]:
-    content = _object(folder / COMPARISON, ("arms", "seeds", "primary", "metrics", "methods", "verdict", "recipes"))
-    parts, missing = [], []
-    environment: dict[str, Any] = {}
-    for name, recipe in content["recipes"].items():
-        by_arm: dict[str, Any] = {}
-        for arm, runs in recipe["runs"].items():
-            first = folder / runs[0]
-            environment = environment or _object(first / "environment.json")
-            by_arm[arm] = _answers(first).get("base" if arm == "base" else "adapter", {})
-        by_arm = {arm: by_id for arm, by_id in by_arm.items() if by_id}
-        if not by_arm:
-            missing.append(f"{name}: the runs hold no answers to show (compared with --nll-only, or moved).")
-        # The verdict of a single recipe stands at the top of the page already.
-        sentences = [recipe["verdict"]] if recipe["verdict"] != content["verdict"] else []
-        sentences += [sentence for sentence in (recipe["power"], *recipe["notes"]) if sentence]
-        about = {"heading": name, "sentences": sentences, "tables": score_tables(recipe, content)}
-        about["plots"] = differences_of_arms(recipe, content, f"{name}: " if len(content["recipes"]) > 1 else "")
-        parts.append(_part(by_arm, answers, differences=difference_tables(recipe, content), **about))
-    return {
-        "title": f"Comparison {folder.resolve().name}",
-        "subtitle": f"{len(content['arms'])} arms, seeds {', '.join(str(seed) for seed in content['seeds'])}",
-        "verdict": content["verdict"],
-        "missing": missing,
-        "parts": parts,
-        "metrics": content["metrics"],
-        "methods": content["methods"],
-        "columns": content["arms"],
+        "parts": [{**about, "answers": by_arm}],
+        "losses": {key: metrics[key] for key in ("before", "after")} if "after" in metrics else {},
+        "curves": _loss_curves(_lines(folder / "log.jsonl")),
+        "primary": None,
+        **{name: evaluation.get(name, {}) for name in _NEEDED},
         "facts": {
-            **{
-                name: facts({key: of[key] for key in ("model", "data", "chosen")})
-                for name, of in content["recipes"].items()
-            },
-            "Environment": facts(environment),
+            **{heading: metrics.get(key, {}) for heading, key in _SECTIONS.items()},
+            "Environment": _object(folder / "environment.json"),
+            "Evaluation": {key: evaluation[key] for key in _EVALUATION if key in evaluation},
         },
     }
 
 
-def _part(by_arm: Answers, answers: int, **about: Any) -> dict[str, Any]:
-    """What belongs to one recipe of a comparison, or to the run: heading, sentences, tables, plots and answers."""
-    return {**about, "cases": cases(by_arm, sample(by_arm, answers)), "answered": len(shared_ids(by_arm))}
+def _comparison_page(folder: Path) -> dict[str, Any]:
+    content = _object(folder / COMPARISON, ("seeds", "primary", "verdict", "recipes", *_NEEDED))
+    parts, missing = [], []
+    facts: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    for name, recipe in content["recipes"].items():
+        by_arm = {}
+        for arm, (first, *_) in recipe["runs"].items():
+            environment = environment or _object(folder / first / "environment.json")
+            if answers := _answers(folder / first).get("base" if arm == "base" else "adapter"):
+                by_arm[arm] = answers
+        if not by_arm:
+            missing.append(f"{name}: the runs hold no answers to show (compared with --nll-only, or moved).")
+        # The verdict of a single recipe stands at the top of the page already.
+        verdict = recipe["verdict"] if recipe["verdict"] != content["verdict"] else ""
+        sentences = [sentence for sentence in (verdict, recipe["power"], *recipe["notes"]) if sentence]
+        parts.append({"heading": name, "sentences": sentences, "scores": recipe["scores"], "answers": by_arm})
+        facts[name] = {key: recipe[key] for key in ("model", "data", "chosen")}
+    return {
+        "title": f"Comparison {folder.resolve().name}",
+        "subtitle": f"{len(content['columns'])} arms, seeds {', '.join(map(str, content['seeds']))}",
+        "verdict": content["verdict"],
+        "missing": missing,
+        "parts": parts,
+        "losses": {},
+        "curves": {},
+        "primary": content["primary"]["metric"],
+        **{name: content[name] for name in _NEEDED},
+        "facts": {**facts, "Environment": environment},
+    }
+
+
+def _scales(scores: dict[str, Any]) -> dict[str, float]:
+    """Score → largest end of an interval of its differences, so that all bars of a score have one scale."""
+    scales: dict[str, float] = {}
+    for metric, by in (pair for found in scores.values() for pair in found["metrics"].items()):
+        # The base model lies so far off that nothing else could be told apart.
+        trained = (one for arm, of in by.items() if arm != "base" for one in of["against"].values())
+        ends = [abs(one[end]) for one in trained for end in ("low", "high", "value") if one[end] is not None]
+        scales[metric] = max([*ends, scales.get(metric, 1e-12)])
+    return scales
+
+
+def _loss_curves(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Points of each validation loss in a square of 100 by 100, and the ends of the axes; empty without two points."""
+    curves = {}
+    for name in ("all", *reversed(SEVERITIES)):
+        key = "eval_loss" if name == "all" else f"eval_loss_{name}"
+        # Of a step that a resumed run took twice, the later.
+        points = {entry["step"]: entry[key] for entry in log if isinstance(entry.get(key), int | float)}
+        if len(points) > 1:
+            curves[name] = sorted(points.items())
+    if not curves:
+        return {}
+    steps, losses = zip(*(point for points in curves.values() for point in points), strict=True)
+    first, low, width, height = min(steps), min(losses), max(steps) - min(steps), max(losses) - min(losses) or 1.0
+    lines = {
+        name: " ".join(f"{100 * (x - first) / width:.1f},{100 - 100 * (y - low) / height:.1f}" for x, y in points)
+        for name, points in curves.items()
+    }
+    return {"lines": lines, "first": first, "last": max(steps), "low": low, "high": max(losses)}
 
 
 def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:

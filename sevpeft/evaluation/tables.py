@@ -1,0 +1,95 @@
+"""Tables of evaluation.json and comparison.json on the screen, in 80 columns; the report shows all strata.
+
+Definitions, units and directions come with the figures, so that what an old file meant is not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sevpeft.console import number_text, p_text
+from sevpeft.evaluation.statistics import ARROWS, estimate_text
+from sevpeft.severity.probabilities import SEVERITIES
+
+OPEN_STRATA = (SEVERITIES[-1], "all")
+_HEADINGS = {"base": "base model", "shuffled": "shuf.", "constant": "const.", "reference": "doctor"}
+Json = Mapping[str, Any]
+
+
+def metric_label(metric: Json, stratum: str = "") -> str:
+    """`Urgent referral, % ↑`; the arrow, which depends on the stratum, stays with what stands before it."""
+    unit, arrow = metric["unit"], ARROWS[metric["better"].get(stratum, "neither")]
+    return f"{metric['label']}{f', {unit}' if unit else ''}\N{NO-BREAK SPACE}{arrow}".rstrip()
+
+
+def plain(stratum: str) -> str:
+    return f"{stratum.replace('_', '-')} cases"
+
+
+def evaluation_tables(content: Json) -> Group:
+    """The contents of evaluation.json: scores beside their floors, differences to the base model, and the notes."""
+    floors = [(_HEADINGS[name], text) for name, text in content["columns"].items() if name not in ("adapter", "base")]
+    headings = [_HEADINGS.get(name, name) for name in content["columns"]]
+    parts = _tables(content, content["scores"], headings, list(content["metrics"]))
+    parts += [Text(f"{name}: {text}", style="dim") for name, text in (*content["methods"].items(), *floors)]
+    return Group(*parts, *(Text(note, style="yellow") for note in content["notes"]))
+
+
+def comparison_tables(content: Json) -> Group:
+    """The contents of comparison.json: each recipe's verdict, scores, differences of the verdict's score, and notes."""
+    parts: list[RenderableType] = []
+    for name, recipe in content["recipes"].items():
+        parts += [Text(), Text(f"{name} ({recipe['model']})", style="bold"), Text(recipe["verdict"], style="bold")]
+        parts += [Text(recipe["power"])] if recipe["power"] else []
+        if recipe["chosen"] and len(recipe["validation"]) > 1:
+            losses = ", ".join(f"{arm} {number_text(one['mean'], 4)}" for arm, one in recipe["validation"].items())
+            parts.append(Text(f"Chosen on validation (NLL of critical cases): {losses}.", style="dim"))
+        parts += _tables(content, recipe["scores"], list(content["columns"]), [content["primary"]["metric"]])
+        parts += [Text(note, style="yellow") for note in recipe["notes"]]
+        if recipe["controls_of"]:
+            parts.append(Text(f"shuffled, constant: of the weights of {recipe['controls_of']}.", style="dim"))
+    return Group(*parts, *(Text(f"{name}: {text}", style="dim") for name, text in content["methods"].items()))
+
+
+def _tables(content: Json, scores: Json, headings: Sequence[str], differing: Sequence[str]) -> list[RenderableType]:
+    """Of the open strata the means, and the differences of the scores in `differing`."""
+    parts: list[RenderableType] = []
+    for stratum in (name for name in OPEN_STRATA if name in scores):
+        found = scores[stratum]
+        alone = "adapter − base model" if len(differing) > 1 else ""
+        means, differences = _table("", *headings), _table(alone, "difference", "p (Holm)", "outcome")
+        for name, by in found["metrics"].items():
+            about = content["metrics"][name]
+            label = metric_label(about, stratum)
+            # For want of room one interval; those of differences say more.
+            cells = (
+                estimate_text(by[column] if column == "adapter" else {**by[column], "low": None}, about)
+                if column in by
+                else ""
+                for column in content["columns"]
+            )
+            means.add_row(label, *cells)
+            pairs = [(arm, *pair) for arm, of in by.items() for pair in of["against"].items()]
+            for arm, reference, one in pairs if name in differing else ():
+                p = p_text(one["p"], one["p_at_most"])
+                differences.add_row(
+                    label if alone else f"{arm} − {reference}", estimate_text(one, about, sign=True), p, one["outcome"]
+                )
+        title = f"{plain(stratum).capitalize()}: {found['rows']:,} rows, {found['questions']:,} questions"
+        parts += [Text(), Text(title, style="bold"), means, Text()]
+        parts += [differences, Text()] if differences.row_count else []
+    return parts
+
+
+def _table(first: str, *headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(first, overflow="fold", max_width=22)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
