@@ -29,7 +29,7 @@ _TYPES: dict[str, Any] = {
     "bool": bool, "int": int, "float": int | float, "str": str, "dict": dict[str, Any], "null": None, "any": Any,
 }  # fmt: skip
 
-# Chosen for the model and the device before training, see sevpeft/training/batch_split.py.
+# Chosen for the model and the device before training, see sevpeft/training/resolve.py.
 AUTO = "auto"
 # Consultations of an optimizer step. As the values below down to max_grad_norm, it is the published one
 # (arXiv 2604.06346, there 1 row × 8 accumulation steps).

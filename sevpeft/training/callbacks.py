@@ -67,9 +67,7 @@ class RunProgress(TrainerCallback):
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         self.bar.update(self.task, text="validating")
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if state.is_world_process_zero:
             self.run.append_log({"step": state.global_step, "time": round(time.time(), 1), **logs})
         if "loss" in logs:
@@ -206,24 +204,19 @@ class StepGuard(TrainerCallback):
         self.trainer, self.stopping, self.signals, self.name_rows = trainer, stopping, signals, name_rows
         self.counts: dict[str, Any] = {"first": [], "last": [], "diverging": 0, "nonfinite": 0, "nonfinite_in_a_row": 0}
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
         if state.global_step == 0 and not math.isfinite(metrics.get("eval_loss", 0.0)):
             raise RunError(
                 "The first validation loss is not finite; set model.dtype to bfloat16 or float32, or "
                 "model.attn_implementation=eager, or fetch the model again."
             )
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._loss_before = pending_loss(self.trainer)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         accelerator, model = self.trainer.accelerator, self.trainer.model
-        step_loss = (pending_loss(self.trainer) - self._loss_before).double()
-        loss = float(accelerator.reduce(step_loss, "mean"))
+        loss = float(accelerator.reduce((pending_loss(self.trainer) - self._loss_before).double(), "mean"))
         scaled = accelerator.scaler is not None
         if math.isfinite(loss) and (scaled or math.isfinite(_gradient_norm(model))):
             self.counts["nonfinite_in_a_row"] = 0
@@ -253,10 +246,7 @@ class StepGuard(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == self.counts["nonfinite"]:
-            raise RunError(
-                f"None of the {state.global_step:,} steps had a finite loss and gradient, so nothing was trained; "
-                f"{_REMEDY}"
-            )
+            raise RunError(f"None of the {state.global_step:,} steps was finite, so nothing was trained; {_REMEDY}")
 
     def _watch(self, loss: float) -> None:
         """Stops a training whose mean loss stays far above that of its first steps."""
@@ -273,8 +263,7 @@ class StepGuard(TrainerCallback):
         if patience is not None and counts["diverging"] >= patience:
             raise RunError(
                 f"The training diverges: for {counts['diverging']} steps its mean loss has been over {ratio:g} times "
-                f"the first ({now:.3f} now, {begin:.3f} then). Checkpoints up to where that began are kept; start "
-                "another run with a lower training.learning_rate, or with training.warmup_steps=0.05."
+                f"the first ({now:.3f} now, {begin:.3f} then); start another run with a lower training.learning_rate."
             )
 
     def _rows_behind(self) -> str:
@@ -288,11 +277,10 @@ class StepGuard(TrainerCallback):
         more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
         return ", ".join(names[:_MOST_NAMED]) + more
 
-    @torch.no_grad()
     def _is_finite(self, document: Sequence[int]) -> bool:
         """Whether the model, as it is now, gives finite scores on a consultation alone."""
         ids = torch.tensor([document], device=self.trainer.args.device)
-        with self.trainer.compute_loss_context_manager():
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
             output = self.trainer.causal_lm().base_model(input_ids=ids, use_cache=False)
         return bool(torch.isfinite(output.last_hidden_state).all())
 

@@ -40,9 +40,8 @@ def checkpoint_of(args: TrainingArguments, step: int) -> Path:
 class ExactResume(TrainerCallback):
     """Callback that completes each checkpoint, so that a resumed run equals an uninterrupted one.
 
-    The libraries save adapter, optimizer, schedule and random state, but not what was counted since the last line of
-    the log. Each process adds its counts, and those of every callback that has `counts`, a dict. A manifest then seals
-    the checkpoint, and only then an older one is removed.
+    The libraries do not save what was counted since the last line of the log. Each process adds its counts, and those
+    of every callback that has `counts`, a dict. Then a manifest seals the checkpoint, and an older one may go.
 
     Attributes:
         evaluation_due: whether the validation of the present step is still to come.
@@ -79,9 +78,8 @@ class ExactResume(TrainerCallback):
         for name, callback in self._counting().items():
             callback.counts.update(saved["callbacks"][name])
         if args.load_best_model_at_end and state.best_global_step:
-            # Saved as a path, which is another one where the run was moved or started from another folder.
+            # Its path is another one where the run was moved. A damaged one must not end the run.
             best = checkpoint_of(args, state.best_global_step)
-            # An adapter that validation has never seen must not end the run in its place.
             damage = checkpoint_damage(best, files_to_resume(self.trainer.accelerator)) if best.is_dir() else "is gone"
             if damage is not None:
                 raise RunError(f"{best}, the best of this run, {damage}; bring it back from a copy, or start anew.")

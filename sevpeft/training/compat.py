@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
@@ -82,22 +83,12 @@ def _small_vocabulary_tiles() -> Iterator[None]:
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = stock
 
 
-@contextmanager
-def mixed_precision_of_recipe(bf16: bool, fp16: bool) -> Iterator[None]:
+def mixed_precision_of_recipe(bf16: bool, fp16: bool) -> AbstractContextManager[None]:
     """Hides the launcher's mixed precision from transformers 5.24, which obeys it where the settings say no.
 
     Upstream: https://github.com/huggingface/transformers/issues/32622 (intended, so that a launcher may decide).
     """
-    name = "ACCELERATE_MIXED_PRECISION"
-    before = os.environ.get(name)
-    os.environ[name] = "bf16" if bf16 else "fp16" if fp16 else "no"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    return patch_environment(ACCELERATE_MIXED_PRECISION="bf16" if bf16 else "fp16" if fp16 else "no")
 
 
 def forget_compilation_of_launcher() -> None:

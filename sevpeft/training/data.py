@@ -34,7 +34,7 @@ from sevpeft.training.compat import IGNORED
 ROWS_WORTH_A_BAR = 20_000
 # A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
 FEWEST_QUESTION_WORDS = 4
-# From the tokens of consultations to the names of the rows they came from.
+# From tokens of consultations to names of their rows.
 NameRows = Callable[[Sequence[Sequence[int]]], list[str]]
 
 
@@ -91,12 +91,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
 
 
 def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
-    """Reads the recipe's data and divides it.
-
-    Returns:
-        The table, its parts, and the severity of the table's rows, None when there is none and the recipe asks for
-        plain cross-entropy.
-    """
+    """The table, its parts, and the severity of its rows: None where there is none, for plain cross-entropy."""
     data, asked = recipe.data, recipe.severity
     keep: Keep = ("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped"
     table = load_consultations(data, keep=keep)
@@ -145,8 +140,7 @@ def summary_of(
 def weigh(recipe: Recipe, severity: Severity | None, kept: np.ndarray) -> tuple[np.ndarray, WeightSummary]:
     """Weights (n,) of the training rows that were kept, and what they amount to."""
     if severity is None:
-        ones = np.ones(len(kept))
-        return ones, WeightSummary.of(ones, None)
+        return np.ones(len(kept)), WeightSummary.of(np.ones(len(kept)), None)
     asked = recipe.severity
     weights = severity_weights(
         severity.probabilities[kept],
@@ -418,8 +412,7 @@ def answer_starts(labels: torch.Tensor) -> torch.Tensor:
 
     The first position of a row is never predicted and, packed, every document begins with an ignored label.
     """
-    labels = labels.clone()
-    labels[:, 0] = IGNORED
-    continued = torch.zeros_like(labels, dtype=torch.bool)
-    continued[:, 1:] = labels[:, :-1] != IGNORED
-    return labels.masked_fill(continued, IGNORED)
+    starts = labels != IGNORED
+    starts[:, 0] = False
+    starts[:, 1:] &= labels[:, :-1] == IGNORED
+    return labels.masked_fill(~starts, IGNORED)

@@ -40,11 +40,7 @@ def check_engine(state: PartialState) -> None:
 
 
 def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
-    """Raises RunError when the engine that the launcher asks for cannot train or save what the recipe says.
-
-    Args:
-        arguments: made from the recipe; DeepSpeed's settings are in them.
-    """
+    """Raises RunError when the engine that the launcher asks for cannot train or save what the recipe says."""
     optim = str(getattr(arguments.optim, "value", arguments.optim))
     zero = arguments.deepspeed_plugin.deepspeed_config["zero_optimization"] if zero3() else {}
     whole = "FULL" in os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
@@ -73,9 +69,8 @@ def set_up_engine(accelerator: Accelerator, model: Any) -> None:
     """Number formats of the adapter, and the layers that FSDP wraps, before the engine takes the model.
 
     TRL casts QLoRA adapters to bfloat16: at lr 5e-5 two thirds of the updates are then rounded away, a float16
-    GradScaler fails, and a resumed run goes on in float32. So they are float32, which FSDP2 needs of them all and
-    allows beside frozen weights of other types. ZeRO-3 gathers all kinds of parameters into one buffer, so there they
-    have the type of the others; no update is lost, because its optimizer keeps float32 copies.
+    GradScaler fails, and a resumed run goes on in float32. So they are float32, as FSDP2 needs them. ZeRO-3 gathers all
+    parameters into one buffer, so there they have the type of the others; its optimizer keeps float32 copies.
     """
     cast_trained(model, getattr(model, "dtype", torch.float32) if zero3() else torch.float32)
     if zero3() or not hasattr(accelerator.state, "fsdp_plugin"):
@@ -111,11 +106,7 @@ def check_engine_of_model(accelerator: Accelerator, model: Any) -> None:
 
 
 def check_adapter_is_complete(folder: Path, model: torch.nn.Module) -> None:
-    """Raises RunError when a saved adapter lacks numbers that were trained: parts, or tensors that were never gathered.
-
-    Args:
-        model: that was trained; its parameters may be divided.
-    """
+    """Raises RunError when a saved adapter lacks trained numbers of the model: parts that were never gathered."""
     trained = sum(
         prod(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 the shape is that of nothing
         for parameter in model.parameters()
@@ -143,12 +134,9 @@ def engine_of(processes: Accelerator | PartialState) -> str:
 
 
 def check_same_processes(accelerator: Accelerator, environment: dict[str, Any]) -> None:
-    """Raises RunError when a run was started by other processes than those that resume it.
+    """Raises RunError when a run, of this environment.json, was started by other processes than those that resume it.
 
     Optimizer and random state of a checkpoint are written part by part, in the form of their engine.
-
-    Args:
-        environment: environment.json of the run.
     """
     here = f"{accelerator.num_processes} × {engine_of(accelerator)}"
     there = f"{environment['processes']} × {environment['engine']}"

@@ -103,24 +103,17 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     settings = copy.deepcopy(recipe.training.settings())  # transformers writes into accelerator_config
     if settings.get("auto_find_batch_size") and PartialState().num_processes > 1:
         raise RecipeError(
-            "training.auto_find_batch_size works on one process only; lower training.per_device_train_batch_size and "
-            "raise gradient_accumulation_steps instead."
+            "training.auto_find_batch_size works on one process only; lower per_device_train_batch_size instead."
         )
     if settings.get("activation_offloading") and not uses_gpu(recipe):
         raise RecipeError("training.activation_offloading needs a GPU, and this run has none; leave it out.")
     del settings["global_batch_size"]  # of `resolve_split`, which has made numbers of it
     settings.setdefault("use_cpu", not uses_gpu(recipe))
-    # The filter hides a NaN loss from the trainer, which looks for it itself.
-    settings.setdefault("logging_nan_inf_filter", False)
-    settings.update(
-        bf16=precision.bf16,
-        fp16=precision.fp16,
-        output_dir=str(checkpoints),
-        disable_tqdm=True,
-        padding_free=settings["padding_free"] is True,  # auto: until the model is measured
-        # The trainer takes a batch in parts; the library's own search makes the step smaller, and so another training.
-        auto_find_batch_size=False,
-    )
+    settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints), disable_tqdm=True)
+    settings["padding_free"] = settings["padding_free"] is True  # auto: until the model is measured
+    settings["logging_nan_inf_filter"] = False  # it would hide a NaN loss from StepGuard
+    # The trainer takes a batch in parts; the library's own search makes the step smaller, and so another training.
+    settings["auto_find_batch_size"] = False
     if settings["padding_free"] and not settings.get("packing"):
         # Rows are cut to max_length while they are encoded; TRL refuses a limit that it would not enforce itself.
         settings["max_length"] = None

@@ -36,9 +36,8 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
         print_labeled(console, label, text, style="yellow")
 
     columns = ", ".join(f"{found} → {name}" for name, found in summary["columns"].items() if found != name)
-    rows = summary["rows"]
     by = "its own split column" if summary["split_by"] == "column split" else "random groups of equal questions"
-    parts = ", ".join(f"{rows[name]:,} {name}" for name in ("train", "validation", "test"))
+    parts = ", ".join(f"{count:,} {name}" for name, count in summary["rows"].items())
     print_labeled(console, "Data", f"{summary['source']}{f' ({columns})' if columns else ''}")
     print_labeled(console, "Split", f"{parts}, by {by}")
     for reason, count in summary["rejected"].items():
@@ -94,8 +93,7 @@ def run_summary(run: Run) -> Group:
     metrics = run.metrics()
     model, weights, training = metrics["model"], metrics["weights"], metrics["training"]
     counts = ", ".join(f"{count:,} {name}" for name, count in reversed(weights["severities"].items()))
-    bits = f", {model['bits']} bit" if model["bits"] else ""
-    effective = weights["effective_sample_size"]
+    bits, effective = f", {model['bits']} bit" if model["bits"] else "", weights["effective_sample_size"]
     facts = Table.grid(padding=0)
     facts.add_column(width=LABEL_WIDTH, style="bold")
     facts.add_column(overflow="fold")
@@ -118,8 +116,7 @@ def run_summary(run: Run) -> Group:
     for key, label in [("loss", "all"), *((f"loss_{name}", name) for name in reversed(SEVERITIES))]:
         if key in after:
             losses.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
-    title = Text("Validation loss, nats per answer token, unweighted", style="bold")
-    return Group(Text(), facts, Text(), title, losses)
+    return Group(Text(), facts, Text("\nValidation loss, nats per answer token, unweighted", style="bold"), losses)
 
 
 def show_plan(found: Plan, console: Console) -> None:
@@ -138,9 +135,7 @@ def show_plan(found: Plan, console: Console) -> None:
     if found.fitting is not None:
         show_fitting(found.fitting, console)
     if found.epoch_seconds is not None:
-        letters = found.letters_per_token
-        text = time_text(found.epoch_seconds, found.tokens, letters, found.tflops, found.efficiency)
-        print_labeled(console, "Time", text)
+        print_labeled(console, "Time", time_text(found, found.epoch_seconds))
 
 
 def show_fitting(found: Fitting, console: Console) -> None:
@@ -178,19 +173,18 @@ def show_fitting(found: Fitting, console: Console) -> None:
     for change in found.changes:
         for setting in change.settings:
             console.print(Text(f"{'':{LABEL_WIDTH}}{setting}", style="bold"), soft_wrap=True)
-        then = f"{change.total / GIB:.1f} GiB then{': fits' if change.fits else ''}"
-        print_labeled(console, "", f"{then}; {change.effect}")
+        fits = ": fits" if change.fits else ""
+        print_labeled(console, "", f"{change.total / GIB:.1f} GiB then{fits}; {change.effect}")
     if not found.changes or not found.changes[-1].fits:
         print_labeled(console, "", "That is still too much: choose a smaller base model, or a larger GPU.")
 
 
-def time_text(seconds: float, tokens: int, letters: float | None, tflops: float, efficiency: float) -> str:
-    """How long an epoch takes; `letters` is what a token was taken for, where they could not be counted."""
+def time_text(found: Plan, seconds: float) -> str:
+    """How long an epoch takes, and what is assumed for it."""
     duration = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
+    letters = found.letters_per_token
     counted = "" if letters is None else f" (not counted: {letters:g} letters assumed for each)"
-    assumed = " assumed" if efficiency == EFFICIENCY else ""
-    peak = f"{tflops:g} TFLOP/s{' (an RTX 4090)' if tflops == TFLOPS else ''}"
-    return (
-        f"about {duration} an epoch of {tokens:,} tokens{counted}, at {efficiency:.0%}{assumed} of {peak}; padding and "
-        "validation come on top"
-    )
+    share = f"{found.efficiency:.0%}{' assumed' if found.efficiency == EFFICIENCY else ''}"
+    peak = f"{found.tflops:g} TFLOP/s{' (an RTX 4090)' if found.tflops == TFLOPS else ''}"
+    tokens = f"{found.tokens:,} tokens{counted}"
+    return f"about {duration} an epoch of {tokens}, at {share} of {peak}; padding and validation come on top"

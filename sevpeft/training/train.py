@@ -22,28 +22,15 @@ from transformers import PrinterCallback
 
 from sevpeft.console import Screen, print_labeled
 from sevpeft.errors import Interrupted, RunError, first_sentence
-from sevpeft.modeling.adapters import (
-    cast_adapter_to_compute_dtype,
-    lora_config,
-    sort_target_modules,
-    trainable_parameters,
-)
+from sevpeft.modeling import adapters
 from sevpeft.modeling.compat import attention_of, requested_engine
 from sevpeft.modeling.loading import load_model, resolved_name, uses_gpu
 from sevpeft.modeling.saved_adapters import base_commit, base_fingerprint, check_base_weights
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.training import checkpoints
 from sevpeft.training.callbacks import RunProgress, SignalHandler, StepGuard, resume_command
-from sevpeft.training.checkpoints import (
-    as_started,
-    check_same_data,
-    check_same_recipe,
-    files_to_resume,
-    remove_incomplete,
-    resume_checkpoint,
-    run_lock,
-)
 from sevpeft.training.data import Prepared, lengths_of, prepare
 from sevpeft.training.distributed import check_adapter_is_complete, check_engine, check_same_processes, engine_of
 from sevpeft.training.plan import memory_is_full
@@ -73,12 +60,12 @@ def train(
     console = console if console is not None and state.is_main_process else Screen(quiet=True)
     # transformers would expand a ~ for the checkpoints alone.
     run = Run(broadcast_object_list([Path(output or default_output(recipe.name)).expanduser()])[0])
-    with run_lock(run.folder) if state.is_main_process else nullcontext():
+    with checkpoints.run_lock(run.folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             check_output(run.folder, resume=resume)
         if resume:
-            recipe = as_started(recipe, run)
-            check_same_recipe(recipe, run)
+            recipe = checkpoints.as_started(recipe, run)
+            checkpoints.check_same_recipe(recipe, run)
         if resume and run.finished:
             console.print(f"The run in {run.folder} is finished; nothing is left to do.", soft_wrap=True)
         else:
@@ -103,7 +90,7 @@ def _train(
     with state.main_process_first(), plain_disk_errors(scratch.parent, when_full=remedy, remedy=remedy):
         rows = prepare(recipe, resolved.prompt, scratch)
     if resume:
-        check_same_data(rows.summary["fingerprint"], rows.summary["source"], run)
+        checkpoints.check_same_data(rows.summary["fingerprint"], rows.summary["source"], run)
     show_data(rows.summary, rows.weights, recipe, console)
 
     # model: the frozen base, and how its rows are laid out
@@ -128,7 +115,7 @@ def _train(
                     train_dataset=rows.train,
                     eval_dataset=rows.validation,
                     processing_class=resolved.tokenizer,
-                    peft_config=lora_config(recipe, model),
+                    peft_config=adapters.lora_config(recipe, model),
                     reduction=recipe.severity.reduction,
                     loraplus=loraplus_settings(recipe),
                     on_message=lambda label, sentence: warn(sentence, label),
@@ -154,7 +141,7 @@ def _train(
             _save_adapter(trainer, run)
     except BaseException as error:
         if state.is_main_process:
-            remove_incomplete(run)
+            checkpoints.remove_incomplete(run)
         if should_reduce_batch_size(error):
             raise memory_is_full(recipe, run.folder) from error
         if isinstance(error, KeyboardInterrupt):
@@ -165,13 +152,13 @@ def _train(
 
 
 def _start_processes(recipe: Recipe) -> PartialState:
-    # Unless told so, accelerate sets up a single process where it finds no GPU.
     try:
+        # Unless told so, accelerate sets up a single process where it finds no GPU.
         state = PartialState(cpu=not uses_gpu(recipe))
     except (ValueError, ImportError, RuntimeError) as error:
         raise RunError(
-            f"The processes of this launch cannot start ({first_sentence(error)}); start it with `accelerate launch`, "
-            "or unset what the cluster has set (RANK, WORLD_SIZE, PMI_SIZE …) for one process."
+            f"The processes cannot start ({first_sentence(error)}); use `accelerate launch`, or for one process unset "
+            "what the cluster has set (RANK, WORLD_SIZE, PMI_SIZE …)."
         ) from error
     check_engine(state)
     return state
@@ -180,8 +167,8 @@ def _start_processes(recipe: Recipe) -> PartialState:
 def _checkpoint(trainer: SeveritySFTTrainer, run: Run, warn: Any) -> str | None:
     """Path of the newest valid checkpoint, the same on all processes; None starts anew."""
     check_same_processes(trainer.accelerator, run.environment())
-    required = files_to_resume(trainer.accelerator)
-    found = resume_checkpoint(run, required, warn) if trainer.is_world_process_zero() else None
+    required = checkpoints.files_to_resume(trainer.accelerator)
+    found = checkpoints.resume_checkpoint(run, required, warn) if trainer.is_world_process_zero() else None
     return None if (checkpoint := broadcast_object_list([found])[0]) is None else str(checkpoint)
 
 
@@ -194,8 +181,8 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
         # A pickle of the training arguments; the recipe says the same and can be read.
         (folder / "training_args.bin").unlink(missing_ok=True)
         if trainer.args.bf16:
-            cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
-        sort_target_modules(folder)
+            adapters.cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
+        adapters.sort_target_modules(folder)
         shutil.rmtree(run.adapter, ignore_errors=True)
         folder.replace(run.adapter)
     trainer.accelerator.wait_for_everyone()
@@ -203,7 +190,7 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
 
 def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
     """recipe.yaml, environment.json and the first part of metrics.json."""
-    trainable, total = trainable_parameters(trainer.model)
+    trainable, total = adapters.trainable_parameters(trainer.model)
     arguments = trainer.args
     run.write_json(
         "environment.json",

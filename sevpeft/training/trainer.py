@@ -55,15 +55,15 @@ class SeveritySFTTrainer(SFTTrainer):
             answer tokens, as in TRL; or "examples", the number of answers (the weights then carry 1/L_i).
         loraplus: settings of LoRA+ (`loraplus_settings`); none for one learning rate.
         split_on_oom: compute a batch that does not fit in memory in parts, which is the same step; on one process only.
-        on_message: called with label and sentence, for the screen.
+        on_message: gets a label and a sentence for the screen.
 
     Raises:
-        WeightError: weights absent, not finite, negative, or all zero.
-        ValueError: a setting of `args` that would bypass the weights.
+        WeightError: of `check_weights`. ValueError: a setting of `args` that would bypass the weights.
     """
 
     control: TrainerControl
     _total_train_tokens: int
+    _epoch_ended_at = -1
 
     def __init__(
         self,
@@ -88,16 +88,14 @@ class SeveritySFTTrainer(SFTTrainer):
         self.most_rows: dict[str, int | None] = {"train": None, "eval": None}
         self.step_batches: list[dict[str, Any]] = []
         self.exact_resume = ExactResume(self)
-        self._epoch_ended_at = -1
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.remove_unused_columns = False  # token_weights and severity are no arguments of the model
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("selective"):
             # TRL 1.16 does this to the PeftModel, whose wrapper transformers 5.24 goes past.
             enable_selective_activation_checkpointing(model)
-        # First, so that a checkpoint is sealed before another callback ends the training.
-        callbacks = [self.exact_resume, *callbacks]
-        super().__init__(model=model, args=args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
-
+        # ExactResume first, so that a checkpoint is sealed before another callback ends the training.
+        kwargs["callbacks"] = [self.exact_resume, *callbacks]
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         # A custom collator is refused by TRL's constructor when padding-free, so it takes the default's place here.
         collator: Any = self.data_collator
         self.data_collator: Any = SeverityCollator(
@@ -112,8 +110,7 @@ class SeveritySFTTrainer(SFTTrainer):
 
     def causal_lm(self) -> PreTrainedModel:
         """The model without its adapter's wrapper."""
-        model = self.model
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return self.model.get_base_model()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -211,7 +208,7 @@ class SeveritySFTTrainer(SFTTrainer):
         step, before = super().prediction_step, self._validation.clone()
 
         def undo() -> list[dict[str, Any]]:
-            self._validation = before.clone()
+            self._validation.copy_(before)
             return []
 
         return self._in_parts("eval", inputs, lambda part: step(model, part, *args, **kwargs), undo)[-1]
@@ -221,8 +218,7 @@ class SeveritySFTTrainer(SFTTrainer):
     ) -> list[Any]:
         """Results of `take` on the parts of a batch that fit in memory; their losses have the same sum.
 
-        Args:
-            undo: takes back what a failure has left; returns the batches that have to be taken again before this one.
+        `undo` takes back what a failure has left, and returns the batches that have to be taken again before this one.
         """
         batches = [batch]
         while True:
@@ -233,13 +229,11 @@ class SeveritySFTTrainer(SFTTrainer):
                 if not should_reduce_batch_size(error):
                     raise
                 half = min(len(rows_of(batch)), most or len(rows_of(batch))) // 2
-                if kind == "eval" and not (half and self.split_on_oom):
-                    raise RunError(
-                        "The memory is too small for validation; lower training.per_device_eval_batch_size "
-                        f"(now {self.args.per_device_eval_batch_size}), which changes no figure."
-                    ) from error
                 if not (half and self.split_on_oom):
-                    raise
+                    if kind == "train":
+                        raise
+                    size = f"training.per_device_eval_batch_size (now {self.args.per_device_eval_batch_size})"
+                    raise RunError(f"The memory is too small for validation; lower {size}.") from error
             self.most_rows[kind] = half
             clear_device_cache(garbage_collection=True)
             what = "validation" if kind == "eval" else "the same step"

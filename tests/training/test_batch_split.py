@@ -12,6 +12,7 @@ import pytest
 from sevpeft.errors import RecipeError
 from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.runs import Run
+from sevpeft.training import resolve
 from sevpeft.training.checkpoints import as_started
 from sevpeft.training.resolve import (
     choose_layout,
@@ -140,8 +141,9 @@ def test_a_resume_takes_what_the_run_chose(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("architecture", "layout", "rows"), [("llama", True, 8), ("bloom", False, 1)])
 def test_rows_are_put_into_one_where_the_model_keeps_them_apart(
-    model_folder: Callable[..., Path], architecture: str, layout: bool, rows: int
+    model_folder: Callable[..., Path], architecture: str, layout: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(resolve, "memory_plan", lambda recipe, on_gpu: (PLAN, "a test"))
     model = {"name_or_path": str(model_folder(architecture))}
     asked = recipe_from_values({"model": model, "training": {"use_cpu": True, "gradient_checkpointing": False}})
     resolved = choose_layout(asked, split_here(asked), build_model(architecture), 100)

@@ -52,13 +52,13 @@ def settings(model_folder: Callable[..., Path]) -> list[str]:
     return [
         f"model.name_or_path={model_folder('llama')}",
         "data.max_rows=60",
-        "data.validation_size=13",
+        "data.validation_size=5",
         "lora.lora_dropout=0",
         "training.max_length=160",
         "training.gradient_accumulation_steps=4",
         "training.per_device_eval_batch_size=4",
         "training.gradient_checkpointing=false",
-        "training.max_steps=4",
+        "training.max_steps=3",
         "training.learning_rate=1e-3",
         "training.logging_steps=2",
         "training.save_strategy=steps",
@@ -134,7 +134,7 @@ def test_fsdp2_divides_a_4bit_model_and_resumes_to_the_same_bits(tmp_path: Path,
     assert_same_as_one_process(run, settings, "FSDP2")
     shutil.copytree(run, killed)
     shutil.rmtree(killed / "adapter")
-    shutil.rmtree(killed / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(killed / "checkpoints" / "checkpoint-3")
     begin(killed)
     assert Run(killed).metrics()["training"]["resumed_from"] == "checkpoint-2"
     whole, resumed = weights_of(run), weights_of(killed)

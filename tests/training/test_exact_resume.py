@@ -67,8 +67,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_of_the_same_step(
     tmp_path: Path, layout: str, from_step: int, at_first: int
 ) -> None:
     """Also where the first batch of the step has fitted, and left its loss and its gradient."""
-    options = {**LAYOUTS[layout], "eval_dataset": make_rows(5, seed=2), "per_device_eval_batch_size": 2}
-    options["per_device_train_batch_size"] = 2 if layout == "packed" else 4
+    options = {**LAYOUTS[layout], "per_device_train_batch_size": 2 if layout == "packed" else 4}
     rows = laid_out(make_rows(), layout)
     roomy = crowded(tmp_path / "roomy", rows, **options)
     roomy.train()
@@ -81,9 +80,9 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_of_the_same_step(
     assert_close(adapter_of(full), adapter_of(roomy), 1e-5)
     tokens = [entry["num_tokens"] for entry in full.state.log_history if "loss" in entry]
     assert tokens == [entry["num_tokens"] for entry in roomy.state.log_history if "loss" in entry]
-    resumed = crowded(tmp_path / "full", rows, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "full" / "checkpoint-2"))
-    if from_step < 2:
+    if layout == "padding-free":
+        resumed = crowded(tmp_path / "full", rows, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "full" / "checkpoint-2"))
         assert resumed.most_rows["train"] == 1
         assert_equal(adapter_of(resumed), adapter_of(full))
 

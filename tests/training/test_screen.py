@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -64,11 +66,13 @@ def test_the_plan_is_json(eight_billion: Fitting) -> None:
 
 
 def test_time_stands_with_what_it_assumes() -> None:
+    plan: Any = SimpleNamespace(tokens=12_345, letters_per_token=None, tflops=165.0, efficiency=0.3)
     for seconds, shown_as in ((20, "1 min"), (1800, "30 min"), (7200, "2.0 h")):
-        text = time_text(seconds, 12_345, None, 165.0, 0.3)
+        text = time_text(plan, seconds)
         assert f"about {shown_as} an epoch of 12,345 tokens" in text
         assert "30% assumed of 165 TFLOP/s (an RTX 4090)" in text
-    assert "12,345 tokens (not counted: 2.2 letters assumed for each)" in time_text(600, 12_345, 2.2, 165.0, 0.3)
+    plan.letters_per_token = 2.2
+    assert "12,345 tokens (not counted: 2.2 letters assumed for each)" in time_text(plan, 600)
 
 
 def test_a_real_plan_chooses_the_split_by_the_size_of_the_gpu(eight_billion: Fitting) -> None:
