@@ -348,7 +348,12 @@ def check_absent(output: Path) -> None:
         raise RunError(f"{output} exists already; choose an OUTPUT that does not exist yet, or remove it first.")
 
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+def signal_at_end_of_parent(number: int) -> None:
+    """Has Linux send this process a signal when its parent ends; 0 for none."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
 _parent: int | None = None
 
 
@@ -370,11 +375,9 @@ def workers_end_with_this_process() -> Iterator[None]:
 
 @functools.cache
 def _end_forks_with_parent() -> None:
-    libc = ctypes.CDLL(None)
-
     def set_signal() -> None:
         if _parent is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            signal_at_end_of_parent(signal.SIGKILL)
             if os.getppid() != _parent:  # it ended before the signal was set
                 os._exit(1)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -42,10 +41,6 @@ def named_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
     """
     settings = recipe.lora.settings()
     with _peft_errors(model):
-        if settings.get("init_lora_weights") == "eva":
-            # It concerns models that are larger on the CPU than the GPU; the trainer puts the adapter on itself.
-            warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
-            settings["eva_config"] = EvaConfig(**(settings.get("eva_config") or {}))
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
         _check_names(config, model)
     if config.trainable_token_indices and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
@@ -63,7 +58,6 @@ def add_empty_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         ModelError: PEFT refuses the two together.
     """
     config = copy.deepcopy(config)
-    config.eva_config = None
     if config.init_lora_weights != "orthogonal":
         config.init_lora_weights = False  # what starts from the base weights would need them
     with _peft_errors(model):

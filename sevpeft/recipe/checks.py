@@ -13,7 +13,7 @@ KeyPath = tuple[str, ...]
 Mistake = tuple[KeyPath, str]
 
 # Starts of an adapter that move a part of the base weights into it, or that need a pass over data or weights.
-CHANGING_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+CHANGING_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "eva")
 # Starts that PEFT's constructor computes, but not with quantized base weights.
 _FROM_WHOLE_WEIGHTS = ("orthogonal", "mica")
 # Figures of a validation. Transformers takes the least as best for names in -loss only, so loss_critical needs help.
@@ -23,7 +23,7 @@ _LEAVE = "leave it out"
 _UPLOAD = f"a run stays on this machine; {_LEAVE}, and upload the adapter later with `hf upload REPO_ID RUN/adapter`"
 _LAUNCHER = f"the launcher decides it; {_LEAVE}, and use `accelerate launch --config_file accelerate_configs/FILE.yaml`"
 _BYPASSED = f"the severity weights would be bypassed; {_LEAVE}"
-_PASS = "needs a pass over data or weights that is not made here; use init_lora_weights: true, gaussian or eva"
+_PASS = "needs a pass over data or weights that is not made here; use init_lora_weights: true or gaussian"
 
 # Section, keys, values that are allowed all the same, and why others are refused.
 _ROWS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
@@ -67,7 +67,7 @@ _ROWS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
      f"an aLoRA acts after its invocation tokens only, which the prompts lack; {_LEAVE}"),
     ("lora", "use_qalora", (False,), f"PEFT has QA-LoRA for GPTQ only, and would train plain LoRA; {_LEAVE}"),
     ("lora", "kasa_config monteclora_config", (None,), f"it needs terms of the loss that are not added; {_LEAVE}"),
-    ("lora", "corda_config lora_ga_config", (None,), _PASS),
+    ("lora", "corda_config lora_ga_config eva_config", (None,), _PASS),
     ("lora", "loftq_config", (None, {}), _PASS),
 )  # fmt: skip
 # (section, key) → allowed values, reason and remedy.
@@ -125,13 +125,13 @@ def _training(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _adapter(lora: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     eight = quantization.get("load_in_8bit") is True
     start = lora.get("init_lora_weights")
-    if isinstance(start, str) and start not in ("gaussian", "eva"):
+    if isinstance(start, str) and start != "gaussian":
         if start.lower().startswith(CHANGING_THE_BASE):
             yield "init_lora_weights", f"{start} changes the base model or {_PASS}"
         elif start not in _FROM_WHOLE_WEIGHTS:
-            yield "init_lora_weights", f"{start!r} is unknown; write true, gaussian or eva"
+            yield "init_lora_weights", f"{start!r} is unknown; write true or gaussian"
         elif eight or quantization.get("load_in_4bit") is True:
-            yield "init_lora_weights", f"{start} needs an unquantized base model; write true, gaussian or eva"
+            yield "init_lora_weights", f"{start} needs an unquantized base model; write true or gaussian"
     for key in ("use_dora", "layer_replication"):
         if eight and lora.get(key):
             yield key, f"fails on an 8-bit base model; use quantization.load_in_4bit, or {_LEAVE}"

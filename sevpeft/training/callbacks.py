@@ -1,152 +1,87 @@
-"""Callbacks: progress on the screen and in log.jsonl, and signals that end a run after a checkpoint."""
+"""Callbacks: progress on the screen and in log.jsonl, signals that end a run after a checkpoint, bad steps."""
 
 from __future__ import annotations
 
-import ctypes
+import math
 import os
 import shlex
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from accelerate import DistributedType
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 
 from sevpeft.console import SECONDS_BETWEEN_LINES, print_labeled
-from sevpeft.errors import Interrupted, SevpeftError
-from sevpeft.runs import Run
+from sevpeft.errors import Interrupted, RunError, SevpeftError
+from sevpeft.recipe import StoppingSection
+from sevpeft.runs import Run, signal_at_end_of_parent
+from sevpeft.training.compat import pending_loss, uncount_step
+from sevpeft.training.data import rows_of
+
+if TYPE_CHECKING:
+    from sevpeft.training.trainer import SeveritySFTTrainer
 
 
 class RunProgress(TrainerCallback):
-    """Callback that reports on the main process only.
+    """Callback that writes log.jsonl, on the main process, and shows a bar, or a line every 15 seconds.
 
     Args:
-        run: its log.jsonl gets every entry.
-        console: where the screen is.
+        console: where the screen is; quiet on the other processes.
     """
 
     def __init__(self, run: Run, console: Console) -> None:
-        self.run = run
-        self.console = console
-        self.bar: Progress | None = None
-        self.last_line = 0.0
-        self.begun = (0.0, 0)
-        self.last_tokens: tuple[float, float] | None = None
+        self.run, self.console = run, console
+        columns = (TextColumn("Training"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        text = TextColumn("{task.fields[text]}")
+        self.bar = Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
         self.text = ""
-
-    def __enter__(self) -> RunProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # A failure must not leave a live bar on the screen that swallows its message.
-        self._close()
+        self.last_tokens: tuple[float, float] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        self._close()  # a training that began again with smaller batches
-        self.last_line = time.monotonic()
-        self.begun = (self.last_line, state.global_step)
-        if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("Training"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-                console=self.console,
-                transient=True,
-            )
-            self.bar.start()
-            self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, text="")
+        self.started = self.last_line = time.monotonic()
+        self.first_step = state.global_step
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, text="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step, text=self.text)
-        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = time.monotonic()
-            print_labeled(
-                self.console,
-                "Training",
-                f"step {state.global_step:,}/{state.max_steps:,}, {self._left(state)} left  {self.text}",
-            )
+        self.bar.update(self.task, completed=state.global_step, text=self.text)
+        now = time.monotonic()
+        if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            pace = (now - self.started) / (state.global_step - self.first_step)  # seconds a step, since this start
+            left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
+            done = f"step {state.global_step:,}/{state.max_steps:,}"
+            print_labeled(self.console, "Training", f"{done}, {left} left  {self.text}")
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, text="validating")
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        self.bar.update(self.task, text="validating")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if not logs:
-            return
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if state.is_world_process_zero:
             self.run.append_log({"step": state.global_step, "time": round(time.time(), 1), **logs})
-        loss = logs.get("loss")
-        if loss is not None:
-            self.text = f"loss {loss:.3f}{self._speed(logs)}  {_memory(args.device)}"
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    def _left(self, state: TrainerState) -> str:
-        """Time that the other steps take, at the pace of those since this start."""
-        begun, step = self.begun
-        seconds = (time.monotonic() - begun) / (state.global_step - step) * (state.max_steps - state.global_step)
-        return str(timedelta(seconds=round(seconds)))
-
-    def _speed(self, logs: dict[str, Any]) -> str:
-        tokens = logs.get("num_tokens")
-        if tokens is None:
-            return ""
-        now = time.monotonic()
-        before, self.last_tokens = self.last_tokens, (now, tokens)
-        if before is None or now <= before[0]:
-            return ""
-        return f"  {(tokens - before[1]) / (now - before[0]):,.0f} tokens/s"
-
-
-def keep_tensorboard_in(run: Run, callbacks: list[TrainerCallback]) -> None:
-    """Has TensorBoard's files written into the run, unless TENSORBOARD_LOGGING_DIR names another folder."""
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(run.folder / "tensorboard")
-
-
-def _memory(device: torch.device) -> str:
-    """The most that the GPU has held, or what this process holds of the computer's memory now."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
-    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+        if "loss" in logs:
+            now, tokens = time.monotonic(), logs["num_tokens"]
+            before, self.last_tokens = self.last_tokens, (now, tokens)
+            speed = f"  {(tokens - before[1]) / max(now - before[0], 1e-9):,.0f} tokens/s" if before else ""
+            # The most that the GPU has held, or what this process holds of the computer's memory now.
+            gpu = args.device.type == "cuda"
+            held = torch.cuda.max_memory_allocated(args.device) if gpu else psutil.Process().memory_info().rss
+            self.text = f"loss {logs['loss']:.3f}{speed}  {held / 2**30:.1f} GiB"
 
 
 # SIGHUP comes when a terminal closes, SIGUSR1 from `sbatch --signal=USR1@120`; Windows has neither.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-_PR_SET_PDEATHSIG = 1
 # A launcher passes on the signal that its process has had already; only a second wish after that is meant as one.
 _SECONDS_TO_INSIST = 2.0
 
@@ -166,17 +101,20 @@ class SignalHandler(TrainerCallback):
     Args:
         run: folder of the run, for the command that resumes it.
         on_message: called with a sentence for the screen.
+
+    Attributes:
+        reason: error that ends the training after the present step, once its checkpoint is written.
+        saves_next: write a checkpoint after the present step.
     """
 
     def __init__(self, run: Path, on_message: Callable[[str], None]) -> None:
         self.run, self.on_message = run, on_message
         self._received: int | None = None
         self._received_at = 0.0
-        self._reason: SevpeftError | None = None
-        self._saves_next = False
+        self.reason: SevpeftError | None = None
+        self.saves_next = False
         self._handlers: dict[int, Any] = {}
         self._process = os.getpid()
-        self._bound = False
 
     def __enter__(self) -> SignalHandler:
         # Python hands signals to the main thread only; a program that trains in another has to see to them itself.
@@ -184,39 +122,29 @@ class SignalHandler(TrainerCallback):
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
                     self._handlers[number] = signal.signal(number, self._on_signal)
-            # `accelerate launch` always sets it for its processes.
-            self._bound = "ACCELERATE_MIXED_PRECISION" in os.environ
-            if self._bound:
-                _end_with_parent(signal.SIGTERM)
+            # The launcher of one process (accelerate 1.15) dies of SIGTERM without a word to the training, which would
+            # go on unseen and hold the GPU. It always sets this variable.
+            if "ACCELERATE_MIXED_PRECISION" in os.environ:
+                signal_at_end_of_parent(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bound:
-            _end_with_parent(0)
+        if self._handlers and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            signal_at_end_of_parent(0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def stop_with(self, reason: SevpeftError) -> None:
-        """Ends the training with this error after the present step, once its checkpoint is written."""
-        self._reason = reason
-
-    def save_soon(self) -> None:
-        """Has a checkpoint written after the present step."""
-        self._saves_next = True
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._agreed(args):
-            self._reason = self._reason or self._interruption()
-        if self._reason is not None or self._saves_next:
-            control.should_save, self._saves_next = True, False
+            self.reason = self.reason or self._interruption()
+        if self.reason is not None or self.saves_next:
+            control.should_save, self.saves_next = True, False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._reason is not None:
-            raise self._reason
+    def on_save(self, *_: Any, **__: Any) -> None:
+        if self.reason is not None:
+            raise self.reason
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_prediction_step(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         # What chooses the best checkpoint is not cut off.
         if args.metric_for_best_model is None and self._agreed(args):
             raise self._interruption()
@@ -242,16 +170,121 @@ class SignalHandler(TrainerCallback):
     def _interruption(self) -> Interrupted:
         number = self._received or signal.SIGINT
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        return Interrupted(
-            f"Stopped by {name}. Resume from the newest checkpoint with: {resume_command(self.run)}", 128 + number
-        )
+        return Interrupted(f"Stopped by {name}. Resume with: {resume_command(self.run)}", 128 + number)
 
 
-def _end_with_parent(number: int) -> None:
-    """Has Linux send this process a signal when its parent ends; 0 for none.
+# Steps whose mean loss is looked at, so that one hard batch is no divergence; rows that a message names.
+WINDOW, _MOST_NAMED = 10, 8
+_REMEDY = "look at those rows, then start another run with a lower training.learning_rate, or without training.fp16."
 
-    The launcher of one process (accelerate 1.15) dies of SIGTERM without a word to the training, which would go on
-    unseen and hold the GPU.
+
+class StepGuard(TrainerCallback):
+    """Callback that skips steps whose loss or gradient is not finite, and ends a training that diverges.
+
+    One NaN in a gradient would make every number of the adapter NaN. With a float16 GradScaler infinite gradients are
+    normal, and the scaler skips them; only the loss counts there.
+
+    Args:
+        trainer: it is added to, after `signals`.
+        stopping: when to give up; as in a recipe.
+        signals: what ends the training with a checkpoint.
+        name_rows: from the tokens of consultations to the names of the rows they came from.
+
+    Attributes:
+        counts: the first and the last losses of WINDOW steps, and how many steps were bad; part of each checkpoint.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+    def __init__(
+        self,
+        trainer: SeveritySFTTrainer,
+        stopping: StoppingSection,
+        signals: SignalHandler,
+        name_rows: Callable[[Sequence[Sequence[int]]], list[str]],
+    ) -> None:
+        self.trainer, self.stopping, self.signals, self.name_rows = trainer, stopping, signals, name_rows
+        self.counts: dict[str, Any] = {"first": [], "last": [], "diverging": 0, "nonfinite": 0, "nonfinite_in_a_row": 0}
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        if state.global_step == 0 and not math.isfinite(metrics.get("eval_loss", 0.0)):
+            raise RunError(
+                "The first validation loss is not finite; set model.dtype to bfloat16 or float32, or "
+                "model.attn_implementation=eager, or fetch the model again."
+            )
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._loss_before = pending_loss(self.trainer)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        accelerator, model = self.trainer.accelerator, self.trainer.model
+        loss = float(accelerator.reduce((pending_loss(self.trainer) - self._loss_before).double(), "mean"))
+        scaled = accelerator.scaler is not None
+        if math.isfinite(loss) and (scaled or math.isfinite(_gradient_norm(model))):
+            self.counts["nonfinite_in_a_row"] = 0
+            self._watch(loss)
+            return
+        self.counts["nonfinite"] += 1
+        self.counts["nonfinite_in_a_row"] += 1
+        uncount_step(self.trainer, self._loss_before, self.counts["nonfinite"])
+        what = f"{'gradient' if math.isfinite(loss) else 'loss'} of step {state.global_step + 1:,}"
+        rows = self._rows_behind()
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # Its engine has taken the step already.
+            raise RunError(f"The {what} is not finite, on {rows}; {_REMEDY}")
+        if not scaled:  # a GradScaler leaves the step out itself, and lowers its scale
+            for parameter in model.parameters():
+                parameter.grad = None
+        self.signals.on_message(f"the {what} is not finite, on {rows}; the step is skipped.")
+        if self.counts["nonfinite_in_a_row"] >= self.stopping.nonfinite_patience:
+            self.signals.reason = RunError(
+                f"The {what} is not finite, as in {self.counts['nonfinite_in_a_row']} steps in a row, on {rows}. "
+                f"checkpoint-{state.global_step + 1} holds the adapter as it was before them; {_REMEDY}"
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.counts["diverging"] > 1:  # what diverges must not push out the checkpoints from before
+            control.should_save = False
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == self.counts["nonfinite"]:
+            raise RunError(f"None of the {state.global_step:,} steps was finite, so nothing was trained; {_REMEDY}")
+
+    def _watch(self, loss: float) -> None:
+        """Stops a training whose mean loss stays far above that of its first steps."""
+        counts, ratio, patience = self.counts, self.stopping.divergence_ratio, self.stopping.divergence_patience
+        counts["first"] = [*counts["first"], loss][:WINDOW]
+        counts["last"] = [*counts["last"], loss][-WINDOW:]
+        begin, now = (sum(counts[name]) / len(counts[name]) for name in ("first", "last"))
+        counts["diverging"] = counts["diverging"] + 1 if len(counts["last"]) == WINDOW and now > ratio * begin else 0
+        if counts["diverging"] == 1:
+            self.signals.on_message(
+                f"the mean loss of {WINDOW} steps is {now:.3f}, over {ratio:g} times the first; a checkpoint is kept."
+            )
+            self.signals.saves_next = True
+        if patience is not None and counts["diverging"] >= patience:
+            raise RunError(
+                f"The training diverges: for {counts['diverging']} steps its mean loss has been over {ratio:g} times "
+                f"the first ({now:.3f} now, {begin:.3f} then); start another run with a lower training.learning_rate."
+            )
+
+    def _rows_behind(self) -> str:
+        """The rows whose own scores are not finite, of all processes; all rows of the step where each alone is fine."""
+        documents = [row["input_ids"] for batch in self.trainer.step_batches for row in rows_of(batch)]
+        # Where the model is in parts, all processes would have to take part in every forward.
+        whole = self.trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        guilty = [document for document in documents if whole and not self._is_finite(document)]
+        found: list[Any] = gather_object([(self.name_rows(guilty), [] if guilty else self.name_rows(documents))])
+        names = [name for bad, _ in found for name in bad] or [name for _, every in found for name in every]
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        return ", ".join(names[:_MOST_NAMED]) + more
+
+    def _is_finite(self, document: Sequence[int]) -> bool:
+        """Whether the model, as it is now, gives finite scores on a consultation alone."""
+        ids = torch.tensor([document], device=self.trainer.args.device)
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            output = self.trainer.causal_lm().base_model(input_ids=ids, use_cache=False)
+        return bool(torch.isfinite(output.last_hidden_state).all())
+
+
+def _gradient_norm(model: torch.nn.Module) -> float:
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

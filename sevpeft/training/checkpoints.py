@@ -1,63 +1,115 @@
-"""Checkpoints of a run: sealed with a manifest, verified before a resume, and locked against a second training."""
+"""Checkpoints of a run: exact, sealed with a manifest, verified before a resume, and one training at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator, DistributedType
 from filelock import FileLock, Timeout
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from rich.console import Console
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from sevpeft.console import print_labeled
 from sevpeft.errors import RunError
 from sevpeft.recipe import AUTO, Recipe, load_recipe
 from sevpeft.runs import Run, cache_folder, file_hash, write_atomically
+from sevpeft.training.compat import counted, logged_loss, recount
+from sevpeft.training.distributed import check_engine_of_model
 from sevpeft.training.resolve import CHOSEN_WITH, with_training
 
+if TYPE_CHECKING:
+    from sevpeft.training.trainer import SeveritySFTTrainer
+
 MANIFEST = "manifest.json"
-COUNTS = "counts.json"
-_MOST_SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What a training has counted up to a step.
+def checkpoint_of(args: TrainingArguments, step: int) -> Path:
+    """Folder of the checkpoint of a step."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+class ExactResume(TrainerCallback):
+    """Callback that completes each checkpoint, so that a resumed run equals an uninterrupted one.
+
+    The libraries do not save what was counted since the last line of the log. Each process adds its counts, and those
+    of every callback that has `counts`, a dict. Then a manifest seals the checkpoint, and an older one may go.
 
     Attributes:
-        train_tokens: tokens of all batches, prompts included and padding not. loss_sum: of the losses of all steps up
-            to `last_logged`, the step of the last line in the log; pending_losses: of those since, of each process.
-        metrics: name → values since the last line. seconds: spent on training, by all processes one after the other.
-        watched: state of the NaN and divergence checks.
-        evaluation_due: whether the validation of this step was still to come.
-        cut: rows a batch on each device, and batches a step, where they are no longer the recipe's.
+        evaluation_due: whether the validation of the present step is still to come.
     """
 
-    train_tokens: int = 0
-    loss_sum: float = 0.0
-    pending_losses: list[float] = field(default_factory=list)
-    last_logged: int = 0
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0
-    watched: dict[str, Any] = field(default_factory=dict)
-    evaluation_due: bool = True
-    cut: tuple[int, int] | None = None
+    def __init__(self, trainer: SeveritySFTTrainer) -> None:
+        self.trainer = trainer
+        self.evaluation_due = False
+        self._before = {"seconds": 0.0, "loss_sum": 0.0}
+        self._started = time.monotonic()
 
-    @classmethod
-    def read(cls, checkpoint: str | Path) -> Counts:
-        """Those of a sealed checkpoint."""
-        found = json.loads((Path(checkpoint) / COUNTS).read_text(encoding="utf-8"))
-        return cls(**{**found, "cut": tuple(found["cut"]) if found["cut"] else None})
+    def totals(self) -> dict[str, float]:
+        """Of all starts of the run: seconds, and the sum of the losses up to the last line of the log."""
+        seconds = round(self._before["seconds"] + time.monotonic() - self._started, 1)
+        return {"seconds": seconds, "loss_sum": self._before["loss_sum"] + logged_loss(self.trainer)}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Trainer would remove an older checkpoint before the new one is sealed.
+        self._limit, args.save_total_limit = args.save_total_limit, None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        check_engine_of_model(self.trainer.accelerator, self.trainer.model_wrapped)
+        self._started = time.monotonic()
+        counts = _counts_file(args, state.global_step) if state.global_step else None
+        saved = json.loads(counts.read_text(encoding="utf-8")) if counts else {}
+        # The training loop itself validates at the start: after evaluate(), accelerate takes the model for one that is
+        # ready to train, and several processes would then train without exchanging gradients.
+        args.eval_on_start = saved.get("evaluation_due", True) and self.trainer.eval_dataset is not None
+        if not saved:
+            return
+        recount(self.trainer, saved["trainer"])
+        self.trainer.most_rows["train"] = saved["most_rows"]
+        self._before = saved["totals"]
+        for name, callback in self._counting().items():
+            callback.counts.update(saved["callbacks"][name])
+        if args.load_best_model_at_end and state.best_global_step:
+            # Its path is another one where the run was moved. A damaged one must not end the run.
+            best = checkpoint_of(args, state.best_global_step)
+            damage = checkpoint_damage(best, files_to_resume(self.trainer.accelerator)) if best.is_dir() else "is gone"
+            if damage is not None:
+                raise RunError(f"{best}, the best of this run, {damage}; bring it back from a copy, or start anew.")
+            state.best_model_checkpoint = str(best)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        counts = {
+            "trainer": counted(self.trainer),
+            "most_rows": self.trainer.most_rows["train"],
+            "totals": self.totals(),
+            "callbacks": {name: callback.counts for name, callback in self._counting().items()},
+            "evaluation_due": self.evaluation_due,
+        }
+        write_atomically(_counts_file(args, state.global_step), json.dumps(counts) + "\n", shared=True)
+        self.trainer.accelerator.wait_for_everyone()  # each process writes a part
+        if args.should_save:
+            seal(checkpoint_of(args, state.global_step))
+            rotate_checkpoints(
+                output_dir=args.output_dir,
+                save_total_limit=self._limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+            )
+
+    def _counting(self) -> dict[str, Any]:
+        callbacks = self.trainer.callback_handler.callbacks
+        return {type(callback).__name__: callback for callback in callbacks if hasattr(callback, "counts")}
+
+
+def _counts_file(args: TrainingArguments, step: int) -> Path:
+    return checkpoint_of(args, step) / f"counts_{args.process_index}.json"
 
 
 def files_to_resume(accelerator: Accelerator) -> list[str]:
@@ -67,7 +119,7 @@ def files_to_resume(accelerator: Accelerator) -> list[str]:
     """
     processes, kind = accelerator.num_processes, accelerator.distributed_type
     ranks = range(processes)
-    names = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, TRAINER_STATE_NAME, COUNTS]
+    names = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, TRAINER_STATE_NAME, *(f"counts_{rank}.json" for rank in ranks)]
     names += [f"rng_state_{rank}.pth" for rank in ranks] if processes > 1 else ["rng_state.pth"]
     if kind is DistributedType.DEEPSPEED:
         sharded = accelerator.state.deepspeed_plugin.zero_stage > 0
@@ -79,8 +131,9 @@ def files_to_resume(accelerator: Accelerator) -> list[str]:
 def seal(checkpoint: Path) -> None:
     """Writes the manifest of a checkpoint of which every other file is written."""
     files = {
-        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": file_hash(checkpoint / name)}
-        for name in _files(checkpoint)
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
     }
     write_atomically(checkpoint / MANIFEST, json.dumps({"files": files}, indent=2) + "\n", shared=True)
 
@@ -98,12 +151,8 @@ def checkpoint_damage(checkpoint: Path, required: Sequence[str]) -> str | None:
                 return f"has no {pattern} in its {MANIFEST}"
         for name, written in listed.items():
             file = checkpoint / name
-            if not file.is_file():
-                return f"has lost {name}"
-            if file.stat().st_size != written["bytes"]:
-                return f"holds {name} in another size than was written"
-            if file_hash(file) != written["sha256"]:
-                return f"holds {name} with another content than was written"
+            if not file.is_file() or file.stat().st_size != written["bytes"] or file_hash(file) != written["sha256"]:
+                return f"does not hold {name} as it was written"
     except FileNotFoundError:
         return "was cut off while it was written"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -111,21 +160,27 @@ def checkpoint_damage(checkpoint: Path, required: Sequence[str]) -> str | None:
     return None
 
 
-def latest_valid_checkpoint(run: Run, required: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence about each newer one that is not.
+def resume_checkpoint(run: Run, required: Sequence[str], on_message: Callable[[str], None]) -> Path | None:
+    """The newest valid checkpoint; None where the training begins again.
 
-    Those are removed: the training writes them anew, under the same names.
+    Newer ones are reported and removed, because the training writes them anew, under the same names. log.jsonl is cut
+    back to what was in it when that checkpoint was written, since the rest happens again.
+
+    Args:
+        required: files that a checkpoint must hold.
     """
-    messages: list[str] = []
-    for checkpoint in sorted(_checkpoints(run), key=_step, reverse=True):
+    found, lines = None, 0
+    for checkpoint in sorted(_checkpoints(run), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         damage = checkpoint_damage(checkpoint, required)
         if damage is None:
-            return checkpoint, messages
-        messages.append(f"{checkpoint.name} {damage}, so the one before it is used.")
+            found = checkpoint
+            lines = len(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)
+            break
+        on_message(f"{checkpoint.name} {damage}; the one before it is used, or the training begins again.")
         shutil.rmtree(checkpoint, ignore_errors=True)
-    if messages:
-        messages[-1] = messages[-1].replace("the one before it is used", "the training begins again")
-    return None, messages
+    remove_incomplete(run)
+    run.keep_log(lines)
+    return found
 
 
 def remove_incomplete(run: Run) -> None:
@@ -138,37 +193,6 @@ def remove_incomplete(run: Run) -> None:
 
 def _checkpoints(run: Run) -> list[Path]:
     return [path for path in run.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _files(checkpoint: Path) -> list[str]:
-    return sorted(
-        path.relative_to(checkpoint).as_posix()
-        for path in checkpoint.rglob("*")
-        if path.is_file() and path.name != MANIFEST
-    )
-
-
-def resume_checkpoint(run: Run, console: Console, required: Sequence[str]) -> Path | None:
-    """The newest valid checkpoint; None where the training begins again. Damaged ones are reported.
-
-    log.jsonl is cut back to what was in it when that checkpoint was written, since the rest happens again.
-
-    Args:
-        required: files that a checkpoint must hold.
-    """
-    checkpoint, damaged = latest_valid_checkpoint(run, required)
-    remove_incomplete(run)
-    for sentence in damaged:
-        print_labeled(console, "Checkpoint", sentence, style="yellow")
-    lines = 0
-    if checkpoint is not None:
-        lines = len(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)
-    run.keep_log(lines)
-    return checkpoint
 
 
 def as_started(recipe: Recipe, run: Run) -> Recipe:
@@ -184,20 +208,18 @@ def as_started(recipe: Recipe, run: Run) -> Recipe:
 
 def check_same_recipe(recipe: Recipe, run: Run) -> None:
     """Raises RunError with every setting that differs from the run's, as it was and as it is now."""
-    stored = load_recipe(run.folder / "recipe.yaml")
-    if stored == recipe:
-        return
-    old, new = _settings(stored.model_dump()), _settings(recipe.model_dump())
+    stored, now = load_recipe(run.folder / "recipe.yaml").model_dump(), recipe.model_dump()
     changed = [
-        f"{key} ({_shown(old.get(key))} then, {_shown(new.get(key))} now)"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
+        f"{section}.{key} ({stored[section].get(key)} then, {now[section].get(key)} now)"
+        for section in now
+        for key in {**stored[section], **now[section]}
+        if stored[section].get(key) != now[section].get(key)
     ]
-    more = f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else ""
-    raise RunError(
-        f"The recipe differs from the one that {run.folder} was started with, in {', '.join(changed[:_MOST_SHOWN])}"
-        f"{more}; resume with the same settings, such as those in {run.folder / 'recipe.yaml'}, or start another run."
-    )
+    if changed:
+        raise RunError(
+            f"The recipe differs from the one that {run.folder} was started with, in {', '.join(changed)}; "
+            "resume with its own recipe.yaml, or start another run."
+        )
 
 
 def check_same_data(fingerprint: str, source: str, run: Run) -> None:
@@ -205,24 +227,8 @@ def check_same_data(fingerprint: str, source: str, run: Run) -> None:
     # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
     if fingerprint != run.environment().get("data_fingerprint") and fingerprint.startswith("sha256:"):
         raise RunError(
-            f"{source} is not the data that {run.folder} was started with: its content has "
-            "changed; bring that content back, or start another run."
+            f"{source} is not the data that {run.folder} was started with; bring that back, or start another run."
         )
-
-
-def _settings(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Key's path → value, of the innermost keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = f"{path}.{key}" if path else key
-        found |= _settings(value, inner) if isinstance(value, dict) and value else {inner: value}
-    return found
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "not set"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @contextmanager
@@ -233,14 +239,10 @@ def run_lock(folder: Path) -> Iterator[None]:
         RunError: another training on this machine holds it.
     """
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(cache_folder("locks") / f"{digest}.lock", timeout=0)
     try:
-        lock.acquire()
+        with FileLock(cache_folder("locks") / f"{digest}.lock", timeout=0):
+            yield
     except Timeout:
         raise RunError(
             f"{folder} is being written by another training; wait until it ends, or choose another --output."
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ from sevpeft.training.compat import IGNORED
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
 ROWS_WORTH_A_BAR = 20_000
+# A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
+FEWEST_QUESTION_WORDS = 4
+# From tokens of consultations to names of their rows.
+NameRows = Callable[[Sequence[Sequence[int]]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -42,45 +46,7 @@ class Prepared:
     validation: Dataset
     weights: WeightSummary
     summary: dict[str, Any]
-    row_names: RowNames
-
-
-def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
-    """Reads the recipe's data and divides it.
-
-    Returns:
-        The table, its parts, and the severity of the table's rows, None when there is none and the recipe asks for
-        plain cross-entropy.
-    """
-    data = recipe.data
-    keep: Keep = ("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped"
-    table = load_consultations(data, keep=keep)
-    asked = recipe.severity
-    plain = asked.control == "uniform" and asked.source == "columns" and not has_severity(table.rows)
-    severity = None
-    if not plain:
-        severity = severity_of(
-            table.rows, source=asked.source, classifier=asked.classifier, temperature=asked.temperature
-        )
-    rows = table.rows.add_column("source_index", np.arange(len(table.rows)))
-    strata = None if severity is None else severity.strata
-    splits = split_rows(rows, data, strata=strata, keys=_groups(rows, data.seed))
-    return table, splits, severity
-
-
-def _groups(rows: Dataset, seed: int) -> np.ndarray | None:
-    """(n,) one number for each group of near-duplicate questions, where `sevpeft prepare` has found them.
-
-    Hashed, because what is carved from the train rows is taken in the order of these numbers.
-    """
-    if "group" not in rows.column_names:
-        return None
-    return np.asarray([question_key(group, seed) for group in rows["group"]], dtype=np.uint64)
-
-
-def prompt_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The recipe's prompt for this tokenizer; training and generation both use it."""
-    return Prompt.build(tokenizer, **recipe.prompt.model_dump())
+    row_names: NameRows
 
 
 def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
@@ -91,50 +57,60 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         scratch: folder for memory-mapped Arrow files, to be removed after training.
     """
     table, splits, severity = load_splits(recipe)
-    with _bars(len(table.rows)), workers_end_with_this_process():
-        return _encode_and_weight(recipe, prompt, scratch, table, splits, severity)
-
-
-def _encode_and_weight(
-    recipe: Recipe,
-    prompt: Prompt,
-    scratch: Path,
-    table: Consultations,
-    splits: Splits,
-    severity: Severity | None,
-) -> Prepared:
     settings = recipe.training.settings()
-    max_length, num_proc = settings["max_length"], settings.get("dataset_num_proc")
     encoded, reports = {}, {}
-    for name, rows in (("train", splits.train), ("validation", splits.validation)):
-        encoded[name], reports[name] = encode_rows(
-            rows,
-            prompt,
-            max_length,
-            strata=None if severity is None else severity.strata[source_index(rows)],
-            cache_file=scratch / f"{name}.arrow",
-            num_proc=num_proc,
-        )
-    kept = source_index(splits.train)[source_index(encoded["train"])]
-    weights, summary = weigh(recipe, severity, kept)
-    train = add_token_weights(
-        encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
-    )
-    train = train.remove_columns(["severity", "source_index"])
-    if settings.get("packing"):
-        train = pack_rows(train, max_length, cache_file=scratch / "packed.arrow")
+    if len(table.rows) >= ROWS_WORTH_A_BAR:
+        datasets.enable_progress_bars()
+    with workers_end_with_this_process():
+        for name, rows in (("train", splits.train), ("validation", splits.validation)):
+            encoded[name], reports[name] = encode_rows(
+                rows,
+                prompt,
+                settings["max_length"],
+                strata=None if severity is None else severity.strata[source_index(rows)],
+                cache_file=scratch / f"{name}.arrow",
+                num_proc=settings.get("dataset_num_proc"),
+            )
+        kept = source_index(splits.train)[source_index(encoded["train"])]
+        weights, summary = weigh(recipe, severity, kept)
+        train = add_token_weights(
+            encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
+        ).remove_columns(["severity", "source_index"])
+        if settings.get("packing"):
+            train = pack_rows(train, settings["max_length"], cache_file=scratch / "packed.arrow")
+    datasets.disable_progress_bars()
+    # Longest first: batches then need little padding, and too little memory shows at once.
+    longest_first = np.argsort(-lengths_of(encoded["validation"]), kind="stable")
     return Prepared(
         train=train,
-        validation=_by_length(encoded["validation"]).remove_columns("source_index"),
+        validation=encoded["validation"].select(longest_first).remove_columns("source_index"),
         weights=summary,
-        summary=summary_of(table, splits, severity, {name: report.as_dict() for name, report in reports.items()}),
-        row_names=RowNames(encoded["train"], splits.train),
+        summary=summary_of(table, splits, severity, reports),
+        row_names=row_names(encoded["train"], splits.train),
     )
 
 
-def _by_length(rows: Dataset) -> Dataset:
-    """Longest first: batches then need little padding, and too little memory shows at once."""
-    return rows.select(np.argsort(-lengths_of(rows), kind="stable"))
+def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
+    """The table, its parts, and the severity of its rows: None where there is none, for plain cross-entropy."""
+    data, asked = recipe.data, recipe.severity
+    keep: Keep = ("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped"
+    table = load_consultations(data, keep=keep)
+    severity = None
+    if asked.control != "uniform" or asked.source != "columns" or has_severity(table.rows):
+        severity = severity_of(
+            table.rows, source=asked.source, classifier=asked.classifier, temperature=asked.temperature
+        )
+    rows = table.rows.add_column("source_index", np.arange(len(table.rows)))
+    keys = None
+    if "group" in rows.column_names:  # of near-duplicate questions, where `sevpeft prepare` has found them
+        # Hashed, because what is carved from the train rows is taken in the order of these numbers.
+        keys = np.asarray([question_key(group, data.seed) for group in rows["group"]], dtype=np.uint64)
+    return table, split_rows(rows, data, strata=None if severity is None else severity.strata, keys=keys), severity
+
+
+def prompt_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The recipe's prompt for this tokenizer; training and generation both use it."""
+    return Prompt.build(tokenizer, **recipe.prompt.model_dump())
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:
@@ -164,8 +140,7 @@ def summary_of(
 def weigh(recipe: Recipe, severity: Severity | None, kept: np.ndarray) -> tuple[np.ndarray, WeightSummary]:
     """Weights (n,) of the training rows that were kept, and what they amount to."""
     if severity is None:
-        ones = np.ones(len(kept))
-        return ones, WeightSummary.of(ones, None)
+        return np.ones(len(kept)), WeightSummary.of(np.ones(len(kept)), None)
     asked = recipe.severity
     weights = severity_weights(
         severity.probabilities[kept],
@@ -182,48 +157,16 @@ def source_index(rows: Dataset) -> np.ndarray:
     return np.asarray(rows.with_format("numpy")["source_index"][:])
 
 
-@contextmanager
-def _bars(rows: int) -> Iterator[None]:
-    """Progress bars of `datasets` where a step takes long enough to need one."""
-    if rows >= ROWS_WORTH_A_BAR:
-        datasets.enable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.disable_progress_bars()
+# From rows to tokens.
 
-
-# A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
-FEWEST_QUESTION_WORDS = 4
-
+_COUNTS = ("lost_words", "length", "answer_length")
 _FEATURES = Features(
     {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "severity": Value("int8"),
-        "source_index": Value("int64"),
-        "lost_words": Value("int32"),
-        "length": Value("int32"),
-        "answer_length": Value("int32"),
+        **{name: List(Value("int32")) for name in ("input_ids", "labels")},
+        **{"severity": Value("int8"), "source_index": Value("int64")},
+        **{name: Value("int32") for name in _COUNTS},
     }
 )
-
-
-@dataclass(frozen=True)
-class EncodingReport:
-    """What encoding did to a split. Lengths are in tokens, losses in words of the question."""
-
-    rows: int
-    refused: int
-    shortened: int
-    lost_words: int
-    most_lost_words: int
-    median_length: int
-    longest: int
-    answer_tokens: int
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 def encode_rows(
@@ -234,8 +177,8 @@ def encode_rows(
     strata: np.ndarray | None,
     cache_file: Path,
     num_proc: int | None = None,
-) -> tuple[Dataset, EncodingReport]:
-    """Tokenises a split.
+) -> tuple[Dataset, dict[str, int]]:
+    """Tokenizes a split.
 
     Args:
         rows: columns question, answer and, optionally, dialect.
@@ -246,13 +189,13 @@ def encode_rows(
         num_proc: processes, as in `datasets.Dataset.map`.
 
     Returns:
-        Dataset with input_ids, labels, severity and source_index (row of `rows`), and the report.
+        Dataset with input_ids, labels, severity and source_index (row of `rows`); and what became of the split, lengths
+        in tokens, losses in words of the question.
 
     Raises:
         DataError: no row is left.
     """
-    if strata is None:
-        strata = np.full(len(rows), -1, dtype=np.int8)
+    strata = np.full(len(rows), -1, dtype=np.int8) if strata is None else strata
     encoded = rows.map(
         _encode_batch,
         batched=True,
@@ -269,80 +212,40 @@ def encode_rows(
         raise DataError(
             f"None of {len(rows)} consultations fits training.max_length={max_length} with its answer; raise it."
         )
-    counts = encoded.select_columns(["length", "answer_length", "lost_words"]).with_format("numpy")[:]
+    counts = encoded.select_columns(list(_COUNTS)).with_format("numpy")[:]
     lengths, lost = counts["length"], counts["lost_words"]
-    report = EncodingReport(
-        rows=len(encoded),
-        refused=len(rows) - len(encoded),
-        shortened=int((lost > 0).sum()),
-        lost_words=int(lost.sum()),
-        most_lost_words=int(lost.max()),
-        median_length=int(np.median(lengths)),
-        longest=int(lengths.max()),
-        answer_tokens=int(counts["answer_length"].sum()),
-    )
-    return encoded.remove_columns(["length", "answer_length", "lost_words"]), report
-
-
-def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, cache_file: Path) -> Dataset:
-    """Adds `token_weights`, one float per token, zero wherever the label is ignored.
-
-    With reduction "tokens" every answer token of consultation i carries w_i, and the batch loss is divided by the
-    number of answer tokens. With "examples" it carries w_i / L_i, L_i being the length of its answer, and the loss is
-    divided by the number of consultations: the paper's (1/L) Σ_t w · (−log P) (arXiv 2604.06346, eq. 3).
-
-    Args:
-        encoded: result of `encode_rows`.
-        weights: (n,) weight of each row of `encoded`, in its order.
-    """
-    if len(weights) != len(encoded):
-        raise DataError(f"There are {len(weights)} severity weights for {len(encoded)} consultations.")
-    return encoded.map(
-        _weight_batch,
-        batched=True,
-        with_indices=True,
-        features=Features({**encoded.features, "token_weights": List(Value("float32"))}),
-        fn_kwargs={"weights": weights, "per_example": reduction == "examples"},
-        cache_file_name=str(cache_file),
-        load_from_cache_file=False,
-        desc="Weighting",
-    )
-
-
-def pack_rows(encoded: Dataset, max_length: int, *, cache_file: Path) -> Dataset:
-    """Packs rows into blocks of at most `max_length` tokens with TRL's best-fit-decreasing packer."""
-    columns = ["input_ids", "labels", "token_weights"]
-    return pack_dataset(
-        encoded.select_columns(columns),
-        seq_length=max_length,
-        strategy="bfd",
-        map_kwargs={"cache_file_name": str(cache_file), "load_from_cache_file": False, "desc": "Packing"},
-    )
+    report = {
+        "rows": len(encoded),
+        "refused": len(rows) - len(encoded),
+        "shortened": int((lost > 0).sum()),
+        "lost_words": int(lost.sum()),
+        "most_lost_words": int(lost.max()),
+        "median_length": int(np.median(lengths)),
+        "longest": int(lengths.max()),
+        "answer_tokens": int(counts["answer_length"].sum()),
+    }
+    return encoded.remove_columns(list(_COUNTS)), report
 
 
 def _encode_batch(
     batch: dict[str, list[Any]], indices: list[int], prompt: Prompt, max_length: int | None, strata: np.ndarray
 ) -> dict[str, list[Any]]:
-    dialects = batch.get("dialect")
-    prompts = prompt.prompt_ids(batch["question"], dialects)
+    dialects = batch.get("dialect") or [None] * len(indices)
+    prompts = prompt.prompt_ids(batch["question"], batch.get("dialect"))
     answers = prompt.answer_ids(batch["answer"])
-    columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
-    for position, (index, prompt_ids, answer_ids) in enumerate(zip(indices, prompts, answers, strict=True)):
+    rows = []
+    for index, asked, answer, question, dialect in zip(
+        indices, prompts, answers, batch["question"], dialects, strict=True
+    ):
         lost = 0
-        if max_length is not None and len(prompt_ids) + len(answer_ids) > max_length:
-            dialect = dialects[position] if dialects else None
-            shorter = shortened_prompt(batch["question"][position], dialect, prompt, max_length - len(answer_ids))
+        if max_length is not None and len(asked) + len(answer) > max_length:
+            shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer))
             if shorter is None:
                 continue
-            prompt_ids, lost = shorter
-        columns["input_ids"].append(prompt_ids + answer_ids)
-        columns["labels"].append([IGNORED] * len(prompt_ids) + answer_ids)
-        columns["severity"].append(int(strata[index]))
-        columns["source_index"].append(index)
-        columns["lost_words"].append(lost)
-        columns["length"].append(len(prompt_ids) + len(answer_ids))
-        columns["answer_length"].append(len(answer_ids))
-    return columns
+            asked, lost = shorter
+        labels = [IGNORED] * len(asked) + answer
+        rows.append((asked + answer, labels, int(strata[index]), index, lost, len(labels), len(answer)))
+    return {name: [row[number] for row in rows] for number, name in enumerate(_FEATURES)}
 
 
 def shortened_prompt(question: str, dialect: str | None, prompt: Prompt, room: int) -> tuple[list[int], int] | None:
@@ -360,18 +263,77 @@ def shortened_prompt(question: str, dialect: str | None, prompt: Prompt, room: i
     return None if ids is None else (ids, len(words) - kept)
 
 
-def _weight_batch(
-    batch: dict[str, list[Any]], indices: list[int], weights: np.ndarray, per_example: bool
-) -> dict[str, list[list[float]]]:
-    columns = []
-    for index, labels in zip(indices, batch["labels"], strict=True):
-        labeled = np.asarray(labels) != IGNORED
-        weight = weights[index] / labeled.sum() if per_example else weights[index]
-        columns.append(np.where(labeled, weight, 0.0).astype(np.float32).tolist())
-    return {"token_weights": columns}
+# Weights of tokens, and what is made of them.
 
 
-class RowNames:
+def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, cache_file: Path) -> Dataset:
+    """Adds `token_weights`, one float per token, zero wherever the label is ignored.
+
+    With reduction "tokens" every answer token of consultation i carries w_i, and the batch loss is divided by the
+    number of answer tokens. With "examples" it carries w_i / L_i, L_i being the length of its answer, and the loss is
+    divided by the number of consultations: the paper's (1/L) Σ_t w · (−log P) (arXiv 2604.06346, eq. 3).
+
+    Args:
+        encoded: result of `encode_rows`.
+        weights: (n,) weight of each row of `encoded`, in its order.
+    """
+    if len(weights) != len(encoded):
+        raise WeightError(f"There are {len(weights)} severity weights for {len(encoded)} consultations.")
+
+    def weigh_row(row: dict[str, Any], index: int) -> dict[str, list[float]]:
+        labeled = np.asarray(row["labels"]) != IGNORED
+        weight = weights[index] / labeled.sum() if reduction == "examples" else weights[index]
+        return {"token_weights": np.where(labeled, weight, 0.0).tolist()}
+
+    return encoded.map(
+        weigh_row,
+        with_indices=True,
+        features=Features({**encoded.features, "token_weights": List(Value("float32"))}),
+        cache_file_name=str(cache_file),
+        load_from_cache_file=False,
+        desc="Weighting",
+    )
+
+
+def check_weights(dataset: Dataset) -> None:
+    """Reads all token weights once, in Arrow, so that a bad one stops the run before its first step.
+
+    Raises:
+        WeightError: weights absent, of another number than the tokens, not finite, negative, or all zero.
+    """
+    missing = [name for name in ("input_ids", "labels", "token_weights") if name not in dataset.column_names]
+    if missing:
+        raise WeightError(
+            f"The training data has no {', '.join(missing)}. Weights are never taken as 1 in silence: give "
+            "token_weights, all ones for plain cross-entropy."
+        )
+    highest = 0.0
+    for table in dataset.select_columns(["token_weights", "labels"]).with_format("arrow").iter(batch_size=2000):
+        column = table["token_weights"].combine_chunks()
+        values = pc.list_flatten(column).cast("float64")
+        lengths = [pc.list_value_length(part) for part in (column, table["labels"].combine_chunks())]
+        if column.null_count or values.null_count or not pc.all(pc.is_finite(values)).as_py():
+            raise WeightError("The training data has token_weights that are missing or not finite.")
+        if not pc.all(pc.equal(*lengths)).as_py():
+            raise WeightError("A row of the training data has another number of token_weights than of tokens.")
+        if len(values) and pc.min(values).as_py() < 0:
+            raise WeightError("The training data has negative token_weights.")
+        highest = max(highest, pc.max(values).as_py() or 0.0)
+    if not highest:
+        raise WeightError("All token_weights of the training data are zero, so nothing would be learned.")
+
+
+def pack_rows(encoded: Dataset, max_length: int, *, cache_file: Path) -> Dataset:
+    """Packs rows into blocks of at most `max_length` tokens with TRL's best-fit-decreasing packer."""
+    return pack_dataset(
+        encoded.select_columns(["input_ids", "labels", "token_weights"]),
+        seq_length=max_length,
+        strategy="bfd",
+        map_kwargs={"cache_file_name": str(cache_file), "load_from_cache_file": False, "desc": "Packing"},
+    )
+
+
+def row_names(encoded: Dataset, rows: Dataset) -> NameRows:
     """Names rows by their number in the data, never by what they say.
 
     Args:
@@ -379,25 +341,21 @@ class RowNames:
         rows: the split that was encoded, with `row`, its number in the input, and `file` where there are several.
     """
 
-    def __init__(self, encoded: Dataset, rows: Dataset) -> None:
-        self._encoded = encoded.select_columns(["input_ids", "source_index"])
-        self._rows = rows.select_columns([name for name in ("row", FILE_COLUMN) if name in rows.column_names])
-
-    def __call__(self, documents: Sequence[Sequence[int]]) -> list[str]:
-        """Names of the rows with exactly these tokens, in the order of the data; equal rows are all named."""
-        wanted = {tuple(document) for document in documents}
-        lengths = list({len(document) for document in wanted})
-        found: list[int] = []
-        for table in self._encoded.with_format("arrow").iter(batch_size=10_000):
-            column = table["input_ids"].combine_chunks()
-            fitting = np.flatnonzero(np.isin(pc.list_value_length(column).to_numpy(zero_copy_only=False), lengths))
-            positions = table["source_index"].to_numpy()
-            found += [int(positions[index]) for index in fitting if tuple(column[index].as_py()) in wanted]
-        return [self._name(index) for index in found]
-
-    def _name(self, index: int) -> str:
-        row = self._rows[index]
+    def name(position: int) -> str:
+        row = rows[position]
         return f"row {row['row']}{f' of {row[FILE_COLUMN]}' if FILE_COLUMN in row else ''}"
+
+    def names(documents: Sequence[Sequence[int]]) -> list[str]:
+        """Of the rows with exactly these tokens, in the order of the data; equal rows are all named."""
+        wanted = {tuple(document) for document in documents}
+        fits = np.isin(lengths_of(encoded), [len(document) for document in wanted])
+        fitting = encoded.select(np.flatnonzero(fits))
+        return [name(row["source_index"]) for row in fitting if tuple(row["input_ids"]) in wanted]
+
+    return names
+
+
+# Batches.
 
 
 @dataclass
@@ -410,37 +368,51 @@ class SeverityCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         output = super().torch_call(examples)
-        weighted = ["token_weights" in example for example in examples]
-        if any(weighted):
-            if not all(weighted):
-                raise WeightError("Some rows of a batch have token_weights and some have none.")
-            output["token_weights"] = self._laid_out_like_labels(examples)
+        if "token_weights" in examples[0]:
+            rows = [torch.tensor(example["token_weights"], dtype=torch.float32) for example in examples]
+            output["token_weights"] = pad(
+                [torch.cat(rows)] if self.padding_free else rows,
+                padding_value=0.0,
+                padding_side="right",
+                pad_to_multiple_of=self.pad_to_multiple_of,
+            )
         if "severity" in examples[0]:
             output["severity"] = torch.tensor([example["severity"] for example in examples], dtype=torch.long)
         return output
 
-    def _laid_out_like_labels(self, examples: list[dict[str, Any]]) -> torch.Tensor:
-        rows = []
-        for example in examples:
-            if len(example["token_weights"]) != len(example["input_ids"]):
-                raise WeightError(
-                    f"A row has {len(example['token_weights'])} token_weights for {len(example['input_ids'])} tokens."
-                )
-            rows.append(torch.tensor(example["token_weights"], dtype=torch.float32))
-        if self.padding_free:
-            rows = [torch.cat(rows)]
-        padded: torch.Tensor = pad(
-            rows, padding_value=0.0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
-        )
-        return padded
 
-
-def documents_of(batch: dict[str, Any]) -> list[list[int]]:
-    """Tokens of each consultation of a batch, padded, padding-free or packed."""
-    ids = batch["input_ids"]
+def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The consultations of a batch, padded, padding-free or packed, as the collator takes them."""
+    columns = [name for name in batch if name in ("input_ids", "labels", "token_weights")]
     if "attention_mask" in batch:
-        masks = batch["attention_mask"].bool()
-        return [row[mask].tolist() for row, mask in zip(ids, masks, strict=True)]
-    begins = (batch["position_ids"].flatten() == 0).nonzero().flatten().tolist()
-    flat = ids.flatten()
-    return [flat[begin:end].tolist() for begin, end in zip(begins, [*begins[1:], len(flat)], strict=True)]
+        masks = enumerate(batch["attention_mask"].bool())
+        rows = [{name: batch[name][number][mask].tolist() for name in columns} for number, mask in masks]
+    else:
+        begins = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        parts = list(pairwise([*begins, batch["input_ids"].shape[1]]))
+        # Padding at the end has position 0 too; a consultation has a prompt and an answer.
+        rows = [{name: batch[name][0, a:b].tolist() for name in columns} for a, b in parts if b - a > 1]
+    if "severity" in batch:
+        rows = [{**row, "severity": severity} for row, severity in zip(rows, batch["severity"].tolist(), strict=False)]
+    return rows
+
+
+def parts_of(
+    batch: dict[str, Any], most: int | None, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The batch in parts of at most so many consultations; None leaves it whole."""
+    rows = rows_of(batch) if most else []
+    if not most or len(rows) <= most:
+        return [batch]
+    return [collate(rows[start : start + most]) for start in range(0, len(rows), most)]
+
+
+def answer_starts(labels: torch.Tensor) -> torch.Tensor:
+    """Labels (B, T) of which only the first of every answer is kept, so that counting labels counts answers.
+
+    The first position of a row is never predicted and, packed, every document begins with an ignored label.
+    """
+    starts = labels != IGNORED
+    starts[:, 0] = False
+    starts[:, 1:] &= labels[:, :-1] == IGNORED
+    return labels.masked_fill(~starts, IGNORED)

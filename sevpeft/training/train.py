@@ -22,38 +22,19 @@ from transformers import PrinterCallback
 
 from sevpeft.console import Screen, print_labeled
 from sevpeft.errors import Interrupted, RunError, first_sentence
-from sevpeft.modeling.adapters import (
-    cast_adapter_to_compute_dtype,
-    lora_config,
-    sort_target_modules,
-    trainable_parameters,
-)
+from sevpeft.modeling import adapters
+from sevpeft.modeling.compat import attention_of, requested_engine
 from sevpeft.modeling.loading import load_model, resolved_name, uses_gpu
 from sevpeft.modeling.saved_adapters import base_commit, base_fingerprint, check_base_weights
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.callbacks import RunProgress, SignalHandler, keep_tensorboard_in, resume_command
-from sevpeft.training.checkpoints import (
-    as_started,
-    check_same_data,
-    check_same_recipe,
-    files_to_resume,
-    remove_incomplete,
-    resume_checkpoint,
-    run_lock,
-)
+from sevpeft.training import checkpoints
+from sevpeft.training.callbacks import RunProgress, SignalHandler, StepGuard, resume_command
 from sevpeft.training.data import Prepared, lengths_of, prepare
-from sevpeft.training.distributed import (
-    check_adapter_is_complete,
-    check_deepspeed,
-    check_engine,
-    check_same_processes,
-    engine_of,
-)
-from sevpeft.training.eva import initialize_from_rows
+from sevpeft.training.distributed import check_adapter_is_complete, check_engine, check_same_processes, engine_of
 from sevpeft.training.plan import memory_is_full
-from sevpeft.training.resolve import ResolvedRun, check_one_batch, loraplus_settings, resolve, settings_errors
+from sevpeft.training.resolve import ResolvedRun, loraplus_settings, resolve, settings_errors
 from sevpeft.training.screen import show_batch, show_data
 from sevpeft.training.trainer import SeveritySFTTrainer
 
@@ -78,13 +59,13 @@ def train(
     state = _start_processes(recipe)
     console = console if console is not None and state.is_main_process else Screen(quiet=True)
     # transformers would expand a ~ for the checkpoints alone.
-    run = Run(_same_on_all_processes(Path(output or default_output(recipe.name)).expanduser()))
-    with run_lock(run.folder) if state.is_main_process else nullcontext():
+    run = Run(broadcast_object_list([Path(output or default_output(recipe.name)).expanduser()])[0])
+    with checkpoints.run_lock(run.folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             check_output(run.folder, resume=resume)
         if resume:
-            recipe = as_started(recipe, run)
-            check_same_recipe(recipe, run)
+            recipe = checkpoints.as_started(recipe, run)
+            checkpoints.check_same_recipe(recipe, run)
         if resume and run.finished:
             console.print(f"The run in {run.folder} is finished; nothing is left to do.", soft_wrap=True)
         else:
@@ -105,110 +86,90 @@ def _train(
     print_labeled(console, "Base model", f"{recipe.model.name_or_path} ({resolved.config.model_type})")
 
     # data: weighted training rows, validation rows
-    with state.main_process_first(), _scratch_errors(scratch):
+    remedy = "set TMPDIR to a folder on another disk"
+    with state.main_process_first(), plain_disk_errors(scratch.parent, when_full=remedy, remedy=remedy):
         rows = prepare(recipe, resolved.prompt, scratch)
     if resume:
-        check_same_data(rows.summary["fingerprint"], rows.summary["source"], run)
+        checkpoints.check_same_data(rows.summary["fingerprint"], rows.summary["source"], run)
     show_data(rows.summary, rows.weights, recipe, console)
 
     # model: the frozen base, and how its rows are laid out
     model = load_model(recipe, resolved.precision, state.local_process_index)
     if resume:
         check_base_weights(recipe, run)
-    resolved = resolved.with_layout(model, lengths_of(rows.validation))
+    resolved = resolved.with_layout(model, lengths_of(rows.validation)[0])
     recipe = resolved.recipe
-    check_one_batch(resolved.arguments, len(rows.train))
     show_batch(recipe, state.num_processes, console)
 
-    # trainer
-    progress = RunProgress(run, console)
-    signals = SignalHandler(run.folder, lambda sentence: print_labeled(console, "Stopping", sentence, style="yellow"))
-    with new_run(run) if state.is_main_process and not resume else nullcontext():
-        with settings_errors():
-            trainer = SeveritySFTTrainer(
-                model=model,
-                args=resolved.arguments,
-                train_dataset=rows.train,
-                eval_dataset=rows.validation,
-                processing_class=resolved.tokenizer,
-                peft_config=lora_config(recipe, model),
-                reduction=recipe.severity.reduction,
-                loraplus=loraplus_settings(recipe),
-                stopping=recipe.stopping,
-                signals=signals,
-                name_rows=rows.row_names,
-                on_message=lambda label, sentence: print_labeled(console, label, sentence, style="yellow"),
-                sort_within_steps=not (resolved.arguments.padding_free or resolved.arguments.packing),
-                split_on_oom=bool(recipe.training.settings().get("auto_find_batch_size")),
-                callbacks=[progress, signals],
-            )
-        trainer.remove_callback(PrinterCallback)
-        keep_tensorboard_in(run, trainer.callback_handler.callbacks)
-        if recipe.lora.init_lora_weights == "eva" and not resume:
-            initialize_from_rows(trainer)
-        if state.is_main_process and not resume:
-            _write_origin(run, recipe, rows, trainer)
-    state.wait_for_everyone()
+    def warn(sentence: str, label: str = "Warning") -> None:
+        print_labeled(console, label, sentence, style="yellow")
 
-    # train, validate, save
     try:
-        with progress, signals, plain_disk_errors(run.folder):
-            checkpoint = _load_checkpoint(trainer, recipe, run, console) if resume else None
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-            after = _validation_of_last_step(trainer) or trainer.evaluate()
+        # trainer
+        progress, signals = RunProgress(run, console), SignalHandler(run.folder, warn)
+        with new_run(run) if state.is_main_process and not resume else nullcontext():
+            with settings_errors():
+                trainer = SeveritySFTTrainer(
+                    model=model,
+                    args=resolved.arguments,
+                    train_dataset=rows.train,
+                    eval_dataset=rows.validation,
+                    processing_class=resolved.tokenizer,
+                    peft_config=adapters.lora_config(recipe, model),
+                    reduction=recipe.severity.reduction,
+                    loraplus=loraplus_settings(recipe),
+                    on_message=lambda label, sentence: warn(sentence, label),
+                    split_on_oom=bool(recipe.training.settings().get("auto_find_batch_size")),
+                    callbacks=[progress, signals],
+                )
+                if requested_engine() is None:  # so that a wrong setting of theirs fails here
+                    trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            guard = StepGuard(trainer, recipe.stopping, signals, rows.row_names)
+            trainer.add_callback(guard)
+            trainer.remove_callback(PrinterCallback)
+            if state.is_main_process and not resume:
+                _write_origin(run, recipe, rows, trainer)
+        state.wait_for_everyone()
+
+        # train, validate, save
+        with progress.bar, signals, plain_disk_errors(run.folder):
+            checkpoint = _checkpoint(trainer, run, warn) if resume else None
+            trainer.train(resume_from_checkpoint=checkpoint)
+            # The figures of the adapter that is saved.
+            if trainer.args.load_best_model_at_end or not _validation(trainer, trainer.state.global_step):
+                trainer.evaluate()
             _save_adapter(trainer, run)
     except BaseException as error:
         if state.is_main_process:
-            remove_incomplete(run)
+            checkpoints.remove_incomplete(run)
         if should_reduce_batch_size(error):
             raise memory_is_full(recipe, run.folder) from error
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"Interrupted. Resume with: {resume_command(run.folder)}") from error
         raise
-    if trainer.is_world_process_zero():
-        _write_results(trainer, run, result.metrics["train_loss"], after, checkpoint)
+    if state.is_main_process:
+        _write_results(trainer, guard, run, checkpoint)
 
 
 def _start_processes(recipe: Recipe) -> PartialState:
-    check_deepspeed()
-    # Unless told so, accelerate sets up a single process where it finds no GPU.
     try:
+        # Unless told so, accelerate sets up a single process where it finds no GPU.
         state = PartialState(cpu=not uses_gpu(recipe))
     except (ValueError, ImportError, RuntimeError) as error:
         raise RunError(
-            f"The processes of this launch cannot find one another ({first_sentence(error)}); start it with "
-            "`accelerate launch`, or unset what the cluster has set (RANK, WORLD_SIZE, PMI_SIZE …) for one process."
+            f"The processes cannot start ({first_sentence(error)}); use `accelerate launch`, or for one process unset "
+            "what the cluster has set (RANK, WORLD_SIZE, PMI_SIZE …)."
         ) from error
     check_engine(state)
     return state
 
 
-def _scratch_errors(scratch: Path) -> Any:
-    return plain_disk_errors(
-        scratch.parent,
-        when_full="free some, or set TMPDIR to a folder on another disk",
-        remedy="set TMPDIR to another folder",
-    )
-
-
-def _load_checkpoint(trainer: SeveritySFTTrainer, recipe: Recipe, run: Run, console: Console) -> str | None:
+def _checkpoint(trainer: SeveritySFTTrainer, run: Run, warn: Any) -> str | None:
     """Path of the newest valid checkpoint, the same on all processes; None starts anew."""
     check_same_processes(trainer.accelerator, run.environment())
-    required = files_to_resume(trainer.accelerator)
-    found = resume_checkpoint(run, console, required) if trainer.is_world_process_zero() else None
-    trainer.accelerator.wait_for_everyone()
-    checkpoint: str | None = _same_on_all_processes(str(found) if found else None)
-    if recipe.lora.init_lora_weights == "eva":
-        initialize_from_rows(trainer, checkpoint)
-    return checkpoint
-
-
-def _validation_of_last_step(trainer: SeveritySFTTrainer) -> dict[str, float] | None:
-    """Figures of the model as it is now, where the training has measured them."""
-    if trainer.args.load_best_model_at_end:
-        return None
-    step = trainer.state.global_step
-    return next((entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry), None)
+    required = checkpoints.files_to_resume(trainer.accelerator)
+    found = checkpoints.resume_checkpoint(run, required, warn) if trainer.is_world_process_zero() else None
+    return None if (checkpoint := broadcast_object_list([found])[0]) is None else str(checkpoint)
 
 
 def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
@@ -220,8 +181,8 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
         # A pickle of the training arguments; the recipe says the same and can be read.
         (folder / "training_args.bin").unlink(missing_ok=True)
         if trainer.args.bf16:
-            cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
-        sort_target_modules(folder)
+            adapters.cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
+        adapters.sort_target_modules(folder)
         shutil.rmtree(run.adapter, ignore_errors=True)
         folder.replace(run.adapter)
     trainer.accelerator.wait_for_everyone()
@@ -229,7 +190,7 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
 
 def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
     """recipe.yaml, environment.json and the first part of metrics.json."""
-    trainable, total = trainable_parameters(trainer.model)
+    trainable, total = adapters.trainable_parameters(trainer.model)
     arguments = trainer.args
     run.write_json(
         "environment.json",
@@ -242,7 +203,7 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
             "data_fingerprint": rows.summary["fingerprint"],
         },
     )
-    base = trainer.model.get_base_model()
+    base = trainer.causal_lm()
     run.update_metrics(
         model={
             "name_or_path": recipe.model.name_or_path,
@@ -254,7 +215,7 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
             "trainable_parameters": trainable,
             "dtype": str(base.dtype).removeprefix("torch."),
             "bits": next((bits for bits in (4, 8) if getattr(base, f"is_loaded_in_{bits}bit", False)), None),
-            "attention": base.config._attn_implementation,
+            "attention": attention_of(base.config),
         },
         data=rows.summary,
         weights=rows.weights.as_dict(),
@@ -263,35 +224,30 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
     run.write_text("recipe.yaml", recipe.to_yaml())
 
 
-def _write_results(
-    trainer: SeveritySFTTrainer, run: Run, train_loss: float, after: dict[str, float], checkpoint: str | None
-) -> None:
-    before = next(entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry)
+def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, checkpoint: str | None) -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         memory = {"peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
     else:
         memory = {"resident_gib": round(psutil.Process().memory_info().rss / 2**30, 3)}
+    steps, skipped = trainer.state.global_step, guard.counts["nonfinite"]
+    totals = trainer.exact_resume.totals()
     run.update_metrics(
         training={
-            "steps": trainer.state.global_step,
+            "steps": steps,
             "epochs": trainer.state.epoch,
-            "train_loss": train_loss,
-            "nonfinite_steps": trainer.nonfinite_steps,
-            "seconds": round(trainer.seconds, 1),
+            "train_loss": totals["loss_sum"] / (steps - skipped),
+            "nonfinite_steps": skipped,
+            "seconds": totals["seconds"],
             "resumed_from": Path(checkpoint).name if checkpoint else None,
             **memory,
         },
-        before=_losses(before),
-        after=_losses(after),
+        before=_validation(trainer, 0),
+        after=_validation(trainer, steps),
     )
 
 
-def _losses(metrics: dict[str, float]) -> dict[str, float]:
-    """Validation loss in nats per answer token, overall and per severity."""
+def _validation(trainer: SeveritySFTTrainer, step: int) -> dict[str, float]:
+    """Last validation loss at a step, in nats per answer token, overall and per severity; empty for none."""
     names = ("loss", *(f"loss_{severity}" for severity in SEVERITIES))
-    return {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
-
-
-def _same_on_all_processes(value: Any) -> Any:
-    """What the main process has, on every process."""
-    return broadcast_object_list([value])[0]
+    found = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
+    return {name: entry[f"eval_{name}"] for entry in found[-1:] for name in names if f"eval_{name}" in entry}

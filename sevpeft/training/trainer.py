@@ -11,44 +11,59 @@ Validation loss is a sum over tokens, per severity, not a mean of batch means, w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
-from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig
+from peft.optimizers import create_loraplus_optimizer
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
+from trl import SFTConfig, SFTTrainer
 from trl.models import enable_selective_activation_checkpointing
 from trl.trainer.utils import FusedCausalLMOutput
 
-from sevpeft.errors import WeightError
+from sevpeft.errors import Interrupted, RunError, WeightError
 from sevpeft.modeling.compat import disable_cpu_avx512_repack
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.compat import IGNORED, LabeledPositions
-from sevpeft.training.data import SeverityCollator
-from sevpeft.training.distributed import check_engine_of_model, set_up_engine
-from sevpeft.training.resolve import loraplus_optimizer
-from sevpeft.training.robust_trainer import RobustSFTTrainer
+from sevpeft.training.checkpoints import ExactResume, checkpoint_of
+from sevpeft.training.compat import LabeledPositions, SeededLengthGroupedSampler
+from sevpeft.training.data import SeverityCollator, answer_starts, check_weights, parts_of, rows_of
+from sevpeft.training.distributed import set_up_engine
+
+# With any other value the weights would be bypassed, or the loss would depend on the number of processes.
+_ONLY = {
+    "loss_type": "nll",
+    "label_smoothing_factor": 0,
+    "use_liger_kernel": False,
+    "average_tokens_across_devices": True,
+}
 
 
-class SeveritySFTTrainer(RobustSFTTrainer):
-    """SFTTrainer with a weight on every answer token.
+class SeveritySFTTrainer(SFTTrainer):
+    """SFTTrainer with a weight on every answer token, whose checkpoints resume exactly (`ExactResume`).
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, ...: as in SFTTrainer;
-            stopping, signals, name_rows, on_message, sort_within_steps, split_on_oom: as in RobustSFTTrainer.
-            `train_dataset` holds `input_ids`, `labels` (-100 on the prompt), `token_weights` (floats, one per token)
-            and, when packed, `seq_lengths`; `eval_dataset` holds `input_ids`, `labels` and optionally `severity`
-            (position in SEVERITIES, -1 for unknown).
+        model, args, eval_dataset, processing_class, peft_config, ...: as in SFTTrainer. `eval_dataset` holds
+            `input_ids`, `labels` and optionally `severity` (position in SEVERITIES, -1 for unknown).
+        train_dataset: holds `input_ids`, `labels` (-100 on the prompt), `token_weights` (floats, one per token) and,
+            when packed, `seq_lengths`.
         reduction: what the weighted sum of a (global, accumulated) batch is divided by: "tokens", the number of
             answer tokens, as in TRL; or "examples", the number of answers (the weights then carry 1/L_i).
-        loraplus: settings of LoRA+ (`loraplus_settings`); None for one learning rate.
+        loraplus: settings of LoRA+ (`loraplus_settings`); none for one learning rate.
+        split_on_oom: compute a batch that does not fit in memory in parts, which is the same step; on one process only.
+        on_message: gets a label and a sentence for the screen.
 
     Raises:
-        WeightError: weights absent, not finite, negative, or all zero.
-        ValueError: a setting of `args` that would bypass the weights.
+        WeightError: of `check_weights`. ValueError: a setting of `args` that would bypass the weights.
     """
+
+    control: TrainerControl
+    _total_train_tokens: int
+    _epoch_ended_at = -1
 
     def __init__(
         self,
@@ -58,20 +73,29 @@ class SeveritySFTTrainer(RobustSFTTrainer):
         *,
         reduction: str = "tokens",
         loraplus: dict[str, float] | None = None,
+        split_on_oom: bool = False,
+        on_message: Callable[[str, str], None] = lambda label, sentence: None,
+        callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        if reduction not in ("tokens", "examples"):
-            raise ValueError(f"reduction is {reduction!r}; it can be tokens or examples.")
-        _check_bypasses(args)
-        _check_weights(train_dataset)
-        self.reduction = reduction
-        self.loraplus = loraplus
+        for name, only in _ONLY.items():
+            if getattr(args, name) != only:
+                raise ValueError(f"{name}={getattr(args, name)} would bypass the severity weights; leave it out.")
+        check_weights(train_dataset)
+        self.reduction, self.loraplus = reduction, loraplus
+        self.split_on_oom, self.on_message = split_on_oom, on_message
+        # Consultations that are computed at once, where a whole batch did not fit in memory.
+        self.most_rows: dict[str, int | None] = {"train": None, "eval": None}
+        self.step_batches: list[dict[str, Any]] = []
+        self.exact_resume = ExactResume(self)
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args.remove_unused_columns = False  # token_weights and severity are no arguments of the model
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("selective"):
             # TRL 1.16 does this to the PeftModel, whose wrapper transformers 5.24 goes past.
             enable_selective_activation_checkpointing(model)
+        # ExactResume first, so that a checkpoint is sealed before another callback ends the training.
+        kwargs["callbacks"] = [self.exact_resume, *callbacks]
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-
         # A custom collator is refused by TRL's constructor when padding-free, so it takes the default's place here.
         collator: Any = self.data_collator
         self.data_collator: Any = SeverityCollator(
@@ -82,22 +106,11 @@ class SeveritySFTTrainer(RobustSFTTrainer):
         self.model_accepts_loss_kwargs = True
         set_up_engine(self.accelerator, self.model)
         disable_cpu_avx512_repack(self.model)
-        self._labeled_positions = LabeledPositions(self._causal_lm())
+        self._labeled_positions = LabeledPositions(self.causal_lm())
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = getattr(self, "_signature_columns")  # noqa: B009 (TRL leaves it untyped)
-        self._signature_columns: Any = list(dict.fromkeys([*columns, "token_weights", "severity"]))
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.loraplus and getattr(self, "optimizer", None) is None:
-            self.optimizer: Any = loraplus_optimizer(self.model if model is None else model, self.args, self.loraplus)
-        return super().create_optimizer(model)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        if self.reduction == "examples":
-            batch_samples = [{"labels": _answer_starts(batch["labels"])} for batch in batch_samples]
-        return super()._get_num_items_in_batch(batch_samples, device)
+    def causal_lm(self) -> PreTrainedModel:
+        """The model without its adapter's wrapper."""
+        return self.model.get_base_model()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -120,19 +133,18 @@ class SeveritySFTTrainer(RobustSFTTrainer):
             weighted_model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
 
-    def _causal_lm(self) -> PreTrainedModel:
-        model = self.model
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        check_engine_of_model(self.accelerator, model)
-        return super().training_step(model, *args, **kwargs)
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        if self.reduction == "examples":
+            batch_samples = [{"labels": answer_starts(batch["labels"])} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with loss (nats per answer token), per-severity loss and accuracy from sums over tokens."""
         # Rows are severities and "unknown"; columns are negative log-likelihood, correct tokens, entropy, tokens.
         self._validation = torch.zeros(len(SEVERITIES) + 1, 4, dtype=torch.float64)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # A data loader draws a random number; the training after it must draw those that it would have drawn without.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         nll, correct, entropy, tokens = self._validation.sum(0).tolist()
         if tokens and output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
@@ -163,53 +175,126 @@ class SeveritySFTTrainer(RobustSFTTrainer):
         sums, strata = self.accelerator.gather_for_metrics((sums.T.contiguous(), strata))
         self._validation.index_add_(0, strata.cpu() % len(self._validation), sums.cpu())
 
+    # What no callback can do.
 
-def _answer_starts(labels: torch.Tensor) -> torch.Tensor:
-    """Labels (B, T) of which only the first of every answer is kept, so that counting labels counts answers.
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.loraplus and self.optimizer is None:
+            optimizer_cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            arguments |= {"loraplus_weight_decay": self.args.weight_decay, **self.loraplus}
+            self.optimizer: Any = create_loraplus_optimizer(self.model, optimizer_cls, **arguments)
+            # Groups that stay empty (no adapted embedding, say) are of no use, and not every optimizer bears them.
+            self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
+        return super().create_optimizer(model)
 
-    The first position of a row is never predicted and, packed, every document begins with an ignored label.
-    """
-    labels = labels.clone()
-    labels[:, 0] = IGNORED
-    continued = torch.zeros_like(labels, dtype=torch.bool)
-    continued[:, 1:] = labels[:, :-1] != IGNORED
-    return labels.masked_fill(continued, IGNORED)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; all batches of a step are kept until the next one."""
+        self.step_batches, items = super().get_batch_samples(*args, **kwargs)
+        self._tokens_before_step = self._total_train_tokens
+        return self.step_batches, items
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        step = super().training_step
 
-def _check_bypasses(args: SFTConfig) -> None:
-    reasons = {
-        "loss_type": (args.loss_type != "nll", "exponentiates the log-probabilities that carry the weights"),
-        "label_smoothing_factor": (args.label_smoothing_factor > 0, "takes the loss from the full logits, unweighted"),
-        "use_liger_kernel": (args.use_liger_kernel, "replaces the forward that the weights are applied to"),
-        "average_tokens_across_devices": (
-            not args.average_tokens_across_devices,
-            "makes the loss depend on the number of processes when it is off",
-        ),
-    }
-    for name, (bypasses, reason) in reasons.items():
-        if bypasses:
-            raise ValueError(f"{name}={getattr(args, name)} is refused: it {reason}. Leave it at its default.")
+        def undo() -> list[dict[str, Any]]:
+            # The backward pass may have broken off half-way, so the gradient of the step begins anew.
+            model.zero_grad()
+            self._total_train_tokens = self._tokens_before_step
+            return list(takewhile(lambda batch: batch is not inputs, self.step_batches))
 
+        losses = self._in_parts("train", inputs, lambda part: step(model, part, num_items_in_batch), undo)
+        return sum(losses[1:], losses[0])
 
-def _check_weights(dataset: Dataset) -> None:
-    """Reads all token weights once, in Arrow, so that a bad one stops the run before its first step."""
-    if not isinstance(dataset, Dataset):
-        raise WeightError("SeveritySFTTrainer needs a map-style datasets.Dataset, so that all weights can be checked.")
-    missing = [name for name in ("input_ids", "labels", "token_weights") if name not in dataset.column_names]
-    if missing:
-        raise WeightError(
-            f"The training data has no {', '.join(missing)}; it has {', '.join(dataset.column_names)}. "
-            "Weights are never taken as 1 in silence: give token_weights, all ones for plain cross-entropy."
-        )
-    positive = False
-    for table in dataset.select_columns(["token_weights"]).with_format("arrow").iter(batch_size=2000):
-        column = table["token_weights"].combine_chunks()
-        values = pc.list_flatten(column).cast("float64")
-        if column.null_count or values.null_count or not pc.all(pc.is_finite(values)).as_py():
-            raise WeightError("The training data has token_weights that are missing or not finite.")
-        lowest, highest = pc.min_max(values).as_py().values()
-        if lowest is not None and lowest < 0:
-            raise WeightError("The training data has negative token_weights.")
-        positive = positive or bool(highest)
-    if not positive:
-        raise WeightError("All token_weights of the training data are zero, so nothing would be learned.")
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        step, before = super().prediction_step, self._validation.clone()
+
+        def undo() -> list[dict[str, Any]]:
+            self._validation.copy_(before)
+            return []
+
+        return self._in_parts("eval", inputs, lambda part: step(model, part, *args, **kwargs), undo)[-1]
+
+    def _in_parts(
+        self, kind: str, batch: dict[str, Any], take: Callable[[Any], Any], undo: Callable[[], list[dict[str, Any]]]
+    ) -> list[Any]:
+        """Results of `take` on the parts of a batch that fit in memory; their losses have the same sum.
+
+        `undo` takes back what a failure has left, and returns the batches that have to be taken again before this one.
+        """
+        batches = [batch]
+        while True:
+            try:
+                most = self.most_rows[kind]
+                return [[take(part) for part in parts_of(one, most, self.data_collator)] for one in batches][-1]
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                half = min(len(rows_of(batch)), most or len(rows_of(batch))) // 2
+                if not (half and self.split_on_oom):
+                    if kind == "train":
+                        raise
+                    size = f"training.per_device_eval_batch_size (now {self.args.per_device_eval_batch_size})"
+                    raise RunError(f"The memory is too small for validation; lower {size}.") from error
+            self.most_rows[kind] = half
+            clear_device_cache(garbage_collection=True)
+            what = "validation" if kind == "eval" else "the same step"
+            self.on_message("Memory", f"full; {what} continues with {half} rows at once")
+            batches = [*undo(), batch]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Of all rows: `dataloader_drop_last` is about the batches that are trained on."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropping
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's, or one whose order follows from seed and epoch alone, so that a resumed run sees the same rows."""
+        sampler = super()._get_train_sampler(train_dataset)
+        return SeededLengthGroupedSampler(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Epochs and steps that are done; all epochs, where a kill came after the last step.
+
+        Transformers 5.24 looks at max_steps after a step only, so that such a run would train one step more.
+        """
+        epochs, steps = super()._init_training_state(*args, **kwargs)
+        over = self.state.global_step >= self.state.max_steps > 0
+        return (self.state.num_train_epochs, 0) if over else (epochs, steps)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """At the end of an epoch Trainer comes here twice. It waits for the second time.
+
+        A run that resumes from a checkpoint of the first time would never come to the second.
+        """
+        step = self.state.global_step
+        ends = float(self.state.epoch or 0).is_integer() or step >= self.state.max_steps
+        if ends and self._epoch_ended_at != step:
+            self._epoch_ended_at = step
+        else:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer validates, then saves. Here it saves first, so that a kill in a long validation loses no step."""
+        # Where the validation decides what is saved, it comes first.
+        decides = self.args.metric_for_best_model is not None or self.args.save_strategy == SaveStrategy.BEST
+        if self.control.should_save and not decides:
+            self._save_before_validation()
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except Interrupted:
+            if self.state.global_step and not checkpoint_of(self.args, self.state.global_step).exists():
+                self._save_before_validation()
+            raise
+
+    def _save_before_validation(self) -> None:
+        self.exact_resume.evaluation_due = True
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.exact_resume.evaluation_due = False
+
+    def _send_telemetry(self) -> None:
+        """Sends nothing; TRL 1.16 tells the Hub the model, the device and how the data was loaded."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes none; TRL's would name a folder of this machine."""

@@ -399,7 +399,7 @@ def test_a_row_is_shortened_as_in_training_and_one_that_does_not_fit_has_no_like
     assert np.isnan(nll[np.argmax(lengths)]) and tokens[np.argmax(lengths)] == 0 and np.isfinite(nll).any()
     rows = Dataset.from_dict({"question": validation.questions, "answer": validation.references})
     encoded, report = encode_rows(rows, trained_prompt, most, strata=None, cache_file=tmp_path / "rows.arrow")
-    assert report.shortened and report.refused
+    assert report["shortened"] and report["refused"]
     assert scored == {tuple(row["input_ids"]): sum(label != IGNORED for label in row["labels"]) for row in encoded}
     assert np.isnan(nll_of(build_model("gpt2"), trained_prompt, validation, max_length=5)[0]).all()
 

@@ -126,7 +126,6 @@ def test_what_peft_refuses_is_one_sentence() -> None:
         ({"target_modules": ["self_attn"]}, "is not supported"),
         ({"exclude_modules": ".*"}, "All modules were excluded"),
         ({"rank_pattern": {"(": 2}}, "missing ), unterminated subpattern"),
-        ({"init_lora_weights": "eva", "eva_config": {"rhoo": 1.0}}, "rhoo"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "even"),
     ):
         text = refusal(build_model("llama"), **lora)
@@ -141,7 +140,6 @@ def test_variants_that_work_are_not_refused() -> None:
             "rank_pattern": {r"layers\.0\..*": 2, "^model.layers.0.mlp.up_proj": 3},
         },
         {"target_parameters": ["mlp.up_proj.weight"], "lora_dropout": 0.0, "target_modules": ["q_proj"]},
-        {"init_lora_weights": "eva", "eva_config": {"rho": 1.5}},
         {"init_lora_weights": "orthogonal"},
         {"init_lora_weights": "gaussian", "use_rslora": True},
         {"use_dora": True},

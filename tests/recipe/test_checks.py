@@ -128,15 +128,13 @@ def test_settings_that_would_do_silent_harm_are_refused() -> None:
 
 
 def test_a_start_that_changes_the_base_model_or_needs_a_pass_is_refused() -> None:
-    starts = ("pissa", "pissa_niter_4", "olora", "OLoRA", "loftq", "corda", "lora_ga", "gausian")
-    rows = tuple(
-        (f"lora: {{init_lora_weights: {start}}}", "lora.init_lora_weights", "gaussian or eva") for start in starts
-    )
+    starts = ("pissa", "pissa_niter_4", "olora", "OLoRA", "loftq", "corda", "lora_ga", "eva", "gausian")
+    rows = tuple((f"lora: {{init_lora_weights: {start}}}", "lora.init_lora_weights", "gaussian") for start in starts)
     assert unexpected(rows) == []
     quantized = "quantization: {load_in_4bit: true}\nlora: {init_lora_weights: %s}"
-    rows = tuple((quantized % start, "lora.init_lora_weights", "eva") for start in ("orthogonal", "mica"))
+    rows = tuple((quantized % start, "lora.init_lora_weights", "gaussian") for start in ("orthogonal", "mica"))
     assert unexpected(rows) == []
-    for start in ("true", "false", "gaussian", "eva", "orthogonal", "mica"):
+    for start in ("true", "false", "gaussian", "orthogonal", "mica"):
         recipe_from_values(yaml.safe_load(f"lora: {{init_lora_weights: {start}}}"))
 
 
@@ -161,7 +159,7 @@ def test_what_sevpeft_manages_is_refused_with_a_remedy_and_never_repeated() -> N
 def test_what_is_harmless_is_accepted() -> None:
     for text in (
         "lora: {use_dora: true}\nquantization: {load_in_4bit: true}",
-        "lora: {init_lora_weights: eva}\nquantization: {load_in_8bit: true}",
+        "lora: {init_lora_weights: gaussian}\nquantization: {load_in_8bit: true}",
         "lora: {target_modules: '.*', exclude_modules: [lm_head]}",
         "lora: {target_modules: '.*_proj', loftq_config: {}}",
         "training: {loss_type: nll, packing_strategy: bfd, eval_packing: false}",

@@ -171,7 +171,7 @@ def test_what_is_written_reads_back_equal_and_writes_the_same(recipe: Reader, tm
         "about: {config: {model_type: gemma3, sliding_window: null, text_config: {layer_types: [a]}}}\n"
         "training: {learning_rate: 1e-5, num_train_epochs: 3, warmup_steps: 0.03, "
         "eval_strategy: no, lr_scheduler_kwargs: {a: 1e-5}}\n"
-        "lora: {init_lora_weights: eva, rank_pattern: {'^model.layers.0': 4}}\n"
+        "lora: {init_lora_weights: gaussian, rank_pattern: {'^model.layers.0': 4}}\n"
         "severity: {weights: {non_critical: 0, neutral: 1, critical: 2}}\n"
     )
     (tmp_path / "again.yaml").write_text(first.to_yaml(), encoding="utf-8")

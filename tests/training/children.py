@@ -51,9 +51,9 @@ def exit_codes(processes: list[Any]) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def said_by(process: Any, cache: Path) -> str:
+def message_of(process: Any, cache: Path) -> str:
     """The sentence that it ended with."""
-    return (cache / f"said-{process.pid}").read_text(encoding="utf-8")
+    return (cache / f"message-{process.pid}").read_text(encoding="utf-8")
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
@@ -68,7 +68,7 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: 
     try:
         function(*arguments[:-1])
     except SevpeftError as error:
-        Path(arguments[-1], f"said-{os.getpid()}").write_text(str(error), encoding="utf-8")
+        Path(arguments[-1], f"message-{os.getpid()}").write_text(str(error), encoding="utf-8")
         sys.exit(error.exit_code)
 
 

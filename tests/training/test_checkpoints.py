@@ -1,8 +1,7 @@
-"""A checkpoint that was cut off or damaged in any file is noticed, and the one before it is used."""
+"""A checkpoint that was cut off or damaged is noticed; a resume that would be another training is refused."""
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -13,16 +12,19 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator, DistributedType
-from rich.console import Console
 
+from sevpeft.errors import RunError
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.checkpoints import (
     MANIFEST,
+    check_same_data,
+    check_same_recipe,
     checkpoint_damage,
     files_to_resume,
-    latest_valid_checkpoint,
     remove_incomplete,
+    resume_checkpoint,
+    run_lock,
     seal,
 )
 from sevpeft.training.train import train
@@ -32,37 +34,11 @@ REQUIRED = [
     "adapter_model.safetensors",
     "adapter_config.json",
     "trainer_state.json",
-    "counts.json",
+    "counts_0.json",
     "rng_state.pth",
     "scheduler.pt",
     "optimizer.pt",
 ]
-SHORT = ["data.max_rows=60", "training.max_length=160", "training.save_strategy=steps", "training.save_steps=2"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of four steps with a checkpoint after the second and the fourth."""
-    from tests.conftest import build_model, build_tokenizer
-
-    folder = tmp_path_factory.mktemp("trained")
-    build_model("llama").save_pretrained(folder / "base")
-    build_tokenizer().save_pretrained(folder / "base")
-    recipe = load_recipe(QUICKSTART, [f"model.name_or_path={folder / 'base'}", *SHORT, "training.max_steps=4"])
-    return train(recipe, folder / "run")
-
-
-@pytest.fixture
-def copied(trained: Run, tmp_path: Path) -> Run:
-    shutil.copytree(trained.folder, tmp_path / "run")
-    return Run(tmp_path / "run")
-
-
-def files_of(run: Run) -> list[Path]:
-    newest = run.checkpoints / "checkpoint-4"
-    return sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
-
-
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "removed": lambda path: path.unlink(),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -70,49 +46,57 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def test_the_training_seals_what_a_resume_needs(trained: Run) -> None:
-    assert files_to_resume(Accelerator(cpu=True)) == REQUIRED
-    assert {str(name) for name in files_of(trained)} >= {MANIFEST, *REQUIRED}
-    newest, said = latest_valid_checkpoint(trained, REQUIRED)
-    assert newest is not None and newest.name == "checkpoint-4" and said == []
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run with sealed checkpoints of two steps, whose files hold their names."""
+    run = Run(tmp_path / "run")
+    for step in (2, 4):
+        checkpoint = run.checkpoints / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        for name in REQUIRED:
+            (checkpoint / name).write_text(name, encoding="utf-8")
+        (checkpoint / "trainer_state.json").write_text('{"log_history": [{"step": 1}]}', encoding="utf-8")
+        seal(checkpoint)
+    run.write_text("recipe.yaml", load_recipe(QUICKSTART).to_yaml())
+    return run
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_each_file_removed_truncated_or_zeroed_is_noticed(damage: str, copied: Run, trained: Run) -> None:
-    for name in files_of(trained):
-        DAMAGES[damage](copied.checkpoints / "checkpoint-4" / name)
-        newest, said = latest_valid_checkpoint(copied, REQUIRED)
-        assert newest is not None and newest.name == "checkpoint-2", name
-        assert len(said) == 1 and said[0].startswith("checkpoint-4 ") and said[0].endswith("is used."), name
-        if damage != "removed" and str(name) != MANIFEST:
-            assert str(name) in said[0]
-        shutil.copytree(trained.checkpoints / "checkpoint-4", copied.checkpoints / "checkpoint-4")
+def found(run: Run) -> tuple[str | None, list[str]]:
+    messages: list[str] = []
+    checkpoint = resume_checkpoint(run, REQUIRED, messages.append)
+    return checkpoint and checkpoint.name, messages
 
 
-def test_a_manifest_that_lists_not_all_that_a_resume_needs_is_damage(copied: Run, trained: Run) -> None:
-    newest = copied.checkpoints / "checkpoint-4"
+def test_each_file_removed_truncated_or_zeroed_is_noticed(run: Run, tmp_path: Path) -> None:
+    newest = run.checkpoints / "checkpoint-4"
+    assert found(run) == ("checkpoint-4", [])
+    shutil.copytree(newest, tmp_path / "copy")
+    wrong = []
+    for damage, harm in DAMAGES.items():
+        for name in (*REQUIRED, MANIFEST):
+            harm(newest / name)
+            checkpoint, messages = found(run)
+            told = len(messages) == 1 and messages[0].startswith("checkpoint-4 ")
+            if checkpoint != "checkpoint-2" or not told or (name != MANIFEST and name not in messages[0]):
+                wrong.append((damage, name, checkpoint, messages))
+            assert not newest.exists(), "it would be written under the same name"
+            shutil.copytree(tmp_path / "copy", newest)
+    assert wrong == []
+    (newest / "note.txt").write_text("mine", encoding="utf-8")
+    assert checkpoint_damage(newest, REQUIRED) is None, "a file more does no harm"
+
+
+def test_a_manifest_that_lists_not_all_that_a_resume_needs_is_damage(run: Run) -> None:
+    newest = run.checkpoints / "checkpoint-4"
     listed = json.loads((newest / MANIFEST).read_text(encoding="utf-8"))["files"]
-    manifests: dict[str, Any] = {
-        name: {"files": {other: written for other, written in listed.items() if other != name}} for name in REQUIRED
-    }
-    manifests |= {"empty": {"files": {}}, "no files": {}, "list": [], "list of files": {"files": [*listed]}}
-    manifests |= {
-        "number": 1,
-        "null": None,
-        "files null": {"files": None},
-        "no sizes": {"files": dict.fromkeys(listed)},
-    }
-    noticed = {}
-    for name, manifest in manifests.items():
-        for remains in (True, False):  # the file itself
-            (newest / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-            if not remains and name in REQUIRED:
-                (newest / name).unlink()
-            found, said = latest_valid_checkpoint(copied, REQUIRED)
-            noticed[name, remains] = (found and found.name, len(said), name not in REQUIRED or name in said[0])
-            shutil.rmtree(newest, ignore_errors=True)
-            shutil.copytree(trained.checkpoints / newest.name, newest)
-    assert {key: value for key, value in noticed.items() if value != ("checkpoint-2", 1, True)} == {}
+    manifests: list[Any] = [{"files": {k: v for k, v in listed.items() if k != name}} for name in REQUIRED]
+    manifests += [{"files": {}}, {}, {"files": [*listed]}, 1, None, {"files": None}, {"files": dict.fromkeys(listed)}]
+    missed = []
+    for manifest in manifests:
+        (newest / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        if checkpoint_damage(newest, REQUIRED) is None:
+            missed.append(manifest)
+    assert missed == []
 
 
 def test_each_engine_needs_the_files_that_it_reads() -> None:
@@ -123,7 +107,8 @@ def test_each_engine_needs_the_files_that_it_reads() -> None:
         )
         return set(files_to_resume(accelerator)) - set(REQUIRED[:4])
 
-    two = {"rng_state_0.pth", "rng_state_1.pth"}
+    assert files_to_resume(Accelerator(cpu=True)) == REQUIRED
+    two = {"rng_state_0.pth", "rng_state_1.pth", "counts_1.json"}
     assert needed(DistributedType.MULTI_GPU, 2) == {*two, "scheduler.pt", "optimizer.pt"}
     assert needed(DistributedType.FSDP, 2) == {*two, "scheduler.pt", "optimizer.bin"}
     assert needed(DistributedType.NO, 1, scaler=object()) == {*REQUIRED[4:], "scaler.pt"}
@@ -134,44 +119,59 @@ def test_each_engine_needs_the_files_that_it_reads() -> None:
         assert [fnmatch(name, pattern) for pattern in sorted(zero)] == [rank == 0, rank == 1]
 
 
-def test_a_file_more_does_no_harm(copied: Run) -> None:
-    (copied.checkpoints / "checkpoint-4" / "note.txt").write_text("mine", encoding="utf-8")
-    assert checkpoint_damage(copied.checkpoints / "checkpoint-4", REQUIRED) is None
-
-
-def test_where_all_are_damaged_the_training_begins_again_and_says_so(copied: Run) -> None:
+def test_where_all_are_damaged_the_training_begins_again_and_the_log_with_it(run: Run) -> None:
+    for step in range(3):
+        run.append_log({"step": step, "loss": float("nan") if step == 1 else 1.0})
+    assert found(run) == ("checkpoint-4", [])
+    lines = (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 0, "loss": 1.0}], "as long as when it was written"
     for step in (2, 4):
-        (copied.checkpoints / f"checkpoint-{step}" / "optimizer.pt").unlink()
-    newest, said = latest_valid_checkpoint(copied, REQUIRED)
-    assert newest is None and [sentence.split()[0] for sentence in said] == ["checkpoint-4", "checkpoint-2"]
-    assert said[-1].endswith("so the training begins again.")
-    assert not list(copied.checkpoints.glob("checkpoint-*")), "they would be written under the same names"
+        (run.checkpoints / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    checkpoint, messages = found(run)
+    assert checkpoint is None and [message.split()[0] for message in messages] == ["checkpoint-4", "checkpoint-2"]
+    assert not list(run.checkpoints.iterdir()) and not (run.folder / "log.jsonl").read_text(encoding="utf-8")
 
 
-def test_checkpoints_are_ordered_by_their_steps_and_not_by_their_names(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+def test_checkpoints_are_ordered_by_their_steps_and_not_by_their_names(run: Run) -> None:
     for step in (8, 10, 100, 20):
-        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-        (run.checkpoints / f"checkpoint-{step}" / "file").write_text("x", encoding="utf-8")
-        seal(run.checkpoints / f"checkpoint-{step}")
+        shutil.copytree(run.checkpoints / "checkpoint-4", run.checkpoints / f"checkpoint-{step}")
     (run.checkpoints / "checkpoint-mine").mkdir()
-    newest, _ = latest_valid_checkpoint(run, [])
-    assert newest is not None and newest.name == "checkpoint-100"
+    assert found(run) == ("checkpoint-100", [])
 
 
-def test_what_has_no_manifest_yet_is_taken_away(copied: Run) -> None:
-    (copied.checkpoints / "checkpoint-4" / MANIFEST).unlink()
-    remove_incomplete(copied)
-    assert [path.name for path in copied.checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
+def test_what_has_no_manifest_yet_is_taken_away(run: Run) -> None:
+    (run.checkpoints / "checkpoint-4" / MANIFEST).unlink()
+    remove_incomplete(run)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]
 
 
-def test_a_resumed_run_tells_of_the_damage_and_ends_with_the_same_bits(copied: Run, trained: Run) -> None:
-    shutil.rmtree(copied.adapter)
-    DAMAGES["zeroed"](copied.checkpoints / "checkpoint-4" / "adapter_model.safetensors")
-    console = Console(file=io.StringIO(), width=80)
-    train(load_recipe(copied.folder / "recipe.yaml"), copied.folder, resume=True, console=console)
-    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    assert "checkpoint-4 holds adapter_model.safetensors with another content than was written, so the one" in shown
-    assert copied.metrics()["training"]["resumed_from"] == "checkpoint-2"
-    weights = "adapter_model.safetensors"
-    assert (copied.adapter / weights).read_bytes() == (trained.adapter / weights).read_bytes()
+def test_a_recipe_with_other_settings_is_refused_with_each_as_it_was_and_is(run: Run) -> None:
+    check_same_recipe(load_recipe(QUICKSTART), run)
+    words = ["training.learning_rate=1e-5", "severity.weights={non_critical: 1, neutral: 1, critical: 3}"]
+    with pytest.raises(RunError) as refused:
+        check_same_recipe(load_recipe(QUICKSTART, words), run)
+    rate = load_recipe(QUICKSTART).training.learning_rate
+    assert f"training.learning_rate ({rate} then, 1e-05 now)" in str(refused.value)
+    assert "severity.weights (balanced then, " in str(refused.value)
+
+
+def test_other_data_is_refused_where_its_content_is_known(run: Run) -> None:
+    run.write_text("environment.json", json.dumps({"data_fingerprint": "sha256:one"}))
+    check_same_data("sha256:one", "rows.csv", run)
+    with pytest.raises(RunError, match=r"rows\.csv is not the data that"):
+        check_same_data("sha256:other", "rows.csv", run)
+    check_same_data("5f2c", "someone/on-the-hub", run)  # changes with this machine's cache
+
+
+def test_a_folder_is_held_by_one_training_at_a_time(tmp_path: Path) -> None:
+    with run_lock(tmp_path / "run"):
+        for resume in (False, True):
+            with pytest.raises(RunError, match="run is being written by another training; wait"):
+                train(load_recipe(QUICKSTART), tmp_path / "x" / ".." / "run", resume=resume)
+        with run_lock(tmp_path / "other"):
+            pass
+    with pytest.raises(ValueError), run_lock(tmp_path / "run"):
+        raise ValueError
+    with run_lock(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir()), "a run that is refused leaves no trace"

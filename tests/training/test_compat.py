@@ -19,22 +19,22 @@ from sevpeft.training import compat
 from tests.conftest import build_model
 from tests.training.test_trainer import make_rows, make_trainer
 
-# Overridden or read by RobustSFTTrainer and SeveritySFTTrainer, with the parameters that they rely on.
+# Overridden by SeveritySFTTrainer, with the parameters that it relies on.
 METHODS = {
     "_get_train_sampler": ("train_dataset",),
     "_init_training_state": (),
-    "_load_best_model": (),
     "_maybe_log_save_evaluate": (),
+    "_evaluate": (),
     "_save_checkpoint": ("model", "trial"),
-    "_get_grad_norm": ("model", "grad_norm"),
     "_get_num_items_in_batch": ("batch_samples", "device"),
-    "_set_signature_columns_if_needed": (),
+    "get_batch_samples": ("epoch_iterator", "num_batches"),
+    "prediction_step": ("model", "inputs"),
     "_send_telemetry": (),
     "create_model_card": (),
     "training_step": (),
     "evaluation_loop": ("metric_key_prefix",),
 }
-STATE = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "_total_train_tokens")
+STATE = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
 
 
 def test_the_trainer_still_has_the_methods_that_are_overridden() -> None:

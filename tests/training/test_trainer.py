@@ -15,13 +15,18 @@ from trl.trainer import utils as trl_utils
 
 from sevpeft.errors import WeightError
 from sevpeft.training.compat import CPU_VOCABULARY_TILE
+from sevpeft.training.data import check_weights
 from sevpeft.training.trainer import SeveritySFTTrainer
-from tests.conftest import ARCHITECTURES, VOCABULARY, build_model
+from tests.conftest import ARCHITECTURES, VOCABULARY, build_model, build_tokenizer
 
-EXAMPLES = 16
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "padding-free": {"padding_free": True},
+    "packed": {"packing": True, "max_length": 64},
+}
 
 
-def make_rows(count: int = EXAMPLES, *, seed: int = 0, ones: bool = False, reduction: str = "tokens") -> Dataset:
+def make_rows(count: int = 16, *, seed: int = 0, ones: bool = False, reduction: str = "tokens") -> Dataset:
     """Rows of random tokens: prompts of 3 to 20 tokens, answers of 2 to 12, weights between .2 and 2."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -42,6 +47,14 @@ def make_rows(count: int = EXAMPLES, *, seed: int = 0, ones: bool = False, reduc
     return Dataset.from_dict(rows)
 
 
+def laid_out(rows: Dataset, layout: str) -> Dataset:
+    if layout != "packed":
+        return rows
+    packed = pack_dataset(rows.remove_columns("severity"), seq_length=64, strategy="bfd")
+    assert len(packed) < len(rows)
+    return packed
+
+
 def make_config(folder: Path, **changes: Any) -> SFTConfig:
     settings: dict[str, Any] = dict(
         output_dir=str(folder),
@@ -49,6 +62,7 @@ def make_config(folder: Path, **changes: Any) -> SFTConfig:
         max_steps=4,
         learning_rate=1e-2,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         report_to="none",
         bf16=False,
         use_cpu=True,
@@ -63,8 +77,9 @@ def make_config(folder: Path, **changes: Any) -> SFTConfig:
 
 def make_trainer(
     folder: Path, rows: Dataset, architecture: str = "llama", *, stock: bool = False, **options: Any
-) -> SFTTrainer:
-    ours = {} if stock else {"reduction": options.pop("reduction", "tokens"), "loraplus": options.pop("loraplus", None)}
+) -> Any:
+    names = ("reduction", "loraplus", "split_on_oom", "on_message", "callbacks")
+    ours = {name: options.pop(name) for name in names if name in options}
     evaluation = options.pop("eval_dataset", None)
     lora = LoraConfig(
         r=4,
@@ -74,22 +89,16 @@ def make_trainer(
         exclude_modules=["out_proj", "conv1d"] if architecture == "falcon_h1" else None,  # PEFT refuses them there
     )
     if stock:
-        rows = rows.remove_columns(["token_weights", "severity"])
+        rows = rows.select_columns([name for name in ("input_ids", "labels", "seq_lengths") if name in rows.features])
     return (SFTTrainer if stock else SeveritySFTTrainer)(
         model=options.pop("model", None) or build_model(architecture),
         args=make_config(folder, **options),
         train_dataset=rows,
         eval_dataset=evaluation,
-        processing_class=_tokenizer(),
+        processing_class=build_tokenizer(),
         peft_config=lora,
         **ours,
     )
-
-
-def _tokenizer() -> Any:
-    from tests.conftest import build_tokenizer
-
-    return build_tokenizer()
 
 
 def adapter_of(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
@@ -112,40 +121,58 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], t
         assert float((one[name] - other[name]).abs().max()) <= tolerance, name
 
 
-def formula(model: Any, rows: Dataset, reduction: str) -> torch.Tensor:
+def formula(model: Any, rows: Dataset, reduction: str) -> float:
     """The loss as it is written down: one row at a time, full logits, float64 sums."""
     total, count = torch.zeros((), dtype=torch.float64), 0
+    model.eval()
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
-        scores = torch.log_softmax(model(input_ids=ids).logits[0].double(), dim=-1)
+        with torch.no_grad():
+            scores = torch.log_softmax(model(input_ids=ids).logits[0].double(), dim=-1)
         for position in range(1, len(labels)):
             if labels[position] != -100:
                 total = total - row["token_weights"][position] * scores[position - 1, labels[position]]
                 count += reduction == "tokens"
         count += reduction == "examples"
-    return total / count
+    return float(total / count)
 
 
 def batch_loss(trainer: SFTTrainer, rows: Dataset) -> torch.Tensor:
-    """Loss of all rows as one batch, through the trainer's own collator and normaliser."""
-    batch = trainer.data_collator([dict(row) for row in rows.remove_columns("severity")])
+    """Loss of all rows as one batch, through the trainer's own collator and normalizer."""
+    batch = trainer.data_collator([{k: v for k, v in row.items() if k != "severity"} for row in rows])
     trainer.model.train()
     items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     return trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
 
 
+def whole_sequences(rows: Dataset) -> Dataset:
+    """Nearly every position has a label then, and the head scores all positions."""
+    ids = rows["input_ids"][:]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "token_weights": [[1.0] * len(row) for row in ids]})
+
+
+def assert_stock(folder: Path, rows: Dataset, architecture: str = "llama", **options: Any) -> None:
+    found = []
+    for stock in (True, False):
+        trainer = make_trainer(folder, rows, architecture, stock=stock, **options)
+        trainer.train()
+        found.append((losses_of(trainer), adapter_of(trainer)))
+    assert found[0][0] == found[1][0]
+    assert_equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_weights_of_one_are_stock_trl_to_the_bit(tmp_path: Path, architecture: str) -> None:
     rows = make_rows(ones=True)
-    runs = []
-    for stock in (True, False):
-        trainer = make_trainer(
-            tmp_path, rows, architecture, stock=stock, gradient_accumulation_steps=2, per_device_train_batch_size=2
-        )
-        trainer.train()
-        runs.append((losses_of(trainer), adapter_of(trainer)))
-    assert runs[0][0] == runs[1][0]
-    assert_equal(runs[0][1], runs[1][1])
+    assert_stock(
+        tmp_path, rows, architecture, max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2
+    )
+
+
+def test_weights_of_one_are_stock_trl_to_the_bit_packed_and_over_whole_sequences(tmp_path: Path) -> None:
+    rows = make_rows(ones=True)
+    assert_stock(tmp_path, laid_out(rows, "packed"), per_device_train_batch_size=2, max_steps=2, **LAYOUTS["packed"])
+    assert_stock(tmp_path, whole_sequences(rows), per_device_train_batch_size=1, max_steps=2)
 
 
 def test_with_a_vocabulary_of_several_tiles_weights_of_one_are_stock_trl_but_for_rounding(tmp_path: Path) -> None:
@@ -154,7 +181,7 @@ def test_with_a_vocabulary_of_several_tiles_weights_of_one_are_stock_trl_but_for
     losses = []
     for stock in (True, False):
         model = build_model("llama", vocab_size=3 * CPU_VOCABULARY_TILE + 100)
-        trainer = make_trainer(tmp_path, rows, stock=stock, model=model, learning_rate=1e-3)
+        trainer = make_trainer(tmp_path, rows, stock=stock, model=model, learning_rate=1e-3, max_steps=3)
         trainer.train()
         losses.append(losses_of(trainer))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
@@ -180,179 +207,88 @@ def test_the_narrower_tiles_are_ours_alone(tmp_path: Path, monkeypatch: pytest.M
     assert set(seen) == {100}
 
 
-def test_weights_of_one_are_stock_trl_to_the_bit_when_packed(tmp_path: Path) -> None:
-    rows = make_rows(ones=True)
-    runs = []
-    for stock in (True, False):
-        columns = ["input_ids", "labels"] if stock else ["input_ids", "labels", "token_weights"]
-        packed = pack_dataset(rows.select_columns(columns), seq_length=64, strategy="bfd")
-        trainer = make_trainer(
-            tmp_path,
-            packed
-            if not stock
-            else packed.add_column("token_weights", packed["input_ids"]).add_column("severity", [0] * len(packed)),
-            stock=stock,
-            packing=True,
-            max_length=64,
-            per_device_train_batch_size=2,
-        )
-        trainer.train()
-        runs.append((losses_of(trainer), adapter_of(trainer)))
-    assert runs[0][0] == runs[1][0]
-    assert_equal(runs[0][1], runs[1][1])
-
-
-def test_a_loss_over_the_whole_sequence_is_stock_trl_to_the_bit(tmp_path: Path) -> None:
-    """Nearly every position has a label then, and the road without skipping is taken."""
-    rows = make_rows(ones=True)
-    ids = rows["input_ids"][:]
-    rows = rows.remove_columns(["labels", "token_weights"]).add_column("labels", ids)
-    rows = rows.add_column("token_weights", [[1.0] * len(row) for row in ids])
-    runs = []
-    for stock in (True, False):
-        trainer = make_trainer(tmp_path, rows, stock=stock, per_device_train_batch_size=1)
-        trainer.train()
-        runs.append((losses_of(trainer), adapter_of(trainer)))
-    assert runs[0][0] == runs[1][0]
-    assert_equal(runs[0][1], runs[1][1])
-
-
 @pytest.mark.parametrize("reduction", ["tokens", "examples"])
-@pytest.mark.parametrize("layout", ["padded", "padding-free", "packed"])
-def test_loss_is_the_formula(tmp_path: Path, reduction: str, layout: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_is_the_formula_and_no_token_has_the_weight_of_another_example(
+    tmp_path: Path, reduction: str, layout: str
+) -> None:
     rows = make_rows(6, reduction=reduction)
-    options: dict[str, Any] = {}
-    batch = rows
-    if layout == "padding-free":
-        options = {"padding_free": True}
-    if layout == "packed":
-        options = {"packing": True, "max_length": 64}
-        batch = pack_dataset(rows.remove_columns("severity"), seq_length=64, strategy="bfd")
-        assert len(batch) < len(rows)
-        batch = batch.add_column("severity", [0] * len(batch))
-    trainer = make_trainer(tmp_path, batch, reduction=reduction, **options)
-    with torch.no_grad():
-        loss = batch_loss(trainer, batch)
-        trainer.model.eval()
-        expected = formula(trainer.model, rows, reduction)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    trainer = make_trainer(tmp_path, laid_out(rows, layout), reduction=reduction, **LAYOUTS[layout])
+    for heavy in (None, *range(4)):
+        weights = [
+            [1e4 * (index == heavy and label != -100) for label in labels]
+            for index, labels in enumerate(rows["labels"])
+        ]
+        weighted = rows if heavy is None else replace_weights(rows, weights)
+        with torch.no_grad():
+            loss = batch_loss(trainer, laid_out(weighted, layout))
+        assert float(loss) == pytest.approx(formula(trainer.model, weighted, reduction), rel=1e-6), heavy
 
 
 @pytest.mark.parametrize("reduction", ["tokens", "examples"])
-@pytest.mark.parametrize("cut", [(8, 1), (4, 2), (2, 4), (1, 8)])
-def test_the_cut_of_a_batch_changes_nothing(tmp_path: Path, reduction: str, cut: tuple[int, int]) -> None:
-    size, accumulation = cut
-    rows = make_rows(reduction=reduction)
-    results = []
-    for settings in ((8, 1), (size, accumulation)):
-        trainer = make_trainer(
-            tmp_path,
-            rows,
-            reduction=reduction,
-            per_device_train_batch_size=settings[0],
-            gradient_accumulation_steps=settings[1],
-            learning_rate=1e-3,
-        )
-        trainer.train()
-        results.append((losses_of(trainer), adapter_of(trainer)))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    assert_close(results[0][1], results[1][1], 1e-5)
-
-
-@pytest.mark.parametrize("reduction", ["tokens", "examples"])
-def test_packing_and_padding_train_the_same_adapter(tmp_path: Path, reduction: str) -> None:
-    rows = make_rows(12, reduction=reduction)
+def test_neither_the_cut_of_a_batch_nor_packing_changes_anything(tmp_path: Path, reduction: str) -> None:
+    rows = make_rows(8, reduction=reduction)
     packed = pack_dataset(rows.remove_columns("severity"), seq_length=1024, strategy="bfd")
     assert len(packed) == 1
-    packed = packed.add_column("severity", [0])
-    adapters = []
-    for data, options in ((rows, {"per_device_train_batch_size": 12}), (packed, {"packing": True, "max_length": 1024})):
-        trainer = make_trainer(tmp_path, data, reduction=reduction, learning_rate=1e-3, **options)
-        trainer.train()
-        adapters.append(adapter_of(trainer))
-    assert_close(*adapters, 1e-5)
-
-
-@pytest.mark.parametrize("layout", ["padded", "padding-free", "packed"])
-@pytest.mark.parametrize("heavy", range(4))
-def test_a_token_never_gets_the_weight_of_another_example(tmp_path: Path, layout: str, heavy: int) -> None:
-    rows = make_rows(4)
-    weights = [
-        [1e4 * (index == heavy and label != -100) for label in labels] for index, labels in enumerate(rows["labels"])
+    ways: list[tuple[Dataset, dict[str, Any]]] = [
+        (rows, {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}) for size in (8, 2, 1)
     ]
-    rows = rows.remove_columns("token_weights").add_column("token_weights", weights)
-    options: dict[str, Any] = {}
-    batch = rows
-    if layout == "padding-free":
-        options = {"padding_free": True}
-    if layout == "packed":
-        options = {"packing": True, "max_length": 256}
-        batch = pack_dataset(rows.remove_columns("severity"), seq_length=256, strategy="bfd").add_column(
-            "severity", [0]
-        )
-    trainer = make_trainer(tmp_path, batch, **options)
-    with torch.no_grad():
-        loss = batch_loss(trainer, batch)
-        trainer.model.eval()
-        expected = formula(trainer.model, rows, "tokens")
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_a_run_repeats_to_the_bit(tmp_path: Path) -> None:
-    adapters = []
-    for _ in range(2):
-        trainer = make_trainer(tmp_path, make_rows(), lora_dropout=0.1)
+    ways.append((packed, {"packing": True, "max_length": 1024}))
+    found = []
+    for data, options in ways:
+        trainer = make_trainer(tmp_path, data, reduction=reduction, learning_rate=1e-3, max_steps=3, **options)
         trainer.train()
-        adapters.append(adapter_of(trainer))
-    assert_equal(*adapters)
+        found.append((losses_of(trainer), adapter_of(trainer)))
+    for losses, adapter in found[1:]:
+        assert losses == pytest.approx(found[0][0], rel=1e-5)
+        assert_close(adapter, found[0][1], 1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 3, 16])
-@pytest.mark.parametrize("options", [{}, {"padding_free": True}])
-def test_validation_loss_is_a_sum_over_tokens_whatever_the_batch(tmp_path: Path, size: int, options: dict) -> None:
-    rows, validation = make_rows(), make_rows(13, seed=5, ones=True)
-    trainer = make_trainer(tmp_path, rows, eval_dataset=validation, per_device_eval_batch_size=size, **options)
-    metrics = trainer.evaluate()
-    trainer.model.eval()
-    with torch.no_grad():
-        assert metrics["eval_loss"] == pytest.approx(float(formula(trainer.model, validation, "tokens")), rel=1e-6)
-        for index, name in enumerate(("non_critical", "neutral", "critical")):
-            part = validation.filter(lambda severity, index=index: severity == index, input_columns="severity")
-            expected = float(formula(trainer.model, part, "tokens"))
-            assert metrics[f"eval_loss_{name}"] == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"padding_free": True, "pad_to_multiple_of": 16}])
+def test_validation_loss_is_a_sum_over_tokens_whatever_the_batch(tmp_path: Path, options: dict) -> None:
+    validation = make_rows(13, seed=5, ones=True)
+    trainer = make_trainer(tmp_path, make_rows(), eval_dataset=validation, **options)
+    expected = {"eval_loss": formula(trainer.model, validation, "tokens")}
+    for index, name in enumerate(("non_critical", "neutral", "critical")):
+        part = validation.select([row for row in range(13) if validation["severity"][row] == index])
+        expected[f"eval_loss_{name}"] = formula(trainer.model, part, "tokens")
+    for size in (1, 3, 16):
+        trainer.args.per_device_eval_batch_size = size
+        metrics = trainer.evaluate()
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6), size
 
 
-def test_validation_ignores_the_weights(tmp_path: Path) -> None:
-    weighted, plain = make_rows(5, seed=3), make_rows(5, seed=3).remove_columns("token_weights")
-    trainer = make_trainer(tmp_path, make_rows())
+def test_validation_ignores_the_weights_and_takes_all_rows(tmp_path: Path) -> None:
+    weighted, plain = make_rows(6, seed=3), make_rows(6, seed=3).remove_columns("token_weights")
+    trainer = make_trainer(tmp_path, make_rows(), dataloader_drop_last=True, per_device_eval_batch_size=4)
     assert trainer.evaluate(weighted)["eval_loss"] == trainer.evaluate(plain)["eval_loss"]
+    assert len(trainer.get_eval_dataloader(plain)) == 2 and trainer.args.dataloader_drop_last
 
 
 def replace_weights(rows: Dataset, weights: list[list[float | None]]) -> Dataset:
     return rows.remove_columns("token_weights").add_column("token_weights", weights)
 
 
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [(float("nan"), "not finite"), (float("inf"), "not finite"), (-0.5, "negative"), (None, "missing")],
-)
-def test_one_bad_weight_stops_the_run_before_its_first_step(tmp_path: Path, value: float | None, said: str) -> None:
-    rows = make_rows()
-    weights = rows["token_weights"][:]
-    weights[11][-1] = value
-    with pytest.raises(WeightError, match=said):
-        make_trainer(tmp_path, replace_weights(rows, weights))
-
-
-def test_all_weights_zero_are_refused(tmp_path: Path) -> None:
-    rows = make_rows()
+def test_bad_weights_stop_the_run_before_its_first_step(tmp_path: Path) -> None:
+    rows, expected, found = make_rows(), {}, {}
+    changes: dict[str, Any] = {
+        "not finite": lambda weights: [*weights[:-1], float("nan")],
+        "finite": lambda weights: [*weights[:-1], float("inf")],
+        "missing": lambda weights: [*weights[:-1], None],
+        "negative": lambda weights: [*weights[:-1], -0.5],
+        "number": lambda weights: weights[:-1],
+    }
+    for word, change in changes.items():
+        weights = rows["token_weights"][:]
+        weights[11] = change(weights[11])
+        with pytest.raises(WeightError) as caught:
+            check_weights(replace_weights(rows, weights))
+        expected[word], found[word] = True, word in str(caught.value)
+    assert found == expected
     with pytest.raises(WeightError, match="zero"):
         make_trainer(tmp_path, replace_weights(rows, [[0.0] * len(row) for row in rows["token_weights"]]))
-
-
-def test_absent_weights_are_never_taken_as_one(tmp_path: Path) -> None:
     with pytest.raises(WeightError, match="token_weights"):
-        make_trainer(tmp_path, make_rows().remove_columns("token_weights"))
+        make_trainer(tmp_path, rows.remove_columns("token_weights"))
 
 
 def test_a_collator_that_drops_the_weights_is_noticed(tmp_path: Path) -> None:
@@ -363,36 +299,43 @@ def test_a_collator_that_drops_the_weights_is_noticed(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize(
-    "setting", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}, {"average_tokens_across_devices": False}]
-)
-def test_settings_that_bypass_the_weights_are_refused(tmp_path: Path, setting: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        make_trainer(tmp_path, make_rows(), **setting)
+def test_settings_that_bypass_the_weights_are_refused(tmp_path: Path) -> None:
+    for name, value in {
+        "loss_type": "dft",
+        "label_smoothing_factor": 0.1,
+        "average_tokens_across_devices": False,
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            make_trainer(tmp_path, make_rows(4), **{name: value})
 
 
-@pytest.fixture
-def quantised_model(tmp_path: Path) -> Any:
-    folder = tmp_path / "base"
-    build_model("llama").save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        ),
-        device_map={"": "cpu"},
+def test_no_telemetry_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **about: sent.append(about))
+    make_trainer(tmp_path, make_rows(4), stock=True)
+    assert len(sent) == 1, "TRL itself sends, by this name"
+    make_trainer(tmp_path, make_rows(4))
+    assert len(sent) == 1
+
+
+def test_a_4bit_model_has_the_same_gradients_after_an_evaluation_and_a_float32_adapter(tmp_path: Path) -> None:
+    build_model("llama").save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
-
-
-def test_gradients_of_a_4bit_model_after_an_evaluation_equal_those_before(tmp_path: Path, quantised_model: Any) -> None:
-    for module in quantised_model.modules():
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantization, device_map={"": "cpu"}
+    )
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = True  # as on a CPU that has it, where this one may not
     rows = make_rows(4)
-    trainer = make_trainer(tmp_path, rows, model=quantised_model, eval_dataset=make_rows(4, seed=1))
+    trainer = make_trainer(tmp_path, rows, model=model, eval_dataset=make_rows(4, seed=1))
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     gradients = []
     for _ in range(2):
         trainer.model.zero_grad()
@@ -401,8 +344,3 @@ def test_gradients_of_a_4bit_model_after_an_evaluation_equal_those_before(tmp_pa
         trainer.evaluate()
     assert any(gradient.abs().max() > 0 for gradient in gradients[0].values())
     assert_equal(*gradients)
-
-
-def test_a_4bit_model_trains_its_adapter_in_float32(tmp_path: Path, quantised_model: Any) -> None:
-    trainer = make_trainer(tmp_path, make_rows(), model=quantised_model)
-    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}

@@ -1,33 +1,31 @@
-"""What a signal does where nothing is being trained, and in whose hands signals are before and after."""
+"""Signals: who handles them before, during and after a training, and what a launcher's end does."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sevpeft.training import callbacks as module
 from sevpeft.training.callbacks import SIGNALS, SignalHandler, resume_command
+from tests.training.children import exit_codes, start
 
 
-def test_signals_are_heard_inside_only(tmp_path: Path) -> None:
+def test_signals_are_handled_inside_only(tmp_path: Path) -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    said: list[str] = []
-    with SignalHandler(tmp_path, said.append) as leaving:
+    messages: list[str] = []
+    with SignalHandler(tmp_path, messages.append) as handler:
         ignored = signal.SIG_IGN  # SIGHUP, where the tests themselves run under nohup
         assert all(
-            signal.getsignal(number) == leaving._on_signal for number in SIGNALS if before[number] is not ignored
+            signal.getsignal(number) == handler._on_signal for number in SIGNALS if before[number] is not ignored
         )
         os.kill(os.getpid(), signal.SIGTERM)
-        assert len(said) == 1 and "checkpoint" in said[0]
+        assert len(messages) == 1 and "checkpoint" in messages[0]
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
@@ -68,55 +66,41 @@ def test_outside_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_worker_of_the_data_loader_ends_by_the_signal_and_says_nothing(tmp_path: Path) -> None:
-    said: list[str] = []
-    with SignalHandler(tmp_path, said.append) as leaving:
-        leaving._process = -1  # as in a worker, which has inherited the handler of another process
+    messages: list[str] = []
+    with SignalHandler(tmp_path, messages.append) as handler:
+        handler._process = -1  # as in a worker, which has inherited the handler of another process
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGTERM)
-    assert left.value.code == 143 and said == []
+    assert left.value.code == 143 and messages == []
 
 
-def test_the_command_to_go_on_can_be_given_to_a_shell() -> None:
+def test_the_resume_command_can_be_given_to_a_shell() -> None:
     words = shlex.split(resume_command(Path("runs/my run")))
     assert words == ["sevpeft", "train", "runs/my run/recipe.yaml", "--output", "runs/my run", "--resume"]
 
 
-LAUNCHER = """
-import subprocess, sys
-sys.exit(subprocess.call([sys.executable, "-c", sys.argv[-1]]))
-"""
-TRAINING = """
-import pathlib, sys, time
-from sevpeft.training.callbacks import SignalHandler
-with SignalHandler(pathlib.Path("."), lambda sentence: pathlib.Path("heard").write_text(sentence)):
-    pathlib.Path("begun").touch()
+def launch(folder: Path) -> None:
+    """As accelerate's launcher of one process, which dies of SIGTERM without passing it on."""
+    if os.fork():
+        signal.pause()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    with SignalHandler(folder, lambda sentence: (folder / "received").touch()):
+        (folder / "begun").touch()
+        wait_for(folder / "received")
+    os._exit(0)
+
+
+def wait_for(file: Path) -> None:
     for _ in range(3000):
-        if pathlib.Path("heard").exists():
-            break
-        time.sleep(0.01)
-"""
-
-
-def test_a_training_hears_of_the_end_of_its_launcher(tmp_path: Path) -> None:
-    """accelerate's launcher of one process dies without passing the signal on."""
-    (tmp_path / "accelerate").write_text(LAUNCHER, encoding="utf-8")
-    words = [sys.executable, str(tmp_path / "accelerate"), "launch", "-c", TRAINING]
-    # As `accelerate launch` sets for its processes.
-    environment = {
-        **os.environ,
-        "ACCELERATE_MIXED_PRECISION": "no",
-        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
-    }
-    launcher = subprocess.Popen(words, cwd=tmp_path, env=environment)
-    wait_until((tmp_path / "begun").exists)
-    launcher.terminate()
-    launcher.wait()
-    wait_until((tmp_path / "heard").exists)
-
-
-def wait_until(seen: Callable[[], bool]) -> None:
-    for _ in range(3000):
-        if seen():
+        if file.exists():
             return
         time.sleep(0.02)
-    raise AssertionError("nothing came of it")
+    raise AssertionError(f"no {file.name}")
+
+
+def test_a_training_receives_the_end_of_its_launcher(tmp_path: Path) -> None:
+    (launcher,) = start(launch, tmp_path, str(tmp_path))
+    wait_for(tmp_path / "begun")
+    os.kill(launcher.pid, signal.SIGTERM)
+    assert exit_codes([launcher]) == [-signal.SIGTERM]
+    wait_for(tmp_path / "received")

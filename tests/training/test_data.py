@@ -1,0 +1,335 @@
+"""A row is prompt and answer; the answer alone is labeled and weighted; what does not fit costs the question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sevpeft.data.prepare.settings import PrepareSettings
+from transformers import PreTrainedTokenizerFast
+
+from sevpeft.data.prepare.prepare import prepare as prepare_data
+from sevpeft.errors import DataError, WeightError
+from sevpeft.modeling.prompts import Prompt
+from sevpeft.recipe import Recipe, recipe_from_values
+from sevpeft.training.compat import IGNORED
+from sevpeft.training.data import (
+    FEWEST_QUESTION_WORDS,
+    SeverityCollator,
+    add_token_weights,
+    encode_rows,
+    load_splits,
+    pack_rows,
+    parts_of,
+    row_names,
+    rows_of,
+    summary_of,
+)
+from tests.conftest import SENTENCES
+
+ANSWERS = ["راجع طبيب القلب اليوم", "لا", "أعطه سوائل كثيرة واعرضه على طبيب الأطفال إن استمرت الحرارة"]
+WORDS = " ".join(SENTENCES).split()
+
+
+@pytest.fixture
+def prompt(tokenizer: PreTrainedTokenizerFast) -> Prompt:
+    return Prompt.build(tokenizer, **Recipe().prompt.model_dump())
+
+
+@pytest.fixture
+def encode(prompt: Prompt, tmp_path: Path) -> Callable[..., tuple[Dataset, dict[str, int]]]:
+    def run(rows: Dataset, max_length: int | None, **options: Any) -> tuple[Dataset, dict[str, int]]:
+        settings = {"strata": None, "cache_file": tmp_path / "encoded.arrow", **options}
+        return encode_rows(rows, prompt, max_length, **settings)
+
+    return run
+
+
+def table(questions: list[str], answers: list[str], **columns: list[Any]) -> Dataset:
+    return Dataset.from_dict({"question": questions, "answer": answers, **columns})
+
+
+def many_rows(count: int = 30) -> Dataset:
+    """Questions of 1 to 24 words with the three answers in turn."""
+    questions = [" ".join(WORDS[i : i + 1 + i % 24]) for i in range(count)]
+    return table(questions, [ANSWERS[i % 3] for i in range(count)])
+
+
+def test_a_row_is_the_prompt_ignored_and_the_answer_labeled(encode: Callable, prompt: Prompt) -> None:
+    rows = many_rows()
+    encoded, report = encode(rows, None)
+    assert encoded.column_names == ["input_ids", "labels", "severity", "source_index"]
+    for row, source in zip(encoded, rows, strict=True):
+        asked, answer = prompt.prompt_ids([source["question"]])[0], prompt.answer_ids([source["answer"]])[0]
+        assert row["input_ids"] == asked + answer
+        assert row["labels"] == [IGNORED] * len(asked) + answer
+        assert row["severity"] == -1
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    assert report == {
+        "rows": 30,
+        "refused": 0,
+        "shortened": 0,
+        "lost_words": 0,
+        "most_lost_words": 0,
+        "median_length": int(np.median(lengths)),
+        "longest": max(lengths),
+        "answer_tokens": sum(label != IGNORED for labels in encoded["labels"] for label in labels),
+    }
+
+
+@pytest.mark.parametrize("max_length", [18, 24, 30, 40])
+def test_a_long_row_costs_the_end_of_its_question_word_by_word_and_nothing_more(
+    encode: Callable, prompt: Prompt, max_length: int
+) -> None:
+    rows = many_rows()
+    encoded, report = encode(rows, max_length)
+    lost = {}
+    for row in encoded:
+        source = rows[row["source_index"]]
+        answer = prompt.answer_ids([source["answer"]])[0]
+        assert len(row["input_ids"]) <= max_length
+        assert [label for label in row["labels"] if label != IGNORED] == answer == row["input_ids"][-len(answer) :]
+        words, asked = source["question"].split(), row["input_ids"][: -len(answer)]
+        prompts = prompt.prompt_ids([" ".join(words[:kept]) for kept in range(len(words) + 1)])
+        kept = prompts.index(asked)
+        lost[row["source_index"]] = len(words) - kept
+        assert kept == len(words) or len(prompts[kept + 1]) + len(answer) > max_length
+        assert kept >= min(len(words), FEWEST_QUESTION_WORDS)
+    refused = set(range(len(rows))) - set(lost)
+    for index in refused:
+        source = rows[index]
+        fewest = " ".join(source["question"].split()[:FEWEST_QUESTION_WORDS])
+        assert len(prompt.prompt_ids([fewest])[0] + prompt.answer_ids([source["answer"]])[0]) > max_length
+    assert (report["rows"], report["refused"]) == (len(lost), len(refused))
+    assert report["lost_words"] == sum(lost.values()) > 0
+    assert report["most_lost_words"] == max(lost.values())
+    assert report["shortened"] == sum(words > 0 for words in lost.values())
+
+
+def test_an_answer_that_leaves_no_room_is_refused_and_never_cut(encode: Callable, prompt: Prompt) -> None:
+    long = " ".join(ANSWERS * 10)
+    rows = table([SENTENCES[0]] * 3, [ANSWERS[0], long, ANSWERS[1]], severity=["a", "b", "c"])
+    encoded, report = encode(rows, 80, strata=np.array([2, 1, 0]))
+    assert (report["rows"], report["refused"]) == (2, 1)
+    assert encoded["source_index"][:] == [0, 2] and encoded["severity"][:] == [2, 0]
+
+
+def test_a_short_question_is_kept_whole_or_the_row_is_refused(encode: Callable, prompt: Prompt) -> None:
+    question, answer = "وش الحل يا دكتور", ANSWERS[2]
+    exact = len(prompt.prompt_ids([question])[0] + prompt.answer_ids([answer])[0])
+    encoded, report = encode(table([question], [answer]), exact)
+    assert len(encoded["input_ids"][0]) == exact and report["lost_words"] == 0
+    with pytest.raises(DataError, match=rf"None of 1 consultations fits training\.max_length={exact - 1} "):
+        encode(table([question], [answer]), exact - 1)
+
+
+def test_when_nothing_is_left_the_error_says_what_to_raise(encode: Callable) -> None:
+    with pytest.raises(DataError, match=r"None of 30 consultations fits training\.max_length=3 with its answer; raise"):
+        encode(many_rows(), 3)
+
+
+def test_two_processes_encode_the_same(encode: Callable, tmp_path: Path) -> None:
+    rows, strata = many_rows(), np.arange(30) // 10
+    one, report = encode(rows, 22, strata=strata)
+    two, other = encode(rows, 22, strata=strata, cache_file=tmp_path / "two.arrow", num_proc=2)
+    assert one.to_dict() == two.to_dict() and report == other and report["refused"] > 0
+    assert two["severity"][:] == [index // 10 for index in two["source_index"]]
+
+
+def test_a_process_whose_rows_are_all_refused_does_no_harm(encode: Callable) -> None:
+    rows = table([SENTENCES[0]] * 4, [" ".join(ANSWERS * 10)] * 2 + [ANSWERS[0]] * 2)
+    encoded, report = encode(rows, 80, num_proc=2)
+    assert encoded["source_index"][:] == [2, 3] and report["refused"] == 2
+
+
+def test_rows_lie_in_a_mapped_file_and_not_in_memory(encode: Callable, tmp_path: Path) -> None:
+    encoded, _ = encode(many_rows(), None)
+    weighted = add_token_weights(encoded, np.ones(30), "tokens", cache_file=tmp_path / "weighted.arrow")
+    packed = pack_rows(weighted, 128, cache_file=tmp_path / "packed.arrow")
+    for dataset in (encoded, weighted, packed):
+        files = [Path(file["filename"]) for file in dataset.cache_files]
+        assert files and all(file.parent == tmp_path and file.stat().st_size for file in files)
+
+
+def test_an_old_file_of_that_name_does_not_answer_for_new_rows(encode: Callable) -> None:
+    first, _ = encode(many_rows(), None)
+    kept = first.to_dict()
+    second, _ = encode(table([SENTENCES[1]], [ANSWERS[0]]), None)
+    assert len(second) == 1 and second.to_dict() != kept
+
+
+# Weights
+
+
+@pytest.fixture
+def weighted(encode: Callable, tmp_path: Path) -> Callable[..., tuple[Dataset, np.ndarray]]:
+    def run(reduction: str) -> tuple[Dataset, np.ndarray]:
+        encoded, _ = encode(many_rows(), 30)
+        weights = np.linspace(0.25, 1.75, len(encoded))
+        return add_token_weights(encoded, weights, reduction, cache_file=tmp_path / "weighted.arrow"), weights
+
+    return run
+
+
+@pytest.mark.parametrize("reduction", ["tokens", "examples"])
+def test_token_weights_are_zero_on_the_prompt_and_follow_the_reduction(weighted: Callable, reduction: str) -> None:
+    rows, weights = weighted(reduction)
+    assert rows.features["token_weights"].feature.dtype == "float32"
+    for row, weight in zip(rows, weights, strict=True):
+        labels, found = np.array(row["labels"]), np.array(row["token_weights"])
+        assert len(found) == len(row["input_ids"]) and not found[labels == IGNORED].any()
+        length = (labels != IGNORED).sum()
+        each = weight if reduction == "tokens" else weight / length
+        np.testing.assert_allclose(found[labels != IGNORED], each, rtol=1e-6)
+        assert found.sum() == pytest.approx(weight * length if reduction == "tokens" else weight, rel=1e-5)
+
+
+def test_as_many_weights_as_rows_are_needed(encode: Callable, tmp_path: Path) -> None:
+    encoded, _ = encode(many_rows(), None)
+    with pytest.raises(WeightError, match="29 severity weights for 30 consultations"):
+        add_token_weights(encoded, np.ones(29), "tokens", cache_file=tmp_path / "weighted.arrow")
+
+
+def test_a_weight_finds_its_row_beyond_the_first_batch(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[1, 2]] * 2500, "labels": [[IGNORED, 2]] * 2500})
+    weighted = add_token_weights(rows, np.arange(2500), "tokens", cache_file=tmp_path / "weighted.arrow")
+    assert [row[1] for row in weighted["token_weights"]] == list(range(2500))
+
+
+@pytest.mark.parametrize("reduction", ["tokens", "examples"])
+def test_packing_keeps_documents_whole_and_every_weight_at_its_token(
+    weighted: Callable, tmp_path: Path, reduction: str
+) -> None:
+    rows, _ = weighted(reduction)
+    rows = rows.remove_columns(["severity", "source_index"])
+    packed = pack_rows(rows, 128, cache_file=tmp_path / "packed.arrow")
+    assert len(packed) < len(rows) / 2
+
+    def document(ids: list[int], labels: list[int], weights: list[float]) -> tuple:
+        return tuple(zip(ids, labels, weights, strict=True))
+
+    found = []
+    for block in packed:
+        assert len(block["input_ids"]) == len(block["labels"]) == len(block["token_weights"]) <= 128
+        assert sum(block["seq_lengths"]) == len(block["input_ids"])
+        start = 0
+        for length in block["seq_lengths"]:
+            part = slice(start, start + length)
+            found.append(document(block["input_ids"][part], block["labels"][part], block["token_weights"][part]))
+            start += length
+    assert sorted(found) == sorted(document(r["input_ids"], r["labels"], r["token_weights"]) for r in rows)
+
+
+# Batches
+
+
+PAD = 7
+ROWS: list[dict[str, Any]] = [
+    {"input_ids": [1, 2, 3, PAD], "labels": [-100, -100, 3, PAD], "token_weights": [0.0, 0.0, 0.5, 0.5]},
+    {"input_ids": [4, 5, PAD], "labels": [-100, 5, PAD], "token_weights": [0.0, 1.5, 1.5]},
+    {"input_ids": [6, 8, 9, 1, 2, PAD], "labels": [-100] * 4 + [2, PAD], "token_weights": [0.0] * 4 + [1.0, 1.0]},
+]
+BLOCKS = [
+    {name: ROWS[0][name] + ROWS[1][name] for name in ROWS[0]} | {"seq_lengths": [4, 3]},
+    ROWS[2] | {"seq_lengths": [6]},
+]
+
+
+def collate(rows: list[dict[str, Any]], **options: Any) -> dict[str, torch.Tensor]:
+    return SeverityCollator(pad_token_id=PAD, **options)(rows)
+
+
+def test_weights_are_padded_like_labels_and_an_end_token_that_also_pads_stays_labeled() -> None:
+    for options in ({}, {"pad_to_multiple_of": 4}):
+        batch = collate(ROWS, **options)
+        weights = batch["token_weights"]
+        assert weights.dtype == torch.float32
+        assert weights.shape == batch["labels"].shape == batch["input_ids"].shape == (3, 8 if options else 6)
+        assert weights[1].tolist() == [0.0, 1.5, 1.5] + [0.0] * (weights.shape[1] - 3)
+        assert torch.equal(weights > 0, batch["labels"] != -100)
+        for row, source in enumerate(ROWS):
+            end = len(source["input_ids"]) - 1
+            assert batch["labels"][row, end] == PAD and batch["attention_mask"][row, end] == 1
+            assert (batch["labels"][row, end + 1 :] == -100).all() and not batch["attention_mask"][row, end + 1 :].any()
+
+
+def test_without_padding_and_packed_the_weights_lie_end_to_end() -> None:
+    batch = collate(ROWS, padding_free=True)
+    assert batch["token_weights"][0].tolist() == [weight for row in ROWS for weight in row["token_weights"]]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5]
+    assert torch.equal(batch["token_weights"] > 0, batch["labels"] != -100)
+    packed = collate(BLOCKS, padding_free=True)
+    for name in ("input_ids", "labels", "token_weights", "position_ids"):
+        assert torch.equal(batch[name], packed[name]), name
+
+
+def test_a_batch_gives_its_rows_back_and_is_cut_between_them() -> None:
+    validation = [{k: v for k, v in row.items() if k != "token_weights"} | {"severity": 1} for row in ROWS]
+    assert collate(validation, padding_free=True)["severity"].tolist() == [1, 1, 1]
+    for rows, blocks, options in (
+        (ROWS, ROWS, {}),
+        (ROWS, ROWS, {"padding_free": True}),
+        (ROWS, ROWS, {"padding_free": True, "pad_to_multiple_of": 8}),
+        (ROWS, BLOCKS, {"padding_free": True}),
+        (validation, validation, {}),
+        (validation, validation, {"padding_free": True, "pad_to_multiple_of": 8}),
+    ):
+        batch = collate(blocks, **options)
+        assert rows_of(batch) == rows
+        parts = parts_of(batch, 2, SeverityCollator(pad_token_id=PAD, **options))
+        assert [rows_of(part) for part in parts] == [rows[:2], rows[2:]]
+        assert parts_of(batch, 3, dict) == parts_of(batch, None, dict) == [batch]
+
+
+# Names of rows, and prepared folders
+
+
+def test_a_row_has_the_number_that_it_has_in_the_data_and_not_among_the_training_rows() -> None:
+    ids = [[1, 2, 3], [4, 5], [1, 2, 3]]
+    encoded = Dataset.from_dict({"input_ids": ids, "source_index": [3, 1, 0], "labels": ids})
+    names = row_names(encoded, Dataset.from_dict({"row": [70, 80, 90, 100], "question": ["سر"] * 4}))
+    assert names([[4, 5]]) == ["row 80"]
+    assert names([[1, 2, 3]]) == ["row 100", "row 70"], "equal rows are all named"
+    assert names([[4, 5, 6], []]) == []
+    several = Dataset.from_dict({"row": [1, 2, 1, 2], "file": ["a.csv", "a.csv", "b.csv", "b.csv"]})
+    assert row_names(encoded, several)([[4, 5]]) == ["row 2 of a.csv"], "where there are several files"
+
+
+def test_what_is_carved_from_a_prepared_folder_keeps_near_duplicates_together(tmp_path: Path) -> None:
+    """Sixty questions in no more than thirty groups of near-duplicates, without a test part."""
+    words = ["قلب", "معدة", "ركبة", "عين", "أذن", "كتف", "ظهر", "رقبة", "جلد", "كبد"]
+    rows = []
+    for number in range(30):
+        said = f"{words[number % 10]} " * 4 + f"{words[number // 3 % 10]} {number} " * 5
+        for ending in ("اليوم", "امس"):
+            question = f"{said} منذ أسبوعين مع ألم وتعب وقلة نوم وفقدان شهية وأريد معرفة السبب {ending}"
+            rows.append({"question": question, "answer": f"راجع الطبيب غدا {number} {ending}", "severity": "neutral"})
+    file, folder = tmp_path / "rows.jsonl", tmp_path / "prepared"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    settings = {"data": {"path": str(file), "test_size": 0}, "near_duplicates": 0.8, "num_proc": 1}
+    prepare_data(PrepareSettings.model_validate(settings), folder)
+    sides = {}
+    for seed in (0, 1):
+        recipe = recipe_from_values({"data": {"path": str(folder), "test_size": 0.2, "seed": seed}})
+        table, splits, severity = load_splits(recipe)
+        parts = [set(part["group"]) for part in (splits.train, splits.validation, splits.test)]
+        assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+        assert 6 <= len(splits.test) <= 12 and sum(map(len, parts)) == splits.groups < len(table.rows) == 60
+        sides[seed] = parts[2]
+        about = summary_of(table, splits, severity, {})
+        assert about["fingerprint"].startswith("sha256:")
+        assert about["prepared"]["fingerprint"] == about["fingerprint"]
+    assert sides[0] != sides[1]
+
+
+def test_a_file_has_no_history_and_a_split_column_that_is_none_is_refused() -> None:
+    table, splits, severity = load_splits(recipe_from_values({}))
+    assert summary_of(table, splits, severity, {})["prepared"] is None
+    with pytest.raises(DataError, match=r"data\.split_column"):
+        load_splits(recipe_from_values({"data": {"split_column": "specialty"}}))
