@@ -76,7 +76,7 @@ def draw_sides(keys: Keys, data: DataSection, *, strata: ArrayLike | None = None
     for side, rows in wanted.items():
         if rows and not (sides == side).any():
             why = f"each question that may go to the {SIDES[side]} stands on over {rows} rows"
-            raise DataError(f"data.{SIDES[side]}_size is too small, because {why}: raise it.")
+            raise DataError(f"data.{SIDES[side]}_size is too small, because {why}: raise it, or bring other questions.")
     return sides
 
 
