@@ -104,12 +104,11 @@ def merge(
 def _show(merged: Merged, run: Run, output: Path) -> None:
     """Prints the figures, and the commands for llama.cpp, Ollama and vLLM."""
     from sevpeft.console import Screen, print_labeled
+    from sevpeft.modeling.adapters import read_adapter_config
     from sevpeft.modeling.loading import resolved_name
-    from sevpeft.modeling.saved_adapters import read_adapter_config
     from sevpeft.modeling.tiny import TINY
     from sevpeft.recipe import load_recipe
-    from sevpeft.sharing.card import distance
-    from sevpeft.sharing.serving import adapter_command, asking, conversion_commands
+    from sevpeft.sharing.card import adapter_command, asking, conversion_commands, distance
 
     console, figures = Screen(), merged.as_dict()
     recipe = load_recipe(run.folder / "recipe.yaml")

@@ -137,7 +137,7 @@ def list_recipes(folder: Path, vram: float | None = None) -> list[dict[str, Any]
             "recipe": str(path),
             "model": recipe.model.name_or_path,
             "parameters": recipe.about.parameters,
-            "adapter": "QLoRA" if recipe.quantization.quantised() else "LoRA",
+            "adapter": "QLoRA" if recipe.quantization.quantized() else "LoRA",
             "license": recipe.about.license,
             "gated": recipe.about.gated,
             "vram_gib": recipe.about.vram_gib,

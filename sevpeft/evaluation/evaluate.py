@@ -31,9 +31,9 @@ from sevpeft.evaluation.generate import EvaluationRows, generate, reference_nll
 from sevpeft.evaluation.judge import JUDGEMENTS, Judge
 from sevpeft.evaluation.safety import lexicon_versions
 from sevpeft.evaluation.scores import Scores
+from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_config, load_for_inference, load_tokenizer
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, check_run, file_hash, keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES

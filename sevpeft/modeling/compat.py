@@ -9,7 +9,6 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,17 +16,15 @@ from peft.utils.integrations import dequantize_module_weight
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.quantizers import AutoHfQuantizer
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
-from trl.models import enable_selective_activation_checkpointing
-from trl.trainer import utils as trl_utils
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as LOGPROB_CHUNK_SIZE
 
-# TOKEN_CHUNK_SIZE: rows of the LM head that TRL (1.16) scores at once. dequantize_module_weight: the numbers that a
-# matrix of bitsandbytes computes with (PEFT 0.21). FakeTensorMode: tensors with shapes and no numbers (PyTorch 2.13).
-# None has a documented counterpart; no issue was found.
-__all__ = ["TOKEN_CHUNK_SIZE", "FakeTensorMode", "dequantize_module_weight"]
+# TOKEN_CHUNK_SIZE, LOGPROB_CHUNK_SIZE: rows and columns of the LM head that TRL (1.16) scores at once.
+# dequantize_module_weight: the numbers that a matrix of bitsandbytes computes with (PEFT 0.21). FakeTensorMode: tensors
+# with shapes and no numbers (PyTorch 2.13). None has a documented counterpart; no issue was found.
+__all__ = ["LOGPROB_CHUNK_SIZE", "TOKEN_CHUNK_SIZE", "FakeTensorMode", "dequantize_module_weight"]
 
 # PyTorch's CUDA allocator rounds to this (2.13, kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp).
 _SMALLEST_BLOCK = 512
@@ -37,14 +34,20 @@ _SMALLEST_BLOCK = 512
 # found), and builds its engines from them only inside the trainer; a model must be loaded in a form that they divide.
 
 
+def _requested(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() in ("1", "true", "yes")
+
+
 def fsdp_requested() -> bool:
-    """Whether the launcher asks for FSDP, of any version."""
-    return _flag("ACCELERATE_USE_FSDP")
+    return _requested("FSDP")
 
 
 def deepspeed_requested() -> bool:
-    """Whether the launcher asks for DeepSpeed, at any ZeRO stage."""
-    return _flag("ACCELERATE_USE_DEEPSPEED")
+    return _requested("DEEPSPEED")
+
+
+def cpu_requested() -> bool:
+    return _requested("CPU")
 
 
 def requested_engine() -> str | None:
@@ -60,15 +63,6 @@ def zero3() -> bool:
 def weights_are_sharded() -> bool:
     """Whether each process holds a part of the base model only."""
     return fsdp_requested() or zero3()
-
-
-def cpu_requested() -> bool:
-    """Whether the launcher asks for the CPU."""
-    return _flag("ACCELERATE_USE_CPU")
-
-
-def _flag(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
 # Models without weights.
@@ -95,12 +89,10 @@ def on_meta_device() -> Iterator[None]:
 
 def knows_quantization(quantization: dict[str, Any]) -> bool:
     """Whether transformers (5.24) can load weights that are quantized so; others it ignores. None found."""
-    return bool(AutoHfQuantizer.supports_quant_method(dict(quantization)))
-
-
-def attention_of(config: PretrainedConfig) -> str:
-    """Attention kernel that a loaded model uses; transformers (5.24) has no public name for it. None found."""
-    return str(config._attn_implementation)
+    try:
+        return bool(AutoHfQuantizer.supports_quant_method(dict(quantization)))
+    except (ValueError, TypeError):  # it finds no method in it
+        return False
 
 
 def disable_cpu_avx512_repack(model: torch.nn.Module) -> None:
@@ -117,78 +109,41 @@ def disable_cpu_avx512_repack(model: torch.nn.Module) -> None:
 # A training step without numbers, for the memory plan.
 
 
-def logprob_chunk_size() -> int:
-    """Columns of the LM head that TRL (1.16) scores at once. None found."""
-    return int(trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE)
-
-
-def selective_checkpointing_kwargs() -> dict[str, Any]:
-    """What TRL (1.16) hands to `gradient_checkpointing_enable` for selective checkpointing, caught on its way.
-
-    TRL exports the function and documents the recipe's key alone; it wraps a method of a model. None found.
-    """
-    caught: dict[str, Any] = {}
-
-    def enable(gradient_checkpointing_kwargs: dict[str, Any]) -> None:
-        caught.update(gradient_checkpointing_kwargs)
-
-    model = SimpleNamespace(gradient_checkpointing_enable=enable)
-    enable_selective_activation_checkpointing(model)
-    model.gradient_checkpointing_enable()
-    return caught
-
-
-def make_fake(model: torch.nn.Module) -> None:
-    """Replaces, inside a FakeTensorMode, what is on the meta device by fake tensors of a CPU.
-
-    Autocast and attention then choose as they do there. Made of fake tensors at once, a model would not take PEFT's
-    adapter, because `Module.to` cannot swap them (PyTorch 2.13); `Module.to_empty` would untie shared parameters. None
-    found.
-    """
-    made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in made:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            module._parameters[name] = None if parameter is None else made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-
-
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live; `trace` has them after each new one.
+    """Counts the bytes of all storages that operations make, while they live.
 
     PyTorch's own `MemTracker` (2.13, torch.distributed._tools) is private as well and counts modules. None found.
 
     Args:
         held: tensors that are there already and do not count.
+        rows: of the batch, a prime. A storage that it divides grows with the rows.
+
+    Attributes:
+        now: bytes that do not depend on the rows, and bytes for each row. trace: the same after each new storage.
     """
 
-    def __init__(self, held: list[torch.Tensor]) -> None:
+    def __init__(self, held: list[torch.Tensor], rows: int) -> None:
         super().__init__()
-        self.now = 0
-        self.trace = [0]
+        self.now, self.rows = [0, 0], rows
+        self.trace = [[0, 0]]
         self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._known:
                 self._count(leaf.untyped_storage())
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = -(-storage.nbytes() // _SMALLEST_BLOCK) * _SMALLEST_BLOCK
+        key, size = storage._cdata, storage.nbytes()
+        of_rows = int(size % self.rows == 0)
+        size = size // self.rows if of_rows else -(-size // _SMALLEST_BLOCK) * _SMALLEST_BLOCK
 
         def freed(_: Any) -> None:
-            self.now -= size
+            self.now[of_rows] -= size
             del self._known[key]
 
         self._known[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.trace.append(self.now)
+        self.now[of_rows] += size
+        self.trace.append([*self.now])

@@ -1,15 +1,11 @@
 """Loading of the base model: precision, configuration, tokenizer and weights, quantized or not.
 
-Only safetensors weights are read and no code from the Hub is run. Both rules are passed to transformers explicitly,
-because a hospital's machine should not depend on a library's default.
+Only safetensors weights are read and no code from the Hub is run; both are passed to transformers explicitly.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +23,7 @@ from transformers import (
 
 from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, loading_errors
-from sevpeft.modeling.compat import (
-    cpu_requested,
-    disable_cpu_avx512_repack,
-    fsdp_requested,
-    knows_quantization,
-    on_meta_device,
-    weights_are_sharded,
-    zero3,
-)
+from sevpeft.modeling import compat
 from sevpeft.modeling.packing import attend_within_documents
 from sevpeft.modeling.prompts import choose_pad_token
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
@@ -43,8 +31,6 @@ from sevpeft.recipe import Recipe
 
 # A model of this size takes about a second for one step on two cores in 4 bit; a larger one takes hours per epoch.
 LARGEST_QUANTIZED_ON_CPU = 1_500_000_000
-# Where the driver of NVIDIA lists its devices while it is loaded.
-DRIVER = Path("/proc/driver/nvidia")
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,7 @@ class Precision:
 
 def uses_gpu(recipe: Recipe) -> bool:
     """Whether the run computes on a CUDA device (one is there, and neither recipe nor launcher asks for the CPU)."""
-    return torch.cuda.is_available() and not recipe.training.settings().get("use_cpu") and not cpu_requested()
+    return torch.cuda.is_available() and not recipe.training.settings().get("use_cpu") and not compat.cpu_requested()
 
 
 def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precision:
@@ -66,27 +52,18 @@ def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precisi
 
     Args:
         dtype_before: of the run that is resumed, where the recipe leaves it open.
-
-    Raises:
-        ModelError: float16 training asked for on a CPU, or bfloat16 on a GPU that does not compute in it.
     """
     settings, quantization, gpu = recipe.training.settings(), recipe.quantization, uses_gpu(recipe)
     bf16, fp16 = settings.get("bf16"), settings.get("fp16")
     native_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if fp16 and not gpu:
         raise ModelError(f"training.fp16=true needs a CUDA GPU, and {why_no_gpu(recipe)}; without fp16 a CPU is used.")
-    if gpu and not native_bf16:  # PyTorch would emulate it, many times slower
-        for setting, asked in {
-            "training.bf16": bf16,
-            "model.dtype": recipe.model.dtype == "bfloat16",
-            "quantization.bnb_4bit_compute_dtype": quantization.load_in_4bit
-            and quantization.bnb_4bit_compute_dtype == "bfloat16",
-        }.items():
-            if asked:
-                raise ModelError(
-                    f"{setting} asks for bfloat16, in which {torch.cuda.get_device_name()} does not compute; leave it "
-                    "out and float16 is used."
-                )
+    compute = quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else None
+    if gpu and not native_bf16 and (bf16 or "bfloat16" in (recipe.model.dtype, compute)):
+        raise ModelError(  # PyTorch would emulate it, many times slower
+            f"{torch.cuda.get_device_name()} does not compute in bfloat16; leave training.bf16, model.dtype and "
+            "quantization.bnb_4bit_compute_dtype out, and float16 is used."
+        )
     wanted = dtype_before if recipe.model.dtype == "auto" and dtype_before else recipe.model.dtype
     if wanted != "auto":
         dtype = getattr(torch, wanted)
@@ -111,82 +88,59 @@ def dtype_of_cpu() -> torch.dtype:
 
 
 def why_no_gpu(recipe: Recipe) -> str:
-    """Why a run of this recipe has no GPU and what to do, as two clauses that end a sentence.
-
-    A PyTorch for CPUs, a driver that is too old and a variable that hides the GPU look alike to a program.
-    """
-    if recipe.training.settings().get("use_cpu") or cpu_requested():
+    """Why a run of this recipe has no GPU and what to do, as two clauses that end a sentence."""
+    if recipe.training.settings().get("use_cpu") or compat.cpu_requested():
         return "the recipe or the launcher asks for the CPU; leave training.use_cpu and --cpu out"
-    if not DRIVER.exists() and shutil.which("nvidia-smi") is None:
-        return "this machine shows none; run it where `nvidia-smi` lists a GPU"
-    if not (built_for := torch.version.cuda or torch.version.hip):
-        page = "https://pytorch.org/get-started/locally"
-        return f"this PyTorch ({torch.__version__}) is built for CPUs; install the CUDA build as {page} says"
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return f"CUDA_VISIBLE_DEVICES={visible!r} may hide it from this process; unset it, or write the number of one"
-    return (
-        f"PyTorch, built for CUDA {built_for}, finds none behind the driver; see what `nvidia-smi` says, update the "
-        "driver, or install the build of PyTorch for an older CUDA"
-    )
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"this PyTorch ({torch.__version__}) is built for CPUs; install it as pytorch.org/get-started/locally says"
+        )
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return "CUDA_VISIBLE_DEVICES may hide it from this process; unset it, or write the number of one"
+    return "PyTorch finds none; run this where `nvidia-smi` lists a GPU, with a driver as new as PyTorch's CUDA"
 
 
 def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings of the recipe, with `auto` resolved; None when nothing is quantized.
-
-    Raises:
-        ModelError: quantized weights in a form that the engine of this launch cannot divide.
-    """
+    """bitsandbytes settings of the recipe, with `auto` resolved; None when nothing is quantized."""
     asked = recipe.quantization
     if asked.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not asked.load_in_4bit:
         return None
     compute = asked.bnb_4bit_compute_dtype
+    storage: str = asked.bnb_4bit_quant_storage
+    if compat.weights_are_sharded():
+        # FSDP and ZeRO-3 divide parameters of a floating type only and cast those of a layer to the one that is
+        # computed in: whole bytes would stay on every GPU, and another floating type would be rounded into garbage.
+        computed = torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else precision.dtype
+        needed = str(computed).removeprefix("torch.")
+        if storage not in ("auto", needed):
+            key = "quantization.bnb_4bit_quant_storage"
+            raise ModelError(f"{key}={storage} cannot hold parts of weights which are {needed} here; write auto.")
+        storage = needed
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=asked.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=precision.dtype if compute == "auto" else getattr(torch, compute),
-        bnb_4bit_quant_storage=_quant_storage(asked.bnb_4bit_quant_storage, precision),
+        bnb_4bit_quant_storage=torch.uint8 if storage == "auto" else getattr(torch, storage),
     )
 
 
-def _quant_storage(asked: str, precision: Precision) -> torch.dtype:
-    """Type in which 4-bit weights are stored.
-
-    FSDP and ZeRO-3 divide parameters of a floating type only and cast those of a layer to the one that is computed in:
-    whole bytes would stay on every GPU, and another floating type would be rounded into garbage.
-    """
-    if not weights_are_sharded():
-        return torch.uint8 if asked == "auto" else getattr(torch, asked)
-    needed = torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else precision.dtype
-    if asked not in ("auto", str(needed).removeprefix("torch.")):
-        raise ModelError(
-            f"quantization.bnb_4bit_quant_storage={asked} does not work where FSDP or ZeRO-3 divides the weights, "
-            f"which are {str(needed).removeprefix('torch.')} here; write auto, or leave it out."
-        )
-    return needed
-
-
 def load_config(recipe: Recipe) -> PretrainedConfig:
-    """Configuration of the base model, from a folder, the Hub or `builtin:tiny`.
-
-    Raises:
-        ModelError: it cannot be read, or its files are quantized in a way that transformers would ignore.
-    """
-    name = resolved_name(recipe)
-    if not Path(name).is_dir():
+    """Configuration of the base model, from a folder, the Hub or `builtin:tiny`; raises ModelError."""
+    if not Path(resolved_name(recipe)).is_dir():
         look_for_hub()
-    with _errors(recipe):
-        config = AutoConfig.from_pretrained(name, **_origin(recipe))
-        method = _own_quantization(config).get("quant_method")
-        # transformers warns, on a screen that is quiet here, and loads bare numbers as if they were weights.
-        if method is not None and not knows_quantization(_own_quantization(config)):
-            raise ModelError(
-                f"{recipe.model.name_or_path} is quantized by {method!r}, which transformers does not know and takes "
-                "for unquantized; name the model before it was quantized."
-            )
+    config: PretrainedConfig = _from_pretrained(AutoConfig, recipe)
+    own = _own_quantization(config)
+    # transformers warns, on a screen that is quiet here, and loads bare numbers as if they were weights.
+    if own.get("quant_method") is not None and not compat.knows_quantization(own):
+        raise _quantized_by_others(recipe, f"by {own['quant_method']!r}, which transformers does not know")
     return config
+
+
+def _quantized_by_others(recipe: Recipe, how: str) -> ModelError:
+    return ModelError(f"{recipe.model.name_or_path} is quantized {how}; name the model before it was quantized.")
 
 
 def check_form(recipe: Recipe, config: PretrainedConfig) -> None:
@@ -195,26 +149,16 @@ def check_form(recipe: Recipe, config: PretrainedConfig) -> None:
     keys = ["load_in_4bit", "load_in_8bit"] if own.get("load_in_4bit") or own.get("load_in_8bit") else []
     if own.get("load_in_4bit"):
         keys += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"]
-    other = [f"quantization.{key}={own[key]}" for key in keys if key in own and own[key] != getattr(asked, key)]
-    if other:
-        raise ModelError(
-            f"The files of {recipe.model.name_or_path} are quantized in another form than the recipe asks for; set "
-            f"{' '.join(other).lower()}, or name the model before it was quantized."
-        )
+    if other := [f"quantization.{key}={own[key]}" for key in keys if key in own and own[key] != getattr(asked, key)]:
+        raise _quantized_by_others(recipe, f"in another form than the recipe asks for; set {' '.join(other).lower()}")
 
 
 def load_tokenizer(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base model, with a pad token that lies within the vocabulary.
-
-    Raises:
-        ModelError: it cannot be read, or it knows no words (transformers makes up an empty one without files).
-    """
-    with _errors(recipe):
-        tokenizer = AutoTokenizer.from_pretrained(resolved_name(recipe), **_origin(recipe))
+    """Tokenizer of the base model, with a pad token that lies within the vocabulary; raises ModelError."""
+    tokenizer = _from_pretrained(AutoTokenizer, recipe)
+    # transformers makes up an empty one where there are no files.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ModelError(
-            f"{recipe.model.name_or_path} has no tokenizer that can be read; put its tokenizer.json there."
-        )
+        raise ModelError(f"{recipe.model.name_or_path} has no tokenizer that can be read; add its tokenizer.json.")
     choose_pad_token(tokenizer, config.get_text_config().vocab_size)
     return tokenizer
 
@@ -227,86 +171,59 @@ def load_model(recipe: Recipe, precision: Precision | None, device_index: int = 
         device_index: of the CUDA device of this process.
 
     Raises:
-        ModelError: folder without config or with pickle weights only, id not reachable, attention not supported,
-            weights damaged or missing.
+        ModelError: folder without config or with pickled weights only, id not reachable, weights damaged or missing.
     """
     attend_within_documents()
     load_config(recipe)  # for its checks
-    dtype = precision.dtype if precision else "auto"
-    arguments: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_origin(recipe)}
+    arguments: dict[str, Any] = {"dtype": precision.dtype if precision else "auto", "use_safetensors": True}
     if recipe.model.attn_implementation:
         arguments["attn_implementation"] = recipe.model.attn_implementation
     quantization = quantization_config(recipe, precision) if precision else None
     if quantization is not None:
         arguments["quantization_config"] = quantization
-        if not zero3():  # transformers refuses a device_map there
+        if not compat.zero3():  # transformers refuses a device_map there
             # FSDP moves one layer after the other to the GPU and keeps its part, so that the whole need not fit there.
-            on_gpu = uses_gpu(recipe) and not fsdp_requested()
+            on_gpu = uses_gpu(recipe) and not compat.fsdp_requested()
             arguments["device_map"] = {"": device_index if on_gpu else "cpu"}
-    with _errors(recipe):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            resolved_name(recipe), output_loading_info=True, **arguments
-        )
+    model, loading = _from_pretrained(AutoModelForCausalLM, recipe, output_loading_info=True, **arguments)
     if absent := sorted(loading["missing_keys"]):
         # transformers fills them with random numbers and goes on; the adapter would be trained on noise.
-        raise ModelError(
-            f"{recipe.model.name_or_path} lacks {len(absent)} of the weights that its config.json asks for, such as "
-            f"{absent[0]}; fetch it again, or name a model that is complete."
-        )
-    _check_scales(recipe.model.name_or_path, model, loading["unexpected_keys"])
+        name = recipe.model.name_or_path
+        raise ModelError(f"{name} lacks {len(absent)} of the weights of its config, as {absent[0]}; fetch it again.")
+    # NVIDIA's ModelOpt describes scales in hf_quant_config.json, which transformers (5.24) does not read: nothing would
+    # multiply the weights by them.
+    weights = {key for key, _ in model.named_parameters()}
+    for key in loading["unexpected_keys"]:
+        module, _, last = key.rpartition(".")
+        if "scale" in last and f"{module}.weight" in weights:
+            raise _quantized_by_others(recipe, f"in a way that its config.json does not say, as {key} shows")
     model.config.use_cache = False
-    disable_cpu_avx512_repack(model)
+    compat.disable_cpu_avx512_repack(model)
     return model
 
 
 def load_for_inference(recipe: Recipe) -> PreTrainedModel:
     """The base model as it was trained on, in evaluation mode, on the device of this process."""
     model = load_model(recipe, choose_precision(recipe))
-    if uses_gpu(recipe) and not recipe.quantization.quantised():
+    if uses_gpu(recipe) and not recipe.quantization.quantized():
         model = model.to("cuda")
     return model.eval()
 
 
-def _check_scales(name: str, model: torch.nn.Module, unexpected: Iterable[str]) -> None:
-    """Raises ModelError where the files hold scales of weights, and nothing multiplies the weights by them.
-
-    NVIDIA's ModelOpt describes them in hf_quant_config.json, which transformers (5.24) does not read.
-    """
-    weights = {key for key, _ in model.named_parameters()}
-    for key in unexpected:
-        module, _, last = key.rpartition(".")
-        if "scale" in last and f"{module}.weight" in weights:
-            raise ModelError(
-                f"{name} is quantized, as {key} shows, and its config.json does not say how; name the model before it "
-                "was quantized."
-            )
-
-
 def check_hopeless_start(recipe: Recipe) -> None:
-    """Raises ModelError for a 4- or 8-bit model on a CPU whose size says that it was meant for a GPU.
-
-    The size is the recipe's own statement where there is one, so that nothing is downloaded only to be refused; a
-    folder's model is counted.
-    """
-    if uses_gpu(recipe) or not recipe.quantization.quantised():
+    """Raises ModelError for a 4- or 8-bit model on a CPU whose size says that it was meant for a GPU."""
+    if uses_gpu(recipe) or not recipe.quantization.quantized():
         return
-    name = recipe.model.name_or_path
-    local = name == TINY or Path(name).expanduser().is_dir()
-    stated = None if local else recipe.about.parameter_count()
-    parameters = count_parameters(load_config(recipe)) if stated is None else stated
+    parameters = recipe.about.parameter_count()  # stated, so that nothing is downloaded only to be refused
+    if parameters is None:
+        config = load_config(recipe)
+        with compat.on_meta_device():
+            parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     if parameters > LARGEST_QUANTIZED_ON_CPU:
         raise ModelError(
-            f"{name} has {parameters / 1e9:.1f} billion parameters in "
-            f"{4 if recipe.quantization.load_in_4bit else 8} bit, which needs a CUDA GPU, and {why_no_gpu(recipe)}, or "
-            "try the recipe here with model.name_or_path=builtin:tiny."
+            f"{recipe.model.name_or_path} has {parameters / 1e9:.1f} billion quantized parameters, so it needs a CUDA "
+            f"GPU, and {why_no_gpu(recipe)}, or try the recipe with model.name_or_path=builtin:tiny."
         )
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """Number of parameters of the model that a configuration describes, without allocating it."""
-    with on_meta_device():
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def resolved_name(recipe: Recipe) -> str:
@@ -315,20 +232,19 @@ def resolved_name(recipe: Recipe) -> str:
     return str(tiny_model_folder()) if name == TINY else os.path.expanduser(name)
 
 
-def _origin(recipe: Recipe) -> dict[str, Any]:
-    revision = recipe.model.revision
-    return {"trust_remote_code": recipe.model.trust_remote_code, **({"revision": revision} if revision else {})}
-
-
-def _errors(recipe: Recipe) -> AbstractContextManager[None]:
+def _from_pretrained(kind: Any, recipe: Recipe, **arguments: Any) -> Any:
+    """Configuration, tokenizer or model of the recipe; raises ModelError where a library raises anything."""
     model = recipe.model
-    return loading_errors(
+    if model.revision:
+        arguments["revision"] = model.revision
+    with loading_errors(
         model.name_or_path,
         setting="model.name_or_path",
         revision=model.revision,
         attention=model.attn_implementation,
         trust_setting="model.trust_remote_code",
-    )
+    ):
+        return kind.from_pretrained(resolved_name(recipe), trust_remote_code=model.trust_remote_code, **arguments)
 
 
 def _own_quantization(config: PretrainedConfig) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """Packed rows: a measurement of whether a model keeps documents apart, and attention that computes each one alone.
 
-Packing puts several consultations into one row and relies on the model to build its attention mask from
-`position_ids`. Some architectures do not (ALiBi models, convolutions without their kernel), and nothing complains:
-one patient's question then flows into another's answer. A list of names would age, so the model is measured.
-
-No tolerance is a constant: rounding of real weights in bfloat16 is a thousand times that of a toy in float32.
-Contamination is measured in one shape, where only the neighbor differs; positions against the rounding that other
-harmless shapes cause in the same document.
+Packing relies on the model to build its attention mask from `position_ids`. Where it does not, one patient's question
+flows into another's answer, and nothing complains. No tolerance is a constant: rounding of real weights in bfloat16 is
+a thousand times that of a toy in float32. Contamination is measured in one shape, where only the neighbor differs;
+positions against the rounding that other harmless shapes cause in the same document.
 """
 
 from __future__ import annotations
@@ -16,13 +13,12 @@ from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sevpeft.errors import ModelError, first_sentence
-from sevpeft.modeling.compat import attention_of
 
 # How many times the measured noise a difference must be before it counts. Harmless ones were at most as large as the
 # noise itself (Gemma-3-270M, three precisions).
@@ -32,14 +28,10 @@ _documents_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def documents_stay_apart(model: PreTrainedModel, length: int = 24) -> tuple[bool, str]:
-    """Whether two packed documents are scored as if each were alone.
+    """Whether two packed documents are scored as if each were alone, and why not.
 
     Args:
-        model: causal language model, in any precision, on its device.
         length: tokens of the document; its neighbors have four times as many, so that its positions are far apart.
-
-    Returns:
-        (True, "") or (False, reason in words).
     """
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -66,14 +58,13 @@ def documents_stay_apart(model: PreTrainedModel, length: int = 24) -> tuple[bool
         model.train(was_training)
     if not torch.isfinite(after).all():
         return False, f"its scores are not finite in {str(model.dtype).removeprefix('torch.')}"
-    noise = max(_largest(after, repeated), _largest(before, before_other))
-    leak = _largest(after, after_other)
+    noise = max(_shift(after, repeated).max(), _shift(before, before_other).max())
+    leak = _shift(after, after_other).max()
     if leak > _ABOVE_NOISE * noise:
         return False, f"log-probabilities of a document change by {leak:.2g} nats with the one packed before it"
     # A mean, because the largest of many roundings is itself a matter of chance.
-    unit = float(alone.abs().max()) * torch.finfo(model.dtype).eps
-    rounding = max(_mean(before, alone), unit)
-    shift = _mean(after, alone)
+    unit = alone.abs().max() * torch.finfo(model.dtype).eps
+    rounding, shift = max(_shift(before, alone).mean(), unit), _shift(after, alone).mean()
     if shift > _ABOVE_NOISE * rounding:
         return False, (
             f"log-probabilities of a document change by {shift:.2g} nats in the mean when it is packed behind another, "
@@ -86,36 +77,26 @@ def check_packing(model: PreTrainedModel, setting: str) -> None:
     """Raises ModelError when `setting` (training.packing or training.padding_free) would mix documents."""
     apart, reason = documents_stay_apart(model)
     if not apart:
-        raise ModelError(
-            f"{setting}=true is refused for {model.config.model_type} with {attention_of(model.config)} "
-            f"attention: {reason}. Leave it out; rows are then padded to the longest of their batch."
-        )
+        raise ModelError(f"{setting}=true is refused for {model.config.model_type} ({reason}); leave it out.")
 
 
-def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((torch.log_softmax(one, -1) - torch.log_softmax(other, -1)).abs().max())
-
-
-def _mean(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((torch.log_softmax(one, -1) - torch.log_softmax(other, -1)).abs().mean())
+def _shift(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Differences (T, V) of log-probabilities, in nats."""
+    return (torch.log_softmax(one, -1) - torch.log_softmax(other, -1)).abs()
 
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     """Logits (T, V) at every position, in float32."""
-    inputs = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-        if name != "labels"
-    }
-    return model(**inputs, use_cache=False).logits[0].float()
+    batch = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**BatchEncoding(batch).to(model.device), use_cache=False).logits[0].float()
 
 
 def attend_within_documents() -> None:
     """Lets every model of this process with `sdpa` attention compute each document of a packed row alone.
 
-    transformers masks the pairs of tokens of different documents, and PyTorch computes them all the same, so that
-    attention costs the square of the whole batch. FlashAttention has kernels for it on some GPUs; this works on all.
+    transformers only masks the pairs of tokens of different documents, so that attention costs the square of the whole
+    batch. FlashAttention has kernels for it on some GPUs; this works on all.
     """
     ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention)
 
@@ -149,20 +130,13 @@ def _documents(mask: torch.Tensor) -> list[tuple[int, int, bool]]:
     if mask.dtype != torch.bool or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
         return []
     if mask not in _documents_of:
-        _documents_of[mask] = _find_documents(mask[0, 0])
-    found: list[tuple[int, int, bool]] = _documents_of[mask]
-    return found
-
-
-def _find_documents(mask: torch.Tensor) -> list[tuple[int, int, bool]]:
-    # A document begins where a token does not see the one before it.
-    begins = (~mask.diagonal(-1)).nonzero().flatten() + 1
-    bounds = [0, *begins.tolist(), len(mask)]
-    documents, seen = [], 0
-    for begin, end in pairwise(bounds):
-        block = mask[begin:end, begin:end]
-        count = int(block.sum())
-        seen += count
-        documents.append((begin, end, bool(torch.equal(block, torch.ones_like(block).tril()))))
-    # A mask that lets documents see one another is left as it is.
-    return documents if seen == int(mask.sum()) else []
+        whole, seen, found = mask[0, 0], 0, []
+        # A document begins where a token does not see the one before it.
+        begins = (~whole.diagonal(-1)).nonzero().flatten() + 1
+        for begin, end in pairwise([0, *begins.tolist(), len(whole)]):
+            block = whole[begin:end, begin:end]
+            seen += int(block.sum())
+            found.append((begin, end, bool(torch.equal(block, torch.ones_like(block).tril()))))
+        # A mask that lets documents see one another is left as it is.
+        _documents_of[mask] = found if seen == int(whole.sum()) else []
+    return list(_documents_of[mask])

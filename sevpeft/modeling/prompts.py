@@ -1,8 +1,7 @@
-"""Prompt and answer as tokens, the same for training and generation.
+"""Prompt and answer as tokens, the same for training and generation: both call the same `prompt_ids`.
 
-Both call the same `prompt_ids`, so that the two prompts are the same tokens up to the answer. A plain template suits
-base models; instruct models use the chat template of their own tokenizer, from which the text around the answer and the
-token that ends it are read off once, on a probe conversation.
+A plain template suits base models. Instruct models use the chat template of their own tokenizer; the text around the
+answer and the token that ends it are read off that template once, on a probe conversation.
 """
 
 from __future__ import annotations
@@ -26,13 +25,11 @@ _LONG_QUESTION = "\n".join(["بداية", *["وسط"] * 500, "نهاية"])
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt of one tokenizer and one recipe.
+    """Prompt of one tokenizer and one recipe's section `prompt`, made by `build`.
 
     Attributes:
-        before_answer: blank or text between prompt and answer, read off the tokenizer.
-        end_id: token that ends an answer.
+        before_answer: blank or text between prompt and answer. end_id: token that ends an answer.
         control: matches every control token of the tokenizer.
-        The others: as in the recipe's section `prompt`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,38 +46,25 @@ class Prompt:
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Prompt:
-        """The prompt for a tokenizer.
-
-        Args:
-            settings: of the recipe's section `prompt`.
+        """The prompt for a tokenizer, with the settings of the section.
 
         Raises:
-            ModelError: no chat template, one that takes no system message or loses text, a tokenizer that knows no
-                Arabic or has no end-of-sequence token, a `dialect` without a prefix, prefixes beside a chat template.
+            ModelError: a chat template that is absent or loses text, a tokenizer without Arabic or an end token.
         """
-        prompt = cls(tokenizer, **settings)
-        prefixes, chat = prompt.dialect_prefixes, prompt.chat
-        if prefixes and chat:
-            raise ModelError(
-                "prompt.dialect_prefixes stand before a plain prompt, and prompt.chat=true uses the chat template "
-                "instead; leave one of them out."
-            )
-        if prefixes and prompt.dialect not in prefixes:
-            raise ModelError(
-                f"prompt.dialect is {prompt.dialect!r}, but prompt.dialect_prefixes knows {', '.join(prefixes)}; "
-                "name one of them for the rows without a dialect."
-            )
         # Those included that have no role in the tokenizer (Llama 3's `<|eot_id|>`); the longest first.
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         control = sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
-        prompt = replace(prompt, control=re.compile("|".join(map(re.escape, control)) or r"(?!)"))
+        prompt = cls(tokenizer, **settings, control=re.compile("|".join(map(re.escape, control)) or r"(?!)"))
+        prefixes = prompt.dialect_prefixes
+        if prefixes and prompt.chat:
+            raise ModelError("prompt.dialect_prefixes have no effect with prompt.chat=true; leave one of them out.")
+        if prefixes and prompt.dialect not in prefixes:
+            raise ModelError(f"prompt.dialect is {prompt.dialect!r}; write one of {', '.join(prefixes)}.")
         one, other = tokenizer(list(_QUESTIONS), add_special_tokens=False)["input_ids"]
         if one == other:
-            raise ModelError(
-                f"The tokenizer of {tokenizer.name_or_path} makes the same tokens of two different Arabic questions; "
-                "name a base model that knows Arabic."
-            )
-        before_answer, end_id = prompt._chat_frame() if chat else prompt._plain_frame()
+            name = tokenizer.name_or_path
+            raise ModelError(f"{name} makes equal tokens of two Arabic questions; name a model that knows Arabic.")
+        before_answer, end_id = prompt._chat_frame() if prompt.chat else prompt._plain_frame()
         return replace(prompt, before_answer=before_answer, end_id=end_id)
 
     def text(self, question: str, dialect: str | None = None) -> str:
@@ -88,9 +72,10 @@ class Prompt:
         question = self._cleaned(question)
         if self.chat:
             return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
-        body = self.template.replace("{answer_cue}", self.answer_cue).replace("{question}", question)
-        opening = f"{self.system}\n\n" if self.system else ""
-        return self._prefix(dialect) + opening + body
+        prefixes = self.dialect_prefixes or {}
+        prefix = prefixes.get(dialect or "", prefixes.get(self.dialect or "", ""))
+        system = f"{self.system}\n\n" if self.system else ""
+        return prefix + system + self.template.replace("{answer_cue}", self.answer_cue).replace("{question}", question)
 
     def prompt_ids(self, questions: Sequence[str], dialects: Sequence[str | None] | None = None) -> list[list[int]]:
         """Token ids of the prompts, special tokens included, no padding, not shortened."""
@@ -112,11 +97,6 @@ class Prompt:
         # Marks go first: one inside a control token hides it, and taking it out afterwards would make the token.
         return self.control.sub(" ", strip_marks(text) if self.strip_marks else text).strip()
 
-    def _prefix(self, dialect: str | None) -> str:
-        if not self.dialect_prefixes:
-            return ""
-        return self.dialect_prefixes.get(dialect or "", self.dialect_prefixes[self.dialect or ""])
-
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if self.system:
             messages = [{"role": "system", "content": self.system}, *messages]
@@ -128,12 +108,10 @@ class Prompt:
         return rendered
 
     def _plain_frame(self) -> tuple[str, int]:
+        """Text before an answer, and the token after it."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise ModelError(
-                f"The tokenizer of {self.tokenizer.name_or_path} has no end-of-sequence token, so an answer could not "
-                "be ended; add eos_token to its tokenizer_config.json."
-            )
+            raise ModelError(f"{self.tokenizer.name_or_path} has no end-of-sequence token; add an eos_token.")
         # The space belongs to the answer: byte-level BPE merges it with the first word, and a prompt that ended with
         # it would be cut into other tokens.
         return ("" if self._begins_with_a_blank() else " "), eos
@@ -141,28 +119,25 @@ class Prompt:
     def _begins_with_a_blank(self) -> bool:
         """Whether the tokenizer puts a blank before every text itself, as most SentencePiece models do."""
         ids = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-        first: str = self.tokenizer.convert_ids_to_tokens(ids)[0]
-        return first.startswith("▁")
+        return bool(self.tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁"))
 
     def _chat_frame(self) -> tuple[str, int]:
-        name = self.tokenizer.name_or_path
+        """Text before an answer, and the token after it, read off the chat template."""
+        name = f"The chat template of {self.tokenizer.name_or_path}"
         if not self.tokenizer.chat_template:
-            raise ModelError(f"{name} has no chat template; set prompt.chat=false to use prompt.template.")
-        user = {"role": "user", "content": "سؤال"}
+            raise ModelError(f"{self.tokenizer.name_or_path} has no chat template; set prompt.chat=false.")
+        user = {"role": "user", "content": _LONG_QUESTION}
         try:
             prompt = self._render([user], add_generation_prompt=True)
             whole = self._render([user, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
         except TemplateError as error:
-            remedy = "set prompt.system=null" if self.system else "set prompt.chat=false"
-            raise ModelError(f"The chat template of {name} refuses the conversation ({error}); {remedy}.") from error
-        for key, text, rendered in (
-            ("question", _LONG_QUESTION, self.text(_LONG_QUESTION)),
-            ("answer", _PROBE, whole),
-            ("system message", self.system or "", prompt),
-        ):
-            if _letters(text) not in _letters(rendered):
-                remedy = "prompt.system=null" if text == self.system else "prompt.chat=false"
-                raise ModelError(f"The chat template of {name} leaves out the {key}, or a part of it; set {remedy}.")
+            remedy = "prompt.system=null" if self.system else "prompt.chat=false"
+            raise ModelError(f"{name} refuses the conversation ({error}); set {remedy}.") from error
+        for key, text in (("question", _LONG_QUESTION), ("answer", _PROBE), ("system message", self.system or "")):
+            # Templates trim and fold blanks.
+            if "".join(text.split()) not in "".join((whole if key == "answer" else prompt).split()):
+                remedy = "prompt.system=null" if key == "system message" else "prompt.chat=false"
+                raise ModelError(f"{name} leaves out the {key}, or a part of it; set {remedy}.")
         before, _, after = whole.rpartition(_PROBE)
         # Templates differ in the blanks between cue and answer; where the two renderings differ in more than that,
         # the generation prompt is what the model will see, so nothing is added to it.
@@ -172,23 +147,16 @@ class Prompt:
         end = self.control.search(after)
         end_id = self.tokenizer.convert_tokens_to_ids(end.group()) if end else self.tokenizer.eos_token_id
         if end_id is None:
-            raise ModelError(f"The chat template of {name} ends a turn without a special token, and it has no EOS.")
+            raise ModelError(f"{name} ends a turn without a special token, and there is no EOS.")
         return before_answer, end_id
 
 
-def _letters(text: str) -> str:
-    """The text without blanks, which templates trim and fold."""
-    return "".join(text.split())
-
-
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> str:
-    """Gives the tokenizer a pad token without adding one to the vocabulary, and returns it.
+    """Sets `tokenizer.pad_token` to a token of the vocabulary and returns it: its own, a reserved one, or EOS.
 
-    A pad token of its own if the model has one (or a reserved one of a known name), else EOS: that is safe here
-    because labels and attention mask are written explicitly and never derived from the pad id.
+    EOS is safe because labels and attention mask are written explicitly and never derived from the pad id.
 
     Args:
-        tokenizer: changed in place (`pad_token`).
         vocabulary_size: rows of the embedding; a token beyond them would be a crash on a GPU.
     """
     reserved = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")

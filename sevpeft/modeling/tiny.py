@@ -1,14 +1,14 @@
 """`builtin:tiny`: a toy decoder and its tokenizer, made once from the bundled consultations, into the cache folder.
 
-Every recipe runs with it as it stands, without a network, on a laptop: from recipe to adapter in a minute. It has read
-only the training part of the bundled sample, so validation figures of a quickstart run are honest, but it knows a few
-hundred sentences and nothing of medicine.
+Every recipe runs with it, without a network, on a laptop. It has read only the training part of the sample, so a
+quickstart's validation figures are honest, but it knows a few hundred sentences and nothing of medicine.
 """
 
 from __future__ import annotations
 
 import random
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sevpeft.console import print_text
 from sevpeft.data.read import load_consultations
-from sevpeft.runs import cache_folder, whole_folder
+from sevpeft.runs import CACHE_REMEDY, cache_folder, whole_folder
 
 TINY = "builtin:tiny"
 # Part of the folder's name: a changed recipe for the toy is another toy.
@@ -39,30 +39,25 @@ def tiny_model_folder() -> Path:
                 "It shows the way from recipe to adapter; never take its answers for advice.",
                 stderr=True,
             )
-            remedy = "set SEVPEFT_CACHE to another folder"
-            with whole_folder(folder, shared=True, when_full=f"free some, or {remedy}", remedy=remedy) as made:
+            with whole_folder(folder, shared=True, **CACHE_REMEDY) as made:
                 make_tiny_model(made)
     return folder
 
 
 def make_tiny_model(folder: Path, steps: int = STEPS) -> None:
-    """Trains the tokenizer and the toy model from the training part of the bundled sample and saves both.
-
-    Two calls on one machine give the same bytes: the seed, the order of the texts and the number of threads are fixed.
-    """
+    """Trains the tokenizer and the toy from the training part of the bundled sample; twice gives the same bytes."""
     rows = load_consultations("builtin:consultations").rows
     rows = rows.filter(lambda split: split == "train", input_columns="split", load_from_cache_file=False)
     texts = [*rows["question"][:], *rows["answer"][:]]
     tokenizer = _tokenizer(texts)
     threads = torch.get_num_threads()
-    state = torch.random.get_rng_state()
-    try:
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        model = _pretrain(tokenizer, texts, steps)
-    finally:
-        torch.set_num_threads(threads)
-        torch.random.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            torch.set_num_threads(1)
+            torch.manual_seed(0)
+            model = _pretrain(tokenizer, texts, steps)
+        finally:
+            torch.set_num_threads(threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -103,7 +98,13 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int) 
     model = LlamaForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.1)
-    stream = _token_stream(tokenizer, texts, steps)
+    # Shuffled texts, each closed by EOS, repeated until every step has its tokens.
+    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    shuffle, tokens = random.Random(0), list[int]()
+    while len(tokens) < steps * BATCH * CONTEXT:
+        shuffle.shuffle(encoded)
+        tokens += chain.from_iterable(encoded)
+    stream = torch.tensor(tokens)
     for step in range(steps):
         batch = stream[step * BATCH * CONTEXT : (step + 1) * BATCH * CONTEXT].view(BATCH, CONTEXT)
         model(input_ids=batch, labels=batch).loss.backward()
@@ -112,15 +113,3 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int) 
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
-
-
-def _token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int) -> torch.Tensor:
-    """Shuffled texts, each closed by EOS, repeated until every step has its tokens."""
-    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
-    shuffle = random.Random(0)
-    stream: list[int] = []
-    while len(stream) < steps * BATCH * CONTEXT:
-        shuffle.shuffle(encoded)
-        for ids in encoded:
-            stream += ids
-    return torch.tensor(stream)

@@ -94,7 +94,7 @@ class QuantizationSection(Section):
             raise ValueError("is true together with load_in_4bit; set one of them to false")
         return load_in_8bit
 
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the base model is quantized at all."""
         return self.load_in_4bit or self.load_in_8bit
 

@@ -1,7 +1,6 @@
 """Chat with a trained adapter: one question, one answer, with the prompt of the training.
 
-Every question stands alone, because the adapter was trained on single consultations; what was asked before is not part
-of the prompt.
+Every question stands alone, because the adapter was trained on single consultations.
 """
 
 from __future__ import annotations
@@ -9,23 +8,15 @@ from __future__ import annotations
 import torch
 
 from sevpeft.evaluation.arms import check_adapter
+from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import load_config, load_for_inference, load_tokenizer
-from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.data import prompt_of
 
 
 class Chat:
-    """A trained adapter on its base model, ready to answer.
-
-    Args:
-        run: a finished run.
-
-    Raises:
-        RunError: the run has no adapter.
-        ModelError: its base model cannot be loaded, or is not the one that the adapter was trained on.
-    """
+    """The adapter of a finished run on its base model, ready to answer; raises RunError or ModelError."""
 
     def __init__(self, run: Run) -> None:
         check_adapter(run)

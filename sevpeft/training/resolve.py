@@ -22,7 +22,6 @@ from trl import SFTConfig
 
 from sevpeft.errors import RecipeError, SevpeftError, UnknownModelError
 from sevpeft.modeling.compat import weights_are_sharded
-from sevpeft.modeling.gpus import usable
 from sevpeft.modeling.loading import (
     Precision,
     check_form,
@@ -32,7 +31,7 @@ from sevpeft.modeling.loading import (
     load_tokenizer,
     uses_gpu,
 )
-from sevpeft.modeling.memory import GIB, MemoryPlan, base_config
+from sevpeft.modeling.memory import GIB, MemoryPlan, base_config, usable
 from sevpeft.modeling.packing import check_packing, documents_stay_apart
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import AUTO, BEST_IS_LEAST, GLOBAL_BATCH_SIZE, Recipe, recipe_from_values
@@ -278,8 +277,8 @@ def memory_plan(recipe: Recipe, *, on_gpu: bool = True) -> tuple[MemoryPlan, str
     Raises:
         UnknownModelError: neither a config.json nor numbers in the recipe.
     """
-    found = base_config(recipe)
-    return MemoryPlan(recipe, found.config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), found.origin
+    config, origin = base_config(recipe)
+    return MemoryPlan(recipe, config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), origin
 
 
 def device_memory(recipe: Recipe) -> int:

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sevpeft.console import LABEL_WIDTH, print_labeled
-from sevpeft.modeling.gpus import EFFICIENCY, TFLOPS
-from sevpeft.modeling.memory import GIB, LARGEST_BATCH
+from sevpeft.modeling.memory import EFFICIENCY, GIB, LARGEST_BATCH, TFLOPS
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
@@ -156,7 +155,7 @@ def show_fitting(found: Fitting, console: Console) -> None:
     for name, size in found.budget.items.items():
         bar = "█" * round(BAR_WIDTH * size / found.budget.total)
         console.print(Text(f"{'':{LABEL_WIDTH}}{name:30}{size / GIB:8.2f} GiB ").append(bar, style="blue"))
-    for gpu in found.cards:
+    for gpu in found.gpus:
         rows = f"{gpu.largest_batch}{' or more' * (gpu.largest_batch == LARGEST_BATCH)} of {found.length} tokens"
         note = f"fits; largest batch {rows}" if gpu.fits else f"fits with batch {rows}"
         possible = gpu.fits or gpu.largest_batch

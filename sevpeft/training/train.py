@@ -23,9 +23,8 @@ from transformers import PrinterCallback
 from sevpeft.console import Screen, print_labeled
 from sevpeft.errors import Interrupted, RunError, first_sentence
 from sevpeft.modeling import adapters
-from sevpeft.modeling.compat import attention_of, requested_engine
+from sevpeft.modeling.compat import requested_engine
 from sevpeft.modeling.loading import load_model, resolved_name, uses_gpu
-from sevpeft.modeling.saved_adapters import base_commit, base_fingerprint, check_base_weights
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
@@ -96,7 +95,7 @@ def _train(
     # model: the frozen base, and how its rows are laid out
     model = load_model(recipe, resolved.precision, state.local_process_index)
     if resume:
-        check_base_weights(recipe, run)
+        adapters.check_base_weights(recipe, run)
     resolved = resolved.with_layout(model, lengths_of(rows.validation)[0])
     recipe = resolved.recipe
     show_batch(recipe, state.num_processes, console)
@@ -208,14 +207,14 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
         model={
             "name_or_path": recipe.model.name_or_path,
             "resolved": resolved_name(recipe),
-            "commit": base_commit(recipe),
-            "fingerprint": base_fingerprint(recipe),
+            "commit": adapters.base_commit(recipe),
+            "fingerprint": adapters.base_fingerprint(recipe),
             "model_type": base.config.model_type,
             "parameters": total - trainable,
             "trainable_parameters": trainable,
             "dtype": str(base.dtype).removeprefix("torch."),
             "bits": next((bits for bits in (4, 8) if getattr(base, f"is_loaded_in_{bits}bit", False)), None),
-            "attention": attention_of(base.config),
+            "attention": base.config._attn_implementation,
         },
         data=rows.summary,
         weights=rows.weights.as_dict(),

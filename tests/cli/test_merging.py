@@ -56,8 +56,6 @@ def test_json_holds_the_figures_alone(
         (["nowhere", "merged"], 1, "There is no run in nowhere"),
         (["run"], 2, "Missing argument 'output'"),
         (["run", "merged", "--dtype", "int8"], 2, "'int8' is not one of"),
-        (["run", "merged", "--base", "4bit"], 2, "'4bit' is not one of"),
-        (["run", "merged", "--base", "dequantized"], 2, "write --base unquantized"),
         (["run", "merged", "--max-shard-size", "big"], 2, "--max-shard-size big is no size; write 5GB"),
         (["run", "merged", "--max-shard-size", "0GB"], 2, "is no size"),
         (["run", "merged", "--max-shard-size", "²GB"], 2, "is no size"),

@@ -28,9 +28,9 @@ from sevpeft.evaluation.generate import (
     generate,
     reference_nll,
 )
+from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import load_config, load_for_inference, load_tokenizer
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.recipe.schema import GenerationSection
 from sevpeft.runs import Run

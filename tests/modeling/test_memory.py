@@ -1,10 +1,10 @@
-"""Memory by the plan is what real modules hold and what a real step needs."""
+"""Memory by the plan is what real modules hold and a real step needs; what is advised where it does not fit, fits."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from sevpeft.errors import ModelError, UnknownModelError
+from sevpeft.modeling import compat, memory
 from sevpeft.modeling.adapters import lora_config, trainable_parameters
-from sevpeft.modeling.memory import DryRun, MemoryPlan, Setting, base_config, extension, state_bytes
-from sevpeft.recipe import Recipe, recipe_from_values
+from sevpeft.modeling.compat import LiveBytes
+from sevpeft.modeling.memory import GIB, GPUS, USABLE, MemoryPlan, base_config, changes, epoch_seconds, usable, verdicts
+from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from tests.benchmarks.memory import measure_here
 from tests.conftest import build_model
 from tests.training.children import exit_codes, start
 
+EIGHT_BILLION = Path(__file__).parent.parent.parent / "recipes" / "llama-3.1-8b.yaml"
 LLAMA = dict(
     model_type="llama",
     hidden_size=128,
@@ -34,18 +37,13 @@ CONV_LAST = ["conv", "conv", "full_attention", "conv", "full_attention", "conv"]
 
 
 def recipe_of(**sections: dict[str, Any]) -> Recipe:
-    training = {"max_length": 64, "per_device_train_batch_size": 2, "eval_strategy": "no"}
-    return recipe_from_values({**sections, "training": {**training, **sections.get("training", {})}})
+    training = {"max_length": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    training |= {"eval_strategy": "no", "per_device_eval_batch_size": 1, **sections.get("training", {})}
+    return recipe_from_values({**sections, "training": training})
 
 
 def plan_of(recipe: Recipe, on_gpu: bool = True, **numbers: Any) -> MemoryPlan:
     return MemoryPlan(recipe, AutoConfig.for_model(**{**LLAMA, **numbers}), on_gpu=on_gpu, vocabulary_tile=512)
-
-
-def run_whole(plan: MemoryPlan, setting: Setting) -> torch.Tensor:
-    """Trace of a step through all layers."""
-    layers = tuple(range(plan.config.num_hidden_layers))
-    return DryRun(plan.recipe, plan.config, plan.dtype, layers, autocast=True).trace(setting)
 
 
 def _measure(folder: Path) -> None:
@@ -68,27 +66,37 @@ def test_quantized_weights_take_what_bitsandbytes_keeps(model_folder: Callable[.
         held = sum(weight.nbytes + weight.quant_state.absmax.nbytes for weight in weights)
         held += sum(weight.quant_state.state2.absmax.nbytes for weight in weights) if double else 0
         recipe = recipe_of(model={"name_or_path": str(folder)}, quantization=quantization)
-        plan = MemoryPlan(recipe, base_config(recipe).config, on_gpu=True, vocabulary_tile=512)
+        plan = MemoryPlan(recipe, base_config(recipe)[0], on_gpu=True, vocabulary_tile=512)
         assert plan.parameters.quantized == 2 * sum(weight.nbytes for weight in weights)
         # Small matrices end in a block that is not full.
         assert plan.budget().items["base model, quantized"] == pytest.approx(held, rel=0.02)
 
 
-def test_the_adapter_is_counted_as_peft_makes_it(model_folder: Callable[..., Path]) -> None:
-    recipe = recipe_of(model={"name_or_path": str(model_folder("gpt2"))}, lora={"target_modules": "all-linear", "r": 5})
-    config = base_config(recipe).config
-    model = AutoModelForCausalLM.from_config(config)
-    trainable, total = trainable_parameters(get_peft_model(model, lora_config(recipe, model)))
-    plan = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=512)
-    assert (plan.parameters.trainable, plan.parameters.base) == (trainable, total - trainable)
-    items = plan.budget().items
-    assert items["adapter"] == items["gradients"] == 4 * trainable
-    assert items["optimizer state"] == 8 * trainable
+def test_the_adapter_is_counted_as_peft_makes_it() -> None:
+    """Also where the section speaks of layers by their numbers, or the layers are of several kinds."""
+    for numbers, lora in (
+        ({}, {"modules_to_save": ["embed_tokens"]}),
+        ({}, {"target_modules": ["q_proj"], "layers_to_transform": [2]}),
+        ({}, {"target_modules": r".*layers\.[1-2]\..*_proj"}),
+        ({}, {"rank_pattern": {"layers.2.mlp.up_proj": 128}}),
+        ({"model_type": "lfm2", "layer_types": CONV_LAST[3:], "block_auto_adjust_ff_dim": False}, {"r": 5}),
+        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4}, {"r": 5}),
+    ):
+        recipe = recipe_of(lora=lora)
+        plan = plan_of(recipe, **{"num_hidden_layers": 3, **numbers})
+        model = AutoModelForCausalLM.from_config(plan.config)
+        adapted = get_peft_model(model, lora_config(recipe, model))
+        trainable, total = trainable_parameters(adapted)
+        assert (plan.parameters.trainable, plan.parameters.base) == (trainable, total - trainable), lora
+        assert sum(plan.parameters.targets.values()) == len(adapted.targeted_module_names), lora
+        items = plan.budget().items
+        assert items["adapter"] == items["gradients"] == 4 * trainable
+        assert items["optimizer state"] == 8 * trainable
 
 
 def test_tied_embeddings_are_counted_once() -> None:
     one, two = (plan_of(recipe_of(), tie_word_embeddings=tied).parameters for tied in (True, False))
-    assert two.base - one.base == one.embedding == one.head and one.blocks == two.blocks
+    assert two.base - one.base == one.embedding == one.head
 
 
 def test_dora_holds_every_dequantized_matrix_unless_layers_are_checkpointed() -> None:
@@ -104,44 +112,71 @@ def test_dora_holds_every_dequantized_matrix_unless_layers_are_checkpointed() ->
     assert activations(False, True, 16) > activations(False, False, 16)
 
 
-def test_extended_from_few_layers_it_is_what_all_layers_need() -> None:
+def test_one_layer_of_each_kind_tells_what_all_layers_need() -> None:
+    """A section that names every layer by its number is run whole."""
     lfm2 = {"model_type": "lfm2", "block_auto_adjust_ff_dim": False}
     for checkpointing, numbers in (
         (True, {}),
+        (False, {}),
         (False, {**lfm2, "layer_types": CONV_LAST}),
         (True, {**lfm2, "layer_types": CONV_LAST[::-1]}),
+        (False, {"model_type": "gemma2", "head_dim": 32}),
     ):
-        plan = plan_of(recipe_of(training={"gradient_checkpointing": checkpointing}), **numbers)
-        trace = run_whole(plan, plan.setting)
-        assert plan._peak(plan.setting) == max(trace.max(), trace[-1] + plan._head_bytes(plan.setting)[1])
-        assert max(map(len, plan._dry_runs)) < plan.config.num_hidden_layers, "it was extended, not run whole"
+        training = {"gradient_checkpointing": checkpointing}
+        lora = {"target_modules": ["q_proj", "w1"] if "layer_types" in numbers else ["q_proj", "up_proj"]}
+        few, whole = (
+            plan_of(recipe_of(training=training, lora={**lora, **more}), **numbers)
+            for more in ({}, {"layers_to_transform": list(range(6))})
+        )
+        assert len(few._times) < len(whole._times) == 6
+        assert few.parameters == whole.parameters
+        for rows in (2, 100):
+            assert few.total_of_batch(rows) == pytest.approx(whole.total_of_batch(rows), rel=0.01), numbers
 
 
-def test_what_differs_from_layer_to_layer_is_run_whole() -> None:
-    for lora in (
-        {"target_modules": ["q_proj"], "layers_to_transform": [3]},
-        {"target_modules": r".*layers\.[1-3]\..*_proj"},
-        {"rank_pattern": {"layers.2.mlp.up_proj": 128}},
+def test_memory_grows_with_the_rows_as_a_run_of_so_many_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for architecture, checkpointing, targets in (
+        ("llama", True, "all-linear"),
+        ("gemma3_text", True, "all-linear"),
+        ("falcon_h1", False, ["q_proj", "in_proj"]),
     ):
-        plan = plan_of(recipe_of(training={"gradient_checkpointing": False}, lora=lora))
-        assert plan.parameters.trainable > 0 and {len(layers) for layers in plan._dry_runs} == {6}, lora
+        recipe = recipe_of(training={"gradient_checkpointing": checkpointing}, lora={"target_modules": targets})
+        config = build_model(architecture).config
+        plan = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=512)
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "_ROWS", 43)
+            patch.setattr(compat, "LiveBytes", lambda held, rows: LiveBytes(held, rows=2**61 - 1))  # divides nothing
+            direct = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=512)
+        found = [
+            int((each._trace(64, checkpointing, True) @ torch.tensor([1, rows])).max())
+            for each, rows in ((plan, 43), (direct, 0))
+        ]
+        assert found[0] == pytest.approx(found[1], rel=0.02), architecture
+        assert plan.largest_batch(plan.total_of_batch(1) - 1) == 0
+        assert plan.largest_batch(10**15) == 1024
+        for rows in (40, 700):
+            assert plan.largest_batch((plan.total_of_batch(rows) + plan.total_of_batch(rows + 1)) // 2) == rows
+            assert plan._peak(rows, False, training=False) <= plan._peak(rows, checkpointing)
 
 
 def test_checkpointing_shorter_rows_and_fewer_of_them_need_less() -> None:
     plan = plan_of(recipe_of(training={"gradient_checkpointing": False}))
-
-    def total(**changes: Any) -> int:
-        return plan.budget(replace(plan.setting, **changes)).total
-
-    assert total(checkpointing=True) < total()
-    assert total(batch=1) < total() < total(batch=3)
-    assert total(length=32) < total() < total(length=65)
-    assert plan.total_of_validation(500) > total()
+    total = plan.budget().total
+    assert plan.budget(checkpointing=True).total < total
+    assert plan.budget(1).total < total < plan.budget(3).total
+    short, long = (
+        plan.with_recipe(recipe_of(training={"gradient_checkpointing": False, "max_length": length})).budget().total
+        for length in (32, 65)
+    )
+    assert short < total < long
+    assert plan.total_of_validation(500) > total > plan.total_of_validation(1)
 
 
 def test_keeping_more_for_the_backward_pass_needs_more() -> None:
+    plan = plan_of(recipe_of())
+
     def activations(**kwargs: Any) -> int:
-        return plan_of(recipe_of(training=kwargs)).budget().items["activations"]
+        return plan.with_recipe(recipe_of(training=kwargs)).budget().items["activations"]
 
     all_layers, none = activations(), activations(gradient_checkpointing=False)
     attention = activations(gradient_checkpointing_kwargs={"selective": True})
@@ -161,39 +196,14 @@ def test_another_recipe_for_the_same_model_is_planned_as_it_would_be_alone() -> 
 
 
 def test_eager_attention_is_seen_to_grow_with_the_square_of_the_length() -> None:
-    eager = plan_of(recipe_of(model={"name_or_path": "x", "attn_implementation": "eager"}), on_gpu=False)
-    fused = plan_of(recipe_of(), on_gpu=False)
-
-    def at(plan: MemoryPlan, length: int) -> int:
-        return plan.budget(replace(plan.setting, length=length, batch=1)).items["activations"]
-
-    assert at(fused, 1024) / at(fused, 512) < 2.5
-    assert at(eager, 1024) / at(eager, 512) > 3
-
-
-@pytest.mark.parametrize(
-    ("architecture", "checkpointing", "targets"),
-    [
-        ("llama", True, "all-linear"),
-        ("gpt2", False, "all-linear"),
-        ("gemma3_text", True, "all-linear"),
-        ("falcon_h1", False, ["q_proj", "in_proj"]),
-    ],
-)
-def test_batches_between_two_need_what_lies_between(architecture: str, checkpointing: bool, targets: Any) -> None:
-    training = {"gradient_checkpointing": checkpointing}
-    recipe = recipe_of(training=training, lora={"target_modules": targets})
-    plan = MemoryPlan(recipe, build_model(architecture).config, on_gpu=True, vocabulary_tile=512)
-    assert plan.largest_batch(plan.total_of_batch(1) - 1) == 0
-    assert plan.largest_batch(10**15) == 1024
-    for rows in (40, 700):
-        run = plan._dry_run(plan._few_layers).trace(replace(plan.setting, batch=rows))
-        between = plan._trace(plan._few_layers, replace(plan.setting, batch=rows))
-        assert float(between.max()) == pytest.approx(float(run.max()), rel=0.01)
-        # Half-way, because the allocator's blocks of 512 bytes make small allocations grow in steps.
-        assert plan.largest_batch((plan.total_of_batch(rows) + plan.total_of_batch(rows + 1)) // 2) == rows
-        validation = Setting(rows, 64, False, training=False)
-        assert plan._peak(validation) <= plan._peak(replace(plan.setting, batch=rows))
+    for attention, least, most in (("eager", 3, 5), ("sdpa", 1.5, 2.5)):
+        recipes = [
+            recipe_of(model={"name_or_path": "x", "attn_implementation": attention}, training={"max_length": length})
+            for length in (512, 1024)
+        ]
+        short = plan_of(recipes[0], on_gpu=False)
+        growth = short.with_recipe(recipes[1]).budget(1).items["activations"] / short.budget(1).items["activations"]
+        assert least < growth < most
 
 
 def test_a_cpu_plan_has_no_cuda_and_counts_four_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,24 +211,14 @@ def test_a_cpu_plan_has_no_cuda_and_counts_four_bytes(monkeypatch: pytest.Monkey
     gpu, cpu = plan_of(recipe_of()).budget().items, plan_of(recipe_of(), on_gpu=False).budget().items
     assert "CUDA context, fragmentation" in gpu and "CUDA context, fragmentation" not in cpu
     assert cpu["base model, 32 bit"] == 2 * gpu["base model, 16 bit"]
-    assert cpu["logits tile"] == 2 * 63 * 512 * 4
 
 
 def test_optimizers_keep_what_they_are_known_to_keep() -> None:
-    expected = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_8bit": 2.03, "sgd": 0, "paged_lion_8bit": 1.02}
-    assert {optim: state_bytes(optim) for optim in expected} == expected
-
-
-def test_all_layers_are_told_from_one_of_each_kind() -> None:
-    def kinds(*names: str) -> Any:
-        return AutoConfig.for_model(**{**LLAMA, "model_type": "lfm2", "layer_types": list(names)})
-
-    conv, attention = "conv", "full_attention"
-    assert extension(AutoConfig.for_model(**LLAMA), alike=True) == ((5,), [((0,), 5)])
-    mixed = kinds(conv, conv, attention, conv, attention, conv)
-    assert extension(mixed, alike=True) == ((4, 5), [((0,), 3), ((2,), 1)])
-    assert extension(kinds(conv, conv, attention, conv, conv, conv), alike=True) == ((2, 3, 4, 5), [((0,), 2)])
-    assert extension(mixed, alike=False) == (tuple(range(6)), [])
+    plan = plan_of(recipe_of())
+    sizes = {"adamw_torch_fused": 8, "paged_adamw_8bit": 2.03, "sgd": 0, "paged_lion_8bit": 1.02, "lion_32bit": 4}
+    for optim, size in sizes.items():
+        items = plan.with_recipe(recipe_of(training={"optim": optim})).budget().items
+        assert items.get("optimizer state", 0) == pytest.approx(size * plan.parameters.trainable, abs=1), optim
 
 
 def test_what_no_plan_can_be_made_of_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,4 +236,110 @@ def test_what_no_plan_can_be_made_of_is_one_sentence(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
     with pytest.raises(UnknownModelError, match="llama"):
-        plan_of(recipe_of()).budget()
+        plan_of(recipe_of())  # at once, so that a training can go on without a plan
+
+
+# What a plan means
+
+pytestmark = pytest.mark.xdist_group("eight_billion")
+
+
+@cache  # a plan remembers what it has run
+def eight_billion(*settings: str) -> MemoryPlan:
+    recipe = load_recipe(EIGHT_BILLION, settings)
+    config = AutoConfig.for_model(**recipe.about.config)
+    return MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=4096)
+
+
+def test_an_8b_model_fits_12_gb_in_4_bit_and_wants_more_than_16_in_16() -> None:
+    gpus = verdicts(eight_billion())
+    assert next(gpu.gb for gpu in gpus if gpu.fits) in (8, 12)
+    assert eight_billion("quantization.load_in_4bit=false").budget().total > usable(16)
+    batches = [gpu.largest_batch for gpu in gpus]
+    assert len(batches) == len(GPUS) and batches == sorted(batches) and batches[-1] > 20 * max(batches[0], 1)
+    assert changes(eight_billion(), 24) == []
+
+
+def test_changes_come_in_the_order_of_least_harm_until_it_fits() -> None:
+    wasteful = eight_billion(
+        "training.gradient_checkpointing=false",
+        "training.per_device_train_batch_size=4",
+        "training.gradient_accumulation_steps=2",
+        "training.optim=adamw_torch",
+        "quantization.load_in_4bit=false",
+        "training.max_length=2048",
+        "training.per_device_eval_batch_size=1",
+    )
+    advice = changes(wasteful, 12)
+    assert [change.fits for change in advice] == [False] * (len(advice) - 1) + [True]
+    first = [change.settings[0].split("=")[0].split(".")[1] for change in advice]
+    assert first[:2] == ["gradient_checkpointing", "per_device_train_batch_size"]
+    assert first.index("load_in_4bit") > first.index("per_device_train_batch_size")
+    assert advice[0].settings == ("training.gradient_checkpointing=true",)
+    assert advice[1].settings[1] == "training.gradient_accumulation_steps=8", "the same rows a step"
+    assert advice[1].settings[0].endswith("_size=1"), "as nothing else would fit yet"
+    totals = [wasteful.budget().total, *(change.total for change in advice)]
+    assert totals == sorted(totals, reverse=True) and totals[-1] <= usable(12)
+
+
+def test_no_more_rows_are_given_up_than_must_be() -> None:
+    plan = plan_of(recipe_of())
+
+    def wasteful(checkpointing: bool, batch: int) -> MemoryPlan:
+        training = {"gradient_checkpointing": checkpointing, "max_length": 512, "per_device_train_batch_size": batch}
+        return plan.with_recipe(recipe_of(training={**training, "gradient_accumulation_steps": 3}))
+
+    for rows, left in ((40, 30), (5, 5)):
+        gb = (wasteful(True, rows).budget().total + 2**20) / GIB / USABLE
+        checkpointing, batch = changes(wasteful(False, 60), gb)
+        assert checkpointing.settings == ("training.gradient_checkpointing=true",) and batch.fits
+        assert batch.settings == (
+            f"training.per_device_train_batch_size={left}",
+            f"training.gradient_accumulation_steps={180 // left}",
+        )
+
+
+def test_what_the_recipe_does_not_allow_is_not_advised() -> None:
+    def advised(**lora: Any) -> list[tuple[str, ...]]:
+        recipe = recipe_of(lora=lora, training={"per_device_train_batch_size": 1})
+        plan = plan_of(recipe, hidden_size=1024, num_attention_heads=8)
+        return [change.settings for change in changes(plan, 0.3)]
+
+    assert ("quantization.load_in_4bit=true",) in advised()
+    assert ("quantization.load_in_4bit=true",) not in advised(init_lora_weights="orthogonal")
+
+
+def test_rows_of_training_and_validation_are_lowered_together() -> None:
+    """As long as one of the two is large, the other saves nothing."""
+    rows = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 64}
+    recipe = recipe_of(training={"gradient_checkpointing": False, "eval_strategy": "epoch", **rows})
+    settings = [setting for change in changes(plan_of(recipe), 0.3) for setting in change.settings]
+    assert {"training.per_device_train_batch_size=1", "training.per_device_eval_batch_size=1"} <= set(settings)
+
+
+def test_what_cannot_fit_is_said_to() -> None:
+    advice = changes(plan_of(recipe_of(training={"max_length": 256})), 0.3)  # less than the CUDA context
+    assert advice and not any(change.fits for change in advice) and "max_length" in advice[-1].settings[0]
+
+
+def test_an_epoch_takes_its_operations_at_the_stated_rate() -> None:
+    plan = plan_of(recipe_of(training={"gradient_checkpointing": False}), hidden_size=128)
+    count = plan.parameters
+    blocks = count.base - count.embedding - count.head
+    # Rows of length near zero: attention costs nothing, and no token is an answer.
+    seconds = epoch_seconds(plan, 1000, 0, 10**9, tflops=1e-3, efficiency=0.5)
+    assert seconds == pytest.approx((4 * blocks + 6 * count.trainable) * 1000 / 0.5e9, rel=1e-3)
+    assert epoch_seconds(plan, 2000, 0, 10**9, tflops=1e-3, efficiency=0.5) == pytest.approx(2 * seconds, rel=1e-3)
+    answers = epoch_seconds(plan, 1000, 100, 10**9, tflops=1e-3, efficiency=0.5) - seconds
+    assert answers == pytest.approx(6 * count.head * 100 / 0.5e9, rel=1e-3)
+    again = plan.with_recipe(recipe_of(training={"gradient_checkpointing": True}))
+    more = epoch_seconds(again, 1000, 0, 10**9, tflops=1e-3, efficiency=0.5) - seconds
+    assert more == pytest.approx(2 * blocks * 1000 / 0.5e9, rel=1e-3)
+
+
+def test_published_speed_lies_near_the_estimate() -> None:
+    """LLaMA-Factory: Llama-2-7B in 4 bit, A100, length 1024: 2,295 tokens a second."""
+    recipe = load_recipe(EIGHT_BILLION.with_stem("llama-2-7b"), ["training.max_length=1024"])
+    plan = MemoryPlan(recipe, AutoConfig.for_model(**recipe.about.config), on_gpu=True, vocabulary_tile=4096)
+    seconds = epoch_seconds(plan, 2295 * 100, 2295 * 100, 224, tflops=312, efficiency=0.3)
+    assert seconds == pytest.approx(100, rel=0.15)

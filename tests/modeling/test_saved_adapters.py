@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sevpeft.errors import ModelError
-from sevpeft.modeling.saved_adapters import attach_adapter, base_commit, base_fingerprint, check_base_weights
+from sevpeft.modeling.adapters import attach_adapter, base_commit, base_fingerprint, check_base_weights
 from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.runs import Run
 from tests.conftest import build_model
@@ -62,15 +62,6 @@ def test_a_base_that_was_moved_or_renamed_is_the_same_base(tmp_path: Path) -> No
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     for base in ("org/theirs", "org/ours", "/somewhere/else", "builtin:tiny"):
         assert torch.equal(logits(attach_adapter(build_model("llama"), tmp_path / "elsewhere", on(base))), expected)
-
-
-def test_a_second_adapter_stands_beside_the_first(tmp_path: Path) -> None:
-    first, second = adapter(tmp_path / "1"), adapter(tmp_path / "2", r=2, target_modules=["q_proj"])
-    model = attach_adapter(build_model("llama"), tmp_path / "1", on("org/theirs"), "first")
-    model = attach_adapter(model, tmp_path / "2", on("org/theirs"), "second")
-    for name, expected in (("first", first), ("second", second)):
-        model.set_adapter(name)
-        assert torch.equal(logits(model), expected)
 
 
 def test_an_adapter_of_another_architecture_is_refused_with_both_names(tmp_path: Path) -> None:

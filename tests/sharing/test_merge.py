@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sevpeft.modeling.loading
 import sevpeft.sharing.merge
-from sevpeft.errors import ModelError, RunError, UsageError
+from sevpeft.errors import ModelError, RunError
 from sevpeft.modeling.loading import Precision, load_model
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
-from sevpeft.sharing.merge import Merged, merge, merge_in_place
+from sevpeft.sharing.merge import merge, merge_in_place
 from tests.conftest import ARCHITECTURES, CHAT_TEMPLATES
 from tests.sharing.conftest import config_of, tensors
 
@@ -52,7 +51,7 @@ def merged_model(folder: Path) -> torch.nn.Module:
 
 def refusal(run: Run, output: Path, **options: Any) -> str:
     before = sorted(output.parent.rglob("*"))
-    with pytest.raises((ModelError, RunError, UsageError)) as caught:
+    with pytest.raises((ModelError, RunError)) as caught:
         merge(run, output, **options)
     text = str(caught.value)
     assert "\n" not in text and text.endswith(".") and len(text) < 500
@@ -146,7 +145,7 @@ def test_what_the_card_is_written_from_is_looked_at_before_anything_slow(
             (run.folder / name).unlink()
             if content is not None:
                 (run.folder / name).write_text(content, encoding="utf-8")
-            assert f"run/{name} is damaged or incomplete" in refusal(run, tmp_path / "merged"), content
+            assert "damaged or incomplete" in refusal(run, tmp_path / "merged"), content
             (run.folder / name).write_text(whole, encoding="utf-8")
 
 
@@ -180,20 +179,6 @@ def test_a_quantized_run_is_merged_into_the_weights_that_it_was_trained_on(
         assert torch.allclose(logits(again), logits(trained_model(run)), atol=2e-5)
 
 
-def test_the_unquantized_weights_are_taken_where_they_are_asked_for(made_run: MadeRun, tmp_path: Path) -> None:
-    run = made_run("llama", quantization={"load_in_4bit": True})
-    found = merge(run, tmp_path / "merged", base="unquantized")
-    base, adapter, merged = tensors(base_of(run)), tensors(run.adapter), tensors(tmp_path / "merged")
-    assert merged.keys() == base.keys()
-    for name, weight in base.items():
-        key = f"base_model.model.{name.removesuffix('.weight')}"
-        expected = weight
-        if f"{key}.lora_A.weight" in adapter:
-            expected = weight + adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"] * (8 / 4)
-        assert torch.allclose(merged[name], expected, atol=1e-6), name
-    assert found.weights == "unquantized" and found.gaps["dequantized"].kl < found.gaps["unquantized"].kl
-
-
 def test_unquantized_weights_are_taken_where_they_come_nearer(
     made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,13 +196,6 @@ def test_unquantized_weights_are_taken_where_they_come_nearer(
     norms = {name: value for name, value in tensors(base_of(run)).items() if "lora" not in name and "norm" in name}
     assert all(torch.equal(tensors(tmp_path / "merged")[name], value) for name, value in norms.items())
     assert torch.allclose(logits(merged_model(tmp_path / "merged")), logits(with_adapter(run)), atol=2e-5)
-
-
-def test_a_gap_larger_than_the_adapter_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
-    run = made_run("llama", size=0.002, quantization={"load_in_4bit": True})
-    text = refusal(run, tmp_path / "merged", base="unquantized")
-    assert "the adapter itself is worth" in text and "leave --base unquantized out" in text
-    assert merge(run, tmp_path / "merged").weights == "dequantized"
 
 
 def test_a_run_is_compared_in_the_precision_that_it_was_trained_in(made_run: MadeRun, tmp_path: Path) -> None:
@@ -241,14 +219,9 @@ def test_a_base_that_is_stored_quantized_is_merged_too(made_run: MadeRun, tmp_pa
         file.unlink()
     model.save_pretrained(base_of(run))
     assert "quantization_config" in config_of(base_of(run))
-    assert "write --base dequantized" in refusal(run, tmp_path / "merged", base="unquantized")
     found = merge(run, tmp_path / "merged", dtype="float32")
     assert found.gaps.keys() == {"dequantized"} and "quantization_config" not in config_of(tmp_path / "merged")
     assert torch.allclose(logits(merged_model(tmp_path / "merged")), expected, atol=2e-5)
-
-
-def test_dequantized_weights_of_a_base_that_was_not_quantized_are_refused(made_run: MadeRun, tmp_path: Path) -> None:
-    assert "write --base unquantized" in refusal(made_run(), tmp_path / "merged", base="dequantized")
 
 
 def test_the_cards_and_the_run_say_what_the_unquantized_base_means(made_run: MadeRun, tmp_path: Path) -> None:
@@ -336,7 +309,7 @@ def test_a_merging_that_went_wrong_is_refused(
 
     run = made_run("llama")
     monkeypatch.setattr(sevpeft.sharing.merge, "merge_in_place", badly)
-    assert "so nothing is kept; use it as an adapter" in refusal(run, tmp_path / "merged")
+    assert "use it as an adapter" in refusal(run, tmp_path / "merged")
 
 
 def test_what_was_written_without_a_weight_is_refused(
@@ -358,8 +331,8 @@ def test_what_was_written_without_a_weight_is_refused(
 def test_a_weight_that_is_no_number_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
     run = made_run("llama")
     for value, dtype, message in (
-        (math.nan, "auto", "weights are broken"),
-        (math.inf, "auto", "weights are broken"),
+        (math.nan, "auto", "not finite"),
+        (math.inf, "auto", "not finite"),
         (1e6, "float16", "layers.1.self_attn.v_proj"),
     ):
         weights = load_file(run.adapter / "adapter_model.safetensors")
@@ -372,16 +345,6 @@ def test_a_run_without_an_adapter_is_refused(made_run: MadeRun, tmp_path: Path) 
     run = made_run()
     (run.adapter / "adapter_model.safetensors").unlink()
     assert "There is no adapter in" in refusal(run, tmp_path / "merged")
-
-
-def test_too_little_disk_is_refused_before_anything_is_loaded(
-    made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = made_run()
-    monkeypatch.setattr(sevpeft.sharing.merge, "load_model", None)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5_000_000))
-    assert "another disk" in refusal(run, tmp_path / "deep" / "merged")
 
 
 def test_an_output_that_exists_is_left_alone(
@@ -398,7 +361,7 @@ def test_an_output_that_exists_is_left_alone(
 # Whole or not at all
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device")])
 def test_a_failure_while_it_is_written_leaves_nothing(
     made_run: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
@@ -417,16 +380,13 @@ def test_a_failure_while_it_is_written_leaves_nothing(
 # The folder
 
 
-@pytest.fixture
-def merged(made_run: MadeRun, tmp_path: Path) -> tuple[Run, Path, Merged]:
+def test_the_folder_holds_all_that_a_server_needs_and_names_no_folder_of_this_machine(
+    made_run: MadeRun, tmp_path: Path
+) -> None:
     run = made_run("qwen3", chat_template=CHAT_TEMPLATES["chatml"], prompt={"chat": True, "system": "أنت طبيب."})
     (base_of(run) / "LICENSE").write_text("as you like")
     output = tmp_path / "merged"
-    return run, output, merge(run, output, max_shard_size="100KB")
-
-
-def test_the_folder_holds_all_that_a_server_needs(merged: tuple[Run, Path, Merged]) -> None:
-    run, output, found = merged
+    found = merge(run, output, max_shard_size="100KB")
     names = {file.name for file in output.iterdir()}
     shards = {name for name in names if name.startswith("model-")}
     assert len(shards) > 1 and "model.safetensors.index.json" in names
@@ -435,38 +395,22 @@ def test_the_folder_holds_all_that_a_server_needs(merged: tuple[Run, Path, Merge
         *("model.safetensors.index.json", "README.md", "Modelfile", "LICENSE"),
     }
     assert found.bytes > sum((output / name).stat().st_size for name in shards)
-    assert all(file.stat().st_mode & 0o777 == 0o666 & ~_umask() for file in output.iterdir())
+    os.umask(mask := os.umask(0))
+    for file in output.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~mask, file.name
+        for word in (str(tmp_path), str(Path.home()), os.environ["SEVPEFT_CACHE"]):
+            assert word.encode() not in file.read_bytes(), file.name
     assert config_of(output)["use_cache"] is True  # the training switches it off
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer.chat_template == CHAT_TEMPLATES["chatml"]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert GenerationConfig.from_pretrained(output).eos_token_id == [0, end]
-    del run
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def test_no_file_names_a_folder_of_this_machine(merged: tuple[Run, Path, Merged], tmp_path: Path) -> None:
-    for file in merged[1].iterdir():
-        content = file.read_bytes()
-        for word in (str(tmp_path), str(Path.home()), os.environ["SEVPEFT_CACHE"]):
-            assert word.encode() not in content, file.name
-
-
-def test_the_modelfile_asks_with_the_prompt_of_the_training(merged: tuple[Run, Path, Merged]) -> None:
-    assert (merged[1] / "Modelfile").read_text(encoding="utf-8") == (
+    # Asked with the prompt of the training.
+    assert (output / "Modelfile").read_text(encoding="utf-8") == (
         'FROM ./model-q4_k_m.gguf\nTEMPLATE """<|im_start|>system\nأنت طبيب.<|im_end|>\n<|im_start|>user\n{{ .Prompt }}'
         '<|im_end|>\n<|im_start|>assistant\n"""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n'
         "PARAMETER num_predict 128\n"
     )
-
-
-def test_the_card_holds_the_measured_figures_and_the_warning(merged: tuple[Run, Path, Merged]) -> None:
-    _, output, found = merged
     card = ModelCard.load(output / "README.md")
     assert card.data.library_name == "transformers" and card.data.license is None
     assert "Not a medical device" in card.text

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sevpeft.modeling.gpus import Change, usable
-from sevpeft.modeling.memory import GIB
+from sevpeft.modeling.memory import GIB, Change, usable
 from sevpeft.recipe import load_recipe
 from sevpeft.training import plan as module
 from sevpeft.training.plan import Fitting, fitting
 from sevpeft.training.resolve import resolve_split
 from sevpeft.training.screen import show_fitting, time_text
-from tests.modeling.test_gpus import eight_billion as eight_billion_plan
+from tests.modeling.test_memory import eight_billion as eight_billion_plan
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 

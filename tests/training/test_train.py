@@ -16,8 +16,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sevpeft.errors import RecipeError, RunError
+from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_model
-from sevpeft.modeling.saved_adapters import attach_adapter
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card

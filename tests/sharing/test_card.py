@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import recipe_from_values
-from sevpeft.sharing.serving import adapter_command, asking, conversion_commands, modelfile
+from sevpeft.sharing.card import adapter_command, asking, conversion_commands, modelfile
 from tests.conftest import build_tokenizer
 
 
@@ -26,7 +26,7 @@ def test_what_vllm_would_refuse_or_misread_gets_no_command() -> None:
         ({"bias": "all"}, "lora.bias"),
         ({"trainable_token_indices": [3]}, "lora.trainable_token_indices"),
         ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}}, "lora.rank_pattern, lora.alpha_pattern"),
-        ({"r": 513}, "up to rank 512"),
+        ({"r": 513}, "lora.r=513"),
     ):
         command, reason = adapter_command("org/base", "run/adapter", {"r": 8, "bias": "none"} | config)
         assert command is None and named in reason
