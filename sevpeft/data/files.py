@@ -190,6 +190,7 @@ def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, list[Any]]]:
+    csv.field_size_limit(1 << 24)  # letters of a cell; more is a quote that is not closed, and would fill the memory
     with _text(path, encoding) as text:
         lines = _lines(path, text)
         first = next(lines, "")

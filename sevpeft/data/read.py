@@ -55,8 +55,8 @@ class Consultations:
     rejected: dict[str, int]  # "empty question", "empty answer" or "broken characters" -> number of rows
     fingerprint: str  # "sha256:..." of the files' bytes, or "hub:..." with the revision
     source: str  # where the rows come from, for people
-    carried: dict[str, str]  # name in `rows` -> name in the input of the other columns that were asked for
-    rejected_rows: Path  # JSON lines with what was rejected, as it was read
+    carried: dict[str, str] = field(default_factory=dict)  # name in `rows` -> name in the input of other columns
+    rejected_rows: Path = Path(os.devnull)  # JSON lines with what was rejected, as it was read
     provenance: dict[str, Any] = field(default_factory=dict)  # what dataset.json says of a prepared folder
     files: list[dict[str, str]] = field(default_factory=list)  # name and fingerprint of each of several files
 
@@ -225,8 +225,8 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
     if not names:
         raise DataError(f"{label} is empty.")
     columns = files.map_columns(names, _chosen(data), label)
-    asked = names if keep == "all" else () if keep == "mapped" else keep
-    others = [name for name in asked if (name not in columns.values() if keep == "all" else columns.get(name) != name)]
+    asked = [] if keep == "mapped" else names if keep == "all" else [name for name in names if name in keep]
+    others = [name for name in asked if name not in columns.values()]
     carried = {new: name for name, new in files.free_names(others, {*files.FIELDS, "row"}).items()}
     rejected = Counter[str]()
     numbers: dict[int, int] = {}  # hash of an id -> number of its row

@@ -83,8 +83,7 @@ def draw_sides(keys: Keys, data: DataSection, *, strata: ArrayLike | None = None
 def _wanted(data: DataSection, rows: int, given: Collection[int] = ()) -> dict[int, int]:
     """Rows of the test and of the validation, out of so many, but for the sides that are `given`."""
     sizes = {TEST: data.test_size, VALIDATION: data.validation_size}
-    absent = {side: size for side, size in sizes.items() if side not in given}
-    wanted = {side: size if isinstance(size, int) else max(1, round(size * rows)) for side, size in absent.items()}
+    wanted = {s: n if isinstance(n, int) else max(1, round(n * rows)) for s, n in sizes.items() if s not in given}
     if sum(wanted.values()) >= rows:
         asked = " and ".join(f"data.{SIDES[side]}_size" for side in wanted) or "The column split"
         raise DataError(f"{asked} would leave none of {rows} rows to train on: bring more rows, or smaller sizes.")
@@ -203,6 +202,5 @@ def _in_order(values: list[str]) -> list[Any] | None:
         return values
     # A Decimal is exact: two ids of twenty digits are one float. No exponent: 1e999999999 would be written out.
     plain = [value.replace("٫", ".") for value in values]
-    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", value) for value in plain):
-        return [Decimal(value) for value in plain]
-    return None
+    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", value) for value in plain)
+    return [Decimal(value) for value in plain] if numbers else None

@@ -218,7 +218,9 @@ def test_limits_of_json_and_csv_are_named_with_the_row_and_cost_no_memory(
     assert wrong(tmp_path, rows) == []
     assert tracemalloc.get_traced_memory()[1] < 1 << 27
     tracemalloc.stop()
-    assert "line 2" in refusal(tmp_path / "x.csv", "q,a\n" + "x" * 200_000 + ",1\n")
+    (tmp_path / "x.csv").write_text("q,a\n" + "x" * 200_000 + ",1\n", encoding="utf-8")
+    assert [len(row["q"]) for row in read(tmp_path / "x.csv")] == [200_000]
+    assert "line 2" in refusal(tmp_path / "x.csv", 'q,a\n"' + "x" * (1 << 24) + "\n" * 9)
 
 
 def workbook(file: Path, *rows: list[object]) -> Path:

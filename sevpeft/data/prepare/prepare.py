@@ -29,7 +29,7 @@ from sevpeft.data.prepare.duplicates import Ints, conflicting_groups, duplicate_
 from sevpeft.data.prepare.mask import mask
 from sevpeft.data.prepare.reject import reject
 from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load_consultations
-from sevpeft.data.split import SIDES, crossing, draw_sides, given_sides, hold_out, question_key
+from sevpeft.data.split import SIDES, Sides, crossing, draw_sides, given_sides, hold_out, question_key
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, RunError
 from sevpeft.runs import check_absent, file_hash, whole_folder, workers_end_with_this_process
@@ -84,8 +84,10 @@ def _prepare(
     reasons = np.array(refined["reason"][:], object)
     left = np.flatnonzero(reasons == "")
     if not len(left):
-        counts = ", ".join(f"{count} {name}" for name, count in Counter(reasons.tolist()).items())
-        raise DataError(f"None of {len(reasons)} rows is left ({counts}); allow=[{reasons[0]}] would keep some.")
+        found = Counter(reasons.tolist())
+        hint = next((f"; allow=[{name}] would keep some" for name in found if name != "empty"), "")
+        counts = ", ".join(f"{count} {name}" for name, count in found.items())
+        raise DataError(f"None of {len(reasons)} rows is left ({counts}){hint}.")
     batches = refined.select_columns(["question"]).select(left).iter(batch_size=1000)
     questions = (question for batch in batches for question in batch["question"])
     groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=settings.data.seed)
@@ -123,7 +125,7 @@ def _prepare(
     columns = _write_kept(folder / PREPARED_ROWS, others, refined, sides, group_of)
     rejected = _write_rejected(folder / "rejected.jsonl", table, reasons)
 
-    def of_sides(some: NDArray[np.int8]) -> dict[str, int]:
+    def of_sides(some: Sides) -> dict[str, int]:
         return {name: int((some == side).sum()) for side, name in enumerate(SIDES)}
 
     named = dict(enumerate(names)) | {-1: "none"} if names else {}
@@ -223,9 +225,7 @@ def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
     return np.where(whole, probabilities.argmax(axis=1), -1), [name.removeprefix("p_") for name in PROBABILITIES]
 
 
-def _write_kept(
-    file: Path, rows: datasets.Dataset, refined: datasets.Dataset, sides: NDArray[np.int8], groups: Ints
-) -> list[str]:
+def _write_kept(file: Path, rows: datasets.Dataset, refined: datasets.Dataset, sides: Sides, groups: Ints) -> list[str]:
     """Writes the rows whose side (n,) is not -1, with `group` (n,) and `split`; returns the names of the columns."""
     ours = ("id", "question", "answer", "row")
     new = free_names([name for name in rows.column_names if name not in ours], {"group", "split"})
