@@ -17,7 +17,7 @@ class _ReadingSettings(Section):
     @classmethod
     def _is_not_split(cls, data: DataSection) -> DataSection:
         if unused := sorted({"validation_size", "test_size", "seed"} & data.model_fields_set):
-            raise ValueError(f"{', '.join(unused)}: how a recipe splits, which nothing is here; remove it")
+            raise ValueError(f"{', '.join(unused)}: splits the rows of a recipe, and no rows here; leave it out")
         return data
 
 
@@ -48,9 +48,9 @@ class EncoderSection(Section):
     name_or_path: str = "CAMeL-Lab/bert-base-arabic-camelbert-mix"
     """Hub id or folder of the encoder."""
     num_train_epochs: float = Field(default=4, gt=0)
-    """Epochs."""
+    """Epochs of kind=transformer."""
     learning_rate: float = Field(default=2e-5, gt=0)
-    """Learning rate."""
+    """Learning rate of kind=transformer."""
     per_device_train_batch_size: int = Field(default=16, ge=1)
     """Questions of a training step."""
     max_length: int = Field(default=256, ge=1)

@@ -70,7 +70,10 @@ def table(path: Path | str) -> datasets.Dataset:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And rules that are read once."""
     monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path / ".cache"))
+    load = Rules.load
+    monkeypatch.setattr(Rules, "load", lambda path=None: RULES if path is None else load(path))
 
 
 def names(folder: Path) -> list[str]:

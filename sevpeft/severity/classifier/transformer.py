@@ -1,7 +1,7 @@
 """A severity classifier on an Arabic encoder, fine-tuned with transformers' Trainer and stored as safetensors.
 
-Rare severities count as much as frequent ones, by the weights of the loss. There is no early stopping: it would take
-rows from the training, and what calibrates repairs probabilities that are too sure of themselves.
+Rare severities count as much as frequent ones, by the weights of the loss. There is no early stopping, which would
+take rows from the training; calibration corrects overconfidence afterwards.
 
 transformers fills weights that a checkpoint lacks with random numbers, and makes up an empty tokenizer where there is
 none, both in silence. Both are errors here. Only safetensors are read, and no code from the Hub runs.

@@ -130,7 +130,8 @@ def test_a_transformer_is_trained_once_and_calibrated_on_questions_of_their_own(
     assert len(fitted_on) + len(asked) == 200 and len(asked) == pytest.approx(40, abs=6)
 
 
-def test_the_calibration_is_that_of_the_rows_out_of_fold(examples: Examples) -> None:
+def test_the_calibration_is_that_of_the_rows_out_of_fold() -> None:
+    examples = build_examples(120)
     unseen = np.empty((len(examples), 3))
     for fold in grouped_folds(examples, seed=4):
         unseen[fold.test] = fit_linear(examples.take(fold.train)).probabilities(examples.take(fold.test).questions)
@@ -160,7 +161,7 @@ def test_rules_that_know_get_weight_and_rules_that_do_not_get_none(lexicon: Path
     found = {}
     for path in (lexicon, unrelated):
         settings = FitSettings(kind="rules+linear", lexicon=str(path))
-        found[path] = fit_calibrated(build_examples(150), fit_of(settings), settings).calibration.weights
+        found[path] = fit_calibrated(build_examples(120), fit_of(settings), settings).calibration.weights
     assert found[lexicon][0] > 0.3
     assert found[unrelated][0] < 0.2 and found[unrelated][1] > 0.5
     settings = FitSettings(kind="rules+linear", lexicon=str(lexicon))

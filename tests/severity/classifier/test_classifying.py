@@ -105,7 +105,7 @@ def test_a_way_of_fitting_is_cross_validated(tmp_path: Path, verb: Verb) -> None
 
 def test_a_classifier_is_evaluated_on_other_data_and_not_on_its_own(tmp_path: Path, verb: Verb) -> None:
     data, other = write(tmp_path), write(tmp_path, seed=4, name="other.jsonl")
-    assert verb("fit", data, "made")[0] == 0
+    assert verb("fit", data, "made", "kind=rules")[0] == 0
     code, out, _ = verb("evaluate", other, "classifier=made")
     assert code == 0 and "Other data" in out and "majority" in out
     code, out, err = verb("evaluate", data, "classifier=made")

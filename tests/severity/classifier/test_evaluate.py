@@ -153,32 +153,28 @@ def linear(train: Examples) -> Calibrated:
 
 def test_neither_fit_nor_calibration_sees_what_is_scored(examples: Examples, few_resamples: None) -> None:
     by_block = thirds(examples)
-    for folds in (block_folds(by_block), grouped_folds(by_block)):
-        for fold in folds:
-            watching = Watching()
-            evaluate_folds(by_block, [fold], lambda train, fit=watching: fit_calibrated(train, fit, LINEAR))
-            *calibrated_on, scored = watching.asked
-            assert scored == by_block.take(fold.test).questions
-            for seen in (*watching.fitted_on, *calibrated_on):
-                assert not set(seen) & set(scored)
+    for fold in (block_folds(by_block)[0], grouped_folds(by_block)[0]):
+        watching = Watching()
+        evaluate_folds(by_block, [fold], lambda train, fit=watching: fit_calibrated(train, fit, LINEAR))
+        *calibrated_on, scored = watching.asked
+        assert scored == by_block.take(fold.test).questions
+        for seen in (*watching.fitted_on, *calibrated_on):
+            assert not set(seen) & set(scored)
 
 
 def test_text_that_tells_beats_every_baseline_and_shuffled_labels_teach_nothing(
     examples: Examples, few_resamples: None
 ) -> None:
-    evaluation, _ = evaluate_folds(examples, grouped_folds(examples), linear)
+    evaluation, _ = evaluate_folds(examples, grouped_folds(examples, 3), linear)
     assert set(evaluation["baselines"]) == {"majority", "row number"}
     assert evaluation["blocks"] == {} and evaluation["unscored"] is None
     for baseline in evaluation["baselines"].values():
         assert baseline["figures"]["accuracy"]["value"] < evaluation["calibrated"]["figures"]["accuracy"]["low"]
         assert baseline["figures"]["auc_critical"]["value"] < 0.6
     shuffled = replace(examples, labels=np.random.default_rng(0).permutation(examples.labels))
-    chance, _ = evaluate_folds(shuffled, grouped_folds(shuffled), linear)
-    assert (
-        chance["calibrated"]["figures"]["auc_critical"]["low"]
-        < 0.5
-        < chance["calibrated"]["figures"]["auc_critical"]["high"]
-    )
+    chance, _ = evaluate_folds(shuffled, grouped_folds(shuffled, 3), linear)
+    auc = chance["calibrated"]["figures"]["auc_critical"]
+    assert auc["low"] < 0.5 < auc["high"]
 
 
 def test_labels_that_follow_the_place_are_found_by_the_row_number_and_not_when_blocks_are_held_out(
@@ -186,9 +182,9 @@ def test_labels_that_follow_the_place_are_found_by_the_row_number_and_not_when_b
 ) -> None:
     plain = build_examples(270, noise=1.0)
     examples = replace(plain, labels=np.arange(270) * 9 // 270 % 3, blocks=np.repeat(["a", "b", "c"], 90))
-    random, _ = evaluate_folds(examples, grouped_folds(examples), linear)
+    random, _ = evaluate_folds(examples, grouped_folds(examples, 3), linear)
     held, _ = evaluate_folds(examples, block_folds(examples), linear)
-    assert random["baselines"]["row number"]["figures"]["accuracy"]["value"] > 0.85
+    assert random["baselines"]["row number"]["figures"]["accuracy"]["value"] > 0.75
     assert held["baselines"]["row number"]["figures"]["accuracy"]["value"] < 0.5
     assert random["calibrated"]["figures"]["accuracy"]["value"] < 0.5
     assert set(held["blocks"]) == {"a", "b", "c"}
@@ -227,7 +223,7 @@ def test_both_ways_of_evaluating_a_fit_hold_out_blocks_where_they_are_known(few_
 def test_a_fitted_classifier_is_evaluated_on_other_data_beside_baselines_of_those(
     examples: Examples, few_resamples: None
 ) -> None:
-    fitted = fit_calibrated(examples, lambda rows: [fit_linear(rows)], LINEAR)
+    fitted = linear(examples)
     other = build_examples(150, seed=9)
     evaluation = evaluate_fitted(fitted, other)
     assert set(evaluation["baselines"]) == {"majority", "row number"}
