@@ -169,13 +169,13 @@ def test_a_planted_effect_is_found_under_noise_that_hides_it_from_an_unpaired_lo
 
 
 def test_a_null_is_not_found_in_95_percent_of_200_simulated_nulls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "PERMUTATIONS", 299)
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 399)
     for seeds, seed_spread in ((1, 0.0), (3, 0.0), (3, 0.5)):
         random = np.random.default_rng(8)
         silent = covered = 0
         for _ in range(RUNS):
             first, second, groups = arms(random, 0.0, groups=40, seeds=seeds, seed_spread=seed_spread)
-            difference = paired_difference(first, second, groups, drawn(300))
+            difference = paired_difference(first, second, groups, drawn(400))
             covered += difference.low <= 0 <= difference.high
             silent += one(difference)["outcome"] == "not distinguishable"
         assert silent / RUNS >= 0.95, (seeds, seed_spread)

@@ -13,11 +13,10 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from sevpeft.console import number_text, p_text
@@ -29,6 +28,7 @@ from sevpeft.recipe import load_recipe
 from sevpeft.runs import json_lines, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 
+_TEMPLATES = Path(__file__).parent / "templates"
 REPORT, COMPARISON = "report.html", "comparison.json"
 # Heading of the page's facts → section of metrics.json; and the parts of evaluation.json that are facts.
 _SECTIONS = {"Data": "data", "Severity weights": "weights", "Model": "model", "Training": "training"}
@@ -65,15 +65,9 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
         part["cases"], part["answered"] = cases(part["answers"], answers)
         part["scales"] = _scales(part["scores"])
     shown = sum(len(part["cases"]) for part in page["parts"])
-    templates = files("sevpeft.evaluation.report") / "templates"
-    script, style = ((templates / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
-    environment = Environment(
-        loader=PackageLoader("sevpeft.evaluation.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    script, style = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     html = environment.get_template("page.html.jinja").render(
         **page,
         shown=shown,
