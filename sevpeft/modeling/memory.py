@@ -173,12 +173,8 @@ class MemoryPlan:
         self._peak(self.batch, self.checkpointing)  # a model that cannot be run is known from the start
 
     def with_recipe(self, recipe: Recipe) -> MemoryPlan:
-        """The same base model and device under another recipe; what was run is shared where the model is the same."""
-        if any(getattr(recipe, key) != getattr(self.recipe, key) for key in ("model", "quantization", "lora")):
-            return MemoryPlan(recipe, self.config, on_gpu=self.on_gpu, vocabulary_tile=self.vocabulary_tile)
-        plan = copy.copy(self)
-        plan._follow(recipe)
-        return plan
+        """The same base model and device under another recipe."""
+        return plan_for(recipe, self.config, on_gpu=self.on_gpu, vocabulary_tile=self.vocabulary_tile)
 
     def budget(
         self, batch: int | None = None, checkpointing: bool | None = None, eval_batch: int | None = None
@@ -291,6 +287,22 @@ class MemoryPlan:
             marks = torch.tensor([now for _, now in self._marks])
             trace[start:] += (self._times - 1) @ (marks[1:-1:2] - marks[:-1:2])
         return trace
+
+
+# Of this process: a comparison trains one model many times, and advice tries many settings on one.
+_PLANS: dict[str, MemoryPlan] = {}
+
+
+def plan_for(recipe: Recipe, config: PretrainedConfig, *, on_gpu: bool, vocabulary_tile: int) -> MemoryPlan:
+    """A `MemoryPlan`; what was run is shared with earlier ones of the same model, adapter and device."""
+    numbers = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    model = (recipe.model.dtype, recipe.model.attn_implementation, on_gpu, vocabulary_tile)
+    key = str([numbers, model, recipe.quantization, recipe.lora])
+    if key not in _PLANS:
+        _PLANS[key] = MemoryPlan(recipe, config, on_gpu=on_gpu, vocabulary_tile=vocabulary_tile)
+    plan = copy.copy(_PLANS[key])
+    plan._follow(recipe)
+    return plan
 
 
 def _one_of_each_kind(base: PreTrainedModel, count: int, *, alike: bool) -> list[tuple[torch.nn.Module, int]]:

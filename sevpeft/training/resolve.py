@@ -31,7 +31,7 @@ from sevpeft.modeling.loading import (
     load_tokenizer,
     uses_gpu,
 )
-from sevpeft.modeling.memory import GIB, MemoryPlan, base_config, usable
+from sevpeft.modeling.memory import GIB, MemoryPlan, base_config, plan_for, usable
 from sevpeft.modeling.packing import check_packing, documents_stay_apart
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import AUTO, BEST_IS_LEAST, GLOBAL_BATCH_SIZE, Recipe, recipe_from_values
@@ -278,7 +278,7 @@ def memory_plan(recipe: Recipe, *, on_gpu: bool = True) -> tuple[MemoryPlan, str
         UnknownModelError: neither a config.json nor numbers in the recipe.
     """
     config, origin = base_config(recipe)
-    return MemoryPlan(recipe, config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), origin
+    return plan_for(recipe, config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), origin
 
 
 def device_memory(recipe: Recipe) -> int:
