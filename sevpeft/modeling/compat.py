@@ -16,6 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.quantizers import AutoHfQuantizer
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
@@ -93,6 +94,11 @@ def knows_quantization(quantization: dict[str, Any]) -> bool:
         return bool(AutoHfQuantizer.supports_quant_method(dict(quantization)))
     except (ValueError, TypeError):  # it finds no method in it
         return False
+
+
+def attention_of(config: PretrainedConfig) -> str:
+    """Attention kernel that a loaded model uses; transformers (5.24) has no public name for it. None found."""
+    return str(config._attn_implementation)
 
 
 def disable_cpu_avx512_repack(model: torch.nn.Module) -> None:

@@ -227,7 +227,8 @@ def check_same_data(fingerprint: str, source: str, run: Run) -> None:
     # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
     if fingerprint != run.environment().get("data_fingerprint") and fingerprint.startswith("sha256:"):
         raise RunError(
-            f"{source} is not the data that {run.folder} was started with; bring that back, or start another run."
+            f"{source} is not the data that {run.folder} was started with, as its content has changed; bring that "
+            "back, or start another run."
         )
 
 

@@ -280,13 +280,16 @@ def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, 
     if len(weights) != len(encoded):
         raise WeightError(f"There are {len(weights)} severity weights for {len(encoded)} consultations.")
 
-    def weigh_row(row: dict[str, Any], index: int) -> dict[str, list[float]]:
-        labeled = np.asarray(row["labels"]) != IGNORED
-        weight = weights[index] / labeled.sum() if reduction == "examples" else weights[index]
-        return {"token_weights": np.where(labeled, weight, 0.0).tolist()}
+    def weigh_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[np.ndarray]]:
+        rows = [np.asarray(labels) != IGNORED for labels in batch["labels"]]
+        each = [row.sum() if reduction == "examples" else 1 for row in rows]
+        return {
+            "token_weights": [row * (w / count) for row, w, count in zip(rows, weights[indices], each, strict=True)]
+        }
 
     return encoded.map(
-        weigh_row,
+        weigh_batch,
+        batched=True,
         with_indices=True,
         features=Features({**encoded.features, "token_weights": List(Value("float32"))}),
         cache_file_name=str(cache_file),

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl import SFTConfig
 
 from sevpeft.errors import RecipeError, SevpeftError, UnknownModelError
-from sevpeft.modeling.compat import weights_are_sharded
+from sevpeft.modeling.compat import attention_of, weights_are_sharded
 from sevpeft.modeling.loading import (
     Precision,
     check_form,
@@ -256,7 +256,7 @@ def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel, longe
             check_packing(model, f"training.{setting}")
     if training["padding_free"] == AUTO:
         # Eager attention holds every pair of positions: of 8 rows in one, 8 times as many as of 8 rows apart.
-        possible = not training.get("packing") and model.config._attn_implementation != "eager"
+        possible = not training.get("packing") and attention_of(model.config) != "eager"
         if possible and not weights_are_sharded() and documents_stay_apart(model)[0]:
             resolved = with_training(resolved, padding_free=True)
         else:

@@ -70,11 +70,7 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
 
 
 def show_batch(recipe: Recipe, processes: int, console: Console) -> None:
-    """Prints how an optimizer step is divided.
-
-    Args:
-        recipe: with numbers in place of every `auto`.
-    """
+    """Prints how an optimizer step of a resolved recipe is divided."""
     settings = recipe.training.settings()
     layout = "packed" if settings.get("packing") else "padding-free" if settings["padding_free"] else "padded"
     print_labeled(

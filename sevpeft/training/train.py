@@ -23,7 +23,7 @@ from transformers import PrinterCallback
 from sevpeft.console import Screen, print_labeled
 from sevpeft.errors import Interrupted, RunError, first_sentence
 from sevpeft.modeling import adapters
-from sevpeft.modeling.compat import requested_engine
+from sevpeft.modeling.compat import attention_of, requested_engine
 from sevpeft.modeling.loading import load_model, resolved_name, uses_gpu
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
@@ -143,7 +143,7 @@ def _train(
             checkpoints.remove_incomplete(run)
         if should_reduce_batch_size(error):
             raise memory_is_full(recipe, run.folder) from error
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) and (run.folder / "recipe.yaml").exists():
             raise Interrupted(f"Interrupted. Resume with: {resume_command(run.folder)}") from error
         raise
     if state.is_main_process:
@@ -214,7 +214,7 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
             "trainable_parameters": trainable,
             "dtype": str(base.dtype).removeprefix("torch."),
             "bits": next((bits for bits in (4, 8) if getattr(base, f"is_loaded_in_{bits}bit", False)), None),
-            "attention": base.config._attn_implementation,
+            "attention": attention_of(base.config),
         },
         data=rows.summary,
         weights=rows.weights.as_dict(),
