@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
@@ -153,7 +154,28 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
         self._trainer = trainer
 
     def __iter__(self) -> Iterator[int]:
-        args, epoch = self._trainer.args, int(self._trainer.state.epoch or 0)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.generator = torch.Generator().manual_seed(seed + epoch)
+        self.generator = _generator_of_epoch(self._trainer)
         return iter(super().__iter__())
+
+
+class SortedWithinStepsSampler(Sampler[int]):
+    """The random order that accelerate draws, with the rows of each optimizer step from long to short."""
+
+    def __init__(self, lengths: list[int], trainer: SFTTrainer) -> None:
+        self.lengths, self._trainer = lengths, trainer
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        args = self._trainer.args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        order = torch.randperm(len(self), generator=_generator_of_epoch(self._trainer)).tolist()
+        for start in range(0, len(order), size):
+            yield from sorted(order[start : start + size], key=lambda row: -self.lengths[row])
+
+
+def _generator_of_epoch(trainer: SFTTrainer) -> torch.Generator:
+    """As accelerate 1.15 seeds its `SeedableRandomSampler`."""
+    args, epoch = trainer.args, int(trainer.state.epoch or 0)
+    return torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)

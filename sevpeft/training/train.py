@@ -118,6 +118,7 @@ def _train(
                     reduction=recipe.severity.reduction,
                     loraplus=loraplus_settings(recipe),
                     on_message=lambda label, sentence: warn(sentence, label),
+                    sort_within_steps=not (resolved.arguments.padding_free or resolved.arguments.packing),
                     split_on_oom=bool(recipe.training.settings().get("auto_find_batch_size")),
                     callbacks=[progress, signals],
                 )

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
@@ -30,7 +31,7 @@ from sevpeft.errors import Interrupted, RunError, WeightError
 from sevpeft.modeling.compat import disable_cpu_avx512_repack
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.checkpoints import ExactResume, checkpoint_of
-from sevpeft.training.compat import LabeledPositions, SeededLengthGroupedSampler
+from sevpeft.training.compat import LabeledPositions, SeededLengthGroupedSampler, SortedWithinStepsSampler
 from sevpeft.training.data import SeverityCollator, answer_starts, check_weights, parts_of, rows_of
 from sevpeft.training.distributed import set_up_engine
 
@@ -54,6 +55,7 @@ class SeveritySFTTrainer(SFTTrainer):
         reduction: what the weighted sum of a (global, accumulated) batch is divided by: "tokens", the number of
             answer tokens, as in TRL; or "examples", the number of answers (the weights then carry 1/L_i).
         loraplus: settings of LoRA+ (`loraplus_settings`); none for one learning rate.
+        sort_within_steps: take the rows of a step by length, so that padding is little; each step keeps its rows.
         split_on_oom: compute a batch that does not fit in memory in parts, which is the same step; on one process only.
         on_message: gets a label and a sentence for the screen.
 
@@ -73,6 +75,7 @@ class SeveritySFTTrainer(SFTTrainer):
         *,
         reduction: str = "tokens",
         loraplus: dict[str, float] | None = None,
+        sort_within_steps: bool = False,
         split_on_oom: bool = False,
         on_message: Callable[[str, str], None] = lambda label, sentence: None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -83,7 +86,7 @@ class SeveritySFTTrainer(SFTTrainer):
                 raise ValueError(f"{name}={getattr(args, name)} would bypass the severity weights; leave it out.")
         check_weights(train_dataset)
         self.reduction, self.loraplus = reduction, loraplus
-        self.split_on_oom, self.on_message = split_on_oom, on_message
+        self.sort_within_steps, self.split_on_oom, self.on_message = sort_within_steps, split_on_oom, on_message
         # Consultations that are computed at once, where a whole batch did not fit in memory.
         self.most_rows: dict[str, int | None] = {"train": None, "eval": None}
         self.step_batches: list[dict[str, Any]] = []
@@ -251,7 +254,11 @@ class SeveritySFTTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Trainer's, or one whose order follows from seed and epoch alone, so that a resumed run sees the same rows."""
         sampler = super()._get_train_sampler(train_dataset)
-        return SeededLengthGroupedSampler(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
+        if isinstance(sampler, LengthGroupedSampler):
+            return SeededLengthGroupedSampler(sampler, self)
+        if self.sort_within_steps and isinstance(sampler, RandomSampler):
+            return SortedWithinStepsSampler([len(ids) for ids in self.train_dataset["input_ids"]], self)
+        return sampler
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Epochs and steps that are done; all epochs, where a kill came after the last step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,36 @@ def test_rows_are_grouped_by_length_and_no_two_epochs_are_alike(tmp_path: Path) 
     assert first == again != second and sorted(first) == sorted(second) == list(range(len(lengths)))
     assert lengths[first[0]] == max(lengths), "the longest comes first, so that it shows at once whether it fits"
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_of_a_step_are_sorted_by_length_and_stay_the_rows_of_that_step(tmp_path: Path, processes: int) -> None:
+    trainer = validating(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    loader = trainer.get_train_dataloader()
+    trainer.args._n_gpu, trainer.args.distributed_state = 1, SimpleNamespace(num_processes=processes)
+    drawn = [list(iter(loader.batch_sampler.sampler)) for _ in range(2)]  # accelerate's own order of two epochs
+    trainer.sort_within_steps, size = True, 4 * processes
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    sampler = trainer._get_train_sampler()
+    for epoch, order in enumerate(drawn):
+        trainer.state.epoch = float(epoch)
+        found = list(sampler)
+        for start in range(0, len(order), size):
+            part = found[start : start + size]
+            assert sorted(part) == sorted(order[start : start + size])
+            assert [lengths[row] for row in part] == sorted((lengths[row] for row in part), reverse=True)
+
+
+def test_a_run_with_sorted_steps_trains_the_same_adapter_and_resumes_exactly(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 5}
+    options["lora_dropout"] = 0.0  # drawn for each row in its turn
+    plain, whole, again = (validating(tmp_path, save_total_limit=None, **options) for _ in range(3))
+    plain.train()
+    whole.sort_within_steps = again.sort_within_steps = True
+    whole.train()
+    assert_close(adapter_of(whole), adapter_of(plain), 1e-4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_equal(adapter_of(again), adapter_of(whole))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
