@@ -102,45 +102,22 @@ def merge(
 
 
 def _show(merged: Merged, run: Run, output: Path) -> None:
-    """Prints the figures, and the commands for llama.cpp, Ollama and vLLM."""
+    """Prints the figures; the card holds the commands for vLLM, llama.cpp and Ollama."""
     from sevpeft.console import Screen, print_labeled
-    from sevpeft.modeling.adapters import read_adapter_config
-    from sevpeft.modeling.loading import resolved_name
-    from sevpeft.modeling.tiny import TINY
-    from sevpeft.recipe import load_recipe
-    from sevpeft.sharing.card import adapter_command, asking, conversion_commands, distance
+    from sevpeft.sharing.card import distance
 
-    console, figures = Screen(), merged.as_dict()
-    recipe = load_recipe(run.folder / "recipe.yaml")
-    name = recipe.model.name_or_path
+    console = Screen()
     size = f"{merged.bytes / 1e9:,.1f} GB" if merged.bytes >= 1e8 else f"{merged.bytes / 1e6:,.1f} MB"
-    what = f"{merged.matrices:,} weights of {name} in {merged.dtype} ({merged.parameters:,} parameters, {size})"
+    what = f"{merged.matrices:,} weights of {merged.base} in {merged.dtype} ({merged.parameters:,} parameters, {size})"
     print_labeled(console, "Merged", what)
-    print_labeled(console, "Checked", f"read back, on {merged.effect.tokens:,} answer tokens of {merged.rows}")
-    console.print()
-    console.print(_table(merged))
-    console.print()
-    gap = figures["gaps"].get("unquantized") if merged.bits else None
-    over_unquantized = gap and (
-        f"over the unquantized base, {distance(gap)} with {merged.bits} bit + adapter; the adapter itself is worth "
-        f"{merged.effect.kl:.2g}"
-    )
-    if gap and merged.weights == "unquantized":
-        print_labeled(
-            console, "Unquantized", f"not quite the model that was trained: {over_unquantized}", style="yellow"
-        )
+    print_labeled(console, "Checked", f"read back, on {merged.effect.tokens:,} answer tokens of {merged.rows}\n")
+    console.print(_table(merged), "")
+    gap = merged.as_dict()["gaps"].get("unquantized") if merged.bits else None
+    if gap:
+        away = f"{distance(gap)} from {merged.bits} bit + adapter; the adapter is worth {merged.effect.kl:.2g}"
+        print_labeled(console, "Unquantized", f"as vLLM serves the adapter, it is {away}", style="yellow")
     print_labeled(console, "Model", f"{output}, its card in README.md. Not a medical device.")
-    base = resolved_name(recipe) if name == TINY else name
-    command, reason = adapter_command(base, str(run.adapter), read_adapter_config(run.adapter))
-    lines = ["\nWith vLLM, merged or as an adapter:", f"  vllm serve {shlex.quote(str(output))}"]
-    lines += [f"  {command or f'# {reason}'}"]
-    lines += [f"  # As an adapter it is served {over_unquantized}."] if command and gap else []
-    lines += [f"  {asking(recipe)}", "\nWith llama.cpp and Ollama; quantizing changes the model once more:"]
-    lines += [f"  {line}" for line in conversion_commands(str(output), merged.dtype)]
-    if recipe.prompt.strip_marks:
-        lines += ["  Take vowel marks out of questions first, as the training did."]
-    for line in lines:
-        console.print(line, soft_wrap=True)  # never broken, so that a command can be copied
+    print_labeled(console, "Serve", f"`vllm serve {shlex.quote(str(output))}`; for llama.cpp and Ollama see the card")
 
 
 def _table(merged: Merged) -> object:
