@@ -78,10 +78,8 @@ def loading_errors(
     """Translates what transformers, tokenizers, safetensors and the Hub raise while they load a model or tokenizer.
 
     Args:
-        name: Hub id or folder, as the user wrote it.
-        setting: where the name is written, such as model.name_or_path, for the remedy.
-        revision: of the Hub that was asked for.
-        attention: implementation that model.attn_implementation asks for.
+        name: Hub id or folder, as the user wrote it. revision: of the Hub.
+        setting: where the name is written, such as model.name_or_path. attention: of model.attn_implementation.
         trust_setting: that lets code of the model run; None where none ever runs.
 
     Raises:
@@ -92,72 +90,46 @@ def loading_errors(
     except SevpeftError:
         raise
     except Exception as error:  # whatever a library raises on files that others wrote; tokenizers a bare Exception
-        raise ModelError(_why_not_loaded(name, error, setting, revision, attention, trust_setting)) from error
+        why = _why_not_loaded(name, error, setting, revision, attention, trust_setting)
+        raise ModelError(f"{name} {why}.") from error
 
 
 def _why_not_loaded(
     name: str, error: Exception, setting: str, revision: str | None, attention: str | None, trust_setting: str | None
 ) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-    from safetensors import SafetensorError
 
-    folder = Path(name).expanduser()
-    causes = list(_causes(error))
-    reason = " ".join(str(error).split())
-
-    def caused_by(kind: type[BaseException]) -> bool:
-        return any(isinstance(cause, kind) for cause in causes)
-
-    if caused_by(GatedRepoError):
-        page = f"https://huggingface.co/{name}"
-        return f"{name} is gated: accept its license at {page} with your account, then run `hf auth login` here."
-    if caused_by(RevisionNotFoundError):
-        return f"{name} has no revision {revision!r}; correct it, or leave it out."
+    folder, reason, short = Path(name).expanduser(), " ".join(str(error).split()), first_sentence(error)
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    kinds = {kind for cause in causes for kind in type(cause).__mro__}
+    if GatedRepoError in kinds:
+        return f"is gated: accept its license at https://huggingface.co/{name}, then run `hf auth login` here"
+    if RevisionNotFoundError in kinds:
+        return f"has no revision {revision!r}; correct it, or leave it out"
     if folder.is_dir() and not (folder / "config.json").is_file():
-        return f"{name} is a folder without config.json, so it holds no transformers model; name one that does."
-    if caused_by(RepositoryNotFoundError):
-        return (
-            f"There is no model {name} on the Hub and no folder of that name here; correct {setting} or, if it is "
-            "private, run `hf auth login`."
-        )
+        return "is a folder without config.json, so it holds no transformers model; name one that does"
+    if RepositoryNotFoundError in kinds:
+        return f"is no folder here and no model on the Hub; correct {setting}, or if it is private, run `hf auth login`"
     if "trust_remote_code" in reason or "custom code" in reason:
         remedy = f"read that code, then set {trust_setting}=true" if trust_setting else "name another model"
-        return f"{name} wants to run code of its own, which is off; {remedy}."
+        return f"wants to run code of its own, which is off; {remedy}"
     if type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"{name} does not fit in the free memory of the GPU; set quantization.load_in_4bit=true, close what else "
-            "uses the GPU, or choose a smaller model."
-        )
-    if caused_by(SafetensorError):
-        return f"{name} has damaged weights ({first_sentence(error)}); fetch or copy them again."
+        return "does not fit in the free memory of the GPU; set quantization.load_in_4bit=true, or take a smaller model"
     if "ignore_mismatched_sizes" in reason:
-        return f"{name} has weights of other shapes than its config.json says; fetch both again, from one place."
+        return "has weights of other shapes than its config.json says; fetch both again, from one place"
     if "backend tokenizer" in reason:
-        return f"{name} has no tokenizer that can be read; put its tokenizer.json and tokenizer_config.json there."
+        return "has no tokenizer that can be read; put its tokenizer.json and tokenizer_config.json there"
     if "safetensors" in reason and re.search("no file named|have a file named", reason):
         return (
-            f"{name} has no *.safetensors weights, and pickled ones can run code when they are read; name a model that "
-            "has them, or convert it once, where that is no danger, with model.save_pretrained(FOLDER)."
+            "has no *.safetensors weights, and pickled ones can run code when they are read; name a model that has "
+            "them, or convert it once, where that is no danger, with model.save_pretrained(FOLDER)"
         )
     if "bitsandbytes" in reason:
-        return (
-            f"{name} cannot be quantized here ({first_sentence(error)}); see what `python -m bitsandbytes` says, or "
-            "install it again with `pip install --force-reinstall bitsandbytes`."
-        )
+        return f"cannot be quantized here ({short}); see what `python -m bitsandbytes` says, or install it again"
     if attention and re.search("attn_implementation|attention implementation|FlashAttention", reason):
-        return (
-            f"model.attn_implementation={attention} does not work for {name} here ({first_sentence(error)}); write "
-            "eager, or leave it out."
-        )
+        return f"does not work with model.attn_implementation={attention} here ({short}); write eager, or leave it out"
     if not folder.exists() and isinstance(error, OSError):
-        return (
-            f"{name} is no folder here and could not be fetched from the Hub; check {setting} and the connection, or "
-            "name a folder that holds the model."
-        )
-    return f"{name} could not be loaded ({first_sentence(error)}); fetch it again, or name another one."
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+        return f"is no folder here and could not be fetched from the Hub; check {setting} and the connection"
+    return f"could not be loaded ({short}); fetch or copy it again, or name another one"

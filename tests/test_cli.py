@@ -268,8 +268,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle": (_only_pickle, "no *.safetensors weights"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no *.safetensors weights"),
     "no tokenizer": (_no_tokenizer, "has no tokenizer that can be read"),
-    "cut weights": (_cut, "has damaged weights"),
-    "no weights at all": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "has damaged weights"),
+    "cut weights": (_cut, "could not be loaded"),
+    "no weights at all": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "could not be loaded"),
     "cut config": (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "could not be loaded"),
     "other architecture": (lambda folder: (folder / "config.json").write_text("{}"), "could not be loaded"),
     "no EOS": (
