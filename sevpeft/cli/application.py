@@ -166,9 +166,9 @@ def quiet_libraries() -> None:
 
 def _check_scratch() -> None:
     """Python would take another folder in silence, and patients' text would lie there for the length of a run."""
-    asked = os.environ.get("TMPDIR")
-    if asked and not os.path.isdir(asked):
-        raise UsageError(f"TMPDIR={asked} is no folder; make it, or unset TMPDIR.")
+    folder = os.environ.get("TMPDIR")
+    if folder and not os.path.isdir(folder):
+        raise UsageError(f"TMPDIR={folder} is no folder; make it, or unset TMPDIR.")
 
 
 def is_main_process() -> bool:

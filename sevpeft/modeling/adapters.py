@@ -94,8 +94,8 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
                 f"it has {', '.join(sorted(existing))}{', or use all-linear' if setting == 'target_modules' else ''}."
             )
     layers, count = config.layers_to_transform, model.config.get_text_config().num_hidden_layers
-    asked = [] if layers is None else [layers] if isinstance(layers, int) else layers
-    if beyond := [str(number) for number in asked if not 0 <= number < count]:
+    numbers = [] if layers is None else [layers] if isinstance(layers, int) else layers
+    if beyond := [str(number) for number in numbers if not 0 <= number < count]:
         raise ModelError(f"lora.layers_to_transform names {', '.join(beyond)}; {kind} has layers 0 to {count - 1}.")
 
 

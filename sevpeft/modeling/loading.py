@@ -102,13 +102,13 @@ def why_no_gpu(recipe: Recipe) -> str:
 
 def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesConfig | None:
     """bitsandbytes settings of the recipe, with `auto` resolved; None when nothing is quantized."""
-    asked = recipe.quantization
-    if asked.load_in_8bit:
+    settings = recipe.quantization
+    if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
-    if not asked.load_in_4bit:
+    if not settings.load_in_4bit:
         return None
-    compute = asked.bnb_4bit_compute_dtype
-    storage: str = asked.bnb_4bit_quant_storage
+    compute = settings.bnb_4bit_compute_dtype
+    storage: str = settings.bnb_4bit_quant_storage
     if compat.weights_are_sharded():
         # FSDP and ZeRO-3 divide parameters of a floating type only and cast those of a layer to the one that is
         # computed in: whole bytes would stay on every GPU, and another floating type would be rounded into garbage.
@@ -120,8 +120,8 @@ def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesCon
         storage = needed
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=asked.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=precision.dtype if compute == "auto" else getattr(torch, compute),
         bnb_4bit_quant_storage=torch.uint8 if storage == "auto" else getattr(torch, storage),
     )
@@ -145,11 +145,11 @@ def _quantized_by_others(recipe: Recipe, how: str) -> ModelError:
 
 def check_form(recipe: Recipe, config: PretrainedConfig) -> None:
     """Raises ModelError where bitsandbytes wrote the files in another form than the recipe's; theirs would be taken."""
-    own, asked = _own_quantization(config), recipe.quantization
+    own, wanted = _own_quantization(config), recipe.quantization
     keys = ["load_in_4bit", "load_in_8bit"] if own.get("load_in_4bit") or own.get("load_in_8bit") else []
     if own.get("load_in_4bit"):
         keys += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"]
-    if other := [f"quantization.{key}={own[key]}" for key in keys if key in own and own[key] != getattr(asked, key)]:
+    if other := [f"quantization.{key}={own[key]}" for key in keys if key in own and own[key] != getattr(wanted, key)]:
         raise _quantized_by_others(recipe, f"in another form than the recipe asks for; set {' '.join(other).lower()}")
 
 

@@ -48,8 +48,8 @@ def adapter_card(run: Run) -> str:
         model = run.metrics()["model"]
         config = quantization_config(recipe, Precision(getattr(torch, model["dtype"]), bf16=False, fp16=False))
         settings = {} if config is None else config.to_diff_dict()
-        asked = [key for key in recipe.quantization.model_dump() if key in settings]
-        header = {"library_name": "peft", "quantization": ", ".join(f"{key}={settings[key]!r}" for key in asked)}
+        keys = [key for key in recipe.quantization.model_dump() if key in settings]
+        header = {"library_name": "peft", "quantization": ", ".join(f"{key}={settings[key]!r}" for key in keys)}
         return _filled_in("adapter.md.jinja", run, recipe, _public_name(model["name_or_path"]), **header)
     except (ValueError, KeyError, TypeError, UndefinedError) as error:
         files = f"metrics.json or environment.json of {run.folder}"

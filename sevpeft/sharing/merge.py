@@ -189,11 +189,11 @@ def merge(
 
 
 def _merged(
-    run: Run, recipe: Recipe, weights: str, asked: str, quantized: PreTrainedModel | None
+    run: Run, recipe: Recipe, weights: str, number_format: str, quantized: PreTrainedModel | None
 ) -> tuple[PreTrainedModel, int]:
     """The adapter merged into the unquantized weights of the recipe's base, or into those of the quantized model."""
     gc.collect()
-    config, dtype = load_config(recipe), None if asked == "auto" else getattr(torch, asked)
+    config, dtype = load_config(recipe), None if number_format == "auto" else getattr(torch, number_format)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
         dtype, trust = dtype or config.dtype or torch.bfloat16, recipe.model.trust_remote_code

@@ -92,13 +92,13 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
 
 def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
     """The table, its parts, and the severity of its rows: None where there is none, for plain cross-entropy."""
-    data, asked = recipe.data, recipe.severity
+    data, weighting = recipe.data, recipe.severity
     keep: Keep = ("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped"
     table = load_consultations(data, keep=keep)
     severity = None
-    if asked.control != "uniform" or asked.source != "columns" or has_severity(table.rows):
+    if weighting.control != "uniform" or weighting.source != "columns" or has_severity(table.rows):
         severity = severity_of(
-            table.rows, source=asked.source, classifier=asked.classifier, temperature=asked.temperature
+            table.rows, source=weighting.source, classifier=weighting.classifier, temperature=weighting.temperature
         )
     rows = table.rows.add_column("source_index", np.arange(len(table.rows)))
     keys = None
@@ -141,12 +141,12 @@ def weigh(recipe: Recipe, severity: Severity | None, kept: np.ndarray) -> tuple[
     """Weights (n,) of the training rows that were kept, and what they amount to."""
     if severity is None:
         return np.ones(len(kept)), WeightSummary.of(np.ones(len(kept)), None)
-    asked = recipe.severity
+    weighting = recipe.severity
     weights = severity_weights(
         severity.probabilities[kept],
-        asked.coefficients(),
-        normalize=asked.normalize,
-        control=asked.control,
+        weighting.coefficients(),
+        normalize=weighting.normalize,
+        control=weighting.control,
         seed=recipe.training.settings()["seed"],
     )
     return weights, WeightSummary.of(weights, severity.strata[kept])
@@ -234,17 +234,17 @@ def _encode_batch(
     prompts = prompt.prompt_ids(batch["question"], batch.get("dialect"))
     answers = prompt.answer_ids(batch["answer"])
     rows = []
-    for index, asked, answer, question, dialect in zip(
+    for index, prompt_ids, answer, question, dialect in zip(
         indices, prompts, answers, batch["question"], dialects, strict=True
     ):
         lost = 0
-        if max_length is not None and len(asked) + len(answer) > max_length:
+        if max_length is not None and len(prompt_ids) + len(answer) > max_length:
             shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer))
             if shorter is None:
                 continue
-            asked, lost = shorter
-        labels = [IGNORED] * len(asked) + answer
-        rows.append((asked + answer, labels, int(strata[index]), index, lost, len(labels), len(answer)))
+            prompt_ids, lost = shorter
+        labels = [IGNORED] * len(prompt_ids) + answer
+        rows.append((prompt_ids + answer, labels, int(strata[index]), index, lost, len(labels), len(answer)))
     return {name: [row[number] for row in rows] for number, name in enumerate(_FEATURES)}
 
 

@@ -45,12 +45,12 @@ class ResolvedRun:
     """What a training needs to know of its recipe on this machine.
 
     Attributes:
-        recipe: with numbers in place of every `auto` but padding_free. asked: as it was given.
+        recipe: with numbers in place of every `auto` but padding_free. given: as it was given.
         arguments: TRL's settings, made from the recipe.
     """
 
     recipe: Recipe
-    asked: Recipe
+    given: Recipe
     precision: Precision
     arguments: SFTConfig
     config: PretrainedConfig
@@ -59,7 +59,7 @@ class ResolvedRun:
 
     def with_layout(self, model: PreTrainedModel, longest: int) -> ResolvedRun:
         """With the layout of rows that the loaded model allows (`choose_layout`)."""
-        recipe = choose_layout(self.asked, self.recipe, model, longest)
+        recipe = choose_layout(self.given, self.recipe, model, longest)
         arguments = sft_config(recipe, self.precision, Path(self.arguments.output_dir))
         return replace(self, recipe=recipe, arguments=arguments)
 
@@ -240,11 +240,11 @@ def resolve_split(
     return with_training(recipe, **changes, global_batch_size=total)
 
 
-def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel, longest: int) -> Recipe:
+def choose_layout(given: Recipe, resolved: Recipe, model: PreTrainedModel, longest: int) -> Recipe:
     """The resolved recipe, with padding_free chosen by what the model does with packed rows, and validation batches.
 
     Args:
-        asked: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
+        given: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
         longest: tokens of the longest validation row.
 
     Raises:
@@ -260,8 +260,8 @@ def choose_layout(asked: Recipe, resolved: Recipe, model: PreTrainedModel, longe
         if possible and not weights_are_sharded() and documents_stay_apart(model)[0]:
             resolved = with_training(resolved, padding_free=True)
         else:
-            resolved = split_here(with_training(asked, padding_free=False))
-    if asked.training.settings()["per_device_eval_batch_size"] != AUTO:
+            resolved = split_here(with_training(given, padding_free=False))
+    if given.training.settings()["per_device_eval_batch_size"] != AUTO:
         return resolved
     settings = resolved.training.settings()
     size = settings["per_device_eval_batch_size"]
