@@ -402,7 +402,7 @@ def test_a_full_folder_for_temporary_files_is_named(
 
     monkeypatch.setattr(datasets.Dataset, "map", full)
     sentence = refusal("train", QUICKSTART, f"model.name_or_path={model_folder()}", "--output", "run")
-    assert sentence == f"No space is left for {scratch}; free some, or set TMPDIR to a folder on another disk."
+    assert str(scratch) in sentence and "set TMPDIR" in sentence
     assert not Path("run").exists()
 
 

@@ -362,7 +362,7 @@ def test_a_run_without_test_rows_or_with_changed_data_is_refused(tmp_path: Path,
         rows_of(load_recipe(QUICKSTART, ["data.test_size=0", f"data.path={path}"]))
     recipe = run.folder / "recipe.yaml"
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("builtin:consultations", str(path)), encoding="utf-8")
-    with pytest.raises(RunError, match="bring that content back"):
+    with pytest.raises(RunError, match="bring that back"):
         evaluate(run)
 
 

@@ -52,8 +52,6 @@ def test_types_that_the_libraries_declare_decide_what_a_recipe_may_hold() -> Non
         ("lora", "target_modules", [1], False),
         ("lora", "layer_replication", [[0, 2], [1, 3]], True),  # pairs
         ("lora", "rank_pattern", {"q_proj": 2}, True),
-        ("lora", "eva_config", {"rho": 1.0}, True),  # a dataclass
-        ("lora", "eva_config", 3, False),
     ]
     for section, key, value, allowed in rows:
         try:
