@@ -171,6 +171,8 @@ def resume_checkpoint(run: Run, required: Sequence[str], on_message: Callable[[s
     """
     found, lines = None, 0
     for checkpoint in sorted(_checkpoints(run), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if (checkpoint / "counts.json").is_file():  # not damaged, so it must not be removed
+            raise RunError(f"{checkpoint} was written by an earlier version; resume with that, or start another run.")
         damage = checkpoint_damage(checkpoint, required)
         if damage is None:
             found = checkpoint
