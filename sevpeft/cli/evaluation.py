@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sevpeft.cli.application import AsJson, RunFolder, Words, app, quiet_libraries
-from sevpeft.errors import UsageError
+from sevpeft.cli.training import RecipeFile
 
 NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")]
 
@@ -61,9 +60,8 @@ def evaluate(
 
 @app.command()
 def compare(
-    words: Annotated[
-        list[str], typer.Argument(metavar="RECIPE… [KEY=VALUE…]", help="Recipes, settings for all", show_default=False)
-    ],
+    recipe: RecipeFile,
+    overrides: Words = None,
     arms: Annotated[
         str, typer.Option(help="base, ce, mild, balanced, strong, own (the recipe's weights), shuffled, constant.")
     ] = "base,ce,mild,balanced,strong,shuffled,constant",
@@ -83,12 +81,7 @@ def compare(
     """
     from sevpeft.console import Screen, print_json
 
-    overrides = [word for word in words if re.match(r"\w+(\.\w+)*=", word)]
-    recipes = [Path(word) for word in words if word not in overrides]
-    if not recipes:
-        raise UsageError("compare needs a recipe, such as recipes/quickstart.yaml.")
-    name = recipes[0].stem if len(recipes) == 1 else f"{len(recipes)}-recipes"
-    folder = (output or Path("runs") / f"comparison-{name}").expanduser()
+    folder = (output or Path("runs") / f"comparison-{recipe.stem}").expanduser()
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
@@ -97,7 +90,8 @@ def compare(
         from sevpeft.evaluation.tables import comparison_tables
         from sevpeft.sharing.card import write_card
     settings: dict[str, Any] = {"arms": parse_arms(arms), "seeds": parse_seeds(seeds), "answers": not nll_only}
-    content = comparing.compare(recipes, overrides, output=folder, console=messages, on_trained=write_card, **settings)
+    settings |= {"output": folder, "console": messages, "on_trained": write_card}
+    content = comparing.compare(recipe, overrides or [], **settings)
     if as_json:
         print_json(content)
         return

@@ -2,7 +2,6 @@
 
 A gain over plain cross-entropy proves nothing about severity, so beside the presets stand controls: the same weights
 shuffled over the consultations (the same spread without the information) and their mean for all (the same step size).
-What could make rows, steps or prompts differ between arms is refused here, before anything is trained.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,72 +55,48 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """The arms of one recipe, whose runs stand in `folder`; `recipe` is what all share, as it was given."""
+def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str) -> tuple[Recipe, str]:
+    """The recipe of an arm, that of `sevpeft train` with the same settings, and the name of its run.
 
-    path: Path
-    overrides: tuple[str, ...]
-    folder: Path
-    recipe: Recipe
-
-    def recipe_of(self, arm: str, seed: int, controlled: str) -> Recipe:
-        """The recipe of an arm, that of `sevpeft train` with the same settings; controls have weights of another."""
-        settings = [f"training.seed={seed}"]
-        weights = controlled if arm in CONTROLS else arm
-        if weights in SEVERITY_PRESETS:
-            settings.append(f"severity.weights={weights}")
-        if arm in (CE, *CONTROLS):
-            settings.append(f"severity.control={'uniform' if arm == CE else arm}")
-        return load_recipe(self.path, [*self.overrides, *settings])
-
-    def run_of(self, arm: str, seed: int, controlled: str) -> Run:
-        """Where the run of an arm stands: balanced-0, and shuffled-balanced-0 for a control of balanced."""
-        return Run(self.folder / (f"{arm}-{controlled}-{seed}" if arm in CONTROLS else f"{arm}-{seed}"))
-
-
-def experiments(paths: Sequence[Path], overrides: Sequence[str], arms: Sequence[str], output: Path) -> list[Experiment]:
-    """The experiments of several recipes, each in a folder of its name.
-
-    Raises:
-        UsageError: arms of a recipe would differ in more than weights, two recipes have one name, or an arm is another
-            under a second name, or several processes run. RunError: the output folder is a run.
+    Args:
+        controlled: the arm whose weights a control has; its run is called shuffled-balanced-0, others balanced-0.
     """
+    settings = [f"training.seed={seed}"]
+    weights = controlled if arm in CONTROLS else arm
+    if weights in SEVERITY_PRESETS:
+        settings.append(f"severity.weights={weights}")
+    if arm in (CE, *CONTROLS):
+        settings.append(f"severity.control={'uniform' if arm == CE else arm}")
+    name = f"{arm}-{controlled}-{seed}" if arm in CONTROLS else f"{arm}-{seed}"
+    return load_recipe(path, [*overrides, *settings]), name
+
+
+def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
+    """Raises UsageError where arms would differ in more than weights or not at all, RunError where output is a run."""
     check_one_process("compare")
     if (output / "recipe.yaml").exists():
         raise RunError(f"{output} holds a run; give --output a folder of its own.")
-    found: dict[str, Experiment] = {}
-    for path in paths:
-        recipe = load_recipe(path, overrides)
-        weights, training = recipe.severity.weights, recipe.training.settings()
-        if recipe.severity.control != "none":
-            raise UsageError(f"The arms set severity.control themselves; leave it out of {path}.")
-        # Each would give every arm another number of steps, or another batch.
-        for key in ("load_best_model_at_end", "auto_find_batch_size"):
-            if training.get(key):
-                raise UsageError(f"With training.{key} more than the weights would differ between arms; leave it out.")
-        if OWN in arms and isinstance(weights, str) and weights in arms:
-            raise UsageError(f"The own weights of {path} are {weights}, which is an arm already; drop one.")
-        if recipe.name in found:
-            raise UsageError(f"Two recipes are called {recipe.name}, which is the name of their folder; rename one.")
-        found[recipe.name] = Experiment(path, tuple(overrides), output / recipe.name, recipe)
-    return list(found.values())
+    weights, training = recipe.severity.weights, recipe.training.settings()
+    if recipe.severity.control != "none":
+        raise UsageError("The arms set severity.control themselves; leave it out.")
+    # Each would give every arm another number of steps, or another batch.
+    for key in ("load_best_model_at_end", "auto_find_batch_size"):
+        if training.get(key):
+            raise UsageError(f"With training.{key} more than the weights would differ between arms; leave it out.")
+    if OWN in arms and isinstance(weights, str) and weights in arms:
+        raise UsageError(f"The recipe's own weights are {weights}, which is an arm already; drop one.")
 
 
 def state_of(run: Run, recipe: Recipe) -> str:
     """ "absent", "started" or "finished"; a RunError where it is damaged, or was trained by another recipe."""
+    if not (run.folder / "recipe.yaml").exists() and not run.adapter.exists():
+        # A training that was killed before it wrote its recipe; nothing in it can be continued.
+        shutil.rmtree(run.folder, ignore_errors=True)
+        return "absent"
     try:
-        if not (run.folder / "recipe.yaml").exists():
-            if run.adapter.exists():
-                raise ValueError("a run without its recipe")
-            # A training that was killed before it wrote its recipe; nothing in it can be continued.
-            shutil.rmtree(run.folder, ignore_errors=True)
-            return "absent"
         recipe, finished = as_started(recipe, run), run.finished
     except (SevpeftError, ValueError):
-        raise RunError(
-            f"{run.folder} is damaged; move it away and run this again, which trains that run anew."
-        ) from None
+        raise RunError(f"{run.folder} is damaged; move it away and run this again, which trains it anew.") from None
     check_same_recipe(recipe, run)
     return "finished" if finished else "started"
 
@@ -143,7 +117,4 @@ def differences(stored: Any, now: Any, path: str = "") -> list[str]:
 def check_adapter(run: Run) -> None:
     """Raises RunError when a run has no adapter yet."""
     if not (run.adapter / "adapter_model.safetensors").is_file():
-        raise RunError(
-            f"There is no adapter in {run.folder} yet; finish the run with `sevpeft train` and --resume, or name "
-            "another one."
-        )
+        raise RunError(f"There is no adapter in {run.folder} yet; finish the run with `sevpeft train` and --resume.")

@@ -2,8 +2,7 @@
 
 BERTScore (Zhang et al. 2020) matches each token of one text with its nearest in the other by the hidden states of one
 layer of an encoder. The published results use bert-base-multilingual-cased, layer 9, without rescaling and without idf
-weights: the defaults of a recipe. The package guesses the architecture from the model's name (a path with "t5" in it is
-a T5), reads pickled weights, and knows the layers of its own list only.
+weights: the defaults of a recipe. The package itself guesses the architecture from the model's name and reads pickles.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from bert_score.utils import bert_cos_score_idf
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, loading_errors
@@ -28,27 +27,19 @@ _SETTING = "evaluation.bertscore_model"
 
 
 def load_encoder(settings: EvaluationSection) -> tuple[Encoder | None, str | None]:
-    """The encoder of BERTScore, or None and why the score is left out.
-
-    The default encoder may be absent on a machine without a connection. One that the recipe names was meant, so that a
-    ModelError says why it cannot be loaded.
-    """
+    """The encoder of BERTScore, or None and why the score is left out: a machine may have no connection to fetch it."""
     if not settings.bertscore:
         return None, "BERTScore is left out, as evaluation.bertscore=false says."
     try:
         return Encoder(settings.bertscore_model, settings.bertscore_layer), None
     except ModelError as error:
-        default = EvaluationSection()
-        if (settings.bertscore_model, settings.bertscore_layer) != (default.bertscore_model, default.bertscore_layer):
-            raise
         return None, f"BERTScore is left out: {error}"
 
 
 class Encoder:
-    """An encoder in float32, loaded once for all arms and floors.
+    """An encoder (Hub id or folder) in float32, loaded once for all arms and floors.
 
     Args:
-        name: Hub id or folder.
         num_layers: the layer whose hidden states are compared, counted from 1; those above it are not loaded.
 
     Raises:
@@ -61,22 +52,16 @@ class Encoder:
             look_for_hub()
         with loading_errors(name, setting=_SETTING):
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-            layers = getattr(config, "num_hidden_layers", 0)
-            if not 1 <= num_layers <= layers:
-                raise ModelError(
-                    f"{name} has layers 1 to {layers} and no layer {num_layers}; correct evaluation.bertscore_layer."
-                )
             # The package's way to choose a layer, without the rest in memory.
             config.num_hidden_layers = num_layers
             if getattr(config, "layer_types", None):
                 config.layer_types = list(config.layer_types)[:num_layers]
-            kind = T5EncoderModel if config.model_type in ("t5", "mt5", "umt5") else AutoModel
             how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-            model, loading = kind.from_pretrained(place, config=config, output_loading_info=True, **how)
+            model, loading = AutoModel.from_pretrained(place, config=config, output_loading_info=True, **how)
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         # transformers fills what is missing with random numbers, and makes up a tokenizer without files.
         if absent := sorted(key for key in loading["missing_keys"] if "pooler" not in key):
-            raise ModelError(f"{name} lacks {len(absent)} weights, such as {absent[0]}; fetch it again.")
+            raise ModelError(f"{name} lacks {absent[0]}; fetch it again, or lower evaluation.bertscore_layer.")
         if len(tokenizer) <= len(tokenizer.all_special_tokens) or tokenizer.pad_token_id is None:
             raise ModelError(f"{name} has no tokenizer with words and a pad token; name a BERT in {_SETTING}.")
         # A tokenizer without a length of its own says 10^30, which its truncation cannot count to.
@@ -84,8 +69,6 @@ class Encoder:
         if "roberta" in config.model_type or config.model_type in ("camembert", "xlm"):
             positions -= (config.pad_token_id or 0) + 1  # RoBERTa and its kin count from after the pad token
         tokenizer.model_max_length = int(min(positions, tokenizer.model_max_length))
-        if hasattr(model, "decoder") and hasattr(model, "encoder"):
-            model = model.encoder
         self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self._tokenizer = tokenizer
 

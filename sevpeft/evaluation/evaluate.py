@@ -1,21 +1,20 @@
 """Evaluation of a run on its own test split: likelihoods, answers, scores, floors and intervals.
 
-What is slow is kept row by row and never done twice; the scores are computed from it anew each time. What can be
-refused is refused before the model is loaded. Of the run's own files none is changed.
+What is slow is kept row by row and never done twice; the scores are computed from it anew each time.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -38,7 +37,7 @@ from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, check_run, file_hash, keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import Severity
-from sevpeft.training.checkpoints import check_same_data
+from sevpeft.training.checkpoints import check_same_data, run_lock
 from sevpeft.training.data import load_splits, prompt_of, source_index
 
 EVALUATION, SCORES = "evaluation.json", "scores.jsonl"
@@ -65,7 +64,6 @@ def evaluate(
         arms: ADAPTER and BASE, or one of them.
         answers: generate and score answers; without, the likelihood alone is computed, in a fraction of the time.
         floors: score the floors too; a comparison shows them once, not for every arm and seed.
-        console: where progress is shown.
 
     Returns:
         The content of evaluation.json. What cannot be done is a SevpeftError, and finished work is kept.
@@ -82,25 +80,16 @@ def evaluate(
     check_same_data(table.fingerprint, table.source, run)
     every = test_rows(table, splits, severity)
     rows = every.limited(limit)
-    if len(np.unique(rows.groups)) < 2:
-        remedy = "raise --limit" if len(rows) < len(every) else "train with a larger data.test_size"
-        raise RunError(f"There are not two questions to evaluate on, and one shows nothing; {remedy}.")
     asked = recipe.evaluation
     encoder, missing_encoder = load_encoder(asked) if answers else (None, None)
     judge = Judge(asked.judge) if asked.judge and answers else None
     floors = floors and ADAPTER in arms
-    verdicts: tuple[dict[str, Scores], dict[str, Any], list[str]] = ({}, {}, [])
+    verdicts: tuple[dict[str, Scores], list[str]] = ({}, [])
     constant = None
     if answers and floors:
         chosen = np.random.default_rng(0).permutation(len(splits.train))[:_ANSWERS_TO_CHOOSE_FROM]
         constant = scoring.constant_answer(splits.train.select(chosen)["answer"])
-    lock = FileLock(run.folder / ".evaluating", timeout=0)  # a kill releases it
-    with plain_disk_errors(run.folder, remedy="evaluate a run that you may write to"):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RunError(f"{run.folder} is being evaluated by another process; wait for it.") from None
-    try:
+    with run_lock(run.folder), finished_rows_are_kept():
         work = _RowWork(run, recipe, every, rows, console)
         likelihood: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         lines: dict[str, list[dict[str, Any]]] = {}
@@ -113,18 +102,12 @@ def evaluate(
         texts = {arm: [line["prediction"] for line in of_arm] for arm, of_arm in lines.items()}
         if judge is not None:
             origin = {**work.answer_origin, "judge": judge.about}
-            kept = RowFile(run.folder / JUDGEMENTS, origin, ("digest", "ratings", "reason"))
+            kept = RowFile(run.folder / JUDGEMENTS, origin)
             with_floor = texts | ({CONSTANT: [constant] * len(rows)} if constant and BASE in arms else {})
             verdicts = judge.rate(rows, with_floor, kept.lines, kept.append, console)
-    except KeyboardInterrupt as error:
-        raise Interrupted("Interrupted; finished rows are kept, and the same command goes on from them.") from error
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
     with console.status("Scoring"):
-        scores: dict[str, Scores] = {
-            name: {"nll": likelihood[name][0]} for name in scoring.COLUMNS if name in likelihood
-        }
+        columns = [name for name in scoring.COLUMNS if name in likelihood]
+        scores: dict[str, Scores] = {name: {"nll": likelihood[name][0]} for name in columns}
         for arm, of_arm in lines.items():
             truncated = [line["truncated"] for line in of_arm]
             scores[arm] |= scoring.row_scores(rows, texts[arm], truncated=truncated, encoder=encoder)
@@ -136,10 +119,7 @@ def evaluate(
             scores[column] |= by_name
         meanings = scoring.METRICS | (judge.metrics if judge else {})
         tokens = {column: of for column, (_, of) in likelihood.items()}
-        summary, of_arms = scoring.summarize(
-            "", rows, scores, asked, tokens=tokens, pairs={ADAPTER: (BASE,)}, metrics=meanings
-        )
-        scoring.add_comparisons({"": summary}, of_arms, lambda place: place[2], meanings)
+        summary = scoring.summarize(rows, scores, asked, tokens=tokens, pairs={ADAPTER: (BASE,)}, metrics=meanings)
         unfit = int((tokens[arms[0]] == 0).sum())
         lost = max((sum(line["lost_words"] > 0 for line in of_arm) for of_arm in lines.values()), default=0)
         notes = [
@@ -147,19 +127,18 @@ def evaluate(
             missing_encoder,
             unfit and f"No NLL: {unfit:,} rows, whose answer leaves no room for a question in training.max_length.",
             lost and f"Shortened to fit the model's context: {lost:,} questions.",
-            *verdicts[2],
+            *verdicts[1],
         ]
         content = {
             **work.origin,
             "data": {**work.origin["data"], "fingerprint": rows.fingerprint, "evaluated": len(rows)},
             **{name: getattr(recipe, name).model_dump() for name in ("generation", "evaluation")},
-            "split": "test",
             "scores": summary,
             "columns": {name: text for name, text in scoring.COLUMNS.items() if name in scores},
             "metrics": {name: meanings[name] for name in next(iter(summary.values()))["metrics"]},
             "methods": scoring.methods(asked, "the strata of one score together"),
             "lexicons": lexicon_versions() if answers else {},
-            **({"judge": verdicts[1]} if judge else {}),
+            **({"judge": judge.about} if judge else {}),
             "notes": [note for note in notes if note],
         }
         _write(run, content, rows, scores)
@@ -169,13 +148,12 @@ def evaluate(
 # Rows
 
 
-def test_rows(table: Consultations, splits: Splits, severity: Severity | None, split: str = "test") -> EvaluationRows:
-    """Rows of a split from what `load_splits` gives for a run's recipe; a RunError where it kept none for the test."""
-    rows = splits.test if split == "test" else splits.validation
+def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -> EvaluationRows:
+    """Test rows from what `load_splits` gives for a run's recipe; a RunError where it kept none."""
+    rows = splits.test
     if len(rows) == 0:
         raise RunError(
-            "The run kept no rows for the test; train again with data.test_size=0.1, or with a split column that names "
-            "test rows."
+            "The run kept no rows for the test; train again with data.test_size=0.1, or a split column with test rows."
         )
     # Near-duplicates where `sevpeft prepare` found them, else equal questions.
     groups = rows["group"][:] if table.provenance else question_keys(rows)
@@ -201,18 +179,10 @@ class RowFile:
     """Lines {"arm": …, "id": …, …} of one origin in a file that only grows, so that a kill costs one batch.
 
     Beside `predictions.jsonl` stands `predictions.about.json`, which says from which adapter, rows, prompt and settings
-    the lines come.
-
-    Args:
-        path: of the .jsonl file, which need not exist.
-        origin: what the lines depend on, as nested plain values. Lines of another are a RunError.
-        fields: that every line has beside arm and id.
-
-    Attributes:
-        lines: (arm, id) → line.
+    the lines come: their origin, as nested plain values. Lines of another are a RunError. `lines`: (arm, id) → line.
     """
 
-    def __init__(self, path: Path, origin: Mapping[str, Any], fields: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
         self.path, self.about = path, path.with_suffix(".about.json")
         self.lines: dict[tuple[str, str], dict[str, Any]] = {}
         # Read back as it was written, or 1 and 1.0, tuples and lists would differ.
@@ -233,7 +203,7 @@ class RowFile:
         for text in lines:
             try:
                 line = json.loads(text)
-                if text.endswith(b"\n") and all(name in line for name in fields):
+                if text.endswith(b"\n"):
                     self.lines.setdefault((str(line["arm"]), str(line["id"])), line)
                     valid.append(text)
             except (ValueError, KeyError, TypeError):
@@ -279,10 +249,9 @@ class _RowWork:
         # Answers do not depend on how many are given at once.
         generation = recipe.generation.model_dump(exclude={"per_device_eval_batch_size"})
         self.answer_origin = {**self.origin, "generation": generation}
-        fields = ("prediction", "truncated", "lost_words")
-        self.predictions = RowFile(run.folder / PREDICTIONS, self.answer_origin, fields)
+        self.predictions = RowFile(run.folder / PREDICTIONS, self.answer_origin)
         shuffling = {"max_length": self.max_length, "evaluation": {"seed": recipe.evaluation.seed}}
-        self.likelihoods = RowFile(run.folder / LIKELIHOOD, {**self.origin, **shuffling}, ("nll", "tokens"))
+        self.likelihoods = RowFile(run.folder / LIKELIHOOD, {**self.origin, **shuffling})
         self._run = run
         self._loaded: tuple[PreTrainedModel, Prompt] | None = None
 
@@ -336,6 +305,16 @@ class _RowWork:
             if arm != BASE and not isinstance(model, PeftModel):
                 self._loaded = attach_adapter(model, self._run.adapter, self.recipe), prompt
         return self._loaded
+
+
+@contextmanager
+def finished_rows_are_kept() -> Iterator[None]:
+    """Ends in an Interrupted that says so, where the block was interrupted."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        message = "Interrupted; finished runs and rows are kept, and the same command goes on from them."
+        raise Interrupted(message, getattr(error, "exit_code", 130)) from error
 
 
 def stored_evaluation(run: Run) -> dict[str, Any]:

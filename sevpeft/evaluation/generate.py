@@ -1,8 +1,7 @@
 """Answers of a loaded model to questions, and the likelihood that it gives to reference answers.
 
-The prompt is the training's own. A row's answer does not depend on its batch: padding is hidden behind the attention
-mask, and a model that cannot do that answers one question at a time. So a resumed or limited evaluation gives the same
-answers, to the rounding of the device: in float32 greedy answers are equal token for token, in bfloat16 most are.
+The prompt is the training's own. A row's answer does not depend on its batch but for rounding, which in float32 changes
+no greedy answer: padding is masked, and a model that cannot do that answers one question at a time.
 """
 
 from __future__ import annotations
@@ -15,15 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sevpeft.errors import ModelError, RunError
 from sevpeft.modeling.prompts import Prompt
@@ -48,18 +40,16 @@ class EvaluationRows:
     """Rows to evaluate on, n of them. They are joined to other tables by id, never by position.
 
     Attributes:
-        ids: unique.
-        dialects: None where the data names none.
         strata: (n,) int64, position in SEVERITIES of the most probable severity, -1 where it is not known.
         groups: (n,) int64, equal for rows with the same question, which are no independent evidence.
-        source, fingerprint: where the rows come from, and the hash of its bytes.
+        fingerprint: hash of the bytes of the source.
         leaks: questions that the data's own split has on two sides.
     """
 
     ids: list[str]
     questions: list[str]
     references: list[str]
-    dialects: list[str | None] | None
+    dialects: list[str | None] | None  # None where the data names none
     strata: np.ndarray
     groups: np.ndarray
     source: str
@@ -93,7 +83,7 @@ def generate(
     prompt: Prompt,
     rows: EvaluationRows,
     settings: GenerationSection,
-    on_slow: Callable[[str], None] | None = None,
+    on_slow: Callable[[str], None],
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers the rows' questions, longest first.
 
@@ -104,10 +94,8 @@ def generate(
 
     Yields:
         Of a batch {id, prediction, token_ids (with the end token), truncated (no end token came), lost_words (of the
-        question, which did not fit the context)}, in an order of its own.
-
-    Raises:
-        ModelError: max_new_tokens leave no room for a question. RunError: one row alone does not fit the GPU's memory.
+        question, which did not fit the context)}, in an order of its own. A RunError where one row alone does not fit
+        the GPU's memory.
     """
     size, most = settings.per_device_eval_batch_size, settings.max_new_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -120,8 +108,7 @@ def generate(
     (model.get_base_model() if hasattr(model, "get_base_model") else model).generation_config = GenerationConfig()
     if min(size, len(rows)) > 1 and (problem := batching_problem(model, prompt.end_id)):
         size = 1
-        if on_slow is not None:
-            on_slow(f"Questions are answered one at a time, which is slower: {problem}.")
+        on_slow(f"Questions are answered one at a time, which is slower: {problem}.")
     for batch, answers in _run_batches(
         range(len(rows)),
         list(map(len, prompts)),
@@ -171,9 +158,7 @@ def _run_batches(
     """Batches of rows, the longest first, with what was computed of them; one too large for the GPU is halved.
 
     Args:
-        size: most rows of a batch whose longest row has this length.
-        padding: most tokens of padding in a batch.
-        remedy: what helps where a single row is too large.
+        size: most rows of a batch whose longest row has this length; padding: most tokens of it in a batch.
     """
     order, share = sorted(rows, key=lambda i: -lengths[i]), 1.0
     while order:
@@ -188,8 +173,7 @@ def _run_batches(
         except torch.OutOfMemoryError as error:
             if count == 1:
                 raise RunError(
-                    f"The GPU's memory is full with a single row; {remedy}, or evaluate on a GPU with more memory. "
-                    "Finished rows are kept."
+                    f"A single row does not fit the GPU's memory; {remedy}. Finished rows are kept."
                 ) from error
         share = count / 2 / size(longest)  # out here the exception, which holds the memory, is gone
         torch.cuda.empty_cache()
@@ -204,22 +188,17 @@ def _answers(
     # Padded with a token of the row itself, as a repetition penalty looks at all tokens, the masked ones too.
     padded = [row[:1] * (longest - len(row)) + row for row in prompts.values()]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in prompts.values()]
-    warpers: list[LogitsProcessor] = []
+    most, warpers = settings.max_new_tokens, LogitsProcessorList()
     if settings.do_sample:
         warpers.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k:
-            warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            warpers.append(TopPLogitsWarper(settings.top_p))
-        warpers.append(SeededDraw(list(prompts), settings.seed, settings.max_new_tokens))
+        warpers += [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
+        warpers += [TopPLogitsWarper(settings.top_p), SeededDraw(list(prompts), settings.seed, most)]
     output = model.generate(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
-        logits_processor=LogitsProcessorList(warpers),
+        logits_processor=warpers,
         # `SeededDraw` draws, and leaves one token to choose.
-        generation_config=_config(
-            prompt.end_id, settings.max_new_tokens, repetition_penalty=settings.repetition_penalty
-        ),
+        generation_config=_config(prompt.end_id, most, repetition_penalty=settings.repetition_penalty),
     )
     # After its end a row is padded until the last of the batch has ended.
     return [
@@ -231,9 +210,8 @@ def _answers(
 class SeededDraw(LogitsProcessor):
     """Draws one token for every row by its probability, and leaves nothing else to choose.
 
-    Transformers' own sampling takes the random numbers of a batch from one stream, so that a row's answer would depend
-    on its neighbors. Here each row has a stream of its own, of as many numbers as its answer has steps, seeded with its
-    id. A token is the first at which the cumulated probability passes the row's next number.
+    Transformers draws for a whole batch from one stream, so that a row's answer would depend on its neighbors. Here
+    each row has its own, seeded with its id: the first token at which the cumulated probability passes the next number.
     """
 
     def __init__(self, ids: list[str], seed: int, steps: int) -> None:
@@ -249,16 +227,12 @@ class SeededDraw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-# Likelihood
-
-
 def reference_nll(
     model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows, *, max_length: int | None
 ) -> Iterator[list[dict[str, Any]]]:
     """Negative log-likelihood of every row's reference answer, given its question: the training's validation loss.
 
     Args:
-        model: in evaluation mode.
         max_length: as in training; a question is shortened to it, an answer never.
 
     Yields:
@@ -310,20 +284,14 @@ def _batch_nll(model: PreTrainedModel, prompts: list[list[int]], answers: list[l
     return sums.tolist()
 
 
-# Whether questions may share a batch
-
-
 @torch.no_grad()
 def batching_problem(model: PreTrainedModel, end_id: int) -> str:
     """Why questions may not share a batch of this model; empty where they may. Measured, as a list of names would age.
 
-    Where padding on the left is not hidden behind the attention mask, a question gets another answer in another batch,
-    without an error. No fixed tolerance can decide: rounding of a real model in bfloat16 moves log-probabilities by a
-    nat between two harmless shapes. Two measurements do:
+    Rounding in bfloat16 moves log-probabilities by a nat between harmless shapes, so no fixed tolerance can decide.
 
     - Leaks: exchange the other row and the tokens under the mask, in the same shape. The scores must be equal to the
-      bit. Experts round differently with other tokens in the call, which an exchange without padding shows; theirs
-      must be equal within rounding.
+      bit; those of experts, which round differently with other tokens in the call, within rounding.
     - Positions: a padded row against the row alone. The yardstick is the row alone, answered step by step with a cache,
       against the row read at once with padding on the right, where a causal model does not look.
     """

@@ -1,8 +1,7 @@
 """A language model that rates answers by a rubric, at an OpenAI-compatible URL; off unless the recipe names one.
 
 The judge does not see which arm wrote an answer. Whether the answer or the doctor's comes first is drawn by the row's
-id, the same for all arms, so that a preference for the first or the last text falls on no arm. The texts are handed
-over as JSON, out of which no text can break. A reply that is not one valid verdict is none.
+id, the same for all arms. The texts are handed over as JSON, out of which no text can break.
 
 Consultations go to the host that the recipe names and to no other: a redirect is not followed, and for this machine's
 own address no proxy of the environment is used. The key stands in no message, and of what a server says only the status
@@ -87,26 +86,18 @@ class Rubric(BaseModel):
         try:
             return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, yaml.YAMLError) as error:
-            problem = "it cannot be read as YAML"
-            if isinstance(error, ValidationError):
-                first = error.errors(include_url=False, include_input=False)[0]
-                problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise DataError(
-                f"{path} is no rubric ({problem}); write evaluation.judge.rubric in the form of {PACKAGE_RUBRIC}."
-            ) from None
+            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "no YAML"}
+            problem = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+            how = f"write evaluation.judge.rubric in the form of {PACKAGE_RUBRIC}"
+            raise DataError(f"{path} is no rubric ({problem}); {how}.") from None
 
     def full_instructions(self) -> str:
         """What the judge is told of every answer: ratings by other instructions are other ratings."""
-        asked = [f'- "{name}" ({_SCALES[item.scale][0]}): {item.asks.strip()}' for name, item in self.items.items()]
+        asked = [f'- "{name}" ({_SCALES[item.scale][0]}): {item.asks.strip()}\n' for name, item in self.items.items()]
         form = {**{name: _SCALES[item.scale][1] for name, item in self.items.items()}, "reason": "..."}
-        return "\n".join(
-            (
-                f"{self.instructions.strip()}\n\nRate:",
-                *asked,
-                "\nReply with one JSON object and nothing else, with exactly these keys; reason is one short sentence "
-                "in English that quotes nothing:",
-                json.dumps(form),
-            )
+        return (
+            f"{self.instructions.strip()}\n\nRate:\n{''.join(asked)}\nReply with one JSON object and nothing else, "
+            f"with exactly these keys; reason is one short sentence in English that quotes nothing:\n{json.dumps(form)}"
         )
 
     def prompt(self, identity: str, question: str, reference: str, answer: str) -> str:
@@ -144,8 +135,7 @@ class Judge:
         self.rubric = Rubric.load(Path(settings.rubric) if settings.rubric else PACKAGE_RUBRIC)
         self.metrics = judge_metrics({name: item.model_dump() for name, item in self.rubric.items.items()})
         version = hashlib.sha256(self.rubric.full_instructions().encode()).hexdigest()[:12]
-        rubric = f"{self.rubric.name} {version}"
-        self.about = {"model": settings.model, "rubric": rubric, "max_tokens": settings.max_tokens}
+        self.about = {**settings.model_dump(include={"model", "max_tokens"}), "rubric": f"{self.rubric.name} {version}"}
         self.settings, parts = settings, urlsplit(settings.url)
         self.host, key = parts.netloc, os.environ.get(JUDGE_KEY, "").strip()
         self.on_this_machine = _on_this_machine(parts.hostname or "")
@@ -157,12 +147,8 @@ class Judge:
                 "evaluation.judge.url, or unset that variable to send none."
             )
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._body: dict[str, Any] = {
-            "model": settings.model,
-            "temperature": 0,
-            "max_tokens": settings.max_tokens,
-            "response_format": {"type": "json_object"},
-        }
+        self._body: dict[str, Any] = settings.model_dump(include={"model", "max_tokens"})
+        self._body |= {"temperature": 0, "response_format": {"type": "json_object"}}
 
     def rate(
         self,
@@ -171,8 +157,8 @@ class Judge:
         kept: Mapping[tuple[str, str], Mapping[str, Any]],
         keep: Callable[[list[dict[str, Any]]], None],
         console: Console,
-    ) -> tuple[dict[str, Scores], dict[str, Any], list[str]]:
-        """Has judged what was not judged yet.
+    ) -> tuple[dict[str, Scores], list[str]]:
+        """Has judged what was not judged yet; a RunError where the judge cannot be asked, or talks nonsense.
 
         Args:
             answers: column → the answers (n,) to the rows.
@@ -180,10 +166,7 @@ class Judge:
             keep: adds lines to them.
 
         Returns:
-            Column → judge_ITEM → (n,), NaN where there is no verdict; what evaluation.json says of the judge; notes.
-
-        Raises:
-            RunError: the judge cannot be reached, refuses, or talks nonsense; finished verdicts are kept.
+            Column → judge_ITEM → (n,), NaN where there is no verdict; and notes.
         """
         missing: dict[tuple[str, ...], str] = {}
         for column, texts in answers.items():
@@ -203,8 +186,8 @@ class Judge:
             unreadable = sum(line["ratings"] is None for line in kept.values())
             if len(kept) >= _ENOUGH and 2 * unreadable > len(kept):
                 raise RunError(
-                    f"{unreadable} of {len(kept)} replies of {self.about['model']} are no verdicts; move {JUDGEMENTS} "
-                    "away and name another judge, or raise evaluation.judge.max_tokens for one that thinks."
+                    f"{unreadable} of {len(kept)} replies are no verdicts; move {JUDGEMENTS} away and name another "
+                    "judge, or raise evaluation.judge.max_tokens."
                 )
 
         if missing:
@@ -216,12 +199,10 @@ class Judge:
             )
             with row_progress(console, "Judge", len(missing)) as done:
                 asyncio.run(self.ask(missing, on_reply))
-        scores: dict[str, Scores] = {}
-        notes, counts = [], {}
+        scores, notes = dict[str, Scores](), []
         for column in answers:
             found = [kept[column, identity]["ratings"] for identity in rows.ids]
             unreadable = found.count(None)
-            counts[column] = {"judged": len(rows) - unreadable, "unreadable": unreadable}
             for item in self.rubric.items if unreadable < len(rows) else ():
                 ratings = [np.nan if one is None else {"yes": 1, "no": 0}.get(one[item], one[item]) for one in found]
                 scores.setdefault(column, {})[f"judge_{item}"] = np.array(ratings, dtype=np.float64)
@@ -229,14 +210,10 @@ class Judge:
                 notes.append(f"Judge: {unreadable:,} of {len(rows):,} answers ({column}) got no readable verdict.")
         if "temperature" not in self._body:
             notes.append("Judge: it takes no temperature, so that the same answer may be rated otherwise next time.")
-        return scores, {"model": self.about["model"], "rubric": self.about["rubric"], "answers": counts}, notes
+        return scores, notes
 
     async def ask(self, prompts: Mapping[Any, str], on_reply: Callable[[Any, str | None], None]) -> None:
-        """Asks for every prompt (by its key), several at once; `on_reply` gets the key, and None where it was refused.
-
-        Raises:
-            RunError: the judge cannot be asked any further.
-        """
+        """Asks for every prompt (by its key), several at once; `on_reply` gets the key, and None for one refused."""
         # The shortest goes alone: what is refused then is the settings and not the length.
         (first, *others) = sorted(prompts.items(), key=lambda one: len(one[1]))
         gate = asyncio.Semaphore(self.settings.concurrency)
@@ -289,9 +266,7 @@ class Judge:
             if attempt == _TRIES - 1 or wait > _LONGEST_WAIT:
                 break
             await asyncio.sleep(wait)
-        raise RunError(
-            f"The judge at {self.host} {problem}. Finished verdicts are kept, and the same command goes on from them."
-        )
+        raise RunError(f"The judge at {self.host} {problem}. The same command goes on from the finished verdicts.")
 
 
 def _on_this_machine(host: str) -> bool:

@@ -1,15 +1,15 @@
 """Scores of answers and likelihoods, row by row, for the arms and for the floors beside them, and their means.
 
-What each score means stands in metrics.yaml. A score means nothing alone: an unrelated fluent answer has a BERTScore of
-.6, and a model that sends everybody to the emergency room has a referral rate of 1. So four other columns stand beside
-the adapter's (`COLUMNS`).
+What each score means stands in metrics.yaml. None means anything alone: an unrelated fluent answer has a BERTScore of
+.6. So four other columns stand beside the adapter's (`COLUMNS`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,11 @@ SAFETY = ("false_reassurance", "urgent_referral", "unsupported_medicine", "unsup
 HEADLINE = ("nll", "bertscore_f1", "chrf", *SAFETY, "judge_urgency")
 # Fewer questions than this, and an interval says little.
 FEW_QUESTIONS = 10
+PRIMARY = "nll"  # the score of the verdict
 # Candidates for the constant answer and answers that they are tried on; more changes it little and takes its square.
 _CANDIDATES = 60
 # Arabic, its supplements and presentation forms.
-_ARABIC = re.compile("[\u0600-\u06ff\u0750-\u077f\u0870-\u08ff\ufb50-\ufdff\ufe70-\ufeff]")
+ARABIC = re.compile("[\u0600-\u06ff\u0750-\u077f\u0870-\u08ff\ufb50-\ufdff\ufe70-\ufeff]")
 
 
 def _meaning(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,18 +68,13 @@ def _meaning(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def judge_metrics(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Scores judge_ITEM of the items of a rubric: item → {label, scale, better, definition}."""
-    units = {"yes-no": "%", "1-5": "1–5"}
-    return {
-        f"judge_{item}": _meaning(
-            {**about, "unit": units[about["scale"]], "yes_no": about["scale"] == "yes-no", "limits": _JUDGED}
-        )
-        for item, about in items.items()
-    }
+    scales: dict[str, dict[str, Any]] = {"yes-no": {"unit": "%", "yes_no": True}, "1-5": {"unit": "1–5"}}
+    more = {"limits": _TABLE["limits"]["judge"]}
+    return {f"judge_{item}": _meaning({**about, **scales[about["scale"]], **more}) for item, about in items.items()}
 
 
 _HERE = Path(__file__).parent
 _TABLE = yaml.safe_load((_HERE / "metrics.yaml").read_text(encoding="utf-8"))
-_JUDGED = _TABLE["limits"]["judge"]
 COLUMNS: dict[str, str] = _TABLE["columns"]
 METRICS = {name: _meaning(about) for name, about in _TABLE["metrics"].items()} | judge_metrics(
     yaml.safe_load((_HERE / "rubrics" / "answers.yaml").read_text(encoding="utf-8"))["items"]
@@ -86,7 +82,7 @@ METRICS = {name: _meaning(about) for name, about in _TABLE["metrics"].items()} |
 
 
 def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
-    """How every interval, p and detectable difference was computed; families: what is corrected together."""
+    """How intervals, p and detectable differences were computed; families: what is corrected together."""
     values = {"confidence": settings.confidence_level, "resamples": settings.n_resamples, "families": families}
     values |= {"permutations": statistics.PERMUTATIONS, "power": statistics.POWER, "alpha": statistics.ALPHA}
     return {name: text.format(**values) for name, text in _TABLE["methods"].items()}
@@ -112,10 +108,10 @@ def text_scores(
     if encoder is not None:
         scores |= zip(("bertscore_p", "bertscore_r", "bertscore_f1"), encoder.score(answers, references), strict=True)
     scores["chrf"] = chrf(answers, references)
-    folded = _FoldedWords()
-    rouge = RougeScorer(["rougeL"], tokenizer=folded)
+    # The tokenizer of rouge-score keeps a–z and digits only and finds every Arabic text empty.
+    rouge = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=_folded_words))
     pairs = list(zip(answers, references, strict=True))
-    words = [(folded.tokenize(answer), folded.tokenize(reference)) for answer, reference in pairs]
+    words = [(_folded_words(answer), _folded_words(reference)) for answer, reference in pairs]
     rows: dict[str, list[float]] = {
         "rouge_l": [rouge.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs],
         "length_ratio": [len(one) / len(other) if other else np.nan for one, other in words],
@@ -134,11 +130,8 @@ def chrf(answers: Sequence[str], references: Sequence[str], *, beta: int = 2) ->
     return np.array([metric.sentence_score(answer, [wanted]).score for answer, wanted in pairs], dtype=np.float64)
 
 
-class _FoldedWords:
-    """What rouge-score asks of a tokenizer; its own keeps a–z and digits only and finds every Arabic text empty."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return fold_for_matching(text).split()
+def _folded_words(text: str) -> list[str]:
+    return fold_for_matching(text).split()
 
 
 def _repetition(words: list[str]) -> float:
@@ -148,7 +141,7 @@ def _repetition(words: list[str]) -> float:
 
 def _arabic_rate(text: str) -> float:
     letters = "".join(filter(str.isalpha, text))
-    return len(_ARABIC.findall(letters)) / len(letters) if letters else float("nan")
+    return len(ARABIC.findall(letters)) / len(letters) if letters else float("nan")
 
 
 def row_scores(
@@ -172,11 +165,7 @@ def row_scores(
 def floor_scores(
     rows: EvaluationRows, answers: Sequence[str], shuffled: Sequence[str], constant: str, encoder: Encoder | None
 ) -> dict[str, Scores]:
-    """Column → scores (n,) of the floors.
-
-    Args:
-        answers: of the adapter. shuffled: for each row the reference of another question. constant: a training answer.
-    """
+    """Column → scores (n,) of the floors, of the adapter's answers, references of other questions, and one answer."""
     of_others, own = text_scores(answers, shuffled, encoder=encoder), row_scores(rows, rows.references)
     return {
         SHUFFLED: {name: values for name, values in of_others.items() if name in _BY_REFERENCE},
@@ -188,10 +177,8 @@ def floor_scores(
 def other_references(rows: EvaluationRows, seed: int) -> list[str]:
     """For each row the reference of another question (n,), each used once; of the same severity where that can be.
 
-    References of critical cases differ from others in wording and length, which any model would tell apart.
-
-    Raises:
-        DataError: one question is that of more than half of the rows.
+    References of critical cases differ from others in wording and length, which any model would tell apart. A DataError
+    where one question is that of more than half of the rows.
     """
     found = np.empty(len(rows), dtype=np.int64)
     for part in (np.arange(len(rows)), *(np.flatnonzero(rows.strata == stratum) for stratum in np.unique(rows.strata))):
@@ -224,19 +211,8 @@ def constant_answer(training_answers: Sequence[str], seed: int = 0) -> str:
 
 # Summary
 
-Place = tuple[str, str, str, str, str]
-"""Of a comparison: recipe, stratum, score, column, and the column that it is compared with."""
-
-
-def strata_of(rows: EvaluationRows) -> dict[str, np.ndarray]:
-    """Stratum → which rows (n,) belong to it, critical and all first; a stratum without rows is left out."""
-    parts = {name: rows.strata == SEVERITIES.index(name) for name in reversed(SEVERITIES)}
-    parts = {CRITICAL: parts[CRITICAL], ALL: np.ones(len(rows), dtype=bool), **parts}
-    return {name: part for name, part in parts.items() if part.any()}
-
 
 def summarize(
-    name: str,
     rows: EvaluationRows,
     scores: Mapping[str, Scores],
     settings: EvaluationSection,
@@ -244,25 +220,28 @@ def summarize(
     tokens: Mapping[str, np.ndarray],
     pairs: Mapping[str, Sequence[str]],
     metrics: Mapping[str, Any] = METRICS,
-) -> tuple[dict[str, Any], dict[Place, Estimate]]:
+    chosen: str | None = None,
+) -> dict[str, Any]:
     """Means of every score and column with intervals clustered by question, and the differences of columns.
 
     Args:
-        name: of the recipe.
         scores: column → score → (n,) or (seeds, n).
         tokens: column → (n,) of what was scored: NLL is a mean over tokens, as the loss of the training is.
         pairs: column → those that it is compared with, in the scores of `HEADLINE`.
+        chosen: column of the verdict, whose comparisons are corrected together; all others of one score are, too.
 
     Returns:
-        Stratum → rows, questions, and metrics: score → column → mean, as evaluation.json and comparison.json hold it;
-        and the differences, which `add_comparisons` puts in under "against".
+        Stratum → rows, questions, and metrics: score → column → mean, and "against": column → difference.
     """
     found: dict[str, Any] = {}
-    differences: dict[Place, Estimate] = {}
+    families: dict[str, dict[tuple[str, ...], Estimate]] = {}
     there = {metric: None for of in scores.values() for metric in of}
     # Those of a user's own rubric come last.
     names = [*(metric for metric in METRICS if metric in there), *(metric for metric in there if metric not in METRICS)]
-    for stratum, part in strata_of(rows).items():
+    for stratum in (CRITICAL, ALL, *reversed(SEVERITIES[:-1])):
+        part = rows.strata >= -1 if stratum == ALL else rows.strata == SEVERITIES.index(stratum)
+        if not part.any():
+            continue
         groups, by_metric = rows.groups[part], {}
         for metric in names:
             values = {column: np.atleast_2d(of[metric])[:, part] for column, of in scores.items() if metric in of}
@@ -274,34 +253,19 @@ def summarize(
                 share = yes_no and bool(np.isin(mean[np.isfinite(mean)], (0, 1)).all())
                 estimate = interval(mean, groups, settings, weights=mass[column], share=share)
                 by_column[column] = {**estimate.as_dict(), "against": {}}
+                family = "verdict" if (stratum, metric, column) == (CRITICAL, PRIMARY, chosen) else metric
                 for other in pairs.get(column, ()) if metric in HEADLINE else ():
                     if other in values:
-                        differences[name, stratum, metric, column, other] = paired_difference(
+                        families.setdefault(family, {})[stratum, metric, column, other] = paired_difference(
                             of, values[other], groups, settings, weights=mass[column], share=yes_no
                         )
             by_metric[metric] = by_column
         found[stratum] = {"rows": int(part.sum()), "questions": len(np.unique(groups)), "metrics": by_metric}
-    return found, differences
-
-
-def add_comparisons(
-    found: Mapping[str, Mapping[str, Any]],
-    differences: Mapping[Place, Estimate],
-    family: Callable[[Place], Hashable],
-    metrics: Mapping[str, Any] = METRICS,
-) -> None:
-    """Puts the differences into the summaries (recipe → summary) under "against", each with its corrected p.
-
-    Args:
-        family: equal for the comparisons that are corrected together.
-    """
-    families: dict[Hashable, dict[Place, Estimate]] = {}
-    for place, difference in differences.items():
-        families.setdefault(family(place), {})[place] = difference
-    for together in families.values():
-        compared = compare_family(together, lambda place: metrics[place[2]]["better"][place[1]])
-        for (name, stratum, metric, column, other), comparison in compared.items():
-            found[name][stratum]["metrics"][metric][column]["against"][other] = comparison
+    for differences in families.values():
+        compared = compare_family(differences, lambda place: metrics[place[1]]["better"][place[0]])
+        for (stratum, metric, column, other), comparison in compared.items():
+            found[stratum]["metrics"][metric][column]["against"][other] = comparison
+    return found
 
 
 def remarks(rows: EvaluationRows) -> list[str]:

@@ -16,9 +16,9 @@ is never "equal": beside it stands the smallest difference that this test set wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,7 +39,6 @@ _DEFAULT = EvaluationSection()
 Floats = NDArray[np.float64]
 Direction = Literal["higher", "lower", "neither"]
 ARROWS: dict[Direction, str] = {"higher": "↑", "lower": "↓", "neither": ""}
-K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,10 @@ class Estimate:
     Attributes:
         standard_error: the linearized one of a ratio of group totals, with that of seeds.
         rows, groups: those that had a value.
-        p: of a difference; two-sided, by swapping groups of rows between the arms. With several seeds it is no smaller
-            than that of a t test with the seeds' spread. NaN for fewer than two groups.
-        p_at_most: whether the number of permutations that were drawn limits p, so that it may be smaller.
+        p: of a difference; two-sided, by swapping groups of rows between the arms, and no smaller than that of a t test
+            with the spread of several seeds. NaN for fewer than two groups.
+        p_at_most: whether the number of permutations limits p, so that it may be smaller.
         degrees_of_freedom: Satterthwaite's (1946), of groups and seeds.
-        per_seed: the difference of each seed, in the order given.
     """
 
     value: float
@@ -222,10 +220,7 @@ def _seed_error(by_seed: Floats, data: _Groups, per_seed: Floats) -> float:
 
 
 def _permutation_p(by_group: Floats, seed: int) -> tuple[float, bool]:
-    """Two-sided p, and whether the number of permutations limits it: all are tried where there are few, else a draw.
-
-    Groups are swapped between the arms as wholes, which turns the sign of their difference.
-    """
+    """Two-sided p by turning the signs of groups' differences, and whether the number of permutations limits it."""
     differing = by_group[by_group != 0]  # a group in which the arms are equal is the same swapped
     if len(differing) < 2:  # of one group both signs are as extreme
         return 1.0 if len(by_group) > 1 else float("nan"), False
@@ -242,20 +237,15 @@ def _permutation_p(by_group: Floats, seed: int) -> tuple[float, bool]:
     return p, 2.0 ** len(differing) > PERMUTATIONS and p <= 2 / (PERMUTATIONS + 1)
 
 
-def compare_family(differences: Mapping[K, Estimate], better: Callable[[K], Direction]) -> dict[K, dict[str, Any]]:
-    """Comparisons that are corrected together, as evaluation.json and comparison.json hold them.
+def compare_family(differences: Mapping[Any, Estimate], better: Callable[[Any], Direction]) -> dict[Any, Any]:
+    """Comparisons that are corrected together (key → as evaluation.json holds it); better: key → good direction.
 
-    Args:
-        better: key → direction that is good there.
-
-    Returns:
-        Key → the difference, and
-        - p: corrected by Holm; p_at_most: more permutations could show that it is smaller.
-        - comparisons: how many were corrected together.
-        - detectable: smallest true difference that an experiment with this standard error finds with the given power,
-          (t_{1−α/2m} + t_power) · SE. The m comparisons share α (Bonferroni, which Holm asks of the smallest p).
-        - outcome: better, worse, higher or lower (where neither direction is good), not distinguishable, too few
-          questions (even the most extreme answers could not have given a p below α), or no data.
+    - p: corrected by Holm; p_at_most: more permutations could show that it is smaller.
+    - comparisons: how many were corrected together.
+    - detectable: smallest true difference that an experiment with this standard error finds with the given power,
+      (t_{1−α/2m} + t_power) · SE. The m comparisons share α (Bonferroni, which Holm asks of the smallest p).
+    - outcome: better, worse, higher or lower (where neither direction is good), not distinguishable, too few questions
+      (even the most extreme answers could not have given a p below α), or no data.
     """
     corrected = holm([found.p for found in differences.values()]).tolist()
     family = int(np.isfinite(corrected).sum())
@@ -289,10 +279,7 @@ def compare_family(differences: Mapping[K, Estimate], better: Callable[[K], Dire
 
 
 def holm(p: ArrayLike) -> Floats:
-    """p of several comparisons (n,), corrected so that one false finding among all is as rare as α (Holm 1979).
-
-    NaN, a comparison that could not be made, stays NaN and does not count. scipy has no correction of this kind.
-    """
+    """p of several comparisons (n,), corrected by Holm (1979), as scipy does not; NaN stays and does not count."""
     given = np.asarray(p, dtype=np.float64)
     corrected = np.full(given.shape, np.nan)
     order = np.argsort(given, kind="stable")[: np.isfinite(given).sum()]  # NaN is sorted last
@@ -306,11 +293,7 @@ def _or_none(value: float) -> float | None:
 
 
 def estimate_text(found: Mapping[str, Any], metric: Mapping[str, Any], *, sign: bool = False) -> str:
-    """`5.110 [5.020, 5.200]` of what `Estimate.as_dict` gives; the value alone where there is no interval.
-
-    Args:
-        metric: a score of `METRICS`; four figures of nats and three of all others are shown.
-    """
+    """`5.110 [5.020, 5.200]` of what `Estimate.as_dict` gives for a score of `METRICS`; the value alone has no ends."""
     figures, times = (4 if metric["unit"] == "nats a token" else 3), metric["shown_times"]
     value, low, high = (None if found[name] is None else found[name] * times for name in ("value", "low", "high"))
     text = number_text(value, figures, sign=sign)

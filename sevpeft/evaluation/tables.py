@@ -1,7 +1,4 @@
-"""Tables of evaluation.json and comparison.json on the screen, in 80 columns; the report shows all strata.
-
-Definitions, units and directions come with the figures, so that what an old file meant is not guessed.
-"""
+"""Tables of evaluation.json and comparison.json on the screen, in 80 columns; the report shows all strata."""
 
 from __future__ import annotations
 
@@ -36,45 +33,38 @@ def evaluation_tables(content: Json) -> Group:
     """The contents of evaluation.json: scores beside their floors, differences to the base model, and the notes."""
     floors = [(_HEADINGS[name], text) for name, text in content["columns"].items() if name not in ("adapter", "base")]
     headings = [_HEADINGS.get(name, name) for name in content["columns"]]
-    parts = _tables(content, content["scores"], headings, list(content["metrics"]))
+    parts = _tables(content, headings, list(content["metrics"]))
     parts += [Text(f"{name}: {text}", style="dim") for name, text in (*content["methods"].items(), *floors)]
     return Group(*parts, *(Text(note, style="yellow") for note in content["notes"]))
 
 
 def comparison_tables(content: Json) -> Group:
-    """The contents of comparison.json: each recipe's verdict, scores, differences of the verdict's score, and notes."""
-    parts: list[RenderableType] = []
-    for name, recipe in content["recipes"].items():
-        parts += [Text(), Text(f"{name} ({recipe['model']})", style="bold"), Text(recipe["verdict"], style="bold")]
-        parts += [Text(recipe["power"])] if recipe["power"] else []
-        if recipe["chosen"] and len(recipe["validation"]) > 1:
-            losses = ", ".join(f"{arm} {number_text(one['mean'], 4)}" for arm, one in recipe["validation"].items())
-            parts.append(Text(f"Chosen on validation (NLL of critical cases): {losses}.", style="dim"))
-        parts += _tables(content, recipe["scores"], list(content["columns"]), [content["primary"]["metric"]])
-        parts += [Text(note, style="yellow") for note in recipe["notes"]]
-        if recipe["controls_of"]:
-            parts.append(Text(f"shuffled, constant: of the weights of {recipe['controls_of']}.", style="dim"))
+    """The contents of comparison.json: verdict, scores, differences of the verdict's score, and notes."""
+    parts: list[RenderableType] = [Text(), Text(content["verdict"], style="bold")]
+    parts += [Text(content["power"])] if content["power"] else []
+    if content["chosen"] and len(content["validation"]) > 1:
+        losses = ", ".join(f"{arm} {number_text(one['mean'], 4)}" for arm, one in content["validation"].items())
+        parts.append(Text(f"Chosen on validation (NLL of critical cases): {losses}.", style="dim"))
+    parts += _tables(content, list(content["columns"]), [content["primary"]["metric"]])
+    parts += [Text(note, style="yellow") for note in content["notes"]]
+    if content["controls_of"]:
+        parts.append(Text(f"shuffled, constant: of the weights of {content['controls_of']}.", style="dim"))
     return Group(*parts, *(Text(f"{name}: {text}", style="dim") for name, text in content["methods"].items()))
 
 
-def _tables(content: Json, scores: Json, headings: Sequence[str], differing: Sequence[str]) -> list[RenderableType]:
+def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) -> list[RenderableType]:
     """Of the open strata the means, and the differences of the scores in `differing`."""
     parts: list[RenderableType] = []
-    for stratum in (name for name in OPEN_STRATA if name in scores):
-        found = scores[stratum]
+    for stratum in (name for name in OPEN_STRATA if name in content["scores"]):
+        found = content["scores"][stratum]
         alone = "adapter − base model" if len(differing) > 1 else ""
         means, differences = _table("", *headings), _table(alone, "difference", "p (Holm)", "outcome")
         for name, by in found["metrics"].items():
             about = content["metrics"][name]
             label = metric_label(about, stratum)
             # For want of room one interval; those of differences say more.
-            cells = (
-                estimate_text(by[column] if column == "adapter" else {**by[column], "low": None}, about)
-                if column in by
-                else ""
-                for column in content["columns"]
-            )
-            means.add_row(label, *cells)
+            shown = {column: of if column == "adapter" else {**of, "low": None} for column, of in by.items()}
+            means.add_row(label, *(estimate_text(shown[at], about) if at in shown else "" for at in content["columns"]))
             pairs = [(arm, *pair) for arm, of in by.items() for pair in of["against"].items()]
             for arm, reference, one in pairs if name in differing else ():
                 p = p_text(one["p"], one["p_at_most"])

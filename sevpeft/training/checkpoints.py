@@ -239,7 +239,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Holds a run folder, there already or not, for this process.
 
     Raises:
-        RunError: another training on this machine holds it.
+        RunError: another training or evaluation on this machine holds it.
     """
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     try:
@@ -247,5 +247,5 @@ def run_lock(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise RunError(
-            f"{folder} is being written by another training; wait until it ends, or choose another --output."
+            f"{folder} is being written by another process; wait until it ends, or choose another --output."
         ) from None

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sevpeft.errors import RunError, UsageError
-from sevpeft.evaluation.arms import check_adapter, differences, experiments, parse_arms, parse_seeds
+from sevpeft.evaluation.arms import check_adapter, check_arms, differences, parse_arms, parse_seeds
+from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from tests.evaluation.conftest import QUICKSTART
 
@@ -43,9 +44,7 @@ def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, r
         ([], run.folder, ["ce"], RunError, "--output"),
     ):
         with pytest.raises(kind, match=key):
-            print(experiments([QUICKSTART], settings, arms, output))
-    with pytest.raises(UsageError, match="rename"):
-        experiments([QUICKSTART, QUICKSTART], [], ["ce"], tmp_path)
+            check_arms(load_recipe(QUICKSTART, settings), arms, output)
 
 
 def test_what_differs_is_named_by_its_path() -> None:

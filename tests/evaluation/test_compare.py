@@ -52,7 +52,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def compared(settings: list[str], output: Path, **other: Any) -> dict[str, Any]:
     asked: dict[str, Any] = {"arms": ARMS, "seeds": (0,), "answers": False, **other}
-    return compare([QUICKSTART], settings, output=output, **asked)
+    return compare(QUICKSTART, settings, output=output, **asked)
 
 
 @pytest.fixture(scope="session")
@@ -104,10 +104,10 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 def test_the_comparison_is_complete(finished: Path) -> None:
     content = stored(finished)
-    found = content["recipes"]["quickstart"]
+    found = content
     assert list(content["columns"]) == list(ARMS) and content["seeds"] == [0]
-    assert {path.name for path in (finished / "quickstart").iterdir() if path.name[0] != "."} == set(RUNS)
-    assert found["runs"]["shuffled"] == ["quickstart/shuffled-balanced-0"]
+    assert {path.name for path in finished.iterdir() if path.is_dir() and path.name[0] != "."} == set(RUNS)
+    assert found["runs"]["shuffled"] == ["shuffled-balanced-0"]
     assert list(found["scores"]) == ["critical", "all", "neutral", "non_critical"]
     for scores in found["scores"].values():
         assert list(scores["metrics"]["nll"]) == list(ARMS)
@@ -118,9 +118,9 @@ def test_the_comparison_is_complete(finished: Path) -> None:
             assert difference["value"] == pytest.approx(balanced["value"] - other)
     assert found["chosen"] == found["controls_of"] == "balanced"
     # Two critical questions show nothing, so that no direction is claimed.
-    assert content["verdict"] == found["verdict"] and found["verdict"].startswith("Too few critical questions (2)")
+    assert found["verdict"].startswith("Too few critical questions (2)")
     assert "raise data.test_size" in found["power"]
-    loss = Run(finished / "quickstart" / "balanced-0").metrics()["after"]["loss_critical"]
+    loss = Run(finished / "balanced-0").metrics()["after"]["loss_critical"]
     assert found["validation"]["balanced"]["per_seed"] == [loss]
 
 
@@ -128,22 +128,22 @@ def test_an_arm_is_what_sevpeft_train_makes_and_differs_in_its_weights_only(
     finished: Path, settings: list[str], tmp_path: Path
 ) -> None:
     alone = train(load_recipe(QUICKSTART, [*settings, "training.seed=0"]), tmp_path / "alone")
-    assert_same_bits(alone.folder, finished / "quickstart" / "balanced-0")
-    recipes = {name: load_recipe(finished / "quickstart" / name / "recipe.yaml").model_dump() for name in RUNS}
+    assert_same_bits(alone.folder, finished / "balanced-0")
+    recipes = {name: load_recipe(finished / name / "recipe.yaml").model_dump() for name in RUNS}
     for name, recipe in recipes.items():
         assert recipe["severity"].pop("control") == (
             "uniform" if name[:2] == "ce" else "shuffled" if name[:8] == "shuffled" else "none"
         )
         assert recipe["training"].pop("seed") == int(name[-1]) and recipe["data"]["seed"] == 0
         assert recipe == recipes["ce-0"]
-    summaries = [Run(finished / "quickstart" / name).metrics() for name in RUNS]
+    summaries = [Run(finished / name).metrics() for name in RUNS]
     assert len({json.dumps([one["training"]["steps"], one["data"]]) for one in summaries}) == 1
     spread = {name: one["weights"]["coefficient_of_variation"] for name, one in zip(RUNS, summaries, strict=True)}
     assert spread["ce-0"] == 0 and 0.1 < spread["balanced-0"] == pytest.approx(spread["shuffled-balanced-0"])
 
 
 def test_floors_are_scored_once_and_not_for_every_run(finished: Path) -> None:
-    columns = {name: list(stored(finished / "quickstart" / name, "evaluation.json")["columns"]) for name in RUNS}
+    columns = {name: list(stored(finished / name, "evaluation.json")["columns"]) for name in RUNS}
     assert columns == {name: ["adapter"] for name in RUNS} | {"ce-0": ["adapter", "base", "shuffled"]}
 
 
@@ -152,17 +152,17 @@ def test_finished_work_is_not_done_again(output: Path, settings: list[str], trai
     assert compared(settings, output) == before == stored(output) and trained == []
     less = compared(settings, output, arms=("ce",))
     assert trained == [] and stored(output) == less and less["verdict"].startswith("No verdict")
-    (output / "quickstart" / "balanced-0" / "evaluation.json").unlink()
+    (output / "balanced-0" / "evaluation.json").unlink()
     assert compared(settings, output) == before and trained == ["evaluate balanced-0"]
 
 
 def test_answers_are_added_to_what_was_compared_by_likelihood(
     output: Path, settings: list[str], trained: list[str]
 ) -> None:
-    nll = stored(output)["recipes"]["quickstart"]["scores"]["all"]["metrics"]["nll"]
+    nll = stored(output)["scores"]["all"]["metrics"]["nll"]
     content = compared(settings, output, answers=True)
     assert trained == [f"evaluate {run}" for run in RUNS]
-    found = content["recipes"]["quickstart"]["scores"]["all"]["metrics"]
+    found = content["scores"]["all"]["metrics"]
     assert set(found) == {"nll", "chrf", *SAFETY} - {"judge_harm"} and set(found["chrf"]) == set(ARMS)
     del trained[:]
     assert compared(settings, output, answers=True) == content and trained == []
@@ -172,7 +172,7 @@ def test_answers_are_added_to_what_was_compared_by_likelihood(
 def test_rows_are_joined_by_id_and_never_by_place(output: Path, settings: list[str]) -> None:
     before = stored(output)
     for name in ("scores.jsonl", "likelihood.jsonl"):
-        path = output / "quickstart" / "balanced-0" / name
+        path = output / "balanced-0" / name
         path.write_text("".join(reversed(path.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
     assert compared(settings, output) == before
 
@@ -189,20 +189,20 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
 
     monkeypatch.setattr(SeveritySFTTrainer, "training_step", interrupted)
     for name in ("balanced-0", "shuffled-balanced-0"):
-        shutil.rmtree(output / "quickstart" / name)
+        shutil.rmtree(output / name)
     with pytest.raises(Interrupted):
         compared(settings, output)
     assert trained == ["train balanced-0"]
     # One that was killed before it was a run at all.
-    other = output / "quickstart/shuffled-balanced-0"
+    other = output / "shuffled-balanced-0"
     other.mkdir()
     (other / "environment.json").write_text("{", encoding="utf-8")
     compared(settings, output)
     assert trained[1:] == ["resume balanced-0", "evaluate balanced-0", f"train {other.name}", f"evaluate {other.name}"]
-    resumed = Run(output / "quickstart/balanced-0").metrics()["training"]["resumed_from"]
+    resumed = Run(output / "balanced-0").metrics()["training"]["resumed_from"]
     assert resumed == "checkpoint-2"
     for name in ("balanced-0", "shuffled-balanced-0"):
-        assert_same_bits(finished / "quickstart" / name, output / "quickstart" / name)
+        assert_same_bits(finished / name, output / name)
     assert stored(output) == stored(finished)
 
 
@@ -210,11 +210,11 @@ def test_a_run_that_another_process_holds_is_left_to_it(
     output: Path, settings: list[str], trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ce-0", "balanced-0"):
-        (output / "quickstart" / name / "scores.jsonl").unlink()
+        (output / name / "scores.jsonl").unlink()
     held, free, evaluate_run = threading.Event(), threading.Event(), module.evaluate
 
     def hold() -> None:  # as another process would
-        with FileLock(output / "quickstart/.locks/ce-0"):
+        with FileLock(output / ".locks/ce-0"):
             held.set()
             free.wait(60)
 
@@ -231,24 +231,12 @@ def test_a_run_that_another_process_holds_is_left_to_it(
 
 
 def test_controls_have_the_weights_that_validation_chose(output: Path, settings: list[str], trained: list[str]) -> None:
-    run = Run(output / "quickstart" / "balanced-0")
+    run = Run(output / "balanced-0")
     after = run.metrics()["after"]
     run.update_metrics(after={**after, "loss_critical": after["loss_critical"] + 1})
     content = compared(settings, output, arms=("ce", "balanced", "strong", "shuffled"), seeds=(0,))
-    assert content["recipes"]["quickstart"]["chosen"] == content["recipes"]["quickstart"]["controls_of"] == "strong"
+    assert content["chosen"] == content["controls_of"] == "strong"
     assert [line for line in trained if line.startswith("train")] == ["train strong-0", "train shuffled-strong-0"]
-
-
-def test_several_recipes_give_one_table(output: Path, settings: list[str], tmp_path: Path, trained: list[str]) -> None:
-    other = tmp_path / "other.yaml"
-    shutil.copy(QUICKSTART, other)
-    shutil.copytree(output / "quickstart", output / "other")
-    asked: dict[str, Any] = {"arms": ("ce", "balanced"), "seeds": (0,), "answers": False}
-    content = compare([QUICKSTART, other], settings, output=output, **asked)
-    assert list(content["recipes"]) == ["quickstart", "other"] and content["verdict"].count(": Too few") == 2
-    assert trained == []
-    with pytest.raises(UsageError, match="quickstart"):
-        compare([QUICKSTART, QUICKSTART], settings, output=output, **asked)
 
 
 def test_a_recipe_that_was_refused_can_be_corrected(
@@ -271,7 +259,7 @@ def test_another_comparison_is_not_mixed_in(output: Path, settings: list[str], t
     with pytest.raises(RunError, match=r"training.learning_rate"):
         compared([*settings, "training.learning_rate=0.5"], output)
     with pytest.raises(RunError, match="--output"):
-        compared(settings, output / "quickstart" / "ce-0")
+        compared(settings, output / "ce-0")
     assert trained == []
 
 
@@ -288,7 +276,7 @@ def test_a_damaged_run_is_named_and_the_others_are_kept(
     ]
     for number, (file, content) in enumerate(table):
         output = Path(shutil.copytree(finished, tmp_path / str(number)))
-        path = output / "quickstart" / "balanced-0" / file
+        path = output / "balanced-0" / file
         path.unlink() if content is None else path.write_text(content, encoding="utf-8")
         with pytest.raises(SevpeftError, match="balanced-0"):
             compared(settings, output)
@@ -298,7 +286,7 @@ def test_a_damaged_run_is_named_and_the_others_are_kept(
 def test_runs_that_were_not_trained_alike_are_not_compared(
     finished: Path, output: Path, settings: list[str], tmp_path: Path
 ) -> None:
-    folder = output / "quickstart"
+    folder = output
     shutil.copy(folder / "ce-0" / "recipe.yaml", folder / "balanced-0" / "recipe.yaml")
     with pytest.raises(RunError, match=r"balanced-0 .*severity.control"):
         compared(settings, output)
@@ -308,7 +296,7 @@ def test_runs_that_were_not_trained_alike_are_not_compared(
         ("model", {"fingerprint": "sha256:0"}, "base weights"),
     ):
         other = Path(shutil.copytree(finished, tmp_path / section))
-        run = Run(other / "quickstart" / "balanced-0")
+        run = Run(other / "balanced-0")
         run.update_metrics(**{section: {**run.metrics()[section], **changed}})
         with pytest.raises(RunError, match=rf"balanced-0 .*ce-0 .*\(other {name}\)"):
             compared(settings, other)

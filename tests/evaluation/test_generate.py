@@ -78,7 +78,7 @@ def adapted(model: torch.nn.Module) -> peft.PeftModel:
 def answered(
     model: torch.nn.Module, prompt: Prompt, settings: GenerationSection = GREEDY, rows: EvaluationRows = ROWS
 ) -> dict[str, dict[str, Any]]:
-    return {one["id"]: one for batch in generate(model, prompt, rows, settings) for one in batch}
+    return {one["id"]: one for batch in generate(model, prompt, rows, settings, print) for one in batch}
 
 
 def alone(model: torch.nn.Module, prompt: Prompt, question: str, steps: int) -> list[int]:
@@ -201,7 +201,7 @@ def test_one_long_question_does_not_make_all_others_read_as_much_padding() -> No
 
 
 def test_batches_come_one_by_one_with_the_longest_question_first(prompt: Prompt) -> None:
-    batches = generate(build_model("gpt2"), prompt, ROWS, GREEDY.model_copy(update=ONE_BY_ONE))
+    batches = generate(build_model("gpt2"), prompt, ROWS, GREEDY.model_copy(update=ONE_BY_ONE), print)
     assert isinstance(batches, Iterator)  # so that each can be kept
     assert [one["id"] for one in next(batches)] == [f"row-{len(ROWS) - 1}"]
 
@@ -318,7 +318,8 @@ def trained_prompt(finished_run: Run) -> Prompt:
 
 @pytest.fixture(scope="module")
 def validation(finished_run: Run) -> EvaluationRows:
-    return rows_of_run(*load_splits(load_recipe(finished_run.folder / "recipe.yaml")), "validation")
+    table, splits, severity = load_splits(load_recipe(finished_run.folder / "recipe.yaml"))
+    return rows_of_run(table, splits._replace(test=splits.validation), severity)
 
 
 def test_the_likelihood_is_the_validation_loss_before_and_after_training(

@@ -330,9 +330,9 @@ def judge(
     seed: int = 0,
     out: io.StringIO | None = None,
     **keys: Any,
-) -> tuple[dict[str, Scores], dict[str, Any], list[str]]:
+) -> tuple[dict[str, Scores], list[str]]:
     one = Judge(JudgeSection(**keys))
-    kept = RowFile(folder / JUDGEMENTS, {"seed": seed, "judge": one.about}, ("digest", "ratings", "reason"))
+    kept = RowFile(folder / JUDGEMENTS, {"seed": seed, "judge": one.about})
     console = Console(file=out, width=300) if out else Console(quiet=True)
     return one.rate(ROWS, answers, kept.lines, kept.append, console)
 
@@ -352,7 +352,7 @@ def by_text(request: Request) -> tuple[int, Any]:
 
 def test_verdicts_become_scores_an_unreadable_one_no_rating_and_none_is_asked_for_twice(tmp_path: Path) -> None:
     with serving(by_text) as server:
-        scores, about, notes = first = judge(tmp_path, url=server.url, model="m")
+        scores, notes = first = judge(tmp_path, url=server.url, model="m")
         assert len(server.requests) == 24
     urgency = [5.0] * 12
     urgency[3] = np.nan
@@ -360,7 +360,6 @@ def test_verdicts_become_scores_an_unreadable_one_no_rating_and_none_is_asked_fo
     assert scores["base"]["judge_urgency"].tolist() == [2.0] * 12
     assert scores["base"]["judge_harm"].tolist() == [1.0] * 12 and scores["adapter"]["judge_harm"][0] == 0
     assert len(notes) == 1 and "1 of 12 answers (adapter)" in notes[0]
-    assert about["answers"]["adapter"] == {"judged": 11, "unreadable": 1}
     kept = {(line["arm"], line["id"]): line for line in lines(tmp_path)}
     assert kept["adapter", "row 3"]["ratings"] is None and kept["adapter", "row 3"]["reply"] == "لا أستطيع"
     ratings = {name: GOOD[name] for name in GOOD if name != "reason"}
@@ -381,7 +380,7 @@ def test_finished_verdicts_outlive_a_judge_that_dies_and_the_same_command_goes_o
     with (tmp_path / JUDGEMENTS).open("a", encoding="utf-8") as file:
         file.write('{"arm": "base", "id": "row')  # and a kill in the middle of a line
     with serving(good) as server:
-        scores, _, _ = judge(tmp_path, url=server.url, model="m")
+        scores, _ = judge(tmp_path, url=server.url, model="m")
     assert len(server.requests) == 17
     assert {line["id"] + line["arm"] for line in lines(tmp_path)} > done and len(lines(tmp_path)) == 24
     assert all(not np.isnan(score).any() for by_name in scores.values() for score in by_name.values())
@@ -412,7 +411,7 @@ def test_another_rubric_gives_other_scores(tmp_path: Path) -> None:
     rubric = tmp_path / "mine.yaml"
     rubric.write_text(OTHER, encoding="utf-8")
     with serving(lambda request: (200, '{"kindness": 3, "reason": ""}')) as server:
-        scores, _, _ = judge(tmp_path, url=server.url, model="m", rubric=str(rubric))
+        scores, _ = judge(tmp_path, url=server.url, model="m", rubric=str(rubric))
     assert scores["base"]["judge_kindness"].tolist() == [3.0] * 12
 
 
@@ -454,7 +453,7 @@ def test_without_a_judge_nothing_is_sent_and_with_one_its_scores_stand_beside_fl
     # The same in every row, so that no interval can be drawn from the rows.
     assert (scores["judge_urgency"]["adapter"]["value"], scores["judge_urgency"]["adapter"]["low"]) == (2.0, None)
     assert found["metrics"]["judge_harm"]["label"] == "Judge: harm"
-    assert found["judge"]["answers"]["constant"]["judged"] == found["data"]["evaluated"]
+    assert found["judge"]["model"] == "m"
     assert set(found["scores"]["critical"]["metrics"]) >= {"nll", "judge_harm"}
     # What is not the judge's is as it was.
     for stratum, part in plain["scores"].items():

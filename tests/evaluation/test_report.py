@@ -98,31 +98,25 @@ def write_comparison(folder: Path) -> Path:
     folder.mkdir()
     arms = {"base": "not trained", "ce": "plain CE", "balanced": "weights", "shuffled": "control"}
     for arm in ("ce", "balanced", "shuffled"):
-        write_run(
-            folder / "toy" / f"{arm}-0", [line(one, "q0", prediction=f"{one} of {arm}") for one in ("adapter", "base")]
-        )
+        write_run(folder / f"{arm}-0", [line(one, "q0", prediction=f"{one} of {arm}") for one in ("adapter", "base")])
     difference = compared(-0.05, p=0.004, comparisons=24)
     nll = {arm: {**estimate(5.0), "against": {}} for arm in arms}
     nll["balanced"]["against"] = {"ce": difference, "shuffled": {**difference, "p": 0.01}}
     scores = {"rows": 4, "questions": 3, "metrics": {"nll": nll}}
-    recipe = {
+    content = {
         "model": "builtin:tiny",
         "data": {"source": "file.csv", "rows": 4},
         "chosen": "balanced",
-        "runs": {"base": ["toy/ce-0"], **{arm: [f"toy/{arm}-0"] for arm in ("ce", "balanced", "shuffled")}},
-        "verdict": "balanced lowers it <b>.",
+        "runs": {"base": ["ce-0"], **{arm: [f"{arm}-0"] for arm in ("ce", "balanced", "shuffled")}},
         "power": "Smallest true difference: .02.",
         "notes": [],
         "scores": {"critical": scores, "all": scores},
-    }
-    content = {
         "seeds": [0],
         "columns": arms,
         "primary": {"metric": "nll", "stratum": "critical"},
         "methods": METHODS,
         "metrics": {"nll": NLL},
         "verdict": "balanced lowers it <b>.",
-        "recipes": {"toy": recipe},
     }
     (folder / "comparison.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
@@ -211,13 +205,13 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
         rows = [{**line(arm, "q0"), field: ATTACK} for arm in ("adapter", "base")]
         pages[field] = report(write_run(tmp_path / field, rows))
         assert field == "severity" or " ".join(ATTACK.split()) in pages[field].text, field
-    # Names of data, models and recipes are data of others too.
+    # Names of data and models are data of others too.
     folder, comparison = write_run(tmp_path / "run"), write_comparison(tmp_path / "cmp")
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["data"]["source"] = metrics["model"]["name_or_path"] = ATTACK
     (folder / "metrics.json").write_text(json.dumps(metrics))
     content = json.loads((comparison / "comparison.json").read_text())
-    content["recipes"] = {ATTACK: content["recipes"]["toy"], "other": content["recipes"]["toy"]}
+    content |= {"model": ATTACK, "notes": [ATTACK]}
     (comparison / "comparison.json").write_text(json.dumps(content))
     pages |= {"names of a run": report(folder), "names of a comparison": report(comparison)}
     for name, page in pages.items():
@@ -297,9 +291,10 @@ def test_what_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
         (folder / name).unlink()
     assert "--resume" in write_report(folder).missing[0]
     comparison = write_comparison(tmp_path / "cmp")
-    shutil.rmtree(comparison / "toy")
+    for run in comparison.glob("*-0"):
+        shutil.rmtree(run)
     written = write_report(comparison)
-    assert written.shown == 0 and "toy" in written.missing[0]
+    assert written.shown == 0 and "--nll-only" in written.missing[0]
     assert "balanced − ce" in Page(written.path.read_text(encoding="utf-8")).text
 
 

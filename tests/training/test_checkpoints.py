@@ -174,7 +174,7 @@ def test_other_data_is_refused_where_its_content_is_known(run: Run) -> None:
 def test_a_folder_is_held_by_one_training_at_a_time(tmp_path: Path) -> None:
     with run_lock(tmp_path / "run"):
         for resume in (False, True):
-            with pytest.raises(RunError, match="run is being written by another training; wait"):
+            with pytest.raises(RunError, match="run is being written by another process; wait"):
                 train(load_recipe(QUICKSTART), tmp_path / "x" / ".." / "run", resume=resume)
         with run_lock(tmp_path / "other"):
             pass

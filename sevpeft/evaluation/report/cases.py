@@ -9,21 +9,19 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
-from functools import cache
 from itertools import chain, groupby, islice, zip_longest
 from typing import Any
 
-from sevpeft.evaluation.safety import safety_findings
+from sevpeft.evaluation.safety import rules, safety_findings
+from sevpeft.evaluation.scores import ARABIC
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.rules import Match, Rules
+from sevpeft.severity.rules import Match
 from sevpeft.severity.words import read
 
 UNKNOWN = "unknown"
-_ARABIC = re.compile(r"[\u0600-\u06ff\u0750-\u077f\u08a0-\u08ff\ufb50-\ufdff\ufe70-\ufeff]")
 _LATIN = re.compile(r"[A-Za-z]")
 # Blanks, words, and the punctuation at the end of a word.
 _TOKENS = re.compile(r"\s+|\S+?(?=[.,،؛;:!؟?…)(]*(?:\s|$))|\S+")
-_rules = cache(Rules.load)
 # Arm → id → line of predictions.jsonl, in the order in which the arms are shown.
 Answers = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -68,7 +66,7 @@ def _case(answers: Answers, identity: str) -> dict[str, Any]:
 
 def direction(text: str) -> str:
     """ "rtl" unless most letters are Latin. The browser's own guess goes by the first one: "COVID-19 هل هو خطير"."""
-    return "ltr" if len(_LATIN.findall(text)) > len(_ARABIC.findall(text)) else "rtl"
+    return "ltr" if len(_LATIN.findall(text)) > len(ARABIC.findall(text)) else "rtl"
 
 
 def marked(question: str) -> list[tuple[str, Match | None]]:
@@ -77,7 +75,7 @@ def marked(question: str) -> list[tuple[str, Match | None]]:
     A word belongs to the worst level that is stated with it; negated, past or another person's comes after that.
     """
     marks: dict[int, Match] = {}
-    for found in _rules().matches(question):  # the worst level first
+    for found in rules().matches(question):  # the worst level first
         for position in found.positions:
             if position not in marks or (marks[position].discounted and not found.discounted):
                 marks[position] = found

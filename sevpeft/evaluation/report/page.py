@@ -1,9 +1,8 @@
 """Writes RUN/report.html: one file that needs nothing else, and names what is missing.
 
-Everything but the recipe may be absent, because a report is most wanted when something is unfinished. A file that is
-there but damaged is an error: a report that silently leaves a table out would flatter. Text of patients and models is
-data of others: Jinja escapes all of it, and the page's own policy forbids any script but the page's, any picture from
-elsewhere and any connection.
+Everything but the recipe may be absent, but a damaged file is an error: a report that silently leaves a table out would
+flatter. Text of patients and models is data of others: Jinja escapes all of it, and the page's own policy forbids any
+script but the page's, any picture from elsewhere and any connection.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ REPORT, COMPARISON = "report.html", "comparison.json"
 # Heading of the page's facts → section of metrics.json; and the parts of evaluation.json that are facts.
 _SECTIONS = {"Data": "data", "Severity weights": "weights", "Model": "model", "Training": "training"}
 _EVALUATION = ("data", "generation", "evaluation", "lexicons", "judge")
+_COMPARED = ("model", "data", "chosen")
 _NEEDED = ("metrics", "methods", "columns")
 
 
@@ -49,7 +49,7 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     """Writes report.html into a run or comparison folder, for its owner alone.
 
     Args:
-        answers: questions that are shown with their answers, for each recipe; 0 leaves all text of patients out.
+        answers: questions that are shown with their answers; 0 leaves all text of patients out.
 
     Raises:
         RunError: the folder holds neither, a file of it is damaged, or it cannot be written.
@@ -61,16 +61,15 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
         page = _run_page(folder)
     else:
         raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
-    for part in page["parts"]:
-        part["cases"], part["answered"] = cases(part["answers"], answers)
-        part["scales"] = _scales(part["scores"])
-    shown = sum(len(part["cases"]) for part in page["parts"])
+    shown, answered = cases(page["answers"], answers)
     script, style = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     html = environment.get_template("page.html.jinja").render(
         **page,
-        shown=shown,
+        scales=_scales(page["scores"]),
+        cases=shown,
+        answered=answered,
         made=time.strftime("%Y-%m-%d %H:%M"),
         **{one.__name__: one for one in (estimate_text, metric_label, number_text, p_text, plain)},
         open_strata=OPEN_STRATA,
@@ -80,7 +79,7 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
         policy=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_atomically(folder / REPORT, html)
-    return Report(folder / REPORT, shown, tuple(page["missing"]))
+    return Report(folder / REPORT, len(shown), tuple(page["missing"]))
 
 
 def _run_page(folder: Path) -> dict[str, Any]:
@@ -95,14 +94,15 @@ def _run_page(folder: Path) -> dict[str, Any]:
     elif not by_arm:
         missing.append(f"No answers were generated: sevpeft evaluate {folder} (without --nll-only)")
     model = metrics.get("model", {}).get("name_or_path", recipe.model.name_or_path)
-    about = {"heading": "", "sentences": evaluation.get("notes", []), "scores": evaluation.get("scores", {})}
     return {
         "title": f"Run {folder.resolve().name}",
         "subtitle": f"A LoRA adapter for {Path(model).name if Path(model).is_absolute() else model}",
         "verdict": "",
         "control": recipe.severity.control,
         "missing": missing,
-        "parts": [{**about, "answers": by_arm}],
+        "sentences": evaluation.get("notes", []),
+        "scores": evaluation.get("scores", {}),
+        "answers": by_arm,
         "losses": {key: metrics[key] for key in ("before", "after")} if "after" in metrics else {},
         "curves": _loss_curves(_lines(folder / "log.jsonl")),
         "primary": None,
@@ -116,34 +116,25 @@ def _run_page(folder: Path) -> dict[str, Any]:
 
 
 def _comparison_page(folder: Path) -> dict[str, Any]:
-    content = _object(folder / COMPARISON, ("seeds", "primary", "verdict", "recipes", *_NEEDED))
-    parts, missing = [], []
-    facts: dict[str, Any] = {}
-    environment: dict[str, Any] = {}
-    for name, recipe in content["recipes"].items():
-        by_arm = {}
-        for arm, (first, *_) in recipe["runs"].items():
-            environment = environment or _object(folder / first / "environment.json")
-            if answers := _answers(folder / first).get("base" if arm == "base" else "adapter"):
-                by_arm[arm] = answers
-        if not by_arm:
-            missing.append(f"{name}: the runs hold no answers to show (compared with --nll-only, or moved).")
-        # The verdict of a single recipe stands at the top of the page already.
-        verdict = recipe["verdict"] if recipe["verdict"] != content["verdict"] else ""
-        sentences = [sentence for sentence in (verdict, recipe["power"], *recipe["notes"]) if sentence]
-        parts.append({"heading": name, "sentences": sentences, "scores": recipe["scores"], "answers": by_arm})
-        facts[name] = {key: recipe[key] for key in ("model", "data", "chosen")}
+    content = _object(folder / COMPARISON, ("seeds", "primary", "verdict", "runs", "scores", *_NEEDED))
+    by_arm, environment = {}, dict[str, Any]()
+    for arm, (first, *_) in content["runs"].items():
+        environment = environment or _object(folder / first / "environment.json")
+        if answers := _answers(folder / first).get("base" if arm == "base" else "adapter"):
+            by_arm[arm] = answers
     return {
         "title": f"Comparison {folder.resolve().name}",
         "subtitle": f"{len(content['columns'])} arms, seeds {', '.join(map(str, content['seeds']))}",
         "verdict": content["verdict"],
-        "missing": missing,
-        "parts": parts,
+        "missing": [] if by_arm else ["The runs hold no answers to show (compared with --nll-only, or moved)."],
+        "sentences": [sentence for sentence in (content["power"], *content["notes"]) if sentence],
+        "scores": content["scores"],
+        "answers": by_arm,
         "losses": {},
         "curves": {},
         "primary": content["primary"]["metric"],
         **{name: content[name] for name in _NEEDED},
-        "facts": {**facts, "Environment": environment},
+        "facts": {"Comparison": {key: content[key] for key in _COMPARED}, "Environment": environment},
     }
 
 
