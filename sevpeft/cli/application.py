@@ -176,11 +176,7 @@ def _check_scratch() -> None:
 
 
 def is_main_process() -> bool:
-    return not _is_one_of_several() or os.environ.get("RANK", "0") == "0"
-
-
-def _is_one_of_several() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+    return os.environ.get("WORLD_SIZE", "1") in ("", "0", "1") or os.environ.get("RANK", "0") == "0"
 
 
 def _print_error(message: str) -> None:

@@ -218,7 +218,9 @@ class StepGuard(TrainerCallback):
         accelerator, model = self.trainer.accelerator, self.trainer.model
         loss = float(accelerator.reduce((pending_loss(self.trainer) - self._loss_before).double(), "mean"))
         scaled = accelerator.scaler is not None
-        if math.isfinite(loss) and (scaled or math.isfinite(_gradient_norm(model))):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if math.isfinite(loss) and (scaled or math.isfinite(float(norm))):
             self.counts["nonfinite_in_a_row"] = 0
             self._watch(loss)
             return
@@ -283,8 +285,3 @@ class StepGuard(TrainerCallback):
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             output = self.trainer.causal_lm().base_model(input_ids=ids, use_cache=False)
         return bool(torch.isfinite(output.last_hidden_state).all())
-
-
-def _gradient_norm(model: torch.nn.Module) -> float:
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
