@@ -1,8 +1,7 @@
 """Reads CSV, TSV, XLSX, JSON, JSON lines and Parquet files (each also gzipped), recognizes columns, reads cells.
 
-A damaged file is an error with its line or row: half of a set would otherwise be trained on in silence. Messages name
-numbers and columns only, because a cell is somebody's complaint. Of all formats but a JSON array no more than a batch
-of rows is in memory.
+A damaged file is an error with its line or row. Messages name numbers and columns only: a cell is somebody's complaint.
+Of all formats but a JSON array no more than a batch of rows is in memory.
 """
 
 from __future__ import annotations
@@ -105,8 +104,14 @@ def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str,
         if suffix == ".xlsx":
             parts, note = _workbook(path, chosen)
             notes += [f"{path.name}: {note}" if several else note] * bool(note)
+        elif suffix == ".parquet":
+            parts = [_parquet(path)]
+        elif suffix is None:
+            raise DataError(f"{path.name} has no suffix that is read here: {', '.join(SUFFIXES)}, each also .gz.")
         else:
-            parts = [_parquet(path) if suffix == ".parquet" else _text_file(path, suffix, encoding)]
+            codec = _checked_encoding(path, encoding)
+            records = partial(_delimited, path, codec, "," if suffix == ".csv" else "\t")
+            parts = [_json(path, codec, suffix) if suffix in _JSON else _with_header(path.name, "line", records)]
         for part in parts:
             if twice := {name: None for name in part.names if part.names.count(name) > 1}:
                 raise DataError(f"{path.name} has more than one column named {listed(twice)}: rename them apart.")
@@ -116,15 +121,6 @@ def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str,
                 either = f"{path.name} or {paths[0].name}"
                 raise DataError(f"{either} lacks {listed(sorted(only))}: rename the columns alike.")
     return replace(table, note="; ".join(notes))
-
-
-def _text_file(path: Path, suffix: str | None, encoding: str | None) -> Part:
-    if suffix is None:
-        raise DataError(f"{path.name} has no suffix that is read here: {', '.join(SUFFIXES)}, each also .gz.")
-    codec = _checked_encoding(path, encoding)
-    if suffix in _JSON:
-        return _json(path, codec, suffix)
-    return _with_header(path.name, "line", partial(_delimited, path, codec, "," if suffix == ".csv" else "\t"))
 
 
 @contextlib.contextmanager
@@ -184,8 +180,8 @@ def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int
 def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
     for number, line in enumerate(text, start=1):
         if "\0" in line:
-            byte = f"line {number}, character {line.index(chr(0)) + 1}: a zero byte"
-            raise DataError(f"{path.name}, {byte}: remove it, or set data.encoding=utf-16.")
+            place = f"{path.name}, line {number}, character {line.index(chr(0)) + 1}"
+            raise DataError(f"{place}: a zero byte: remove it, or set data.encoding=utf-16.")
         yield line
 
 
@@ -204,9 +200,8 @@ def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, l
                     yield number, cells
                 number = reader.line_num + 1
         except csv.Error:
-            cause = f"a quote is stray or not closed, or a cell has over {csv.field_size_limit():,} letters, in the row"
-            remedy = 'put cells in quotes and double the quotes inside them ("")'
-            raise DataError(f"{path.name}, line {number}: {cause} that begins there: {remedy}.") from None
+            cause = "a quote is stray or not closed, or a cell too long: put cells in quotes, and double quotes in them"
+            raise DataError(f"{path.name}, line {number}: {cause}.") from None
 
 
 def _workbook(path: Path, chosen: Mapping[str, str | None]) -> tuple[list[Part], str]:
@@ -238,14 +233,12 @@ def _workbook(path: Path, chosen: Mapping[str, str | None]) -> tuple[list[Part],
         with contextlib.suppress(DataError):
             map_columns(names, chosen, title)
             fitting.append(title)
-    main = fitting[0] if fitting else max(headers, key=lambda title: len(headers[title]), default="")
-    alike = [title for title in headers if set(headers[title]) == set(headers[main])]
-    if other := [title for title in fitting if title not in alike]:
-        both = listed([main, other[0]])
-        raise DataError(f"{path.name}: the sheets {both} have consultations in different columns: rename them alike.")
-    left_out = [title for title in headers if title not in alike]
-    note = f"sheets {listed(alike)}{', not ' * bool(left_out)}{listed(left_out)}" if len(headers) > 1 else ""
-    return [sheets[title] for title in alike], note
+    if len({frozenset(headers[title]) for title in fitting}) > 1:
+        raise DataError(f"{path.name}: the sheets {listed(fitting)} differ in their columns: rename them alike.")
+    used = fitting or sorted(headers, key=lambda title: -len(headers[title]))[:1]
+    left_out = [title for title in headers if title not in used]
+    note = f"sheets {listed(used)}{', not ' * bool(left_out)}{listed(left_out)}" if len(headers) > 1 else ""
+    return [sheets[title] for title in used], note
 
 
 def _parquet(path: Path) -> Part:
@@ -263,7 +256,7 @@ def _parquet(path: Path) -> Part:
 
 
 def _json(path: Path, encoding: str, suffix: str) -> Part:
-    """Objects, one a line or in an array. Each brings its own names, so that all are read once to know them."""
+    """Objects, one a line, in an array or in one under "data". All are read once to know the names that they bring."""
     lines = suffix != ".json"
     with _text(path, encoding) as text, contextlib.suppress(ValueError, RecursionError):
         first = next(filter(str.strip, text), "").lstrip()
@@ -271,23 +264,22 @@ def _json(path: Path, encoding: str, suffix: str) -> Part:
 
     def read(_: Collection[str]) -> Iterator[Row]:
         with _text(path, encoding) as text:
-            yield from json_lines(_lines(path, text), path.name) if lines else _array(text.read(), path.name)
+            if lines:
+                yield from json_lines(_lines(path, text), path.name)
+                return
+            document = text.read()
+        try:  # Python's parser has limits
+            rows = json.loads(document)
+        except (ValueError, RecursionError) as error:
+            place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataError(f"{path.name}{place} {json_problem(error)}.") from None
+        rows = rows.get("data") if isinstance(rows, dict) else rows
+        if not isinstance(rows, list) or not all(isinstance(cells, dict) for cells in rows):
+            raise DataError(f"{path.name} is not valid JSON data: it has no array of objects, nor one in each line.")
+        yield from enumerate(rows, start=1)
 
     names = dict.fromkeys(name for _, cells in read(()) for name in cells)
     return Part(f"{path.name}, {'line' if lines else 'row'}", list(names), read)
-
-
-def _array(document: str, label: str) -> Iterator[Row]:
-    """The rows of an array, or of the one under "data", by Python's parser, which has limits."""
-    try:
-        rows = json.loads(document)
-    except (ValueError, RecursionError) as error:
-        place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{label}{place} {json_problem(error)}.") from None
-    rows = rows.get("data") if isinstance(rows, dict) else rows
-    if not isinstance(rows, list) or not all(isinstance(cells, dict) for cells in rows):
-        raise DataError(f"{label} is not valid JSON data: it has no array of objects, nor an object in each line.")
-    return enumerate(rows, start=1)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -312,8 +304,7 @@ def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: s
             continue
         alike = [name for name in names if fold_for_matching(name) == fold_for_matching(wanted)]
         if wanted not in names and len(alike) != 1:
-            asked = f"data.{field}_column asks for"
-            raise DataError(f"{label} has no column '{wanted}', which {asked}: it has {listed(names)}.")
+            raise DataError(f"{label} has no column '{wanted}' (data.{field}_column): it has {listed(names)}.")
         columns[field] = wanted if wanted in names else alike[0]
     for field, accepted in _ACCEPTED.items():
         if field == "answer" and fold_for_matching(columns.get("question", "")) == "messages":
@@ -333,8 +324,7 @@ def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: s
             columns[field] = found[0]
     if missing := [field for field in ("question", "answer") if field not in columns]:
         settings = " and ".join(f"data.{field}_column" for field in missing)
-        missed = f"{label} has no column named like the {' or the '.join(missing)}"
-        raise DataError(f"{missed}: set {settings} to one of {listed(names)}.")
+        raise DataError(f"{label} has no {' and no '.join(missing)} column: set {settings} to one of {listed(names)}.")
     twice = [field for field in columns if list(columns.values()).count(columns[field]) > 1]
     if twice and set(twice) != {"question", "answer"}:
         raise DataError(f"{label}: column '{columns[twice[0]]}' is set for {' and '.join(twice)}: give each its own.")
@@ -418,9 +408,8 @@ def canonical_row(
     if exchange:
         row["question"], row["answer"] = as_exchange(cells.get(columns["question"]), columns["question"], place)
     row |= {name: carried_text(cells.get(column)) for name, column in carried.items()}
-    for field in ("question", "answer"):
-        if not row[field].strip():
-            return f"empty {field}"
+    if empty := [field for field in ("question", "answer") if not row[field].strip()]:
+        return f"empty {empty[0]}"
     try:
         "".join(value for value in row.values() if isinstance(value, str)).encode()
     except UnicodeEncodeError:  # half an emoji, cut off by whatever wrote the file; Arrow cannot hold it

@@ -1,7 +1,6 @@
 """Reads consultations: files, a folder that `sevpeft prepare` made, a Hub data set, or the bundled sample.
 
-The rows become a memory-mapped Arrow table in the cache folder, named by a hash of the input's bytes and of every
-setting that shapes it: a changed file is never answered from an old table.
+The rows become a memory-mapped Arrow table in the cache, named by a hash of the input's bytes and of what shapes it.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ BUILTIN = "builtin:consultations"
 _SAMPLE = Path(__file__).parent / "samples" / "consultations.jsonl"
 # What a folder that `sevpeft prepare` made holds: its description and its rows.
 PREPARED_ABOUT, PREPARED_ROWS = "dataset.json", "consultations.parquet"
-
 _TABLE_VERSION = 5  # counts up when the same input gives another table
 
 
@@ -70,15 +68,12 @@ def load_consultations(
     """The consultations of a recipe's section `data`, or of a path and `settings` that the section has.
 
     A folder that `sevpeft prepare` did not make stands for the data files in it, and a pattern with * for its
-    matches: they are read in sorted order as one source. The rows of one that it made keep the `row` that they had in
-    its input. Columns that are not named are recognized by their names; `id_column="row"` numbers the rows.
+    matches: they are read in sorted order as one source. The rows of one that it made keep the `row` of its input.
+    Columns that are not named are recognized by their names; `id_column="row"` numbers the rows.
 
-    Args:
-        keep: other columns to carry as text: "all", or their names. One that is called like a column of the rows
-            becomes "original_NAME".
+    `keep`: other columns to carry as text: "all", or their names. One that is called like ours is "original_NAME".
 
-    Raises:
-        DataError: the input is absent, unreadable or damaged, or has no question and answer; in one sentence.
+    Raises DataError where the input is absent, unreadable or damaged, or has no question and answer.
     """
     if not isinstance(data, DataSection):
         data = DataSection(path=os.fspath(data), **settings)
@@ -95,32 +90,24 @@ def load_consultations(
     if len(paths) > 1:
         fingerprint = f"sha256:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
     if prepared:
-        about, data = _about_prepared(path, fingerprint, data)
+        try:
+            about = json.loads((path / PREPARED_ABOUT).read_text(encoding="utf-8"))
+            changed, names = fingerprint != about["fingerprint"], about["columns"]
+        except (OSError, ValueError, KeyError, TypeError):
+            problem = "is none that `sevpeft prepare` wrote: prepare it again"
+            raise DataError(f"{path / PREPARED_ABOUT} {problem}.") from None
+        if changed:
+            raise DataError(f"{path / PREPARED_ROWS} is not as `sevpeft prepare` wrote it: prepare the data again.")
+        # A prepared column has the canonical name already; a carried one that is named alike is not guessed for it.
+        own = {f"{name}_column": name for name, column in _chosen(data).items() if column is None and name in names}
+        data = data.model_copy(update=own)
     shape = [fingerprint, file_format(paths[0]), data.encoding, prepared]
     found = _cached(shape, lambda: open_files(paths, data.encoding, _chosen(data)), data, keep, prepared)
     return replace(found, files=parts if len(paths) > 1 else [], provenance=about)
 
 
-def _about_prepared(folder: Path, fingerprint: str, data: DataSection) -> tuple[dict[str, Any], DataSection]:
-    """What dataset.json in a prepared folder says, and the section `data` with the folder's columns."""
-    try:
-        about = json.loads((folder / PREPARED_ABOUT).read_text(encoding="utf-8"))
-        recorded, names = about["fingerprint"], about["columns"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{folder / PREPARED_ABOUT} is none that `sevpeft prepare` wrote: prepare it again.") from None
-    if fingerprint != recorded:
-        raise DataError(f"{folder / PREPARED_ROWS} is not as `sevpeft prepare` wrote it: prepare the data again.")
-    # A prepared column has the canonical name already; a carried one that is named alike must not be guessed for it.
-    own = {f"{name}_column": name for name, column in _chosen(data).items() if column is None and name in names}
-    return about, data.model_copy(update=own)
-
-
 def _files_of(given: str, path: Path) -> list[Path]:
-    """The files that a path or a pattern names, sorted; none where it can only be a Hub id.
-
-    Of a folder these are the files directly in it with a suffix that is read. Files of several formats are an error,
-    because one may be another once more.
-    """
+    """The files that a path or a pattern names, or of a folder those that are read; none where it must be a Hub id."""
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
@@ -135,23 +122,19 @@ def _files_of(given: str, path: Path) -> list[Path]:
     if not files:
         raise DataError(f"data.path={given}: there is no file in this folder or pattern that is read here.")
     formats = list(dict.fromkeys(file_format(file) or file.suffix for file in files))
-    if len(formats) > 1:
+    if len(formats) > 1:  # one may hold the rows of another once more
         raise DataError(f"data.path={given} names files of several formats: name one, as *{' or *'.join(formats)}.")
     return files
 
 
 def _chosen(data: DataSection) -> dict[str, str | None]:
     """Canonical field -> column that the user named."""
-    fields = ("question", "answer", "severity", "id", "dialect", "split")
-    return {field: getattr(data, f"{field}_column") for field in fields}
+    return {of: getattr(data, f"{of}_column") for of in ("question", "answer", "severity", "id", "dialect", "split")}
 
 
 @functools.cache
 def look_for_hub() -> None:
-    """Switches this process, once, to what the cache holds where the Hub cannot be reached.
-
-    Else libraries try six times for each file, with half a minute of waiting and a screen of warnings.
-    """
+    """Switches this process, once, to the cache where the Hub cannot be reached: libraries try each file six times."""
     if not constants.is_offline_mode():
         try:
             huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
@@ -165,8 +148,8 @@ def _from_hub(data: DataSection, keep: Keep) -> Consultations:
         loaded = datasets.load_dataset(data.path, data.name, revision=data.revision, split=data.split)
     except Exception as error:  # datasets lets through whatever its builders and fsspec raise
         reason = first_sentence(error) if isinstance(error, OSError | ValueError) else type(error).__name__
-        loading = f"data.path={data.path} is no file here, and could not be loaded from the Hub ({reason})"
-        raise DataError(f"{loading}: check data.path, data.name, data.revision and data.split.") from None
+        problem = f"is no file, and could not be loaded from the Hub ({reason}): check data.name, revision and split"
+        raise DataError(f"data.path={data.path} {problem}.") from None
 
     def read(columns: Collection[str]) -> Iterator[Row]:
         wanted = loaded.select_columns([column for column in loaded.column_names if column in columns])
@@ -184,10 +167,7 @@ def _from_hub(data: DataSection, keep: Keep) -> Consultations:
 
 
 def _cached(shape: list[Any], get: Callable[[], Table], data: DataSection, keep: Keep, numbered: bool) -> Consultations:
-    """The table in the cache, written first where there is none or the disk has lost a part of it.
-
-    `shape`: the fingerprint, and what else the table depends on. `numbered`: rows are numbered by their column `row`.
-    """
+    """The cached table of `shape`, the fingerprint first; written where it is absent. `numbered`: by a column `row`."""
     content = [_TABLE_VERSION, _chosen(data), data.max_rows, keep if isinstance(keep, str) else list(keep), *shape]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     folder = cache_folder("tables") / key
@@ -225,8 +205,8 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
     if not names:
         raise DataError(f"{label} is empty.")
     columns = files.map_columns(names, _chosen(data), label)
-    asked = [] if keep == "mapped" else names if keep == "all" else [name for name in names if name in keep]
-    others = [name for name in asked if name not in columns.values()]
+    asked = () if keep == "mapped" else names if keep == "all" else keep
+    others = [name for name in names if name in asked and name not in columns.values()]
     carried = {new: name for name, new in files.free_names(others, {*files.FIELDS, "row"}).items()}
     rejected = Counter[str]()
     numbers: dict[int, int] = {}  # hash of an id -> number of its row

@@ -1,8 +1,7 @@
 """Splits the rows into train, validation and test, with every question on one side only.
 
-A question that stands in train and in test, as forums repeat them, makes the test one of memory. So groups of rows are
-drawn, stratum by stratum, in the order of a seeded hash: the same on every machine, with every library, and in
-whatever order the rows come. Whole values of a column can be held out too.
+Groups of rows are drawn, stratum by stratum, in the order of a seeded hash: the same on every machine, with every
+library, and in whatever order the rows come. Whole values of a column can be held out too.
 """
 
 from __future__ import annotations
@@ -47,12 +46,10 @@ def split_rows(
     A `split` column of train/validation/test is used as it is; what it lacks is drawn from its train rows, unless
     `data.test_size` is 0. Sizes are fractions (of the rows that are drawn from) or numbers of rows.
 
-    Args:
-        strata: (n,) one integer a row; a group has the stratum of its first row.
-        keys: (n,) equal where rows have to stay together; by default where the folded questions are.
+    `strata` (n,): one integer a row; a group has the stratum of its first row. `keys` (n,): equal where rows have to
+    stay together, by default where the folded questions are.
 
-    Raises:
-        DataError: a size cannot be met, validation or train would be empty, or the column has other values too.
+    Raises DataError where a size cannot be met, a side would be empty, or the column has other values too.
     """
     given = given_sides(rows, data)
     keys = question_keys(rows, data.seed) if keys is None else keys
@@ -75,7 +72,7 @@ def draw_sides(keys: Keys, data: DataSection, *, strata: ArrayLike | None = None
     sides[free] = _drawn(keys[free], layers[free], wanted)
     for side, rows in wanted.items():
         if rows and not (sides == side).any():
-            why = f"each question that may go to the {SIDES[side]} stands on over {rows} rows"
+            why = f"each question that may go there stands on over {rows} rows"
             raise DataError(f"data.{SIDES[side]}_size is too small, because {why}: raise it, or bring other questions.")
     return sides
 
@@ -133,7 +130,7 @@ def question_key(folded: str, seed: int) -> int:
 def given_sides(rows: datasets.Dataset, data: DataSection) -> Sides | None:
     """Every row's side as its column split says it, None where that is absent or says other things.
 
-    It is an error where only some rows say it, or none although `data.split_column` names the column for it.
+    DataError where only some rows say it, or none although `data.split_column` names the column for it.
     """
     if "split" not in rows.column_names:
         return None
@@ -143,27 +140,24 @@ def given_sides(rows: datasets.Dataset, data: DataSection) -> Sides | None:
     if len(unknown) == len(rows) and data.split_column is None:
         return None
     if len(unknown):
-        first = int(unknown[0])
-        where = f"{len(unknown)} of {len(rows)} rows, first at {rows[first].get('row', first + 1)}"
-        remedy = "fill it, or set data.split_column to a column that is filled"
-        raise DataError(f"The column split is neither train, validation nor test in {where}: {remedy}.")
+        first = rows[int(unknown[0])].get("row", int(unknown[0]) + 1)
+        where = f"in {len(unknown)} of {len(rows)} rows, first at {first}"
+        raise DataError(f"Column split is no train, validation or test {where}: fill it, or set data.split_column.")
     return sides
 
 
 def hold_out(cells: Sequence[str], column: str, data: DataSection) -> tuple[Sides, dict[str, Any]]:
     """The side (n,) of the rows by their `cells` (n,) of `column`, so that no value stands on two, and how it came.
 
-    A model that is to answer next year's patients, or another hospital's, must be tested on a year or a hospital that
-    it has not seen. Of numbers and dates the newest become the test; other values are drawn by a seeded hash. Sizes
-    are met as nearly as whole values allow, with one value at least; of two values one is held out, and there is then
-    no validation by value. Rows without a value are trained on. Fewer than two values are an error.
+    Of numbers and dates the newest become the test; other values are drawn by a seeded hash. Sizes are met as nearly as
+    whole values allow, with one value at least; of two values one is held out, and there is then no validation by
+    value. Rows without a value are trained on. Fewer than two values are a DataError.
     """
     stripped = np.array([cell.strip() for cell in cells], object)
     values, inverse, counts = np.unique(stripped, return_inverse=True, return_counts=True)
     filled = [index for index, value in enumerate(values) if value]
     if len(filled) < 2:
-        cause = "has fewer than two values, so nothing can be held out by it"
-        raise DataError(f"Column '{column}' {cause}: name another one.")
+        raise DataError(f"Column '{column}' has fewer than two values, so none can be held out: name another one.")
     wanted = _wanted(data, len(cells))
     places = _in_order(values[filled].tolist())
     ordered = places is not None

@@ -31,8 +31,5 @@ def fold_for_matching(text: str) -> str:
 
 
 def strip_marks(text: str) -> str:
-    """The text without tashkeel, tatweel and invisible marks, with ASCII digits.
-
-    AraGPT2 was trained on such text (its model card, aubmindlab/aragpt2-base).
-    """
+    """The text without tashkeel, tatweel and invisible marks, with ASCII digits: AraGPT2's own, by its model card."""
     return _MARKS.sub("", _BEFORE_NORMALIZING.sub("", text)).translate(DIGITS)

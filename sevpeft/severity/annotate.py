@@ -6,12 +6,11 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
 
 from sevpeft.data.files import free_name, listed
@@ -77,16 +76,10 @@ def annotate(settings: AnnotateSettings, output: Path) -> Annotation | None:
         columns[EVIDENCE] = found.with_format("arrow")[:][EVIDENCE]
     rows = consultations.rows.select_columns(list(kept)).rename_columns(kept)
     rows = datasets.concatenate_datasets([rows, datasets.Dataset(pa.table(columns))], axis=1)
-    annotation = Annotation(
-        output=str(output),
-        rows=len(rows),
-        rejected=consultations.rejected,
-        method=classifier.kind,
-        version=classifier.version,
-        counts=dict(zip(SEVERITIES, np.bincount(likeliest, minlength=len(SEVERITIES)).tolist(), strict=True)),
-        mean=dict(zip(SEVERITIES, probabilities.mean(axis=0).tolist(), strict=True)),
-        weights=WeightSummary.of(severity_weights(probabilities, SEVERITY_PRESETS["balanced"]), likeliest),
-    )
+    weights = WeightSummary.of(severity_weights(probabilities, SEVERITY_PRESETS["balanced"]), likeliest)
+    mean = dict(zip(SEVERITIES, probabilities.mean(axis=0).tolist(), strict=True))
+    counts, judge = weights.severities, (classifier.kind, classifier.version)
+    annotation = Annotation(str(output), len(rows), consultations.rejected, *judge, counts, mean, weights)
     if output.suffix:
         _write_file(rows, output)
     else:
@@ -101,10 +94,8 @@ def _columns(consultations: Consultations, *, replace: bool, numbered: bool) -> 
     own = {name: column for name, column in {**read, **carried}.items() if annotated and column in ADDED}
     severity = {name: column for name, column in read.items() if name in ("severity", *PROBABILITY_COLUMNS)}
     if not replace and (own or severity):
-        raise DataError(
-            f"{consultations.source} has severity already ({listed({**severity, **own}.values())}). Train on it as it "
-            "is, or add replace=true to annotate it anew (what people gave is kept, as severity_given)."
-        )
+        known = f"{consultations.source} has severity already ({listed({**severity, **own}.values())})"
+        raise DataError(f"{known}: train on it, or add replace=true (what people gave stays, as severity_given).")
     kept = {"row": "row"} if numbered or "row" in consultations.provenance.get("columns", ()) else {}
     for name in consultations.rows.column_names:
         if name != "row" and name not in own:
@@ -136,12 +127,10 @@ def _write_folder(rows: datasets.Dataset, output: Path, consultations: Consultat
     source = Path(consultations.source).expanduser()
     with whole_folder(output) as folder:
         rows.to_parquet(folder / PREPARED_ROWS)
-        severity = {name: asdict(annotation)[name] for name in ("method", "version", "counts", "mean")}
-        about = consultations.provenance | {
-            "columns": rows.column_names,
-            "fingerprint": file_hash(folder / PREPARED_ROWS),
-            "severity": {**severity, "input_fingerprint": consultations.fingerprint},
-        }
+        severity = {name: getattr(annotation, name) for name in ("method", "version", "counts", "mean")}
+        severity["input_fingerprint"] = consultations.fingerprint
+        changed = {"columns": rows.column_names, "fingerprint": file_hash(folder / PREPARED_ROWS), "severity": severity}
+        about = consultations.provenance | changed
         (folder / PREPARED_ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         card = (source / "README.md").read_text(encoding="utf-8").partition("\n## Severity\n")[0]
         card = card.replace(consultations.fingerprint, about["fingerprint"]) + (

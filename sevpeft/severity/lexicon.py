@@ -1,10 +1,8 @@
 """Lexicons of expressions: reads their files, and finds where their expressions stand in a question.
 
-lexicons/README.md documents the files. A row that cannot be used is never skipped, since whoever adds a red flag has to
-see that it counts: one error lists every line with a mistake.
-
-Arabic glues particles, articles and pronouns to its words, and the dialects add their own. Written out, five hundred
-patterns would be millions of surface forms. So the prefixes and suffixes of a question's word are taken off.
+lexicons/README.md documents the files. One error lists every line with a mistake: whoever adds a red flag has to see
+that it counts. Arabic glues particles, articles and pronouns to its words, so that five hundred patterns would be
+millions of surface forms: prefixes and suffixes are taken off the words of a question instead.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
@@ -67,9 +65,8 @@ def load_lexicon(path: Path | None = None, levels: tuple[str, ...] = SEVERITIES)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The lexicon {path} cannot be read ({error}); give a TSV file in UTF-8.") from error
     groups: dict[str, frozenset[Word]] = {}
-    patterns: dict[tuple[tuple[frozenset[Word], ...], tuple[int, ...]], Pattern] = {}
-    mistakes: list[str] = []
-    has_header = False
+    patterns: dict[Any, Pattern] = {}  # by slots and gaps
+    mistakes, has_header = list[str](), False
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -133,17 +130,15 @@ def _words(alternatives: str, groups: dict[str, frozenset[Word]]) -> frozenset[W
 
 def _word(written: str) -> Word:
     if bounds := _RANGE.fullmatch(written):
-        low, high = float(bounds[1]), float(bounds[2])
-        if low > high:
+        number = Word("number", low=float(bounds[1]), high=float(bounds[2]))
+        if number.low > number.high:
             raise ValueError(f"the range {written} ends before it begins")
-        return Word("number", low=low, high=high)
+        return number
     kind = {"=": "exact", "+": "verb"}.get(written[:1], "plain")
     bare = written if kind == "plain" else written[1:]
     words = [part for word in fold_for_matching(bare).split() for part in parts_of(word)]
     if len(words) != 1 or words[0].isdigit() or re.search(r"[=+@.]", bare):
-        raise ValueError(
-            f"'{written}' is not one word but read as '{' '.join(words)}' (a number is a range, such as 39..39)"
-        )
+        raise ValueError(f"'{written}' is read as '{' '.join(words)}', not as one word (a number is a range: 39..39)")
     return Word(kind, words[0])
 
 
@@ -155,8 +150,8 @@ def _prefixes(*particles: str) -> frozenset[str]:
     return frozenset(conjunction + particle for conjunction in ("", "و", "ف") for particle in ("", *particles))
 
 
-_PERSONS = WORD_LISTS["person"]
 _NOUN_PREFIXES = _prefixes(*WORD_LISTS["particle"])
+_VERB_PREFIXES = _prefixes(*WORD_LISTS["tense"], *(to + person for to in ("", "ل") for person in WORD_LISTS["person"]))
 # Kind of a form → what a word may carry before it and after it.
 _AFFIXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "exact": (frozenset([""]), frozenset([""])),
@@ -166,10 +161,7 @@ _AFFIXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # Teh marbuta opens before a pronoun and gives way to the plural, ات and what follows: حراره, حرارته, حرارات.
     "tied": (_NOUN_PREFIXES, frozenset(WORD_LISTS["pronoun"])),
     "plural": (_NOUN_PREFIXES, frozenset()),
-    "verb": (
-        _prefixes(*WORD_LISTS["tense"], *_PERSONS, *("ل" + person for person in _PERSONS)),
-        frozenset(["", *WORD_LISTS["verb_ending"]]),
-    ),
+    "verb": (_VERB_PREFIXES, frozenset(["", *WORD_LISTS["verb_ending"]])),
 }
 _LONGEST_PREFIX, _LONGEST_SUFFIX = (
     max(len(affix) for affixes in _AFFIXES.values() for affix in affixes[side]) for side in (0, 1)
@@ -223,8 +215,7 @@ class Matcher:
             self._forms[word.form[:-1] + "ت"].append(("tied", slot))
             self._forms[word.form[:-1]].append(("plural", slot))
 
-    def _find(self, word: str, is_reading: bool = True) -> _Known:
-        """Args: is_reading: of a number, whether an instrument may have shown it."""
+    def _find(self, word: str, is_reading: bool = True) -> _Known:  # of a number: whether an instrument may show it
         slots = set()
         if _NUMBER.fullmatch(word):
             value = float(word.replace(POINT, "."))
@@ -240,10 +231,7 @@ class Matcher:
         return frozenset(slots), tuple(one for slot in sorted(slots) for one in self._anchored.get(slot, ()))
 
     def occurrences(self, text: Text) -> list[tuple[int, tuple[int, ...]]]:
-        """(number of a pattern, ascending positions of its slots) of every place where a pattern stands.
-
-        One for each place of its rarest word from which it can be completed, with the nearest words.
-        """
+        """(number of a pattern, ascending positions of its slots) for each place of its rarest word where it stands."""
         words = text.words
         known = list(map(self._known, words))
         for at, word in enumerate(words):
@@ -272,8 +260,6 @@ def _follow(path: _Path, position: int, step: int, known: list[_Known], sentence
     for place in range(position + step, position + step * (gap + 2), step):
         if not 0 <= place < len(known) or sentences[place] != sentences[position]:
             return None
-        if slot in known[place][0]:
-            rest = _follow(path[1:], place, step, known, sentences)
-            if rest is not None:
-                return (place, *rest)
+        if slot in known[place][0] and (rest := _follow(path[1:], place, step, known, sentences)) is not None:
+            return (place, *rest)
     return None

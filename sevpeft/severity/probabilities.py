@@ -1,8 +1,7 @@
 """Severity probabilities (n, 3), read from the columns of a table.
 
-Either the three columns `p_non_critical, p_neutral, p_critical` are there, as `annotate` or another classifier wrote
-them, or one column of names (`severity`), which becomes one-hot probabilities. Nothing is filled in: a row without a
-severity would be trained with a weight that nobody chose.
+They are the three columns `p_non_critical, p_neutral, p_critical`, or one column of names (`severity`), which becomes
+one-hot. Nothing is filled in: a row without a severity would be trained with a weight that nobody chose.
 """
 
 from __future__ import annotations
@@ -49,33 +48,25 @@ def has_severity(rows: Dataset) -> bool:
 def severity_probabilities(rows: Dataset) -> np.ndarray:
     """Severity probabilities of every row: (n, 3), float64, each row summing to one, in the order of `SEVERITIES`.
 
-    Args:
-        rows: table with the three probability columns, or with a `severity` column of names.
-
-    Raises:
-        WeightError: with row numbers, never with the text of a row.
+    Raises WeightError, with row numbers and never with the text of a row, where a column or a severity is missing.
     """
     missing = [name for name in PROBABILITY_COLUMNS if name not in rows.column_names]
     if not missing:
         return _from_columns(rows)
     if len(missing) < len(PROBABILITY_COLUMNS):
-        raise WeightError(
-            f"The data has no {', '.join(missing)}; severity weights need all of {', '.join(PROBABILITY_COLUMNS)}."
-        )
+        raise WeightError(f"The data has no {', '.join(missing)}; add it, or remove the other probabilities.")
     if "severity" in rows.column_names:
         return _from_names(rows)
     raise WeightError(
-        "severity.source=columns needs a severity column, or p_non_critical, p_neutral and p_critical; the data has "
-        "neither. Name a column with data.severity_column=NAME, take severity.source=rules, or train without severity "
-        "on purpose with severity.control=uniform."
+        "The data has no severity column, nor p_non_critical, p_neutral and p_critical: name one with "
+        "data.severity_column=NAME, or take severity.source=rules, or severity.control=uniform to do without."
     )
 
 
 def sharpened(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Probabilities (n, 3) with another contrast: p_k^(1/T) / Σ_j p_j^(1/T), which is softmax(log p / T).
 
-    T = 1 changes nothing, T < 1 sharpens (T → 0 gives one-hot rows), T > 1 flattens (T → ∞ gives a third each). The
-    order of the severities in a row stays, and so does its most probable one. A probability of zero stays zero.
+    T < 1 sharpens (T → 0 gives one-hot rows), T > 1 flattens (T → ∞ gives a third each); order and zeros stay.
     """
     if temperature == 1:
         return probabilities
@@ -108,9 +99,8 @@ def _from_names(rows: Dataset) -> np.ndarray:
 
 def _check(rows: Dataset, wrong: np.ndarray, problem: str) -> None:
     """Raises WeightError where rows (n,) are wrong, naming the first one as it is counted in the user's file."""
-    positions = np.flatnonzero(wrong)
-    if len(positions):
-        first = int(positions[0])
+    if count := int(wrong.sum()):
+        first = int(wrong.argmax())
         number = rows[first]["row"] if "row" in rows.column_names else first + 1
-        which = f"Row {number}" if len(positions) == 1 else f"{len(positions)} rows (the first is row {number})"
+        which = f"Row {number}" if count == 1 else f"{count} rows (the first is row {number})"
         raise WeightError(f"{which}: {problem}")

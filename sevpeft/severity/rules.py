@@ -1,8 +1,7 @@
 """Severity probabilities of a question by the expressions in it, and these expressions as the reason.
 
-A match counts by the strength of its row and by its context. Of each category only the strongest match counts, so that
-five ways to say one complaint are one complaint. With E the sum over the categories of a level, and what is worse
-taking room from what is milder,
+A match counts by the strength of its row and by its context; of each category only the strongest match counts. With E
+the sum over the categories of a level, and what is worse taking room from what is milder,
 
     e_critical = E_critical,  e_neutral = E_neutral / (1 + e_critical),
     e_non_critical = E_non_critical / (1 + e_critical + E_neutral)
@@ -12,9 +11,8 @@ No probability is ever 0 or 1, and one more stated red flag never lowers p_criti
 `classifier fit` calibrates these probabilities on labels.
 
 The context of an expression: it is stated, or denied ("لا أعاني من ضيق تنفس"), past ("كان عندي نزيف من سنة وخف"),
-another's ("والدي توفي بجلطة") or a question ("هل ممكن يسبب جلطة؟"). Its rules look at a few words around it, in its
-clause or sentence. A word that matters there is a cue, or several (lexicons/words_ar.tsv): "كان" speaks of having and
-of the past. Where a rule is in doubt the expression counts: to miss an emergency costs more than the reverse.
+another's ("والدي توفي بجلطة") or a question ("هل ممكن يسبب جلطة؟"). Its rules look for cues (lexicons/words_ar.tsv)
+among the words around it. In doubt the expression counts: to miss an emergency costs more than the reverse.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sevpeft.severity.lexicon import PACKAGE_LEXICON, Matcher, Pattern, load_lexicon
+from sevpeft.severity.lexicon import PACKAGE_LEXICON, Matcher, load_lexicon
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.words import POINT, REMEMBERED, WORD_LISTS, Text, read
 
@@ -63,8 +61,7 @@ class Match(NamedTuple):
     words: str  # as the question writes them, folded; words in a gap are left out
 
     @property
-    def discounted(self) -> bool:
-        """Whether it counts less, or not at all, because of what stands around it."""
+    def discounted(self) -> bool:  # it counts less, or not at all, because of what stands around it
         return self.context != "stated"
 
 
@@ -73,16 +70,16 @@ class Rules:
 
     kind = "rules"
 
-    def __init__(self, path: Path, patterns: Sequence[Pattern], digest: str) -> None:
-        self._path, self._patterns = path, patterns
-        self._matcher = Matcher(patterns)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._patterns, digest = load_lexicon(path)
+        self._matcher = Matcher(self._patterns)
         self.version = f"{CODE_VERSION}-{digest[:12]}"
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Rules:
+    def load(cls, path: Path | str | None = None) -> Rules:
         """Rules of a lexicon file, the package's own by default; raises DataError as `load_lexicon` does."""
-        path = path or PACKAGE_LEXICON
-        return cls(path, *load_lexicon(path))
+        return cls(Path(path or PACKAGE_LEXICON).expanduser())
 
     def save(self, folder: Path) -> None:
         shutil.copyfile(self._path, folder / LEXICON)
@@ -108,11 +105,8 @@ class Rules:
                 evidence = STRENGTH[strength] * COUNTS[context]
                 best[number] = Match(_WORST_FIRST[level], positions, line, level, category, context, evidence, words)
         found = sorted(best.values())
-        worse = [
-            {at for match in found if match.rank < rank and not match.discounted for at in match.positions}
-            for rank in range(len(SEVERITIES))
-        ]
-        return [match for match in found if not worse[match.rank].issuperset(match.positions)]
+        stated = {at: match.rank for match in reversed(found) if not match.discounted for at in match.positions}
+        return [one for one in found if any(stated.get(at, one.rank) >= one.rank for at in one.positions)]
 
     def explained(self, questions: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         """Probabilities (n, 3), and for each question the reasons ("critical: ضيق تنفس; negated: نزيف"), or ""."""
@@ -174,8 +168,7 @@ def _bits(cues: str) -> int:
 def _cues_of(word: str) -> int:
     """The cues of a word. Joined spellings ("ماعندي", "لايوجد") deny as the parted ones do."""
     cues = _CUES.get(word, 0)
-    if word.endswith("ش") and len(word) > 3:
-        # ما كاينش, ما نخممش: the end of a negation around the verb.
+    if word.endswith("ش") and len(word) > 3:  # ما كاينش, ما نخممش: the end of a negation around the verb
         cues |= _CUES.get(word[:-1], 0)
     stem = word[1:] if word[0] in "وف" else word
     if stem.startswith(("عند", "بعند")):
@@ -191,15 +184,14 @@ class ContextRules:
     """The context of each expression in one question."""
 
     def __init__(self, text: Text) -> None:
-        self._words, self._asking = text.words, text.asking
-        self._clauses, self._sentences = text.clauses, text.sentences
+        self._words, self._sentences, self._clauses, self._asking = text
         self._cues = list(map(_cues_of, text.words))
         # What looks for a cue goes through these alone: most words are none.
         self._cued = [(position, cues) for position, cues in enumerate(self._cues) if cues]
         self._any = reduce(or_, {cues for _, cues in self._cued}, 0)
         self._denials = self._find_denials()
 
-    def context(self, positions: Sequence[int], category: str, *, critical: bool = True) -> Context:
+    def context(self, positions: Sequence[int], category: str, *, critical: bool) -> Context:
         """Whether an expression, by the positions of its words, is stated, and if not, why not."""
         first, last = positions[0], positions[-1]
         if self._denials and self._negated(positions):
@@ -207,7 +199,6 @@ class ContextRules:
         # "صعوبة في بلع الدواء", "لازم اخد شريط": nothing was swallowed.
         if category == "poisoning_bites" and self._is(first - 1 - self._is(first - 1, "into"), "hard"):
             return "asked"
-        # Most questions have no such cue, and looking for one takes time.
         if category != "pregnancy" and self._has("died family kin") and self._other(first, last):
             return "other"
         past = self._has("recovered was before event formerly gone_year")
@@ -232,8 +223,7 @@ class ContextRules:
 
     def _near(self, first: int, last: int, cues: str, within: tuple[int, int] | None = None) -> list[int]:
         """Positions from `first` to `last`, those outside `within` left out, with one of the cues."""
-        bits = _bits(cues)
-        if not self._any & bits:
+        if not self._any & (bits := _bits(cues)):
             return []
         if within:
             first, last = max(first, within[0]), min(last, within[1])
@@ -251,7 +241,7 @@ class ContextRules:
             denies = wide or self._is(position, "not")
             if self._is(position, "nor"):
                 denies = self._means_nor(position, [denial for denial, _, _ in found])
-            # "كل ما"; "عمري ما شفت زيه": never before, but now; "ماشي على الطريق".
+            # "كل ما"; "ماشي على الطريق"; "عمري ما شفت زيه": never before, but now.
             every_time = word in ("ما", "وما") and self._is(position - 1, "when")
             walks = word == "ماشي" and after.startswith("ع")
             if not denies or every_time or walks or before.startswith(("عمر", "وعمر")):
@@ -267,7 +257,7 @@ class ContextRules:
     def _means_nor(self, position: int, denials: Sequence[int]) -> bool:
         """Whether "ولا" denies: it is "nor" after a denial, and "or" in a question."""
         sentence = _extent(self._sentences, position)
-        if any(denial >= sentence[0] for denial in denials) or self._is(position + 1, "has feels"):
+        if (denials and denials[-1] >= sentence[0]) or self._is(position + 1, "has feels"):
             return True
         # "عندي كتلة ولا ألم فيها" without a denial before; not "هل هي كتلة ولا ألم فيها؟".
         inside = self._is(position + 1, "sign") and self._near(position + 2, position + 3, "inside", sentence)
@@ -276,16 +266,15 @@ class ContextRules:
 
     def _reach(self, denial: int, start: int) -> int:
         """The last word that a denial denies, from `start` on: up to a comma, "but" or the next word of having."""
-        last = start
-        for position in range(start, min(denial + 1 + _DENIAL_REACH, len(self._words))):
+        end = min(denial + 1 + _DENIAL_REACH, len(self._words))
+        for position in range(start, end):
             parted = self._clauses[position] != self._clauses[denial] and not self._is(position, "or")
             if parted or self._is(position, "but") or (position > start and self._is(position, "has feels")):
-                break
-            last = position
+                return max(start, position - 1)
             if self._is(position, "all"):
                 # "مفيش امراض مزمنه" denies what it names and no complaint that follows without a comma.
                 return position + 1
-        return last
+        return max(start, end - 1)
 
     def _negated(self, positions: Sequence[int]) -> bool:
         first, last = positions[0], positions[-1]
@@ -300,10 +289,9 @@ class ContextRules:
                 return True
             # "ضيق نفس ما عندي", "نزيف لا يوجد": the denial comes last and nothing follows it.
             if denial == last + 1 and (self._is(denial + 1, "has") or self._is(denial, "without")):
-                after = denial + 1
+                after, clause = denial + 1, self._clauses[last]
                 while self._is(after, "has filler"):
                     after += 1
-                clause = self._clauses[last]
                 if self._clauses[denial] == clause and self._clauses[after : after + 1] != [clause]:
                     return True
         # "لا حرارة او كحة": the second thing of a list whose first is denied.

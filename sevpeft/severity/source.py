@@ -42,10 +42,8 @@ def severity_of(
 ) -> Severity:
     """Severity probabilities of every row, as the recipe's section `severity` asks for them.
 
-    Args:
-        source: "columns" (those of `severity_probabilities`), or the kind of a classifier, which reads the questions.
-        classifier: its folder; for "rules" None is the lexicon without calibration.
-        temperature: of `sharpened`, applied last.
+    `source` is "columns" (those of `severity_probabilities`) or the kind of a classifier, which reads the questions;
+    `classifier` its folder, None for "rules" without calibration; `temperature` that of `sharpened`, applied last.
     """
     origin: dict[str, Any] = {"source": source, "temperature": temperature}
     if source != "columns":
@@ -60,7 +58,7 @@ def load_source(kind: str | None, folder: str | None, lexicon: str | None = None
     if folder is None:
         from sevpeft.severity.rules import Rules
 
-        return Rules.load(Path(lexicon).expanduser() if lexicon else None)
+        return Rules.load(lexicon)
     from sevpeft.severity.classifier.store import load_classifier
 
     loaded = load_classifier(Path(folder).expanduser())
@@ -83,14 +81,13 @@ def judged(
     cores = len(os.sched_getaffinity(0)) if forking else 1
     parts = -(-len(rows) // _ROWS_OF_PART.get(classifier.kind, _MOST_ROWS))
     _classifiers[classifier.version] = classifier
-    found = []
+    settings, found = {"fn_kwargs": {"version": classifier.version}, "batched": True, "batch_size": 1024}, []
     with workers_end_with_this_process():
         for number in range(rank, parts, processes):
             part = questions.shard(parts, number, contiguous=True)
             workers = min(cores, len(part) // _ROWS_OF_PROCESS)
-            settings = {"batched": True, "batch_size": 1024, "num_proc": workers if workers > 1 else None}
             label = f"Severity by {classifier.kind}, part {number + 1} of {parts}"
-            found.append(part.map(_judge_batch, fn_kwargs={"version": classifier.version}, desc=label, **settings))
+            found.append(part.map(_judge_batch, desc=label, num_proc=workers if workers > 1 else None, **settings))
     _classifiers.clear()
     return datasets.concatenate_datasets(found).with_format(None) if found else questions.select([])
 

@@ -1,8 +1,7 @@
 """One loss weight (n,) per consultation from severity probabilities (n, 3), and what a set of weights amounts to.
 
-The weight of a consultation is w = α·p_non_critical + β·p_neutral + γ·p_critical (arXiv 2604.06346, eq. 2). The three
-controls exist because a gain over plain cross-entropy proves nothing about severity: the same weights shuffled over
-the consultations have the same spread without the information, a constant of the same mean has the same step size.
+The weight is w = α·p_non_critical + β·p_neutral + γ·p_critical (arXiv 2604.06346, eq. 2). As controls, the same weights
+shuffled have the same spread without the information, and a constant of the same mean has the same step size.
 """
 
 from __future__ import annotations
@@ -35,12 +34,9 @@ def severity_weights(
         probabilities: (n, 3), in the order of `SEVERITIES`, each row summing to one.
         coefficients: (α, β, γ), the weight of a surely non-critical, neutral and critical consultation.
         normalize: "mean" divides by the mean over the n consultations: the step size is that of plain cross-entropy.
-        control: "shuffled" (the same weights, permuted over the consultations), "constant" (their mean for everyone)
-            or "uniform" (1 for everyone: plain cross-entropy).
-        seed: of the permutation.
+        control: "shuffled" (permuted by `seed`), "constant" (their mean for all) or "uniform" (1: plain cross-entropy).
 
-    Raises:
-        WeightError: a weight is not finite or negative, or all are zero.
+    Raises WeightError where a weight is not finite or negative, or all are zero.
     """
     weights = np.asarray(probabilities @ np.asarray(coefficients, dtype=np.float64))
     if wrong := int((~(np.isfinite(weights) & (weights >= 0))).sum()):
@@ -74,6 +70,11 @@ class WeightSummary:
     def of(cls, weights: np.ndarray, strata: np.ndarray | None) -> WeightSummary:
         """Args: weights (n,); strata (n,) positions in `SEVERITIES`, or None when severity is not known."""
         counts = [] if strata is None else np.bincount(strata, minlength=len(SEVERITIES)).tolist()
+        lows, bars = np.unique(np.round(weights, 6), return_counts=True)
+        highs = lows
+        if len(lows) > 10:
+            bars, edges = np.histogram(weights, bins=10)
+            lows, highs = edges[:-1], edges[1:]
         return cls(
             consultations=len(weights),
             severities=dict(zip(SEVERITIES, counts, strict=False)),
@@ -82,20 +83,11 @@ class WeightSummary:
             mean=float(weights.mean()),
             coefficient_of_variation=float(weights.std() / weights.mean()),
             effective_sample_size=float(weights.sum() ** 2 / np.square(weights).sum()),
-            histogram=_histogram(weights),
+            histogram=list(zip(lows.tolist(), highs.tolist(), bars.tolist(), strict=True)),
         )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _histogram(weights: np.ndarray) -> list[tuple[float, float, int]]:
-    lows, counts = np.unique(np.round(weights, 6), return_counts=True)
-    highs = lows
-    if len(lows) > 10:
-        counts, edges = np.histogram(weights, bins=10)
-        lows, highs = edges[:-1], edges[1:]
-    return list(zip(lows.tolist(), highs.tolist(), counts.tolist(), strict=True))
 
 
 def histogram_lines(histogram: list[tuple[float, float, int]], width: int = 60) -> list[str]:
@@ -121,13 +113,9 @@ def effective_sample(summary: WeightSummary) -> str:
 def advice(summary: WeightSummary) -> str | None:
     """What to do about weights that will not do what they are for; None when they are fit for it."""
     if summary.coefficient_of_variation < SMALL_SPREAD:
-        return (
-            f"The weights, {summary.minimum:.4g} to {summary.maximum:.4g}, are too close together to matter. Calibrate "
-            "(sevpeft classifier fit), sharpen (severity.temperature=0.5), or take severity.weights=strong."
-        )
+        spread = f"The weights, {summary.minimum:.4g} to {summary.maximum:.4g}, are too close together to matter"
+        return f"{spread}: run sevpeft classifier fit, or set severity.temperature=0.5 or severity.weights=strong."
     if summary.effective_sample_size < SMALL_SAMPLE * summary.consultations:
-        return (
-            f"The effective sample size is {effective_sample(summary)}: a few consultations decide what is learned. "
-            "Use coefficients that lie closer together, or flatten the probabilities (severity.temperature=2)."
-        )
+        few = f"The effective sample size is {effective_sample(summary)}: a few consultations decide what is learned"
+        return f"{few}. Use coefficients that lie closer together, or set severity.temperature=2."
     return None

@@ -1,7 +1,6 @@
 """Reads a question as folded words, each with the number of its sentence and of its clause.
 
-Words come out as the lexicon writes them: letters repeated for stress once, and a negation that dialects wrap around
-the verb ("معنديش") as a word of its own ("ما عندي").
+Letters repeated for stress come once; a negation wrapped around its verb ("معنديش") is a word of its own ("ما عندي").
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ def read(question: str) -> Text:
     sentence = clause = 0
     # Word by word and remembered, because folding whole questions takes longer than all the rest of matching.
     for part in chain.from_iterable(map(_folded, f" {_STOP} ".join(question.splitlines()).split())):
+        if part == _ASKING:
+            text.asking.add(sentence)
         if part in (_STOP, _ASKING, _COMMA):
-            if part == _ASKING:
-                text.asking.add(sentence)
             clause += 1
             sentence += part != _COMMA
         else:

@@ -24,15 +24,12 @@ _FILE = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding
 WORDS: dict[str, frozenset[str]] = {name: frozenset(words.split()) for name, words in _FILE["words"].items()}
 
 
-def _compiled(written: str | list[str]) -> re.Pattern[str]:
-    """A pattern, or one that matches any of a list, with the fragments filled in."""
-    joined = written if isinstance(written, str) else "|".join(written)
-    for fragment, meaning in _FILE["fragments"].items():
-        joined = joined.replace(f"<{fragment}>", meaning)
-    return re.compile(joined)
-
-
-PATTERNS: dict[str, re.Pattern[str]] = {name: _compiled(written) for name, written in _FILE["patterns"].items()}
+PATTERNS: dict[str, re.Pattern[str]] = {}  # a list matches where any of it does; <fragments> are filled in
+for _name, _written in _FILE["patterns"].items():
+    _joined = _written if isinstance(_written, str) else "|".join(_written)
+    for _fragment, _meaning in _FILE["fragments"].items():
+        _joined = _joined.replace(f"<{_fragment}>", _meaning)
+    PATTERNS[_name] = re.compile(_joined)
 
 
 def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
@@ -62,10 +59,9 @@ def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]], neede
     return lambda text: reduce(lambda out, pair: pair[0].sub(pair[1], out), compiled if any_.search(text) else (), text)
 
 
-# Encodings. ftfy knows what UTF-8 looks like in the western code pages. Arabic forums have two accidents more: UTF-8
-# that was read as Windows-1256 ("ط§ظ„ظ…"), and Windows-1256 that was read as Windows-1252 ("ÇáÓáÇã"). The second has no
-# UTF-8 in it, so only a text whose letters are mostly accented is taken for it, as no French or German one is.
-
+# ftfy knows what UTF-8 looks like in the western code pages. Arabic forums have two accidents more: UTF-8 that was read
+# as Windows-1256 ("ط§ظ„ظ…"), and Windows-1256 that was read as Windows-1252 ("ÇáÓáÇã"). The second has no UTF-8 in it:
+# only a text whose letters are mostly accented is taken for it, as no French or German one is.
 # What each accident leaves; a text that has none of it is not looked at further.
 _SUSPECT = r"[\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]"
 _ARABIC = re.compile(r"[\u0620-\u064A]")

@@ -1,8 +1,7 @@
 """Finds groups of questions that are the same or nearly so, in time that grows with the rows, not with their square.
 
-Near-duplicates are questions whose sets of folded four-letter shingles have a Jaccard similarity of at least the
-threshold (README.md says what .7 finds). MinHash (Broder 1997, by `rensa`) with locality-sensitive hashing finds pairs
-that may be, and each is compared set with set. Groups are the connected components of the pairs.
+The sets of folded four-letter shingles of near-duplicates have a Jaccard similarity of at least the threshold. MinHash
+(Broder 1997, by `rensa`) finds pairs that may be, and each is compared. Groups are the connected components of pairs.
 """
 
 from __future__ import annotations
@@ -47,12 +46,10 @@ def duplicate_groups(questions: Iterable[str], *, threshold: float, seed: int) -
         if threshold < 1 and keys[-1] not in seen:
             seen.add(keys[-1])
             sets.append(shingles(folded))
-    key = np.array(keys, np.uint64)
-    numbers, first = _numbered(key)
+    numbers, first = _numbered(key := np.array(keys, np.uint64))
     component = np.arange(len(first))
     if threshold < 1:
-        begins = np.cumsum([0, *map(len, sets)])
-        component = _components(np.concatenate(sets), begins, threshold, seed)
+        component = _components(np.concatenate(sets), np.cumsum([0, *map(len, sets)]), threshold, seed)
     groups, leading = _numbered(component[numbers])
     smallest = np.full(len(leading), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest, groups, key)
@@ -68,10 +65,8 @@ def conflicting_groups(groups: Ints, labels: Ints) -> Ints:
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, permutations in a band): as selective as can be while at most 2 % of pairs at the threshold are missed.
-
-    Two sets of similarity s agree in all r permutations of one of b bands with probability 1 - (1 - s ** r) ** b.
-    """
+    """(bands, permutations in a band): as selective as can be while at most 2 % of pairs at the threshold are lost."""
+    # Two sets of similarity s agree in all r permutations of one of b bands with probability 1 - (1 - s ** r) ** b.
     rows = max(r for r in range(1, 33) if (1 - threshold**r) ** (_PERMUTATIONS // r) <= 0.02)
     return _PERMUTATIONS // rows, rows
 
@@ -115,18 +110,14 @@ def _components(members: NDArray[np.int32], begins: Ints, threshold: float, seed
 
 
 def _buckets(members: NDArray[np.int32], begins: Ints, bands: tuple[int, int], seed: int) -> NDArray[np.uint32]:
-    """The bucket (n, bands) of every set in every band.
-
-    Not for a forked process: rensa's threads do not survive the fork, and the call would wait for them.
-    """
+    """The bucket (n, bands) of every set in every band. Never forked: rensa's threads do not survive it."""
     factors = np.random.default_rng(seed).integers(2**63, size=bands[1], dtype=np.uint64) | np.uint64(1)
     buckets = np.empty((len(begins) - 1, bands[0]), np.uint32)
     for at in tqdm(range(0, len(buckets), _SETS_AT_ONCE), "Comparing questions", unit_scale=_SETS_AT_ONCE, delay=2):
         some = begins[at : at + _SETS_AT_ONCE + 1]
         tokens = members[some[0] : some[-1]].astype(np.uint64) * _MIX
-        matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
-            tokens, (some - some[0]).astype(np.uint64), bands[0] * bands[1], seed
-        )
+        starts = (some - some[0]).astype(np.uint64)
+        matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(tokens, starts, bands[0] * bands[1], seed)
         signatures = np.array(matrix.to_rows(), np.uint64).reshape(-1, *bands)
         # A bucket's number is a hash of its band; two bands that share one by accident are told apart by the sets.
         buckets[at : at + _SETS_AT_ONCE] = (signatures * factors).sum(axis=2, dtype=np.uint64) >> np.uint64(32)
@@ -134,12 +125,8 @@ def _buckets(members: NDArray[np.int32], begins: Ints, bands: tuple[int, int], s
 
 
 def _pairs(buckets: NDArray[np.uint32]) -> Iterator[tuple[Ints, Ints]]:
-    """The pairs that share a bucket: each with the bucket's first, then with those that follow it.
-
-    All pairs would be a square in a bucket that half of the rows share, as a template's rows do.
-    """
-    order = np.argsort(buckets, kind="stable")
-    ordered = buckets[order]
+    """The pairs that share a bucket: each with its first, then with those that follow it. All would be a square."""
+    ordered = buckets[order := np.argsort(buckets, kind="stable")]
     begins = np.searchsorted(ordered, ordered)
     repeats = np.flatnonzero(begins != np.arange(len(order)))
     yield order[begins[repeats]], order[repeats]

@@ -1,8 +1,7 @@
 """Masks what identifies a person: phone numbers, e-mails, links, national ids, and names after a title.
 
-The first four are checked by their form, check digits, dates and the number plans of `phonenumbers`; doses, readings,
-ages and dates do not pass. Names have no form: they are looked for after titles, and the title stays. What is masked
-is gone for good, so doubt leaves the text alone; it is no anonymization.
+The first four are checked by form, check digits, dates and the number plans of `phonenumbers`. Names have no form: they
+are looked for after titles. What is masked is gone for good, so doubt leaves the text alone; it is no anonymization.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import phonenumbers
 from sevpeft.data.prepare.clean import PATTERNS, WORDS
 from sevpeft.data.text import DIGITS, fold_for_matching
 
+# Kind of find → what stands in its place, in the order in which they are looked for.
 MASKS = {"email": "[بريد]", "link": "[رابط]", "national_id": "[هوية]", "phone": "[هاتف]", "name": "[اسم]"}
-"""Kind of find -> what stands in its place, in the order in which they are looked for."""
 
 _Span = tuple[int, int]
 _BEFORE_A_NUMBER = 40  # letters in which the words stand that say what a number is
@@ -60,8 +59,7 @@ def _national_ids(text: str) -> Iterator[_Span]:
 
 
 def _is_national_id(digits: str) -> bool:
-    """Egypt: century, date of birth, governorate. Saudi Arabia: 1 or 2 and a Luhn digit. Kuwait: date, check digit.
-    Emirates: 784 and the year of birth, which is form enough."""
+    """Egypt: date of birth, governorate. Saudi Arabia: Luhn digit. Kuwait: date, check digit. Emirates: its form."""
     if len(digits) == 14:
         return PATTERNS["egyptian"].fullmatch(digits) is not None
     if len(digits) == 12 and PATTERNS["kuwaiti"].fullmatch(digits):
@@ -131,9 +129,8 @@ def _names(text: str) -> Iterator[_Span]:
 def _words(text: str, start: int, form: re.Pattern[str]) -> list[tuple[str, int]]:
     """The next words up to a sign or a line's end, each with where it ends; one more than a compound name needs."""
     words: list[tuple[str, int]] = []
-    while len(words) <= 2 * _MOST_WORDS and (match := form.match(text, start)):
-        start = match.end()
-        words.append((match[1], start))
+    while len(words) <= 2 * _MOST_WORDS and (match := form.match(text, words[-1][1] if words else start)):
+        words.append((match[1], match.end()))
     return words
 
 
@@ -153,8 +150,8 @@ def _end_of_arabic_name(text: str, start: int, after: str) -> int | None:
 def _width_of_name(word: str, following: str, ends: bool, after: str, begun: bool) -> int:
     """How many words from `word` on are one part of a name: 0 for none, 2 for عبد الله, بهاء الدين, بن علي.
 
-    `ends`: a sign or the end comes next. `after`: a "strong" title, a "weak" one, one "glued" to the word, or "own" (my
-    name is). `begun`: a part of the name stands before `word`.
+    `ends`: a sign or the end comes next. `after`: a "strong", "weak" or "glued" title, or "own" (my name is).
+    `begun`: a part of the name stands before `word`.
     """
     known, ambiguous, named = word in WORDS["given"], word in WORDS["ambiguous"], following in WORDS["given"]
     if (word == "عبد" and following.startswith("ال")) or (following == "الله" and word in WORDS["of_god"]):

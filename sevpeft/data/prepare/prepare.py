@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from operator import itemgetter
 from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -31,7 +32,7 @@ from sevpeft.data.prepare.reject import reject
 from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load_consultations
 from sevpeft.data.split import SIDES, Sides, crossing, draw_sides, given_sides, hold_out, question_key
 from sevpeft.data.text import fold_for_matching
-from sevpeft.errors import DataError, RunError
+from sevpeft.errors import DataError
 from sevpeft.runs import check_absent, file_hash, whole_folder, workers_end_with_this_process
 
 # Reasons of the reader, which come before there is any text to judge.
@@ -44,24 +45,22 @@ _REFINED = datasets.Features(question=_TEXT, answer=_TEXT, reason=_TEXT, answer_
 
 
 def prepare(settings: PrepareSettings, output: Path) -> dict[str, Any]:
-    """Writes the folder `output`; returns what its dataset.json says.
+    """Writes the folder `output`, which must not exist; returns what its dataset.json says.
 
-    Raises:
-        DataError: the rows cannot be read, none is left, or they cannot be split as asked.
-        RunError: `output` exists already or cannot be written.
+    Raises DataError where the rows cannot be read or split as asked, or none is left; RunError where writing fails.
     """
     check_absent(output)
     table = load_consultations(settings.data, keep="all")
     column = None if settings.split_by is None else _column(table, settings.split_by)  # before anything slow
-    with (
-        workers_end_with_this_process(),
-        whole_folder(output) as folder,
-        tempfile.TemporaryDirectory(dir=folder) as scratch,
-    ):
+    with workers_end_with_this_process(), whole_folder(output) as folder, TemporaryDirectory(dir=folder) as scratch:
         about = _prepare(table, settings, column, folder, Path(scratch))
         about["warnings"] = _warnings(about)
         (folder / PREPARED_ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_data_card(about), encoding="utf-8")
+        # The card quotes no row, no path and no name: it is the first to be shared.
+        source, template = about["input"]["source"], str(Path(__file__).with_name("card.md"))
+        source = source if source.endswith(" on the Hub") else PurePath(source).name  # without somebody's folders
+        card = DatasetCard.from_template(DatasetCardData(), template, **about, source=source, sides=SIDES)
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
     return about
 
 
@@ -94,13 +93,11 @@ def _prepare(
     codes, names = _labels(rows)
     in_input = np.array(rows["row"][:])[left]
     conflicts = _write_conflicts(folder / "conflicts.jsonl", in_input, groups.numbers, codes[left], names)
-
-    same = {"none": [left], "near": [groups.numbers]}.get(settings.drop_duplicates)
-    if same is None:
-        # Two rows whose severities differ are no repetition: which of them is right, nobody has said.
-        same = [groups.questions, np.array(refined["answer_key"][:], np.int64)[left], codes[left]]
-        present = [name for name in PROBABILITIES if name in rows.column_names]
-        same += [np.array(rows[name][:], np.float64).view(np.int64)[left] for name in present]
+    # Two rows whose severities differ are no repetition: which of them is right, nobody has said.
+    present = [name for name in PROBABILITIES if name in rows.column_names]
+    written = [np.array(rows[name][:], np.float64).view(np.int64) for name in present]
+    exact = [groups.questions, *(of_rows[left] for of_rows in (np.array(refined["answer_key"][:]), codes, *written))]
+    same = {"none": [left], "near": [groups.numbers], "exact": exact}[settings.drop_duplicates]
     first = np.sort(np.unique(np.stack(same, axis=1), axis=0, return_index=True)[1])
     reasons[np.delete(left, first)] = "near_duplicate" if settings.drop_duplicates == "near" else "duplicate"
     stay = left[first]
@@ -115,10 +112,8 @@ def _prepare(
     chosen = draw_sides(groups.keys[first], settings.data, strata=strata, given=given)
     crossed = crossing(chosen, groups.numbers[first])
     for side in set(chosen.tolist()) - set(chosen[~crossed].tolist()):
-        lost = f"Each of the {(chosen == side).sum()} {SIDES[side]} rows has a near-duplicate on another side"
-        raise DataError(f"{lost}: split another way.")
+        raise DataError(f"All {SIDES[side]} rows have a near-duplicate on another side: split another way.")
     reasons[stay[crossed]] = "crosses_split"
-
     sides, group_of = np.full(len(reasons), -1, np.int8), np.full(len(reasons), -1, np.int64)
     sides[stay[~crossed]], group_of[left] = chosen[~crossed], groups.numbers
     others = rows.remove_columns("split") if splits["by"] == "column split" else rows
@@ -170,21 +165,9 @@ def _prepare(
 def _refined(rows: datasets.Dataset, settings: PrepareSettings, scratch: Path) -> datasets.Dataset:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc = (settings.num_proc or cores) if len(rows) >= _SMALL else 1
-    try:
-        return rows.select_columns(["question", "answer"]).map(
-            _refine,
-            batched=True,
-            features=_REFINED,
-            fn_kwargs={"settings": settings},
-            cache_file_name=str(scratch / "refined.arrow"),
-            load_from_cache_file=False,
-            num_proc=num_proc if num_proc > 1 else None,
-            desc="Cleaning",
-        )
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):
-            raise
-        raise RunError("A process was killed, most likely because memory ran out: lower num_proc.") from error
+    texts, refine = rows.select_columns(["question", "answer"]), partial(_refine, settings=settings)
+    written = {"cache_file_name": str(scratch / "refined.arrow"), "load_from_cache_file": False, "features": _REFINED}
+    return texts.map(refine, batched=True, num_proc=num_proc if num_proc > 1 else None, desc="Cleaning", **written)
 
 
 def _refine(batch: dict[str, list[str]], settings: PrepareSettings) -> dict[str, list[Any]]:
@@ -203,10 +186,9 @@ def _refine(batch: dict[str, list[str]], settings: PrepareSettings) -> dict[str,
 
 
 def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
-    """The severity that the rows name, or else the likeliest by their three probabilities.
+    """The severity that the rows name, or else the likeliest by their three probabilities, as codes (n,), -1 for none.
 
-    A code (n,) for each name, -1 where a row has none; and the names as first written, None where there are so many or
-    so long ones that they may be somebody's words.
+    And the names as first written; None where so many or so long ones may be somebody's words.
     """
     if "severity" in rows.column_names:
         written = [(cell or "").strip() for cell in rows["severity"][:]]
@@ -275,10 +257,10 @@ def _write_conflicts(file: Path, rows: Ints, groups: Ints, codes: Ints, names: l
 
 def _warnings(about: Mapping[str, Any]) -> list[str]:
     rows, duplicates, splits = about["rows"], about["duplicates"], about["splits"]
-    largest, held = duplicates["largest_group"], splits.get("held_out", {})
-    conflicts, crossed, empty = duplicates["conflicting_groups"], splits["crossed"], held.get("rows_without_value")
-    unlabeled = sum(splits["severity"].get("none", {}).values())
-    chained, carved = largest > max(50, 0.01 * rows["kept"]), held.get("validation_from_train")
+    largest, conflicts, crossed = duplicates["largest_group"], duplicates["conflicting_groups"], splits["crossed"]
+    unlabeled, held = sum(splits["severity"].get("none", {}).values()), splits.get("held_out", {})
+    chained, empty = largest > max(50, 0.01 * rows["kept"]), held.get("rows_without_value")
+    carved = held.get("validation_from_train")
     found = [
         (2 * rows["kept"] < rows["read"], f"Only {rows['kept']} of {rows['read']} rows are left."),
         (conflicts, f"{conflicts} groups of near-duplicates have several severities, listed in conflicts.jsonl."),
@@ -293,12 +275,3 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
         absent = [side for side, count in counts.items() if not count and splits["rows"][side]]
         found.append((absent and name != "none", f"No row of severity {name} is in {' and '.join(absent)}."))
     return [sentence for holds, sentence in found if holds]
-
-
-def _data_card(about: Mapping[str, Any]) -> str:
-    """The data card. It quotes no row, no path and no name: it is the first to be shared."""
-    source = about["input"]["source"]
-    if not source.startswith("builtin:") and not source.endswith(" on the Hub"):
-        source = PurePath(source).name  # without the folders in which somebody keeps it
-    template = str(Path(__file__).with_name("card.md"))
-    return str(DatasetCard.from_template(DatasetCardData(), template, **about, source=source, sides=SIDES))

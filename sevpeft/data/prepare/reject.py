@@ -1,7 +1,6 @@
 """Finds out why nothing can be learned from a cleaned question and answer, if there is a reason.
 
-A row that is thrown away in error cannot teach, and one that is kept in error teaches something wrong: in doubt a row
-is kept, but for answers to a picture that the model will never see.
+In doubt a row is kept, but for answers to a picture that the model will never see.
 """
 
 from __future__ import annotations
@@ -30,17 +29,15 @@ def _is_short(question: str, answer: str) -> bool:
 
 def _is_the_same(question: str, answer: str) -> bool:
     # Folding takes time, and texts of very different length are not the same.
-    short, long = sorted((len(question), len(answer)))
-    if short < 0.6 * long:
+    if min(len(question), len(answer)) < 0.6 * max(len(question), len(answer)):
         return False
     one, other = sorted((fold_for_matching(question), fold_for_matching(answer)), key=len)
     return one in other and len(one) >= 0.8 * len(other)  # a fifth more is no answer
 
 
 def _is_foreign(question: str, answer: str) -> bool:
-    if _is_persian_or_urdu(question) or _is_persian_or_urdu(answer) or _arabic_share(question) < 0.3:
-        return True
-    return _arabic_share(answer) < 0.3 and not _lists_names(answer)
+    other = _is_persian_or_urdu(question) or _is_persian_or_urdu(answer) or _arabic_share(question) < 0.3
+    return other or (_arabic_share(answer) < 0.3 and not _lists_names(answer))
 
 
 def _arabic_share(text: str) -> float:

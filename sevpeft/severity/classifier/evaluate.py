@@ -1,19 +1,19 @@
 """Evaluation of a classifier on rows that it did not see: random folds of whole questions, or one block at a time.
 
-Within a file, rows that stand together were often written and labeled together, and a classifier that learns the
-place looks like one that reads the text. Holding out whole blocks avoids that. Beside every figure stand two baselines
-that read no text, the majority and the number of the row. Blocks that lack a severity are trained on and not scored.
-
-The 95 % intervals are percentiles of a bootstrap over groups: rows that ask the same are drawn together.
+Rows that stand together in a file were often labeled together, so that a classifier which learns the place looks like
+one that reads the text. Holding out whole blocks avoids that. Beside every figure stand two baselines that read no
+text, the majority and the number of the row. Blocks that lack a severity are trained on and not scored. The 95 %
+intervals are percentiles of a bootstrap over groups: rows that ask the same are drawn together.
 
 ECE, the expected calibration error of p_critical, is the mean over rows of |mean p_critical − critical share| of the
-row's bin, the bins being 15 of equal mass (Nguyen & O'Connor 2015). With few rows perfect calibration has an ECE above
-zero too: `ece_critical_by_chance` is its mean over labels drawn from the very probabilities.
+row's bin, the bins being 15 of equal mass (Nguyen & O'Connor 2015). Perfect calibration has an ECE above zero too:
+`ece_critical_by_chance` is its mean over labels drawn from the very probabilities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from sevpeft.severity.settings import EvaluateSettings, FitSettings
 
 CRITICAL = SEVERITIES.index("critical")
 BINS, RESAMPLES = 15, 1000
-
 Progress = Callable[[str], None]
 # As in metrics.json. Of one set of probabilities: `rows`; `figures`, name → value, low and high of the 95 % interval
 # (NaN where not defined); `confusion`, rows the labels, columns the likeliest severity; `ece_critical_by_chance`.
@@ -49,10 +48,7 @@ def fit_and_evaluate(
         protocols = {"Random folds": grouped_folds(examples, settings.folds, seed=seed)}
     if examples.blocks is not None:
         protocols["Blocks held out"] = block_folds(examples)
-
-    def fit(train: Examples) -> Calibrated:
-        return fit_calibrated(train, sources, settings)
-
+    fit = partial(fit_calibrated, fit=sources, settings=settings)
     found = {heading: evaluate_folds(examples, folds, fit, seed, progress) for heading, folds in protocols.items()}
     return next(iter(found.values()))[1], {heading: evaluation for heading, (evaluation, _) in found.items()}
 
@@ -75,12 +71,10 @@ def evaluate_folds(
     from sklearn.dummy import DummyClassifier
     from sklearn.tree import DecisionTreeClassifier
 
-    scored = examples.complete
-    tests, parts = [], []
+    scored, tests, parts = examples.complete, [], []
     for number, fold in enumerate(folds, start=1):
         progress(f"{fold.name} ({number} of {len(folds)})")
-        tested = fold.test[scored[fold.test]]
-        if not len(tested):
+        if not len(tested := fold.test[scored[fold.test]]):
             continue
         train, test = examples.take(fold.train), examples.take(tested)
         classifier = fit(train)
@@ -99,17 +93,18 @@ def evaluate_folds(
     if not parts:
         raise DataError("No row to test on is in a block with every severity; name another block_column.")
     rows = examples.take(np.concatenate(tests))
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    blocks = np.full(len(rows), "") if rows.blocks is None else rows.blocks
 
-    def metrics(name: str, keep: np.ndarray | slice = slice(None), resamples: int = 0) -> Metrics:
-        return score(found[name][keep], rows.labels[keep], rows.groups[keep], seed=seed, resamples=resamples)
+    def metrics(name: str, block: str | None = None) -> Metrics:
+        keep = np.full(len(rows), True) if block is None else blocks == block
+        found, resamples = np.concatenate([part[name] for part in parts])[keep], RESAMPLES * (name == "calibrated")
+        return score(found, rows.labels[keep], rows.groups[keep], seed=seed, resamples=resamples)
 
-    held_out = [fold.name for fold in folds if rows.blocks is not None and fold.name in rows.blocks]
     evaluation = {
-        "calibrated": metrics("calibrated", resamples=RESAMPLES),
+        "calibrated": metrics("calibrated"),
         "raw": metrics("raw"),
         "baselines": {name: metrics(name) for name in ("majority", "row number")},
-        "blocks": {name: metrics("calibrated", np.asarray(rows.blocks == name), RESAMPLES) for name in held_out},
+        "blocks": {fold.name: metrics("calibrated", fold.name) for fold in folds if fold.name in blocks},
         "unscored": None if examples.blocks is None else sorted(set(examples.blocks[~scored].tolist())),
     }
     return evaluation, classifier
@@ -119,8 +114,7 @@ def score(
     probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Metrics:
     """Figures of probabilities (n, 3) for labels and groups (n,) of rows; without resamples there are no intervals."""
-    compute = _figures(probabilities, labels)
-    random = np.random.default_rng(seed)
+    compute, random = _figures(probabilities, labels), np.random.default_rng(seed)
     # Groups are drawn with replacement, as many as there are; the weight of a row is how often its group was drawn.
     _, index = np.unique(groups, return_inverse=True)
     chance = np.full(index.max() + 1, 1 / (index.max() + 1))
@@ -143,10 +137,7 @@ def score(
 
 
 def _figures(probabilities: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
-    """A function from weights (n,) of the rows to figures, to be called a thousand times by a bootstrap.
-
-    What does not depend on the weights is computed once; scikit-learn's functions take a hundred times as long.
-    """
+    """A function from weights (n,) of the rows to figures, a hundred times as fast as scikit-learn: for a bootstrap."""
     classes, p_critical = len(SEVERITIES), probabilities[:, CRITICAL]
     truth, predicted = np.eye(classes, dtype=bool)[labels], probabilities.argmax(axis=1)
     brier = ((probabilities - truth) ** 2).sum(axis=1)

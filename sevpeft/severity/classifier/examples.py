@@ -1,7 +1,6 @@
 """Labeled questions, and splits of them that put no question on both sides.
 
-Rows that ask the same (near-duplicates included, where `prepare` found them) form one group, and splits are made of
-whole groups. A severity that a classifier wrote is no label: agreement with a classifier is not accuracy.
+Rows that ask the same (near-duplicates too, where `prepare` found them) form one group, and splits are made of groups.
 """
 
 from __future__ import annotations
@@ -42,11 +41,9 @@ class Examples:
         """
         if self.blocks is None:
             return np.ones(len(self), dtype=bool)
-        names, index = np.unique(self.blocks, return_inverse=True)
-        found = np.zeros((len(names), len(SEVERITIES)), dtype=bool)
-        found[index, self.labels] = True
-        complete: np.ndarray = np.all(found, axis=1)
-        complete = complete[index]
+        complete = np.ones(len(self), dtype=bool)
+        for label in range(len(SEVERITIES)):
+            complete &= np.isin(self.blocks, self.blocks[self.labels == label])
         return complete if complete.any() else ~complete
 
     def take(self, index: np.ndarray) -> Examples:
@@ -73,22 +70,20 @@ def load_examples(settings: ClassifierSettings) -> tuple[Consultations, Examples
 def labeled_examples(consultations: Consultations, block_column: str | None = None) -> Examples:
     """Every row with its severity, of consultations read with `keep="all"`; block_column as the input calls it.
 
-    Raises:
-        DataError: no severity column, one that a classifier wrote, a severity without a row, or no such block column.
-        WeightError: a row's severity is missing or not known; the message gives the row's number.
+    Raises DataError for a column that is absent, written by a classifier or lacks a severity, and WeightError, with its
+    number, for a row without a known severity.
     """
     rows, source = consultations.rows, consultations.source
     if "severity" not in rows.column_names:
         raise DataError(f"{source} has no severity column; name it with data.severity_column=NAME.")
     if "severity_method" in rows.column_names and consultations.columns["severity"] == "severity":
-        raise DataError(
-            f"A classifier gave {source} its severities (column severity_method); name a column that people filled "
-            "with data.severity_column=NAME."
-        )
+        # Agreement with a classifier is not accuracy.
+        given = f"A classifier gave {source} its severities (column severity_method)"
+        raise DataError(f"{given}; name a column that people filled with data.severity_column=NAME.")
     labels = severity_probabilities(rows.select_columns(["severity", "row"])).argmax(axis=1).astype(np.int64)
     check_severities(labels, source, "bring rows of every severity")
     # In a file that was not prepared, a column `group` may be an age group.
-    grouped = bool(consultations.provenance) and "group" in rows.column_names
+    grouped = consultations.provenance and "group" in rows.column_names
     keys = np.array(rows["group"]) if grouped else question_keys(rows)
     groups = np.unique(keys, return_inverse=True)[1].astype(np.int64)
     found = Examples(list(rows["question"]), labels, groups, np.array(rows["row"], dtype=np.int64))

@@ -1,9 +1,8 @@
 """A classifier's folder, written whole or not at all, and the report of its evaluation.
 
 FOLDER/ holds classifier.json (kind, version, labels by name, calibration, training), the files of its kind
-(linear.safetensors and vocabulary.json, lexicon.tsv, transformer/), metrics.json and the card README.md. Nothing is
-pickled. The version is a hash over whatever gives the probabilities, so it also tells whether a file is damaged. The
-card (card.md filled in) is published: no row of the data, no path and no name of a person or machine stands in it.
+(linear.safetensors and vocabulary.json, lexicon.tsv, transformer/), metrics.json and the card README.md, in which no
+row, path or name of a person stands. The version is a hash over what gives the probabilities: it tells of damage too.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ def load_classifier(folder: Path) -> Calibrated:
         calibration = Calibration(**{name: tuple(map(float, values)) for name, values in about["calibration"].items()})
         classifier = Calibrated([_source(kind, folder) for kind in about["kind"].split("+")], calibration)
     except Exception as error:  # whatever the libraries raise on files that are absent or cut
-        reason = first_sentence(error)
-        raise DataError(f"{folder} cannot be loaded ({reason}); copy it again, or fit it again.") from error
+        raise DataError(f"{folder} cannot be loaded ({first_sentence(error)}); copy or fit it again.") from error
     if classifier.version != about.get("version"):
         raise DataError(f"{folder} is damaged, or its probabilities are others in this version; fit it again.")
     return classifier
@@ -79,8 +77,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        problem = f"{folder} has no classifier, or a damaged {ABOUT}"
-        raise DataError(f"{problem}; fit one with `sevpeft classifier fit DATA OUTPUT`.") from None
+        remedy = "fit one with `sevpeft classifier fit DATA OUTPUT`"
+        raise DataError(f"{folder} has no classifier, or a damaged {ABOUT}; {remedy}.") from None
 
 
 def training_record(consultations: Consultations, examples: Examples, settings: ClassifierSettings) -> dict[str, Any]:
@@ -106,9 +104,7 @@ def write_report(folder: Path, about: Mapping[str, Any], evaluations: Mapping[st
     tags = ["medical", "arabic", "severity", "sevpeft"]
     data = ModelCardData(language="ar", library_name="sevpeft", pipeline_tag="text-classification", tags=tags)
     sections = "\n\n".join(markdown(heading, evaluation) for heading, evaluation in evaluations.items())
-    card = ModelCard.from_template(
-        data, template_path=str(Path(__file__).with_name("card.md")), about=about, evaluations=sections
-    )
+    card = ModelCard.from_template(data, str(Path(__file__).with_name("card.md")), about=about, evaluations=sections)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
 
 

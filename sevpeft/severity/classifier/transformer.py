@@ -1,8 +1,6 @@
 """A severity classifier on an Arabic encoder, fine-tuned with transformers' Trainer and stored as safetensors.
 
-Rare severities count as much as frequent ones, by the weights of the loss. There is no early stopping, which would
-take rows from the training; calibration corrects overconfidence afterwards.
-
+There is no early stopping, which would take rows from the training; calibration corrects overconfidence afterwards.
 transformers fills weights that a checkpoint lacks with random numbers, and makes up an empty tokenizer where there is
 none, both in silence. Both are errors here. Only safetensors are read, and no code from the Hub runs.
 """
@@ -43,8 +41,15 @@ class TransformerClassifier:
     batch_size = 32
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.version = _version(model, tokenizer)
-        self.tokenizer = tokenizer
+        decides = [CODE_VERSION, tokenizer.model_max_length, model.config.model_type]
+        digest = hashlib.sha256(json.dumps(decides).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # Truncation and padding are those of the last call.
+        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        digest.update(json.dumps(content, sort_keys=True).encode())
+        self.version, self.tokenizer = digest.hexdigest()[:12], tokenizer
         self.device, self.precision = _device()
         self.model = model.to(self.device).eval()
 
@@ -98,30 +103,30 @@ def fit_transformer(
     device, precision = _device()
     tokens = tokenizer(examples.questions, truncation=True)["input_ids"]
     rows = [{"input_ids": ids, "labels": label} for ids, label in zip(tokens, examples.labels.tolist(), strict=True)]
+
+    class Progress(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress(f"step {state.global_step} of {state.max_steps}")
+
+    compute = {"bf16": precision is torch.bfloat16, "fp16": precision is torch.float16, "use_cpu": device.type == "cpu"}
+    quiet = {"save_strategy": "no", "logging_nan_inf_filter": False, "disable_tqdm": True, "report_to": "none"}
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         trainer = transformers.Trainer(
             model=model,
             args=transformers.TrainingArguments(
                 output_dir=scratch,
                 seed=seed,
-                num_train_epochs=settings.num_train_epochs,
-                learning_rate=settings.learning_rate,
-                per_device_train_batch_size=settings.per_device_train_batch_size,
                 train_sampling_strategy="group_by_length",
                 weight_decay=0.01,
                 warmup_steps=0.1,
-                bf16=precision is torch.bfloat16,
-                fp16=precision is torch.float16,
-                use_cpu=device.type == "cpu",
-                save_strategy="no",
-                logging_nan_inf_filter=False,
-                disable_tqdm=True,
-                report_to="none",
+                **settings.model_dump(exclude={"name_or_path", "max_length"}),
+                **compute,
+                **quiet,
             ),
             train_dataset=rows,
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
             compute_loss_func=weighted_loss(examples.labels),
-            callbacks=[_Progress(progress)],
+            callbacks=[Progress()],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         if not np.isfinite(trainer.train().training_loss):
@@ -130,11 +135,8 @@ def fit_transformer(
 
 
 def weighted_loss(train_labels: np.ndarray) -> Callable[..., torch.Tensor]:
-    """Σ_i w[y_i] · −log p_i[y_i] / n for a batch of n rows, w_k = n_train / (3 · n_k), as the Trainer calls it.
-
-    Unlike torch's weighted mean, it does not divide by the weights of the batch: one critical row in a batch would then
-    count as much as ten in another.
-    """
+    """Σ_i w[y_i] · −log p_i[y_i] / n for a batch of n rows, w_k = n_train / (3 · n_k), as the Trainer calls it."""
+    # torch's weighted mean divides by the weights of the batch: one critical row in it would count as much as ten.
     counts = torch.bincount(torch.as_tensor(train_labels), minlength=len(SEVERITIES))
     weights = len(train_labels) / (len(SEVERITIES) * counts)
 
@@ -144,14 +146,6 @@ def weighted_loss(train_labels: np.ndarray) -> Callable[..., torch.Tensor]:
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     return loss
-
-
-class _Progress(transformers.TrainerCallback):
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self.show = show
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.show(f"step {state.global_step} of {state.max_steps}")
 
 
 def _load(name: str, **head: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
@@ -174,18 +168,6 @@ def _load(name: str, **head: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     if not tokenizer.is_fast or tokenizer.pad_token_id is None or not special < known <= model.config.vocab_size:
         raise ModelError(f"{name} has no fast tokenizer, or that of another kind of model; name another encoder.")
     return model, tokenizer, sorted([*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])])
-
-
-def _version(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    decides = [CODE_VERSION, tokenizer.model_max_length, model.config.model_type]
-    digest = hashlib.sha256(json.dumps(decides).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    # Truncation and padding are those of the last call.
-    content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    digest.update(json.dumps(content, sort_keys=True).encode())
-    return digest.hexdigest()[:12]
 
 
 def _device() -> tuple[torch.device, torch.dtype]:
