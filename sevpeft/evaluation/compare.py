@@ -150,9 +150,7 @@ def compare(
             "seeds": list(seeds),
             "primary": {"metric": PRIMARY, "stratum": CRITICAL},
             "metrics": {name: METRICS[name] for name in METRICS if name in summary[CRITICAL]["metrics"]},
-            "methods": scoring.methods(
-                given.evaluation, "the verdict's comparisons together, each score's others together"
-            ),
+            "methods": scoring.methods(given.evaluation, "the verdict's comparisons, and the others of each score"),
             "verdict": verdict,
             "power": power,
             "chosen": chosen,
