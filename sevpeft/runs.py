@@ -29,6 +29,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sevpeft import __version__
 from sevpeft.errors import DataError, RunError, SevpeftError, UsageError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
@@ -211,17 +212,12 @@ def _disk_is_full(error: Exception) -> bool:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, platform and commit, for environment.json. No user name, host name or path: a card may quote it."""
-    versions = {}
-    for package in ("sevpeft", *PACKAGES):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": sys.version.split()[0],
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
+        "versions": {"sevpeft": __version__, **versions},
         "commit": _commit(),
     }
 

@@ -382,11 +382,6 @@ def verdicts(plan: MemoryPlan) -> list[Gpu]:
     return [Gpu(gb, total <= usable(gb), plan.largest_batch(usable(gb))) for gb in GPUS]
 
 
-def changes(plan: MemoryPlan, gb: float) -> list[Change]:
-    """What makes a recipe fit that does not, until it does."""
-    return list(savings(plan, gb)) if plan.budget().total > usable(gb) else []
-
-
 def _shorter_rows(plan: MemoryPlan, _: int) -> dict[str, Any]:
     return {"training.max_length": max(plan.length // 2, _SHORTEST_LENGTH)}
 
@@ -418,10 +413,12 @@ _SAVINGS: tuple[tuple[dict[str, Any] | Callable[[MemoryPlan, int], dict[str, Any
 )
 
 
-def savings(plan: MemoryPlan, gb: float) -> Iterator[Change]:
+def changes(plan: MemoryPlan, gb: float) -> list[Change]:
     """What saves memory, one after the other, until it fits; each is planned anew, and must save a hundredth."""
-    available, before = usable(gb), plan.budget().total
+    available, before, found = usable(gb), plan.budget().total, list[Change]()
     for settings, effect in _SAVINGS * 2:  # what saved nothing beside something larger may do so once that is smaller
+        if before <= available:
+            break
         settings = settings(plan, available) if callable(settings) else settings
         values = plan.recipe.model_dump()
         for key, value in settings.items():
@@ -435,9 +432,8 @@ def savings(plan: MemoryPlan, gb: float) -> Iterator[Change]:
         if total <= 0.99 * before:
             plan, before = tried, total
             words = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())
-            yield Change(words, effect, total, total <= available)
-            if total <= available:
-                return
+            found.append(Change(words, effect, total, total <= available))
+    return found
 
 
 def epoch_seconds(plan: MemoryPlan, tokens: int, labeled: int, rows: int, *, tflops: float, efficiency: float) -> float:

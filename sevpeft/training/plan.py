@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
-from sevpeft.errors import ModelError, RunError, UnknownModelError
+from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.modeling import memory
-from sevpeft.modeling.loading import load_config, load_tokenizer, uses_gpu
+from sevpeft.modeling.loading import load_config, load_tokenizer
 from sevpeft.recipe import Recipe
 from sevpeft.severity.weights import WeightSummary
 from sevpeft.training.data import lengths_of, load_splits, prepare, prompt_of, source_index, summary_of, weigh
-from sevpeft.training.resolve import is_automatic, memory_plan, resolve_split, with_training
+from sevpeft.training.resolve import is_automatic, memory_plan, resolve_split
 
 # Letters of a token where the tokenizer is not at hand, on Arabic text: 2.0 for Qwen3, 2.2 for Command-R7B-Arabic, 2.3
 # for Fanar, 2.4 for Gemma 3 (published with almaghrabima/SARFTokenizer); one made for English may have fewer than 1.5.
@@ -187,23 +186,3 @@ def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, memory.
         bits=4 if recipe.quantization.load_in_4bit else 8 if recipe.quantization.load_in_8bit else None,
     )
     return found, plan
-
-
-def memory_is_full(recipe: Recipe, run: Path) -> RunError:
-    """What to say when a step did not fit: what the plan would change first, and whether the run can go on."""
-    gpu = uses_gpu(recipe)
-    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else 0
-    try:
-        # The trainer reports a full memory in validation, with another remedy.
-        plan, _ = memory_plan(with_training(recipe, per_device_eval_batch_size=1), on_gpu=gpu)
-        advice = next(memory.savings(plan, whole / memory.GIB / memory.USABLE), None)
-    except ModelError:
-        advice = None
-    where = f"The GPU's {whole / memory.GIB:.0f} GiB are" if gpu else "This computer's memory is"
-    if advice is None:
-        return RunError(f"{where} full; close what else uses it, or choose a smaller base model.")
-    return RunError(
-        f"{where} full; start another run with {' '.join(advice.settings)} ({advice.effect}; by the plan "
-        f"{advice.total / memory.GIB:.1f} GiB then). Checkpoints of {run} are kept; with "
-        "training.auto_find_batch_size=true a batch that does not fit is cut in parts, for the same step."
-    )

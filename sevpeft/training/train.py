@@ -32,7 +32,6 @@ from sevpeft.training import checkpoints
 from sevpeft.training.callbacks import RunProgress, SignalHandler, StepGuard, resume_command
 from sevpeft.training.data import Prepared, lengths_of, prepare
 from sevpeft.training.distributed import check_adapter_is_complete, check_engine, check_same_processes, engine_of
-from sevpeft.training.plan import memory_is_full
 from sevpeft.training.resolve import ResolvedRun, loraplus_settings, resolve, settings_errors
 from sevpeft.training.screen import show_batch, show_data
 from sevpeft.training.trainer import SeveritySFTTrainer
@@ -143,7 +142,10 @@ def _train(
         if state.is_main_process:
             checkpoints.remove_incomplete(run)
         if should_reduce_batch_size(error):
-            raise memory_is_full(recipe, run.folder) from error
+            raise RunError(
+                "The memory is full; write training.gradient_checkpointing=true or auto_find_batch_size=true, or see "
+                f"what `sevpeft plan RECIPE --vram GB` advises. Checkpoints of {run.folder} are kept."
+            ) from error
         if isinstance(error, KeyboardInterrupt) and (run.folder / "recipe.yaml").exists():
             raise Interrupted(f"Interrupted. Resume with: {resume_command(run.folder)}") from error
         raise

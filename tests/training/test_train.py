@@ -259,7 +259,7 @@ def test_under_autocast_the_adapter_is_written_as_it_was_computed_with(
     assert torch.equal(found, expected)
 
 
-def test_full_memory_ends_with_the_plan_s_advice_or_the_batch_is_computed_in_parts(
+def test_full_memory_ends_with_advice_or_the_batch_is_computed_in_parts(
     tmp_path: Path, base: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = SeveritySFTTrainer.compute_loss
@@ -278,7 +278,7 @@ def test_full_memory_ends_with_the_plan_s_advice_or_the_batch_is_computed_in_par
         train(load_recipe(QUICKSTART, words), tmp_path / "full")
     message = str(full.value)
     assert "training.gradient_checkpointing=true" in message and "auto_find_batch_size=true" in message
-    assert f"Checkpoints of {tmp_path / 'full'} are kept" in message
+    assert f"Checkpoints of {tmp_path / 'full'} are kept" in message and "sevpeft plan" in message
     assert (tmp_path / "full" / "checkpoints" / "checkpoint-2" / "manifest.json").is_file()
     cut = train(load_recipe(QUICKSTART, [*words, "training.auto_find_batch_size=true"]), tmp_path / "cut")
     for name, value in weights_of(roomy).items():
