@@ -101,11 +101,7 @@ def default_output(recipe_name: str) -> Path:
 
 
 def check_output(folder: Path, *, resume: bool) -> None:
-    """Refuses an output folder that cannot be used, before anything slow happens.
-
-    Raises:
-        RunError: exists already (without resume), holds something else, does not exist (with resume), not writable.
-    """
+    """Raises RunError for an output folder that cannot be used, before anything slow happens."""
     with plain_disk_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise RunError(f"{folder} is a file; give --output a folder that does not exist yet.")

@@ -31,8 +31,8 @@ FLOORS = (
     ("cli", "__main__"),
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "sklearn", "bert_score"}
-# What stands today; the aim is 75 modules and 14,000 lines. These numbers only ever fall.
-MOST_LINES, MOST_IN_A_ROOM, MOST_MODULES, MOST_ALTOGETHER = 500, 12, 87, 18_900
+# Of a module, of a room, and of what stood on 2026-11-28 altogether. A new room raises the last one by its own budget.
+MOST_LINES, MOST_IN_A_ROOM, MOST_MODULES, MOST_ALTOGETHER = 500, 12, 75, 14_000
 
 
 def room_of(name: str) -> str:

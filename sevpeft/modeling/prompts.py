@@ -64,7 +64,14 @@ class Prompt:
         if one == other:
             name = tokenizer.name_or_path
             raise ModelError(f"{name} makes equal tokens of two Arabic questions; name a model that knows Arabic.")
-        before_answer, end_id = prompt._chat_frame() if prompt.chat else prompt._plain_frame()
+        if prompt.chat:
+            before_answer, end_id = prompt._chat_frame()
+        else:
+            # The space belongs to the answer: byte-level BPE merges it with the first word, and a prompt that ended
+            # with it would be cut into other tokens.
+            before_answer, end_id = "" if prompt._begins_with_a_blank() else " ", tokenizer.eos_token_id
+        if end_id is None:
+            raise ModelError(f"{tokenizer.name_or_path} has no end-of-sequence token; add an eos_token.")
         return replace(prompt, before_answer=before_answer, end_id=end_id)
 
     def text(self, question: str, dialect: str | None = None) -> str:
@@ -107,21 +114,12 @@ class Prompt:
         assert isinstance(rendered, str)
         return rendered
 
-    def _plain_frame(self) -> tuple[str, int]:
-        """Text before an answer, and the token after it."""
-        eos = self.tokenizer.eos_token_id
-        if eos is None:
-            raise ModelError(f"{self.tokenizer.name_or_path} has no end-of-sequence token; add an eos_token.")
-        # The space belongs to the answer: byte-level BPE merges it with the first word, and a prompt that ended with
-        # it would be cut into other tokens.
-        return ("" if self._begins_with_a_blank() else " "), eos
-
     def _begins_with_a_blank(self) -> bool:
         """Whether the tokenizer puts a blank before every text itself, as most SentencePiece models do."""
         ids = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
         return bool(self.tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁"))
 
-    def _chat_frame(self) -> tuple[str, int]:
+    def _chat_frame(self) -> tuple[str, int | None]:
         """Text before an answer, and the token after it, read off the chat template."""
         name = f"The chat template of {self.tokenizer.name_or_path}"
         if not self.tokenizer.chat_template:
@@ -145,10 +143,7 @@ class Prompt:
         if self._begins_with_a_blank():
             before_answer = before_answer.removeprefix(" ")
         end = self.control.search(after)
-        end_id = self.tokenizer.convert_tokens_to_ids(end.group()) if end else self.tokenizer.eos_token_id
-        if end_id is None:
-            raise ModelError(f"{name} ends a turn without a special token, and there is no EOS.")
-        return before_answer, end_id
+        return before_answer, self.tokenizer.convert_tokens_to_ids(end.group()) if end else self.tokenizer.eos_token_id
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> str:

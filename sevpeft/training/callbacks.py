@@ -99,8 +99,7 @@ class SignalHandler(TrainerCallback):
     end. Several processes agree on the step.
 
     Args:
-        run: folder of the run, for the command that resumes it.
-        on_message: called with a sentence for the screen.
+        run: folder, for the command that resumes it. on_message: called with a sentence for the screen.
 
     Attributes:
         reason: error that ends the training after the present step, once its checkpoint is written.
@@ -185,9 +184,8 @@ class StepGuard(TrainerCallback):
     normal, and the scaler skips them; only the loss counts there.
 
     Args:
-        trainer: it is added to, after `signals`.
+        trainer: it is added to, after `signals`, which end the training with a checkpoint.
         stopping: when to give up; as in a recipe.
-        signals: what ends the training with a checkpoint.
         name_rows: from the tokens of consultations to the names of the rows they came from.
 
     Attributes:

@@ -50,12 +50,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
-    """Everything up to the trainer.
-
-    Args:
-        prompt: of the base model's tokenizer.
-        scratch: folder for memory-mapped Arrow files, to be removed after training.
-    """
+    """Everything up to the trainer; `scratch` holds memory-mapped Arrow files, to be removed after training."""
     table, splits, severity = load_splits(recipe)
     settings = recipe.training.settings()
     encoded, reports = {}, {}
@@ -122,7 +117,7 @@ def lengths_of(rows: Dataset) -> np.ndarray:
 def summary_of(
     table: Consultations, splits: Splits, severity: Severity | None, encoding: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a run's metrics.json says about its data: where it comes from and how many rows went where."""
+    """What a run's metrics.json says about its data."""
     return {
         "source": table.source,
         "fingerprint": table.fingerprint,
@@ -181,12 +176,10 @@ def encode_rows(
     """Tokenizes a split.
 
     Args:
-        rows: columns question, answer and, optionally, dialect.
-        prompt: template shared with generation.
+        rows: columns question, answer and, optionally, dialect. prompt: as in generation.
         max_length: tokens of prompt and answer together; None for no limit.
         strata: (n,) position in SEVERITIES of every row; None when severity is not known (then -1).
-        cache_file: Arrow file that the result is written to and memory-mapped from.
-        num_proc: processes, as in `datasets.Dataset.map`.
+        cache_file: Arrow file of the result. num_proc: processes, as in `datasets.Dataset.map`.
 
     Returns:
         Dataset with input_ids, labels, severity and source_index (row of `rows`); and what became of the split, lengths

@@ -52,11 +52,6 @@ class Plan:
     tflops: float
     efficiency: float
 
-    @property
-    def letters_per_token(self) -> float | None:
-        """That were assumed, where tokens could not be counted."""
-        return None if self.unknown is None else LETTERS_PER_TOKEN
-
     def as_dict(self) -> dict[str, Any]:
         time = {key: getattr(self, key) for key in ("tokens", "epoch_seconds", "tflops", "efficiency")}
         return {

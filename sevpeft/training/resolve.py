@@ -89,16 +89,7 @@ def resolve(recipe: Recipe, checkpoints: Path, *, dtype_before: str | None = Non
 
 
 def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTConfig:
-    """SFTConfig of a recipe.
-
-    Args:
-        recipe: its `training` section was checked by name and type; values are checked here, by TRL.
-        precision: number formats chosen for the device.
-        checkpoints: folder of the trainer's own state.
-
-    Raises:
-        RecipeError: a value that TRL or transformers refuse.
-    """
+    """SFTConfig of a recipe, with `checkpoints` as output_dir; raises RecipeError for a value that TRL refuses."""
     settings = copy.deepcopy(recipe.training.settings())  # transformers writes into accelerator_config
     if settings.get("auto_find_batch_size") and PartialState().num_processes > 1:
         raise RecipeError(
@@ -272,11 +263,7 @@ def choose_layout(given: Recipe, resolved: Recipe, model: PreTrainedModel, longe
 
 
 def memory_plan(recipe: Recipe, *, on_gpu: bool = True) -> tuple[MemoryPlan, str]:
-    """The plan of a recipe on a GPU or a CPU, and where its numbers come from.
-
-    Raises:
-        UnknownModelError: neither a config.json nor numbers in the recipe.
-    """
+    """The plan of a recipe on a GPU or a CPU, and where its numbers come from; raises UnknownModelError."""
     config, origin = base_config(recipe)
     return plan_for(recipe, config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), origin
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group
@@ -16,9 +16,7 @@ from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines
-
-if TYPE_CHECKING:
-    from sevpeft.training.plan import Fitting, Plan
+from sevpeft.training.plan import LETTERS_PER_TOKEN, Fitting, Plan
 
 # Of a histogram: a terminal of 80 columns has them beside the labels. And of the bar of an item of the memory.
 HISTOGRAM_WIDTH, BAR_WIDTH = 79 - LABEL_WIDTH, 15
@@ -177,8 +175,7 @@ def show_fitting(found: Fitting, console: Console) -> None:
 def time_text(found: Plan, seconds: float) -> str:
     """How long an epoch takes, and what is assumed for it."""
     duration = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
-    letters = found.letters_per_token
-    counted = "" if letters is None else f" (not counted: {letters:g} letters assumed for each)"
+    counted = "" if found.unknown is None else f" (not counted: {LETTERS_PER_TOKEN:g} letters assumed for each)"
     share = f"{found.efficiency:.0%}{' assumed' if found.efficiency == EFFICIENCY else ''}"
     peak = f"{found.tflops:g} TFLOP/s{' (an RTX 4090)' if found.tflops == TFLOPS else ''}"
     tokens = f"{found.tokens:,} tokens{counted}"

@@ -43,9 +43,7 @@ def train(
     """Trains the adapter of a recipe.
 
     Args:
-        recipe: of `load_recipe`.
-        output: run folder; None for a new one under runs/.
-        resume: continue the run that is in `output`.
+        output: run folder; None for a new one under runs/. resume: continue the run that is there.
         console: where progress is shown, on the main process only; None shows nothing.
 
     Returns:

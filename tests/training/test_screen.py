@@ -65,12 +65,12 @@ def test_the_plan_is_json(eight_billion: Fitting) -> None:
 
 
 def test_time_stands_with_what_it_assumes() -> None:
-    plan: Any = SimpleNamespace(tokens=12_345, letters_per_token=None, tflops=165.0, efficiency=0.3)
+    plan: Any = SimpleNamespace(tokens=12_345, unknown=None, tflops=165.0, efficiency=0.3)
     for seconds, shown_as in ((20, "1 min"), (1800, "30 min"), (7200, "2.0 h")):
         text = time_text(plan, seconds)
         assert f"about {shown_as} an epoch of 12,345 tokens" in text
         assert "30% assumed of 165 TFLOP/s (an RTX 4090)" in text
-    plan.letters_per_token = 2.2
+    plan.unknown = "no tokenizer"
     assert "12,345 tokens (not counted: 2.2 letters assumed for each)" in time_text(plan, 600)
 
 
