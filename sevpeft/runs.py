@@ -303,13 +303,8 @@ def whole_folder(
     """A new folder, mode 0700, which becomes `output` when the block ends without an error.
 
     It is built beside its place under a hidden name. A failure takes it away. What a kill leaves behind is taken away
-    when the same folder is made the next time: whoever builds one holds a lock on it.
-
-    Args:
-        shared: open it as the umask says at the end, because it holds nothing of patients.
-
-    Raises:
-        RunError: `output` exists, before the block or at its end, or the disk refuses.
+    when the same folder is made the next time: whoever builds one holds a lock on it. One that holds nothing of
+    patients is `shared`, as the umask says. RunError: `output` exists, or the disk refuses.
     """
     output = Path(os.path.abspath(output))
     with plain_disk_errors(output, when_full=when_full, remedy=remedy):
@@ -361,6 +356,10 @@ def workers_end_with_this_process() -> Iterator[None]:
         _parent = os.getpid()
     try:
         yield
+    except RuntimeError as error:
+        if "abruptly died" in str(error):  # datasets 5.2
+            raise RunError("A worker was killed, probably because memory ran out; lower num_proc.") from error
+        raise
     finally:
         _parent = None
 

@@ -121,3 +121,10 @@ def test_the_environment_names_versions_and_no_person_or_machine() -> None:
 
 def test_the_default_output_is_named_after_the_recipe() -> None:
     assert str(default_output("quickstart")).startswith("runs/quickstart-")
+
+
+def test_a_worker_that_was_killed_is_one_sentence_with_the_remedy() -> None:
+    with pytest.raises(RunError, match="lower num_proc"), runs.workers_end_with_this_process():
+        raise RuntimeError("One of the subprocesses has abruptly died during map operation.")
+    with pytest.raises(RuntimeError, match="other"), runs.workers_end_with_this_process():
+        raise RuntimeError("other")
