@@ -14,7 +14,7 @@ from typing import Any
 
 from sevpeft.errors import RunError, SevpeftError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
-from sevpeft.runs import Run, check_one_process
+from sevpeft.runs import Run
 from sevpeft.training.checkpoints import as_started, check_same_recipe
 
 # The base model is an arm of a run, beside its adapter, and of an experiment.
@@ -73,7 +73,6 @@ def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled
 
 def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     """Raises UsageError where arms would differ in more than weights or not at all, RunError where output is a run."""
-    check_one_process("compare")
     if (output / "recipe.yaml").exists():
         raise RunError(f"{output} holds a run; give --output a folder of its own.")
     weights, training = recipe.severity.weights, recipe.training.settings()

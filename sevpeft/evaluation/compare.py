@@ -39,7 +39,7 @@ from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, SAFETY, S
 from sevpeft.evaluation.statistics import POWER, estimate_text
 from sevpeft.evaluation.tables import plain
 from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.runs import Run, file_hash, json_lines, plain_disk_errors, write_atomically
+from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.data import load_splits
 from sevpeft.training.train import train
@@ -87,6 +87,7 @@ def compare(
         answers: generate and score answers; without, the likelihood alone is compared.
         on_trained: called with every run that was trained here.
     """
+    check_one_process("compare")
     arms = [arm for arm in ARMS if arm in arms]  # in the order of the table
     to_train = [arm for arm in arms if arm != BASE]
     screen, path = console or Screen(quiet=True), Path(recipe)
