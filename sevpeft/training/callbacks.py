@@ -20,7 +20,6 @@ from accelerate import DistributedType
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sevpeft.console import SECONDS_BETWEEN_LINES, print_labeled
@@ -215,10 +214,8 @@ class StepGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         accelerator, model = self.trainer.accelerator, self.trainer.model
         loss = float(accelerator.reduce((pending_loss(self.trainer) - self._loss_before).double(), "mean"))
-        scaled = accelerator.scaler is not None
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if math.isfinite(loss) and (scaled or math.isfinite(float(norm))):
+        scaled, norm = accelerator.scaler is not None, self.trainer.gradient_norm
+        if math.isfinite(loss) and (scaled or norm is None or math.isfinite(float(norm))):  # DeepSpeed may have none
             self.counts["nonfinite_in_a_row"] = 0
             self._watch(loss)
             return

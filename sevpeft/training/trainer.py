@@ -195,6 +195,11 @@ class SeveritySFTTrainer(SFTTrainer):
         self._tokens_before_step = self._total_train_tokens
         return self.step_batches, items
 
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the step that is about to be taken, over all processes; kept for `StepGuard`."""
+        self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.gradient_norm
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         step = super().training_step
 
