@@ -160,8 +160,9 @@ def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftM
     Raises:
         ModelError: the adapter is damaged, incomplete, or was trained on another base model.
     """
-    trained_on = _shown(read_adapter_config(folder).get("base_model_name_or_path") or "a model that it does not name")
-    name = _shown(recipe.model.name_or_path)
+    config = read_adapter_config(folder)
+    trained_on = public_name(config.get("base_model_name_or_path") or "a model that it does not name")
+    name = public_name(recipe.model.name_or_path)
     misfit = f"The adapter in {folder} was trained on {trained_on} and does not fit {name}"
     remedy = "copy it again, or name its base model in model.name_or_path"
     try:
@@ -221,20 +222,18 @@ def check_base_weights(recipe: Recipe, run: Run) -> None:
     stored = run.metrics().get("model", {})
     if not stored.get("fingerprint") or stored["fingerprint"] == base_fingerprint(recipe):
         return
-    theirs, ours, commit = _shown(stored["name_or_path"]), _shown(recipe.model.name_or_path), stored.get("commit")
-    remedy = "name the base model that it was trained on in model.name_or_path"
+    theirs, ours = public_name(stored["name_or_path"]), public_name(recipe.model.name_or_path)
+    commit, remedy = stored.get("commit"), "name the base model that it was trained on in model.name_or_path"
     if theirs == ours:
         remedy = f"set model.revision to {commit} in its recipe.yaml" if commit else "bring the former back"
     raise ModelError(f"{run.folder} was trained on {theirs}, and {ours} has other weights now; {remedy}.")
 
 
 def _base_folder(recipe: Recipe) -> Path:
-    folder = Path(name := resolved_name(recipe))
-    return (
-        folder if folder.is_dir() else Path(hf_hub_download(name, CONFIG_NAME, revision=recipe.model.revision)).parent
-    )
+    name, revision = resolved_name(recipe), recipe.model.revision
+    return Path(name) if Path(name).is_dir() else Path(hf_hub_download(name, CONFIG_NAME, revision=revision)).parent
 
 
-def _shown(name: str) -> str:
-    """A Hub id as it is; of a folder only its last part, since an error is copied into tickets."""
+def public_name(name: str) -> str:
+    """A Hub id as it is; of a folder only its last part: cards are published, errors copied into tickets."""
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template, UndefinedError
 
 from sevpeft.errors import RunError
-from sevpeft.modeling.adapters import read_adapter_config
+from sevpeft.modeling.adapters import public_name, read_adapter_config
 from sevpeft.modeling.loading import Precision, quantization_config
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, load_recipe
@@ -50,7 +50,7 @@ def adapter_card(run: Run) -> str:
         settings = {} if config is None else config.to_diff_dict()
         keys = [key for key in recipe.quantization.model_dump() if key in settings]
         header = {"library_name": "peft", "quantization": ", ".join(f"{key}={settings[key]!r}" for key in keys)}
-        return _filled_in("adapter.md.jinja", run, recipe, _public_name(model["name_or_path"]), **header)
+        return _filled_in("adapter.md.jinja", run, recipe, public_name(model["name_or_path"]), **header)
     except (ValueError, KeyError, TypeError, UndefinedError) as error:
         files = f"metrics.json or environment.json of {run.folder}"
         raise RunError(f"{files} is damaged or incomplete; copy it back, or finish the run first.") from error
@@ -58,7 +58,7 @@ def adapter_card(run: Run) -> str:
 
 def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: Path) -> Path:
     """Writes FOLDER/README.md from the figures of `Merged.as_dict` and returns its path."""
-    base, license_ = _public_name(merged["base"]), recipe.about.license
+    base, license_ = public_name(merged["base"]), recipe.about.license
     if base != merged["base"] or license_ in _UNKNOWN_LICENSES:  # a folder may hold any license
         license_ = None
     name = str(license_).lower().replace(" ", "-") if license_ and license_ not in _HUB_LICENSES else None
@@ -105,7 +105,7 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
     data = ModelCardData(language="ar", pipeline_tag="text-generation", base_model=base_model, tags=_TAGS, **header)
     shown = recipe.model_dump()
     for section, key in (("model", "name_or_path"), ("data", "path")):
-        shown[section][key] = _public_name(shown[section][key])
+        shown[section][key] = public_name(shown[section][key])
     facts = {
         **run.metrics(),
         **more,
@@ -119,11 +119,6 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
     about_run = Template((_TEMPLATES / "run.md.jinja").read_text(encoding="utf-8")).render(facts)
     path = str(_TEMPLATES / template)
     return str(ModelCard.from_template(data, template_path=path, **facts, about_run=about_run))
-
-
-def _public_name(name: str) -> str:
-    """A Hub id as it is; of a local folder only its last part, since a path can name a person or a hospital."""
-    return Path(name).name if Path(name).expanduser().exists() else name
 
 
 # How a merged model is served: the commands for llama.cpp, Ollama and vLLM, and the prompt that each asks with.
