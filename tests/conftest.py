@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from sevpeft.cli import main
 from sevpeft.modeling import tiny
+
+Cli = Callable[..., tuple[int, str, str]]
 
 SENTENCES = [
     "السلام عليكم عندي صداع شديد من امبارح ومش قادر انام",
@@ -177,6 +181,24 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     # the old one: a later test that sets COLUMNS would not be heard.
     monkeypatch.setattr(os, "environ", os.environ)
     yield
+
+
+@pytest.fixture
+def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """Runs the command line in this process, in an empty folder: exit code, what it printed, what it complained of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sevpeft", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err + out and isinstance(left.value.code, int)
+        return left.value.code, out, err
+
+    return run
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

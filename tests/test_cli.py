@@ -48,23 +48,6 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process and returns exit code, what it printed, and what it complained of."""
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sevpeft", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err + out
-        assert isinstance(left.value.code, int)
-        return left.value.code, out, err
-
-    return run
-
-
-@pytest.fixture
 def refusal(sevpeft_: Callable[..., tuple[int, str, str]], tmp_path: Path) -> Callable[..., str]:
     """Runs a command that must be refused in one sentence without a trace on the disk, and returns the sentence."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sevpeft.runs import Run
-from tests.cli.conftest import Cli
+from tests.conftest import Cli
 from tests.sharing.conftest import made_run  # noqa: F401 (a fixture)
 
 

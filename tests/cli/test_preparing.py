@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from sevpeft.data.read import load_consultations
-from tests.cli.conftest import Cli
+from tests.conftest import Cli
 
 
 def csv(folder: Path, *lines: str) -> Path:

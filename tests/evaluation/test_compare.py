@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from sevpeft.cli import main
 from sevpeft.errors import Interrupted, ModelError, RunError, SevpeftError, UsageError
 from sevpeft.evaluation import compare as module
 from sevpeft.evaluation.compare import compare
@@ -315,19 +313,6 @@ def test_data_that_can_show_nothing_is_refused_before_anything_is_trained(settin
         with pytest.raises(RunError, match=remedy):
             compared([*settings, override], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def command(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sevpeft", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capfd.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return command
 
 
 def test_the_verb_prints_verdict_and_table_and_one_sentence_when_refused(

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sevpeft.cli import main
 from sevpeft.data.prepare import PrepareSettings
 from sevpeft.data.prepare.prepare import prepare
 from sevpeft.data.read import load_consultations
@@ -235,19 +233,6 @@ def test_the_table_fits_80_columns_and_has_critical_cases_first(run: Run) -> Non
     assert estimate_text(nll["adapter"]["against"]["base"], content["metrics"]["nll"], sign=True) in shown
     assert f" {nll['shuffled']['value']:.3f} " in shown
     assert "Only 2 critical questions" in " ".join(shown.split())
-
-
-@pytest.fixture
-def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def command(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sevpeft", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        printed = capfd.readouterr()
-        return int(left.value.code or 0), printed.out, printed.err
-
-    return command
 
 
 def test_the_verb_prints_the_table_or_json_and_one_sentence_when_refused(
