@@ -208,7 +208,10 @@ def _disk_is_full(error: Exception) -> bool:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, platform and commit, for environment.json. No user name, host name or path: a card may quote it."""
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions = dict.fromkeys(PACKAGES, "not installed")
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):  # a training in float32 needs no bitsandbytes
+            versions[package] = importlib.metadata.version(package)
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": sys.version.split()[0],
