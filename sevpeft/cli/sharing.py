@@ -15,7 +15,6 @@ from sevpeft.console import output_error
 from sevpeft.errors import UsageError
 
 if TYPE_CHECKING:
-    from sevpeft.runs import Run
     from sevpeft.sharing.merge import Difference, Merged
 
 
@@ -85,23 +84,22 @@ def merge(
     from sevpeft.runs import Run, check_run
 
     check_run(run)
-    if not re.fullmatch("0*[1-9][0-9]*[GMK]B", max_shard_size.upper()):
+    shard_size = max_shard_size.upper()
+    if not re.fullmatch("0*[1-9][0-9]*[GMK]B", shard_size):
         raise UsageError(f"--max-shard-size {max_shard_size} is no size; write 5GB, or 500MB.")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.sharing.merge import merge as merge_run
 
-    merged = merge_run(
-        Run(run), output, base=base, dtype=dtype, max_shard_size=max_shard_size.upper(), console=messages
-    )
+    merged = merge_run(Run(run), output, base=base, dtype=dtype, max_shard_size=shard_size, console=messages)
     if as_json:
         print_json({"output": str(output), **merged.as_dict()})
     else:
-        _show(merged, Run(run), output)
+        _show(merged, output)
 
 
-def _show(merged: Merged, run: Run, output: Path) -> None:
+def _show(merged: Merged, output: Path) -> None:
     """Prints the figures; the card holds the commands for vLLM, llama.cpp and Ollama."""
     from sevpeft.console import Screen, print_labeled
     from sevpeft.sharing.card import distance

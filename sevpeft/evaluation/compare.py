@@ -37,14 +37,13 @@ from sevpeft.evaluation.evaluate import (
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, SAFETY, Scores
 from sevpeft.evaluation.statistics import POWER, estimate_text
-from sevpeft.evaluation.tables import plain
+from sevpeft.evaluation.tables import COMPARISON, plain
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.data import load_splits
 from sevpeft.training.train import train
 
-COMPARISON = "comparison.json"
 DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "own")
 # Weights of the controls where no weighted arm is compared.
 _DEFAULT_CONTROLLED = "balanced"

@@ -14,6 +14,7 @@ from sevpeft.console import number_text, p_text
 from sevpeft.evaluation.statistics import ARROWS, estimate_text
 from sevpeft.severity.probabilities import SEVERITIES
 
+COMPARISON = "comparison.json"
 OPEN_STRATA = (SEVERITIES[-1], "all")
 _HEADINGS = {"base": "base model", "shuffled": "shuf.", "constant": "const.", "reference": "doctor"}
 Json = Mapping[str, Any]

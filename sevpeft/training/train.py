@@ -141,8 +141,8 @@ def _train(
             checkpoints.remove_incomplete(run)
         if should_reduce_batch_size(error):
             raise RunError(
-                "The memory is full; write training.gradient_checkpointing=true or auto_find_batch_size=true, or see "
-                f"what `sevpeft plan RECIPE --vram GB` advises. Checkpoints of {run.folder} are kept."
+                "The memory is full; write training.gradient_checkpointing=true, auto_find_batch_size=true or a "
+                f"smaller max_length; `sevpeft plan RECIPE --vram GB` advises. Checkpoints of {run.folder} are kept."
             ) from error
         if isinstance(error, KeyboardInterrupt) and (run.folder / "recipe.yaml").exists():
             raise Interrupted(f"Interrupted. Resume with: {resume_command(run.folder)}") from error

@@ -22,13 +22,13 @@ from sevpeft.console import number_text, p_text
 from sevpeft.errors import RunError
 from sevpeft.evaluation.report.cases import UNKNOWN, cases
 from sevpeft.evaluation.statistics import estimate_text
-from sevpeft.evaluation.tables import OPEN_STRATA, metric_label, plain
+from sevpeft.evaluation.tables import COMPARISON, OPEN_STRATA, metric_label, plain
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import json_lines, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 
 _TEMPLATES = Path(__file__).parent / "templates"
-REPORT, COMPARISON = "report.html", "comparison.json"
+REPORT = "report.html"
 # Heading of the page's facts → section of metrics.json; and the parts of evaluation.json that are facts.
 _SECTIONS = {"Data": "data", "Severity weights": "weights", "Model": "model", "Training": "training"}
 _EVALUATION = ("data", "generation", "evaluation", "lexicons", "judge")
