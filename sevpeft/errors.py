@@ -42,7 +42,7 @@ class ModelError(SevpeftError):
 
 
 class UnknownModelError(ModelError):
-    """The base model's numbers are not at hand, or say too little, so that nothing can be planned on them."""
+    """The base model is not at hand or cannot be read, or its numbers say too little to plan on."""
 
 
 class RunError(SevpeftError):
@@ -83,7 +83,7 @@ def loading_errors(
         trust_setting: that lets code of the model run; None where none ever runs.
 
     Raises:
-        ModelError: in one sentence, with the remedy.
+        UnknownModelError: in one sentence, with the remedy.
     """
     try:
         yield
@@ -91,7 +91,7 @@ def loading_errors(
         raise
     except Exception as error:  # whatever a library raises on files that others wrote; tokenizers a bare Exception
         why = _why_not_loaded(name, error, setting, revision, attention, trust_setting)
-        raise ModelError(f"{name} {why}.") from error
+        raise UnknownModelError(f"{name} {why}.") from error
 
 
 def _why_not_loaded(

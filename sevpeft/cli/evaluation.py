@@ -32,10 +32,8 @@ def evaluate(
     Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
     """
     from sevpeft.console import Screen, print_json
-    from sevpeft.runs import Run, check_one_process, check_run
+    from sevpeft.runs import Run
 
-    check_one_process("evaluate")
-    check_run(run)
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()

@@ -32,14 +32,10 @@ def train(
     """
     from sevpeft.console import Screen
     from sevpeft.recipe import load_recipe
-    from sevpeft.runs import check_output
 
     loaded = load_recipe(recipe, overrides or [])
     if resume and output is None:
         raise UsageError("--resume needs --output RUN, the folder of the run to continue.")
-    if output is not None and is_main_process():
-        output = output.expanduser()
-        check_output(output, resume=resume)
     console = Screen(quiet=not is_main_process())
     with console.status(f"Reading {recipe} and loading the libraries"):
         quiet_libraries()
@@ -63,13 +59,6 @@ def plan(
         float | None,
         typer.Option(min=1, max=1e5, help="GB of your GPU; exit code 1 if too small.", show_default=False),
     ] = None,
-    tflops: Annotated[
-        float,
-        typer.Option(min=0.1, max=1e6, help="Dense bfloat16 peak of your GPU; an RTX 4090's by default."),
-    ] = 165.0,
-    efficiency: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of that peak that a training reaches.")
-    ] = 0.3,
     as_json: AsJson = False,
 ) -> None:
     """Show what a recipe would train on and what it needs, without training: data, weights, steps, memory, time.
@@ -85,7 +74,7 @@ def plan(
         from sevpeft.training.plan import plan as plan_of
         from sevpeft.training.screen import show_plan
 
-        found = plan_of(loaded, vram=vram, tflops=tflops, efficiency=efficiency)
+        found = plan_of(loaded, vram=vram)
     if as_json:
         print_json(found.as_dict())
     else:

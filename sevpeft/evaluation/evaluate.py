@@ -31,14 +31,14 @@ from sevpeft.evaluation.judge import JUDGEMENTS, Judge
 from sevpeft.evaluation.safety import lexicon_versions
 from sevpeft.evaluation.scores import Scores
 from sevpeft.modeling.adapters import attach_adapter
-from sevpeft.modeling.loading import choose_precision, load_config, load_for_inference, load_tokenizer
+from sevpeft.modeling.loading import choose_precision, load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, check_run, file_hash, keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import Severity
 from sevpeft.training.checkpoints import check_same_data, run_lock
-from sevpeft.training.data import load_splits, prompt_of, source_index
+from sevpeft.training.data import load_splits, source_index
 
 EVALUATION, SCORES = "evaluation.json", "scores.jsonl"
 PREDICTIONS, LIKELIHOOD = "predictions.jsonl", "likelihood.jsonl"
@@ -299,8 +299,8 @@ class _RowWork:
         """The base model or, from the first other arm on, the adapter on it, in evaluation mode; and the prompt."""
         with self.console.status(f"Loading {self.recipe.model.name_or_path}"):
             if self._loaded is None:
-                tokenizer = load_tokenizer(self.recipe, load_config(self.recipe))
-                self._loaded = load_for_inference(self.recipe), prompt_of(self.recipe, tokenizer)
+                prompt = resolve_model(self.recipe).prompt
+                self._loaded = load_for_inference(self.recipe), prompt
             model, prompt = self._loaded
             if arm != BASE and not isinstance(model, PeftModel):
                 self._loaded = attach_adapter(model, self._run.adapter, self.recipe), prompt

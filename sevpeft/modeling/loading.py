@@ -25,7 +25,7 @@ from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, loading_errors
 from sevpeft.modeling import compat
 from sevpeft.modeling.packing import attend_within_documents
-from sevpeft.modeling.prompts import choose_pad_token
+from sevpeft.modeling.prompts import Prompt, choose_pad_token
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
 
@@ -40,6 +40,24 @@ class Precision:
     dtype: torch.dtype
     bf16: bool
     fp16: bool
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A recipe's base model without its weights, which training, plan, evaluation, chat and merge begin with."""
+
+    recipe: Recipe
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt
+
+
+def resolve_model(recipe: Recipe) -> ResolvedModel:
+    """Config, tokenizer and prompt of the recipe's base model, checked; raises ModelError."""
+    config = load_config(recipe)
+    check_form(recipe, config)
+    tokenizer = load_tokenizer(recipe, config)
+    return ResolvedModel(recipe, config, tokenizer, Prompt.build(tokenizer, **recipe.prompt.model_dump()))
 
 
 def uses_gpu(recipe: Recipe) -> bool:

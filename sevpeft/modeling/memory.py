@@ -170,7 +170,8 @@ class MemoryPlan:
         if self._training["eval_strategy"] == "no":
             self.eval_batch = 0
         self.checkpointing = self._training.get("gradient_checkpointing") is not False
-        self._peak(self.batch, self.checkpointing)  # a model that cannot be run is known from the start
+        # A model that cannot be run is known from the start.
+        self._peak(self.batch, self._training.get("gradient_checkpointing") is True)
 
     def with_recipe(self, recipe: Recipe) -> MemoryPlan:
         """The same base model and device under another recipe."""
@@ -209,9 +210,9 @@ class MemoryPlan:
         """Bytes with so many rows in a training batch, and no more in a validation batch."""
         return self.budget(batch, checkpointing, eval_batch=0).total
 
-    def total_of_validation(self, batch: int) -> int:
+    def total_of_validation(self, batch: int, checkpointing: bool | None = None) -> int:
         """Bytes with so many rows in a validation batch, and one in a training batch."""
-        return self.budget(1, eval_batch=batch).total
+        return self.budget(1, checkpointing, eval_batch=batch).total
 
     def largest_batch(self, available: int) -> int:
         """The most rows of the recipe's length that fit in so many bytes; 0 when none does, at most 1,024."""
@@ -436,7 +437,9 @@ def changes(plan: MemoryPlan, gb: float) -> list[Change]:
     return found
 
 
-def epoch_seconds(plan: MemoryPlan, tokens: int, labeled: int, rows: int, *, tflops: float, efficiency: float) -> float:
+def epoch_seconds(
+    plan: MemoryPlan, tokens: int, labeled: int, rows: int, *, tflops: float = TFLOPS, efficiency: float = EFFICIENCY
+) -> float:
     """Seconds for one pass over so many tokens, of which so many are answers.
 
     A frozen matrix of n numbers costs 2n operations a token forward, 2n backward, and 2n more for checkpointing; an

@@ -9,10 +9,9 @@ import torch
 
 from sevpeft.evaluation.arms import check_adapter
 from sevpeft.modeling.adapters import attach_adapter
-from sevpeft.modeling.loading import load_config, load_for_inference, load_tokenizer
+from sevpeft.modeling.loading import load_for_inference, resolve_model
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
-from sevpeft.training.data import prompt_of
 
 
 class Chat:
@@ -21,8 +20,7 @@ class Chat:
     def __init__(self, run: Run) -> None:
         check_adapter(run)
         recipe = load_recipe(run.folder / "recipe.yaml")
-        self.tokenizer = load_tokenizer(recipe, load_config(recipe))
-        self.prompt = prompt_of(recipe, self.tokenizer)
+        self.prompt = resolve_model(recipe).prompt
         self.model = attach_adapter(load_for_inference(recipe), run.adapter, recipe)
 
     @torch.no_grad()
@@ -36,7 +34,7 @@ class Chat:
             do_sample=False,
             use_cache=True,
             eos_token_id=self.prompt.end_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self.prompt.tokenizer.pad_token_id,
         )
-        text: str = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        text: str = self.prompt.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         return text.strip()

@@ -36,13 +36,13 @@ from sevpeft.errors import ModelError, SevpeftError, first_sentence
 from sevpeft.evaluation.arms import check_adapter
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.compat import dequantize_module_weight
-from sevpeft.modeling.loading import Precision, load_config, load_model, load_tokenizer, resolved_name
+from sevpeft.modeling.loading import Precision, load_config, load_model, resolve_model, resolved_name
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import QuantizationSection, Recipe, load_recipe
 from sevpeft.runs import Run, whole_folder
 from sevpeft.sharing.card import adapter_card, modelfile, note_unquantized_base, write_merged_card
 from sevpeft.training.compat import IGNORED
-from sevpeft.training.data import encode_rows, load_splits, prompt_of
+from sevpeft.training.data import encode_rows, load_splits
 
 UNQUANTIZED, DEQUANTIZED = "unquantized", "dequantized"
 CONSULTATIONS = 8
@@ -118,7 +118,8 @@ def merge(
     adapter_card(run)  # raises where its figures are damaged, before the long work
     recipe, about = load_recipe(run.folder / "recipe.yaml"), run.metrics()["model"]
     plain = recipe.model_copy(update={"quantization": QuantizationSection()})
-    config, bits, name = load_config(plain), about["bits"], recipe.model.name_or_path
+    resolved, bits, name = resolve_model(recipe), about["bits"], recipe.model.name_or_path
+    config, prompt = resolved.config, resolved.prompt
     bases = [UNQUANTIZED, DEQUANTIZED] if bits else [UNQUANTIZED]
     if getattr(config, "quantization_config", None) is not None:
         if bits is None:
@@ -126,7 +127,6 @@ def merge(
         bases = [DEQUANTIZED]
     if base not in ("auto", *bases):
         raise ModelError(f"--base {base} is not there: the run has {' and '.join(bases)} weights; leave it out.")
-    prompt = prompt_of(recipe, load_tokenizer(plain, config))
     with whole_folder(output, shared=True) as folder:
         texts, rows = _texts(recipe, prompt)
         print_labeled(console, "Base model", f"{name} ({config.model_type})")

@@ -73,7 +73,7 @@ class ExactResume(TrainerCallback):
         if not saved:
             return
         recount(self.trainer, saved["trainer"])
-        self.trainer.most_rows["train"] = saved["most_rows"]
+        self.trainer.parts.most_rows["train"] = saved["most_rows"]
         self._before = saved["totals"]
         for name, callback in self._counting().items():
             callback.counts.update(saved["callbacks"][name])
@@ -88,7 +88,7 @@ class ExactResume(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         counts = {
             "trainer": counted(self.trainer),
-            "most_rows": self.trainer.most_rows["train"],
+            "most_rows": self.trainer.parts.most_rows["train"],
             "totals": self.totals(),
             "callbacks": {name: callback.counts for name, callback in self._counting().items()},
             "evaluation_due": self.evaluation_due,
@@ -171,8 +171,6 @@ def resume_checkpoint(run: Run, required: Sequence[str], on_message: Callable[[s
     """
     found, lines = None, 0
     for checkpoint in sorted(_checkpoints(run), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if (checkpoint / "counts.json").is_file():  # not damaged, so it must not be removed
-            raise RunError(f"{checkpoint} was written by an earlier version; resume with that, or start another run.")
         damage = checkpoint_damage(checkpoint, required)
         if damage is None:
             found = checkpoint

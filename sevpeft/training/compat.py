@@ -11,16 +11,27 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import patch_environment
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel
+from torch.utils.data import RandomSampler, Sampler
+from transformers import PreTrainedModel, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from trl import SFTTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import FusedCausalLMOutput
+
+from sevpeft.errors import Interrupted
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer as _Trainer  # of a mixin, what `super()` is
+
+    from sevpeft.training.checkpoints import ExactResume
+else:
+    _Trainer = object
 
 IGNORED = -100
 # Columns of the vocabulary that are scored at once on a CPU. TRL's 32,768 spill out of its caches, which costs up to
@@ -179,3 +190,92 @@ def _generator_of_epoch(trainer: SFTTrainer) -> torch.Generator:
     """As accelerate 1.15 seeds its `SeedableRandomSampler`."""
     args, epoch = trainer.args, int(trainer.state.epoch or 0)
     return torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
+
+
+class TrainerWorkarounds(_Trainer):
+    """Mixin of SeveritySFTTrainer: what Trainer (5.24) and SFTTrainer (TRL 1.16) do otherwise, and no callback can.
+
+    Upstream issues: none found, but for those that are named.
+    """
+
+    control: TrainerControl
+    exact_resume: ExactResume
+    sort_within_steps: bool
+    step_batches: list[dict[str, Any]]
+    _total_train_tokens: int
+    _epoch_ended_at = -1
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; all batches of a step are kept until the next one."""
+        self.step_batches, items = super().get_batch_samples(*args, **kwargs)
+        self._tokens_before_step = self._total_train_tokens
+        return self.step_batches, items
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the step that is about to be taken, over all processes; kept for `StepGuard`."""
+        self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.gradient_norm
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Of all rows: `dataloader_drop_last` is about the batches that are trained on."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropping
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's, or one whose order follows from seed and epoch alone, so that a resumed run sees the same rows."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return SeededLengthGroupedSampler(sampler, self)
+        if self.sort_within_steps and isinstance(sampler, RandomSampler):
+            return SortedWithinStepsSampler([len(ids) for ids in self.train_dataset["input_ids"]], self)
+        return sampler
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Epochs and steps that are done; all epochs, where a kill came after the last step.
+
+        Transformers 5.24 looks at max_steps after a step only, so that such a run would train one step more.
+        """
+        epochs, steps = super()._init_training_state(*args, **kwargs)
+        over = self.state.global_step >= self.state.max_steps > 0
+        return (self.state.num_train_epochs, 0) if over else (epochs, steps)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """At the end of an epoch Trainer comes here twice. It waits for the second time.
+
+        A run that resumes from a checkpoint of the first time would never come to the second.
+        """
+        step = self.state.global_step
+        ends = float(self.state.epoch or 0).is_integer() or step >= self.state.max_steps
+        if ends and self._epoch_ended_at != step:
+            self._epoch_ended_at = step
+        else:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer validates, then saves. Here it saves first, so that a kill in a long validation loses no step."""
+        # Where the validation decides what is saved, it comes first.
+        decides = self.args.metric_for_best_model is not None or self.args.save_strategy == SaveStrategy.BEST
+        if self.control.should_save and not decides:
+            self._save_before_validation()
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except Interrupted:
+            step = self.state.global_step
+            if step and not Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}").exists():
+                self._save_before_validation()
+            raise
+
+    def _save_before_validation(self) -> None:
+        self.exact_resume.evaluation_due = True
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.exact_resume.evaluation_due = False
+
+    def _send_telemetry(self) -> None:
+        """Sends nothing; TRL 1.16 tells the Hub the model, the device and how the data was loaded."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes none; TRL's would name a folder of this machine."""

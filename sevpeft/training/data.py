@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
-from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
@@ -101,11 +100,6 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         # Hashed, because what is carved from the train rows is taken in the order of these numbers.
         keys = np.asarray([question_key(group, data.seed) for group in rows["group"]], dtype=np.uint64)
     return table, split_rows(rows, data, strata=None if severity is None else severity.strata, keys=keys), severity
-
-
-def prompt_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The recipe's prompt for this tokenizer; training and generation both use it."""
-    return Prompt.build(tokenizer, **recipe.prompt.model_dump())
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:
@@ -391,16 +385,6 @@ def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
     if "severity" in batch:
         rows = [{**row, "severity": severity} for row, severity in zip(rows, batch["severity"].tolist(), strict=False)]
     return rows
-
-
-def parts_of(
-    batch: dict[str, Any], most: int | None, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The batch in parts of at most so many consultations; None leaves it whole."""
-    rows = rows_of(batch) if most else []
-    if not most or len(rows) <= most:
-        return [batch]
-    return [collate(rows[start : start + most]) for start in range(0, len(rows), most)]
 
 
 def answer_starts(labels: torch.Tensor) -> torch.Tensor:

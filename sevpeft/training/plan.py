@@ -8,20 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
-
-from sevpeft.errors import ModelError, UnknownModelError
+from sevpeft.errors import UnknownModelError
 from sevpeft.modeling import memory
-from sevpeft.modeling.loading import load_config, load_tokenizer
+from sevpeft.modeling.loading import resolve_model
 from sevpeft.recipe import Recipe
 from sevpeft.severity.weights import WeightSummary
-from sevpeft.training.data import lengths_of, load_splits, prepare, prompt_of, source_index, summary_of, weigh
+from sevpeft.training.data import lengths_of, load_splits, prepare, source_index, summary_of, weigh
 from sevpeft.training.resolve import is_automatic, memory_plan, resolve_split
 
-# Letters of a token where the tokenizer is not at hand, on Arabic text: 2.0 for Qwen3, 2.2 for Command-R7B-Arabic, 2.3
-# for Fanar, 2.4 for Gemma 3 (published with almaghrabima/SARFTokenizer); one made for English may have fewer than 1.5.
-LETTERS_PER_TOKEN = 2.2
 # GB of the GPU that `plan` chooses a split for, where neither --vram nor the recipe names one.
 _GPU_OF_PLAN = 24
 
@@ -34,10 +28,8 @@ class Plan:
         weights: of the training rows.
         data: as the summary of a run's data; `encoding` is empty without a tokenizer.
         steps: optimizer steps on one process; None while packing makes their number unknown.
-        unknown: why nothing is known about tokens, which are then estimated from letters; None when they are counted.
-        fitting, epoch_seconds: memory and time on a GPU; None where the base model is not known.
-        memory_unknown: why not.
-        tokens: of the training rows.
+        unknown, memory_unknown: why nothing is known about tokens, and about memory.
+        fitting, tokens, epoch_seconds: on a GPU, of the training rows; None where they are not known.
     """
 
     recipe: Recipe
@@ -47,19 +39,16 @@ class Plan:
     unknown: str | None
     fitting: Fitting | None
     memory_unknown: str | None
-    tokens: int
+    tokens: int | None
     epoch_seconds: float | None
-    tflops: float
-    efficiency: float
 
     def as_dict(self) -> dict[str, Any]:
-        time = {key: getattr(self, key) for key in ("tokens", "epoch_seconds", "tflops", "efficiency")}
         return {
             **{key: getattr(self, key) for key in ("data", "steps", "unknown", "memory_unknown")},
+            **{key: getattr(self, key) for key in ("tokens", "epoch_seconds")},
             "recipe": self.recipe.model_dump(mode="json"),
             "weights": self.weights.as_dict(),
             "memory": self.fitting and self.fitting.as_dict(),
-            "time": {**time, "tokens_estimated": self.unknown is not None},
         }
 
 
@@ -97,18 +86,15 @@ class Fitting:
         return {**found, "bytes": {**found.pop("budget")["items"], "total": self.budget.total}, "fits": self.fits}
 
 
-def plan(
-    recipe: Recipe, *, vram: float | None = None, tflops: float = memory.TFLOPS, efficiency: float = memory.EFFICIENCY
-) -> Plan:
+def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
     """Everything that is known before training.
 
     Args:
         vram: GB of the GPU that the memory is compared with.
-        tflops: dense peak of the GPU in bfloat16, TFLOP/s. efficiency: share of it that is reached.
 
     Raises SevpeftError: whatever `train` would refuse about the data, the severity, the prompt or the adapter.
     """
-    found = held = memory_unknown = unknown = tokenizer = None
+    found = held = memory_unknown = unknown = base = tokens = seconds = None
     try:
         found, held = fitting(recipe, vram)
     except UnknownModelError as error:
@@ -116,34 +102,22 @@ def plan(
     recipe = held.recipe if held is not None else resolve_split(recipe, None, 0)
     settings = recipe.training.settings()
     try:
-        tokenizer = load_tokenizer(recipe, load_config(recipe))
-    except ModelError as error:
+        base = resolve_model(recipe)
+    except UnknownModelError as error:
         unknown = str(error)
-    if tokenizer is None:
+    if base is None:
         table, splits, severity = load_splits(recipe)
         _, weights = weigh(recipe, severity, source_index(splits.train))
         data, rows = summary_of(table, splits, severity, {}), len(splits.train)
-        tokens, labeled = _estimated_tokens(splits.train, settings["max_length"])
     else:
         with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
-            prepared = prepare(recipe, prompt_of(recipe, tokenizer), Path(scratch))
+            prepared = prepare(recipe, base.prompt, Path(scratch))
             weights, data, rows = prepared.weights, prepared.summary, len(prepared.train)
             tokens = int(lengths_of(prepared.train).sum())
-            labeled = data["encoding"]["train"]["answer_tokens"]
-    seconds = None
-    if held is not None:
-        seconds = memory.epoch_seconds(held, tokens, labeled, rows, tflops=tflops, efficiency=efficiency)
-    steps = None if tokenizer is None and settings.get("packing") else _steps(rows, settings)
-    return Plan(recipe, weights, data, steps, unknown, found, memory_unknown, tokens, seconds, tflops, efficiency)
-
-
-def _estimated_tokens(train: Dataset, max_length: int | None) -> tuple[int, int]:
-    """Tokens of the training rows, and how many of them are learned, from their letters."""
-    question, answer = (
-        np.array([len(text) for text in train[name]]) / LETTERS_PER_TOKEN for name in ("question", "answer")
-    )
-    longest = max_length or np.inf
-    return round(np.minimum(question + answer, longest).sum()), round(np.minimum(answer, longest).sum())
+        if held is not None:
+            seconds = memory.epoch_seconds(held, tokens, data["encoding"]["train"]["answer_tokens"], rows)
+    steps = None if base is None and settings.get("packing") else _steps(rows, settings)
+    return Plan(recipe, weights, data, steps, unknown, found, memory_unknown, tokens, seconds)
 
 
 def _steps(rows: int, settings: dict[str, Any]) -> int:

@@ -17,31 +17,28 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from sevpeft.errors import RecipeError, SevpeftError, UnknownModelError
 from sevpeft.modeling.compat import attention_of, weights_are_sharded
 from sevpeft.modeling.loading import (
     Precision,
-    check_form,
+    ResolvedModel,
     check_hopeless_start,
     choose_precision,
-    load_config,
-    load_tokenizer,
+    resolve_model,
     uses_gpu,
 )
 from sevpeft.modeling.memory import GIB, MemoryPlan, base_config, plan_for, usable
 from sevpeft.modeling.packing import check_packing, documents_stay_apart
-from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import AUTO, BEST_IS_LEAST, GLOBAL_BATCH_SIZE, Recipe, recipe_from_values
 from sevpeft.training.compat import CPU_VOCABULARY_TILE, forget_compilation_of_launcher, mixed_precision_of_recipe
-from sevpeft.training.data import prompt_of
 from sevpeft.training.distributed import check_sharding
 
 
 @dataclass(frozen=True)
-class ResolvedRun:
+class ResolvedRun(ResolvedModel):
     """What a training needs to know of its recipe on this machine.
 
     Attributes:
@@ -49,13 +46,9 @@ class ResolvedRun:
         arguments: TRL's settings, made from the recipe.
     """
 
-    recipe: Recipe
     given: Recipe
     precision: Precision
     arguments: SFTConfig
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    prompt: Prompt
 
     def with_layout(self, model: PreTrainedModel, longest: int) -> ResolvedRun:
         """With the layout of rows that the loaded model allows (`choose_layout`)."""
@@ -79,10 +72,8 @@ def resolve(recipe: Recipe, checkpoints: Path, *, dtype_before: str | None = Non
     check_sharding(split, arguments)
     check_hopeless_start(split)
     with PartialState().main_process_first():
-        config = load_config(split)
-    check_form(split, config)
-    tokenizer = load_tokenizer(split, config)
-    return ResolvedRun(split, recipe, precision, arguments, config, tokenizer, prompt_of(split, tokenizer))
+        base = resolve_model(split)
+    return ResolvedRun(**vars(base), given=recipe, precision=precision, arguments=arguments)
 
 
 # Settings.
@@ -224,7 +215,7 @@ def resolve_split(
     count, way = options[0] if len(options) == 1 else next(fitting, (counts[0], ways[-1]))
     changes: dict[str, Any] = dict(zip(_KEYS, (count, each // count, way), strict=True))
     if settings["per_device_eval_batch_size"] == AUTO:
-        sizes = (size for size in _EVAL_SIZES if plan and plan.total_of_validation(size) <= available)
+        sizes = (size for size in _EVAL_SIZES if plan and plan.total_of_validation(size, way) <= available)
         changes["per_device_eval_batch_size"] = next(sizes, min(count, 8))
     if rows == AUTO and processes == 1:
         changes["auto_find_batch_size"] = True  # what was chosen here may also be cut where memory runs out

@@ -16,7 +16,7 @@ from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines
-from sevpeft.training.plan import LETTERS_PER_TOKEN, Fitting, Plan
+from sevpeft.training.plan import Fitting, Plan
 
 # Of a histogram: a terminal of 80 columns has them beside the labels. And of the bar of an item of the memory.
 HISTOGRAM_WIDTH, BAR_WIDTH = 79 - LABEL_WIDTH, 15
@@ -121,14 +121,17 @@ def show_plan(found: Plan, console: Console) -> None:
         batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
         print_labeled(console, "Training", f"{found.steps:,} steps of {batch} rows on one process")
     # One reason may hide both.
-    unknown = {found.memory_unknown: "memory and GPUs", found.unknown: "how much is shortened and refused"}
+    unknown = {found.memory_unknown: "memory and GPUs", found.unknown: "time, and how much is shortened and refused"}
     for reason, what in unknown.items():
         if reason is not None:
             print_labeled(console, "Unknown", f"{what}: {reason}", style="yellow")
     if found.fitting is not None:
         show_fitting(found.fitting, console)
     if found.epoch_seconds is not None:
-        print_labeled(console, "Time", time_text(found, found.epoch_seconds))
+        seconds = found.epoch_seconds
+        duration = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
+        speed = f"at {EFFICIENCY:.0%} of the {TFLOPS:g} TFLOP/s of an RTX 4090; padding and validation come on top"
+        print_labeled(console, "Time", f"about {duration} an epoch of {found.tokens:,} tokens, {speed}")
 
 
 def show_fitting(found: Fitting, console: Console) -> None:
@@ -170,13 +173,3 @@ def show_fitting(found: Fitting, console: Console) -> None:
         print_labeled(console, "", f"{change.total / GIB:.1f} GiB then{fits}; {change.effect}")
     if not found.changes or not found.changes[-1].fits:
         print_labeled(console, "", "That is still too much: choose a smaller base model, or a larger GPU.")
-
-
-def time_text(found: Plan, seconds: float) -> str:
-    """How long an epoch takes, and what is assumed for it."""
-    duration = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
-    counted = "" if found.unknown is None else f" (not counted: {LETTERS_PER_TOKEN:g} letters assumed for each)"
-    share = f"{found.efficiency:.0%}{' assumed' if found.efficiency == EFFICIENCY else ''}"
-    peak = f"{found.tflops:g} TFLOP/s{' (an RTX 4090)' if found.tflops == TFLOPS else ''}"
-    tokens = f"{found.tokens:,} tokens{counted}"
-    return f"about {duration} an epoch of {tokens}, at {share} of {peak}; padding and validation come on top"

@@ -60,18 +60,18 @@ def run(variant: str, options: argparse.Namespace, output: Path) -> dict[str, An
 def train_with_stock_trl(options: argparse.Namespace, output: Path) -> None:
     """The recipe's model, rows, adapter and settings under TRL's own trainer: 1 × 8, as the recipes had it written."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from sevpeft.modeling.adapters import lora_config
-    from sevpeft.modeling.loading import load_tokenizer
+    from sevpeft.modeling.loading import resolve_model
     from sevpeft.recipe import load_recipe
-    from sevpeft.training.data import prepare, prompt_of
+    from sevpeft.training.data import prepare
     from sevpeft.training.resolve import resolve_split
 
     overrides = command(options, output)[5:-2]
     recipe = resolve_split(load_recipe(options.recipe, overrides), None, 0)
-    tokenizer = load_tokenizer(recipe, AutoConfig.from_pretrained(options.model))
+    resolved = resolve_model(recipe)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     settings = recipe.training.settings()
     for name in ("global_batch_size", "auto_find_batch_size", "padding_free", "eval_strategy", "save_strategy"):
@@ -85,13 +85,13 @@ def train_with_stock_trl(options: argparse.Namespace, output: Path) -> None:
                 log.write(json.dumps({"time": time.time(), **logs}) + "\n")
 
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare(recipe, prompt_of(recipe, tokenizer), Path(scratch))
+        prepared = prepare(recipe, resolved.prompt, Path(scratch))
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(**settings, output_dir=str(output), bf16=False, eval_strategy="no", save_strategy="no"),
             train_dataset=prepared.train.remove_columns("token_weights"),
             eval_dataset=prepared.validation.remove_columns("severity"),
-            processing_class=tokenizer,
+            processing_class=resolved.tokenizer,
             peft_config=lora_config(recipe, model),
             callbacks=[Log()],
         )

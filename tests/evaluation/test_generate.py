@@ -29,15 +29,15 @@ from sevpeft.evaluation.generate import (
     reference_nll,
 )
 from sevpeft.modeling.adapters import attach_adapter
-from sevpeft.modeling.loading import load_config, load_for_inference, load_tokenizer
+from sevpeft.modeling.loading import load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import load_recipe
 from sevpeft.recipe.schema import GenerationSection
 from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.compat import IGNORED
-from sevpeft.training.data import encode_rows, load_splits, prompt_of
-from tests.conftest import SENTENCES, build_model
+from sevpeft.training.data import encode_rows, load_splits
+from tests.models import SENTENCES, build_model
 
 GREEDY = GenerationSection(max_new_tokens=8, per_device_eval_batch_size=4)
 ONE_BY_ONE = {"per_device_eval_batch_size": 1}
@@ -313,7 +313,7 @@ def nll_of(
 @pytest.fixture(scope="module")
 def trained_prompt(finished_run: Run) -> Prompt:
     recipe = load_recipe(finished_run.folder / "recipe.yaml")
-    return prompt_of(recipe, load_tokenizer(recipe, load_config(recipe)))
+    return resolve_model(recipe).prompt
 
 
 @pytest.fixture(scope="module")

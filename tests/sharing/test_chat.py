@@ -38,7 +38,7 @@ def test_an_answer_is_the_greedy_continuation_of_the_training_prompt(run: Run) -
         with chat.model.disable_adapter():
             base = chat.model(input_ids=torch.tensor([ids + expected])).logits[0, -1]
     assert not torch.equal(logits, base), "it depends on the adapter"
-    text = chat.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    text = chat.prompt.tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert chat.answer("عندي صداع", max_new_tokens=12) == text
 
 

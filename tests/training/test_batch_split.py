@@ -21,7 +21,7 @@ from sevpeft.training.resolve import (
     resolve_split,
     split_here,
 )
-from tests.conftest import build_model
+from tests.models import build_model
 
 
 class Plan:
@@ -30,7 +30,7 @@ class Plan:
     def total_of_batch(self, rows: int, checkpointing: bool) -> int:
         return 100 + rows * (10 if checkpointing else 40)
 
-    def total_of_validation(self, rows: int) -> int:
+    def total_of_validation(self, rows: int, checkpointing: bool) -> int:
         return 100 + rows * 5
 
 

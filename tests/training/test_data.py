@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig
 
 from sevpeft.data.prepare import PrepareSettings
 from sevpeft.data.prepare.prepare import prepare as prepare_data
@@ -26,12 +27,12 @@ from sevpeft.training.data import (
     encode_rows,
     load_splits,
     pack_rows,
-    parts_of,
     row_names,
     rows_of,
     summary_of,
 )
-from tests.conftest import SENTENCES
+from sevpeft.training.oom import SplitOnOom
+from tests.models import SENTENCES
 
 ANSWERS = ["راجع طبيب القلب اليوم", "لا", "أعطه سوائل كثيرة واعرضه على طبيب الأطفال إن استمرت الحرارة"]
 WORDS = " ".join(SENTENCES).split()
@@ -282,9 +283,9 @@ def test_a_batch_gives_its_rows_back_and_is_cut_between_them() -> None:
     ):
         batch = collate(blocks, **options)
         assert rows_of(batch) == rows
-        parts = parts_of(batch, 2, SeverityCollator(pad_token_id=PAD, **options))
-        assert [rows_of(part) for part in parts] == [rows[:2], rows[2:]]
-        assert parts_of(batch, 3, dict) == parts_of(batch, None, dict) == [batch]
+        split = SplitOnOom(SFTConfig(use_cpu=True), SeverityCollator(pad_token_id=PAD, **options), True, print)
+        assert [rows_of(part) for part in split.parts_of(batch, 2)] == [rows[:2], rows[2:]]
+        assert split.parts_of(batch, 3) == split.parts_of(batch, None) == [batch]
 
 
 # Names of rows, and prepared folders

@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_of_the_same_step(
     limits = {"train_rows": 1, "from_step": from_step, "at_first": at_first}
     full = crowded(tmp_path / "full", rows, limits, on_message=lambda label, text: messages.append(text), **options)
     full.train()
-    assert full.most_rows["train"] == 1 and all("the same step continues with" in text for text in messages)
+    assert full.parts.most_rows["train"] == 1 and all("the same step continues with" in text for text in messages)
     assert losses_of(full) == pytest.approx(losses_of(roomy), rel=1e-5)
     assert_close(adapter_of(full), adapter_of(roomy), 1e-5)
     tokens = [entry["num_tokens"] for entry in full.state.log_history if "loss" in entry]
@@ -84,7 +84,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_of_the_same_step(
     if layout == "padding-free":
         resumed = crowded(tmp_path / "full", rows, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "full" / "checkpoint-2"))
-        assert resumed.most_rows["train"] == 1
+        assert resumed.parts.most_rows["train"] == 1
         assert_equal(adapter_of(resumed), adapter_of(full))
 
 
@@ -102,9 +102,9 @@ def test_validation_that_does_not_fit_is_cut_without_changing_a_figure(tmp_path:
     expected = crowded(tmp_path, eval_dataset=validation).evaluate()
     with pytest.raises(RunError, match=r"per_device_eval_batch_size \(now 8\)"):
         trainer.evaluate()
-    trainer.split_on_oom, trainer.at_first = True, 1
+    trainer.parts.enabled, trainer.at_first = True, 1
     found = trainer.evaluate()
-    assert trainer.most_rows["eval"] == 2
+    assert trainer.parts.most_rows["eval"] == 2
     for name in expected:
         if "loss" in name:
             assert found[name] == pytest.approx(expected[name], rel=1e-5), name

@@ -6,8 +6,6 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,7 +15,7 @@ from sevpeft.recipe import load_recipe
 from sevpeft.training import plan as module
 from sevpeft.training.plan import Fitting, fitting
 from sevpeft.training.resolve import resolve_split
-from sevpeft.training.screen import show_fitting, time_text
+from sevpeft.training.screen import show_fitting
 from tests.modeling.test_memory import eight_billion as eight_billion_plan
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -62,16 +60,6 @@ def test_the_plan_is_json(eight_billion: Fitting) -> None:
     found = json.loads(json.dumps(eight_billion.as_dict()))
     assert found["bytes"]["total"] == sum(size for name, size in found["bytes"].items() if name != "total")
     assert found["parameters"]["base"] == 8_030_261_248 and found["fits"] and found["vram"] == 24
-
-
-def test_time_stands_with_what_it_assumes() -> None:
-    plan: Any = SimpleNamespace(tokens=12_345, unknown=None, tflops=165.0, efficiency=0.3)
-    for seconds, shown_as in ((20, "1 min"), (1800, "30 min"), (7200, "2.0 h")):
-        text = time_text(plan, seconds)
-        assert f"about {shown_as} an epoch of 12,345 tokens" in text
-        assert "30% assumed of 165 TFLOP/s (an RTX 4090)" in text
-    plan.unknown = "no tokenizer"
-    assert "12,345 tokens (not counted: 2.2 letters assumed for each)" in time_text(plan, 600)
 
 
 def test_a_real_plan_chooses_the_split_by_the_size_of_the_gpu(eight_billion: Fitting) -> None:
