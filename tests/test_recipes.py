@@ -21,7 +21,7 @@ from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.sharing.card import write_card
 from sevpeft.training.compat import CPU_VOCABULARY_TILE
 from sevpeft.training.train import train
-from tests.conftest import ARCHITECTURES, CHAT_TEMPLATES, build_model
+from tests.models import ARCHITECTURES, CHAT_TEMPLATES, build_model
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -149,7 +149,7 @@ SIZED = [
 
 @pytest.mark.parametrize("path", SIZED)
 def test_the_numbers_of_the_base_model_give_its_size_and_its_gpu(path: Path) -> None:
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, ["training.gradient_checkpointing=true"])  # as `auto` chooses where memory is short
     about = recipe.about
     assert about.parameters is not None and about.config is not None and about.vram_gib is not None
     settings = [recipe.quantization.model_dump(), recipe.lora.settings(), recipe.training.settings()]
@@ -220,8 +220,11 @@ def test_a_recipe_trains_an_adapter_that_peft_loads(
     asked = load_recipe(path)
     architecture = architecture_of(asked)
     base = model_folder(architecture, chat_template=CHAT_TEMPLATES.get(TEMPLATE.get(path.stem, "none")))
-    small = ["data.max_rows=16", "training.max_steps=1", "training.global_batch_size=4"]
-    recipe = load_recipe(path, [f"model.name_or_path={base}", "training.max_length=200", *small])
+    # The split that `auto` chooses for a model is tests/training/test_batch_split.py's.
+    small = ["data.max_rows=16", "training.max_steps=1", "training.global_batch_size=4", "training.max_length=200"]
+    small += [f"training.per_device_{kind}_batch_size=4" for kind in ("train", "eval")]
+    small += ["training.gradient_accumulation_steps=1", "training.gradient_checkpointing=true"]
+    recipe = load_recipe(path, [f"model.name_or_path={base}", *small])
     run = train(recipe, tmp_path / "run")
     write_card(run)
 

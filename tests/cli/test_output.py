@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sevpeft.runs import Run
-from tests.conftest import build_model, build_tokenizer
+from tests.models import build_model, build_tokenizer
+from tests.training.children import command_in_child, exit_codes, start
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SEVPEFT = [sys.executable, "-m", "sevpeft"]
@@ -58,18 +59,19 @@ def on_closed_files(words: list[str], **options: Any) -> int:
     return subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], **options).returncode
 
 
-def on_closed_terminal(
-    words: list[str], until: Callable[[], bool] = lambda: True, hang_up: Any = signal.SIG_IGN, **options: Any
-) -> int:
-    """Closes the terminal once something was printed and `until` holds; `hang_up` is what SIGHUP does to the program.
-
-    Python itself does not start where the terminal is gone already.
-    """
+def on_closed_terminal(words: list[str], **options: Any) -> int:
+    """Closes the terminal once something was printed; Python itself does not start where it is gone already."""
     child, terminal = pty.fork()
     if child == 0:
-        signal.signal(signal.SIGHUP, hang_up)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         os.chdir(options.get("cwd", "."))
         os.execv(words[0], words)
+    close_terminal(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def close_terminal(terminal: int, until: Callable[[], bool] = lambda: True) -> None:
+    """Once something was printed on it and `until` holds."""
     os.set_blocking(terminal, False)
     deadline, printed = time.monotonic() + 120, b""
     while not (printed and until()):
@@ -78,7 +80,6 @@ def on_closed_terminal(
         with contextlib.suppress(BlockingIOError):
             printed = os.read(terminal, 1 << 16)
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_whatever_prints_goes_on_where_nothing_can_be_written(tmp_path: Path) -> None:
@@ -123,23 +124,23 @@ def test_a_training_whose_terminal_closes_keeps_its_steps_and_goes_on(tmp_path: 
     run = Run(tmp_path / "run")
     build_model("llama").save_pretrained(tmp_path / "base")
     build_tokenizer().save_pretrained(tmp_path / "base")
-    words = [*SEVPEFT, "train", str(RECIPES / "quickstart.yaml"), f"model.name_or_path={tmp_path / 'base'}", *SHORT]
+    words = ["train", str(RECIPES / "quickstart.yaml"), f"model.name_or_path={tmp_path / 'base'}", *SHORT]
     words += ["--output", str(run.folder)]
-    log = run.folder / "log.jsonl"
-    code = on_closed_terminal(words, lambda: log.exists() and '"loss"' in log.read_text(), signal.SIG_DFL)
-    assert code == 128 + signal.SIGHUP
+    log, (terminal, end) = run.folder / "log.jsonl", pty.openpty()
+    child = start(command_in_child, words, os.ttyname(end), str(tmp_path))
+    close_terminal(terminal, lambda: log.exists() and '"loss"' in log.read_text())
+    os.close(end)
+    assert exit_codes(child) == [128 + signal.SIGHUP]
     (checkpoint,) = run.checkpoints.glob("checkpoint-*")
     assert (checkpoint / "manifest.json").is_file() and not run.finished
-    assert on_full_disk([*words, "--resume"]) == 0
+    assert exit_codes(start(command_in_child, [*words, "--resume"], "/dev/full", str(tmp_path))) == [0]
     assert run.finished and run.metrics()["training"]["resumed_from"] == checkpoint.name
 
 
 def test_a_file_is_annotated_whole_where_nobody_reads_what_is_printed(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "ألم في صدري", "answer": "راجع الطبيب"}\n' * 50, encoding="utf-8")
-    found = {}
-    for run in (on_full_disk, on_closed_terminal):
-        output = tmp_path / f"{run.__name__}.jsonl"
-        code = run([*SEVPEFT, "annotate", str(rows), str(output), "method=rules"])
-        found[run.__name__] = (code, len(output.read_text(encoding="utf-8").splitlines()))
-    assert set(found.values()) == {(0, 50)}, found
+    output = tmp_path / "output.jsonl"
+    words = ["annotate", str(rows), str(output), "method=rules"]
+    assert exit_codes(start(command_in_child, words, "/dev/full", str(tmp_path))) == [0]
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 50

@@ -11,7 +11,7 @@ from sevpeft.evaluation import scores
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.train import train
-from tests.conftest import build_model, build_tokenizer
+from tests.models import build_model, build_tokenizer
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 

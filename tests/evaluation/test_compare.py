@@ -22,8 +22,8 @@ from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
-from tests.conftest import build_model, build_tokenizer
 from tests.evaluation.conftest import QUICKSTART
+from tests.models import build_model, build_tokenizer
 
 ARMS = ("base", "ce", "balanced", "shuffled")
 RUNS = ["ce-0", "balanced-0", "shuffled-balanced-0"]

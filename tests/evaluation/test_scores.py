@@ -25,7 +25,7 @@ from sevpeft.evaluation.scores import (
     other_references,
     text_scores,
 )
-from tests.conftest import SENTENCES
+from tests.models import SENTENCES
 
 PREDICTIONS = [SENTENCES[3], SENTENCES[5], SENTENCES[0], "راجع الطبيب", SENTENCES[1] + " " + SENTENCES[2]]
 REFERENCES = [SENTENCES[4], SENTENCES[5], SENTENCES[1], "توجه إلى الطوارئ الآن", SENTENCES[2]]

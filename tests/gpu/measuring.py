@@ -28,7 +28,7 @@ from sevpeft.modeling.memory import GIB
 from sevpeft.recipe import Recipe
 from sevpeft.training.resolve import memory_plan, sft_config
 from sevpeft.training.trainer import SeveritySFTTrainer
-from tests.conftest import build_tokenizer
+from tests.models import build_tokenizer
 
 WARM_UP, STEPS = 3, 8
 # File that the table of a run is written to; unset, it is printed (pytest -s).

@@ -11,9 +11,9 @@ import torch
 
 from sevpeft.modeling.loading import Precision, load_model
 from sevpeft.recipe import Recipe, recipe_from_values
-from tests.conftest import ARCHITECTURES, VOCABULARY
 from tests.gpu import measuring
 from tests.gpu.measuring import Taken, planned_bytes, random_base, table_line, train_steps, write_table
+from tests.models import ARCHITECTURES, VOCABULARY
 
 FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
 QUANTISED = [{}, {"load_in_4bit": True}, {"load_in_8bit": True}]

@@ -18,7 +18,7 @@ from sevpeft.modeling.adapters import add_empty_adapter, lora_config, sort_targe
 from sevpeft.modeling.compat import on_meta_device
 from sevpeft.modeling.loading import Precision, load_model
 from sevpeft.recipe import Recipe, recipe_from_values
-from tests.conftest import build_model
+from tests.models import build_model
 
 
 def recipe_with(**lora: Any) -> Recipe:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from sevpeft.modeling import compat
-from tests.conftest import build_model
+from tests.models import build_model
 
 
 def test_the_launcher_still_speaks_through_these_variables() -> None:

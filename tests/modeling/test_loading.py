@@ -30,7 +30,7 @@ from sevpeft.modeling.loading import (
 )
 from sevpeft.modeling.memory import base_config
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
-from tests.conftest import ARCHITECTURES, build_model
+from tests.models import ARCHITECTURES, build_model
 
 FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
 SEVEN = {"about": {"parameters": "7.2B"}, "quantization": {"load_in_4bit": True}}

@@ -20,7 +20,7 @@ from sevpeft.modeling.compat import LiveBytes
 from sevpeft.modeling.memory import GIB, GPUS, USABLE, MemoryPlan, base_config, changes, epoch_seconds, usable, verdicts
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from tests.benchmarks.memory import measure_here
-from tests.conftest import build_model
+from tests.models import build_model
 from tests.training.children import exit_codes, start
 
 EIGHT_BILLION = Path(__file__).parent.parent.parent / "recipes" / "llama-3.1-8b.yaml"
@@ -38,7 +38,8 @@ CONV_LAST = ["conv", "conv", "full_attention", "conv", "full_attention", "conv"]
 
 def recipe_of(**sections: dict[str, Any]) -> Recipe:
     training = {"max_length": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    training |= {"eval_strategy": "no", "per_device_eval_batch_size": 1, **sections.get("training", {})}
+    training |= {"eval_strategy": "no", "per_device_eval_batch_size": 1, "gradient_checkpointing": True}
+    training |= sections.get("training", {})
     return recipe_from_values({**sections, "training": training})
 
 
@@ -241,12 +242,10 @@ def test_what_no_plan_can_be_made_of_is_one_sentence(monkeypatch: pytest.MonkeyP
 
 # What a plan means
 
-pytestmark = pytest.mark.xdist_group("eight_billion")
-
 
 @cache  # a plan remembers what it has run
 def eight_billion(*settings: str) -> MemoryPlan:
-    recipe = load_recipe(EIGHT_BILLION, settings)
+    recipe = load_recipe(EIGHT_BILLION, ["training.gradient_checkpointing=true", *settings])
     config = AutoConfig.for_model(**recipe.about.config)
     return MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=4096)
 

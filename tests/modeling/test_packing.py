@@ -20,7 +20,7 @@ from sevpeft.modeling import packing
 from sevpeft.modeling.loading import Precision, load_model
 from sevpeft.modeling.packing import attend_within_documents, check_packing, documents_stay_apart
 from sevpeft.recipe import recipe_from_values
-from tests.conftest import build_model
+from tests.models import build_model
 
 # Architectures that no recipe uses, at the smallest sizes; each mixed documents in silence in some release.
 MORE = {

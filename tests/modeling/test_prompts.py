@@ -17,7 +17,7 @@ from sevpeft.errors import ModelError
 from sevpeft.modeling.prompts import Prompt, choose_pad_token
 from sevpeft.recipe import Recipe
 from sevpeft.training.data import encode_rows
-from tests.conftest import CHAT_TEMPLATES, SENTENCES, build_tokenizer
+from tests.models import CHAT_TEMPLATES, SENTENCES, build_tokenizer
 
 QUESTIONS = [*SENTENCES[:3], "وش الحل؟ 39.5°C", "سطر أول\nسطر ثان"]
 ANSWERS = ["راجع طبيب القلب اليوم", "أعطه سوائل كثيرة", "اذهب إلى الطوارئ الآن ولا تنتظر", "لا", "أولاً.\nثانيًا."]

@@ -17,7 +17,7 @@ from sevpeft.errors import ModelError
 from sevpeft.modeling.adapters import attach_adapter, base_commit, base_fingerprint, check_base_weights
 from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.runs import Run
-from tests.conftest import build_model
+from tests.models import build_model
 
 IDS = torch.arange(4, 60)[None]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

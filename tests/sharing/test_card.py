@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import recipe_from_values
 from sevpeft.sharing.card import adapter_command, asking, conversion_commands, modelfile
-from tests.conftest import build_tokenizer
+from tests.models import build_tokenizer
 
 
 def test_vllm_is_given_a_rank_that_it_knows() -> None:

@@ -25,7 +25,7 @@ from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
 from sevpeft.sharing.merge import merge, merge_in_place
-from tests.conftest import ARCHITECTURES, CHAT_TEMPLATES
+from tests.models import ARCHITECTURES, CHAT_TEMPLATES
 from tests.sharing.conftest import config_of, tensors
 
 MadeRun = Callable[..., Run]

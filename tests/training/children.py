@@ -72,6 +72,19 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: 
         sys.exit(error.exit_code)
 
 
+def command_in_child(words: list[str], output: str) -> None:
+    """The command line, with the file or terminal `output` for all that it reads and prints."""
+    from sevpeft.cli import main
+
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.setsid()  # of a terminal that is opened next, this process is then the one that hears of its end
+    handle = os.open(output, os.O_RDWR)
+    for number in range(3):
+        os.dup2(handle, number)
+    sys.argv = ["sevpeft", *words]
+    main()
+
+
 def train_in_child(recipe: Path, settings: list[str], folder: Path, kill_at: int | None) -> None:
     """Trains, or goes on; where the folder is written to for the `kill_at`-th time, SIGKILL comes just before."""
     from sevpeft.recipe import load_recipe

@@ -16,7 +16,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sevpeft.training import compat
-from tests.conftest import build_model
+from tests.models import build_model
 from tests.training.test_trainer import make_rows, make_trainer
 
 # Overridden by SeveritySFTTrainer, with the parameters that it relies on.

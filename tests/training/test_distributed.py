@@ -35,7 +35,7 @@ from sevpeft.training.distributed import (
 )
 from sevpeft.training.resolve import sft_config
 from sevpeft.training.train import train
-from tests.conftest import build_model
+from tests.models import build_model
 from tests.training.children import exit_codes, message_of, start, train_in_child
 from tests.training.sharded_on_gloo import ENGINES_DEVICE, pose_as_gpus
 

@@ -22,7 +22,7 @@ from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from sevpeft.training.resolve import memory_plan
 from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
-from tests.conftest import build_tokenizer
+from tests.models import build_tokenizer
 from tests.training.test_trainer import adapter_of, batch_loss, losses_of, make_config, make_rows, make_trainer
 
 ROOT = Path(__file__).parent.parent.parent

@@ -16,7 +16,7 @@ from sevpeft.training.callbacks import WINDOW, SignalHandler, StepGuard
 from sevpeft.training.checkpoints import checkpoint_damage, files_to_resume
 from sevpeft.training.data import row_names
 from sevpeft.training.trainer import SeveritySFTTrainer
-from tests.conftest import build_model
+from tests.models import build_model
 from tests.training.test_trainer import LAYOUTS, adapter_of, assert_equal, laid_out, losses_of, make_rows, make_trainer
 
 POISON = 3  # a token that stands in no row of make_rows

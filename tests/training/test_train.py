@@ -25,7 +25,7 @@ from sevpeft.training.checkpoints import as_started
 from sevpeft.training.resolve import is_automatic
 from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
-from tests.conftest import SENTENCES, build_model, build_tokenizer
+from tests.models import SENTENCES, build_model, build_tokenizer
 from tests.training.children import exit_codes, message_of, start, train_in_child
 from tests.training.test_trainer import make_rows, make_trainer
 

@@ -17,7 +17,7 @@ from sevpeft.errors import WeightError
 from sevpeft.training.compat import CPU_VOCABULARY_TILE
 from sevpeft.training.data import check_weights
 from sevpeft.training.trainer import SeveritySFTTrainer
-from tests.conftest import ARCHITECTURES, VOCABULARY, build_model, build_tokenizer
+from tests.models import ARCHITECTURES, VOCABULARY, build_model, build_tokenizer
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "padded": {},
