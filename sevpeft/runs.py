@@ -58,14 +58,13 @@ class Run:
         return (self.adapter / "adapter_model.safetensors").exists() and "after" in self.metrics()
 
     def metrics(self) -> dict[str, Any]:
-        """Contents of metrics.json; empty while there is none."""
-        return self._read_json("metrics.json")
+        return self.read_json("metrics.json")
 
     def environment(self) -> dict[str, Any]:
-        """Contents of environment.json; empty while there is none."""
-        return self._read_json("environment.json")
+        return self.read_json("environment.json")
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Contents of a JSON file; empty while there is none."""
         path = self.folder / name
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 

@@ -108,6 +108,23 @@ def test_a_module_says_what_it_is_and_none_is_a_drawer() -> None:
     assert wrong == []
 
 
+def test_private_names_of_libraries_stand_in_compat_and_nowhere_else() -> None:
+    own = set()
+    for node in (node for tree in TREES.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr)
+    touches = [
+        (name, node.attr)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not name.endswith("compat.py")
+        if node.attr not in own and not node.attr.endswith("__")
+    ]
+    assert touches == [("sevpeft/data/read.py", "_fingerprint"), ("sevpeft/runs.py", "_exit")]
+
+
 def test_no_code_of_others_is_trusted() -> None:
     trusting = [
         name

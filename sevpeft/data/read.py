@@ -161,6 +161,7 @@ def _from_hub(data: DataSection, keep: Keep) -> Consultations:
             yield number, cells
 
     table = Table([Part(f"{data.path}, row", loaded.column_names, read)], data.path)
+    # Private in datasets 5.2, which has no public name for it.
     fingerprint = f"hub:{data.path}@{data.revision or 'main'}:{loaded._fingerprint}"
     source = f"{data.path} ({', '.join(part for part in (data.name, data.split, data.revision) if part)}) on the Hub"
     return replace(_cached([fingerprint, data.name, data.split], lambda: table, data, keep, False), source=source)

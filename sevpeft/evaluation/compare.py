@@ -27,11 +27,11 @@ from sevpeft.errors import RunError
 from sevpeft.evaluation import scores as scoring
 from sevpeft.evaluation.arms import ADAPTER, ARMS, BASE, CE, CONTROLS, SHUFFLED, WEIGHTED, arm_of, check_arms, state_of
 from sevpeft.evaluation.evaluate import (
+    EVALUATION,
     LIKELIHOOD,
     SCORES,
     evaluate,
     finished_rows_are_kept,
-    stored_evaluation,
     test_rows,
 )
 from sevpeft.evaluation.generate import EvaluationRows
@@ -159,7 +159,7 @@ def compare(
                 arm: {"mean": float(np.mean(losses)), "per_seed": losses} for arm, losses in validation.items()
             },
             "runs": {arm: [one.run.folder.name for one in finished if arm in one.columns.values()] for arm in arms},
-            "notes": list(dict.fromkeys(note for unit in finished for note in stored_evaluation(unit.run)["notes"])),
+            "notes": list(dict.fromkeys(note for unit in finished for note in unit.run.read_json(EVALUATION)["notes"])),
             "scores": summary,
         }
         write_atomically(output / COMPARISON, json.dumps(content, ensure_ascii=False, indent=2) + "\n", shared=True)
@@ -177,7 +177,7 @@ def _train_and_evaluate(
     """As far as that is not done, for this adapter, these rows and these settings."""
     state = state_of(unit.run, unit.recipe)
     if state == "finished":
-        stored = stored_evaluation(unit.run)
+        stored = unit.run.read_json(EVALUATION)
         if (
             stored.get("adapter") == file_hash(unit.run.adapter / "adapter_model.safetensors")
             and stored["data"]["content"] == rows.content_hash()

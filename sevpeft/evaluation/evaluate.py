@@ -317,15 +317,9 @@ def finished_rows_are_kept() -> Iterator[None]:
         raise Interrupted(message, getattr(error, "exit_code", 130)) from error
 
 
-def stored_evaluation(run: Run) -> dict[str, Any]:
-    """Content of evaluation.json; empty while there is none."""
-    path = run.folder / EVALUATION
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
 def _write(run: Run, content: dict[str, Any], rows: EvaluationRows, scores: dict[str, Scores]) -> None:
     """evaluation.json and scores.jsonl; more is not replaced by less, a whole evaluation not by a sample."""
-    before = stored_evaluation(run)
+    before = run.read_json(EVALUATION)
     if all(before.get(name) == content[name] for name in ("adapter", "generation", "evaluation")):
         more_rows = before["data"]["evaluated"] > len(rows)
         if more_rows or set(before["metrics"]) > set(content["metrics"]):

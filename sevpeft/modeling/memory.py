@@ -437,10 +437,8 @@ def changes(plan: MemoryPlan, gb: float) -> list[Change]:
     return found
 
 
-def epoch_seconds(
-    plan: MemoryPlan, tokens: int, labeled: int, rows: int, *, tflops: float = TFLOPS, efficiency: float = EFFICIENCY
-) -> float:
-    """Seconds for one pass over so many tokens, of which so many are answers.
+def epoch_seconds(plan: MemoryPlan, tokens: int, labeled: int, rows: int) -> float:
+    """Seconds for one pass over so many tokens, of which so many are answers, at TFLOPS and EFFICIENCY.
 
     A frozen matrix of n numbers costs 2n operations a token forward, 2n backward, and 2n more for checkpointing; an
     adapter's 6n. The head sees answers only and is run twice. Attention over the mean length costs 4 operations for
@@ -452,4 +450,4 @@ def epoch_seconds(
     operations = 2.0 * passes * blocks * tokens
     operations += 6.0 * count.head * labeled + 6.0 * count.trainable * tokens
     operations += 2.0 * passes * (tokens / max(rows, 1)) * text.hidden_size * text.num_hidden_layers * tokens
-    return operations / (tflops * 1e12 * efficiency)
+    return operations / (TFLOPS * 1e12 * EFFICIENCY)

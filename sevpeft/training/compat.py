@@ -109,6 +109,11 @@ def forget_compilation_of_launcher() -> None:
         del os.environ[name]
 
 
+def layer_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the classes of a model's layers; transformers (5.24) has no public name for it. None found."""
+    return list(model._no_split_modules)
+
+
 # What Trainer (5.24) and SFTTrainer (TRL 1.16) count between two lines of the log. Checkpoints leave it out, and no
 # callback gets it. Upstream issue: none found.
 
@@ -203,6 +208,7 @@ class TrainerWorkarounds(_Trainer):
     sort_within_steps: bool
     step_batches: list[dict[str, Any]]
     _total_train_tokens: int
+    _metrics: dict[str, Any]
     _epoch_ended_at = -1
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,6 +216,12 @@ class TrainerWorkarounds(_Trainer):
         self.step_batches, items = super().get_batch_samples(*args, **kwargs)
         self._tokens_before_step = self._total_train_tokens
         return self.step_batches, items
+
+    def uncount_tokens_of_step(self) -> None:
+        self._total_train_tokens = self._tokens_before_step
+
+    def count_validation(self, **means: float) -> None:
+        self._metrics["eval"].update({name: [mean] for name, mean in means.items()})
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Of the step that is about to be taken, over all processes; kept for `StepGuard`."""

@@ -21,6 +21,7 @@ from sevpeft.errors import RunError
 from sevpeft.modeling.adapters import cast_trained
 from sevpeft.modeling.compat import deepspeed_requested, fsdp_requested, requested_engine, weights_are_sharded, zero3
 from sevpeft.recipe import Recipe
+from sevpeft.training.compat import layer_classes
 
 # PyTorch's own, which compute on the parts of a parameter. Those of bitsandbytes have no rule for parts (0.50.2), and
 # the others look at whole rows and columns.
@@ -79,7 +80,7 @@ def set_up_engine(accelerator: Accelerator, model: Any) -> None:
     if plugin.transformer_cls_names_to_wrap is None:
         # accelerate fails on a class that the architecture has and this model lacks, as Gemma 3's picture tower.
         plugin.transformer_cls_names_to_wrap = [
-            name for name in model._no_split_modules if get_module_class_from_name(model, name) is not None
+            name for name in layer_classes(model) if get_module_class_from_name(model, name) is not None
         ]
     if plugin.mixed_precision_policy is not None:
         # accelerate 1.15 also casts what the model returns, so that the loss would be summed from log-probabilities

@@ -16,9 +16,6 @@ from sevpeft.severity.weights import WeightSummary
 from sevpeft.training.data import lengths_of, load_splits, prepare, source_index, summary_of, weigh
 from sevpeft.training.resolve import is_automatic, memory_plan, resolve_split
 
-# GB of the GPU that `plan` chooses a split for, where neither --vram nor the recipe names one.
-_GPU_OF_PLAN = 24
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,9 +40,9 @@ class Plan:
     epoch_seconds: float | None
 
     def as_dict(self) -> dict[str, Any]:
+        names = ("data", "steps", "unknown", "memory_unknown", "tokens", "epoch_seconds")
         return {
-            **{key: getattr(self, key) for key in ("data", "steps", "unknown", "memory_unknown")},
-            **{key: getattr(self, key) for key in ("tokens", "epoch_seconds")},
+            **{name: getattr(self, name) for name in names},
             "recipe": self.recipe.model_dump(mode="json"),
             "weights": self.weights.as_dict(),
             "memory": self.fitting and self.fitting.as_dict(),
@@ -138,7 +135,7 @@ def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, memory.
         vram: GB of a GPU to judge; the batch split is chosen for it, or else for the GPU that the recipe names.
     """
     smallest, origin = memory_plan(recipe)  # of all splits of a step, where the recipe leaves it open
-    gb = vram or recipe.about.vram_gib or _GPU_OF_PLAN
+    gb = vram or recipe.about.vram_gib or 24  # GB
     plan = smallest.with_recipe(resolve_split(recipe, smallest, memory.usable(gb)))
     found = Fitting(
         origin=origin,

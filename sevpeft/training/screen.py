@@ -127,8 +127,7 @@ def show_plan(found: Plan, console: Console) -> None:
             print_labeled(console, "Unknown", f"{what}: {reason}", style="yellow")
     if found.fitting is not None:
         show_fitting(found.fitting, console)
-    if found.epoch_seconds is not None:
-        seconds = found.epoch_seconds
+    if (seconds := found.epoch_seconds) is not None:
         duration = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
         speed = f"at {EFFICIENCY:.0%} of the {TFLOPS:g} TFLOP/s of an RTX 4090; padding and validation come on top"
         print_labeled(console, "Time", f"about {duration} an epoch of {found.tokens:,} tokens, {speed}")

@@ -146,8 +146,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             for name, (part, _, _, count) in zip(SEVERITIES, self._validation.tolist(), strict=False):
                 if count:
                     output.metrics[f"{metric_key_prefix}_loss_{name}"] = part / count
-            self._metrics["eval"]["mean_token_accuracy"] = [correct / tokens]
-            self._metrics["eval"]["entropy"] = [entropy / tokens]
+            self.count_validation(mean_token_accuracy=correct / tokens, entropy=entropy / tokens)
         return output
 
     def _add_to_validation(
@@ -185,7 +184,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         def undo() -> list[dict[str, Any]]:
             # The backward pass may have broken off half-way, so the gradient of the step begins anew.
             model.zero_grad()
-            self._total_train_tokens = self._tokens_before_step
+            self.uncount_tokens_of_step()
             return list(takewhile(lambda batch: batch is not inputs, self.step_batches))
 
         losses = self.parts.compute("train", inputs, lambda part: step(model, part, num_items_in_batch), undo)

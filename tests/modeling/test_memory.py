@@ -323,22 +323,22 @@ def test_what_cannot_fit_is_said_to() -> None:
 
 def test_an_epoch_takes_its_operations_at_the_stated_rate() -> None:
     plan = plan_of(recipe_of(training={"gradient_checkpointing": False}), hidden_size=128)
-    count = plan.parameters
+    count, speed = plan.parameters, memory.TFLOPS * 1e12 * memory.EFFICIENCY
     blocks = count.base - count.embedding - count.head
     # Rows of length near zero: attention costs nothing, and no token is an answer.
-    seconds = epoch_seconds(plan, 1000, 0, 10**9, tflops=1e-3, efficiency=0.5)
-    assert seconds == pytest.approx((4 * blocks + 6 * count.trainable) * 1000 / 0.5e9, rel=1e-3)
-    assert epoch_seconds(plan, 2000, 0, 10**9, tflops=1e-3, efficiency=0.5) == pytest.approx(2 * seconds, rel=1e-3)
-    answers = epoch_seconds(plan, 1000, 100, 10**9, tflops=1e-3, efficiency=0.5) - seconds
-    assert answers == pytest.approx(6 * count.head * 100 / 0.5e9, rel=1e-3)
+    seconds = epoch_seconds(plan, 1000, 0, 10**9)
+    assert seconds == pytest.approx((4 * blocks + 6 * count.trainable) * 1000 / speed, rel=1e-3)
+    assert epoch_seconds(plan, 2000, 0, 10**9) == pytest.approx(2 * seconds, rel=1e-3)
+    answers = epoch_seconds(plan, 1000, 100, 10**9) - seconds
+    assert answers == pytest.approx(6 * count.head * 100 / speed, rel=1e-3)
     again = plan.with_recipe(recipe_of(training={"gradient_checkpointing": True}))
-    more = epoch_seconds(again, 1000, 0, 10**9, tflops=1e-3, efficiency=0.5) - seconds
-    assert more == pytest.approx(2 * blocks * 1000 / 0.5e9, rel=1e-3)
+    more = epoch_seconds(again, 1000, 0, 10**9) - seconds
+    assert more == pytest.approx(2 * blocks * 1000 / speed, rel=1e-3)
 
 
 def test_published_speed_lies_near_the_estimate() -> None:
     """LLaMA-Factory: Llama-2-7B in 4 bit, A100, length 1024: 2,295 tokens a second."""
     recipe = load_recipe(EIGHT_BILLION.with_stem("llama-2-7b"), ["training.max_length=1024"])
     plan = MemoryPlan(recipe, AutoConfig.for_model(**recipe.about.config), on_gpu=True, vocabulary_tile=4096)
-    seconds = epoch_seconds(plan, 2295 * 100, 2295 * 100, 224, tflops=312, efficiency=0.3)
-    assert seconds == pytest.approx(100, rel=0.15)
+    seconds = epoch_seconds(plan, 2295 * 100, 2295 * 100, 224)
+    assert seconds * memory.TFLOPS / 312 == pytest.approx(100, rel=0.15)
