@@ -149,8 +149,9 @@ def show_fitting(found: Fitting, console: Console) -> None:
         f"model's numbers are from {found.origin}",
     )
     for name, size in found.budget.items.items():
-        bar = "█" * round(BAR_WIDTH * size / found.budget.total)
-        console.print(Text(f"{'':{LABEL_WIDTH}}{name:30}{size / GIB:8.2f} GiB ").append(bar, style="blue"))
+        row = Text(f"{'':{LABEL_WIDTH}}{name:30}{size / GIB:8.2f} GiB ")
+        row.append("█" * round(BAR_WIDTH * size / found.budget.total), style="blue")
+        console.print(row, no_wrap=True, overflow="crop")
     for gpu in found.gpus:
         rows = f"{gpu.largest_batch}{' or more' * (gpu.largest_batch == LARGEST_BATCH)} of {found.length} tokens"
         note = f"fits; largest batch {rows}" if gpu.fits else f"fits with batch {rows}"
