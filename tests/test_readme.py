@@ -48,7 +48,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     (tmp_path / "recipes" / "qwen2.5-0.5b.yaml").write_text(SMALL, encoding="utf-8")
     lines = (ROOT / "sevpeft" / "data" / "samples" / "consultations.jsonl").read_text(encoding="utf-8").splitlines()
-    for name, columns in (("consultations.csv", ["question", "answer"]), ("labeled.csv", [*COLUMNS, "source"])):
+    for name, columns in (
+        *((f"{name}.csv", ["question", "answer"]) for name in ("consultations", "english")),
+        ("labeled.csv", [*COLUMNS, "source"]),
+    ):
         with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()

@@ -63,6 +63,9 @@ def compare(
     arms: Annotated[
         str, typer.Option(help="base, ce, mild, balanced, strong, own (the recipe's weights), shuffled, constant.")
     ] = "base,ce,mild,balanced,strong,shuffled,constant",
+    vary: Annotated[
+        str | None, typer.Option(help="KEY=VALUE,VALUE…: these are the arms, beside base.", show_default=False)
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Training seeds; the split stays as data.seed sets it.")] = "0,1,2",
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs; by default runs/comparison-NAME", show_default=False)
@@ -74,6 +77,8 @@ def compare(
 
     Finished work is kept: the same command continues where it stopped. Started once on each GPU
     (CUDA_VISIBLE_DEVICES=0, CUDA_VISIBLE_DEVICES=1, …) with the same --output, the commands share the runs.
+
+    --vary compares values of any setting instead, such as training.learning_rate=1e-4,2e-4, with the first of them.
 
     Example: sevpeft compare recipes/quickstart.yaml --arms base,ce,balanced,shuffled --seeds 0,1,2 --nll-only
     """
@@ -88,7 +93,7 @@ def compare(
         from sevpeft.evaluation.tables import comparison_tables
         from sevpeft.sharing.card import write_card
     settings: dict[str, Any] = {"arms": parse_arms(arms), "seeds": parse_seeds(seeds), "answers": not nll_only}
-    settings |= {"output": folder, "console": messages, "on_trained": write_card}
+    settings |= {"output": folder, "console": messages, "on_trained": write_card, "vary": vary}
     content = comparing.compare(recipe, overrides or [], **settings)
     if as_json:
         print_json(content)

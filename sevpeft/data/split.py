@@ -36,6 +36,7 @@ class Splits(NamedTuple):
     test: datasets.Dataset
     by: str  # "column split" where the rows say it themselves, else "random"
     leaks: int  # questions (or groups that were given) that the rows' own splits have on several sides
+    mixed: datasets.Dataset | None = None  # rows of further sources (`data.mix`) that may be trained on
 
 
 def split_rows(

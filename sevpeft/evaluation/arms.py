@@ -7,6 +7,7 @@ shuffled over the consultations (the same spread without the information) and th
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,10 @@ ARMS = {
 }
 
 
+# Seeds are --seeds; the others change the tokens of the test's answers, and so what a likelihood is of.
+_NOT_VARIED = ("training.seed", "model.name_or_path", "model.revision", "training.max_length", "prompt.strip_marks")
+
+
 def parse_arms(text: str) -> tuple[str, ...]:
     """The arms of a comma-separated list; a UsageError where one is unknown or none of them is trained."""
     arms = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
@@ -55,6 +60,22 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def parse_vary(text: str) -> tuple[str, dict[str, str]]:
+    """The key of KEY=VALUE,VALUE…, and its values: what each is called as an arm → as it is written.
+
+    Commas within brackets part no values. A UsageError where no two differ, or the key may not differ between arms.
+    """
+    key, _, values = text.partition("=")
+    if key in _NOT_VARIED:
+        raise UsageError(f"--vary {key}: the arms could not be compared by seeds and tokens; vary another key.")
+    words = [word.strip() for word in re.split(r",(?![^\[{]*[\]}])", values) if word.strip()]
+    named = {re.sub(r"[^\w.+-]+", "_", word).strip("_."): word for word in words}
+    if len(named) < max(len(words), 2) or not all(named) or BASE in named:
+        example = "training.learning_rate=1e-4,2e-4"
+        raise UsageError(f"--vary is {text!r}; write a key and at least two different values, such as {example}.")
+    return key, named
+
+
 def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str) -> tuple[Recipe, str]:
     """The recipe of an arm, that of `sevpeft train` with the same settings, and the name of its run.
 
@@ -65,6 +86,8 @@ def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled
     weights = controlled if arm in CONTROLS else arm
     if weights in SEVERITY_PRESETS:
         settings.append(f"severity.weights={weights}")
+        if load_recipe(path, overrides).severity.source == "weight":  # presets weigh by severity columns
+            settings += ["severity.source=columns", "severity.weight_column=weight"]
     if arm in (CE, *CONTROLS):
         settings.append(f"severity.control={'uniform' if arm == CE else arm}")
     name = f"{arm}-{controlled}-{seed}" if arm in CONTROLS else f"{arm}-{seed}"
@@ -75,6 +98,8 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     """Raises UsageError where arms would differ in more than weights or not at all, RunError where output is a run."""
     if (output / "recipe.yaml").exists():
         raise RunError(f"{output} holds a run; give --output a folder of its own.")
+    if not arms:  # but values of a setting, in which they may differ
+        return
     weights, training = recipe.severity.weights, recipe.training.settings()
     if recipe.severity.control != "none":
         raise UsageError("The arms set severity.control themselves; leave it out.")
@@ -82,7 +107,7 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     for key in ("load_best_model_at_end", "auto_find_batch_size"):
         if training.get(key):
             raise UsageError(f"With training.{key} more than the weights would differ between arms; leave it out.")
-    if OWN in arms and isinstance(weights, str) and weights in arms:
+    if OWN in arms and isinstance(weights, str) and weights in arms and recipe.severity.source != "weight":
         raise UsageError(f"The recipe's own weights are {weights}, which is an arm already; drop one.")
 
 

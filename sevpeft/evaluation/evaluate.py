@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from sevpeft.console import Screen, print_labeled, row_progress
+from sevpeft.data.files import TURNS
 from sevpeft.data.read import Consultations
 from sevpeft.data.split import Splits, question_keys
 from sevpeft.errors import Interrupted, RunError, UsageError
@@ -169,6 +170,7 @@ def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -
         source=table.source,
         fingerprint=table.fingerprint,
         leaks=splits.leaks,
+        turns=list(rows[TURNS]) if TURNS in rows.features and any(rows[TURNS]) else None,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from sevpeft.data.files import trained_turns
 from sevpeft.errors import ModelError, RunError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
@@ -55,6 +56,7 @@ class EvaluationRows:
     source: str
     fingerprint: str
     leaks: int = 0
+    turns: list[str] | None = None  # as in the table, None where all rows are single exchanges
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,7 +64,7 @@ class EvaluationRows:
     def take(self, positions: Sequence[int] | np.ndarray) -> EvaluationRows:
         """The rows at these positions, in their order."""
         chosen = np.asarray(positions, dtype=np.int64)
-        lists = {name: getattr(self, name) for name in ("ids", "questions", "references", "dialects")}
+        lists = {name: getattr(self, name) for name in ("ids", "questions", "references", "dialects", "turns")}
         taken: dict[str, Any] = {name: of and [of[i] for i in chosen] for name, of in lists.items()}
         return replace(self, strata=self.strata[chosen], groups=self.groups[chosen], **taken)
 
@@ -74,7 +76,9 @@ class EvaluationRows:
 
     def content_hash(self) -> str:
         """SHA-256 of what was asked and answered, whatever the order of the rows."""
-        rows = sorted(zip(self.ids, self.questions, self.references, self.dialects or [None] * len(self), strict=True))
+        unknown = [None] * len(self)
+        more = [self.turns] if self.turns else []
+        rows = sorted(zip(self.ids, self.questions, self.references, self.dialects or unknown, *more, strict=True))
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -138,11 +142,15 @@ def fitting_prompts(
         limit: tokens of prompt and answer together. A prompt is empty where the answer leaves no room for a question.
         answer_lengths: (n,) tokens that follow each prompt.
     """
-    prompts, lost = list(prompt.prompt_ids(rows.questions, rows.dialects)), [0] * len(rows)
+    known = zip(rows.questions, rows.references, rows.turns or [""] * len(rows), strict=True)
+    last = [list(trained_turns(*of))[-1] for of in known]  # what is asked in the end, and the exchanges before
+    questions, earlier = [turn[0] for turn in last], [turn[3] for turn in last]
+    prompts, lost = list(prompt.prompt_ids(questions, rows.dialects, earlier=earlier)), [0] * len(rows)
     for i, length in enumerate(answer_lengths):
         if limit is not None and len(prompts[i]) + length > limit:
             dialect = rows.dialects[i] if rows.dialects else None
-            prompts[i], lost[i] = shortened_prompt(rows.questions[i], dialect, prompt, limit - length) or ([], 0)
+            shorter = shortened_prompt(questions[i], dialect, prompt, limit - length, earlier[i])
+            prompts[i], lost[i] = shorter or ([], 0)
     return prompts, lost
 
 

@@ -36,6 +36,8 @@ class Prompt:
     chat: bool
     template: str
     answer_cue: str
+    english_template: str | None = None
+    english_cue: str | None = None
     system: str | None = None
     dialect_prefixes: dict[str, str] | None = None
     dialect: str | None = None
@@ -58,6 +60,10 @@ class Prompt:
         prefixes = prompt.dialect_prefixes
         if prefixes and prompt.chat:
             raise ModelError("prompt.dialect_prefixes have no effect with prompt.chat=true; leave one of them out.")
+        if prompt.chat and (prompt.english_template or prompt.english_cue):
+            raise ModelError(
+                "prompt.english_template and english_cue have no effect with prompt.chat=true; leave them out."
+            )
         if prefixes and prompt.dialect not in prefixes:
             raise ModelError(f"prompt.dialect is {prompt.dialect!r}; write one of {', '.join(prefixes)}.")
         one, other = tokenizer(list(_QUESTIONS), add_special_tokens=False)["input_ids"]
@@ -74,20 +80,37 @@ class Prompt:
             raise ModelError(f"{tokenizer.name_or_path} has no end-of-sequence token; add an eos_token.")
         return replace(prompt, before_answer=before_answer, end_id=end_id)
 
-    def text(self, question: str, dialect: str | None = None) -> str:
-        """The prompt up to the answer, as text."""
+    def text(self, question: str, dialect: str | None = None, *, earlier: Sequence[Sequence[str]] = ()) -> str:
+        """The prompt up to the answer, as text.
+
+        `earlier` are a conversation's exchanges before, as (question, answer); a ModelError without a chat template.
+        """
         question = self._cleaned(question)
         if self.chat:
-            return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
+            said = [(role, text) for one in earlier for role, text in zip(("user", "assistant"), one, strict=True)]
+            turns = [{"role": role, "content": self._cleaned(text)} for role, text in said]
+            return self._render([*turns, {"role": "user", "content": question}], add_generation_prompt=True)
+        if earlier:
+            raise ModelError("The data has conversations of several turns; set prompt.chat=true, or split them.")
         prefixes = self.dialect_prefixes or {}
         prefix = prefixes.get(dialect or "", prefixes.get(self.dialect or "", ""))
         system = f"{self.system}\n\n" if self.system else ""
-        return prefix + system + self.template.replace("{answer_cue}", self.answer_cue).replace("{question}", question)
+        template, cue = self.template, self.answer_cue
+        letters = [letter for letter in question if letter.isalpha()]
+        if 2 * sum(letter.isascii() for letter in letters) > len(letters):
+            template, cue = self.english_template or template, self.english_cue or cue
+        return prefix + system + template.replace("{answer_cue}", cue).replace("{question}", question)
 
-    def prompt_ids(self, questions: Sequence[str], dialects: Sequence[str | None] | None = None) -> list[list[int]]:
+    def prompt_ids(
+        self,
+        questions: Sequence[str],
+        dialects: Sequence[str | None] | None = None,
+        *,
+        earlier: Sequence[Sequence[Sequence[str]]] | None = None,
+    ) -> list[list[int]]:
         """Token ids of the prompts, special tokens included, no padding, not shortened."""
-        known = dialects or [None] * len(questions)
-        texts = [self.text(question, dialect) for question, dialect in zip(questions, known, strict=True)]
+        rows = zip(questions, dialects or [None] * len(questions), earlier or [()] * len(questions), strict=True)
+        texts = [self.text(question, dialect, earlier=before) for question, dialect, before in rows]
         ids = self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]
         # Some tokenizers are set to end every text with EOS; after a prompt it would end the answer before it begins.
         eos = self.tokenizer.eos_token_id

@@ -15,4 +15,5 @@ from sevpeft.recipe.schema import (
     Section,
     SeverityWeights,
     StoppingSection,
+    TrainingDataSection,
 )

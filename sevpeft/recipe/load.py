@@ -22,7 +22,6 @@ from sevpeft.recipe.messages import field_at, messages_of
 from sevpeft.recipe.schema import (
     SEVERITY_PRESETS,
     AboutSection,
-    DataSection,
     EvaluationSection,
     GenerationSection,
     ModelSection,
@@ -32,6 +31,7 @@ from sevpeft.recipe.schema import (
     SeveritySection,
     SeverityWeights,
     StoppingSection,
+    TrainingDataSection,
 )
 
 _COMMAND_LINE = "command line"
@@ -47,7 +47,7 @@ class Recipe(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)
     lora: LoraSection = Field(default_factory=LoraSection)
-    data: DataSection = Field(default_factory=DataSection)
+    data: TrainingDataSection = Field(default_factory=TrainingDataSection)
     prompt: PromptSection = Field(default_factory=PromptSection)
     severity: SeveritySection = Field(default_factory=SeveritySection)
     training: TrainingSection = Field(default_factory=TrainingSection)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -143,6 +143,40 @@ class DataSection(Section):
         return 0 if none else size
 
 
+class MixSection(Section):
+    """Several sources of training rows; validation and test rows are those of `data.path` alone."""
+
+    sources: dict[Annotated[str, Field(min_length=1)], str] = Field(min_length=1)
+    """Name → path of each source beside data.path, which is the first one; columns are recognized by their names."""
+    ratios: str
+    """Percent of the training tokens of each source, data.path first, such as 60-40."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens of an epoch, prompts included; unset, as many as the training rows of data.path have."""
+
+    @field_validator("ratios")
+    @classmethod
+    def _sum_to_a_hundred(cls, ratios: str, info: ValidationInfo) -> str:
+        count = len(info.data.get("sources", ())) + 1
+        if not re.fullmatch(r"[\d.]+(-[\d.]+)*", ratios) or abs(sum(map(float, ratios.split("-"))) - 100) > 1e-6:
+            raise ValueError(f"must be percentages that sum to 100, not {ratios}; write them as 60-40")
+        if len(ratios.split("-")) != count > 1:
+            raise ValueError(f"must be {count}, one for data.path and one for each further source, not {ratios}")
+        return ratios
+
+    def shares(self) -> list[float]:
+        """Share of the tokens of each source, data.path first; they sum to one."""
+        return [float(percent) / 100 for percent in self.ratios.split("-")]
+
+
+class TrainingDataSection(DataSection):
+    """The data of a recipe: where it comes from, how it is split, and what of it is trained on."""
+
+    loss_on: Literal["last", "all"] = "last"
+    """Answers of a conversation of several turns that are trained on; earlier turns are context either way."""
+    mix: MixSection | None = None
+    """Further sources of training rows, and their shares."""
+
+
 class PromptSection(Section):
     """How a question becomes the text that the model continues with the answer."""
 
@@ -152,6 +186,10 @@ class PromptSection(Section):
     """Text of the prompt; {question} and {answer_cue} are filled in."""
     answer_cue: str = "الجواب:"
     """Last words before the answer."""
+    english_template: str | None = None
+    """Template of questions most of whose letters are Latin; unset, that of the others."""
+    english_cue: str | None = None
+    """answer_cue of these questions; unset, that of the others."""
     system: str | None = None
     """System message."""
     dialect_prefixes: dict[str, str] | None = None
@@ -161,9 +199,11 @@ class PromptSection(Section):
     strip_marks: bool = False
     """Removes vowel marks and elongation and writes digits as 0 to 9, for models that were trained so."""
 
-    @field_validator("template")
+    @field_validator("template", "english_template")
     @classmethod
-    def _fills_in_the_question(cls, template: str) -> str:
+    def _fills_in_the_question(cls, template: str | None) -> str | None:
+        if template is None:
+            return None
         names = re.findall(r"\{([^{}\n]*)\}", template)
         if unknown := sorted({*names} - {"question", "answer_cue"}):
             raise ValueError(f"holds {{{unknown[0]}}}; only {{question}} and {{answer_cue}} are filled in")
@@ -190,8 +230,10 @@ class SeverityWeights(Section):
 class SeveritySection(Section):
     """How much each consultation counts in the loss."""
 
-    source: Literal["columns", "rules", "linear", "rules+linear", "transformer"] = "columns"
-    """Where the severity comes from: columns of the data, the lexicon's rules, or a fitted classifier."""
+    source: Literal["columns", "rules", "linear", "rules+linear", "transformer", "weight"] = "columns"
+    """Where the severity comes from: columns of the data, rules, or a fitted classifier; weight: ready-made weights."""
+    weight_column: str = Field(default="weight", min_length=1)
+    """Column of the ready-made weights of source weight, in place of weights and temperature."""
     classifier: str | None = Field(default=None, validate_default=True)
     """Folder that `sevpeft classifier fit` made; columns take none, rules may have one, the others need one."""
     temperature: float = Field(default=1.0, gt=0)
@@ -205,12 +247,19 @@ class SeveritySection(Section):
     control: Literal["none", "shuffled", "constant", "uniform"] = "none"
     """Trains a control instead: the weights shuffled over the consultations, their mean for all, or 1 for all."""
 
+    @field_validator("weight_column")
+    @classmethod
+    def _is_read(cls, column: str, info: ValidationInfo) -> str:
+        if column != "weight" and info.data.get("source") not in (None, "weight"):
+            raise ValueError("has no effect without severity.source=weight; set that too, or leave it out")
+        return column
+
     @field_validator("classifier")
     @classmethod
     def _belongs_to_the_source(cls, classifier: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
-        if source == "columns" and classifier:
-            raise ValueError("has no effect while severity.source is columns; set source to the classifier's kind")
+        if source in ("columns", "weight") and classifier:
+            raise ValueError(f"has no effect while severity.source is {source}; set source to the classifier's kind")
         if source in ("linear", "rules+linear", "transformer") and not classifier:
             raise ValueError(f"is missing for source {source}; name a folder made by `sevpeft classifier fit`")
         return classifier

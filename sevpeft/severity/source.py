@@ -14,7 +14,14 @@ import pyarrow as pa
 
 from sevpeft.errors import WeightError
 from sevpeft.runs import workers_end_with_this_process
-from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SeverityClassifier, severity_probabilities, sharpened
+from sevpeft.severity.probabilities import (
+    PROBABILITY_COLUMNS,
+    SeverityClassifier,
+    has_severity,
+    severity_probabilities,
+    sharpened,
+)
+from sevpeft.severity.weights import ready_weights
 
 EVIDENCE = "severity_evidence"
 
@@ -26,26 +33,40 @@ _ROWS_OF_PROCESS = 2_000
 
 @dataclass(frozen=True)
 class Severity:
-    """Probabilities (n, 3) of the rows, and where they come from: source, version and temperature."""
+    """Probabilities (n, 3) of the rows, and where they come from: source, version and temperature.
+
+    With ready-made `weights` (n,) the probabilities are for strata alone, and NaN where the data has none.
+    """
 
     probabilities: np.ndarray
     origin: dict[str, Any]
+    weights: np.ndarray | None = None
 
     @property
     def strata(self) -> np.ndarray:
-        """(n,) the most probable severity of every row, as its position in `SEVERITIES`."""
-        return np.asarray(self.probabilities.argmax(axis=1))
+        """(n,) the most probable severity of every row, as its position in `SEVERITIES`; -1 where it is not known."""
+        likeliest = np.nan_to_num(self.probabilities).argmax(axis=1)
+        return np.where(np.isnan(self.probabilities).any(axis=1), -1, likeliest)
 
 
 def severity_of(
-    rows: datasets.Dataset, *, source: str = "columns", classifier: str | None = None, temperature: float = 1.0
+    rows: datasets.Dataset,
+    *,
+    source: str = "columns",
+    classifier: str | None = None,
+    temperature: float = 1.0,
+    weight_column: str = "weight",
 ) -> Severity:
     """Severity probabilities of every row, as the recipe's section `severity` asks for them.
 
     `source` is "columns" (those of `severity_probabilities`) or the kind of a classifier, which reads the questions;
     `classifier` its folder, None for "rules" without calibration; `temperature` that of `sharpened`, applied last.
+    With "weight" the weights are those of `weight_column`, and severity columns, if there are any, give the strata.
     """
     origin: dict[str, Any] = {"source": source, "temperature": temperature}
+    if source == "weight":
+        probabilities = severity_probabilities(rows) if has_severity(rows) else np.full((len(rows), 3), np.nan)
+        return Severity(probabilities, origin, ready_weights(rows, weight_column))
     if source != "columns":
         loaded = load_source(source, classifier)
         origin["version"] = loaded.version

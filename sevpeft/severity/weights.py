@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from datasets import Dataset
 
+from sevpeft.data.files import as_probability
 from sevpeft.errors import WeightError
-from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.probabilities import SEVERITIES, check_rows
 
 # Coefficient of variation below which weights do nothing; the published ones, from .93 to 1.03, have about .02.
 SMALL_SPREAD = 0.05
@@ -22,7 +24,7 @@ SMALL_SAMPLE = 0.5
 
 def severity_weights(
     probabilities: np.ndarray,
-    coefficients: tuple[float, float, float],
+    coefficients: tuple[float, ...],
     *,
     normalize: Literal["none", "mean"] = "none",
     control: Literal["none", "shuffled", "constant", "uniform"] = "none",
@@ -32,7 +34,8 @@ def severity_weights(
 
     Args:
         probabilities: (n, 3), in the order of `SEVERITIES`, each row summing to one.
-        coefficients: (α, β, γ), the weight of a surely non-critical, neutral and critical consultation.
+        coefficients: (α, β, γ), the weight of a surely non-critical, neutral and critical consultation. Ready-made
+            weights are (n, 1) with the coefficient 1.
         normalize: "mean" divides by the mean over the n consultations: the step size is that of plain cross-entropy.
         control: "shuffled" (permuted by `seed`), "constant" (their mean for all) or "uniform" (1: plain cross-entropy).
 
@@ -52,6 +55,21 @@ def severity_weights(
     return weights
 
 
+def ready_weights(rows: Dataset, column: str) -> np.ndarray:
+    """Weights (n,), float64, finite and non-negative, that a column of the data holds.
+
+    Raises WeightError where the column is absent, or with row numbers where a weight is; DataError for text.
+    """
+    if column not in rows.column_names:
+        raise WeightError(f"The data has no column '{column}' of weights; name one with severity.weight_column=NAME.")
+    numbers = rows["row"] if "row" in rows.column_names else range(1, len(rows) + 1)
+    cells = zip(rows[column], numbers, strict=True)
+    weights = np.array([as_probability(cell, column, f"Row {number}") for cell, number in cells])
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    check_rows(rows, wrong, f"column '{column}' is empty, negative or infinite; write a weight, or remove the rows.")
+    return weights
+
+
 @dataclass(frozen=True)
 class WeightSummary:
     """What a set of weights amounts to."""
@@ -68,8 +86,9 @@ class WeightSummary:
 
     @classmethod
     def of(cls, weights: np.ndarray, strata: np.ndarray | None) -> WeightSummary:
-        """Args: weights (n,); strata (n,) positions in `SEVERITIES`, or None when severity is not known."""
-        counts = [] if strata is None else np.bincount(strata, minlength=len(SEVERITIES)).tolist()
+        """Args: weights (n,); strata (n,) positions in `SEVERITIES`, -1 or None where severity is not known."""
+        known = strata is not None and (strata >= 0).all()
+        counts = np.bincount(np.asarray(strata), minlength=len(SEVERITIES)).tolist() if known else []
         lows, bars = np.unique(np.round(weights, 6), return_counts=True)
         highs = lows
         if len(lows) > 10:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
     shown = recipe.model_dump()
     for section, key in (("model", "name_or_path"), ("data", "path")):
         shown[section][key] = public_name(shown[section][key])
+    if mix := shown["data"]["mix"]:
+        mix["sources"] = {name: public_name(path) for name, path in mix["sources"].items()}
     facts = {
         **run.metrics(),
         **more,
@@ -127,6 +130,7 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
 def modelfile(prompt: Prompt, recipe: Recipe) -> str:
     """Ollama's Modelfile for what `conversion_commands` quantize, which asks with the prompt of the training."""
     # llama.cpp puts the token that begins a text there itself.
+    prompt = replace(prompt, english_template=None, english_cue=None)  # a placeholder is no English question
     text = prompt.text("{{ .Prompt }}").removeprefix(prompt.tokenizer.bos_token or "\0")
     generation = recipe.generation
     return (

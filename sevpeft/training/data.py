@@ -17,8 +17,9 @@ from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from sevpeft.data.files import FILE_COLUMN
-from sevpeft.data.read import PREPARED_ABOUT, Consultations, Keep, load_consultations
+from sevpeft.data.files import FILE_COLUMN, TURNS, trained_turns
+from sevpeft.data.mix import SOURCE, draw, with_mixed, with_sources
+from sevpeft.data.read import PREPARED_ABOUT, Consultations, load_consultations
 from sevpeft.data.split import Splits, question_key, split_rows
 from sevpeft.errors import DataError, WeightError
 from sevpeft.modeling.prompts import Prompt
@@ -51,55 +52,79 @@ class Prepared:
 def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
     """Everything up to the trainer; `scratch` holds memory-mapped Arrow files, to be removed after training."""
     table, splits, severity = load_splits(recipe)
-    settings = recipe.training.settings()
+    settings, mix = recipe.training.settings(), dict[str, Any]()
+    pool = splits.train if splits.mixed is None else datasets.concatenate_datasets([splits.train, splits.mixed])
+    # Plain cross-entropy needs no severity of further sources.
+    weighing = severity if severity is not None and len(severity.probabilities) == len(table.rows) else None
     encoded, reports = {}, {}
     if len(table.rows) >= ROWS_WORTH_A_BAR:
         datasets.enable_progress_bars()
+
+    def choose(found: Dataset) -> np.ndarray:
+        names = np.array([name or "" for name in pool[SOURCE]] if SOURCE in pool.column_names else [""] * len(pool))
+        chosen, counts = draw(lengths_of(found), names[source_index(found)], recipe.data)
+        mix.update(counts)
+        return chosen
+
     with workers_end_with_this_process():
-        for name, rows in (("train", splits.train), ("validation", splits.validation)):
+        for name, rows, known in (("train", pool, weighing), ("validation", splits.validation, severity)):
             encoded[name], reports[name] = encode_rows(
                 rows,
                 prompt,
                 settings["max_length"],
-                strata=None if severity is None else severity.strata[source_index(rows)],
+                strata=None if known is None else known.strata[source_index(rows)],
                 cache_file=scratch / f"{name}.arrow",
                 num_proc=settings.get("dataset_num_proc"),
+                choose=choose if recipe.data.mix and name == "train" else None,
             )
-        kept = source_index(splits.train)[source_index(encoded["train"])]
-        weights, summary = weigh(recipe, severity, kept)
+        kept = source_index(pool)[source_index(encoded["train"])]
+        weights, summary = weigh(recipe, weighing, kept)
+        if TURN_WEIGHT in encoded["train"].column_names:
+            weights = weights * np.asarray(encoded["train"][TURN_WEIGHT])
         train = add_token_weights(
             encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
-        ).remove_columns(["severity", "source_index"])
+        ).select_columns(["input_ids", "labels", "token_weights"])
         if settings.get("packing"):
             train = pack_rows(train, settings["max_length"], cache_file=scratch / "packed.arrow")
     datasets.disable_progress_bars()
+    about = summary_of(table, splits, severity, reports)
+    if mix:
+        about["mix"], about["rows"]["train"] = mix, len(kept)
     # Longest first: batches then need little padding, and too little memory shows at once.
     longest_first = np.argsort(-lengths_of(encoded["validation"]), kind="stable")
     return Prepared(
         train=train,
-        validation=encoded["validation"].select(longest_first).remove_columns("source_index"),
+        validation=encoded["validation"].select(longest_first).select_columns(["input_ids", "labels", "severity"]),
         weights=summary,
-        summary=summary_of(table, splits, severity, reports),
-        row_names=row_names(encoded["train"], splits.train),
+        summary=about,
+        row_names=row_names(encoded["train"], pool),
     )
 
 
 def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
     """The table, its parts, and the severity of its rows: None where there is none, for plain cross-entropy."""
     data, weighting = recipe.data, recipe.severity
-    keep: Keep = ("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped"
-    table = load_consultations(data, keep=keep)
-    severity = None
-    if weighting.control != "uniform" or weighting.source != "columns" or has_severity(table.rows):
+    keep = ["group"] if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else []
+    keep += [weighting.weight_column] if weighting.source == "weight" else []
+    table = load_consultations(data, keep=keep or "mapped")
+    own, table = table.rows, with_sources(table, data, keep or "mapped")
+    severity, plain = None, weighting.control == "uniform" and weighting.source == "columns"
+    if not plain or has_severity(own):
+        names = {column: name for name, column in (table.columns | table.carried).items()}
         severity = severity_of(
-            table.rows, source=weighting.source, classifier=weighting.classifier, temperature=weighting.temperature
+            own if plain else table.rows,
+            source=weighting.source,
+            classifier=weighting.classifier,
+            temperature=weighting.temperature,
+            weight_column=names.get(weighting.weight_column, weighting.weight_column),
         )
-    rows = table.rows.add_column("source_index", np.arange(len(table.rows)))
+    strata = None if severity is None else severity.strata[: len(own)]
+    rows = own.add_column("source_index", np.arange(len(own)))
     keys = None
     if "group" in rows.column_names:  # of near-duplicate questions, where `sevpeft prepare` has found them
         # Hashed, because what is carved from the train rows is taken in the order of these numbers.
         keys = np.asarray([question_key(group, data.seed) for group in rows["group"]], dtype=np.uint64)
-    return table, split_rows(rows, data, strata=None if severity is None else severity.strata, keys=keys), severity
+    return table, with_mixed(split_rows(rows, data, strata=strata, keys=keys), table.rows, len(own)), severity
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:
@@ -131,9 +156,10 @@ def weigh(recipe: Recipe, severity: Severity | None, kept: np.ndarray) -> tuple[
     if severity is None:
         return np.ones(len(kept)), WeightSummary.of(np.ones(len(kept)), None)
     weighting = recipe.severity
+    ready = severity.weights
     weights = severity_weights(
-        severity.probabilities[kept],
-        weighting.coefficients(),
+        severity.probabilities[kept] if ready is None else ready[kept, None],
+        weighting.coefficients() if ready is None else (1.0,),
         normalize=weighting.normalize,
         control=weighting.control,
         seed=recipe.training.settings()["seed"],
@@ -149,11 +175,14 @@ def source_index(rows: Dataset) -> np.ndarray:
 # From rows to tokens.
 
 _COUNTS = ("lost_words", "length", "answer_length")
+# What a conversation's messages say of an answer's weight, a factor beside the severity's.
+TURN_WEIGHT = "turn_weight"
 _FEATURES = Features(
     {
         **{name: List(Value("int32")) for name in ("input_ids", "labels")},
         **{"severity": Value("int8"), "source_index": Value("int64")},
         **{name: Value("int32") for name in _COUNTS},
+        TURN_WEIGHT: Value("float64"),
     }
 )
 
@@ -166,18 +195,20 @@ def encode_rows(
     strata: np.ndarray | None,
     cache_file: Path,
     num_proc: int | None = None,
+    choose: Callable[[Dataset], np.ndarray] | None = None,
 ) -> tuple[Dataset, dict[str, int]]:
     """Tokenizes a split.
 
     Args:
-        rows: columns question, answer and, optionally, dialect. prompt: as in generation.
+        rows: columns question, answer and, optionally, dialect and turns. prompt: as in generation.
         max_length: tokens of prompt and answer together; None for no limit.
         strata: (n,) position in SEVERITIES of every row; None when severity is not known (then -1).
         cache_file: Arrow file of the result. num_proc: processes, as in `datasets.Dataset.map`.
+        choose: gives the positions of the encoded rows to keep, of which alone the counts then are.
 
     Returns:
-        Dataset with input_ids, labels, severity and source_index (row of `rows`); and what became of the split, lengths
-        in tokens, losses in words of the question.
+        Dataset with input_ids, labels, severity, source_index (row of `rows`) and, where rows have turns, turn_weight;
+        and what became of the split, lengths in tokens, losses in words of the question.
 
     Raises:
         DataError: no row is left.
@@ -195,15 +226,20 @@ def encode_rows(
         num_proc=num_proc,
         desc="Encoding",
     )
+    known = rows[TURNS] if TURNS in rows.column_names else None
+    answers = len(rows) if known is None else sum(1 for turns in known for _ in trained_turns("", "", turns))
     if len(encoded) == 0:
         raise DataError(
             f"None of {len(rows)} consultations fits training.max_length={max_length} with its answer; raise it."
         )
+    refused = answers - len(encoded)
+    if choose is not None:
+        encoded = encoded.select(choose(encoded))
     counts = encoded.select_columns(list(_COUNTS)).with_format("numpy")[:]
     lengths, lost = counts["length"], counts["lost_words"]
     report = {
         "rows": len(encoded),
-        "refused": len(rows) - len(encoded),
+        "refused": refused,
         "shortened": int((lost > 0).sum()),
         "lost_words": int(lost.sum()),
         "most_lost_words": int(lost.max()),
@@ -211,32 +247,46 @@ def encode_rows(
         "longest": int(lengths.max()),
         "answer_tokens": int(counts["answer_length"].sum()),
     }
-    return encoded.remove_columns(list(_COUNTS)), report
+    return encoded.remove_columns([*_COUNTS, *[TURN_WEIGHT] * (known is None)]), report
 
 
 def _encode_batch(
     batch: dict[str, list[Any]], indices: list[int], prompt: Prompt, max_length: int | None, strata: np.ndarray
 ) -> dict[str, list[Any]]:
-    dialects = batch.get("dialect") or [None] * len(indices)
-    prompts = prompt.prompt_ids(batch["question"], batch.get("dialect"))
-    answers = prompt.answer_ids(batch["answer"])
+    unknown = [None] * len(indices)
+    texts = zip(batch["question"], batch["answer"], batch.get(TURNS) or unknown, strict=True)
+    places = zip(indices, batch.get("dialect") or unknown, texts, strict=True)
+    # Each answer of a conversation is a row of its own, whose prompt is the one that generation would have there.
+    turns = [(index, dialect, *turn) for index, dialect, of in places for turn in trained_turns(*of)]
+    asked, earlier = [turn[2] for turn in turns], [turn[5] for turn in turns]
+    prompts = prompt.prompt_ids(asked, [turn[1] for turn in turns], earlier=earlier)
+    answers = prompt.answer_ids([turn[3] for turn in turns])
     rows = []
-    for index, prompt_ids, answer, question, dialect in zip(
-        indices, prompts, answers, batch["question"], dialects, strict=True
-    ):
+    for (index, dialect, question, _, weight, before), prompt_ids, answer in zip(turns, prompts, answers, strict=True):
         lost = 0
         if max_length is not None and len(prompt_ids) + len(answer) > max_length:
-            shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer))
+            shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer), before)
             if shorter is None:
                 continue
             prompt_ids, lost = shorter
         labels = [IGNORED] * len(prompt_ids) + answer
-        rows.append((prompt_ids + answer, labels, int(strata[index]), index, lost, len(labels), len(answer)))
+        rows.append((prompt_ids + answer, labels, int(strata[index]), index, lost, len(labels), len(answer), weight))
     return {name: [row[number] for row in rows] for number, name in enumerate(_FEATURES)}
 
 
-def shortened_prompt(question: str, dialect: str | None, prompt: Prompt, room: int) -> tuple[list[int], int] | None:
-    """Prompt of the longest beginning of the question, in whole words, that takes at most `room` tokens."""
+def shortened_prompt(
+    question: str, dialect: str | None, prompt: Prompt, room: int, earlier: Sequence[Sequence[str]] = ()
+) -> tuple[list[int], int] | None:
+    """The longest prompt of at most `room` tokens, and the words that it lacks.
+
+    A conversation loses its earliest exchanges first, then the question its last words.
+    """
+    lost = 0
+    for number, exchange in enumerate(earlier, start=1):
+        lost += sum(len(text.split()) for text in exchange)
+        shorter = prompt.prompt_ids([question], [dialect], earlier=[earlier[number:]])[0]
+        if len(shorter) <= room:
+            return shorter, lost
     words = question.split()
     kept, ids = 0, None
     low, high = min(FEWEST_QUESTION_WORDS, len(words)), len(words) - 1
@@ -247,7 +297,7 @@ def shortened_prompt(question: str, dialect: str | None, prompt: Prompt, room: i
             kept, ids, low = middle, candidate, middle + 1
         else:
             high = middle - 1
-    return None if ids is None else (ids, len(words) - kept)
+    return None if ids is None else (ids, lost + len(words) - kept)
 
 
 # Weights of tokens, and what is made of them.
@@ -333,7 +383,8 @@ def row_names(encoded: Dataset, rows: Dataset) -> NameRows:
 
     def name(position: int) -> str:
         row = rows[position]
-        return f"row {row['row']}{f' of {row[FILE_COLUMN]}' if FILE_COLUMN in row else ''}"
+        place = row.get(FILE_COLUMN) or row.get(SOURCE)
+        return f"row {row['row']}{f' of {place}' if place else ''}"
 
     def names(documents: Sequence[Sequence[int]]) -> list[str]:
         """Of the rows with exactly these tokens, in the order of the data; equal rows are all named."""

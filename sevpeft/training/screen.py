@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -37,6 +38,12 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
     parts = ", ".join(f"{count:,} {name}" for name, count in summary["rows"].items())
     print_labeled(console, "Data", f"{summary['source']}{f' ({columns})' if columns else ''}")
     print_labeled(console, "Split", f"{parts}, by {by}")
+    for name, of in summary.get("mix", {}).items():
+        part = f"{of['share']:.0%} from {name}: {of['rows']:,} rows, {of['tokens']:,} tokens"
+        print_labeled(console, "Mix", part)
+        if of["distinct_rows"] < of["rows"]:
+            times = f"{of['rows'] / of['distinct_rows']:.1f} times an epoch"
+            warn("Repeats", f"{name} is too small for its share: each of {of['distinct_rows']:,} rows comes {times}")
     for reason, count in summary["rejected"].items():
         warn("Rejected", f"rows with {reason}: {count:,}")
     if leaks := summary["questions_in_two_splits"]:
@@ -54,9 +61,12 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
     if origin is None or control == "uniform":
         print_labeled(console, "Weights", "1 for every consultation: plain cross-entropy")
         return
-    if origin["source"] != "columns":
+    ready = origin["source"] == "weight"
+    if ready:
+        print_labeled(console, "Source", f"ready-made weights of column '{recipe.severity.weight_column}'")
+    elif origin["source"] != "columns":
         print_labeled(console, "Severity", f"by {origin['source']}, version {origin['version']}")
-    if origin["temperature"] != 1:
+    if origin["temperature"] != 1 and not ready:
         power = f"1/{origin['temperature']:g} (severity.temperature)"
         print_labeled(console, "Sharpened", f"probabilities to the power of {power}")
     sample = f"mean {weights.mean:.3f}, effective sample size {effective_sample(weights)}"
@@ -64,7 +74,8 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
     for line in histogram_lines(weights.histogram, HISTOGRAM_WIDTH):
         print_labeled(console, "", line)
     if control in ("none", "shuffled") and (warning := advice(weights)):
-        warn("Warning", warning)
+        # The remedies are settings of the severity, which ready-made weights do not have.
+        warn("Warning", re.split(": run|. Use", warning)[0] if ready else warning)
 
 
 def show_batch(recipe: Recipe, processes: int, console: Console) -> None:

@@ -20,6 +20,7 @@ from sevpeft.training.data import encode_rows
 from tests.models import CHAT_TEMPLATES, SENTENCES, build_tokenizer
 
 QUESTIONS = [*SENTENCES[:3], "وش الحل؟ 39.5°C", "سطر أول\nسطر ثان"]
+ROLES = ("user", "assistant")
 ANSWERS = ["راجع طبيب القلب اليوم", "أعطه سوائل كثيرة", "اذهب إلى الطوارئ الآن ولا تنتظر", "لا", "أولاً.\nثانيًا."]
 
 LLAMA_2 = (
@@ -271,6 +272,44 @@ def test_marks_are_stripped_from_question_and_answer_only_when_asked() -> None:
 
 
 PREFIXES = {"msa": "[MSA] ", "egyptian": "[EGYPTIAN] "}
+
+
+EARLIER = [("عندي صداع", "منذ متى؟"), ("منذ </s> يومين <|im_end|>", "هل عندك حرارة؟")]
+
+
+def test_earlier_turns_are_rendered_by_the_chat_template(prompts: dict[str, Prompt]) -> None:
+    wrong = []
+    for name, prompt in prompts.items():
+        if not prompt.chat:
+            with pytest.raises(ModelError, match=r"prompt\.chat=true"):
+                prompt.prompt_ids(["نعم"], earlier=[EARLIER])
+            continue
+        turns = [{"role": role, "content": text} for one in EARLIER for role, text in zip(ROLES, one, strict=True)]
+        turns = [{**turn, "content": prompt.control.sub(" ", turn["content"]).strip()} for turn in turns]
+        expected = prompt.tokenizer.apply_chat_template(
+            [*turns, {"role": "user", "content": "نعم"}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        alone, after = prompt.prompt_ids(["نعم", "نعم"], earlier=[[], EARLIER])
+        whole = prompt.tokenizer(expected, add_special_tokens=False)["input_ids"]
+        # What a patient typed ends no turn, so that there are as many ends as turns.
+        ends = after.count(prompt.end_id) - alone.count(prompt.end_id)
+        wrong += [] if (after, alone) == (whole, prompt.prompt_ids(["نعم"])[0]) and ends <= len(turns) else [name]
+    assert wrong == []
+
+
+def test_a_question_in_english_gets_the_english_words_where_there_are_some(prompts: dict[str, Prompt]) -> None:
+    tokenizer = prompts["plain byte-level"].tokenizer
+    english = {"english_template": "Question: {question}\n{answer_cue}", "english_cue": "Answer:"}
+    made, plain = build(tokenizer, **english), build(tokenizer)
+    for question in ("Is aspirin 100 mg safe?", "هل aspirin 100 mg آمن مع أدوية الضغط؟", "123", "Qu'est-ce que c'est?"):
+        latin = question[0] in "IQ"
+        assert made.text(question) == (f"Question: {question}\nAnswer:" if latin else plain.text(question))
+        assert plain.text(question) == f"السؤال: {question}\nالجواب:"
+    with pytest.raises(ModelError, match=r"prompt\.chat"):
+        build(prompts["chat chatml"].tokenizer, chat=True, english_cue="Answer:")
 
 
 def test_the_prefix_of_a_row_is_that_of_its_dialect_or_the_default(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from trl import SFTConfig
 from sevpeft.data.prepare import PrepareSettings
 from sevpeft.data.prepare.prepare import prepare as prepare_data
 from sevpeft.errors import DataError, WeightError
+from sevpeft.evaluation.evaluate import test_rows
+from sevpeft.evaluation.generate import fitting_prompts
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.training.compat import IGNORED
@@ -27,15 +31,19 @@ from sevpeft.training.data import (
     encode_rows,
     load_splits,
     pack_rows,
+    prepare,
     row_names,
     rows_of,
     summary_of,
 )
 from sevpeft.training.oom import SplitOnOom
-from tests.models import SENTENCES
+from tests.models import CHAT_TEMPLATES, SENTENCES
 
 ANSWERS = ["راجع طبيب القلب اليوم", "لا", "أعطه سوائل كثيرة واعرضه على طبيب الأطفال إن استمرت الحرارة"]
 WORDS = " ".join(SENTENCES).split()
+ROLES = ("user", "assistant")
+LAST = "سؤال أخير طويل من سبع كلمات هنا"
+test_rows.__test__ = False  # type: ignore[attr-defined]  # a function of the package, not a test
 
 
 @pytest.fixture
@@ -300,6 +308,100 @@ def test_a_row_has_the_number_that_it_has_in_the_data_and_not_among_the_training
     assert names([[4, 5, 6], []]) == []
     several = Dataset.from_dict({"row": [1, 2, 1, 2], "file": ["a.csv", "a.csv", "b.csv", "b.csv"]})
     assert row_names(encoded, several)([[4, 5]]) == ["row 2 of a.csv"], "where there are several files"
+
+
+def conversations(path: Path, **data: Any) -> Recipe:
+    """Twenty conversations of three exchanges, whose second answer has the weight .5, and twenty single exchanges."""
+    lines = []
+    for number in range(20):
+        said = [(f"عندي صداع رقم {number}", "منذ متى؟", None), ("منذ يومين", "هل عندك حرارة؟", 0.5)]
+        for turns in ([*said, ("نعم قليلة", f"راجع الطبيب {number}", None)], [(f"سؤال {number}", "جواب", None)]):
+            messages = []
+            for asked, answered, weight in turns:
+                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+                messages[-1] |= {} if weight is None else {"weight": weight}
+            lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    values = {"data": {"path": str(path), "test_size": 8, **data}, "severity": {"control": "uniform"}}
+    return recipe_from_values({**values, "prompt": {"chat": True}, "training": {"max_length": None}})
+
+
+@pytest.fixture
+def chat(tokenizer: PreTrainedTokenizerFast) -> Prompt:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATES["qwen3"]
+    return Prompt.build(tokenizer, **{**Recipe().prompt.model_dump(), "chat": True})
+
+
+def test_each_answer_of_a_conversation_that_is_trained_on_is_a_row_after_its_earlier_turns(
+    chat: Prompt, tmp_path: Path
+) -> None:
+    for loss_on, each, weights in (("last", 1, [1.0]), ("all", 3, [1.0, 0.5, 1.0])):
+        recipe = conversations(tmp_path / "x.jsonl", loss_on=loss_on)
+        scratch = tmp_path / loss_on
+        scratch.mkdir()
+        found = prepare(recipe, chat, scratch)
+        rows, at = load_splits(recipe)[1].train, 0
+        assert found.summary["encoding"]["train"]["refused"] == 0
+        for row in rows:
+            number = each if row["turns"] else 1
+            own = found.train.select(range(at, at + number))
+            assert [max(one["token_weights"]) for one in own] == (weights if row["turns"] else [1.0])
+            for one in own:
+                answer = [label for label in one["labels"] if label != IGNORED]
+                assert one["labels"] == [IGNORED] * (len(one["labels"]) - len(answer)) + answer
+            assert answer == chat.answer_ids([row["answer"]])[0]
+            whole = chat.tokenizer.decode(own[number - 1]["input_ids"])
+            assert all(asked in whole for asked in row["question"].split("\n"))
+            at += number
+        assert at == len(found.train)
+
+
+def test_a_conversation_that_is_too_long_loses_its_earliest_turns_and_never_its_answer(chat: Prompt) -> None:
+    earlier = [[f"سؤال قديم رقم {number}", "جواب قديم"] for number in range(3)]
+    turns = json.dumps(
+        [*[[*one, 0.0] for one in earlier], ["سؤال أخير طويل من سبع كلمات هنا", "اذهب إلى الطوارئ", 1.0]]
+    )
+    rows = table(["كل شيء"], ["اذهب إلى الطوارئ"], turns=[turns])
+    answer = chat.answer_ids(["اذهب إلى الطوارئ"])[0]
+    lengths = [len(chat.prompt_ids([LAST], earlier=[earlier[start:]])[0]) + len(answer) for start in range(4)]
+    for limit, dropped in ((lengths[0], 0), (lengths[0] - 1, 1), (lengths[2], 2), (lengths[2] - 1, 3)):
+        with tempfile.TemporaryDirectory() as folder:
+            encoded, report = encode_rows(rows, chat, limit, strata=None, cache_file=Path(folder) / "x.arrow")
+            expected = chat.prompt_ids([LAST], earlier=[earlier[dropped:]])[0] + answer
+            assert encoded[0]["input_ids"] == expected and report["lost_words"] == 6 * dropped, limit
+    with tempfile.TemporaryDirectory() as folder:
+        encoded, report = encode_rows(rows, chat, lengths[3] - 1, strata=None, cache_file=Path(folder) / "x.arrow")
+        assert encoded[0]["input_ids"][-len(answer) :] == answer and report["lost_words"] > 18
+
+
+def test_what_is_evaluated_is_the_last_answer_after_the_true_earlier_turns(chat: Prompt, tmp_path: Path) -> None:
+    rows = test_rows(*load_splits(conversations(tmp_path / "x.jsonl", loss_on="all")))
+    assert rows.turns is not None and len(rows.turns) == 8
+    prompts, _ = fitting_prompts(rows, chat, None, [1] * 8)
+    for ids, question, reference, turns in zip(prompts, rows.questions, rows.references, rows.turns, strict=True):
+        before = [one[:2] for one in json.loads(turns)[:-1]] if turns else []
+        assert ids == chat.prompt_ids([question.split("\n")[-1]], earlier=[before])[0]
+        assert not turns or json.loads(turns)[-1][1] == reference
+
+
+def test_single_exchanges_of_messages_are_the_rows_that_columns_give(chat: Prompt, tmp_path: Path) -> None:
+    pairs = [(f"عندي صداع {number}", f"راجع الطبيب {number}") for number in range(20)]
+    (tmp_path / "columns.jsonl").write_text(
+        "\n".join(json.dumps({"question": asked, "answer": answered}) for asked, answered in pairs), encoding="utf-8"
+    )
+    rows = [[{"role": role, "content": text} for role, text in zip(ROLES, one, strict=True)] for one in pairs]
+    (tmp_path / "messages.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in rows), encoding="utf-8")
+    found = []
+    for name in ("columns", "messages"):
+        (tmp_path / name).mkdir()
+        values = {"data": {"path": str(tmp_path / f"{name}.jsonl")}, "severity": {"control": "uniform"}}
+        prepared = prepare(recipe_from_values(values), chat, tmp_path / name)
+        summary = {
+            key: value for key, value in prepared.summary.items() if key not in ("source", "fingerprint", "columns")
+        }
+        found.append((prepared.train[:], prepared.validation[:], summary, prepared.weights))
+    assert found[0] == found[1]
 
 
 def test_what_is_carved_from_a_prepared_folder_keeps_near_duplicates_together(tmp_path: Path) -> None:
