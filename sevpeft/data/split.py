@@ -36,6 +36,7 @@ class Splits(NamedTuple):
     test: datasets.Dataset
     by: str  # "column split" where the rows say it themselves, else "random"
     leaks: int  # questions (or groups that were given) that the rows' own splits have on several sides
+    prompt_severity: dict[str, Any] | None = None  # where the severities that prompts name come from
 
 
 def split_rows(

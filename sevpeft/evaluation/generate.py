@@ -44,6 +44,7 @@ class EvaluationRows:
         groups: (n,) int64, equal for rows with the same question, which are no independent evidence.
         fingerprint: hash of the bytes of the source.
         leaks: questions that the data's own split has on two sides.
+        severities, severities_by: names (n,) that the prompts hold, and where they come from; None without them.
     """
 
     ids: list[str]
@@ -55,6 +56,8 @@ class EvaluationRows:
     source: str
     fingerprint: str
     leaks: int = 0
+    severities: list[str | None] | None = None
+    severities_by: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,7 +65,8 @@ class EvaluationRows:
     def take(self, positions: Sequence[int] | np.ndarray) -> EvaluationRows:
         """The rows at these positions, in their order."""
         chosen = np.asarray(positions, dtype=np.int64)
-        lists = {name: getattr(self, name) for name in ("ids", "questions", "references", "dialects")}
+        columns = ("ids", "questions", "references", "dialects", "severities")
+        lists = {name: getattr(self, name) for name in columns}
         taken: dict[str, Any] = {name: of and [of[i] for i in chosen] for name, of in lists.items()}
         return replace(self, strata=self.strata[chosen], groups=self.groups[chosen], **taken)
 
@@ -138,11 +142,12 @@ def fitting_prompts(
         limit: tokens of prompt and answer together. A prompt is empty where the answer leaves no room for a question.
         answer_lengths: (n,) tokens that follow each prompt.
     """
-    prompts, lost = list(prompt.prompt_ids(rows.questions, rows.dialects)), [0] * len(rows)
+    prompts, lost = list(prompt.prompt_ids(rows.questions, rows.dialects, rows.severities)), [0] * len(rows)
     for i, length in enumerate(answer_lengths):
         if limit is not None and len(prompts[i]) + length > limit:
-            dialect = rows.dialects[i] if rows.dialects else None
-            prompts[i], lost[i] = shortened_prompt(rows.questions[i], dialect, prompt, limit - length) or ([], 0)
+            dialect, severity = (of[i] if of else None for of in (rows.dialects, rows.severities))
+            room = limit - length
+            prompts[i], lost[i] = shortened_prompt(rows.questions[i], dialect, prompt, room, severity) or ([], 0)
     return prompts, lost
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.source import ORACLE
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["lora", "sft", "trl", "medical", "arabic", "severity-weighted-loss"]
@@ -106,6 +108,8 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
     shown = recipe.model_dump()
     for section, key in (("model", "name_or_path"), ("data", "path")):
         shown[section][key] = public_name(shown[section][key])
+    if isinstance(recipe.prompt.examples, list):  # they may be rows of the data
+        shown["prompt"]["examples"] = len(recipe.prompt.examples)
     facts = {
         **run.metrics(),
         **more,
@@ -115,6 +119,7 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
         "severities": SEVERITIES,
         "recipe_text": Recipe.model_validate(shown).to_yaml().strip(),
         "distance": distance,
+        "oracle": ORACLE,
     }
     about_run = Template((_TEMPLATES / "run.md.jinja").read_text(encoding="utf-8")).render(facts)
     path = str(_TEMPLATES / template)
@@ -127,7 +132,12 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
 def modelfile(prompt: Prompt, recipe: Recipe) -> str:
     """Ollama's Modelfile for what `conversion_commands` quantize, which asks with the prompt of the training."""
     # llama.cpp puts the token that begins a text there itself.
-    text = prompt.text("{{ .Prompt }}").removeprefix(prompt.tokenizer.bos_token or "\0")
+    # Examples may be rows of the data, and Ollama predicts no severity.
+    text = (
+        replace(prompt, severity="none", examples=())
+        .text("{{ .Prompt }}")
+        .removeprefix(prompt.tokenizer.bos_token or "\0")
+    )
     generation = recipe.generation
     return (
         "FROM ./model-q4_k_m.gguf\n"

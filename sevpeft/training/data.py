@@ -19,20 +19,24 @@ from trl.trainer.utils import pad
 
 from sevpeft.data.files import FILE_COLUMN
 from sevpeft.data.read import PREPARED_ABOUT, Consultations, Keep, load_consultations
-from sevpeft.data.split import Splits, question_key, split_rows
+from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split_rows
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, WeightError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
 from sevpeft.runs import workers_end_with_this_process
-from sevpeft.severity.probabilities import has_severity
-from sevpeft.severity.source import Severity, severity_of
-from sevpeft.severity.weights import WeightSummary, severity_weights
+from sevpeft.severity.probabilities import SEVERITIES, has_severity
+from sevpeft.severity.source import Severity, prompt_severity, severity_of
+from sevpeft.severity.weights import WeightSummary, oversample, severity_weights
 from sevpeft.training.compat import IGNORED
+from sevpeft.training.resolve import with_settings
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
 ROWS_WORTH_A_BAR = 20_000
 # A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
 FEWEST_QUESTION_WORDS = 4
+# Column of the severity that a row's prompt names.
+PROMPT_SEVERITY = "prompt_severity"
 # From tokens of consultations to names of their rows.
 NameRows = Callable[[Sequence[Sequence[int]]], list[str]]
 
@@ -66,6 +70,10 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
                 num_proc=settings.get("dataset_num_proc"),
             )
         kept = source_index(splits.train)[source_index(encoded["train"])]
+        if severity is not None and recipe.severity.control == "oversampled":
+            by_severity = severity_weights(severity.probabilities[kept], recipe.severity.coefficients())
+            drawn = oversample(by_severity, settings["seed"])
+            encoded["train"], kept = encoded["train"].select(drawn), kept[drawn]
         weights, summary = weigh(recipe, severity, kept)
         train = add_token_weights(
             encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
@@ -99,7 +107,31 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
     if "group" in rows.column_names:  # of near-duplicate questions, where `sevpeft prepare` has found them
         # Hashed, because what is carved from the train rows is taken in the order of these numbers.
         keys = np.asarray([question_key(group, data.seed) for group in rows["group"]], dtype=np.uint64)
-    return table, split_rows(rows, data, strata=None if severity is None else severity.strata, keys=keys), severity
+    named = None
+    if recipe.prompt.severity != "none":
+        named = prompt_severity(table.rows, recipe.prompt.severity, weighting.classifier)
+        rows = rows.add_column(PROMPT_SEVERITY, np.array(SEVERITIES)[named.strata].tolist())
+    splits = split_rows(rows, data, strata=None if severity is None else severity.strata, keys=keys)
+    if isinstance(recipe.prompt.examples, list):
+        # The prompt holds their answers: they can be neither trained nor evaluated on.
+        shown = [question_key(fold_for_matching(one.question), 0) for one in recipe.prompt.examples]
+        for name, part in zip(SIDES, splits[:3], strict=True):
+            others = np.flatnonzero(~np.isin(question_keys(part), np.array(shown, dtype=np.uint64)))
+            splits = splits._replace(**{name: part.select(others)})
+    return table, splits._replace(prompt_severity=None if named is None else named.origin), severity
+
+
+def with_examples(recipe: Recipe) -> Recipe:
+    """The recipe with as many training rows as `prompt.examples` says in place of that number, drawn by data.seed."""
+    number = recipe.prompt.examples
+    if not isinstance(number, int) or not number:
+        return recipe
+    rows = load_splits(recipe)[1].train
+    if number >= len(rows):
+        raise DataError(f"prompt.examples={number} leaves none of {len(rows)} training rows to train on; lower it.")
+    drawn = np.random.default_rng(recipe.data.seed).permutation(len(rows))[:number]
+    examples = [{name: row[name] for name in ("question", "answer")} for row in rows.select(drawn)]
+    return with_settings(recipe, "prompt", examples=examples)
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:
@@ -123,6 +155,7 @@ def summary_of(
         "questions_in_two_splits": splits.leaks,
         "rows": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         "encoding": encoding,
+        **({"prompt_severity": splits.prompt_severity} if splits.prompt_severity else {}),
     }
 
 
@@ -170,7 +203,7 @@ def encode_rows(
     """Tokenizes a split.
 
     Args:
-        rows: columns question, answer and, optionally, dialect. prompt: as in generation.
+        rows: columns question, answer and, optionally, dialect and prompt_severity. prompt: as in generation.
         max_length: tokens of prompt and answer together; None for no limit.
         strata: (n,) position in SEVERITIES of every row; None when severity is not known (then -1).
         cache_file: Arrow file of the result. num_proc: processes, as in `datasets.Dataset.map`.
@@ -217,16 +250,17 @@ def encode_rows(
 def _encode_batch(
     batch: dict[str, list[Any]], indices: list[int], prompt: Prompt, max_length: int | None, strata: np.ndarray
 ) -> dict[str, list[Any]]:
-    dialects = batch.get("dialect") or [None] * len(indices)
-    prompts = prompt.prompt_ids(batch["question"], batch.get("dialect"))
+    unknown = [None] * len(indices)
+    dialects, severities = batch.get("dialect") or unknown, batch.get(PROMPT_SEVERITY) or unknown
+    prompts = prompt.prompt_ids(batch["question"], dialects, severities)
     answers = prompt.answer_ids(batch["answer"])
     rows = []
-    for index, prompt_ids, answer, question, dialect in zip(
-        indices, prompts, answers, batch["question"], dialects, strict=True
+    for index, prompt_ids, answer, question, dialect, severity in zip(
+        indices, prompts, answers, batch["question"], dialects, severities, strict=True
     ):
         lost = 0
         if max_length is not None and len(prompt_ids) + len(answer) > max_length:
-            shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer))
+            shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer), severity)
             if shorter is None:
                 continue
             prompt_ids, lost = shorter
@@ -235,14 +269,16 @@ def _encode_batch(
     return {name: [row[number] for row in rows] for number, name in enumerate(_FEATURES)}
 
 
-def shortened_prompt(question: str, dialect: str | None, prompt: Prompt, room: int) -> tuple[list[int], int] | None:
+def shortened_prompt(
+    question: str, dialect: str | None, prompt: Prompt, room: int, severity: str | None = None
+) -> tuple[list[int], int] | None:
     """Prompt of the longest beginning of the question, in whole words, that takes at most `room` tokens."""
     words = question.split()
     kept, ids = 0, None
     low, high = min(FEWEST_QUESTION_WORDS, len(words)), len(words) - 1
     while low <= high:
         middle = (low + high) // 2
-        candidate = prompt.prompt_ids([" ".join(words[:middle])], [dialect])[0]
+        candidate = prompt.prompt_ids([" ".join(words[:middle])], [dialect], [severity])[0]
         if len(candidate) <= room:
             kept, ids, low = middle, candidate, middle + 1
         else:
