@@ -61,7 +61,8 @@ def compare(
     recipe: RecipeFile,
     overrides: Words = None,
     arms: Annotated[
-        str, typer.Option(help="base, ce, mild, balanced, strong, own (the recipe's weights), shuffled, constant.")
+        str,
+        typer.Option(help="Also own (the recipe's weights), and prompt and oversampled, which use severity otherwise."),
     ] = "base,ce,mild,balanced,strong,shuffled,constant",
     vary: Annotated[
         str | None, typer.Option(help="KEY=VALUE,VALUE…: these are the arms, beside base.", show_default=False)

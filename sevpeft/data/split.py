@@ -37,6 +37,7 @@ class Splits(NamedTuple):
     by: str  # "column split" where the rows say it themselves, else "random"
     leaks: int  # questions (or groups that were given) that the rows' own splits have on several sides
     mixed: datasets.Dataset | None = None  # rows of further sources (`data.mix`) that may be trained on
+    prompt_severity: dict[str, Any] | None = None  # where the severities that prompts name come from
 
 
 def split_rows(

@@ -1,4 +1,4 @@
-"""The arms of a controlled experiment: recipes that differ in the severity weights alone.
+"""The arms of a controlled experiment: recipes that differ in the severity weights, or in another use of severity.
 
 A gain over plain cross-entropy proves nothing about severity, so beside the presets stand controls: the same weights
 shuffled over the consultations (the same spread without the information) and their mean for all (the same step size).
@@ -21,7 +21,11 @@ from sevpeft.training.checkpoints import as_started, check_same_recipe
 # The base model is an arm of a run, beside its adapter, and of an experiment.
 BASE, ADAPTER = "base", "adapter"
 CE, OWN, SHUFFLED, CONSTANT = "ce", "own", "shuffled", "constant"
-CONTROLS = (SHUFFLED, CONSTANT)
+PROMPT, OVERSAMPLED = "prompt", "oversampled"
+# Arms that have the weights of another one.
+CONTROLS = (SHUFFLED, CONSTANT, OVERSAMPLED)
+# Other uses of severity than weights in the loss; the chosen weights are compared with them.
+COMPETITORS = (OVERSAMPLED, PROMPT)
 # Arms that a verdict can be about.
 WEIGHTED = (*SEVERITY_PRESETS, OWN)
 ARMS = {
@@ -34,6 +38,8 @@ ARMS = {
     OWN: "the recipe's own severity.weights",
     SHUFFLED: "control: the weights shuffled over the consultations",
     CONSTANT: "control: the mean weight for every consultation",
+    OVERSAMPLED: "competitor: rows drawn in proportion to the weights, each with weight 1",
+    PROMPT: "competitor: weight 1, and the predicted severity in the prompt, in training and test",
 }
 
 
@@ -90,6 +96,8 @@ def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled
             settings += ["severity.source=columns", "severity.weight_column=weight"]
     if arm in (CE, *CONTROLS):
         settings.append(f"severity.control={'uniform' if arm == CE else arm}")
+    if arm == PROMPT:
+        settings += ["severity.control=uniform", "prompt.severity=predicted"]
     name = f"{arm}-{controlled}-{seed}" if arm in CONTROLS else f"{arm}-{seed}"
     return load_recipe(path, [*overrides, *settings]), name
 
@@ -107,6 +115,11 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     for key in ("load_best_model_at_end", "auto_find_batch_size"):
         if training.get(key):
             raise UsageError(f"With training.{key} more than the weights would differ between arms; leave it out.")
+    competing = [arm for arm in COMPETITORS if arm in arms]
+    if competing and training.get("packing") and (training.get("max_steps") or -1) < 1:
+        raise UsageError(f"With training.packing the arm {competing[0]} has other steps; set training.max_steps.")
+    if PROMPT in arms and recipe.prompt.severity != "none":
+        raise UsageError("The arm prompt sets prompt.severity itself; leave that out, or the arm.")
     if OWN in arms and isinstance(weights, str) and weights in arms and recipe.severity.source != "weight":
         raise UsageError(f"The recipe's own weights are {weights}, which is an arm already; drop one.")
 

@@ -30,8 +30,11 @@ from sevpeft.evaluation.arms import (
     ARMS,
     BASE,
     CE,
+    COMPETITORS,
+    CONSTANT,
     CONTROLS,
     OWN,
+    PROMPT,
     SHUFFLED,
     WEIGHTED,
     arm_of,
@@ -57,7 +60,7 @@ from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.data import load_splits
 from sevpeft.training.train import train
 
-DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "own")
+DEFAULT_ARMS = (BASE, CE, *SEVERITY_PRESETS, SHUFFLED, CONSTANT)
 # Weights of the controls where no weighted arm is compared.
 _DEFAULT_CONTROLLED = "balanced"
 # Every arm is compared with these, plain CE first.
@@ -170,7 +173,7 @@ def compare(
             {arm: scores[arm] for arm in arms},
             given.evaluation,
             tokens=dict.fromkeys(arms, tokens),
-            pairs={arm: to_train[: arm != to_train[0]] if vary else references_of(arm) for arm in arms},
+            pairs={arm: to_train[: arm != to_train[0]] if vary else references_of(arm, chosen) for arm in arms},
             chosen=chosen,
         )
         verdict, power = (_losses(key, validation), "") if vary else verdict_of(summary, chosen, len(seeds))
@@ -190,8 +193,11 @@ def compare(
                 arm: {"mean": float(np.mean(losses)), "per_seed": losses} for arm, losses in validation.items()
             },
             "runs": {arm: [one.run.folder.name for one in finished if arm in one.columns.values()] for arm in arms},
-            "notes": list(dict.fromkeys(note for unit in finished for note in unit.run.read_json(EVALUATION)["notes"]))
-            + ([f"Steps: {', '.join(f'{arm} {count:,}' for arm, count in steps.items())}."] if vary else []),
+            "notes": [
+                *dict.fromkeys(note for unit in finished for note in unit.run.read_json(EVALUATION)["notes"]),
+                *([f"Steps: {', '.join(f'{arm} {count:,}' for arm, count in steps.items())}."] if vary else []),
+                *([_prompt_note(finished)] if PROMPT in arms else []),
+            ],
             "scores": summary,
         }
         write_atomically(output / COMPARISON, json.dumps(content, ensure_ascii=False, indent=2) + "\n", shared=True)
@@ -260,9 +266,19 @@ def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
             "rows": (metrics["data"]["rows"], metrics["weights"]["consultations"]),
         }
         first = first or found
+        if unit.arm == PROMPT:  # the severity may leave a row no room; `_prompt_note` says how many
+            found |= {"steps": first["steps"], "rows": first["rows"]}
         if differing := [name for name in names if found[name] != first[name]]:
             others = f"{units[0].run.folder} was (other {', '.join(differing)})"
             raise RunError(f"{unit.run.folder} was not trained as {others}; move the wrong one away, and run again.")
+
+
+def _prompt_note(units: Sequence[_Unit]) -> str:
+    """What the arm prompt has other than the arms beside it."""
+    found = {unit.arm == PROMPT: unit.run.metrics() for unit in reversed(units)}
+    sizes = [(one["training"]["steps"], one["weights"]["consultations"]) for one in found.values()]
+    took = "" if len({*sizes}) == 1 else "; its rows are {1:,}, in {0:,} steps".format(*sizes[[*found].index(True)])
+    return f"prompt: its prompts hold the severity that is predicted from the question, other arms' do not{took}."
 
 
 def _read_scores(units: Sequence[_Unit], rows: EvaluationRows) -> tuple[np.ndarray, dict[str, Scores]]:
@@ -271,7 +287,8 @@ def _read_scores(units: Sequence[_Unit], rows: EvaluationRows) -> tuple[np.ndarr
     tokens = []
     for unit in units:
         tokens.append(_column(unit.run.folder / LIKELIHOOD, "arm", ADAPTER, rows)["tokens"])
-        if not np.array_equal(tokens[0], tokens[-1]):
+        both = (tokens[0] > 0) & (tokens[-1] > 0)  # a prompt with a severity may leave an answer no room
+        if not np.array_equal(tokens[0][both], tokens[-1][both]):
             raise RunError(f"{unit.run.folder} counted other tokens in the references than {units[0].run.folder}.")
         for column, arm in unit.columns.items():
             by_arm.setdefault(arm, []).append(_column(unit.run.folder / SCORES, "column", column, rows))
@@ -296,8 +313,13 @@ def _column(path: Path, key: str, name: str, rows: EvaluationRows) -> Scores:
 # Verdict
 
 
-def references_of(arm: str) -> tuple[str, ...]:
-    """What an arm is compared with. No pair twice: shuffled − CE, and not CE − shuffled."""
+def references_of(arm: str, chosen: str | None = None) -> tuple[str, ...]:
+    """What an arm is compared with. No pair twice: shuffled − CE, and not CE − shuffled.
+
+    Competitors are compared with the chosen weights, outside the verdict's own comparisons.
+    """
+    if arm in COMPETITORS and chosen:
+        return (*REFERENCES, chosen)
     return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED) else tuple(REFERENCES)
 
 

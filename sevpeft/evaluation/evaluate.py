@@ -5,6 +5,7 @@ What is slow is kept row by row and never done twice; the scores are computed fr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,12 +35,12 @@ from sevpeft.evaluation.scores import Scores
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe import PromptSection, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, check_run, file_hash, keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.source import Severity
+from sevpeft.severity.source import ORACLE, Severity
 from sevpeft.training.checkpoints import check_same_data, run_lock
-from sevpeft.training.data import load_splits, source_index
+from sevpeft.training.data import PROMPT_SEVERITY, load_splits, source_index
 
 EVALUATION, SCORES = "evaluation.json", "scores.jsonl"
 PREDICTIONS, LIKELIHOOD = "predictions.jsonl", "likelihood.jsonl"
@@ -125,6 +126,8 @@ def evaluate(
         lost = max((sum(line["lost_words"] > 0 for line in of_arm) for of_arm in lines.values()), default=0)
         notes = [
             *scoring.remarks(rows),
+            recipe.prompt.severity == "gold" and ORACLE,
+            _other_predictor(run, rows),
             missing_encoder,
             unfit and f"No NLL: {unfit:,} rows, whose answer leaves no room for a question in training.max_length.",
             lost and f"Shortened to fit the model's context: {lost:,} questions.",
@@ -158,7 +161,8 @@ def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -
         )
     # Near-duplicates where `sevpeft prepare` found them, else equal questions.
     groups = rows["group"][:] if table.provenance else question_keys(rows)
-    read = rows.select_columns([name for name in ("id", "question", "answer", "dialect") if name in rows.features])[:]
+    columns = ("id", "question", "answer", "dialect", PROMPT_SEVERITY)
+    read = rows.select_columns([name for name in columns if name in rows.features])[:]
     strata = np.full(len(rows), -1) if severity is None else severity.strata[source_index(rows)]
     return EvaluationRows(
         ids=[str(identity) for identity in read["id"]],
@@ -171,7 +175,23 @@ def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -
         fingerprint=table.fingerprint,
         leaks=splits.leaks,
         turns=list(rows[TURNS]) if TURNS in rows.features and any(rows[TURNS]) else None,
+        severities=list(read[PROMPT_SEVERITY]) if PROMPT_SEVERITY in read else None,
+        severities_by=splits.prompt_severity,
     )
+
+
+def _prompt_origin(prompt: PromptSection, rows: EvaluationRows) -> dict[str, Any]:
+    """What answers depend on of a prompt: its settings, without those that are off; of examples their hash."""
+    found = prompt.model_dump()
+    examples, named = found.pop("examples"), {key: found.pop(key) for key in [*found] if key.startswith("severity")}
+    found |= {**named, "severities_by": rows.severities_by} if rows.severities else {}
+    return found | ({"examples": hashlib.sha256(json.dumps(examples).encode()).hexdigest()} if examples else {})
+
+
+def _other_predictor(run: Run, rows: EvaluationRows) -> str | None:
+    """That the severities in prompts come from another classifier, or version of it, than in the training."""
+    trained = run.metrics()["data"].get("prompt_severity")
+    return None if trained == rows.severities_by else f"Severity in prompts: {rows.severities_by}; trained: {trained}."
 
 
 # Work that is kept
@@ -246,7 +266,7 @@ class _RowWork:
             "quantization": recipe.quantization.model_dump(),
             "dtype": str(choose_precision(recipe).dtype).removeprefix("torch."),
             "data": {"source": every.source, "rows": len(every), "content": every.content_hash()},
-            "prompt": recipe.prompt.model_dump(),
+            "prompt": _prompt_origin(recipe.prompt, every),
         }
         # Answers do not depend on how many are given at once.
         generation = recipe.generation.model_dump(exclude={"per_device_eval_batch_size"})

@@ -45,6 +45,7 @@ class EvaluationRows:
         groups: (n,) int64, equal for rows with the same question, which are no independent evidence.
         fingerprint: hash of the bytes of the source.
         leaks: questions that the data's own split has on two sides.
+        severities, severities_by: names (n,) that the prompts hold, and where they come from; None without them.
     """
 
     ids: list[str]
@@ -57,6 +58,8 @@ class EvaluationRows:
     fingerprint: str
     leaks: int = 0
     turns: list[str] | None = None  # as in the table, None where all rows are single exchanges
+    severities: list[str | None] | None = None
+    severities_by: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,7 +67,8 @@ class EvaluationRows:
     def take(self, positions: Sequence[int] | np.ndarray) -> EvaluationRows:
         """The rows at these positions, in their order."""
         chosen = np.asarray(positions, dtype=np.int64)
-        lists = {name: getattr(self, name) for name in ("ids", "questions", "references", "dialects", "turns")}
+        columns = ("ids", "questions", "references", "dialects", "turns", "severities")
+        lists = {name: getattr(self, name) for name in columns}
         taken: dict[str, Any] = {name: of and [of[i] for i in chosen] for name, of in lists.items()}
         return replace(self, strata=self.strata[chosen], groups=self.groups[chosen], **taken)
 
@@ -145,11 +149,11 @@ def fitting_prompts(
     known = zip(rows.questions, rows.references, rows.turns or [""] * len(rows), strict=True)
     last = [list(trained_turns(*of))[-1] for of in known]  # what is asked in the end, and the exchanges before
     questions, earlier = [turn[0] for turn in last], [turn[3] for turn in last]
-    prompts, lost = list(prompt.prompt_ids(questions, rows.dialects, earlier=earlier)), [0] * len(rows)
+    prompts, lost = list(prompt.prompt_ids(questions, rows.dialects, rows.severities, earlier)), [0] * len(rows)
     for i, length in enumerate(answer_lengths):
         if limit is not None and len(prompts[i]) + length > limit:
-            dialect = rows.dialects[i] if rows.dialects else None
-            shorter = shortened_prompt(questions[i], dialect, prompt, limit - length, earlier[i])
+            dialect, severity = (of[i] if of else None for of in (rows.dialects, rows.severities))
+            shorter = shortened_prompt(questions[i], dialect, prompt, limit - length, severity, earlier[i])
             prompts[i], lost[i] = shorter or ([], 0)
     return prompts, lost
 

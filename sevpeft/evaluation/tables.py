@@ -49,7 +49,8 @@ def comparison_tables(content: Json) -> Group:
     parts += _tables(content, list(content["columns"]), [content["primary"]["metric"]])
     parts += [Text(note, style="yellow") for note in content["notes"]]
     if content["controls_of"]:
-        parts.append(Text(f"shuffled, constant: of the weights of {content['controls_of']}.", style="dim"))
+        others = ", oversampled" if "oversampled" in content["columns"] else ""
+        parts.append(Text(f"shuffled, constant{others}: of the weights of {content['controls_of']}.", style="dim"))
     return Group(*parts, *(Text(f"{name}: {text}", style="dim") for name, text in content["methods"].items()))
 
 

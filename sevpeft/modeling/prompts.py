@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -42,6 +42,10 @@ class Prompt:
     dialect_prefixes: dict[str, str] | None = None
     dialect: str | None = None
     strip_marks: bool = False
+    severity: str = "none"
+    severity_template: str = ""
+    severity_names: dict[str, str] = field(default_factory=dict)
+    examples: Sequence[dict[str, str]] = ()
     before_answer: str = ""
     end_id: int = -1
     control: re.Pattern[str] = re.compile(r"(?!)")
@@ -57,6 +61,8 @@ class Prompt:
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         control = sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
         prompt = cls(tokenizer, **settings, control=re.compile("|".join(map(re.escape, control)) or r"(?!)"))
+        shown = [{key: prompt._cleaned(text) for key, text in one.items()} for one in prompt.examples or ()]
+        prompt = replace(prompt, examples=shown)
         prefixes = prompt.dialect_prefixes
         if prefixes and prompt.chat:
             raise ModelError("prompt.dialect_prefixes have no effect with prompt.chat=true; leave one of them out.")
@@ -80,16 +86,28 @@ class Prompt:
             raise ModelError(f"{tokenizer.name_or_path} has no end-of-sequence token; add an eos_token.")
         return replace(prompt, before_answer=before_answer, end_id=end_id)
 
-    def text(self, question: str, dialect: str | None = None, *, earlier: Sequence[Sequence[str]] = ()) -> str:
+    def text(
+        self,
+        question: str,
+        dialect: str | None = None,
+        severity: str | None = None,
+        earlier: Sequence[Sequence[str]] = (),
+    ) -> str:
         """The prompt up to the answer, as text.
 
-        `earlier` are a conversation's exchanges before, as (question, answer); a ModelError without a chat template.
+        `earlier` are a conversation's exchanges before, as (question, answer).
+
+        Raises ModelError where a severity has to be named and none is given, or exchanges have no chat template.
         """
-        question = self._cleaned(question)
+        question, line = self._cleaned(question), ""
+        if self.severity != "none":
+            if severity is None:
+                raise ModelError("This prompt names the severity, which is not known here; use prompt.severity=none.")
+            line = self.severity_template.replace("{severity}", self.severity_names[severity])
         if self.chat:
             said = [(role, text) for one in earlier for role, text in zip(("user", "assistant"), one, strict=True)]
             turns = [{"role": role, "content": self._cleaned(text)} for role, text in said]
-            return self._render([*turns, {"role": "user", "content": question}], add_generation_prompt=True)
+            return self._render([*turns, {"role": "user", "content": line + question}], add_generation_prompt=True)
         if earlier:
             raise ModelError("The data has conversations of several turns; set prompt.chat=true, or split them.")
         prefixes = self.dialect_prefixes or {}
@@ -99,18 +117,21 @@ class Prompt:
         letters = [letter for letter in question if letter.isalpha()]
         if 2 * sum(letter.isascii() for letter in letters) > len(letters):
             template, cue = self.english_template or template, self.english_cue or cue
-        return prefix + system + template.replace("{answer_cue}", cue).replace("{question}", question)
+        template = template.replace("{answer_cue}", cue)
+        shown = [f"{template.replace('{question}', one['question'])} {one['answer']}\n\n" for one in self.examples]
+        return prefix + system + "".join(shown) + line + template.replace("{question}", question)
 
     def prompt_ids(
         self,
         questions: Sequence[str],
         dialects: Sequence[str | None] | None = None,
-        *,
+        severities: Sequence[str | None] | None = None,
         earlier: Sequence[Sequence[Sequence[str]]] | None = None,
     ) -> list[list[int]]:
         """Token ids of the prompts, special tokens included, no padding, not shortened."""
-        rows = zip(questions, dialects or [None] * len(questions), earlier or [()] * len(questions), strict=True)
-        texts = [self.text(question, dialect, earlier=before) for question, dialect, before in rows]
+        unknown = [None] * len(questions)
+        rows = zip(questions, dialects or unknown, severities or unknown, earlier or [()] * len(questions), strict=True)
+        texts = [self.text(*row) for row in rows]
         ids = self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]
         # Some tokenizers are set to end every text with EOS; after a prompt it would end the answer before it begins.
         eos = self.tokenizer.eos_token_id
@@ -128,11 +149,15 @@ class Prompt:
         return self.control.sub(" ", strip_marks(text) if self.strip_marks else text).strip()
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        if self.system:
-            messages = [{"role": "system", "content": self.system}, *messages]
+        turns = [("user", "question"), ("assistant", "answer")]
+        shown = [{"role": role, "content": one[key]} for one in self.examples for role, key in turns]
+        system = [{"role": "system", "content": self.system}] if self.system else []
         # enable_thinking is read by Qwen3's template and ignored by the others: an answer starts at once.
         rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+            [*system, *shown, *messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
         )
         assert isinstance(rendered, str)
         return rendered
@@ -154,10 +179,12 @@ class Prompt:
         except TemplateError as error:
             remedy = "prompt.system=null" if self.system else "prompt.chat=false"
             raise ModelError(f"{name} refuses the conversation ({error}); set {remedy}.") from error
-        for key, text in (("question", _LONG_QUESTION), ("answer", _PROBE), ("system message", self.system or "")):
+        parts = [("question", _LONG_QUESTION), ("answer", _PROBE), ("system message", self.system or "")]
+        remedies = {"system message": "prompt.system=null", "examples": "prompt.examples=0"}
+        for key, text in (*parts, *(("examples", text) for one in self.examples for text in one.values())):
             # Templates trim and fold blanks.
             if "".join(text.split()) not in "".join((whole if key == "answer" else prompt).split()):
-                remedy = "prompt.system=null" if key == "system message" else "prompt.chat=false"
+                remedy = remedies.get(key, "prompt.chat=false")
                 raise ModelError(f"{name} leaves out the {key}, or a part of it; set {remedy}.")
         before, _, after = whole.rpartition(_PROBE)
         # Templates differ in the blanks between cue and answer; where the two renderings differ in more than that,

@@ -11,6 +11,7 @@ from sevpeft.recipe.schema import (
     EvaluationSection,
     JudgeSection,
     ModelSection,
+    PromptSection,
     QuantizationSection,
     Section,
     SeverityWeights,

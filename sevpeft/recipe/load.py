@@ -36,8 +36,8 @@ from sevpeft.recipe.schema import (
 
 _COMMAND_LINE = "command line"
 _Settings = TypeVar("_Settings", bound=Section)
-# Bytes of a recipe; those in recipes/ have 2,000. A larger file is data that was named by mistake.
-_LONGEST = 50_000
+# Bytes of a recipe; those in recipes/ have 2,000, and one with examples 50,000. A larger file is no recipe.
+_LONGEST = 200_000
 
 
 class Recipe(Section):

@@ -177,6 +177,21 @@ class TrainingDataSection(DataSection):
     """Further sources of training rows, and their shares."""
 
 
+class SeverityNames(Section):
+    """What the prompt calls each severity."""
+
+    non_critical: str = Field(default="غير حرجة", min_length=1)
+    neutral: str = Field(default="متوسطة", min_length=1)
+    critical: str = Field(default="حرجة", min_length=1)
+
+
+class PromptExample(Section):
+    """A consultation that is shown before the question."""
+
+    question: str = Field(pattern=r"\S")
+    answer: str = Field(pattern=r"\S")
+
+
 class PromptSection(Section):
     """How a question becomes the text that the model continues with the answer."""
 
@@ -198,6 +213,14 @@ class PromptSection(Section):
     """The dialect of the rows that name none; needed with dialect_prefixes."""
     strip_marks: bool = False
     """Removes vowel marks and elongation and writes digits as 0 to 9, for models that were trained so."""
+    severity: Literal["none", "predicted", "gold"] = "none"
+    """Names the severity: as predicted from the question, or the data's own (gold), which nobody knows when asked."""
+    severity_template: str = "درجة الخطورة: {severity}\n"
+    """Text before the question that names its severity."""
+    severity_names: SeverityNames = Field(default_factory=SeverityNames)
+    """What stands for {severity}."""
+    examples: list[PromptExample] | Annotated[int, Field(ge=0)] = 0
+    """Consultations before the question: a list of {question, answer}, or how many data.seed draws of training rows."""
 
     @field_validator("template", "english_template")
     @classmethod
@@ -209,6 +232,13 @@ class PromptSection(Section):
             raise ValueError(f"holds {{{unknown[0]}}}; only {{question}} and {{answer_cue}} are filled in")
         if "question" not in names:
             raise ValueError("lacks {question}, so the model would never see the question; add {question}")
+        return template
+
+    @field_validator("severity_template")
+    @classmethod
+    def _fills_in_the_severity(cls, template: str) -> str:
+        if "{severity}" not in template:
+            raise ValueError("lacks {severity}, so every question would get the same text; add {severity}")
         return template
 
     @field_validator("dialect")
@@ -244,8 +274,8 @@ class SeveritySection(Section):
     """mean divides by the mean weight of the training set, so that the step size is that of plain cross-entropy."""
     reduction: Literal["tokens", "examples"] = "tokens"
     """tokens: every answer token counts alike (TRL's mean); examples: every consultation does (the paper's)."""
-    control: Literal["none", "shuffled", "constant", "uniform"] = "none"
-    """Trains a control instead: the weights shuffled over the consultations, their mean for all, or 1 for all."""
+    control: Literal["none", "shuffled", "constant", "uniform", "oversampled"] = "none"
+    """Trains a control: the weights shuffled over the rows, their mean, 1 for all, or 1 and rows drawn by weight."""
 
     @field_validator("weight_column")
     @classmethod

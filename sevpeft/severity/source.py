@@ -24,6 +24,9 @@ from sevpeft.severity.probabilities import (
 from sevpeft.severity.weights import ready_weights
 
 EVIDENCE = "severity_evidence"
+ORACLE = (
+    "prompt.severity=gold is an oracle: prompts hold the data's own severity, which nobody knows when a patient asks."
+)
 
 # Rows after which the result is saved: about a minute of a transformer on two cores, a few seconds of anything else.
 _ROWS_OF_PART, _MOST_ROWS = {"transformer": 1024}, 50_000
@@ -72,6 +75,23 @@ def severity_of(
         origin["version"] = loaded.version
         rows = judged(rows, loaded)
     return Severity(sharpened(severity_probabilities(rows), temperature), origin)
+
+
+def prompt_severity(rows: datasets.Dataset, asked: str, classifier: str | None) -> Severity:
+    """What prompts say of each row's severity, where `prompt.severity` is "predicted" or "gold".
+
+    Predicted reads the question alone, as it can be done when a patient asks: by `severity.classifier`, else by rules.
+    """
+    if asked == "predicted":
+        reader = load_source(None, classifier)
+        found = severity_probabilities(judged(rows, reader))
+        return Severity(found, {"source": reader.kind, "version": reader.version})
+    if not has_severity(rows):
+        raise WeightError(
+            "prompt.severity=gold needs the data's own severity: name it with data.severity_column=NAME, or set "
+            "prompt.severity=predicted."
+        )
+    return Severity(severity_probabilities(rows), {"source": "gold"})
 
 
 def load_source(kind: str | None, folder: str | None, lexicon: str | None = None) -> SeverityClassifier:

@@ -27,7 +27,7 @@ def severity_weights(
     coefficients: tuple[float, ...],
     *,
     normalize: Literal["none", "mean"] = "none",
-    control: Literal["none", "shuffled", "constant", "uniform"] = "none",
+    control: Literal["none", "shuffled", "constant", "uniform", "oversampled"] = "none",
     seed: int = 0,
 ) -> np.ndarray:
     """Loss weight of every consultation: (n,), float64, finite, non-negative, not all zero.
@@ -37,7 +37,8 @@ def severity_weights(
         coefficients: (α, β, γ), the weight of a surely non-critical, neutral and critical consultation. Ready-made
             weights are (n, 1) with the coefficient 1.
         normalize: "mean" divides by the mean over the n consultations: the step size is that of plain cross-entropy.
-        control: "shuffled" (permuted by `seed`), "constant" (their mean for all) or "uniform" (1: plain cross-entropy).
+        control: "shuffled" (permuted by `seed`), "constant" (their mean for all) or "uniform" (1: plain cross-entropy);
+            1 for "oversampled" too, whose rows are those of `oversample`.
 
     Raises WeightError where a weight is not finite or negative, or all are zero.
     """
@@ -68,6 +69,17 @@ def ready_weights(rows: Dataset, column: str) -> np.ndarray:
     wrong = ~(np.isfinite(weights) & (weights >= 0))
     check_rows(rows, wrong, f"column '{column}' is empty, negative or infinite; write a weight, or remove the rows.")
     return weights
+
+
+def oversample(weights: np.ndarray, seed: int) -> np.ndarray:
+    """Positions (n,), ascending, of n rows drawn in proportion to their weights (n,).
+
+    Systematic sampling (Madow 1949): a row comes floor(n·w/Σw) or one more times, so that equal weights draw each once.
+    """
+    order, places = np.random.default_rng(seed).permutation(len(weights)), np.arange(len(weights))
+    # Moved by half a step, so that rounding of the sum leaves no row out where all weights are equal.
+    drawn = np.searchsorted(np.cumsum(weights[order]) / weights.sum() * len(weights), places + 0.5, side="right")
+    return np.sort(order[np.minimum(drawn, len(weights) - 1)])
 
 
 @dataclass(frozen=True)

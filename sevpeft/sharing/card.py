@@ -23,6 +23,7 @@ from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.source import ORACLE
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["lora", "sft", "trl", "medical", "arabic", "severity-weighted-loss"]
@@ -109,6 +110,8 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
         shown[section][key] = public_name(shown[section][key])
     if mix := shown["data"]["mix"]:
         mix["sources"] = {name: public_name(path) for name, path in mix["sources"].items()}
+    if isinstance(recipe.prompt.examples, list):  # they may be rows of the data
+        shown["prompt"]["examples"] = len(recipe.prompt.examples)
     facts = {
         **run.metrics(),
         **more,
@@ -118,6 +121,7 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
         "severities": SEVERITIES,
         "recipe_text": Recipe.model_validate(shown).to_yaml().strip(),
         "distance": distance,
+        "oracle": ORACLE,
     }
     about_run = Template((_TEMPLATES / "run.md.jinja").read_text(encoding="utf-8")).render(facts)
     path = str(_TEMPLATES / template)
@@ -130,7 +134,8 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
 def modelfile(prompt: Prompt, recipe: Recipe) -> str:
     """Ollama's Modelfile for what `conversion_commands` quantize, which asks with the prompt of the training."""
     # llama.cpp puts the token that begins a text there itself.
-    prompt = replace(prompt, english_template=None, english_cue=None)  # a placeholder is no English question
+    # A placeholder is no English question, examples may be rows of the data, and Ollama predicts no severity.
+    prompt = replace(prompt, english_template=None, english_cue=None, severity="none", examples=())
     text = prompt.text("{{ .Prompt }}").removeprefix(prompt.tokenizer.bos_token or "\0")
     generation = recipe.generation
     return (

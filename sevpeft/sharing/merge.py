@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -294,6 +294,7 @@ def _texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
     except SevpeftError:
         rows = load_consultations("builtin:consultations").rows
         what = "bundled consultations, as the run's data cannot be read here"
+        prompt = replace(prompt, severity="none")
     rows = rows.select(np.linspace(0, len(rows) - 1, min(CONSULTATIONS, len(rows))).astype(int))
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         limit, cache_file = recipe.training.settings()["max_length"], Path(scratch) / "rows.arrow"

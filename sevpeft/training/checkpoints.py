@@ -24,7 +24,7 @@ from sevpeft.recipe import AUTO, Recipe, load_recipe
 from sevpeft.runs import Run, cache_folder, file_hash, write_atomically
 from sevpeft.training.compat import counted, logged_loss, recount
 from sevpeft.training.distributed import check_engine_of_model
-from sevpeft.training.resolve import CHOSEN_WITH, with_training
+from sevpeft.training.resolve import CHOSEN_WITH, with_settings, with_training
 
 if TYPE_CHECKING:
     from sevpeft.training.trainer import SeveritySFTTrainer
@@ -196,8 +196,11 @@ def _checkpoints(run: Run) -> list[Path]:
 
 
 def as_started(recipe: Recipe, run: Run) -> Recipe:
-    """The recipe with what the run chose at its start in place of each `auto`."""
-    stored = load_recipe(run.folder / "recipe.yaml").training.settings()
+    """The recipe with what the run chose at its start in place of each `auto`, and of a number of examples."""
+    started = load_recipe(run.folder / "recipe.yaml")
+    stored, drawn = started.training.settings(), started.prompt.model_dump()["examples"]
+    if drawn and recipe.prompt.examples == len(drawn):
+        recipe = with_settings(recipe, "prompt", examples=drawn)
     now = recipe.training.settings()
     open_keys = [key for key, value in now.items() if value == AUTO]
     if not open_keys:
@@ -210,7 +213,8 @@ def check_same_recipe(recipe: Recipe, run: Run) -> None:
     """Raises RunError with every setting that differs from the run's, as it was and as it is now."""
     stored, now = load_recipe(run.folder / "recipe.yaml").model_dump(), recipe.model_dump()
     changed = [
-        f"{section}.{key} ({stored[section].get(key)} then, {now[section].get(key)} now)"
+        f"{section}.{key}"
+        + (f" ({stored[section].get(key)} then, {now[section].get(key)} now)" if key != "examples" else "")
         for section in now
         for key in {**stored[section], **now[section]}
         if stored[section].get(key) != now[section].get(key)

@@ -20,20 +20,24 @@ from trl.trainer.utils import pad
 from sevpeft.data.files import FILE_COLUMN, TURNS, trained_turns
 from sevpeft.data.mix import SOURCE, draw, with_mixed, with_sources
 from sevpeft.data.read import PREPARED_ABOUT, Consultations, load_consultations
-from sevpeft.data.split import Splits, question_key, split_rows
+from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split_rows
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, WeightError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
 from sevpeft.runs import workers_end_with_this_process
-from sevpeft.severity.probabilities import has_severity
-from sevpeft.severity.source import Severity, severity_of
-from sevpeft.severity.weights import WeightSummary, severity_weights
+from sevpeft.severity.probabilities import SEVERITIES, has_severity
+from sevpeft.severity.source import Severity, prompt_severity, severity_of
+from sevpeft.severity.weights import WeightSummary, oversample, severity_weights
 from sevpeft.training.compat import IGNORED
+from sevpeft.training.resolve import with_settings
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
 ROWS_WORTH_A_BAR = 20_000
 # A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
 FEWEST_QUESTION_WORDS = 4
+# Column of the severity that a row's prompt names.
+PROMPT_SEVERITY = "prompt_severity"
 # From tokens of consultations to names of their rows.
 NameRows = Callable[[Sequence[Sequence[int]]], list[str]]
 
@@ -78,6 +82,9 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
                 choose=choose if recipe.data.mix and name == "train" else None,
             )
         kept = source_index(pool)[source_index(encoded["train"])]
+        if weighing is not None and recipe.severity.control == "oversampled":
+            drawn = oversample(weigh(recipe, weighing, kept, control="none")[0], settings["seed"])
+            encoded["train"], kept = encoded["train"].select(drawn), kept[drawn]
         weights, summary = weigh(recipe, weighing, kept)
         if TURN_WEIGHT in encoded["train"].column_names:
             weights = weights * np.asarray(encoded["train"][TURN_WEIGHT])
@@ -124,7 +131,34 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
     if "group" in rows.column_names:  # of near-duplicate questions, where `sevpeft prepare` has found them
         # Hashed, because what is carved from the train rows is taken in the order of these numbers.
         keys = np.asarray([question_key(group, data.seed) for group in rows["group"]], dtype=np.uint64)
-    return table, with_mixed(split_rows(rows, data, strata=strata, keys=keys), table.rows, len(own)), severity
+    named = None
+    if recipe.prompt.severity != "none":
+        named = prompt_severity(table.rows, recipe.prompt.severity, weighting.classifier)
+        names_of_rows = np.array(SEVERITIES)[named.strata].tolist()
+        rows = rows.add_column(PROMPT_SEVERITY, names_of_rows[: len(own)])
+        table = replace(table, rows=table.rows.add_column(PROMPT_SEVERITY, names_of_rows))
+    splits = with_mixed(split_rows(rows, data, strata=strata, keys=keys), table.rows, len(own))
+    if isinstance(recipe.prompt.examples, list):
+        # The prompt holds their answers: they can be neither trained nor evaluated on.
+        shown = [question_key(fold_for_matching(one.question), 0) for one in recipe.prompt.examples]
+        for name in (*SIDES, "mixed"):
+            if (part := getattr(splits, name)) is not None:
+                others = np.flatnonzero(~np.isin(question_keys(part), np.array(shown, dtype=np.uint64)))
+                splits = splits._replace(**{name: part.select(others)})
+    return table, splits._replace(prompt_severity=None if named is None else named.origin), severity
+
+
+def with_examples(recipe: Recipe) -> Recipe:
+    """The recipe with as many training rows as `prompt.examples` says in place of that number, drawn by data.seed."""
+    number = recipe.prompt.examples
+    if not isinstance(number, int) or not number:
+        return recipe
+    rows = load_splits(recipe)[1].train
+    if number >= len(rows):
+        raise DataError(f"prompt.examples={number} leaves none of {len(rows)} training rows to train on; lower it.")
+    drawn = np.random.default_rng(recipe.data.seed).permutation(len(rows))[:number]
+    examples = [{name: row[name] for name in ("question", "answer")} for row in rows.select(drawn)]
+    return with_settings(recipe, "prompt", examples=examples)
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:
@@ -148,11 +182,14 @@ def summary_of(
         "questions_in_two_splits": splits.leaks,
         "rows": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         "encoding": encoding,
+        **({"prompt_severity": splits.prompt_severity} if splits.prompt_severity else {}),
     }
 
 
-def weigh(recipe: Recipe, severity: Severity | None, kept: np.ndarray) -> tuple[np.ndarray, WeightSummary]:
-    """Weights (n,) of the training rows that were kept, and what they amount to."""
+def weigh(
+    recipe: Recipe, severity: Severity | None, kept: np.ndarray, control: Any = None
+) -> tuple[np.ndarray, WeightSummary]:
+    """Weights (n,) of the training rows that were kept, and what they amount to; under the recipe's own control."""
     if severity is None:
         return np.ones(len(kept)), WeightSummary.of(np.ones(len(kept)), None)
     weighting = recipe.severity
@@ -161,7 +198,7 @@ def weigh(recipe: Recipe, severity: Severity | None, kept: np.ndarray) -> tuple[
         severity.probabilities[kept] if ready is None else ready[kept, None],
         weighting.coefficients() if ready is None else (1.0,),
         normalize=weighting.normalize,
-        control=weighting.control,
+        control=control or weighting.control,
         seed=recipe.training.settings()["seed"],
     )
     return weights, WeightSummary.of(weights, severity.strata[kept])
@@ -200,7 +237,7 @@ def encode_rows(
     """Tokenizes a split.
 
     Args:
-        rows: columns question, answer and, optionally, dialect and turns. prompt: as in generation.
+        rows: columns question, answer and, optionally, dialect, turns and prompt_severity. prompt: as in generation.
         max_length: tokens of prompt and answer together; None for no limit.
         strata: (n,) position in SEVERITIES of every row; None when severity is not known (then -1).
         cache_file: Arrow file of the result. num_proc: processes, as in `datasets.Dataset.map`.
@@ -255,17 +292,22 @@ def _encode_batch(
 ) -> dict[str, list[Any]]:
     unknown = [None] * len(indices)
     texts = zip(batch["question"], batch["answer"], batch.get(TURNS) or unknown, strict=True)
-    places = zip(indices, batch.get("dialect") or unknown, texts, strict=True)
+    known = zip(batch.get("dialect") or unknown, batch.get(PROMPT_SEVERITY) or unknown, strict=True)
     # Each answer of a conversation is a row of its own, whose prompt is the one that generation would have there.
-    turns = [(index, dialect, *turn) for index, dialect, of in places for turn in trained_turns(*of)]
-    asked, earlier = [turn[2] for turn in turns], [turn[5] for turn in turns]
-    prompts = prompt.prompt_ids(asked, [turn[1] for turn in turns], earlier=earlier)
-    answers = prompt.answer_ids([turn[3] for turn in turns])
+    turns = [
+        (index, *of, *turn)
+        for index, of, text in zip(indices, known, texts, strict=True)
+        for turn in trained_turns(*text)
+    ]
+    asked, earlier = [turn[3] for turn in turns], [turn[6] for turn in turns]
+    prompts = prompt.prompt_ids(asked, [turn[1] for turn in turns], [turn[2] for turn in turns], earlier)
+    answers = prompt.answer_ids([turn[4] for turn in turns])
     rows = []
-    for (index, dialect, question, _, weight, before), prompt_ids, answer in zip(turns, prompts, answers, strict=True):
+    for turn, prompt_ids, answer in zip(turns, prompts, answers, strict=True):
+        index, dialect, severity, question, _, weight, before = turn
         lost = 0
         if max_length is not None and len(prompt_ids) + len(answer) > max_length:
-            shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer), before)
+            shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer), severity, before)
             if shorter is None:
                 continue
             prompt_ids, lost = shorter
@@ -275,7 +317,12 @@ def _encode_batch(
 
 
 def shortened_prompt(
-    question: str, dialect: str | None, prompt: Prompt, room: int, earlier: Sequence[Sequence[str]] = ()
+    question: str,
+    dialect: str | None,
+    prompt: Prompt,
+    room: int,
+    severity: str | None = None,
+    earlier: Sequence[Sequence[str]] = (),
 ) -> tuple[list[int], int] | None:
     """The longest prompt of at most `room` tokens, and the words that it lacks.
 
@@ -284,7 +331,7 @@ def shortened_prompt(
     lost = 0
     for number, exchange in enumerate(earlier, start=1):
         lost += sum(len(text.split()) for text in exchange)
-        shorter = prompt.prompt_ids([question], [dialect], earlier=[earlier[number:]])[0]
+        shorter = prompt.prompt_ids([question], [dialect], [severity], [earlier[number:]])[0]
         if len(shorter) <= room:
             return shorter, lost
     words = question.split()
@@ -292,7 +339,7 @@ def shortened_prompt(
     low, high = min(FEWEST_QUESTION_WORDS, len(words)), len(words) - 1
     while low <= high:
         middle = (low + high) // 2
-        candidate = prompt.prompt_ids([" ".join(words[:middle])], [dialect])[0]
+        candidate = prompt.prompt_ids([" ".join(words[:middle])], [dialect], [severity])[0]
         if len(candidate) <= room:
             kept, ids, low = middle, candidate, middle + 1
         else:

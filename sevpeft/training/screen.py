@@ -16,6 +16,7 @@ from sevpeft.modeling.memory import EFFICIENCY, GIB, LARGEST_BATCH, TFLOPS
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.source import ORACLE
 from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines
 from sevpeft.training.plan import Fitting, Plan
 
@@ -57,6 +58,16 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
             what = f"{name} rows whose answer leaves no room for a question in {limit} tokens: {report['refused']:,}"
             warn("Refused", f"{what}; raise training.max_length to keep them")
 
+    if shown := recipe.prompt.examples:
+        count = shown if isinstance(shown, int) else len(shown)
+        print_labeled(console, "Examples", f"{count} before every question; these rows are left out of all splits")
+    if named := summary.get("prompt_severity"):
+        if named["source"] == "gold":
+            warn("Prompt", ORACLE)
+        else:
+            by = f"by {named['source']}, version {named['version']}"
+            why = ", as severity.source=columns predicts none" if recipe.severity.source == "columns" else ""
+            print_labeled(console, "Prompt", f"names the severity that the question lets predict, {by}{why}")
     origin, control = summary["severity"], recipe.severity.control
     if origin is None or control == "uniform":
         print_labeled(console, "Weights", "1 for every consultation: plain cross-entropy")

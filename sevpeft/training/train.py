@@ -30,7 +30,7 @@ from sevpeft.runs import Run, check_output, default_output, describe_environment
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import checkpoints
 from sevpeft.training.callbacks import RunProgress, SignalHandler, StepGuard, resume_command
-from sevpeft.training.data import Prepared, lengths_of, prepare
+from sevpeft.training.data import Prepared, lengths_of, prepare, with_examples
 from sevpeft.training.distributed import check_adapter_is_complete, check_engine, check_same_processes, engine_of
 from sevpeft.training.resolve import ResolvedRun, loraplus_settings, resolve, settings_errors
 from sevpeft.training.screen import show_batch, show_data
@@ -66,6 +66,8 @@ def train(
             console.print(f"The run in {run.folder} is finished; nothing is left to do.", soft_wrap=True)
         else:
             dtype = run.metrics()["model"]["dtype"] if resume else None
+            with state.main_process_first():
+                recipe = with_examples(recipe)
             resolved = resolve(recipe, run.checkpoints, dtype_before=dtype)
             with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
                 _train(resolved, run, state, console, Path(scratch), resume=resume)
@@ -221,7 +223,7 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
         weights=rows.weights.as_dict(),
     )
     # Last, because it is what makes the folder a run that can be resumed.
-    run.write_text("recipe.yaml", recipe.to_yaml())
+    run.write_text("recipe.yaml", recipe.to_yaml(), shared=not recipe.prompt.examples)
 
 
 def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, checkpoint: str | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sevpeft.errors import RunError, UsageError
-from sevpeft.evaluation.arms import check_adapter, check_arms, differences, parse_arms, parse_seeds
+from sevpeft.evaluation.arms import arm_of, check_adapter, check_arms, differences, parse_arms, parse_seeds
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from tests.evaluation.conftest import QUICKSTART
@@ -40,11 +40,21 @@ def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, r
     for settings, output, arms, kind, key in (
         (["severity.control=shuffled"], tmp_path, ["ce"], UsageError, "severity.control"),
         (["training.load_best_model_at_end=true"], tmp_path, ["ce"], UsageError, "training.load_best_model_at_end"),
+        (["prompt.severity=gold"], tmp_path, ["ce", "prompt"], UsageError, "prompt.severity"),
+        (["training.packing=true"], tmp_path, ["ce", "oversampled"], UsageError, "training.max_steps"),
         (["severity.weights=mild"], tmp_path, ["own", "mild"], UsageError, "mild"),
         ([], run.folder, ["ce"], RunError, "--output"),
     ):
         with pytest.raises(kind, match=key):
             check_arms(load_recipe(QUICKSTART, settings), arms, output)
+
+
+def test_competitors_use_severity_elsewhere_than_in_the_loss() -> None:
+    prompt, name = arm_of(QUICKSTART, [], "prompt", 1, "strong")
+    assert (name, prompt.prompt.severity, prompt.severity.control) == ("prompt-1", "predicted", "uniform")
+    drawn, name = arm_of(QUICKSTART, [], "oversampled", 1, "strong")
+    assert (name, drawn.severity.weights, drawn.severity.control) == ("oversampled-strong-1", "strong", "oversampled")
+    assert drawn.prompt.severity == "none"
 
 
 def test_what_differs_is_named_by_its_path() -> None:

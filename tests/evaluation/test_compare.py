@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from rich.console import Console
 from safetensors.torch import load_file
 
 from sevpeft.errors import Interrupted, ModelError, RunError, SevpeftError, UsageError
@@ -20,6 +22,7 @@ from sevpeft.evaluation.arms import arm_of
 from sevpeft.evaluation.compare import compare
 from sevpeft.evaluation.report.page import write_report
 from sevpeft.evaluation.scores import SAFETY
+from sevpeft.evaluation.tables import comparison_tables
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.train import train
@@ -237,6 +240,23 @@ def test_controls_have_the_weights_that_validation_chose(output: Path, settings:
     content = compared(settings, output, arms=("ce", "balanced", "strong", "shuffled"), seeds=(0,))
     assert content["chosen"] == content["controls_of"] == "strong"
     assert [line for line in trained if line.startswith("train")] == ["train strong-0", "train shuffled-strong-0"]
+
+
+def test_competitors_are_compared_with_the_chosen_weights_outside_the_verdict(
+    output: Path, settings: list[str], trained: list[str]
+) -> None:
+    before = stored(output)
+    content = compared(settings, output, arms=("ce", "balanced", "shuffled", "prompt", "oversampled"))
+    assert [line for line in trained if line.startswith("train")] == ["train prompt-0", "train oversampled-balanced-0"]
+    assert content["verdict"] == before["verdict"]
+    nll = content["scores"]["critical"]["metrics"]["nll"]
+    assert set(nll["prompt"]["against"]) == set(nll["oversampled"]["against"]) == {"ce", "shuffled", "balanced"}
+    assert nll["balanced"] == before["scores"]["critical"]["metrics"]["nll"]["balanced"]
+    assert nll["prompt"]["value"] != nll["ce"]["value"] and content["notes"][-1].startswith("prompt: ")
+    console = Console(file=io.StringIO(), width=80)
+    console.print(comparison_tables(content))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "prompt − balanced" in shown and max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_recipe_that_was_refused_can_be_corrected(

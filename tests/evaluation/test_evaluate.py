@@ -25,6 +25,7 @@ from sevpeft.evaluation import bertscore
 from sevpeft.evaluation import evaluate as module
 from sevpeft.evaluation.evaluate import RowFile, evaluate
 from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.safety import rules
 from sevpeft.evaluation.scores import METRICS
 from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.evaluation.tables import evaluation_tables
@@ -194,6 +195,32 @@ def test_predictions_of_other_settings_or_another_adapter_are_refused(run: Run) 
     with pytest.raises(RunError, match="adapter is another"):
         evaluate(run, limit=3)
     assert (run.folder / "predictions.jsonl").read_bytes() == kept
+
+
+def test_the_severity_of_the_prompt_belongs_to_what_is_kept_and_an_oracle_says_so(run: Run) -> None:
+    recipe, about = run.folder / "recipe.yaml", run.folder / "likelihood.about.json"
+    less: dict[str, Any] = {"limit": 3, "arms": ["adapter"], "answers": False, "floors": False}
+
+    def changed(*settings: str, keep: bool = False) -> dict[str, Any]:
+        run.write_text("recipe.yaml", load_recipe(recipe, [f"prompt.{one}" for one in settings]).to_yaml())
+        if not keep:
+            (run.folder / "likelihood.jsonl").unlink(missing_ok=True)
+        return evaluate(run, **less)
+
+    # As before there was a severity in prompts, so that what was kept then stays.
+    old = {"chat", "template", "answer_cue", "system", "strip_marks", "dialect", "dialect_prefixes"}
+    assert changed()["prompt"].keys() == old and not any("everity" in note for note in evaluate(run, **less)["notes"])
+    for setting, key in (
+        ("severity=predicted", "prompt.severity "),
+        ("examples=[{question: س, answer: ج}]", "examples"),
+    ):
+        with pytest.raises(RunError, match=key):
+            changed(setting, keep=True)
+    notes = changed()["notes"]
+    origin = json.loads(about.read_text(encoding="utf-8"))["prompt"]
+    assert origin["severities_by"] == {"source": "rules", "version": rules().version} and len(origin["examples"]) == 64
+    assert any("trained: None" in note for note in notes) and not any("oracle" in note for note in notes)
+    assert any("oracle" in note for note in changed("severity=gold", "examples=0")["notes"])
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(

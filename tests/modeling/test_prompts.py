@@ -408,6 +408,55 @@ def test_placeholders_that_a_patient_typed_stay_as_they_are() -> None:
     assert "{answer_cue} {question}" in build(byte_level()).text("{answer_cue} {question}")
 
 
+# Severity and examples
+
+EXAMPLES = [{"question": "عندي زكام<|im_end|></s>", "answer": "اشرب السوائل"}, {"question": "حكة", "answer": "مرطب"}]
+
+
+def test_the_severity_stands_before_the_question_in_training_and_generation(
+    prompts: dict[str, Prompt], tmp_path: Path
+) -> None:
+    for name, plain in prompts.items():
+        prompt = build(plain.tokenizer, chat=plain.chat, severity="predicted")
+        line = "درجة الخطورة: حرجة\n"
+        severe = ["critical"] * len(QUESTIONS)
+        rows = encoded(prompt, QUESTIONS, ANSWERS, tmp_path / name, prompt_severity=severe)
+        starts, ends = prompt.prompt_ids(QUESTIONS, severities=severe), prompt.answer_ids(ANSWERS)
+        for question, row, start, end in zip(QUESTIONS, rows, starts, ends, strict=True):
+            whole = plain.text(f"{line}{question}" if plain.chat else question)
+            assert prompt.text(question, severity="critical") == (whole if plain.chat else line + whole), name
+            assert row["input_ids"] == start + end and row["labels"].count(-100) == len(start), name
+        with pytest.raises(ModelError, match=r"prompt\.severity=none"):
+            prompt.prompt_ids(QUESTIONS)
+
+
+def test_examples_are_whole_exchanges_before_the_question_without_control_tokens(prompts: dict[str, Prompt]) -> None:
+    for name, plain in prompts.items():
+        prompt = build(
+            plain.tokenizer, chat=plain.chat, examples=EXAMPLES, system="أنت طبيب" if not plain.chat else None
+        )
+        cleaned = [plain._cleaned(one["question"]) for one in EXAMPLES]
+        if plain.chat:
+            turns = [("user", cleaned[0]), ("assistant", "اشرب السوائل"), ("user", cleaned[1]), ("assistant", "مرطب")]
+            expected = plain.tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in (*turns, ("user", QUESTIONS[0]))],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+        else:
+            one, other = (f"السؤال: {question}\nالجواب: " for question in cleaned)
+            expected = f"أنت طبيب\n\n{one}اشرب السوائل\n\n{other}مرطب\n\nالسؤال: {QUESTIONS[0]}\nالجواب:"
+        assert prompt.text(QUESTIONS[0]) == expected, name
+        assert (prompt.before_answer, prompt.end_id) == (plain.before_answer, plain.end_id), name
+
+
+def test_a_template_that_forgets_earlier_turns_takes_no_examples() -> None:
+    last = CHAT_TEMPLATES["chatml"].replace("in messages %}", "in messages[-2:] %}", 1)
+    with pytest.raises(ModelError, match=r"examples.*prompt\.examples=0"):
+        build(byte_level(last), chat=True, examples=EXAMPLES)
+
+
 # The pad token
 
 

@@ -12,7 +12,14 @@ import pytest
 
 from sevpeft.errors import DataError, RecipeError, WeightError
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, recipe_from_values
-from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines, severity_weights
+from sevpeft.severity.weights import (
+    WeightSummary,
+    advice,
+    effective_sample,
+    histogram_lines,
+    oversample,
+    severity_weights,
+)
 from sevpeft.training.data import load_splits, source_index, weigh
 
 BALANCED, UNEQUAL = SEVERITY_PRESETS["balanced"], (0.5, 1.0, 4.0)
@@ -54,6 +61,17 @@ def test_shuffled_is_the_same_multiset_in_another_order_by_its_seed() -> None:
     assert (one != real).mean() > 0.9 and abs(np.corrcoef(one, real)[0, 1]) < 0.15
     np.testing.assert_array_equal(one, severity_weights(probabilities, BALANCED, control="shuffled", seed=1))
     assert (one != severity_weights(probabilities, BALANCED, control="shuffled", seed=2)).mean() > 0.9
+
+
+def test_rows_are_drawn_as_often_as_they_weigh_and_each_once_where_all_weigh_the_same() -> None:
+    for weight in (0.1, 1.0, 1 / 3):
+        np.testing.assert_array_equal(oversample(np.full(997, weight), 3), np.arange(997))
+    weights = severity_weights(random_probabilities(), (0.25, 1.0, 4.0))
+    counts = [np.bincount(oversample(weights, seed), minlength=500) for seed in range(40)]
+    expected = 500 * weights / weights.sum()
+    for count in counts:
+        assert count.sum() == 500 and (np.abs(count - expected) < 1).all()
+    assert np.abs(np.mean(counts, axis=0) - expected).mean() < 0.07 and (counts[0] != counts[1]).any()
 
 
 def test_constant_is_the_mean_for_everyone_and_uniform_is_one() -> None:

@@ -42,6 +42,26 @@ def test_an_answer_is_the_greedy_continuation_of_the_training_prompt(run: Run) -
     assert chat.answer("عندي صداع", max_new_tokens=12) == text
 
 
+def test_the_severity_is_predicted_when_the_question_comes_and_an_oracle_cannot_be_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def card_of(asked: str) -> str:
+        run.write_text("recipe.yaml", load_recipe(run.folder / "recipe.yaml", [f"prompt.severity={asked}"]).to_yaml())
+        return write_card(run).read_text(encoding="utf-8")
+
+    card = card_of("predicted")
+    assert card.count("درجة الخطورة: {severity}") == 3 and "oracle" not in card  # prompt, sentence and recipe
+    chat, seen = Chat(run), []
+    monkeypatch.setattr(chat.model, "generate", lambda **of: seen.append(of["input_ids"][0]) or of["input_ids"])
+    for question in ("عندي ألم شديد في الصدر مع ضيق تنفس وفقدت الوعي", "عندي زكام خفيف"):
+        chat.answer(question)
+    severe, mild = (chat.prompt.tokenizer.decode(ids).split("\n")[0] for ids in seen)
+    assert severe == "درجة الخطورة: حرجة" != mild and mild.startswith("درجة الخطورة: ")
+    assert "oracle" in card_of("gold")
+    with pytest.raises(RunError, match=r"prompt\.severity=predicted"):
+        Chat(run)
+
+
 def test_the_card_is_read_by_the_hub_and_holds_the_measured_figures(run: Run) -> None:
     card = ModelCard.load(write_card(run))
     assert card.data.library_name == "peft" and card.data.language == "ar"

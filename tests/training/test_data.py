@@ -23,6 +23,8 @@ from sevpeft.evaluation.evaluate import test_rows
 from sevpeft.evaluation.generate import fitting_prompts
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, recipe_from_values
+from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.rules import Rules
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import (
     FEWEST_QUESTION_WORDS,
@@ -35,6 +37,7 @@ from sevpeft.training.data import (
     row_names,
     rows_of,
     summary_of,
+    with_examples,
 )
 from sevpeft.training.oom import SplitOnOom
 from tests.models import CHAT_TEMPLATES, SENTENCES
@@ -294,6 +297,93 @@ def test_a_batch_gives_its_rows_back_and_is_cut_between_them() -> None:
         split = SplitOnOom(SFTConfig(use_cpu=True), SeverityCollator(pad_token_id=PAD, **options), True, print)
         assert [rows_of(part) for part in split.parts_of(batch, 2)] == [rows[:2], rows[2:]]
         assert split.parts_of(batch, 3) == split.parts_of(batch, None) == [batch]
+
+
+# Severity in the prompt, examples, and rows drawn by severity
+
+
+def test_a_prompt_names_what_the_question_lets_predict_or_what_the_data_says(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"question": text, "answer": "جواب", "severity": SEVERITIES[n % 3]} for n, text in enumerate(SENTENCES)]
+    data.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    by_rules = dict(zip(SENTENCES, Rules.load().probabilities(SENTENCES).argmax(axis=1), strict=True))
+    own = {row["question"]: row["severity"] for row in rows}
+
+    def named(asked: str, **severity: Any) -> tuple[dict[str, str], Any]:
+        values = {"data": {"path": str(data), "test_size": 2, "validation_size": 2}, "severity": severity}
+        _, splits, _ = load_splits(recipe_from_values({**values, "prompt": {"severity": asked}}))
+        parts = [row for part in splits[:3] for row in part]
+        return {row["question"]: row.get("prompt_severity") for row in parts}, splits.prompt_severity
+
+    assert named("none") == (dict.fromkeys(SENTENCES), None)
+    assert named("gold") == (own, {"source": "gold"})
+    predicted = {text: SEVERITIES[at] for text, at in by_rules.items()}
+    assert predicted != own
+    for severity in ({}, {"source": "rules"}):
+        assert named("predicted", **severity) == (predicted, {"source": "rules", "version": Rules.load().version})
+    with pytest.raises(DataError, match="sevpeft classifier fit"):
+        named("predicted", source="linear", classifier=str(tmp_path))
+    data.write_text(data.read_text(encoding="utf-8").replace("severity", "other"), encoding="utf-8")
+    assert named("predicted", control="uniform")[0] == predicted
+    with pytest.raises(WeightError, match=r"prompt\.severity=predicted"):
+        named("gold", control="uniform")
+
+
+def test_a_long_question_is_shortened_but_neither_severity_examples_nor_answer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    examples = [{"question": SENTENCES[0], "answer": ANSWERS[0]}]
+    settings = {**Recipe().prompt.model_dump(), "severity": "gold", "examples": examples}
+    prompt = Prompt.build(tokenizer, **settings)
+    rows = table([" ".join(WORDS)] * 2, ANSWERS[1:], prompt_severity=["neutral", "critical"])
+    fixed = len(prompt.prompt_ids([""], severities=["neutral"])[0])
+    encoded, report = encode_rows(rows, prompt, fixed + 60, strata=None, cache_file=tmp_path / "rows.arrow")
+    assert report["shortened"] == 2 and report["refused"] == 0
+    for row, answer, name in zip(encoded, ANSWERS[1:], ("متوسطة", "حرجة"), strict=True):
+        text = tokenizer.decode(row["input_ids"][: row["labels"].count(IGNORED)])
+        before = f"السؤال: {SENTENCES[0]}\nالجواب: {ANSWERS[0]}\n\nدرجة الخطورة: {name}\nالسؤال: {WORDS[0]}"
+        assert text.startswith(before) and text.endswith("\nالجواب:")
+        assert [label for label in row["labels"] if label != IGNORED] == prompt.answer_ids([answer])[0]
+    with pytest.raises(DataError, match=r"training\.max_length"):
+        encode_rows(rows, prompt, fixed, strata=None, cache_file=tmp_path / "none.arrow")
+
+
+def test_examples_are_drawn_once_from_the_training_rows_and_stand_in_no_split() -> None:
+    def drawn(number: int, **sections: Any) -> Recipe:
+        return with_examples(recipe_from_values({"prompt": {"examples": number}, **sections}))
+
+    recipe = drawn(3)
+    examples = recipe.prompt.model_dump()["examples"]
+    assert drawn(3, training={"seed": 9}).prompt == recipe.prompt != drawn(3, data={"seed": 1}).prompt
+    before = load_splits(recipe_from_values({}))[1]
+    known = {row["question"]: row["answer"] for row in before.train}
+    assert len(examples) == 3 and all(known[one["question"]] == one["answer"] for one in examples)
+    after = load_splits(recipe)[1]
+    assert list(after.test["id"]) == list(before.test["id"]) and len(after.train) == len(before.train) - 3
+    assert not {one["question"] for one in examples} & {*after.train["question"]}
+    leaked = [{"question": f"{before.test[0]['question']}!", "answer": "لا"}]
+    assert len(load_splits(recipe_from_values({"prompt": {"examples": leaked}}))[1].test) == len(before.test) - 1
+    with pytest.raises(DataError, match=r"prompt\.examples"):
+        drawn(400)
+
+
+def test_oversampling_draws_as_many_rows_by_their_weight_and_weighs_them_alike(prompt: Prompt, tmp_path: Path) -> None:
+    def prepared(name: str, **severity: Any) -> Any:
+        (tmp_path / name).mkdir()
+        recipe = recipe_from_values({"severity": severity, "data": {"max_rows": 120}})
+        return prepare(recipe, prompt, tmp_path / name)
+
+    uniform = prepared("uniform", control="uniform")
+    drawn = prepared("drawn", control="oversampled", weights={"non_critical": 0.5, "neutral": 1.0, "critical": 3.0})
+    again = prepared("again", control="oversampled", weights={"non_critical": 0.5, "neutral": 1.0, "critical": 3.0})
+    equal = prepared("equal", control="oversampled", weights={"non_critical": 2.0, "neutral": 2.0, "critical": 2.0})
+    assert list(drawn.train) == list(again.train) and list(equal.train) == list(uniform.train)
+    assert len(drawn.train) == len(uniform.train) == drawn.weights.consultations
+    assert {weight for row in drawn.train["token_weights"] for weight in row} == {0.0, 1.0}
+    counts, before = drawn.weights.severities, uniform.weights.severities
+    total = sum(weight * before[name] for name, weight in zip(SEVERITIES, (0.5, 1.0, 3.0), strict=True))
+    for name, weight in zip(SEVERITIES, (0.5, 1.0, 3.0), strict=True):
+        assert counts[name] == pytest.approx(weight * before[name] / total * len(drawn.train), abs=8), name
 
 
 # Names of rows, and prepared folders
