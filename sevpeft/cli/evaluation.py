@@ -10,6 +10,7 @@ import typer
 
 from sevpeft.cli.application import AsJson, RunFolder, Words, app, quiet_libraries
 from sevpeft.cli.training import RecipeFile
+from sevpeft.errors import UsageError
 
 NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")]
 
@@ -22,6 +23,11 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="Only so many test rows, at random.", show_default=False)
     ] = None,
     nll_only: NllOnly = False,
+    select: Annotated[bool, typer.Option("--select", help="Choose one answer of RUN and further RUNs.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="With --select: also of their base models.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="With --select: folder of selection.json; by default RUN.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a run's test questions, with the adapter and without it, and score the answers.
@@ -29,19 +35,34 @@ def evaluate(
     An interrupted evaluation goes on where it stopped: run the same command again. Answers are sent nowhere, unless
     evaluation.judge.url and evaluation.judge.model name a language model that is to rate them.
 
+    With --select several runs answer, and one answer to each question is chosen: sevpeft evaluate A B C --select.
+
     Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
     """
     from sevpeft.console import Screen, print_json
     from sevpeft.runs import Run
 
+    more = [Path(word) for word in overrides or [] if "=" not in word]
+    if (not select and (more or base or output)) or (select and nll_only):
+        raise UsageError("Several runs, --base and --output need --select, which needs answers: add it, or leave them.")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
+        from sevpeft.evaluation import selection
         from sevpeft.evaluation.evaluate import EVALUATION, PREDICTIONS
         from sevpeft.evaluation.evaluate import evaluate as evaluate_run
         from sevpeft.evaluation.judge import JUDGEMENTS
         from sevpeft.evaluation.tables import evaluation_tables
 
+    if select:
+        settings = [word for word in overrides or [] if "=" in word]
+        found = selection.select([run, *more], settings, base=base, limit=limit, output=output, console=messages)
+        if as_json:
+            print_json(found)
+            return
+        Screen().print(selection.selection_tables(found))
+        Screen().print(f"Selection: {(output or run) / selection.SELECTION}", soft_wrap=True)
+        return
     content = evaluate_run(Run(run), overrides or [], limit=limit, answers=not nll_only, console=messages)
     if as_json:
         print_json(content)

@@ -43,7 +43,7 @@ from sevpeft.training.checkpoints import check_same_data, run_lock
 from sevpeft.training.data import PROMPT_SEVERITY, load_splits, source_index
 
 EVALUATION, SCORES = "evaluation.json", "scores.jsonl"
-PREDICTIONS, LIKELIHOOD = "predictions.jsonl", "likelihood.jsonl"
+PREDICTIONS, LIKELIHOOD, OWN_LIKELIHOOD = "predictions.jsonl", "likelihood.jsonl", "own_likelihood.jsonl"
 _ANSWERS_TO_CHOOSE_FROM = 10_000  # for the constant answer
 
 
@@ -70,17 +70,8 @@ def evaluate(
     Returns:
         The content of evaluation.json. What cannot be done is a SevpeftError, and finished work is kept.
     """
-    check_one_process("evaluate")
     console = console or Screen(quiet=True)
-    run = run if isinstance(run, Run) else Run(Path(run).expanduser())
-    check_run(run.folder)
-    if wrong := [one.split("=")[0] for one in overrides if not one.startswith(("generation.", "evaluation."))]:
-        raise UsageError(f"{wrong[0]} belongs to the training; evaluate takes generation.… and evaluation.… only.")
-    recipe = load_recipe(run.folder / "recipe.yaml", overrides)
-    check_adapter(run)
-    table, splits, severity = load_splits(recipe)
-    check_same_data(table.fingerprint, table.source, run)
-    every = test_rows(table, splits, severity)
+    run, recipe, splits, every = opened(run, overrides)
     rows = every.limited(limit)
     asked = recipe.evaluation
     encoder, missing_encoder = load_encoder(asked) if answers else (None, None)
@@ -92,7 +83,7 @@ def evaluate(
         chosen = np.random.default_rng(0).permutation(len(splits.train))[:_ANSWERS_TO_CHOOSE_FROM]
         constant = scoring.constant_answer(splits.train.select(chosen)["answer"])
     with run_lock(run.folder), finished_rows_are_kept():
-        work = _RowWork(run, recipe, every, rows, console)
+        work = RowWork(run, recipe, every, rows, console)
         likelihood: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         lines: dict[str, list[dict[str, Any]]] = {}
         # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
@@ -150,6 +141,20 @@ def evaluate(
 
 
 # Rows
+
+
+def opened(run: Run | Path | str, overrides: Sequence[str]) -> tuple[Run, Recipe, Splits, EvaluationRows]:
+    """A finished run, its recipe with the overrides, its splits and test rows; raises what `evaluate` refuses."""
+    check_one_process("evaluate")
+    run = run if isinstance(run, Run) else Run(Path(run).expanduser())
+    check_run(run.folder)
+    if wrong := [one.split("=")[0] for one in overrides if not one.startswith(("generation.", "evaluation."))]:
+        raise UsageError(f"{wrong[0]} belongs to the training; evaluate takes generation.… and evaluation.… only.")
+    recipe = load_recipe(run.folder / "recipe.yaml", overrides)
+    check_adapter(run)
+    table, splits, severity = load_splits(recipe)
+    check_same_data(table.fingerprint, table.source, run)
+    return run, recipe, splits, test_rows(table, splits, severity)
 
 
 def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -> EvaluationRows:
@@ -247,7 +252,7 @@ class RowFile:
             self.lines.setdefault((line["arm"], line["id"]), line)
 
 
-class _RowWork:
+class RowWork:
     """Likelihoods and answers of one evaluation: what is missing is computed, what is there is read.
 
     Args:
@@ -287,6 +292,19 @@ class _RowWork:
         tokens = np.array([line["tokens"] for line in found], dtype=np.int64)
         nats = np.array([np.nan if line["nll"] is None else line["nll"] for line in found])
         return nats / np.maximum(tokens, 1), tokens
+
+    def own_likelihood(self, arm: str) -> np.ndarray:
+        """Nats a token (n,) that the arm gives its own answers and their end."""
+        answers = {line["id"]: line["prediction"] for line in self.answers(arm)}
+
+        def computed(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
+            own = replace(rows, references=[answers[one] for one in rows.ids])
+            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            return reference_nll(model, prompt, own, max_length=context)
+
+        file = RowFile(self._run.folder / OWN_LIKELIHOOD, self.answer_origin)
+        found = self._lines(file, arm, "NLL of answers", computed)
+        return np.array([np.nan if line["nll"] is None else line["nll"] / line["tokens"] for line in found])
 
     def answers(self, arm: str) -> list[dict[str, Any]]:
         """Lines of predictions.jsonl, in the order of the rows."""

@@ -60,7 +60,7 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
     for stratum in (name for name in OPEN_STRATA if name in content["scores"]):
         found = content["scores"][stratum]
         alone = "adapter − base model" if len(differing) > 1 else ""
-        means, differences = _table("", *headings), _table(alone, "difference", "p (Holm)", "outcome")
+        means, differences = table("", *headings), table(alone, "difference", "p (Holm)", "outcome")
         for name, by in found["metrics"].items():
             about = content["metrics"][name]
             label = metric_label(about, stratum)
@@ -79,7 +79,7 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
     return parts
 
 
-def _table(first: str, *headings: str) -> Table:
+def table(first: str, *headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(first, overflow="fold", max_width=22)
     for heading in headings:
