@@ -411,8 +411,8 @@ def as_conversation(cell: Any, column: str, place: str, loss_on: str = "last") -
             question = "\n".join(asked) if all(map(str.strip, asked)) else ""
             answer = answered[-1] if answered and all(map(str.strip, answered)) else ""
             return question, answer, "" if weights == [1.0] else exchanges
-    form = "messages of user and assistant in turn, the assistant last, each with role and content"
-    raise DataError(f"{place}: column '{column}' is not a list of {form}: correct the conversation, or remove its row.")
+    form = "user and assistant in turn, each with role and content, the assistant last"
+    raise DataError(f"{place}: column '{column}' is not {form}: correct or remove the conversation.")
 
 
 def trained_turns(question: str, answer: str, turns: str | None) -> Iterator[tuple[str, str, float, list[list[str]]]]:

@@ -63,6 +63,7 @@ from sevpeft.training.train import train
 DEFAULT_ARMS = (BASE, CE, *SEVERITY_PRESETS, SHUFFLED, CONSTANT)
 # Weights of the controls where no weighted arm is compared.
 _DEFAULT_CONTROLLED = "balanced"
+_FAMILIES = "the verdict's comparisons, and the others of each score"
 # Every arm is compared with these, plain CE first.
 REFERENCES = {CE: "plain CE", SHUFFLED: "shuffled weights"}
 # Outcome → what the arm does to the NLL, how it stands to the other, and what that says where plain CE is beaten.
@@ -184,7 +185,7 @@ def compare(
             "seeds": list(seeds),
             "primary": {"metric": PRIMARY, "stratum": stratum},
             "metrics": {name: METRICS[name] for name in METRICS if name in summary[ALL]["metrics"]},
-            "methods": scoring.methods(given.evaluation, "the verdict's comparisons, and the others of each score"),
+            "methods": scoring.methods(given.evaluation, _FAMILIES if not vary else "all of a score"),
             "verdict": verdict,
             "power": power,
             "chosen": chosen,
