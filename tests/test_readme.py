@@ -56,6 +56,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows({**json.loads(line), "source": index % 3} for index, line in enumerate(lines[:240]))
+    asked = {"question": "Which organ pumps blood?", "options": ["the heart", "the liver"], "answer_index": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
@@ -67,7 +69,8 @@ def test_the_commands_of_all_readmes_in_their_order(checkout: Path, monkeypatch:
     for command in [*commands(READMES[0]), *ready, *(one for path in READMES[1:] for one in commands(path))]:
         line, _, target = command.partition(" > ")
         words = [SHORTER.get(word, word) for word in shlex.split(line)]
-        if words[0] != "sevpeft" or words in done:
+        without_extra = words[1:2] == ["choices"] and importlib.util.find_spec("lm_eval") is None
+        if words[0] != "sevpeft" or words in done or without_extra:
             continue
         if words[1] == "prepare" and done:
             shutil.rmtree(words[3])

@@ -1,4 +1,4 @@
-"""The verbs evaluate, compare and report: what a training has changed. Heavy imports stand inside."""
+"""The verbs evaluate, choices, compare and report: what a training has changed. Heavy imports stand inside."""
 
 from __future__ import annotations
 
@@ -75,6 +75,44 @@ def evaluate(
     if "judge" in content:
         console.print(f"Verdicts: {run / JUDGEMENTS}", soft_wrap=True)
     console.print(f"Next: sevpeft report {shlex.quote(str(run))}", soft_wrap=True)
+
+
+@app.command()
+def choices(
+    run: RunFolder,
+    tasks: Annotated[list[str], typer.Option(help="JSONL files or names of tasks, separated by commas.")],
+    overrides: Words = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="Only so many rows of each task, at random.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a run's base model and its adapter multiple choice: what has fine-tuning made the model forget?
+
+    A file has rows of question, options and answer_index. Names: mmlu_medical_ar_text, mmlu_medical_en_text,
+    medqa_text, medmcqa_text, and all that `lm-eval ls tasks` lists.
+
+    Example: sevpeft choices runs/quickstart-20260101-120000 --tasks questions.jsonl,mmlu_medical_ar_text
+    """
+    from sevpeft.console import Screen, print_json
+    from sevpeft.runs import Run
+
+    messages = Screen(stderr=True)
+    with messages.status("Loading the libraries"):
+        quiet_libraries()
+        from sevpeft.evaluation.choices import choices as ask
+        from sevpeft.evaluation.tables import CHOICES, choices_tables
+        from sevpeft.sharing.card import card_kept_current
+
+    names = [name.strip() for words in tasks for name in words.split(",")]
+    with card_kept_current(Run(run)):
+        content = ask(Run(run), names, overrides or [], limit=limit, console=messages)
+    if as_json:
+        print_json(content)
+        return
+    Screen().print(choices_tables(content))
+    Screen().print(f"Scores: {run / CHOICES}", soft_wrap=True)
 
 
 @app.command()

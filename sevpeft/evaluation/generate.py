@@ -255,17 +255,28 @@ def reference_nll(
     prompts, _ = fitting_prompts(rows, prompt, max_length, [len(answer) for answer in answers])
     if unfit := [identity for identity, ids in zip(rows.ids, prompts, strict=True) if not ids]:
         yield [{"id": identity, "nll": None, "tokens": 0} for identity in unfit]
-    lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)]
-    most = min(_NLL_TOKENS, _NLL_LOGITS // model.config.get_text_config().vocab_size)
-    for batch, nats in _run_batches(
+    for batch, nats in likelihood_batches(
+        model,
         (i for i in range(len(rows)) if prompts[i]),
-        lengths,
+        [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)],
         lambda batch: _batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
-        size=lambda longest: max(1, most // longest),
-        padding=_NLL_PADDING,
         remedy="lower training.max_length in another run",
     ):
         yield [{"id": rows.ids[i], "nll": nll, "tokens": len(answers[i])} for i, nll in zip(batch, nats, strict=True)]
+
+
+def likelihood_batches(
+    model: PreTrainedModel,
+    rows: Iterable[int],
+    lengths: Sequence[int],
+    compute: Callable[[list[int]], Any],
+    remedy: str,
+) -> Iterator[tuple[list[int], Any]]:
+    """Batches of rows, the longest first, whose likelihoods `compute` gives; as large as a GPU needs to be busy."""
+    most = min(_NLL_TOKENS, _NLL_LOGITS // model.config.get_text_config().vocab_size)
+    return _run_batches(
+        rows, lengths, compute, size=lambda long: max(1, most // long), padding=_NLL_PADDING, remedy=remedy
+    )
 
 
 @torch.no_grad()
