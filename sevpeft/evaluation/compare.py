@@ -25,7 +25,19 @@ from rich.console import Console
 from sevpeft.console import Screen, number_text, p_text
 from sevpeft.errors import RunError
 from sevpeft.evaluation import scores as scoring
-from sevpeft.evaluation.arms import ADAPTER, ARMS, BASE, CE, CONTROLS, SHUFFLED, WEIGHTED, arm_of, check_arms, state_of
+from sevpeft.evaluation.arms import (
+    ADAPTER,
+    ARMS,
+    BASE,
+    CE,
+    CONTROLS,
+    CURRICULA,
+    SHUFFLED,
+    WEIGHTED,
+    arm_of,
+    check_arms,
+    state_of,
+)
 from sevpeft.evaluation.evaluate import (
     LIKELIHOOD,
     SCORES,
@@ -38,13 +50,13 @@ from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, SAFETY, Scores
 from sevpeft.evaluation.statistics import POWER, estimate_text
 from sevpeft.evaluation.tables import COMPARISON, plain
-from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.data import load_splits
 from sevpeft.training.train import train
 
-DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "own")
+DEFAULT_ARMS = (BASE, CE, *SEVERITY_PRESETS, *CONTROLS)
 # Weights of the controls where no weighted arm is compared.
 _DEFAULT_CONTROLLED = "balanced"
 # Every arm is compared with these, plain CE first.
@@ -260,6 +272,8 @@ def _column(path: Path, key: str, name: str, rows: EvaluationRows) -> Scores:
 
 def references_of(arm: str) -> tuple[str, ...]:
     """What an arm is compared with. No pair twice: shuffled − CE, and not CE − shuffled."""
+    if arm in CURRICULA:
+        return (CE, *(other for other in CURRICULA if CURRICULA[arm] == "easy_first" and other != arm))
     return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED) else tuple(REFERENCES)
 
 

@@ -18,16 +18,17 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from sevpeft.data.files import FILE_COLUMN
-from sevpeft.data.read import PREPARED_ABOUT, Consultations, Keep, load_consultations
+from sevpeft.data.read import PREPARED_ABOUT, Consultations, load_consultations
 from sevpeft.data.split import Splits, question_key, split_rows
 from sevpeft.errors import DataError, WeightError
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.recipe import Recipe
+from sevpeft.recipe import CurriculumSection, Recipe
 from sevpeft.runs import workers_end_with_this_process
 from sevpeft.severity.probabilities import has_severity
 from sevpeft.severity.source import Severity, severity_of
 from sevpeft.severity.weights import WeightSummary, severity_weights
 from sevpeft.training.compat import IGNORED
+from sevpeft.training.curriculum import column_of_numbers
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
 ROWS_WORTH_A_BAR = 20_000
@@ -46,6 +47,7 @@ class Prepared:
     weights: WeightSummary
     summary: dict[str, Any]
     row_names: NameRows
+    difficulty: np.ndarray | None  # (n,) of the training rows, larger for harder ones
 
 
 def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
@@ -81,16 +83,19 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         weights=summary,
         summary=summary_of(table, splits, severity, reports),
         row_names=row_names(encoded["train"], splits.train),
+        difficulty=difficulty_of(recipe.curriculum, table, severity, kept, lengths_of(encoded["train"])),
     )
 
 
 def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
     """The table, its parts, and the severity of its rows: None where there is none, for plain cross-entropy."""
     data, weighting = recipe.data, recipe.severity
-    keep: Keep = ("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped"
-    table = load_consultations(data, keep=keep)
+    keep = ["group"] if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else []
+    keep += filter(None, [recipe.curriculum.difficulty_column])
+    table = load_consultations(data, keep=keep or "mapped")
     severity = None
-    if weighting.control != "uniform" or weighting.source != "columns" or has_severity(table.rows):
+    ordered = recipe.curriculum.kind != "none" and recipe.curriculum.difficulty == "severity"
+    if ordered or weighting.control != "uniform" or weighting.source != "columns" or has_severity(table.rows):
         severity = severity_of(
             table.rows, source=weighting.source, classifier=weighting.classifier, temperature=weighting.temperature
         )
@@ -100,6 +105,17 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         # Hashed, because what is carved from the train rows is taken in the order of these numbers.
         keys = np.asarray([question_key(group, data.seed) for group in rows["group"]], dtype=np.uint64)
     return table, split_rows(rows, data, strata=None if severity is None else severity.strata, keys=keys), severity
+
+
+def difficulty_of(
+    settings: CurriculumSection, table: Consultations, severity: Severity | None, kept: np.ndarray, lengths: np.ndarray
+) -> np.ndarray | None:
+    """(n,) difficulty of the rows at the positions `kept` (n,), of so many tokens; None where the trainer finds it."""
+    if settings.kind == "none" or settings.difficulty == "loss":
+        return None
+    if settings.difficulty_column is not None:
+        return column_of_numbers(table, settings.difficulty_column)[kept]
+    return lengths if severity is None or settings.difficulty == "length" else severity.strata[kept]
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:

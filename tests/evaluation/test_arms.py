@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sevpeft.errors import RunError, UsageError
-from sevpeft.evaluation.arms import check_adapter, check_arms, differences, parse_arms, parse_seeds
+from sevpeft.evaluation.arms import arm_of, check_adapter, check_arms, differences, parse_arms, parse_seeds
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from tests.evaluation.conftest import QUICKSTART
@@ -45,6 +45,24 @@ def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, r
     ):
         with pytest.raises(kind, match=key):
             check_arms(load_recipe(QUICKSTART, settings), arms, output)
+
+
+def test_arms_of_a_curriculum_have_weight_one_and_the_others_no_curriculum(run: Run, tmp_path: Path) -> None:
+    def ways(*overrides: str) -> dict[str, tuple[str, ...]]:
+        arms = ("ce", "balanced", "curriculum", "curriculum_reverse", "curriculum_shuffled")
+        recipes = {arm: arm_of(QUICKSTART, overrides, arm, 0, "balanced")[0] for arm in arms}
+        return {arm: (one.curriculum.kind, one.curriculum.order, one.severity.control) for arm, one in recipes.items()}
+
+    found = ways()
+    assert found["curriculum"] == ("cumulative", "easy_first", "uniform") and found["ce"][0] == "none"
+    own = ways("curriculum.kind=disjoint", "curriculum.shares=[.5, .3, .2]")
+    assert own["curriculum_reverse"] == ("disjoint", "hard_first", "uniform")
+    assert own["curriculum_shuffled"] == ("disjoint", "shuffled", "uniform")
+    assert own["balanced"][0] == own["ce"][0] == "none" and own["balanced"][2] == "none"
+    unmatched = load_recipe(QUICKSTART, ["curriculum.kind=disjoint", "curriculum.epochs_per_stage=2"])
+    check_arms(unmatched, ["ce", "mild"], tmp_path)
+    with pytest.raises(UsageError, match=r"curriculum\.epochs_per_stage"):
+        check_arms(unmatched, ["ce", "curriculum"], tmp_path)
 
 
 def test_what_differs_is_named_by_its_path() -> None:
