@@ -26,6 +26,8 @@ PROMPT, OVERSAMPLED = "prompt", "oversampled"
 CONTROLS = (SHUFFLED, CONSTANT, OVERSAMPLED)
 # Other uses of severity than weights in the loss; the chosen weights are compared with them.
 COMPETITORS = (OVERSAMPLED, PROMPT)
+# Arm → curriculum.order; the last two are controls.
+CURRICULA = {"curriculum": "easy_first", "curriculum_reverse": "hard_first", "curriculum_shuffled": "shuffled"}
 # Arms that a verdict can be about.
 WEIGHTED = (*SEVERITY_PRESETS, OWN)
 ARMS = {
@@ -40,6 +42,7 @@ ARMS = {
     CONSTANT: "control: the mean weight for every consultation",
     OVERSAMPLED: "competitor: rows drawn in proportion to the weights, each with weight 1",
     PROMPT: "competitor: weight 1, and the predicted severity in the prompt, in training and test",
+    **{name: f"weight 1, and the recipe's curriculum in the order {order}" for name, order in CURRICULA.items()},
 }
 
 
@@ -94,10 +97,16 @@ def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled
         settings.append(f"severity.weights={weights}")
         if load_recipe(path, overrides).severity.source == "weight":  # presets weigh by severity columns
             settings += ["severity.source=columns", "severity.weight_column=weight"]
-    if arm in (CE, *CONTROLS):
-        settings.append(f"severity.control={'uniform' if arm == CE else arm}")
+    if arm in (CE, *CONTROLS, *CURRICULA):
+        settings.append(f"severity.control={arm if arm in CONTROLS else 'uniform'}")
     if arm == PROMPT:
         settings += ["severity.control=uniform", "prompt.severity=predicted"]
+    kind = load_recipe(path, overrides).curriculum.kind
+    if arm in CURRICULA:
+        kind = "cumulative" if kind == "none" else kind
+        settings += [f"curriculum.kind={kind}", f"curriculum.order={CURRICULA[arm]}"]
+    elif kind != "none":
+        settings.append("curriculum.kind=none")
     name = f"{arm}-{controlled}-{seed}" if arm in CONTROLS else f"{arm}-{seed}"
     return load_recipe(path, [*overrides, *settings]), name
 
@@ -112,6 +121,8 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     if recipe.severity.control != "none":
         raise UsageError("The arms set severity.control themselves; leave it out.")
     # Each would give every arm another number of steps, or another batch.
+    if recipe.curriculum.epochs_per_stage is not None and set(CURRICULA) & set(arms):
+        raise UsageError("With curriculum.epochs_per_stage arms would differ in their steps; leave it out.")
     for key in ("load_best_model_at_end", "auto_find_batch_size"):
         if training.get(key):
             raise UsageError(f"With training.{key} more than the weights would differ between arms; leave it out.")

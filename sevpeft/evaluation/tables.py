@@ -62,22 +62,22 @@ def choices_tables(content: Json) -> Group:
     """The contents of choices.json: accuracy of both arms and their difference, Arabic − English, and the notes."""
     parts: list[RenderableType] = []
     for name, found in content["tasks"].items():
-        table = _table("accuracy, %", "base", "adapter", "adapter − base", "p (Holm)", "outcome")
+        shown = table("accuracy, %", "base", "adapter", "adapter − base", "p (Holm)", "outcome")
         for score, of in found["scores"].items():
             arms, one = (
                 (estimate_text({**of[arm], "low": None}, ACCURACY) for arm in ("base", "adapter")),
                 of["difference"],
             )
             p = p_text(one["p"], one["p_at_most"])
-            table.add_row(score, *arms, estimate_text(one, ACCURACY, sign=True), p, one["outcome"])
+            shown.add_row(score, *arms, estimate_text(one, ACCURACY, sign=True), p, one["outcome"])
         title = f"{name}: {found['rows']:,} rows, chance {number_text(100 * found['chance'])} %"
-        parts += [Text(), Text(title, style="bold"), table]
+        parts += [Text(), Text(title, style="bold"), shown]
     for pair in content["languages"]:
-        table = _table("Arabic − English", "base", "adapter")
+        shown = table("Arabic − English", "base", "adapter")
         for score, by in pair["scores"].items():
-            table.add_row(score, *(estimate_text(by[arm], ACCURACY, sign=True) for arm in ("base", "adapter")))
+            shown.add_row(score, *(estimate_text(by[arm], ACCURACY, sign=True) for arm in ("base", "adapter")))
         title = f"{pair['arabic']} − {pair['english']}: {pair['rows']:,} rows"
-        parts += [Text(), Text(title, style="bold"), table]
+        parts += [Text(), Text(title, style="bold"), shown]
     parts += [Text(), *(Text(note, style="yellow") for note in content["notes"])]
     return Group(*parts, *(Text(f"{name}: {text}", style="dim") for name, text in content["methods"].items()))
 

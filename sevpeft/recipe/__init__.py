@@ -7,6 +7,7 @@ from sevpeft.recipe.load import Recipe, load_recipe, recipe_from_values, recipe_
 from sevpeft.recipe.schema import (
     JUDGE_KEY,
     SEVERITY_PRESETS,
+    CurriculumSection,
     DataSection,
     EvaluationSection,
     JudgeSection,

@@ -91,6 +91,7 @@ def failed_checks(values: Mapping[str, Any]) -> Iterator[Mistake]:
     yield from ((("training", key), why) for key, why in _training(_section(values, "training")))
     adapter = _adapter(_section(values, "lora"), _section(values, "quantization"))
     yield from ((("lora", key), why) for key, why in adapter)
+    yield from _curriculum(_section(values, "curriculum"), _section(values, "training"))
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -149,3 +150,20 @@ def _adapter(lora: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterat
     if head and "lm_head" not in (excluded if isinstance(excluded, list) else [excluded]):
         # TRL computes the loss from that weight directly, past the adapter.
         yield "target_modules", "names lm_head, where an adapter would not be trained; take lm_head out"
+
+
+def _curriculum(curriculum: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[Mistake]:
+    kind = curriculum.get("kind", "none")
+    if curriculum and "kind" not in curriculum:
+        yield ("curriculum", "kind"), "is missing; write cumulative, disjoint or competence"
+    if kind == "none":
+        return
+    if training.get("train_sampling_strategy", "random") != "random":
+        yield ("training", "train_sampling_strategy"), f"the curriculum orders the rows; {_LEAVE}"
+    if training.get("packing") is True:
+        yield ("training", "packing"), f"a block would mix rows of several stages; {_LEAVE}: padding_free is as fast"
+    if curriculum.get("epochs_per_stage") is not None and training.get("max_steps", -1) != -1:
+        yield ("training", "max_steps"), f"curriculum.epochs_per_stage gives the number of steps; {_LEAVE}"
+    of_the_validation = training.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+    if of_the_validation and (curriculum.get("restart") is True or curriculum.get("learning_rates") is not None):
+        yield ("training", "lr_scheduler_type"), "follows the loss, not the stages; write linear, cosine or constant"

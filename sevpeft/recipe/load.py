@@ -22,6 +22,7 @@ from sevpeft.recipe.messages import field_at, messages_of
 from sevpeft.recipe.schema import (
     SEVERITY_PRESETS,
     AboutSection,
+    CurriculumSection,
     EvaluationSection,
     GenerationSection,
     ModelSection,
@@ -50,6 +51,7 @@ class Recipe(Section):
     data: TrainingDataSection = Field(default_factory=TrainingDataSection)
     prompt: PromptSection = Field(default_factory=PromptSection)
     severity: SeveritySection = Field(default_factory=SeveritySection)
+    curriculum: CurriculumSection = Field(default_factory=CurriculumSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     stopping: StoppingSection = Field(default_factory=StoppingSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)

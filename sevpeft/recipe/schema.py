@@ -301,6 +301,64 @@ class SeveritySection(Section):
         return self.weights.non_critical, self.weights.neutral, self.weights.critical
 
 
+class CurriculumSection(Section):
+    """In which order the training rows come: random, or in stages of a difficulty, fixed before training."""
+
+    kind: Literal["none", "cumulative", "disjoint", "competence"] = "none"
+    """cumulative: each stage adds harder rows; disjoint: it has its own only; competence: the easiest share grows."""
+    difficulty: Literal["severity", "length", "loss", "column"] = "severity"
+    """The likeliest severity, tokens of question and answer, the base model's loss per answer token, or a column."""
+    difficulty_column: str | None = Field(default=None, validate_default=True)
+    """Column of numbers, larger for harder rows."""
+    order: Literal["easy_first", "hard_first", "shuffled"] = "easy_first"
+    """Controls are hard_first, the reverse, and shuffled, where each row has the difficulty of another."""
+    stages: int = Field(default=3, ge=2)
+    """Stages of equally many rows; or one for each value, where the difficulty has so many, as severity has three."""
+    epochs_per_stage: int | None = Field(default=None, ge=1)
+    """Passes of each stage over its rows, which are more steps than those of a plain training; unset, equally many."""
+    shares: list[float] | None = None
+    """Share of the steps of each stage; unset, equal ones."""
+    learning_rates: list[float] | None = None
+    """Learning rate of each stage; unset, training.learning_rate for all."""
+    restart: bool = False
+    """Begins each stage with a new optimizer and schedule, as published; false: one of each over the whole training."""
+    initial_competence: float = Field(default=0.01, gt=0, le=1)
+    """c₀: share of the rows, the easiest, that the first step is drawn from."""
+    competence_duration: float = Field(default=0.5, gt=0, le=1)
+    """T: share of the steps after which all rows are drawn from."""
+
+    @field_validator("difficulty_column")
+    @classmethod
+    def _belongs_to_the_difficulty(cls, column: str | None, info: ValidationInfo) -> str | None:
+        if (column is None) == (info.data.get("difficulty") == "column"):
+            remedy = "has no effect without" if column else "is missing for"
+            raise ValueError(f"{remedy} difficulty: column; write both or neither")
+        return column
+
+    @field_validator(
+        *("stages", "epochs_per_stage", "shares", "learning_rates", "restart"),
+        *("initial_competence", "competence_duration"),
+    )
+    @classmethod
+    def _fits_the_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        name, kind, stages = str(info.field_name), info.data.get("kind"), info.data.get("stages")
+        if kind in ("cumulative", "disjoint", "competence") and value != cls.model_fields[name].default:
+            if ("competence" in name) != (kind == "competence"):
+                raise ValueError(f"has no effect with kind {kind}; leave it out")
+            if name == "shares" and info.data.get("epochs_per_stage"):
+                raise ValueError("has no effect with epochs_per_stage; leave one of them out")
+        if name == "stages" and value != 3 and info.data.get("difficulty") == "severity":
+            raise ValueError(f"is {value}, but there are three severities; leave it out, or choose another difficulty")
+        if isinstance(value, list):
+            if stages is not None and len(value) != stages:
+                raise ValueError(f"has {len(value)} numbers for {stages} stages; write one for each")
+            if min(value) <= 0:
+                raise ValueError(f"holds {min(value):g}; write numbers above 0")
+            if name == "shares" and abs(sum(value) - 1) > 1e-6:
+                raise ValueError(f"sums to {sum(value):g}; write shares that sum to 1")
+        return value
+
+
 class StoppingSection(Section):
     """When a training that goes wrong is stopped; the adapter is kept as it was before."""
 

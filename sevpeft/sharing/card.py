@@ -115,8 +115,9 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
     base_model = base if "/" in base else None
     data = ModelCardData(language="ar", pipeline_tag="text-generation", base_model=base_model, tags=_TAGS, **header)
     shown = recipe.model_dump()
-    for section, key in (("model", "name_or_path"), ("data", "path")):
-        shown[section][key] = public_name(shown[section][key])
+    for section, key in (("model", "name_or_path"), ("data", "path"), ("training", "init_adapter")):
+        if shown[section].get(key):
+            shown[section][key] = public_name(shown[section][key])
     if mix := shown["data"]["mix"]:
         mix["sources"] = {name: public_name(path) for name, path in mix["sources"].items()}
     if isinstance(recipe.prompt.examples, list):  # they may be rows of the data

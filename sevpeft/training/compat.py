@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trl import SFTTrainer as _Trainer  # of a mixin, what `super()` is
 
     from sevpeft.training.checkpoints import ExactResume
+    from sevpeft.training.curriculum import Curriculum
 else:
     _Trainer = object
 
@@ -186,9 +187,22 @@ class SortedWithinStepsSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         args = self._trainer.args
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        order = torch.randperm(len(self), generator=_generator_of_epoch(self._trainer)).tolist()
+        order = self.order()
         for start in range(0, len(order), size):
             yield from sorted(order[start : start + size], key=lambda row: -self.lengths[row])
+
+    def order(self) -> list[int]:
+        return torch.randperm(len(self), generator=_generator_of_epoch(self._trainer)).tolist()
+
+
+class CurriculumSampler(SortedWithinStepsSampler):
+    """The order of a curriculum, sorted within steps where the lengths are not all the same."""
+
+    def __len__(self) -> int:
+        return len(self._trainer.curriculum.epoch(0))
+
+    def order(self) -> list[int]:
+        return self._trainer.curriculum.epoch(int(self._trainer.state.epoch or 0))
 
 
 def _generator_of_epoch(trainer: SFTTrainer) -> torch.Generator:
@@ -206,6 +220,7 @@ class TrainerWorkarounds(_Trainer):
     control: TrainerControl
     exact_resume: ExactResume
     sort_within_steps: bool
+    curriculum: Curriculum | None
     step_batches: list[dict[str, Any]]
     _total_train_tokens: int
     _metrics: dict[str, Any]
@@ -241,6 +256,9 @@ class TrainerWorkarounds(_Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             return SeededLengthGroupedSampler(sampler, self)
+        if self.curriculum is not None:
+            rows = self.train_dataset["input_ids"]
+            return CurriculumSampler([len(ids) for ids in rows] if self.sort_within_steps else [0] * len(rows), self)
         if self.sort_within_steps and isinstance(sampler, RandomSampler):
             return SortedWithinStepsSampler([len(ids) for ids in self.train_dataset["input_ids"]], self)
         return sampler

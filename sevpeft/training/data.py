@@ -30,6 +30,7 @@ from sevpeft.severity.probabilities import SEVERITIES, has_severity
 from sevpeft.severity.source import Severity, prompt_severity, severity_of
 from sevpeft.severity.weights import WeightSummary, oversample, severity_weights
 from sevpeft.training.compat import IGNORED
+from sevpeft.training.curriculum import difficulty_of
 from sevpeft.training.resolve import with_settings
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
@@ -51,6 +52,7 @@ class Prepared:
     weights: WeightSummary
     summary: dict[str, Any]
     row_names: NameRows
+    difficulty: np.ndarray | None  # (n,) of the training rows, larger for harder ones
 
 
 def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
@@ -105,6 +107,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         weights=summary,
         summary=about,
         row_names=row_names(encoded["train"], pool),
+        difficulty=difficulty_of(recipe.curriculum, table, weighing, kept, lengths_of(encoded["train"])),
     )
 
 
@@ -113,9 +116,11 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
     data, weighting = recipe.data, recipe.severity
     keep = ["group"] if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else []
     keep += [weighting.weight_column] if weighting.source == "weight" else []
+    keep += filter(None, [recipe.curriculum.difficulty_column])
     table = load_consultations(data, keep=keep or "mapped")
     own, table = table.rows, with_sources(table, data, keep or "mapped")
     severity, plain = None, weighting.control == "uniform" and weighting.source == "columns"
+    plain &= recipe.curriculum.kind == "none" or recipe.curriculum.difficulty != "severity"
     if not plain or has_severity(own):
         names = {column: name for name, column in (table.columns | table.carried).items()}
         severity = severity_of(

@@ -60,6 +60,10 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
         "accelerate_configs/multi_gpu.yaml.": requested_engine() and recipe.lora.loraplus_lr_ratio is not None,
         "8-bit weights cannot be divided; write quantization.load_in_4bit=true instead of "
         "quantization.load_in_8bit=true.": weights_are_sharded() and recipe.quantization.load_in_8bit,
+        "curriculum.restart does not reach the optimizer of DeepSpeed; leave it out, or use "
+        "accelerate_configs/multi_gpu.yaml.": deepspeed_requested() and recipe.curriculum.restart,
+        "training.init_adapter cannot be loaded into weights that ZeRO-3 has divided; use "
+        "accelerate_configs/fsdp2.yaml.": zero3() and recipe.training.init_adapter,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:

@@ -18,6 +18,7 @@ from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import ORACLE
 from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines
+from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.plan import Fitting, Plan
 
 # Of a histogram: a terminal of 80 columns has them beside the labels. And of the bar of an item of the memory.
@@ -101,6 +102,17 @@ def show_batch(recipe: Recipe, processes: int, console: Console) -> None:
         f"{'without' if settings['gradient_checkpointing'] is False else 'with'} gradient checkpointing; validation by "
         f"{settings['per_device_eval_batch_size']}",
     )
+
+
+def show_curriculum(curriculum: Curriculum, console: Console) -> None:
+    """Prints the stages: rows, steps and learning rate of each."""
+    settings = curriculum.settings
+    budget = "as many as without stages" if settings.epochs_per_stage is None else "not the budget of a plain training"
+    way = f"{settings.kind} by {settings.difficulty}, {settings.order.replace('_', ' ')}"
+    print_labeled(console, "Curriculum", f"{way}; {curriculum.steps:,} steps, {budget}")
+    for number, stage in enumerate(curriculum.stages, start=1):
+        steps = f"{len(stage.pool):,} rows, {stage.end - stage.begin:,} steps, learning rate {stage.learning_rate:g}"
+        print_labeled(console, f"  Stage {number}", f"{stage.name}: {steps}")
 
 
 def run_summary(run: Run) -> Group:

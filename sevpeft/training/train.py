@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from sevpeft.runs import Run, check_output, default_output, describe_environment
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import checkpoints
 from sevpeft.training.callbacks import RunProgress, SignalHandler, StepGuard, resume_command
+from sevpeft.training.compat import counted
+from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.data import Prepared, lengths_of, prepare, with_examples
 from sevpeft.training.distributed import check_adapter_is_complete, check_engine, check_same_processes, engine_of
 from sevpeft.training.resolve import ResolvedRun, loraplus_settings, resolve, settings_errors
-from sevpeft.training.screen import show_batch, show_data
+from sevpeft.training.screen import show_batch, show_curriculum, show_data
 from sevpeft.training.trainer import SeveritySFTTrainer
 
 
@@ -82,6 +85,10 @@ def _train(
 ) -> None:
     recipe = resolved.recipe
     print_labeled(console, "Base model", f"{recipe.model.name_or_path} ({resolved.config.model_type})")
+    init_adapter = recipe.training.init_adapter
+    if init_adapter and not resume:
+        adapters.init_adapter_folder(recipe)
+        print_labeled(console, "Starts from", f"the adapter in {init_adapter}")
 
     # data: weighted training rows, validation rows
     remedy = "set TMPDIR to a folder on another disk"
@@ -98,6 +105,10 @@ def _train(
     resolved = resolved.with_layout(model, lengths_of(rows.validation)[0])
     recipe = resolved.recipe
     show_batch(recipe, state.num_processes, console)
+    curriculum = None
+    if recipe.curriculum.kind != "none":
+        curriculum = Curriculum(recipe.curriculum, len(rows.train), rows.difficulty, resolved.arguments)
+        show_curriculum(curriculum, console)
 
     def warn(sentence: str, label: str = "Warning") -> None:
         print_labeled(console, label, sentence, style="yellow")
@@ -119,6 +130,7 @@ def _train(
                     on_message=lambda label, sentence: warn(sentence, label),
                     sort_within_steps=not (resolved.arguments.padding_free or resolved.arguments.packing),
                     split_on_oom=bool(recipe.training.settings().get("auto_find_batch_size")),
+                    curriculum=curriculum,
                     callbacks=[progress, signals],
                 )
                 if requested_engine() is None:  # so that a wrong setting of theirs fails here
@@ -126,13 +138,18 @@ def _train(
             guard = StepGuard(trainer, recipe.stopping, signals, rows.row_names)
             trainer.add_callback(guard)
             trainer.remove_callback(PrinterCallback)
+            started_from = adapters.load_init_adapter(trainer.model, recipe) if init_adapter and not resume else None
             if state.is_main_process and not resume:
-                _write_origin(run, recipe, rows, trainer)
+                _write_origin(run, recipe, rows, trainer, started_from)
         state.wait_for_everyone()
 
         # train, validate, save
         with progress.bar, signals, plain_disk_errors(run.folder):
             checkpoint = _checkpoint(trainer, run, warn) if resume else None
+            if init_adapter and resume and checkpoint is None:
+                again = adapters.load_init_adapter(trainer.model, recipe)
+                if again != run.metrics()["model"]["init_adapter"]:
+                    raise RunError(f"{init_adapter} is not the adapter that {run.folder} started from; bring it back.")
             trainer.train(resume_from_checkpoint=checkpoint)
             # The figures of the adapter that is saved.
             if trainer.args.load_best_model_at_end or not _validation(trainer, trainer.state.global_step):
@@ -190,7 +207,9 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
+def _write_origin(
+    run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFTTrainer, init_adapter: str | None
+) -> None:
     """recipe.yaml, environment.json and the first part of metrics.json."""
     trainable, total = adapters.trainable_parameters(trainer.model)
     arguments = trainer.args
@@ -218,9 +237,11 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
             "dtype": str(base.dtype).removeprefix("torch."),
             "bits": next((bits for bits in (4, 8) if getattr(base, f"is_loaded_in_{bits}bit", False)), None),
             "attention": attention_of(base.config),
+            **({"init_adapter": init_adapter} if init_adapter else {}),
         },
         data=rows.summary,
         weights=rows.weights.as_dict(),
+        **({"curriculum": trainer.curriculum.as_dict()} if trainer.curriculum else {}),
     )
     # Last, because it is what makes the folder a run that can be resumed.
     run.write_text("recipe.yaml", recipe.to_yaml(), shared=not recipe.prompt.examples)
@@ -232,11 +253,12 @@ def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, chec
     else:
         memory = {"resident_gib": round(psutil.Process().memory_info().rss / 2**30, 3)}
     steps, skipped = trainer.state.global_step, guard.counts["nonfinite"]
-    totals = trainer.exact_resume.totals()
+    totals, curriculum = trainer.exact_resume.totals(), trainer.curriculum
     run.update_metrics(
         training={
             "steps": steps,
             "epochs": trainer.state.epoch,
+            "tokens": counted(trainer)["tokens"],
             "train_loss": totals["loss_sum"] / (steps - skipped),
             "nonfinite_steps": skipped,
             "seconds": totals["seconds"],
@@ -245,6 +267,7 @@ def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, chec
         },
         before=_validation(trainer, 0),
         after=_validation(trainer, steps),
+        **({"curriculum": curriculum.as_dict(partial(_validation, trainer))} if curriculum else {}),
     )
 
 

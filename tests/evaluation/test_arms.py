@@ -57,6 +57,24 @@ def test_competitors_use_severity_elsewhere_than_in_the_loss() -> None:
     assert drawn.prompt.severity == "none"
 
 
+def test_arms_of_a_curriculum_have_weight_one_and_the_others_no_curriculum(run: Run, tmp_path: Path) -> None:
+    def ways(*overrides: str) -> dict[str, tuple[str, ...]]:
+        arms = ("ce", "balanced", "curriculum", "curriculum_reverse", "curriculum_shuffled")
+        recipes = {arm: arm_of(QUICKSTART, overrides, arm, 0, "balanced")[0] for arm in arms}
+        return {arm: (one.curriculum.kind, one.curriculum.order, one.severity.control) for arm, one in recipes.items()}
+
+    found = ways()
+    assert found["curriculum"] == ("cumulative", "easy_first", "uniform") and found["ce"][0] == "none"
+    own = ways("curriculum.kind=disjoint", "curriculum.shares=[.5, .3, .2]")
+    assert own["curriculum_reverse"] == ("disjoint", "hard_first", "uniform")
+    assert own["curriculum_shuffled"] == ("disjoint", "shuffled", "uniform")
+    assert own["balanced"][0] == own["ce"][0] == "none" and own["balanced"][2] == "none"
+    unmatched = load_recipe(QUICKSTART, ["curriculum.kind=disjoint", "curriculum.epochs_per_stage=2"])
+    check_arms(unmatched, ["ce", "mild"], tmp_path)
+    with pytest.raises(UsageError, match=r"curriculum\.epochs_per_stage"):
+        check_arms(unmatched, ["ce", "curriculum"], tmp_path)
+
+
 def test_what_differs_is_named_by_its_path() -> None:
     stored = {"a": {"b": 1, "c": 2}, "text": "س" * 60}
     now = {"a": {"b": 1, "c": 3, "d": 4}, "text": "ص" * 60}
