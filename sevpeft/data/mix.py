@@ -43,7 +43,9 @@ def with_sources(table: Consultations, data: TrainingDataSection, keep: Keep) ->
     rows = datasets.concatenate_datasets(parts)
     kind = "sha256" if all(one.startswith("sha256:") for one in fingerprints) else "hub"  # which holds times, too
     content = hashlib.sha256("".join(fingerprints).encode()).hexdigest()
-    return replace(table, rows=rows, rejected=dict(rejected), fingerprint=f"{kind}:{content}")
+    source = f"{table.source} mixed with {', '.join(data.mix.sources)}"
+    fingerprint = f"{kind}:{content}"
+    return replace(table, rows=rows, rejected=dict(rejected), fingerprint=fingerprint, source=source)
 
 
 def with_mixed(splits: Splits, rows: datasets.Dataset, first: int) -> Splits:
