@@ -244,6 +244,29 @@ def test_shipped_tasks_name_the_right_columns(run: Run, hub: Any) -> None:
         assert all(rows[0]["question"] in source.rows[0][1][key] for key in ("question", "texts")), source.name
 
 
+def test_a_named_task_leaves_faulty_rows_out_too(run: Run, tmp_path: Path, hub: Any) -> None:
+    rows = [row for row in questions(40) if len(row["options"]) == 4]
+    asked = [rows[0], {**rows[0], "answer_index": 9}, *rows[1:], {**rows[0], "question": trained_question(run)}]
+    hub(
+        {
+            "GBaker/MedQA-USMLE-4-options-hf": [
+                {"sent1": r["question"], "label": r["answer_index"]}
+                | {f"ending{n}": o for n, o in enumerate(r["options"])}
+                for r in asked
+            ]
+        }
+    )
+    content = choices(run, ["medqa_text", written(tmp_path / "asked.jsonl", rows)])["tasks"]
+    named, file = content["medqa_text"], content["asked"]
+    assert named["left_out"] == {
+        "an answer_index that is no option's": [2],
+        "a question of the training rows": [len(asked)],
+    }
+    for suffix in ("", "_norm"):
+        for arm in ("base", "adapter"):
+            assert named["scores"][f"task{suffix}"][arm] == file["scores"][f"text{suffix}"][arm]
+
+
 def test_the_screen_report_and_card_show_what_was_measured(run: Run, tmp_path: Path, sevpeft_: Any) -> None:
     write_card(run)
     arabic = [{**row, "id": n} for n, row in enumerate(questions(8, " ".join(SENTENCES)))]
