@@ -109,7 +109,8 @@ def show_curriculum(curriculum: Curriculum, console: Console) -> None:
     settings = curriculum.settings
     budget = "as many as without stages" if settings.epochs_per_stage is None else "not the budget of a plain training"
     way = f"{settings.kind} by {settings.difficulty}, {settings.order.replace('_', ' ')}"
-    print_labeled(console, "Curriculum", f"{way}; {curriculum.steps:,} steps, {budget}")
+    first = "; the losses of the base model are measured first" if settings.difficulty == "loss" else ""
+    print_labeled(console, "Curriculum", f"{way}; {curriculum.steps:,} steps, {budget}{first}")
     for number, stage in enumerate(curriculum.stages, start=1):
         steps = f"{len(stage.pool):,} rows, {stage.end - stage.begin:,} steps, learning rate {stage.learning_rate:g}"
         print_labeled(console, f"  Stage {number}", f"{stage.name}: {steps}")

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from sevpeft.errors import DataError, ModelError, RecipeError
 from sevpeft.recipe import CurriculumSection, StoppingSection, load_recipe, recipe_from_values
 from sevpeft.runs import Run
+from sevpeft.sharing.card import write_card
 from sevpeft.training.callbacks import SignalHandler, StepGuard
 from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.train import train
@@ -334,6 +335,9 @@ def test_a_training_starts_from_an_adapter_and_repeats_that_after_a_kill(
     started = train(load_recipe(QUICKSTART, words), tmp_path / "one")
     assert started.metrics()["before"] == pytest.approx(run.metrics()["after"], rel=1e-6)
     assert started.metrics()["model"]["init_adapter"].startswith("sha256:")
+    write_card(started)
+    card = (started.adapter / "README.md").read_text(encoding="utf-8")
+    assert f"init_adapter: {run.folder.name}" in card and str(run.folder) not in card
     killed = Run(Path(shutil.copytree(started.folder, tmp_path / "two")))
     shutil.rmtree(killed.adapter)
     shutil.rmtree(killed.checkpoints)
