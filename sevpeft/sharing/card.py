@@ -133,11 +133,8 @@ def modelfile(prompt: Prompt, recipe: Recipe) -> str:
     """Ollama's Modelfile for what `conversion_commands` quantize, which asks with the prompt of the training."""
     # llama.cpp puts the token that begins a text there itself.
     # Examples may be rows of the data, and Ollama predicts no severity.
-    text = (
-        replace(prompt, severity="none", examples=())
-        .text("{{ .Prompt }}")
-        .removeprefix(prompt.tokenizer.bos_token or "\0")
-    )
+    plain = replace(prompt, severity="none", examples=())
+    text = plain.text("{{ .Prompt }}").removeprefix(prompt.tokenizer.bos_token or "\0")
     generation = recipe.generation
     return (
         "FROM ./model-q4_k_m.gguf\n"
