@@ -23,7 +23,7 @@ from sevpeft.evaluation.arms import ADAPTER, BASE
 from sevpeft.evaluation.bertscore import load_encoder
 from sevpeft.evaluation.evaluate import RowWork, finished_rows_are_kept, opened
 from sevpeft.evaluation.safety import rules
-from sevpeft.evaluation.scores import CRITICAL, METRICS, Scores
+from sevpeft.evaluation.scores import CRITICAL, METRICS
 from sevpeft.evaluation.statistics import estimate_text, interval
 from sevpeft.evaluation.tables import OPEN_STRATA, metric_label, plain, table
 from sevpeft.runs import Run, plain_disk_errors, write_atomically
@@ -89,10 +89,10 @@ def select(
     with console.status("Scoring"):
         encoder, missing = load_encoder(settings)
         texts = [[line["prediction"] for line in of] for of in lines.values()]
-        single: dict[str, Scores] = {}
-        for (name, of), answers in zip(lines.items(), texts, strict=True):
-            truncated = [line["truncated"] for line in of]
-            single[name] = scoring.row_scores(rows, answers, truncated=truncated, encoder=encoder)
+        single = {
+            name: scoring.row_scores(rows, answers, truncated=[line["truncated"] for line in of], encoder=encoder)
+            for (name, of), answers in zip(lines.items(), texts, strict=True)
+        }
         by_metric = {metric: np.stack([of[metric] for of in single.values()]) for metric in next(iter(single.values()))}
         reference = "bertscore_f1" if encoder else "chrf"
         best = list(single)[int(by_metric[reference].mean(axis=1).argmax())]
@@ -108,16 +108,14 @@ def select(
         each = np.arange(len(rows))
         picked = {name: {m: of[index, each] for m, of in by_metric.items()} for name, index in chosen.items()}
         pairs = dict.fromkeys(picked, (best,))
-        published = {
-            name: {
-                "selected": interval(of[chosen[name], each], rows.groups, settings, share=name == "safety").as_dict(),
-                "single": {
-                    one: interval(values, rows.groups, settings).as_dict()["value"]
-                    for one, values in zip(single, of, strict=True)
-                },
-            }
-            for name, of in own.items()
-        }
+        published: dict[str, Any] = {}
+        for name, of in own.items():
+            means = [interval(values, rows.groups, settings).as_dict() for values in (of[chosen[name], each], *of)]
+            ones = {one: mean["value"] for one, mean in zip(single, means[1:], strict=True)}
+            published[name] = {"selected": means[0], "single": ones}
+        gold = any(recipe.prompt.severity == "gold" for _, recipe, *_ in found) and GOLD
+        flattered = f"{best} was found to be the best single one on these test rows, which flatters it."
+        notes = [*scoring.remarks(rows), missing, gold, flattered]
         content = {
             "candidates": list(single),
             "best_single": best,
@@ -125,19 +123,13 @@ def select(
             "data": {"source": rows.source, "content": every.content_hash(), "evaluated": len(rows)},
             "scorers": {name: SCORERS[name][0] for name in ranks},
             "chosen": {
-                name: {one: int((index == place).sum()) for place, one in enumerate(single)}
-                for name, index in chosen.items()
+                name: {one: int((at == n).sum()) for n, one in enumerate(single)} for name, at in chosen.items()
             },
             "published": {"note": PUBLISHED, "scores": published},
             "scores": scoring.summarize(rows, {**picked, **single}, settings, tokens={}, pairs=pairs),
             "metrics": {name: METRICS[name] for name in by_metric},
             "methods": scoring.methods(settings, "all differences of one score"),
-            "notes": [
-                *scoring.remarks(rows),
-                *([missing] if missing else []),
-                *([GOLD] if any(recipe.prompt.severity == "gold" for _, recipe, *_ in found) else []),
-                f"{best} was found to be the best single one on these test rows, which flatters it.",
-            ],
+            "notes": [note for note in notes if note],
         }
     folder = output or folders[0]
     with plain_disk_errors(folder):

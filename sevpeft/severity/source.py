@@ -24,9 +24,7 @@ from sevpeft.severity.probabilities import (
 from sevpeft.severity.weights import ready_weights
 
 EVIDENCE = "severity_evidence"
-ORACLE = (
-    "prompt.severity=gold is an oracle: prompts hold the data's own severity, which nobody knows when a patient asks."
-)
+ORACLE = "prompt.severity=gold is an oracle: prompts hold the true severity, which nobody knows when a patient asks."
 
 # Rows after which the result is saved: about a minute of a transformer on two cores, a few seconds of anything else.
 _ROWS_OF_PART, _MOST_ROWS = {"transformer": 1024}, 50_000
@@ -84,13 +82,10 @@ def prompt_severity(rows: datasets.Dataset, asked: str, classifier: str | None) 
     """
     if asked == "predicted":
         reader = load_source(None, classifier)
-        found = severity_probabilities(judged(rows, reader))
-        return Severity(found, {"source": reader.kind, "version": reader.version})
+        origin = {"source": reader.kind, "version": reader.version}
+        return Severity(severity_probabilities(judged(rows, reader)), origin)
     if not has_severity(rows):
-        raise WeightError(
-            "prompt.severity=gold needs the data's own severity: name it with data.severity_column=NAME, or set "
-            "prompt.severity=predicted."
-        )
+        raise WeightError("The data has no severity for prompt.severity=gold; set prompt.severity=predicted.")
     return Severity(severity_probabilities(rows), {"source": "gold"})
 
 

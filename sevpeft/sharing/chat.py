@@ -33,10 +33,9 @@ class Chat:
     @torch.no_grad()
     def answer(self, question: str, max_new_tokens: int = 128) -> str:
         """Answer to a question, greedy, of at most `max_new_tokens` tokens."""
-        severity = None
-        if self.classifier is not None:
-            severity = SEVERITIES[int(self.classifier.probabilities([question]).argmax())]
-        ids = torch.tensor(self.prompt.prompt_ids([question], severities=[severity]), device=self.model.device)
+        classifier = self.classifier
+        named = [SEVERITIES[classifier.probabilities([question]).argmax()]] if classifier else None
+        ids = torch.tensor(self.prompt.prompt_ids([question], severities=named), device=self.model.device)
         output = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
