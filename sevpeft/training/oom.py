@@ -25,9 +25,7 @@ class SplitOnOom:
         most_rows: consultations that are computed at once, in training and in validation; None for whole batches.
     """
 
-    def __init__(
-        self, args: SFTConfig, collate: Callable[[list[Batch]], Batch], enabled: bool, on_message: Callable
-    ) -> None:
+    def __init__(self, args: SFTConfig, collate: Callable, enabled: bool, on_message: Callable) -> None:
         self.args, self.collate, self.enabled, self.on_message = args, collate, enabled, on_message
         self.most_rows: dict[str, int | None] = {"train": None, "eval": None}
 
