@@ -52,7 +52,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows({**json.loads(line), "source": index % 3} for index, line in enumerate(lines[:240]))
+            writer.writerows({**json.loads(line), "source": index % 3} for index, line in enumerate(lines[:120]))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 

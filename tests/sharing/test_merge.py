@@ -62,7 +62,10 @@ def refusal(run: Run, output: Path, **options: Any) -> str:
 # The same model
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Of those that are built as Llama is, Qwen3 stands for all.
+@pytest.mark.parametrize(
+    "architecture", [one for one in ARCHITECTURES if one not in ("llama", "mistral", "qwen2", "jais2")]
+)
 def test_the_merged_model_answers_as_base_and_adapter(made_run: MadeRun, tmp_path: Path, architecture: str) -> None:
     run = made_run(architecture)
     found = merge(run, tmp_path / "merged")
