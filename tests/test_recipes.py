@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head
 
 from sevpeft.cli.training import list_recipes, recipes_table
 from sevpeft.modeling.adapters import lora_config
-from sevpeft.modeling.compat import on_meta_device
 from sevpeft.modeling.memory import MemoryPlan, usable
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.sharing.card import write_card
@@ -139,42 +138,34 @@ PUBLISHED = {
 }
 
 
-SIZED = [path for path in RECIPES if path.stem != "quickstart"]
+PLANS: dict[str, MemoryPlan] = {}
+# Those of one architecture on one worker, as recipes with equal numbers share a plan.
+SIZED = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(f"plans of {architecture_of(load_recipe(path))}"))
+    for path in RECIPES
+    if path.stem != "quickstart"
+]
 
 
-def test_the_numbers_of_the_base_model_give_its_size() -> None:
-    wrong, counts = [], dict[str, int]()
-    for path in SIZED:
-        about = load_recipe(path).about
-        key = json.dumps(about.config, sort_keys=True)
-        if key not in counts:
-            with on_meta_device():
-                counts[key] = AutoModelForCausalLM.from_config(AutoConfig.for_model(**about.config)).num_parameters()
-        digits, unit = about.parameters[:-1], {"M": 10**6, "B": 10**9}[about.parameters[-1]]
-        fine = f"{counts[key] / unit:.{len(digits.partition('.')[2])}f}" == digits
-        fine &= PUBLISHED.get(path.stem, counts[key]) == counts[key]
-        fine &= f" {about.vram_gib:g} GB" in path.read_text(encoding="utf-8").splitlines()[1]
-        wrong += [] if fine else [(path.stem, counts[key])]
-    assert wrong == []
-
-
-def test_a_recipe_fits_its_gpu() -> None:
-    """Of each architecture the recipe that asks the most of its GPU."""
-    tightest: dict[str, tuple[float, str]] = {}
-    for path in SIZED:
-        recipe = load_recipe(path)
-        share = (recipe.about.parameter_count() or 0) / (recipe.about.vram_gib or 1)
-        key = architecture_of(recipe)
-        tightest[key] = max(tightest.get(key, (0, "")), (share, path.stem))
-    wrong = []
-    for _, name in tightest.values():
-        # As `auto` chooses where memory is short.
-        recipe = load_recipe(FOLDER / f"{name}.yaml", ["training.gradient_checkpointing=true"])
-        config = AutoConfig.for_model(**recipe.about.config)
-        plan = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=CPU_VOCABULARY_TILE)
-        fine = plan.budget().total <= usable(recipe.about.vram_gib)
-        wrong += [] if fine and plan.parameters.quantized > plan.parameters.base / 4 else [name]
-    assert wrong == [] and len(tightest) >= 9
+@pytest.mark.parametrize("path", SIZED)
+def test_the_numbers_of_the_base_model_give_its_size_and_its_gpu(path: Path) -> None:
+    recipe = load_recipe(path, ["training.gradient_checkpointing=true"])  # as `auto` chooses where memory is short
+    about = recipe.about
+    assert about.parameters is not None and about.config is not None and about.vram_gib is not None
+    settings = [recipe.quantization.model_dump(), recipe.lora.settings(), recipe.training.settings()]
+    key = json.dumps([about.config, *settings, recipe.model.attn_implementation], sort_keys=True)
+    if key not in PLANS:
+        config = AutoConfig.for_model(**about.config)
+        PLANS[key] = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=CPU_VOCABULARY_TILE)
+    plan = PLANS[key]
+    count = plan.parameters.base
+    digits, unit = about.parameters[:-1], {"M": 10**6, "B": 10**9}[about.parameters[-1]]
+    decimals = len(digits.partition(".")[2])
+    assert f"{count / unit:.{decimals}f}" == digits
+    assert PUBLISHED.get(path.stem, count) == count
+    assert plan.parameters.quantized > count / 4
+    assert f" {about.vram_gib:g} GB" in path.read_text(encoding="utf-8").splitlines()[1]
+    assert plan.budget().total <= usable(about.vram_gib)
 
 
 def test_a_recipe_places_its_adapter_in_every_layer_of_the_text_model_and_nowhere_else() -> None:
