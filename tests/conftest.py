@@ -94,6 +94,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     yield
 
 
+@pytest.fixture(autouse=True)
+def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the constant answer of an evaluation, each of which is compared with as many."""
+    if scores := sys.modules.get("sevpeft.evaluation.scores"):
+        monkeypatch.setattr(scores, "_CANDIDATES", 4)
+
+
 @pytest.fixture
 def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
     """Runs the command line in this process, in an empty folder: exit code, what it printed, what it complained of."""

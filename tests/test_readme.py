@@ -55,7 +55,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows({**json.loads(line), "source": index % 3} for index, line in enumerate(lines[:240]))
+            writer.writerows({**json.loads(line), "source": index % 3} for index, line in enumerate(lines[:120]))
     asked = {"question": "Which organ pumps blood?", "options": ["the heart", "the liver"], "answer_index": 0}
     (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -269,12 +269,12 @@ def read_yaml(text: str, source: str) -> Any:
             if isinstance(event, yaml.AliasEvent):  # aliases of aliases make billions of values of a few lines
                 raise yaml.composer.ComposerError(None, None, "an alias stands here", cast(Any, event.start_mark))
         return _Reader(text).get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if not isinstance(error, yaml.YAMLError) or "nesting depth" in str(error):
+            raise RecipeError(f"{source}: the values are nested too deep or too long; shorten them.") from error
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         hint = " (text that holds ': ' or begins with {, [, *, & or ! belongs in quotes)"
         hint = "" if "stands twice" in problem else hint
         raise RecipeError(f"{source}: {where}{problem}; correct it{hint}.") from error
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{source}: the values are nested too deep or too long; shorten them.") from error

@@ -17,12 +17,12 @@ from filelock import FileLock, Timeout
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from sevpeft.errors import RunError
 from sevpeft.recipe import AUTO, Recipe, load_recipe
 from sevpeft.runs import Run, cache_folder, file_hash, write_atomically
-from sevpeft.training.compat import counted, logged_loss, recount
+from sevpeft.training.compat import checkpoint_of, counted, logged_loss, recount
 from sevpeft.training.distributed import check_engine_of_model
 from sevpeft.training.resolve import CHOSEN_WITH, with_settings, with_training
 
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from sevpeft.training.trainer import SeveritySFTTrainer
 
 MANIFEST = "manifest.json"
-
-
-def checkpoint_of(args: TrainingArguments, step: int) -> Path:
-    """Folder of the checkpoint of a step."""
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 class ExactResume(TrainerCallback):

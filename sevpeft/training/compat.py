@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import patch_environment
 from torch.utils.data import RandomSampler, Sampler
-from transformers import PreTrainedModel, TrainerControl
+from transformers import PreTrainedModel, TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from trl import SFTTrainer
@@ -27,12 +27,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 from sevpeft.errors import Interrupted
 
 if TYPE_CHECKING:
-    from trl import SFTTrainer as _Trainer  # of a mixin, what `super()` is
-
     from sevpeft.training.checkpoints import ExactResume
     from sevpeft.training.curriculum import Curriculum
-else:
-    _Trainer = object
 
 IGNORED = -100
 # Columns of the vocabulary that are scored at once on a CPU. TRL's 32,768 spill out of its caches, which costs up to
@@ -113,6 +109,11 @@ def forget_compilation_of_launcher() -> None:
 def layer_classes(model: PreTrainedModel) -> list[str]:
     """Names of the classes of a model's layers; transformers (5.24) has no public name for it. None found."""
     return list(model._no_split_modules)
+
+
+def checkpoint_of(args: TrainingArguments, step: int) -> Path:
+    """Folder of the checkpoint of a step, as Trainer names it."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 # What Trainer (5.24) and SFTTrainer (TRL 1.16) count between two lines of the log. Checkpoints leave it out, and no
@@ -211,7 +212,7 @@ def _generator_of_epoch(trainer: SFTTrainer) -> torch.Generator:
     return torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
 
 
-class TrainerWorkarounds(_Trainer):
+class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """Mixin of SeveritySFTTrainer: what Trainer (5.24) and SFTTrainer (TRL 1.16) do otherwise, and no callback can.
 
     Upstream issues: none found, but for those that are named.
@@ -293,8 +294,7 @@ class TrainerWorkarounds(_Trainer):
         try:
             return super()._evaluate(*args, **kwargs)
         except Interrupted:
-            step = self.state.global_step
-            if step and not Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}").exists():
+            if self.state.global_step and not checkpoint_of(self.args, self.state.global_step).exists():
                 self._save_before_validation()
             raise
 

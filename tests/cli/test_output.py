@@ -82,6 +82,17 @@ def close_terminal(terminal: int, until: Callable[[], bool] = lambda: True) -> N
     os.close(terminal)
 
 
+def in_child(words: list[str], cache: Path, hang_up: Any = None, until: Callable[[], bool] = lambda: True) -> int:
+    """Exit code of a command that prints on a full disk or, if `hang_up` says what SIGHUP does, a closed terminal."""
+    if hang_up is None:
+        return exit_codes(start(command_in_child, words, "/dev/full", signal.SIG_DFL, str(cache)))[0]
+    terminal, end = pty.openpty()
+    child = start(command_in_child, words, os.ttyname(end), hang_up, str(cache))
+    close_terminal(terminal, until)
+    os.close(end)
+    return exit_codes(child)[0]
+
+
 def test_whatever_prints_goes_on_where_nothing_can_be_written(tmp_path: Path) -> None:
     words = [sys.executable, "-c", PRINTING]
     environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
@@ -126,21 +137,21 @@ def test_a_training_whose_terminal_closes_keeps_its_steps_and_goes_on(tmp_path: 
     build_tokenizer().save_pretrained(tmp_path / "base")
     words = ["train", str(RECIPES / "quickstart.yaml"), f"model.name_or_path={tmp_path / 'base'}", *SHORT]
     words += ["--output", str(run.folder)]
-    log, (terminal, end) = run.folder / "log.jsonl", pty.openpty()
-    child = start(command_in_child, words, os.ttyname(end), str(tmp_path))
-    close_terminal(terminal, lambda: log.exists() and '"loss"' in log.read_text())
-    os.close(end)
-    assert exit_codes(child) == [128 + signal.SIGHUP]
+    log = run.folder / "log.jsonl"
+    code = in_child(words, tmp_path, signal.SIG_DFL, lambda: log.exists() and '"loss"' in log.read_text())
+    assert code == 128 + signal.SIGHUP
     (checkpoint,) = run.checkpoints.glob("checkpoint-*")
     assert (checkpoint / "manifest.json").is_file() and not run.finished
-    assert exit_codes(start(command_in_child, [*words, "--resume"], "/dev/full", str(tmp_path))) == [0]
+    assert in_child([*words, "--resume"], tmp_path) == 0
     assert run.finished and run.metrics()["training"]["resumed_from"] == checkpoint.name
 
 
 def test_a_file_is_annotated_whole_where_nobody_reads_what_is_printed(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "ألم في صدري", "answer": "راجع الطبيب"}\n' * 50, encoding="utf-8")
-    output = tmp_path / "output.jsonl"
-    words = ["annotate", str(rows), str(output), "method=rules"]
-    assert exit_codes(start(command_in_child, words, "/dev/full", str(tmp_path))) == [0]
-    assert len(output.read_text(encoding="utf-8").splitlines()) == 50
+    found = {}
+    for name, hang_up in (("full disk", None), ("closed terminal", signal.SIG_IGN)):
+        output = tmp_path / f"{name}.jsonl"
+        code = in_child(["annotate", str(rows), str(output), "method=rules"], tmp_path, hang_up)
+        found[name] = (code, len(output.read_text(encoding="utf-8").splitlines()))
+    assert set(found.values()) == {(0, 50)}, found

@@ -7,19 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sevpeft.evaluation import scores
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.train import train
 from tests.models import build_model, build_tokenizer
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
-
-
-@pytest.fixture(autouse=True)
-def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the constant answer, each of which is compared with as many."""
-    monkeypatch.setattr(scores, "_CANDIDATES", 4)
 
 
 @pytest.fixture(scope="session")

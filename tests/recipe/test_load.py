@@ -230,7 +230,7 @@ def test_a_file_that_is_no_recipe_is_refused_with_its_place(tmp_path: Path) -> N
         (b"a: &a {x: 1}\nb: *a\n", "line 2, column 4: "),
         (b"a: 1\nb: \xff", "UTF-8"),
         (b"a: 1\nb: \x01", "#x0001"),
-        (b"a: " + b"[" * 3000, "nest"),
+        (b"a: " + b"[" * 3000, "nested"),
         (b"a: " + b"{" * 60 + b"}" * 60, "nested"),
         (b"a: 1\n" + b"#" * 210_000, "bytes"),
     ):

@@ -8,8 +8,8 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sevpeft.severity.annotate import ADDED, Annotation, annotate
 from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, severity_probabilities
 from sevpeft.severity.rules import Rules
 from sevpeft.severity.settings import AnnotateSettings
+from tests.conftest import Cli
 
 RULES = Rules.load()
 TRICKY = [
@@ -277,21 +278,8 @@ Verb = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Verb:
-    from sevpeft.cli import main
-
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sevpeft", "annotate", *words])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err and isinstance(left.value.code, int)
-        return left.value.code, out, err
-
-    return call
+def verb(sevpeft_: Cli) -> Verb:
+    return partial(sevpeft_, "annotate")
 
 
 def test_the_verb_shows_counts_weights_and_the_next_command_or_json_alone_or_its_settings(verb: Verb) -> None:

@@ -62,7 +62,10 @@ def refusal(run: Run, output: Path, **options: Any) -> str:
 # The same model
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Of those that are built as Llama is, Qwen3 stands for all.
+@pytest.mark.parametrize(
+    "architecture", [one for one in ARCHITECTURES if one not in ("llama", "mistral", "qwen2", "jais2")]
+)
 def test_the_merged_model_answers_as_base_and_adapter(made_run: MadeRun, tmp_path: Path, architecture: str) -> None:
     run = made_run(architecture)
     found = merge(run, tmp_path / "merged")
@@ -77,12 +80,10 @@ def test_the_merged_model_answers_as_base_and_adapter(made_run: MadeRun, tmp_pat
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "rank pattern": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}},
     "trained tokens": {"trainable_token_indices": [5, 6]},
     "whole head": {"modules_to_save": ["lm_head"]},
-    "orthogonal": {"init_lora_weights": "orthogonal"},
     "biases": {"bias": "all"},
 }
 
@@ -269,7 +270,7 @@ def test_each_matrix_is_rounded_once(made_run: MadeRun, tmp_path: Path) -> None:
 
 
 def test_auto_is_the_precision_that_the_base_is_stored_in(made_run: MadeRun, tmp_path: Path) -> None:
-    for stored in (torch.float32, torch.bfloat16, torch.float16):
+    for stored in (torch.bfloat16, torch.float16):  # float32 is that of every other test
         run = made_run("llama", name=f"of {stored}")
         AutoModelForCausalLM.from_pretrained(base_of(run), dtype=stored).save_pretrained(base_of(run))
         output = tmp_path / f"merged {stored}"

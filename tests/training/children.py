@@ -72,11 +72,11 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: 
         sys.exit(error.exit_code)
 
 
-def command_in_child(words: list[str], output: str) -> None:
-    """The command line, with the file or terminal `output` for all that it reads and prints."""
+def command_in_child(words: list[str], output: str, hang_up: Any) -> None:
+    """The command line, with the file or terminal `output` for all that it reads and prints; hang_up: for SIGHUP."""
     from sevpeft.cli import main
 
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, hang_up)
     os.setsid()  # of a terminal that is opened next, this process is then the one that hears of its end
     handle = os.open(output, os.O_RDWR)
     for number in range(3):

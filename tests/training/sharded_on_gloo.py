@@ -1,26 +1,17 @@
-# ruff: noqa: E402
-"""Runs `sevpeft` under FSDP2 or DeepSpeed on CPUs, where accelerate offers neither: real engines, gloo in NCCL's place.
+"""FSDP2 and DeepSpeed on CPUs, where accelerate offers neither: real engines, gloo in NCCL's place.
 
 accelerate 1.15 takes every CPU for DDP's, before it looks at what was asked for. Here it is told that the backend is
 gloo and the device a CPU, as it would find NCCL and a GPU; all else, and all of sevpeft, is as it is.
-
-    accelerate launch --config_file accelerate_configs/fsdp2.yaml -m tests.training.sharded_on_gloo train RECIPE …
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-
-ENGINES_DEVICE = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-if __name__ == "__main__":  # before accelerate and DeepSpeed are loaded
-    os.environ |= ENGINES_DEVICE
 
 from accelerate.state import DistributedType, PartialState
 from accelerate.utils import is_deepspeed_available
 
-from sevpeft.cli import main
-
+ENGINES_DEVICE = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 _initialise = PartialState.__init__
 
 
@@ -35,8 +26,3 @@ def pose_as_gpus() -> None:
         # Its own way through shared memory is compiled at first use; gloo does the same. `deepspeed.comm.torch` is
         # PyTorch itself, for who asks the package.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-
-
-if __name__ == "__main__":
-    pose_as_gpus()
-    main()

@@ -27,6 +27,8 @@ METHODS = {
     "_evaluate": (),
     "_save_checkpoint": ("model", "trial"),
     "_get_num_items_in_batch": ("batch_samples", "device"),
+    "_get_grad_norm": (),
+    "get_eval_dataloader": ("eval_dataset",),
     "get_batch_samples": ("epoch_iterator", "num_batches"),
     "prediction_step": ("model", "inputs"),
     "_send_telemetry": (),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import is_deepspeed_available
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -67,26 +66,6 @@ def settings(model_folder: Callable[..., Path]) -> list[str]:
     ]
 
 
-def launch(config: str, run: Path, settings: list[str], *options: str) -> subprocess.Popen:
-    """Starts the run with an engine of accelerate_configs/, one row for each of two processes."""
-    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
-    words = ["train", str(QUICKSTART), *settings, "training.per_device_train_batch_size=1", "--output", str(run)]
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, *options, "-m", "tests.training.sharded_on_gloo", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=run.parent,
-    )
-
-
-def ended_well(*processes: subprocess.Popen) -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors[-4000:]
-
-
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
@@ -107,8 +86,10 @@ def assert_same_as_one_process(run: Path, settings: list[str], engine: str) -> N
 def variables_of(config: str) -> dict[str, str]:
     """What `accelerate launch` puts into the environment for an engine of accelerate_configs/."""
     path = ROOT / "accelerate_configs" / f"{config}.yaml"
-    asked = launch_command_parser().parse_args(["--config_file", str(path), "-m", "sevpeft"])
-    found = prepare_multi_gpu_env(_validate_launch_command(asked)[0])
+    words = ["--config_file", str(path), "--main_process_port", "0", "-m", "sevpeft"]
+    asked, config_file, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    asked.deepspeed_fields_from_accelerate_config = ",".join(config_file.deepspeed_config)
+    found = prepare_deepspeed_cmd_env(asked)[1] if asked.use_deepspeed else prepare_multi_gpu_env(asked)
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
@@ -117,25 +98,25 @@ def train_sharded(recipe: Path, settings: list[str], folder: Path) -> None:
     train_in_child(recipe, settings, folder, None)
 
 
+def train_on_two(config: str, run: Path, settings: list[str]) -> None:
+    """As the launcher would begin it with an engine of accelerate_configs/, one row for each of two processes."""
+    words = [*settings, "training.per_device_train_batch_size=1"]
+    variables = {**variables_of(config), **ENGINES_DEVICE, "ACCELERATE_USE_CPU": "false"}
+    cache = str(run.parent / "cache")
+    processes = start(train_sharded, QUICKSTART, words, run, cache, processes=2, variables=variables)
+    assert exit_codes(processes) == [0, 0]
+
+
 def test_fsdp2_divides_a_4bit_model_and_resumes_to_the_same_bits(tmp_path: Path, settings: list[str]) -> None:
-    """Begun as the launcher of fsdp2_qlora.yaml would begin it."""
     settings += ["quantization.load_in_4bit=true", "training.gradient_checkpointing=true"]
     run, killed = tmp_path / "several", tmp_path / "killed"
 
-    def begin(folder: Path) -> None:
-        words = [*settings, "training.per_device_train_batch_size=1"]
-        variables = {**variables_of("fsdp2_qlora"), **ENGINES_DEVICE, "ACCELERATE_USE_CPU": "false"}
-        processes = start(
-            train_sharded, QUICKSTART, words, folder, str(tmp_path / "cache"), processes=2, variables=variables
-        )
-        assert exit_codes(processes) == [0, 0]
-
-    begin(run)
+    train_on_two("fsdp2_qlora", run, settings)
     assert_same_as_one_process(run, settings, "FSDP2")
     shutil.copytree(run, killed)
     shutil.rmtree(killed / "adapter")
     shutil.rmtree(killed / "checkpoints" / "checkpoint-3")
-    begin(killed)
+    train_on_two("fsdp2_qlora", killed, settings)
     assert Run(killed).metrics()["training"]["resumed_from"] == "checkpoint-2"
     whole, resumed = weights_of(run), weights_of(killed)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) and whole.keys() == resumed.keys()
@@ -145,7 +126,7 @@ def test_fsdp2_divides_a_4bit_model_and_resumes_to_the_same_bits(tmp_path: Path,
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_trains_the_adapter_of_one_process(tmp_path: Path, settings: list[str], stage: int) -> None:
     run = tmp_path / "several"
-    ended_well(launch(f"deepspeed_zero{stage}", run, settings, "--main_process_port", "0"))
+    train_on_two(f"deepspeed_zero{stage}", run, settings)
     assert_same_as_one_process(run, settings, f"ZeRO-{stage}")
 
 

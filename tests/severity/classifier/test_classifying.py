@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sevpeft.cli import main
 from sevpeft.severity.classifier.store import load_classifier
 from sevpeft.severity.probabilities import SEVERITIES
+from tests.conftest import Cli
 
 from .conftest import build_examples
 
@@ -21,24 +21,10 @@ Verb = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def verb(
-    few_resamples: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Verb:
+def verb(few_resamples: None, sevpeft_: Cli, monkeypatch: pytest.MonkeyPatch) -> Verb:
     """Runs `sevpeft classifier …` in this process: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("SEVPEFT_DEBUG", raising=False)
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sevpeft", "classifier", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return run
+    return partial(sevpeft_, "classifier")
 
 
 def write(folder: Path, count: int = 150, *, seed: int = 0, name: str = "rows.jsonl", **columns: Any) -> Path:
