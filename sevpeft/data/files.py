@@ -396,8 +396,7 @@ def as_conversation(cell: Any, column: str, place: str, loss_on: str = "last") -
         if cell is None or cell == [] or (isinstance(cell, float) and math.isnan(cell)):
             return "", "", ""
         messages = cell[1:] if cell[0]["role"] == "system" else cell
-        roles = [message["role"] for message in messages]
-        if roles and roles == ["user", "assistant"] * (len(roles) // 2):
+        if [message["role"] for message in messages] == ["user", "assistant"] * max(1, len(messages) // 2):
             texts = [as_text(message["content"], column, place) for message in messages]
             given = [message.get("weight") for message in messages[1::2]]
             weights = [1.0 if one is None else as_probability(one, f"{column}.weight", place) for one in given]

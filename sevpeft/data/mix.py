@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sevpeft.data.read import Consultations, Keep, load_consultations
-from sevpeft.data.split import TRAIN, Splits, given_sides, question_keys
+from sevpeft.data.split import TRAIN, given_sides
 from sevpeft.errors import DataError
 from sevpeft.recipe import TrainingDataSection
 
 FIRST = "data.path"  # what the first source is called; the others have their names in `data.mix.sources`
-SOURCE = "mix_source"  # column of the rows of these others; not `source`, which people's files have
+SOURCE = "mix_source"  # column that says of which source a row is, "" of the first; people's files have a `source`
 
 
 def with_sources(table: Consultations, data: TrainingDataSection, keep: Keep) -> Consultations:
@@ -27,9 +27,8 @@ def with_sources(table: Consultations, data: TrainingDataSection, keep: Keep) ->
     """
     if data.mix is None:
         return table
-    parts, fingerprints, rejected = [table.rows], [table.fingerprint], Counter(table.rejected)
+    tables, parts = [table], [table.rows.add_column(SOURCE, [""] * len(table.rows))]
     for name, path in data.mix.sources.items():
-        # Columns are recognized by their names.
         own = TrainingDataSection(path=path, max_rows=data.max_rows, loss_on=data.loss_on)
         try:
             found = load_consultations(own, keep=keep)
@@ -37,24 +36,17 @@ def with_sources(table: Consultations, data: TrainingDataSection, keep: Keep) ->
         except DataError as error:
             raise DataError(f"data.mix.sources.{name}: {error}") from None
         rows = found.rows if sides is None else found.rows.select(np.flatnonzero(sides == TRAIN))
+        tables.append(found)
         parts.append(rows.add_column(SOURCE, [name] * len(rows)))
-        fingerprints.append(found.fingerprint)
-        rejected.update(found.rejected)
-    rows = datasets.concatenate_datasets(parts)
+    fingerprints = [one.fingerprint for one in tables]
     kind = "sha256" if all(one.startswith("sha256:") for one in fingerprints) else "hub"  # which holds times, too
-    content = hashlib.sha256("".join(fingerprints).encode()).hexdigest()
-    source = f"{table.source} mixed with {', '.join(data.mix.sources)}"
-    fingerprint = f"{kind}:{content}"
-    return replace(table, rows=rows, rejected=dict(rejected), fingerprint=fingerprint, source=source)
-
-
-def with_mixed(splits: Splits, rows: datasets.Dataset, first: int) -> Splits:
-    """The splits with those of `rows` that stand behind the `first` ones and ask no question of validation or test."""
-    if len(rows) == first:
-        return splits
-    others = rows.add_column("source_index", np.arange(len(rows))).select(range(first, len(rows)))
-    held_out = np.concatenate([question_keys(part) for part in (splits.validation, splits.test)])
-    return splits._replace(mixed=others.select(np.flatnonzero(~np.isin(question_keys(others), held_out))))
+    return replace(
+        table,
+        rows=datasets.concatenate_datasets(parts),
+        rejected=dict(sum((Counter(one.rejected) for one in tables), Counter[str]())),
+        fingerprint=f"{kind}:{hashlib.sha256(''.join(fingerprints).encode()).hexdigest()}",
+        source=f"{table.source} mixed with {', '.join(data.mix.sources)}",
+    )
 
 
 def draw(
@@ -65,14 +57,14 @@ def draw(
     A source's rows come in a seeded order until its share of the tokens is met as nearly as whole rows can; one that
     is too small begins anew. So a larger share holds the rows of a smaller one.
 
-    Args:
-        lengths: (n,) tokens of prompt and answer. source: (n,) name of the source, "" for the first.
+    Args: lengths (n,) in tokens of prompt and answer; source (n,), the names of the sources, "" of the first.
     """
     assert data.mix is not None
     budget = data.mix.tokens or int(lengths[source == ""].sum())
     drawn, counts = [], dict[str, Any]()
-    for number, (name, share) in enumerate(zip([FIRST, *data.mix.sources], data.mix.shares(), strict=True)):
-        own = np.flatnonzero(source == (name if number else ""))
+    percentages = data.mix.ratios.split("-")
+    for number, (name, percent) in enumerate(zip([FIRST, *data.mix.sources], percentages, strict=True)):
+        own, share = np.flatnonzero(source == (name if number else "")), float(percent) / 100
         order = own[np.random.default_rng([data.seed, number]).permutation(len(own))]
         sums = np.concatenate([[0], np.cumsum(lengths[order], dtype=np.int64)])
         times, rest = divmod(share * budget, sums[-1]) if sums[-1] else (0, 0)
@@ -80,6 +72,6 @@ def draw(
         if share and not len(part):
             raise DataError(f"data.mix finds no row of {name} that fits its share; bring others, or raise mix.tokens.")
         drawn.append(part)
-        counts[name] = {"share": share, "rows": len(part), "distinct_rows": len(np.unique(part))}
-        counts[name]["tokens"] = int(lengths[part].sum())
+        tokens, distinct = int(lengths[part].sum()), len(np.unique(part))
+        counts[name] = {"share": share, "rows": len(part), "distinct_rows": distinct, "tokens": tokens}
     return np.sort(np.concatenate(drawn)), counts

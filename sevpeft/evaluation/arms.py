@@ -46,7 +46,7 @@ ARMS = {
 }
 
 
-# Seeds are --seeds; the others change the tokens of the test's answers, and so what a likelihood is of.
+# Seeds are --seeds; the others change the tokens of the test's answers.
 _NOT_VARIED = ("training.seed", "model.name_or_path", "model.revision", "training.max_length", "prompt.strip_marks")
 
 
@@ -69,29 +69,34 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def parse_vary(text: str) -> tuple[str, dict[str, str]]:
-    """The key of KEY=VALUE,VALUE…, and its values: what each is called as an arm → as it is written.
+def parse_vary(text: str) -> dict[str, str]:
+    """The settings of KEY=VALUE,VALUE…: what a value is called as an arm → KEY=VALUE; commas in brackets part none.
 
-    Commas within brackets part no values. A UsageError where no two differ, or the key may not differ between arms.
+    Raises UsageError where no two values differ, or the key may not differ between arms.
     """
     key, _, values = text.partition("=")
     if key in _NOT_VARIED:
         raise UsageError(f"--vary {key}: the arms could not be compared by seeds and tokens; vary another key.")
     words = [word.strip() for word in re.split(r",(?![^\[{]*[\]}])", values) if word.strip()]
-    named = {re.sub(r"[^\w.+-]+", "_", word).strip("_."): word for word in words}
+    named = {re.sub(r"[^\w.+-]+", "_", word).strip("_."): f"{key}={word}" for word in words}
     if len(named) < max(len(words), 2) or not all(named) or BASE in named:
         example = "training.learning_rate=1e-4,2e-4"
         raise UsageError(f"--vary is {text!r}; write a key and at least two different values, such as {example}.")
-    return key, named
+    return named
 
 
-def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str) -> tuple[Recipe, str]:
+def arm_of(
+    path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str, varied: str | None = None
+) -> tuple[Recipe, str]:
     """The recipe of an arm, that of `sevpeft train` with the same settings, and the name of its run.
 
     Args:
         controlled: the arm whose weights a control has; its run is called shuffled-balanced-0, others balanced-0.
+        varied: KEY=VALUE, which is then all that the arm is.
     """
     settings = [f"training.seed={seed}"]
+    if varied:
+        return load_recipe(path, [*overrides, varied, *settings]), f"{arm}-{seed}"
     weights = controlled if arm in CONTROLS else arm
     if weights in SEVERITY_PRESETS:
         settings.append(f"severity.weights={weights}")

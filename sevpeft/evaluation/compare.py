@@ -107,36 +107,31 @@ def compare(
         on_trained: called with every run that was trained here.
     """
     check_one_process("compare")
-    key, values = parse_vary(vary) if vary else ("", {})
-    meanings = {BASE: ARMS[BASE], **{arm: f"{key}={text}" for arm, text in values.items()}} if vary else ARMS
-    arms = [arm for arm in meanings if arm in arms or arm in values]  # in the order of the table
+    varied = parse_vary(vary) if vary else {}
+    arms = [arm for arm in ((BASE, *varied) if vary else ARMS) if arm in (*arms, *varied)]  # in the order of the table
     to_train = [arm for arm in arms if arm != BASE]
     screen, path = console or Screen(quiet=True), Path(recipe)
     given = load_recipe(path, overrides)
     ready = given.severity.source == "weight"
     default_controlled = OWN if ready else _DEFAULT_CONTROLLED
 
-    def recipe_of(arm: str, seed: int, controlled: str = "") -> tuple[Recipe, str]:
-        if not vary:
-            return arm_of(path, overrides, arm, seed, controlled)
-        return load_recipe(path, [*overrides, f"{key}={values[arm]}", f"training.seed={seed}"]), f"{arm}-{seed}"
-
     check_arms(given, () if vary else arms, output)
     # As plain CE, which reads the same rows and needs no severity; `check_test_split` names what is missing.
-    rows = same_rows(key, [recipe_of(arm, seeds[0])[0] for arm in (to_train if vary or given.data.mix else [CE])])
-    stratum = ALL if (rows.strata < 0).all() else CRITICAL
-    if not vary and not (ready and stratum == ALL):
+    read = to_train if vary or given.data.mix else [CE]
+    found = [test_rows(*load_splits(arm_of(path, overrides, arm, seeds[0], "", varied.get(arm))[0])) for arm in read]
+    rows = found[0]
+    if any(other.content_hash() != rows.content_hash() for other in found):
+        raise UsageError(f"--vary {vary} changes the test rows, which all arms have to share; vary another key.")
+    stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
+    if stratum == CRITICAL:
         check_test_split(rows)
-    elif presets := [arm for arm in arms if arm in SEVERITY_PRESETS and not vary]:
-        needed = f"{', '.join(presets)} need severity columns, and the data has weights only"
-        raise UsageError(f"The arms {needed}; use --arms base,ce,own,shuffled,constant.")
 
     def units(of: Sequence[str], controlled: str = "") -> list[_Unit]:
         found = []
         for seed, arm in ((seed, arm) for seed in seeds for arm in to_train if arm in of):
             # The base model's scores stand in the first run.
             first = BASE in arms and (arm, seed) == (to_train[0], seeds[0])
-            own, name = recipe_of(arm, seed, controlled)
+            own, name = arm_of(path, overrides, arm, seed, controlled, varied.get(arm))
             found.append(_Unit(arm, own, Run(output / name), {ADAPTER: arm} | ({BASE: BASE} if first else {})))
         return found
 
@@ -162,7 +157,7 @@ def compare(
 
     with finished_rows_are_kept():
         finish(units([arm for arm in arms if vary or arm not in CONTROLS]))
-        validation = _validation(units(arms if vary else WEIGHTED), ALL if vary else stratum)
+        validation = _validation(units(arms if vary else WEIGHTED), stratum)
         chosen = None if vary else choose(validation)
         finish(units([] if vary else CONTROLS, chosen or default_controlled))
     with screen.status("Comparing"):
@@ -178,11 +173,11 @@ def compare(
             pairs={arm: to_train[: arm != to_train[0]] if vary else references_of(arm, chosen) for arm in arms},
             chosen=chosen,
         )
-        verdict, power = (_losses(key, validation), "") if vary else verdict_of(summary, chosen, len(seeds))
+        verdict, power = (_losses(vary, validation), "") if vary else verdict_of(summary, chosen, len(seeds))
         content = {
             "model": given.model.name_or_path,
             "data": {"source": rows.source, "rows": len(rows), "content": rows.content_hash()},
-            "columns": {arm: meanings[arm] for arm in arms},
+            "columns": {arm: (ARMS | varied)[arm] for arm in arms},
             "seeds": list(seeds),
             "primary": {"metric": PRIMARY, "stratum": stratum},
             "metrics": {name: METRICS[name] for name in METRICS if name in summary[ALL]["metrics"]},
@@ -251,8 +246,9 @@ def _validation(units: Sequence[_Unit], stratum: str) -> dict[str, list[float]]:
     return losses
 
 
-def _losses(key: str, validation: Mapping[str, Sequence[float]]) -> str:
+def _losses(vary: str, validation: Mapping[str, Sequence[float]]) -> str:
     """What the values of a key came to on validation, which is where one of them is chosen; no verdict."""
+    key = vary.partition("=")[0]
     means = [f"{arm} {number_text(float(np.mean(losses)), 4)}" for arm, losses in validation.items()]
     return f"{key}, validation NLL: {', '.join(means)}. The tables compare with {next(iter(validation))} on the test."
 
@@ -332,18 +328,11 @@ def choose(validation: Mapping[str, Sequence[float]]) -> str | None:
     return min((arm for arm in validation if arm in WEIGHTED), key=lambda arm: np.mean(validation[arm]), default=None)
 
 
-def same_rows(key: str, recipes: Sequence[Recipe]) -> EvaluationRows:
-    """The test rows of all the recipes; a UsageError where the key in which they differ changes them."""
-    found = [test_rows(*load_splits(recipe)) for recipe in recipes]
-    if len({rows.content_hash() for rows in found}) > 1:
-        raise UsageError(f"--vary {key} changes the test rows, which all arms have to share; vary another key.")
-    return found[0]
-
-
 def check_test_split(rows: EvaluationRows) -> None:
     """Raises RunError when the test split cannot show anything about critical cases, before anything is trained."""
     if (rows.strata < 0).all():
-        raise RunError("The data has no severity; add severity columns, or set severity.source=rules.")
+        remedy = "set severity.source=rules, or compare ready-made weights with --arms base,ce,own,shuffled,constant"
+        raise RunError(f"The data has no severity; add severity columns, {remedy}.")
     questions = len(np.unique(rows.groups[rows.strata == SEVERITIES.index(CRITICAL)]))
     if questions < 2:
         raise RunError(f"The test split has {questions} critical questions, too few; raise data.test_size.")

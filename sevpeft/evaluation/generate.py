@@ -21,7 +21,6 @@ from sevpeft.data.files import trained_turns
 from sevpeft.errors import ModelError, RunError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
-from sevpeft.training.data import shortened_prompt
 
 # Tokens of padding that a batch may hold for every token of an answer: measured on a CPU, where a step mostly reads the
 # weights, a step of one more batch costs as much as reading 32 tokens.
@@ -153,7 +152,7 @@ def fitting_prompts(
     for i, length in enumerate(answer_lengths):
         if limit is not None and len(prompts[i]) + length > limit:
             dialect, severity = (of[i] if of else None for of in (rows.dialects, rows.severities))
-            shorter = shortened_prompt(questions[i], dialect, prompt, limit - length, severity, earlier[i])
+            shorter = prompt.shortened(limit - length, questions[i], dialect, severity, earlier[i])
             prompts[i], lost[i] = shorter or ([], 0)
     return prompts, lost
 

@@ -7,6 +7,7 @@ answer and the token that ends it are read off that template once, on a probe co
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from sevpeft.data.text import strip_marks
 from sevpeft.errors import ModelError
 
+# A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
+FEWEST_QUESTION_WORDS = 4
 _PROBE = "جواب"
 # Of one length, so that a tokenizer that knows no Arabic makes the same tokens of both.
 _QUESTIONS = ("سؤال", "طلبي")
@@ -136,6 +139,28 @@ class Prompt:
         # Some tokenizers are set to end every text with EOS; after a prompt it would end the answer before it begins.
         eos = self.tokenizer.eos_token_id
         return [row[:-1] if not self.chat and len(row) > 1 and row[-1] == eos else row for row in ids]
+
+    def shortened(
+        self, room: int, question: str, dialect: str | None, severity: str | None, earlier: Sequence[Sequence[str]]
+    ) -> tuple[list[int], int] | None:
+        """The longest prompt of at most `room` tokens, and the words that it lacks; None where none says enough.
+
+        A conversation loses its earliest exchanges first, then the question its last words.
+        """
+        words = question.split()
+        fewest = min(FEWEST_QUESTION_WORDS, len(words))
+        shorter: list[tuple[str, Sequence[Sequence[str]]]] = [(question, earlier[n + 1 :]) for n in range(len(earlier))]
+        shorter += [(" ".join(words[:kept]), ()) for kept in range(len(words) - 1, fewest - 1, -1)]
+
+        def ids(number: int) -> list[int]:
+            return self.prompt_ids([shorter[number][0]], [dialect], [severity], [shorter[number][1]])[0]
+
+        first = bisect_left(range(len(shorter)), True, key=lambda number: len(ids(number)) <= room)
+        if first == len(shorter):
+            return None
+        kept, rest = shorter[first]
+        texts = [question, *(text for exchange in earlier[: len(earlier) - len(rest)] for text in exchange)]
+        return ids(first), sum(len(text.split()) for text in texts) - len(kept.split())
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of the answers, each closed by the token that ends a turn (`end_id`)."""

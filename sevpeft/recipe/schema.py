@@ -156,16 +156,11 @@ class MixSection(Section):
     @field_validator("ratios")
     @classmethod
     def _sum_to_a_hundred(cls, ratios: str, info: ValidationInfo) -> str:
-        count = len(info.data.get("sources", ())) + 1
-        if not re.fullmatch(r"[\d.]+(-[\d.]+)*", ratios) or abs(sum(map(float, ratios.split("-"))) - 100) > 1e-6:
-            raise ValueError(f"must be percentages that sum to 100, not {ratios}; write them as 60-40")
-        if len(ratios.split("-")) != count > 1:
-            raise ValueError(f"must be {count}, one for data.path and one for each further source, not {ratios}")
+        parts = ratios.split("-")
+        count = len(info.data.get("sources", parts[1:])) + 1
+        if len(parts) != count or not abs(sum(map(float, parts)) - 100) < 1e-6:  # nor NaN
+            raise ValueError(f"must be {count} percentages that sum to 100, data.path first, as 60-40, not {ratios}")
         return ratios
-
-    def shares(self) -> list[float]:
-        """Share of the tokens of each source, data.path first; they sum to one."""
-        return [float(percent) / 100 for percent in self.ratios.split("-")]
 
 
 class TrainingDataSection(DataSection):
@@ -277,22 +272,18 @@ class SeveritySection(Section):
     control: Literal["none", "shuffled", "constant", "uniform", "oversampled"] = "none"
     """Trains a control: the weights shuffled over the rows, their mean, 1 for all, or 1 and rows drawn by weight."""
 
-    @field_validator("weight_column")
+    @field_validator("weight_column", "classifier")
     @classmethod
-    def _is_read(cls, column: str, info: ValidationInfo) -> str:
-        if column != "weight" and info.data.get("source") not in (None, "weight"):
-            raise ValueError("has no effect without severity.source=weight; set that too, or leave it out")
-        return column
-
-    @field_validator("classifier")
-    @classmethod
-    def _belongs_to_the_source(cls, classifier: str | None, info: ValidationInfo) -> str | None:
+    def _belongs_to_the_source(cls, name: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
-        if source in ("columns", "weight") and classifier:
+        if info.field_name == "weight_column":
+            if name != "weight" and source not in (None, "weight"):
+                raise ValueError("has no effect without severity.source=weight; set that too, or leave it out")
+        elif source in ("columns", "weight") and name:
             raise ValueError(f"has no effect while severity.source is {source}; set source to the classifier's kind")
-        if source in ("linear", "rules+linear", "transformer") and not classifier:
+        elif source in ("linear", "rules+linear", "transformer") and not name:
             raise ValueError(f"is missing for source {source}; name a folder made by `sevpeft classifier fit`")
-        return classifier
+        return name
 
     def coefficients(self) -> tuple[float, float, float]:
         """(α, β, γ) of non-critical, neutral and critical."""

@@ -57,10 +57,7 @@ def severity_weights(
 
 
 def ready_weights(rows: Dataset, column: str) -> np.ndarray:
-    """Weights (n,), float64, finite and non-negative, that a column of the data holds.
-
-    Raises WeightError where the column is absent, or with row numbers where a weight is; DataError for text.
-    """
+    """Weights (n,), finite and not negative, that a column holds; raises WeightError, or DataError for text."""
     if column not in rows.column_names:
         raise WeightError(f"The data has no column '{column}' of weights; name one with severity.weight_column=NAME.")
     numbers = rows["row"] if "row" in rows.column_names else range(1, len(rows) + 1)

@@ -96,18 +96,21 @@ def test_no_row_of_any_source_asks_what_is_held_out(recipe: Callable[..., Recipe
     table, splits, _ = load_splits(recipe("50-50"))
     alone, apart, _ = load_splits(recipe(None))
     held = {fold_for_matching(row["question"]) for part in (apart.validation, apart.test) for row in part}
-    assert splits.mixed is not None and len(held & {fold_for_matching(one) for one in ARABIC[:20]}) > 0
-    assert not held & {fold_for_matching(row["question"]) for row in splits.mixed}
-    for part in ("train", "validation", "test"):
+    assert len(held & {fold_for_matching(one) for one in ARABIC[:20]}) > 0
+    assert not held & {fold_for_matching(row["question"]) for row in splits.train}
+    own = len(apart.train)
+    assert splits.train["question"][:own] == apart.train["question"][:]
+    for part in ("validation", "test"):
         assert getattr(splits, part)["question"][:] == getattr(apart, part)["question"][:]
-    assert set(splits.mixed[SOURCE]) == {"english"} and table.fingerprint != alone.fingerprint
+    assert splits.train[SOURCE][:] == [""] * own + ["english"] * (len(splits.train) - own)
+    assert len(splits.train) > own and table.fingerprint != alone.fingerprint
     write(tmp_path / "e.jsonl", ENGLISH[:20])
     assert load_splits(recipe("50-50"))[0].fingerprint != table.fingerprint, "a resumed run would notice"
     write(tmp_path / "e.jsonl", ENGLISH[:5], split="test")
     with (tmp_path / "e.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"question": "Only this one?", "answer": "Yes.", "split": "train"}) + "\n")
-    found = load_splits(recipe("50-50"))[1].mixed
-    assert found is not None and found["question"][:] == ["Only this one?"], "its own test rows stay out"
+    found = load_splits(recipe("50-50"))[1].train["question"][own:]
+    assert found == ["Only this one?"], "its own test rows stay out"
 
 
 def test_the_first_source_alone_is_the_plain_training_to_the_bit(prepared: Callable[..., Prepared]) -> None:
@@ -144,6 +147,7 @@ def test_what_is_no_mix_is_one_sentence_with_its_key(recipe: Callable[..., Recip
         ("50-30-20", {}, "data.mix.ratios"),
         ("a-b", {}, "data.mix.ratios"),
         ("1.1.1-2", {}, "data.mix.ratios"),
+        ("nan-50", {}, "data.mix.ratios"),
         ("50-50", {"sources": {}}, "data.mix.sources"),
         ("50-50", {"sources": {"": "x"}}, "data.mix.sources"),
         ("50-50", {"tokens": 0}, "data.mix.tokens"),

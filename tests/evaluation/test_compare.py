@@ -378,7 +378,7 @@ def test_ready_made_weights_are_compared_with_their_controls(
     settings: list[str], unlabeled: str, tmp_path: Path
 ) -> None:
     words = [*settings, unlabeled, "severity.source=weight", "training.max_steps=1"]
-    with pytest.raises(UsageError, match=r"balanced need severity .*own"):
+    with pytest.raises(RunError, match=r"no severity; .*--arms .*own"):
         compared(words, tmp_path / "out", arms=("ce", "balanced"))
     content = compared(words, tmp_path / "out", arms=("ce", "own", "shuffled"))
     assert (content["chosen"], content["controls_of"]) == ("own", "own")

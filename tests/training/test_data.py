@@ -21,13 +21,12 @@ from sevpeft.data.prepare.prepare import prepare as prepare_data
 from sevpeft.errors import DataError, WeightError
 from sevpeft.evaluation.evaluate import test_rows
 from sevpeft.evaluation.generate import fitting_prompts
-from sevpeft.modeling.prompts import Prompt
+from sevpeft.modeling.prompts import FEWEST_QUESTION_WORDS, Prompt
 from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.rules import Rules
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import (
-    FEWEST_QUESTION_WORDS,
     SeverityCollator,
     add_token_weights,
     encode_rows,
@@ -76,7 +75,7 @@ def many_rows(count: int = 30) -> Dataset:
 def test_a_row_is_the_prompt_ignored_and_the_answer_labeled(encode: Callable, prompt: Prompt) -> None:
     rows = many_rows()
     encoded, report = encode(rows, None)
-    assert encoded.column_names == ["input_ids", "labels", "severity", "source_index"]
+    assert encoded.column_names == ["input_ids", "labels", "severity", "source_index", "turn_weight"]
     for row, source in zip(encoded, rows, strict=True):
         asked, answer = prompt.prompt_ids([source["question"]])[0], prompt.answer_ids([source["answer"]])[0]
         assert row["input_ids"] == asked + answer
