@@ -222,7 +222,7 @@ class RowFile:
             changed = [f"{self.about.name} is missing or damaged"]
         if changed:
             raise RunError(
-                f"{path} was made from something else: {'; '.join(changed)}. Evaluate with the same, or move "
+                f"{path} was made from something else: {'; '.join(changed)}. Use the same settings, or move "
                 f"{path.name} away to start anew."
             )
         # Lines that were cut off by a kill or are damaged are taken out, so that they are computed again.
