@@ -15,7 +15,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sevpeft.data.text import strip_marks
+from sevpeft.data.text import dialect_of, strip_marks
 from sevpeft.errors import ModelError
 
 # A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
@@ -44,6 +44,7 @@ class Prompt:
     system: str | None = None
     dialect_prefixes: dict[str, str] | None = None
     dialect: str | None = None
+    dialect_lexicon: str | None = None
     strip_marks: bool = False
     severity: str = "none"
     severity_template: str = ""
@@ -67,8 +68,6 @@ class Prompt:
         shown = [{key: prompt._cleaned(text) for key, text in one.items()} for one in prompt.examples or ()]
         prompt = replace(prompt, examples=shown)
         prefixes = prompt.dialect_prefixes
-        if prefixes and prompt.chat:
-            raise ModelError("prompt.dialect_prefixes have no effect with prompt.chat=true; leave one of them out.")
         if prompt.chat and (prompt.english_template or prompt.english_cue):
             raise ModelError(
                 "prompt.english_template and english_cue have no effect with prompt.chat=true; leave them out."
@@ -102,7 +101,9 @@ class Prompt:
 
         Raises ModelError where a severity has to be named and none is given, or exchanges have no chat template.
         """
-        question, line = self._cleaned(question), ""
+        question, line, prefixes = self._cleaned(question), "", self.dialect_prefixes or {}
+        dialect = dialect or (dialect_of(question) if self.dialect_lexicon else None)
+        prefix = prefixes.get(dialect or "", prefixes.get(self.dialect or "", ""))
         if self.severity != "none":
             if severity is None:
                 raise ModelError("This prompt names the severity, which is not known here; use prompt.severity=none.")
@@ -110,11 +111,10 @@ class Prompt:
         if self.chat:
             said = [(role, text) for one in earlier for role, text in zip(("user", "assistant"), one, strict=True)]
             turns = [{"role": role, "content": self._cleaned(text)} for role, text in said]
-            return self._render([*turns, {"role": "user", "content": line + question}], add_generation_prompt=True)
+            asked = {"role": "user", "content": prefix + line + question}
+            return self._render([*turns, asked], add_generation_prompt=True)
         if earlier:
             raise ModelError("The data has conversations of several turns; set prompt.chat=true, or split them.")
-        prefixes = self.dialect_prefixes or {}
-        prefix = prefixes.get(dialect or "", prefixes.get(self.dialect or "", ""))
         system = f"{self.system}\n\n" if self.system else ""
         template, cue = self.template, self.answer_cue
         letters = [letter for letter in question if letter.isalpha()]

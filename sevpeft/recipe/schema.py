@@ -206,6 +206,8 @@ class PromptSection(Section):
     """Text put before the prompt for each dialect, for models that were trained with such prefixes."""
     dialect: str | None = None
     """The dialect of the rows that name none; needed with dialect_prefixes."""
+    dialect_lexicon: Literal["builtin"] | None = None
+    """Finds the dialect of rows that name none by the words of their question, and takes `dialect` where none tells."""
     strip_marks: bool = False
     """Removes vowel marks and elongation and writes digits as 0 to 9, for models that were trained so."""
     severity: Literal["none", "predicted", "gold"] = "none"
@@ -236,7 +238,7 @@ class PromptSection(Section):
             raise ValueError("lacks {severity}, so every question would get the same text; add {severity}")
         return template
 
-    @field_validator("dialect")
+    @field_validator("dialect", "dialect_lexicon")
     @classmethod
     def _has_prefixes(cls, dialect: str | None, info: ValidationInfo) -> str | None:
         if dialect and not info.data.get("dialect_prefixes"):

@@ -13,9 +13,11 @@ from datasets import Dataset
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sevpeft.errors import ModelError
+from sevpeft.data.read import load_consultations
+from sevpeft.data.text import dialect_of
+from sevpeft.errors import ModelError, RecipeError
 from sevpeft.modeling.prompts import Prompt, choose_pad_token
-from sevpeft.recipe import Recipe
+from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.training.data import encode_rows
 from tests.models import CHAT_TEMPLATES, SENTENCES, build_tokenizer
 
@@ -328,8 +330,25 @@ def test_prefixes_that_would_not_be_used_are_refused() -> None:
     for dialect in (None, "gulf"):
         with pytest.raises(ModelError, match=r"prompt\.dialect is .*one of msa, egyptian"):
             build(byte_level(), dialect_prefixes=PREFIXES, dialect=dialect)
-    with pytest.raises(ModelError, match=r"prompt\.dialect_prefixes .* prompt\.chat=true"):
-        build(byte_level(CHAT_TEMPLATES["chatml"]), chat=True, dialect_prefixes=PREFIXES, dialect="msa")
+    for key in ("dialect", "dialect_lexicon"):
+        with pytest.raises(RecipeError, match=rf"prompt\.{key}.*dialect_prefixes"):
+            recipe_from_values({"prompt": {key: "builtin"}})
+
+
+def test_a_dialect_that_no_column_names_is_told_by_the_words_of_the_question() -> None:
+    egyptian, unknown = "عايز اعرف ايه السبب", "ألم"
+    settings = {"dialect_prefixes": PREFIXES, "dialect": "msa"}
+    plain, by_words = build(byte_level(), **settings), build(byte_level(), **settings, dialect_lexicon="builtin")
+    chat = build(byte_level(CHAT_TEMPLATES["chatml"]), chat=True, **settings, dialect_lexicon="builtin")
+    for question, given, expected in ((egyptian, None, "EGYPTIAN"), (egyptian, "msa", "MSA"), (unknown, "", "MSA")):
+        assert by_words.text(question, given) == f"[{expected}] السؤال: {question}\nالجواب:"
+        assert f"[{expected}] {question}<|im_end|>" in chat.text(question, given)
+    assert plain.text(egyptian).startswith("[MSA] ")
+    named = {row["question"]: row["dialect"] for row in load_consultations("builtin:consultations").rows}
+    found = [(dialect_of(question), dialect) for question, dialect in named.items()]
+    told = [one == dialect for one, dialect in found if one is not None]
+    # As the README says.
+    assert sum(told) / len(told) > 0.95 and len(told) / len(found) > 0.65
 
 
 def test_a_system_message_stands_where_the_format_has_it() -> None:
