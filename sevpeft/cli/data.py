@@ -164,7 +164,6 @@ def translate(
     data: Input,
     output: Annotated[Path, typer.Argument(help="New file (.jsonl, .csv, .tsv, .parquet)")],
     words: Words = None,
-    as_json: AsJson = False,
 ) -> None:
     """Translate questions and answers with an instruction model, by vLLM where it is installed.
 
@@ -172,7 +171,7 @@ def translate(
 
     Example: sevpeft translate english.csv arabic.jsonl model=Qwen/Qwen2.5-7B-Instruct to=ar
     """
-    from sevpeft.console import Screen, print_json
+    from sevpeft.console import Screen
     from sevpeft.recipe import settings_from
     from sevpeft.severity.settings import TranslateSettings
 
@@ -181,9 +180,6 @@ def translate(
         quiet_libraries()
         from sevpeft.sharing.translate import translate as translate_rows
     done = translate_rows(settings, output, screen)
-    if as_json:
-        print_json(done)
-        return
     for reason, count in done["rejected"].items():
         Screen().print(f"Rejected: {count:,} rows with {reason}.", style="yellow")
     Screen().print(f"Wrote {done['rows']:,} rows ({done['rate']:.0%}) to {output}.", soft_wrap=True)

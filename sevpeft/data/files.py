@@ -32,6 +32,7 @@ from sevpeft.errors import DataError
 from sevpeft.runs import json_lines, json_problem
 
 Row = tuple[int, dict[str, Any]]
+Names = Mapping[str, str]
 
 FILE_COLUMN = "file"
 TURNS = "turns"  # of a conversation, as `as_conversation` writes them
@@ -423,11 +424,7 @@ def trained_turns(question: str, answer: str, turns: str | None) -> Iterator[tup
 
 
 def canonical_row(
-    cells: Mapping[str, Any],
-    columns: Mapping[str, str],
-    place: str,
-    carried: Mapping[str, str],
-    loss_on: str | None = None,
+    cells: Mapping[str, Any], columns: Names, place: str, carried: Names, loss_on: str | None = None
 ) -> dict[str, Any] | str:
     """The row under its canonical names, or the reason why it is none ("empty question", ...).
 

@@ -47,18 +47,12 @@ class TranslateSettings(_ReadingSettings):
 
     model: str = ""
     """Instruction model, which must be named: a Hub id or a folder."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
     to: Literal["ar", "en"] = "ar"
     """Language of the translation."""
     load_in_4bit: bool = False
     """The model in 4 bits (NF4), by transformers even where vLLM is installed."""
     max_new_tokens: int = Field(default=1024, ge=1)
     """Longest translation of a question or an answer, in tokens."""
-    per_device_eval_batch_size: int = Field(default=16, ge=1)
-    """Texts translated at once without vLLM."""
-    max_length_ratio: float = Field(default=3.0, gt=1)
-    """Most characters of a translation for each of the original, and the other way round."""
 
 
 class EncoderSection(Section):

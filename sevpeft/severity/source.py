@@ -46,8 +46,8 @@ class Severity:
     @property
     def strata(self) -> np.ndarray:
         """(n,) the most probable severity of every row, as its position in `SEVERITIES`; -1 where it is not known."""
-        likeliest = np.nan_to_num(self.probabilities).argmax(axis=1)
-        return np.where(np.isnan(self.probabilities).any(axis=1), -1, likeliest)
+        known = np.isfinite(self.probabilities).all(axis=1)
+        return np.where(known, self.probabilities.argmax(axis=1), -1)
 
 
 def severity_of(

@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ BY = "translated_by"  # column with the model's name
 # Language, and the scripts of its letters; Greek ones are signs in both.
 LANGUAGES = {"ar": ("Arabic", ("ARABIC", "GREEK", "MICRO")), "en": ("English", ("LATIN", "GREEK", "MICRO"))}
 _INSTRUCTION = "Translate this medical text into {}. Keep all numbers. Write nothing but the translation.\n\n"
+_MOST_TIMES_LONGER = 3  # in characters, and shorter
 _ROWS_OF_VLLM, _POSITIONS_OF_VLLM = 1024, 8192  # texts between two writes, and tokens of the longest one
-Translated = Callable[[EvaluationRows], Iterator[list[dict[str, Any]]]]
 
 
 def translate(settings: TranslateSettings, output: Path, console: Console | None = None) -> dict[str, Any]:
@@ -52,60 +52,51 @@ def translate(settings: TranslateSettings, output: Path, console: Console | None
     check_absent(output)
     if not settings.model or output.suffix not in ENDINGS:
         raise UsageError(f"Name an instruction model by model=ID, and end {output.name} in {', '.join(ENDINGS)}.")
-    table, console = load_consultations(settings.data, keep="all"), console or Screen(quiet=True)
-    rows, count = table.rows, len(table.rows)
+    rows, console = load_consultations(settings.data, keep="all").rows, console or Screen(quiet=True)
     texts = [*rows["question"], *rows["answer"]]
     keys = [f"{question_key(text, 0):016x}" for text in texts]  # equal texts are translated once
-    with plain_disk_errors(output, remedy="choose another OUTPUT"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    origin = settings.model_dump(exclude={"data", "per_device_eval_batch_size", "max_length_ratio"})
-    work = RowFile(output.with_suffix(".translations.jsonl"), origin)
+    work = RowFile(output.with_suffix(".translations.jsonl"), settings.model_dump(exclude={"data"}))
     if left := {key: text for key, text in zip(keys, texts, strict=True) if (settings.to, key) not in work.lines}:
         asked = [_INSTRUCTION.format(LANGUAGES[settings.to][0]) + text for text in left.values()]
         none = np.zeros(len(left), dtype=np.int64)
         with finished_rows_are_kept():
-            translated = _model(settings, console)(EvaluationRows([*left], asked, asked, None, none, none, "", ""))
+            batches = translations(settings, EvaluationRows([*left], asked, asked, None, none, none, "", ""), console)
+            with plain_disk_errors(output, remedy="choose another OUTPUT"):
+                output.parent.mkdir(parents=True, exist_ok=True)
             with row_progress(console, "Translated texts", len(left)) as done:
-                for batch in translated:
+                for batch in batches:
                     work.append([{"arm": settings.to, **line, "token_ids": None} for line in batch])
                     done(len(batch))
     lines = [work.lines[settings.to, key] for key in keys]
-    faults = [fault(text, line, settings) for text, line in zip(texts, lines, strict=True)]
-    reasons = np.array([one or other for one, other in zip(faults[:count], faults[count:], strict=True)])
+    faults = [fault(text, line, settings.to) for text, line in zip(texts, lines, strict=True)]
+    reasons = np.array([one or other for one, other in zip(faults[: len(rows)], faults[len(rows) :], strict=True)])
     kept, lost = np.flatnonzero(reasons == ""), np.flatnonzero(reasons != "")
-    made = datasets.Dataset.from_dict(
-        {
-            "question": [line["prediction"] for line in lines[:count]],
-            "answer": [line["prediction"] for line in lines[count:]],
-            BY: [f"{settings.model}@{settings.revision}" if settings.revision else settings.model] * count,
-        }
-    )
-    rejected, counts = output.with_suffix(".rejected.jsonl"), dict(Counter(reasons[lost].tolist()).most_common())
-    entries = (
-        {**row, "reason": reasons[at], "translation": made[at]}
-        for at, row in zip(lost.tolist(), rows.select(lost), strict=True)
-    )
+    made = [line["prediction"] for line in lines]
+    columns = {"question": made[: len(rows)], "answer": made[len(rows) :], BY: [settings.model] * len(rows)}
+    rejected, new = output.with_suffix(".rejected.jsonl"), datasets.Dataset.from_dict(columns)
+    entries = ({**rows[at], "reason": reasons[at], "translation": new[at]} for at in lost.tolist())
     write_atomically(rejected, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    counts = dict(Counter(reasons[lost].tolist()).most_common())
     if not len(kept):
-        raise DataError(f"No row of {count:,} is translated soundly: {counts}; see {rejected}, or name another model.")
-    others = rows.select_columns([name for name in rows.column_names if name not in (*made.column_names, "row")])
-    write_rows(datasets.concatenate_datasets([others, made], axis=1).select(kept), output)
+        why = ", ".join(f"{number} {reason}" for reason, number in counts.items())
+        raise DataError(f"No row is translated soundly ({why}); see {rejected}, or name another model.")
+    others = rows.select_columns([name for name in rows.column_names if name not in (*columns, "row")])
+    write_rows(datasets.concatenate_datasets([others, new], axis=1).select(kept), output)
     for path in (work.path, work.about):
         path.unlink()
-    return {"rows": len(kept), "rate": len(kept) / count, BY: made[0][BY], "rejected": {**table.rejected, **counts}}
+    return {"rows": len(kept), "rate": len(kept) / len(rows), "rejected": counts}
 
 
-def fault(original: str, line: dict[str, Any], settings: TranslateSettings) -> str:
+def fault(original: str, line: dict[str, Any], to: str) -> str:
     """Why a translation, as a line of `generate`, is not used; "" where nothing speaks against it."""
-    text, scripts = line["prediction"], LANGUAGES[settings.to][1]
-    if line["lost_words"] or line["truncated"]:
-        return "too long" if line["lost_words"] else "cut off"
-    if any(one.isalpha() and not unicodedata.name(one, "").startswith(scripts) for one in text):
+    text, ratio = line["prediction"], len(line["prediction"]) / len(original)
+    if line["lost_words"] or line["truncated"] or not text:
+        return "too long" if line["lost_words"] else "cut off" if text else "empty"
+    if any(one.isalpha() and not unicodedata.name(one, "").startswith(LANGUAGES[to][1]) for one in text):
         return "residual script"
     if numbers(original) != numbers(text):
         return "other numbers"
-    ratio = len(text) / len(original)
-    return "" if 1 / settings.max_length_ratio <= ratio <= settings.max_length_ratio else "other length"
+    return "" if 1 / _MOST_TIMES_LONGER <= ratio <= _MOST_TIMES_LONGER else "other length"
 
 
 def numbers(text: str) -> list[float]:
@@ -114,42 +105,36 @@ def numbers(text: str) -> list[float]:
     return sorted(map(float, re.findall(r"\d+(?:\.\d+)?", plain)))
 
 
-def _model(settings: TranslateSettings, console: Console) -> Translated:
-    """What translates rows: vLLM where it is installed and a GPU holds the model in full, else `generate`."""
+def translations(settings: TranslateSettings, rows: EvaluationRows, console: Console) -> Iterator[list[dict[str, Any]]]:
+    """Lines of `generate`, by vLLM where it is installed and a GPU holds the model in full."""
     values = {
-        "model": settings.model_dump(include={"revision"}) | {"name_or_path": settings.model},
-        "quantization": settings.model_dump(include={"load_in_4bit"}),
-        "generation": settings.model_dump(include={"max_new_tokens", "per_device_eval_batch_size"}),
+        "model": {"name_or_path": settings.model},
+        "quantization": {"load_in_4bit": settings.load_in_4bit},
+        "generation": {"max_new_tokens": settings.max_new_tokens},
     }
     recipe = recipe_from_values(values)
     with console.status(f"Loading {settings.model}"):
         tokenizer = resolve_model(recipe).tokenizer
         prompt = Prompt.build(tokenizer, **{**recipe.prompt.model_dump(), "chat": bool(tokenizer.chat_template)})
         if importlib.util.find_spec("vllm") and uses_gpu(recipe) and not settings.load_in_4bit:
-            return by_vllm(recipe, prompt)
-        model, on_slow = load_for_inference(recipe), lambda text: print_labeled(console, "Batches", text)
-    return lambda rows: generate(model, prompt, rows, recipe.generation, on_slow)
+            return by_vllm(recipe, prompt, rows)
+        model = load_for_inference(recipe)
+    return generate(model, prompt, rows, recipe.generation, lambda text: print_labeled(console, "Batches", text))
 
 
-def by_vllm(recipe: Recipe, prompt: Prompt) -> Translated:
-    """What gives the lines of `generate` by vLLM's offline interface (0.11)."""
+def by_vllm(recipe: Recipe, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
+    """Lines of `generate` by vLLM's offline interface (0.11)."""
     os.environ["VLLM_NO_USAGE_STATS"] = "1"  # no telemetry; read at the import
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
-    limits: dict[str, Any] = {"load_format": "safetensors", "max_model_len": _POSITIONS_OF_VLLM}
-    model, most = LLM(resolved_name(recipe), revision=recipe.model.revision, **limits), recipe.generation.max_new_tokens
+    most = recipe.generation.max_new_tokens
+    model = LLM(resolved_name(recipe), load_format="safetensors", max_model_len=_POSITIONS_OF_VLLM)
     greedy = SamplingParams(temperature=0, max_tokens=most, stop_token_ids=[prompt.end_id])
-
-    def translated(rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
-        prompts, lost = fitting_prompts(rows, prompt, _POSITIONS_OF_VLLM, [most] * len(rows))
-        for begin in range(0, len(rows), _ROWS_OF_VLLM):
-            part, batch = slice(begin, begin + _ROWS_OF_VLLM), []
-            asked = [{"prompt_token_ids": ids or [prompt.end_id]} for ids in prompts[part]]
-            made = model.generate(asked, greedy, use_tqdm=False)
-            for one, ids, words, found in zip(rows.ids[part], prompts[part], lost[part], made, strict=True):
-                text, cut = found.outputs[0].text.strip(), found.outputs[0].finish_reason != "stop"
-                # An empty prompt is a text that does not fit at all.
-                batch.append({"id": one, "prediction": text, "truncated": cut, "lost_words": words + (not ids)})
-            yield batch
-
-    return translated
+    prompts, lost = fitting_prompts(rows, prompt, _POSITIONS_OF_VLLM, [most] * len(rows))
+    for begin in range(0, len(rows), _ROWS_OF_VLLM):
+        part, batch = slice(begin, begin + _ROWS_OF_VLLM), []
+        made = model.generate([{"prompt_token_ids": ids} for ids in prompts[part]], greedy, use_tqdm=False)
+        for one, words, found in zip(rows.ids[part], lost[part], made, strict=True):
+            text, cut = found.outputs[0].text.strip(), found.outputs[0].finish_reason != "stop"
+            batch.append({"id": one, "prediction": text, "truncated": cut, "lost_words": words})
+        yield batch
