@@ -387,9 +387,9 @@ def as_probability(cell: Any, column: str, place: str) -> float:
 def as_conversation(cell: Any, column: str, place: str, loss_on: str = "last") -> tuple[str, str, str]:
     """(question, answer, turns) of a list of messages or its JSON text: maybe a system's, then user's and assistant's.
 
-    The question is all that the user says, the answer the last one that is trained on; what comes after it is left out.
-    `turns` is "" for one exchange of weight 1, else JSON of [[question, answer, weight], ...], which is what
-    `trained_turns` reads. Weight 0 makes an answer context; `loss_on` "last" does that to all but the last.
+    The question is all that the user says, the answer the last one that is trained on; what comes after is left out.
+    `turns` is "" for one exchange of weight 1, else JSON of [[question, answer, weight], ...] for `trained_turns`.
+    Weight 0 makes an answer context; `loss_on` "last" does that to all but the last.
     """
     with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
         if isinstance(cell, str):

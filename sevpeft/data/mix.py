@@ -54,9 +54,8 @@ def draw(
     """Positions of the rows to train on, ascending, with repetitions; and share, rows and tokens of each source.
 
     A source's rows come in a seeded order until its share of the tokens is met as nearly as whole rows can; one that
-    is too small begins anew. So a larger share holds the rows of a smaller one.
-
-    Args: lengths (n,) in tokens of prompt and answer; source (n,), the names of the sources, "" of the first.
+    is too small begins anew. So a larger share holds the rows of a smaller one. `lengths` (n,) are tokens of prompt and
+    answer, `source` (n,) names.
     """
     assert data.mix is not None
     budget = data.mix.tokens or int(lengths[source == ""].sum())

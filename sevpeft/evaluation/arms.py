@@ -70,10 +70,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def parse_vary(text: str) -> dict[str, str]:
-    """The settings of KEY=VALUE,VALUE…: what a value is called as an arm → KEY=VALUE; commas in brackets part none.
-
-    Raises UsageError where no two values differ, or the key may not differ between arms.
-    """
+    """Arm → KEY=VALUE of KEY=VALUE,VALUE…; commas in brackets part none. A UsageError where no arms can differ so."""
     key, _, values = text.partition("=")
     if key in _NOT_VARIED:
         raise UsageError(f"--vary {key}: the arms could not be compared by seeds and tokens; vary another key.")
