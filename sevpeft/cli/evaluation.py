@@ -103,11 +103,7 @@ def choices(
 
     figures = ask(Run(run), tasks.split(","), overrides or [], limit=limit, console=messages)
     note_figures(Run(run), choices=figures)
-    if as_json:
-        print_json(figures)
-        return
-    Screen().print(Markdown(choices_text(figures)))
-    Screen().print(f"Scores: {run / 'metrics.json'}", soft_wrap=True)
+    print_json(figures) if as_json else Screen().print(Markdown(choices_text(figures)))
 
 
 @app.command()

@@ -55,7 +55,6 @@ def choices(
     """Asks a run's base model and its adapter questions with options; returns what metrics.json holds of it.
 
     Args:
-        run: of `train`, or its folder.
         tasks: JSONL files of {question, options, answer_index, and perhaps context}, or names of published sets.
         overrides: KEY=VALUE of the section evaluation.
         limit: a seeded sample of so many rows of each; a larger one contains a smaller one.
@@ -71,8 +70,7 @@ def choices(
         trained = {key for of in (splits.train, splits.mixed) if of for key in question_keys(of).tolist()}
         asked: Asked = {Path(task).stem: _checked(task, _read(task), trained, limit) for task in tasks}
     with console.status(f"Loading {recipe.model.name_or_path}"):
-        prompt, model = resolve_model(recipe).prompt, load_for_inference(recipe)
-    cut = set[str]()
+        prompt, model, cut = resolve_model(recipe).prompt, load_for_inference(recipe), set[str]()
     # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
     accuracy = {BASE: _accuracy(model, prompt, asked, console, BASE, cut)}
     accuracy[ADAPTER] = _accuracy(attach_adapter(model, run.adapter, recipe), prompt, asked, console, ADAPTER, cut)
@@ -84,9 +82,6 @@ def choices(
         "harness": importlib.metadata.version("lm_eval"),
         "methods": methods(recipe.evaluation, "all scores of one table together"),
     }
-
-
-# Rows
 
 
 def _read(task: str) -> dict[int, Json]:
@@ -118,8 +113,8 @@ def _checked(task: str, rows: dict[int, Json], trained: set[int], limit: int | N
         else:
             kept[number] = row
     if not kept:
-        faults = ", ".join(f"{len(numbers):,} with {fault}" for fault, numbers in left_out.items())
-        raise DataError(f"{task} has no row that can be asked ({faults or 'it is empty'}); mend it.")
+        faults = ", ".join(f"{len(numbers):,} with {fault}" for fault, numbers in left_out.items()) or "it is empty"
+        raise DataError(f"{task} has no row that can be asked ({faults}); mend it.")
     # By number, so that a file and its translation give the same sample.
     kept = {n: kept[n] for n in sorted(sorted(kept, key=lambda number: question_key(str(number), 0))[:limit])}
     arabic = sum(bool(ARABIC.search(row["question"])) for row in kept.values())
@@ -134,19 +129,15 @@ def _fault(number: int, row: Json, trained: set[int], seen: dict[Any, int]) -> s
     texts = [question, *options, context or "-"] if isinstance(options, list) else [None]
     if not all(isinstance(text, str) and text.strip() and "\ufffd" not in text for text in texts):
         return "a question, option or context that is no text in UTF-8"
-    if not 2 <= len(options) <= 26:
-        return "fewer than 2 or more than 26 options"
-    if len({" ".join(option.split()) for option in options}) < len(options):
-        return "equal options"
-    if type(answer) is not int or not 0 <= answer < len(options):
-        return "an answer_index that is no option's"
-    if question_key(fold_for_matching(question), 0) in trained:
-        return "a question of the training rows"
-    first = seen.setdefault((fold_for_matching(question), context, frozenset(options)), number)
-    return "a repeated question" if first != number else ""
-
-
-# Scores
+    folded = fold_for_matching(question)
+    faults = {
+        "fewer than 2 or more than 26 options": not 2 <= len(options) <= 26,
+        "equal options": len({" ".join(option.split()) for option in options}) < len(options),
+        "an answer_index that is no option's": type(answer) is not int or not 0 <= answer < len(options),
+        "a question of the training rows": question_key(folded, 0) in trained,
+        "a repeated question": seen.setdefault((folded, context, frozenset(options)), number) != number,
+    }
+    return next((fault for fault, holds in faults.items() if holds), "")
 
 
 def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: str, cut: set[str]) -> Accuracy:
@@ -155,11 +146,9 @@ def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: s
     Its own batches have a fixed number of rows, and logits at all positions: gigabytes where the vocabulary is large.
     Here they have so many tokens as keep a GPU busy, and logits where options stand.
     """
-    from lm_eval.api import task as of_harness
+    import lm_eval.api as of_harness
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
-
-    vocabulary = model.config.get_text_config().vocab_size
 
     class Model(HFLM):
         size, end, keep = 0, 0, 0
@@ -175,7 +164,8 @@ def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: s
             """Rows of the batch in which a position stands; the harness asks at each, the longest first."""
             if position in (0, self.end):
                 longest = len(requests[position][1]) + len(requests[position][2])
-                self.size = max(1, min(NLL_TOKENS, NLL_LOGITS // vocabulary) // longest)
+                most = min(NLL_TOKENS, NLL_LOGITS // self.config.get_text_config().vocab_size)
+                self.size = max(1, most // longest)
                 self.end = position + self.size
                 self.keep = max(longest - len(context) for _, context, _ in requests[position : self.end])
             return self.size
@@ -186,13 +176,14 @@ def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: s
             with torch.no_grad():
                 return self.model(input_ids=inps, logits_to_keep=self.keep, use_cache=False).logits
 
-    of_harness.tqdm = lambda prompts, **_: prompts  # its bar over prompts has no switch
+    of_harness.task.tqdm = of_harness.model.tqdm = lambda prompts, **_: prompts  # bars that have no switch
     tasks = {}
     for (name, (rows, about)), scoring in product(asked.items(), ("text", "letter")):
-        data = datasets.Dataset.from_list(list(rows.values()))
         config = yaml.safe_load((TASKS / f"{scoring}_{about['language']}.yaml").read_text(encoding="utf-8"))
+        letters = config.pop("letters", "")  # as a column, which the harness reads faster than it fills in a template
+        data = datasets.Dataset.from_list([{**row, "letters": letters[: len(row["options"])]} for row in rows.values()])
         config |= {"task": f"{name}, {scoring}", "custom_dataset": lambda data=data, **_: {"test": data}}
-        tasks[config["task"]] = of_harness.ConfigurableTask(config=config)
+        tasks[config["task"]] = of_harness.task.ConfigurableTask(config=config)
     # In bfloat16 log-probabilities would be equal where logits differ, and the first of equal options is taken.
     settings = {"softmax_dtype": "float32", "enable_thinking": False, "batch_size": "auto"}
     samples = evaluate(
@@ -210,7 +201,7 @@ def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: s
 
 def _compared(asked: Asked, accuracy: Mapping[str, Accuracy], settings: EvaluationSection) -> Json:
     """Scores of each name with adapter − base; and Arabic − English where lines of two files have the same answers."""
-    tasks, languages, changes, between = {name: about for name, (_, about) in asked.items()}, Json(), {}, {}
+    tasks, languages, changes = {name: about for name, (_, about) in asked.items()}, Json(), {}
     for name, score in accuracy[BASE]:
         by = {arm: found[name, score] for arm, found in accuracy.items()}
         each = np.arange(len(by[BASE]))  # every row is a question of its own
@@ -226,7 +217,6 @@ def _compared(asked: Asked, accuracy: Mapping[str, Accuracy], settings: Evaluati
             at, to = np.isin(list(one), both), np.isin(list(two), both)
             for arm, score in product(accuracy, tasks[first]["scores"]):
                 pair = accuracy[arm][first, score][at], accuracy[arm][second, score][to], np.arange(len(both))
-                between[f"{first} − {second}", score, arm] = paired_difference(*pair, settings, share=True)
-    for (name, score, arm), found in compare_family(between, lambda _: "neither").items():
-        languages.setdefault(name, {}).setdefault(score, {})[arm] = found
+                found = paired_difference(*pair, settings, share=True).as_dict()
+                languages.setdefault(f"{first} − {second}", {}).setdefault(score, {})[arm] = found
     return {"tasks": tasks, "languages": languages}

@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template, UndefinedError
 
-from sevpeft.console import number_text
 from sevpeft.errors import RunError
 from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.modeling.adapters import public_name, read_adapter_config
@@ -101,7 +100,7 @@ def note_figures(run: Run, **figures: dict[str, Any]) -> None:
 def choices_text(figures: dict[str, Any]) -> str:
     """What `choices` returns as Markdown, for the card and the screen."""
     template = Template((_TEMPLATES / "choices.md.jinja").read_text(encoding="utf-8"))
-    return template.render(figures, estimate_text=estimate_text, number_text=number_text)
+    return template.render(figures, estimate_text=estimate_text)
 
 
 def distance(found: dict[str, Any]) -> str:

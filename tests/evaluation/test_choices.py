@@ -26,6 +26,7 @@ from sevpeft.training.data import load_splits
 from tests.models import CHAT_TEMPLATES, SENTENCES
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra [choices]")
+FEW = ["evaluation.n_resamples=100"]
 TEXT = "The heart of a child with fever beats faster than the pulse at rest of an adult man who sleeps"
 
 
@@ -107,7 +108,7 @@ def test_figures_are_those_of_the_harness_own_tasks_and_model(
         )
     rows = [row for row in questions(48) if len(row["options"]) == 4]
     hub |= as_published(rows)
-    ours = choices(run, [written(tmp_path / "asked.jsonl", rows), "pubmedqa"])
+    ours = choices(run, [written(tmp_path / "asked.jsonl", rows), "pubmedqa"], FEW)
     assert ours["chat"] is chat
     recipe = load_recipe(run.folder / "recipe.yaml")
     base, tokenizer = load_for_inference(recipe), resolve_model(recipe).tokenizer
@@ -141,7 +142,7 @@ def test_likelihoods_do_not_depend_on_the_batches(run: Run, tmp_path: Path, monk
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    asked = [(row["question"] * (1 + n % 3), f" {o}") for n, row in enumerate(questions()) for o in row["options"]]
+    asked = [(row["question"] * (1 + n % 3), f" {o}") for n, row in enumerate(questions(12)) for o in row["options"]]
     asked += [("the same question", letter) for letter in "abcd"] + [("long " * 400, " end"), (SENTENCES[0], " نعم")]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
     rows = [*questions(4), {**questions(5)[4], "question": "long " * 400}]
@@ -159,7 +160,7 @@ def test_likelihoods_do_not_depend_on_the_batches(run: Run, tmp_path: Path, monk
         return evaluate(lm=lm, **settings)
 
     monkeypatch.setattr(evaluator, "evaluate", compared)
-    content = choices(run, [written(tmp_path / "asked.jsonl", rows)])
+    content = choices(run, [written(tmp_path / "asked.jsonl", rows)], FEW)
     assert checked == 6 and content["cut"] == 3  # one by the requests above, and two prompts of the same row
 
 
@@ -185,7 +186,7 @@ def test_faulty_rows_are_left_out_and_named_by_their_number(run: Run, tmp_path: 
     for fault, changes in faulty.items():
         expected[fault] = [len(rows) + n for n in range(1, len(changes) + 1)]
         rows += [{**good[0], **change} for change in changes]
-    content = choices(run, [written(tmp_path / "asked.jsonl", rows)], ["evaluation.n_resamples=100"])
+    content = choices(run, [written(tmp_path / "asked.jsonl", rows)], FEW)
     about = content["tasks"]["asked"]
     assert about["left_out"] == expected and about["rows"] == len(good) and about["options"] == [2, 5]
     assert about["chance"] == pytest.approx(np.mean([1 / 2, 1 / 3, 1 / 4, 1 / 5]))
@@ -194,35 +195,35 @@ def test_faulty_rows_are_left_out_and_named_by_their_number(run: Run, tmp_path: 
     assert trained_question(run) not in said
     # The same question with another context, or with other options, is another one.
     again = [good[0], {**good[0], "context": "pulse"}, {**good[0], "options": ["one", "two"], "answer_index": 0}]
-    assert choices(run, [written(tmp_path / "again.jsonl", again)])["tasks"]["again"]["left_out"] == {}
+    assert choices(run, [written(tmp_path / "again.jsonl", again)], FEW)["tasks"]["again"]["left_out"] == {}
     with pytest.raises(DataError, match="mend it"):
         choices(run, [written(tmp_path / "empty.jsonl", rows[4:12])])
 
 
 def test_arabic_and_english_are_compared_where_lines_have_the_same_answers(run: Run, tmp_path: Path) -> None:
-    english = questions(20)
+    english = questions(9)
     arabic = [
-        {**ours, "answer_index": row["answer_index"], "options": ours["options"]}
-        for ours, row in zip(questions(30, " ".join(SENTENCES)), [*english, *questions(30)[20:]], strict=True)
+        {**ours, "answer_index": row["answer_index"]}
+        for ours, row in zip(questions(12, " ".join(SENTENCES)), [*english, *questions(12)[9:]], strict=True)
     ]
     english[3]["question"] = ""
     files = [written(tmp_path / f"{name}.jsonl", rows) for name, rows in (("en", english), ("ar", arabic))]
-    content = choices(run, files)
+    content = choices(run, files, FEW)
     assert [content["tasks"][name]["language"] for name in ("ar", "en")] == ["ar", "en"]
     assert list(content["languages"]) == ["ar − en"]
-    common = written(tmp_path / "common.jsonl", [row for n, row in enumerate(arabic[:20]) if n != 3])
-    first = choices(run, [common])["tasks"]["common"]["scores"]
+    common = written(tmp_path / "common.jsonl", [row for n, row in enumerate(arabic[:9]) if n != 3])
+    first = choices(run, [common], FEW)["tasks"]["common"]["scores"]
     for score, by in content["languages"]["ar − en"].items():
         for arm, found in by.items():
             second = content["tasks"]["en"]["scores"][score][arm]["value"]
-            assert found["rows"] == 19 and found["value"] == pytest.approx(first[score][arm]["value"] - second), score
+            assert found["rows"] == 8 and found["value"] == pytest.approx(first[score][arm]["value"] - second), score
     # A sample of both is a sample of the same lines, and other answers show that lines do not belong together.
     english[3]["question"] = "again?"
     files[0] = written(tmp_path / "en.jsonl", english)
-    whole = written(tmp_path / "ar.jsonl", arabic[:20])
-    assert choices(run, [whole, files[0]], limit=5)["languages"]["ar − en"]["text"]["base"]["rows"] == 5
+    whole = written(tmp_path / "ar.jsonl", arabic[:9])
+    assert choices(run, [whole, files[0]], FEW, limit=5)["languages"]["ar − en"]["text"]["base"]["rows"] == 5
     english[7]["answer_index"] = 1 - english[7]["answer_index"] if english[7]["answer_index"] < 2 else 0
-    assert choices(run, [whole, written(tmp_path / "en.jsonl", english)])["languages"] == {}
+    assert choices(run, [whole, written(tmp_path / "en.jsonl", english)], FEW)["languages"] == {}
 
 
 def test_published_sets_are_read_from_their_columns(
@@ -269,7 +270,7 @@ def test_the_screen_report_and_card_show_what_was_measured(run: Run, tmp_path: P
     ]
     english[2]["options"] = ["one", "one"]
     files = [written(tmp_path / name, rows) for name, rows in (("mcq_medical_ar.jsonl", arabic), ("en.jsonl", english))]
-    code, out, err = sevpeft_("choices", run.folder, "--tasks", ",".join(files))
+    code, out, err = sevpeft_("choices", run.folder, "--tasks", ",".join(files), *FEW)
     assert code == 0 and max(map(len, out.splitlines()[:-1])) <= 80, err
     card, page = run.adapter / "README.md", write_report(run.folder, answers=0).path.read_text(encoding="utf-8")
     shown = card.read_text(encoding="utf-8")
@@ -278,7 +279,7 @@ def test_the_screen_report_and_card_show_what_was_measured(run: Run, tmp_path: P
             assert part in text, part
     assert "## Multiple choice" in shown and "Arabic − English" in out and "Arabic − English" in page
     card.write_text("edited", encoding="utf-8")
-    code, out, _ = sevpeft_("choices", run.folder, "--tasks", files[0], "--limit", "2", "--json")
+    code, out, _ = sevpeft_("choices", run.folder, "--tasks", files[0], "--limit", "2", "--json", *FEW)
     figures = run.metrics()["choices"]
     assert code == 0 and json.loads(out) == figures and figures["tasks"]["mcq_medical_ar"]["rows"] == 2
     assert card.read_text(encoding="utf-8") == "edited"
