@@ -29,7 +29,7 @@ from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, SevpeftError, UsageError, first_sentence
 from sevpeft.evaluation.arms import ADAPTER, BASE
 from sevpeft.evaluation.evaluate import open_run
-from sevpeft.evaluation.generate import NLL_LOGITS, NLL_TOKENS
+from sevpeft.evaluation.generate import NLL_LOGITS, NLL_PADDING, NLL_TOKENS
 from sevpeft.evaluation.scores import ARABIC, methods
 from sevpeft.evaluation.statistics import compare_family, interval, paired_difference
 from sevpeft.modeling.adapters import attach_adapter
@@ -74,14 +74,9 @@ def choices(
     # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
     accuracy = {BASE: _accuracy(model, prompt, asked, console, BASE, cut)}
     accuracy[ADAPTER] = _accuracy(attach_adapter(model, run.adapter, recipe), prompt, asked, console, ADAPTER, cut)
-    return {
-        **_compared(asked, accuracy, recipe.evaluation),
-        "limit": limit,
-        "cut": len(cut),
-        "chat": prompt.chat,
-        "harness": importlib.metadata.version("lm_eval"),
-        "methods": methods(recipe.evaluation, "all scores of one table together"),
-    }
+    about = {"limit": limit, "cut": len(cut), "chat": prompt.chat, "harness": importlib.metadata.version("lm_eval")}
+    explained = methods(recipe.evaluation, "all scores of one table together")
+    return {**_compared(asked, accuracy, recipe.evaluation), **about, "methods": explained}
 
 
 def _read(task: str) -> dict[int, Json]:
@@ -163,11 +158,13 @@ def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: s
         def _batch_scheduler(self, position: int, requests: Any) -> int:
             """Rows of the batch in which a position stands; the harness asks at each, the longest first."""
             if position in (0, self.end):
-                longest = len(requests[position][1]) + len(requests[position][2])
                 most = min(NLL_TOKENS, NLL_LOGITS // self.config.get_text_config().vocab_size)
-                self.size = max(1, most // longest)
+                ahead = requests[position : position + most]
+                lengths = np.array([len(context) + len(option) for _, context, option in ahead])
+                padded = int((np.cumsum(lengths[0] - lengths) <= NLL_PADDING).sum())
+                self.size = max(1, min(most // int(lengths[0]), padded))
                 self.end = position + self.size
-                self.keep = max(longest - len(context) for _, context, _ in requests[position : self.end])
+                self.keep = int(lengths[0]) - min(len(context) for _, context, _ in ahead[: self.size])
             return self.size
 
         def _model_call(self, inps: torch.Tensor, **_: Any) -> torch.Tensor:

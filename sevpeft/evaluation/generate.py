@@ -28,7 +28,7 @@ from sevpeft.training.data import shortened_prompt
 _PADDING = 32
 # For likelihoods: tokens of a batch with its padding, enough to keep a GPU busy when nothing is kept for a backward
 # pass; its logits, which take 1 GB in float32; and its padding, where one more batch reads the weights once more.
-NLL_TOKENS, NLL_LOGITS, _NLL_PADDING = 4096, 2**28, 128
+NLL_TOKENS, NLL_LOGITS, NLL_PADDING = 4096, 2**28, 128
 # Tokens of the prompts and of the answer by which `batching_problem` measures.
 _LONG, _SHORT, _STEPS = 24, 9, 3
 # Root mean squares over a vocabulary vary little. Measured in three precisions: harmless shapes differ by up to 1.6
@@ -262,7 +262,7 @@ def reference_nll(
         lengths,
         lambda batch: _batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
         size=lambda longest: max(1, most // longest),
-        padding=_NLL_PADDING,
+        padding=NLL_PADDING,
         remedy="lower training.max_length in another run",
     ):
         yield [{"id": rows.ids[i], "nll": nll, "tokens": len(answers[i])} for i, nll in zip(batch, nats, strict=True)]

@@ -274,7 +274,7 @@ def test_the_screen_report_and_card_show_what_was_measured(run: Run, tmp_path: P
     assert code == 0 and max(map(len, out.splitlines()[:-1])) <= 80, err
     card, page = run.adapter / "README.md", write_report(run.folder, answers=0).path.read_text(encoding="utf-8")
     shown = card.read_text(encoding="utf-8")
-    for part in ("mcq_medical_ar: 8 rows", "text_norm", "letter", "chance", "Left out, with equal options: 1 rows (3)"):
+    for part in ("mcq_medical_ar: 8 rows", "text_norm", "letter", "chance", "Left out, with equal options: 1 (row 3)"):
         for text in (" ".join(out.split()), shown.replace("**", ""), page):
             assert part in text, part
     assert "## Multiple choice" in shown and "Arabic − English" in out and "Arabic − English" in page
