@@ -12,6 +12,7 @@ from sevpeft.cli.application import AsJson, RunFolder, Words, app, quiet_librari
 from sevpeft.cli.training import RecipeFile
 from sevpeft.errors import UsageError
 
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only so many rows, at random.", show_default=False)]
 NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")]
 
 
@@ -19,9 +20,7 @@ NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood o
 def evaluate(
     run: RunFolder,
     overrides: Words = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Only so many test rows, at random.", show_default=False)
-    ] = None,
+    limit: Limit = None,
     nll_only: NllOnly = False,
     select: Annotated[bool, typer.Option("--select", help="Choose one answer of RUN and further RUNs.")] = False,
     base: Annotated[bool, typer.Option("--base", help="With --select: also of their base models.")] = False,
@@ -80,21 +79,19 @@ def evaluate(
 @app.command()
 def choices(
     run: RunFolder,
-    tasks: Annotated[list[str], typer.Option(help="JSONL files or names of tasks, separated by commas.")],
+    tasks: Annotated[str, typer.Option(help="JSONL files or names of published sets, separated by commas.")],
     overrides: Words = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, help="Only so many rows of each task, at random.", show_default=False),
-    ] = None,
+    limit: Limit = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask a run's base model and its adapter multiple choice: what has fine-tuning made the model forget?
 
-    A file has rows of question, options and answer_index. Names: mmlu_medical_ar_text, mmlu_medical_en_text,
-    medqa_text, medmcqa_text, and all that `lm-eval ls tasks` lists.
+    A file has lines of question, options, answer_index and perhaps context. Report and model card show the result.
 
-    Example: sevpeft choices runs/quickstart-20260101-120000 --tasks questions.jsonl,mmlu_medical_ar_text
+    Example: sevpeft choices runs/quickstart-20260101-120000 --tasks questions.jsonl,mmlu_medical_ar --limit 200
     """
+    from rich.markdown import Markdown
+
     from sevpeft.console import Screen, print_json
     from sevpeft.runs import Run
 
@@ -102,17 +99,11 @@ def choices(
     with messages.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.evaluation.choices import choices as ask
-        from sevpeft.evaluation.tables import CHOICES, choices_tables
-        from sevpeft.sharing.card import card_kept_current
+        from sevpeft.sharing.card import choices_text, note_figures
 
-    names = [name.strip() for words in tasks for name in words.split(",")]
-    with card_kept_current(Run(run)):
-        content = ask(Run(run), names, overrides or [], limit=limit, console=messages)
-    if as_json:
-        print_json(content)
-        return
-    Screen().print(choices_tables(content))
-    Screen().print(f"Scores: {run / CHOICES}", soft_wrap=True)
+    figures = ask(Run(run), tasks.split(","), overrides or [], limit=limit, console=messages)
+    note_figures(Run(run), choices=figures)
+    print_json(figures) if as_json else Screen().print(Markdown(choices_text(figures)))
 
 
 @app.command()

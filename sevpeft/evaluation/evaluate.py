@@ -145,16 +145,24 @@ def evaluate(
 
 def opened(run: Run | Path | str, overrides: Sequence[str]) -> tuple[Run, Recipe, Splits, EvaluationRows]:
     """A finished run, its recipe with the overrides, its splits and test rows; raises what `evaluate` refuses."""
-    check_one_process("evaluate")
+    run, recipe, table, splits, severity = open_run(run, overrides, "evaluate", "generation", "evaluation")
+    return run, recipe, splits, test_rows(table, splits, severity)
+
+
+def open_run(
+    run: Run | Path | str, overrides: Sequence[str], verb: str, *sections: str
+) -> tuple[Run, Recipe, Consultations, Splits, Severity | None]:
+    """A finished run, its recipe with overrides of these sections, and its data as `load_splits` gives it."""
+    check_one_process(verb)
     run = run if isinstance(run, Run) else Run(Path(run).expanduser())
     check_run(run.folder)
-    if wrong := [one.split("=")[0] for one in overrides if not one.startswith(("generation.", "evaluation."))]:
-        raise UsageError(f"{wrong[0]} belongs to the training; evaluate takes generation.… and evaluation.… only.")
+    if wrong := [one.split("=")[0] for one in overrides if one.split(".")[0] not in sections]:
+        raise UsageError(f"{wrong[0]} changes nothing here; {verb} takes keys of {' and '.join(sections)} only.")
     recipe = load_recipe(run.folder / "recipe.yaml", overrides)
     check_adapter(run)
     table, splits, severity = load_splits(recipe)
     check_same_data(table.fingerprint, table.source, run)
-    return run, recipe, splits, test_rows(table, splits, severity)
+    return run, recipe, table, splits, severity
 
 
 def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -> EvaluationRows:

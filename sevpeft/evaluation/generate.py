@@ -27,7 +27,7 @@ from sevpeft.recipe.schema import GenerationSection
 _PADDING = 32
 # For likelihoods: tokens of a batch with its padding, enough to keep a GPU busy when nothing is kept for a backward
 # pass; its logits, which take 1 GB in float32; and its padding, where one more batch reads the weights once more.
-_NLL_TOKENS, _NLL_LOGITS, _NLL_PADDING = 4096, 2**28, 128
+NLL_TOKENS, NLL_LOGITS, NLL_PADDING = 4096, 2**28, 128
 # Tokens of the prompts and of the answer by which `batching_problem` measures.
 _LONG, _SHORT, _STEPS = 24, 9, 3
 # Root mean squares over a vocabulary vary little. Measured in three precisions: harmless shapes differ by up to 1.6
@@ -254,28 +254,17 @@ def reference_nll(
     prompts, _ = fitting_prompts(rows, prompt, max_length, [len(answer) for answer in answers])
     if unfit := [identity for identity, ids in zip(rows.ids, prompts, strict=True) if not ids]:
         yield [{"id": identity, "nll": None, "tokens": 0} for identity in unfit]
-    for batch, nats in likelihood_batches(
-        model,
+    lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)]
+    most = min(NLL_TOKENS, NLL_LOGITS // model.config.get_text_config().vocab_size)
+    for batch, nats in _run_batches(
         (i for i in range(len(rows)) if prompts[i]),
-        [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)],
+        lengths,
         lambda batch: _batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
+        size=lambda longest: max(1, most // longest),
+        padding=NLL_PADDING,
         remedy="lower training.max_length in another run",
     ):
         yield [{"id": rows.ids[i], "nll": nll, "tokens": len(answers[i])} for i, nll in zip(batch, nats, strict=True)]
-
-
-def likelihood_batches(
-    model: PreTrainedModel,
-    rows: Iterable[int],
-    lengths: Sequence[int],
-    compute: Callable[[list[int]], Any],
-    remedy: str,
-) -> Iterator[tuple[list[int], Any]]:
-    """Batches of rows, the longest first, whose likelihoods `compute` gives; as large as a GPU needs to be busy."""
-    most = min(_NLL_TOKENS, _NLL_LOGITS // model.config.get_text_config().vocab_size)
-    return _run_batches(
-        rows, lengths, compute, size=lambda long: max(1, most // long), padding=_NLL_PADDING, remedy=remedy
-    )
 
 
 @torch.no_grad()

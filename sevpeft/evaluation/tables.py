@@ -1,8 +1,7 @@
-"""Tables of evaluation.json, comparison.json and choices.json in 80 columns; the report shows all strata."""
+"""Tables of evaluation.json and comparison.json on the screen, in 80 columns; the report shows all strata."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,14 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sevpeft.console import number_text, p_text
-from sevpeft.errors import RunError
 from sevpeft.evaluation.statistics import ARROWS, estimate_text
-from sevpeft.runs import Run, file_hash
 from sevpeft.severity.probabilities import SEVERITIES
 
-COMPARISON, CHOICES = "comparison.json", "choices.json"
+COMPARISON = "comparison.json"
 OPEN_STRATA = (SEVERITIES[-1], "all")
-ACCURACY: dict[str, Any] = {"label": "Accuracy", "unit": "%", "shown_times": 100}
 _HEADINGS = {"base": "base model", "shuffled": "shuf.", "constant": "const.", "reference": "doctor"}
 Json = Mapping[str, Any]
 
@@ -56,40 +52,6 @@ def comparison_tables(content: Json) -> Group:
         others = ", oversampled" if "oversampled" in content["columns"] else ""
         parts.append(Text(f"shuffled, constant{others}: of the weights of {content['controls_of']}.", style="dim"))
     return Group(*parts, *(Text(f"{name}: {text}", style="dim") for name, text in content["methods"].items()))
-
-
-def choices_tables(content: Json) -> Group:
-    """The contents of choices.json: accuracy of both arms and their difference, Arabic − English, and the notes."""
-    parts: list[RenderableType] = []
-    for name, found in content["tasks"].items():
-        shown = table("accuracy, %", "base", "adapter", "adapter − base", "p (Holm)", "outcome")
-        for score, of in found["scores"].items():
-            arms, one = (
-                (estimate_text({**of[arm], "low": None}, ACCURACY) for arm in ("base", "adapter")),
-                of["difference"],
-            )
-            p = p_text(one["p"], one["p_at_most"])
-            shown.add_row(score, *arms, estimate_text(one, ACCURACY, sign=True), p, one["outcome"])
-        title = f"{name}: {found['rows']:,} rows, chance {number_text(100 * found['chance'])} %"
-        parts += [Text(), Text(title, style="bold"), shown]
-    for pair in content["languages"]:
-        shown = table("Arabic − English", "base", "adapter")
-        for score, by in pair["scores"].items():
-            shown.add_row(score, *(estimate_text(by[arm], ACCURACY, sign=True) for arm in ("base", "adapter")))
-        title = f"{pair['arabic']} − {pair['english']}: {pair['rows']:,} rows"
-        parts += [Text(), Text(title, style="bold"), shown]
-    parts += [Text(), *(Text(note, style="yellow") for note in content["notes"])]
-    return Group(*parts, *(Text(f"{name}: {text}", style="dim") for name, text in content["methods"].items()))
-
-
-def stored_choices(run: Run) -> dict[str, Any]:
-    """Content of choices.json; empty where there is none, or where it is of another adapter."""
-    path, adapter = run.folder / CHOICES, run.adapter / "adapter_model.safetensors"
-    try:
-        content = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() and adapter.is_file() else {}
-    except ValueError:
-        raise RunError(f"{path} cannot be read; make it anew with sevpeft choices.") from None
-    return content if content and content["adapter"] == file_hash(adapter) else {}
 
 
 def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) -> list[RenderableType]:

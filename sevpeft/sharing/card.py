@@ -7,8 +7,7 @@ a card is published.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from jinja2 import Template, UndefinedError
 
 from sevpeft.errors import RunError
 from sevpeft.evaluation.statistics import estimate_text
-from sevpeft.evaluation.tables import ACCURACY, stored_choices
 from sevpeft.modeling.adapters import public_name, read_adapter_config
 from sevpeft.modeling.loading import Precision, quantization_config
 from sevpeft.modeling.prompts import Prompt
@@ -89,20 +87,20 @@ def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: 
     return path
 
 
-def note_unquantized_base(run: Run, **figures: dict[str, Any]) -> None:
-    """Puts the distance over the unquantized base into the run, and into its card where nobody has edited that."""
-    with suppress(OSError), card_kept_current(run):  # a run that may only be read is merged all the same
-        run.update_metrics(unquantized_base=figures)
-
-
-@contextmanager
-def card_kept_current(run: Run) -> Iterator[None]:
-    """Writes the card anew after the block has changed figures of the run, where nobody has edited the card."""
+def note_figures(run: Run, **figures: dict[str, Any]) -> None:
+    """Puts figures into the run's metrics, and into its card where nobody has edited that."""
     card = run.adapter / "README.md"
-    untouched = card.is_file() and card.read_text(encoding="utf-8") == adapter_card(run)
-    yield
-    if untouched:
-        write_card(run)
+    with suppress(OSError):  # a run that may only be read is merged all the same
+        untouched = card.is_file() and card.read_text(encoding="utf-8") == adapter_card(run)
+        run.update_metrics(**figures)
+        if untouched:
+            write_card(run)
+
+
+def choices_text(figures: dict[str, Any]) -> str:
+    """What `choices` returns as Markdown, for the card and the screen."""
+    template = Template((_TEMPLATES / "choices.md.jinja").read_text(encoding="utf-8"))
+    return template.render(figures, estimate_text=estimate_text)
 
 
 def distance(found: dict[str, Any]) -> str:
@@ -132,8 +130,7 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
         "recipe_text": Recipe.model_validate(shown).to_yaml().strip(),
         "distance": distance,
         "oracle": ORACLE,
-        "choices": stored_choices(run),
-        "accuracy": lambda one, sign=False: estimate_text(one, ACCURACY, sign=sign),
+        "choices_text": choices_text,
     }
     about_run = Template((_TEMPLATES / "run.md.jinja").read_text(encoding="utf-8")).render(facts)
     path = str(_TEMPLATES / template)

@@ -22,9 +22,9 @@ from sevpeft.console import number_text, p_text
 from sevpeft.errors import RunError
 from sevpeft.evaluation.report.cases import UNKNOWN, cases
 from sevpeft.evaluation.statistics import estimate_text
-from sevpeft.evaluation.tables import ACCURACY, COMPARISON, OPEN_STRATA, metric_label, plain, stored_choices
+from sevpeft.evaluation.tables import COMPARISON, OPEN_STRATA, metric_label, plain
 from sevpeft.recipe import load_recipe
-from sevpeft.runs import Run, json_lines, write_atomically
+from sevpeft.runs import json_lines, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -72,7 +72,6 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
         answered=answered,
         made=time.strftime("%Y-%m-%d %H:%M"),
         **{one.__name__: one for one in (estimate_text, metric_label, number_text, p_text, plain)},
-        accuracy=ACCURACY,
         open_strata=OPEN_STRATA,
         strata=[*reversed(SEVERITIES), UNKNOWN],
         style=Markup(style),
@@ -108,7 +107,7 @@ def _run_page(folder: Path) -> dict[str, Any]:
         "stages": metrics.get("curriculum", {}).get("stages", []),
         "curves": _loss_curves(_lines(folder / "log.jsonl")),
         "primary": None,
-        "choices": stored_choices(Run(folder)),
+        "choices": metrics.get("choices"),
         **{name: evaluation.get(name, {}) for name in _NEEDED},
         "facts": {
             **{heading: metrics.get(key, {}) for heading, key in _SECTIONS.items()},
@@ -135,7 +134,6 @@ def _comparison_page(folder: Path) -> dict[str, Any]:
         "answers": by_arm,
         "losses": {},
         "curves": {},
-        "choices": {},
         "primary": content["primary"]["metric"],
         **{name: content[name] for name in _NEEDED},
         "facts": {"Comparison": {key: content[key] for key in _COMPARED}, "Environment": environment},
