@@ -282,6 +282,8 @@ def test_the_consistency_term_is_the_divergence_from_the_adapter_of_the_previous
     before, old = moved(), scores()
     now, new = moved(), scores()
     losses = [float(trainer.compute_loss(trainer.model.train(), dict(batch)))]
+    modes: list[bool] = []
+    trainer.causal_lm().base_model.register_forward_hook(lambda module, *_: modes.append(module.training))
     for frozen in (now, before):
         trainer.curriculum.frozen = {name: weight.clone() for name, weight in frozen.items()}
         losses.append(float(trainer.compute_loss(trainer.model.train(), dict(batch))))
@@ -289,7 +291,7 @@ def test_the_consistency_term_is_the_divergence_from_the_adapter_of_the_previous
     divergence = float((old.exp() * (old - new)).sum(-1).mean())
     assert divergence > 0.01 and losses[2] - losses[0] == pytest.approx(divergence, rel=1e-4)
     assert_equal(adapter_of(trainer), now)
-    assert trainer.model.training
+    assert modes == [True, False, True] * 2 and trainer.model.training  # no dropout in the previous adapter
 
 
 def test_two_processes_have_the_rows_of_one_and_fill_a_short_step_from_itself(tmp_path: Path) -> None:
