@@ -26,8 +26,12 @@ PROMPT, OVERSAMPLED = "prompt", "oversampled"
 CONTROLS = (SHUFFLED, CONSTANT, OVERSAMPLED)
 # Other uses of severity than weights in the loss; the chosen weights are compared with them.
 COMPETITORS = (OVERSAMPLED, PROMPT)
-# Arm → curriculum.order; the last two are controls.
-CURRICULA = {"curriculum": "easy_first", "curriculum_reverse": "hard_first", "curriculum_shuffled": "shuffled"}
+# Arm → a setting of the recipe's curriculum, which is cumulative where the recipe has none; the first is compared most.
+CURRICULA = {
+    "curriculum": "order=easy_first",
+    **{"curriculum_reverse": "order=hard_first", "curriculum_shuffled": "order=shuffled"},
+    **{"curriculum_disjoint": "kind=disjoint", "curriculum_competence": "kind=competence", "icft": "kind=icft"},
+}
 # Arms that a verdict can be about.
 WEIGHTED = (*SEVERITY_PRESETS, OWN)
 ARMS = {
@@ -42,7 +46,7 @@ ARMS = {
     CONSTANT: "control: the mean weight for every consultation",
     OVERSAMPLED: "competitor: rows drawn in proportion to the weights, each with weight 1",
     PROMPT: "competitor: weight 1, and the predicted severity in the prompt, in training and test",
-    **{name: f"weight 1, and the recipe's curriculum in the order {order}" for name, order in CURRICULA.items()},
+    **{name: f"weight 1, and the recipe's curriculum with {setting}" for name, setting in CURRICULA.items()},
 }
 
 
@@ -105,8 +109,7 @@ def arm_of(
         settings += ["severity.control=uniform", "prompt.severity=predicted"]
     kind = load_recipe(path, overrides).curriculum.kind
     if arm in CURRICULA:
-        kind = "cumulative" if kind == "none" else kind
-        settings += [f"curriculum.kind={kind}", f"curriculum.order={CURRICULA[arm]}"]
+        settings += ["curriculum.kind=cumulative"] * (kind == "none") + [f"curriculum.{CURRICULA[arm]}"]
     elif kind != "none":
         settings.append("curriculum.kind=none")
     name = f"{arm}-{controlled}-{seed}" if arm in CONTROLS else f"{arm}-{seed}"

@@ -317,7 +317,7 @@ def references_of(arm: str, chosen: str | None = None) -> tuple[str, ...]:
     Competitors are compared with the chosen weights, outside the verdict's own comparisons.
     """
     if arm in CURRICULA:
-        return (CE, *(other for other in CURRICULA if CURRICULA[arm] == "easy_first" and other != arm))
+        return (CE, *(other for other in CURRICULA if arm == "curriculum" != other))
     if arm in COMPETITORS and chosen:
         return (*REFERENCES, chosen)
     return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED) else tuple(REFERENCES)

@@ -189,8 +189,11 @@ def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftM
 _UNSEEN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
-def init_adapter_folder(recipe: Recipe) -> Path:
-    """Folder of `training.init_adapter`; raises ModelError where it is none, or has other LoRA settings."""
+def init_adapter(recipe: Recipe, model: PeftModel | None = None) -> str:
+    """Checks `training.init_adapter`, puts its weights into a model where one is given, and returns their hash.
+
+    Raises ModelError where it is no adapter, is damaged, or has other LoRA settings or another base model.
+    """
     name = str(recipe.training.init_adapter)
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -201,30 +204,18 @@ def init_adapter_folder(recipe: Recipe) -> Path:
     theirs, ours = ({**LoraConfig().to_dict(), **one} for one in (read_adapter_config(folder), recipe.lora.settings()))
     if differing := [f"lora.{key}={theirs[key]}" for key in _UNSEEN if theirs[key] != ours[key]]:
         raise ModelError(f"The adapter in {name} has other LoRA settings; write {' '.join(differing)}.")
-    return folder
-
-
-def load_init_adapter(model: PeftModel, recipe: Recipe) -> str:
-    """Puts the weights of `training.init_adapter` in the place of a new adapter's; returns the hash of their file.
-
-    Raises:
-        ModelError: they are damaged, of other names or shapes, or of another base model.
-    """
-    folder = init_adapter_folder(recipe)
-    check_base_weights(recipe, Run(folder.parent))
     try:
-        saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"The adapter in {folder} cannot be read ({first_sentence(error)}); copy it again.") from error
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    theirs, ours = ({name: weight.shape for name, weight in one.items()} for one in (saved, wanted))
-    if differing := [name for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]:
-        raise ModelError(
-            f"The adapter in {folder} and that of the recipe differ in {len(differing):,} matrices, such as "
-            f"{differing[0]}; write the lora settings of its {ADAPTER_CONFIG}, and its base model."
-        )
-    set_peft_model_state_dict(model, saved)
-    return file_hash(folder / SAFETENSORS_WEIGHTS_NAME)
+        if model is not None:
+            check_base_weights(recipe, Run(folder.parent))
+            saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+            wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+            if others := sorted(saved.keys() ^ wanted.keys()):
+                raise ValueError(f"{len(others):,} other matrices, such as {others[0]}")
+            set_peft_model_state_dict(model, saved)
+        return file_hash(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        remedy = f"copy it again, or write the settings in its {ADAPTER_CONFIG}"
+        raise ModelError(f"The adapter in {name} does not fit ({first_sentence(error)}); {remedy}.") from error
 
 
 # The base's own weights.

@@ -91,7 +91,7 @@ def failed_checks(values: Mapping[str, Any]) -> Iterator[Mistake]:
     yield from ((("training", key), why) for key, why in _training(_section(values, "training")))
     adapter = _adapter(_section(values, "lora"), _section(values, "quantization"))
     yield from ((("lora", key), why) for key, why in adapter)
-    yield from _curriculum(_section(values, "curriculum"), _section(values, "training"))
+    yield from _curriculum(values)
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -152,10 +152,11 @@ def _adapter(lora: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterat
         yield "target_modules", "names lm_head, where an adapter would not be trained; take lm_head out"
 
 
-def _curriculum(curriculum: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[Mistake]:
-    kind = curriculum.get("kind", "none")
+def _curriculum(values: Mapping[str, Any]) -> Iterator[Mistake]:
+    curriculum, training, severity = (_section(values, name) for name in ("curriculum", "training", "severity"))
+    kind, schedule = curriculum.get("kind", "none"), training.get("lr_scheduler_type")
     if curriculum and "kind" not in curriculum:
-        yield ("curriculum", "kind"), "is missing; write cumulative, disjoint or competence"
+        yield ("curriculum", "kind"), "is missing; write cumulative, disjoint, competence or icft"
     if kind == "none":
         return
     if training.get("train_sampling_strategy", "random") != "random":
@@ -164,6 +165,8 @@ def _curriculum(curriculum: Mapping[str, Any], training: Mapping[str, Any]) -> I
         yield ("training", "packing"), f"a block would mix rows of several stages; {_LEAVE}: padding_free is as fast"
     if curriculum.get("epochs_per_stage") is not None and training.get("max_steps", -1) != -1:
         yield ("training", "max_steps"), f"curriculum.epochs_per_stage gives the number of steps; {_LEAVE}"
-    of_the_validation = training.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
-    if of_the_validation and (curriculum.get("restart") is True or curriculum.get("learning_rates") is not None):
+    by_stage = curriculum.get("restart") or curriculum.get("learning_rates")
+    if schedule in ("reduce_lr_on_plateau", "greedy") and by_stage:
         yield ("training", "lr_scheduler_type"), "follows the loss, not the stages; write linear, cosine or constant"
+    if kind == "icft" and curriculum.get("consistency") != 0 and severity.get("reduction") == "examples":
+        yield ("severity", "reduction"), "the consistency term counts tokens; write curriculum.consistency: 0"

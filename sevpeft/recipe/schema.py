@@ -294,61 +294,46 @@ class SeveritySection(Section):
         return self.weights.non_critical, self.weights.neutral, self.weights.critical
 
 
-class CurriculumSection(Section):
-    """In which order the training rows come: random, or in stages of a difficulty, fixed before training."""
+_REPLAY = ("short_term", "long_term", "consistency")
 
-    kind: Literal["none", "cumulative", "disjoint", "competence"] = "none"
-    """cumulative: each stage adds harder rows; disjoint: it has its own only; competence: the easiest share grows."""
-    difficulty: Literal["severity", "length", "loss", "column"] = "severity"
-    """The likeliest severity, tokens of question and answer, the base model's loss per answer token, or a column."""
-    difficulty_column: str | None = Field(default=None, validate_default=True)
-    """Column of numbers, larger for harder rows."""
+
+class CurriculumSection(Section):
+    """In which order the training rows come: random, or in stages: three, or as many as shares or learning_rates."""
+
+    kind: Literal["none", "cumulative", "disjoint", "competence", "icft"] = "none"
+    """cumulative: stages add harder rows; disjoint: each has its own; icft: with replay; competence: growing share."""
+    difficulty: str = Field(default="severity", min_length=1)
+    """severity, length (tokens), loss (of the base model), or a column of numbers, larger for harder rows."""
     order: Literal["easy_first", "hard_first", "shuffled"] = "easy_first"
     """Controls are hard_first, the reverse, and shuffled, where each row has the difficulty of another."""
-    stages: int = Field(default=3, ge=2)
-    """Stages of equally many rows; or one for each value, where the difficulty has so many, as severity has three."""
     epochs_per_stage: int | None = Field(default=None, ge=1)
     """Passes of each stage over its rows, which are more steps than those of a plain training; unset, equally many."""
-    shares: list[float] | None = None
+    shares: list[float] | None = Field(default=None, min_length=1)
     """Share of the steps of each stage; unset, equal ones."""
-    learning_rates: list[float] | None = None
+    learning_rates: list[float] | None = Field(default=None, min_length=1)
     """Learning rate of each stage; unset, training.learning_rate for all."""
     restart: bool = False
     """Begins each stage with a new optimizer and schedule, as published; false: one of each over the whole training."""
-    initial_competence: float = Field(default=0.01, gt=0, le=1)
-    """c₀: share of the rows, the easiest, that the first step is drawn from."""
-    competence_duration: float = Field(default=0.5, gt=0, le=1)
-    """T: share of the steps after which all rows are drawn from."""
+    short_term: float = Field(default=0.2, ge=0, lt=0.5)
+    """icft: share of the rows of later stages that is replayed from the last rows before the stage."""
+    long_term: float = Field(default=0.1, ge=0, lt=0.5)
+    """icft: share that is replayed from earlier rows whose loss was repeatedly high; or without any, from the last."""
+    consistency: float = Field(default=0.1, ge=0)
+    """icft: weight of the KL divergence of answer tokens from the adapter of the previous stage."""
 
-    @field_validator("difficulty_column")
+    @field_validator("epochs_per_stage", "shares", "learning_rates", "restart", *_REPLAY)
     @classmethod
-    def _belongs_to_the_difficulty(cls, column: str | None, info: ValidationInfo) -> str | None:
-        if (column is None) == (info.data.get("difficulty") == "column"):
-            remedy = "has no effect without" if column else "is missing for"
-            raise ValueError(f"{remedy} difficulty: column; write both or neither")
-        return column
-
-    @field_validator(
-        *("stages", "epochs_per_stage", "shares", "learning_rates", "restart"),
-        *("initial_competence", "competence_duration"),
-    )
-    @classmethod
-    def _fits_the_kind(cls, value: Any, info: ValidationInfo) -> Any:
-        name, kind, stages = str(info.field_name), info.data.get("kind"), info.data.get("stages")
-        if kind in ("cumulative", "disjoint", "competence") and value != cls.model_fields[name].default:
-            if ("competence" in name) != (kind == "competence"):
-                raise ValueError(f"has no effect with kind {kind}; leave it out")
-            if name == "shares" and info.data.get("epochs_per_stage"):
-                raise ValueError("has no effect with epochs_per_stage; leave one of them out")
-        if name == "stages" and value != 3 and info.data.get("difficulty") == "severity":
-            raise ValueError(f"is {value}, but there are three severities; leave it out, or choose another difficulty")
+    def _fits_the_others(cls, value: Any, info: ValidationInfo) -> Any:
+        name, others, kind = str(info.field_name), info.data, info.data.get("kind", "none")
+        idle = kind == "competence" or (name == "epochs_per_stage" if kind == "icft" else name in _REPLAY)
+        idle |= name == "shares" and others.get("epochs_per_stage") is not None
+        if kind != "none" and idle and value != cls.model_fields[name].default:
+            raise ValueError(f"has no effect with kind {kind}, or beside epochs_per_stage; leave it out")
         if isinstance(value, list):
-            if stages is not None and len(value) != stages:
-                raise ValueError(f"has {len(value)} numbers for {stages} stages; write one for each")
-            if min(value) <= 0:
-                raise ValueError(f"holds {min(value):g}; write numbers above 0")
-            if name == "shares" and abs(sum(value) - 1) > 1e-6:
-                raise ValueError(f"sums to {sum(value):g}; write shares that sum to 1")
+            stages = 3 if others.get("difficulty") == "severity" else len(others.get("shares") or value)
+            is_share = name == "shares"
+            if len(value) != stages or min(value) <= 0 or (is_share and abs(sum(value) - 1) > 1e-6):
+                raise ValueError(f"must be {stages} numbers above 0{', that sum to 1' * is_share}, not {value}")
         return value
 
 

@@ -28,7 +28,6 @@ from sevpeft.errors import Interrupted
 
 if TYPE_CHECKING:
     from sevpeft.training.checkpoints import ExactResume
-    from sevpeft.training.curriculum import Curriculum
 
 IGNORED = -100
 # Columns of the vocabulary that are scored at once on a CPU. TRL's 32,768 spill out of its caches, which costs up to
@@ -74,6 +73,14 @@ class LabeledPositions:
 
         fields = {name: spread(getattr(outputs, name)) for name in ("log_probs", "entropy", "is_top1")}
         return replace(outputs, **fields, label_mask=mask)
+
+    def vocabulary(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """(N, V) log-probabilities of the whole vocabulary at the N labeled positions."""
+        self._mask = inputs["labels"][:, 1:] != IGNORED
+        try:
+            return model(**{**inputs, "labels": None, "fused_lm_head": False}).logits[0].float().log_softmax(-1)
+        finally:
+            self._mask = None
 
     def _keep(self, module: Any, args: Any, output: Any) -> Any:
         if self._mask is not None:
@@ -188,22 +195,9 @@ class SortedWithinStepsSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         args = self._trainer.args
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        order = self.order()
+        order = torch.randperm(len(self), generator=_generator_of_epoch(self._trainer)).tolist()
         for start in range(0, len(order), size):
             yield from sorted(order[start : start + size], key=lambda row: -self.lengths[row])
-
-    def order(self) -> list[int]:
-        return torch.randperm(len(self), generator=_generator_of_epoch(self._trainer)).tolist()
-
-
-class CurriculumSampler(SortedWithinStepsSampler):
-    """The order of a curriculum, sorted within steps where the lengths are not all the same."""
-
-    def __len__(self) -> int:
-        return len(self._trainer.curriculum.epoch(0))
-
-    def order(self) -> list[int]:
-        return self._trainer.curriculum.epoch(int(self._trainer.state.epoch or 0))
 
 
 def _generator_of_epoch(trainer: SFTTrainer) -> torch.Generator:
@@ -221,15 +215,18 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
     control: TrainerControl
     exact_resume: ExactResume
     sort_within_steps: bool
-    curriculum: Curriculum | None
+    curriculum: Any
     step_batches: list[dict[str, Any]]
     _total_train_tokens: int
     _metrics: dict[str, Any]
     _epoch_ended_at = -1
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; all batches of a step are kept until the next one."""
-        self.step_batches, items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; all batches of a step are kept until the next one. A curriculum has its own instead."""
+        if self.curriculum is not None:  # no sampler, because a data loader reads ahead, into the next stage
+            own = self.curriculum.batches(self.state.global_step)
+            epoch_iterator = (batch for _, batch in zip(epoch_iterator, own, strict=True))
+        self.step_batches, items = super().get_batch_samples(epoch_iterator, *args, **kwargs)
         self._tokens_before_step = self._total_train_tokens
         return self.step_batches, items
 
@@ -257,9 +254,6 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             return SeededLengthGroupedSampler(sampler, self)
-        if self.curriculum is not None:
-            rows = self.train_dataset["input_ids"]
-            return CurriculumSampler([len(ids) for ids in rows] if self.sort_within_steps else [0] * len(rows), self)
         if self.sort_within_steps and isinstance(sampler, RandomSampler):
             return SortedWithinStepsSampler([len(ids) for ids in self.train_dataset["input_ids"]], self)
         return sampler

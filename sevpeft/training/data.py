@@ -30,7 +30,7 @@ from sevpeft.severity.probabilities import SEVERITIES, has_severity
 from sevpeft.severity.source import Severity, prompt_severity, severity_of
 from sevpeft.severity.weights import WeightSummary, oversample, severity_weights
 from sevpeft.training.compat import IGNORED
-from sevpeft.training.curriculum import difficulty_of
+from sevpeft.training.curriculum import MEASURED, difficulty_of
 from sevpeft.training.resolve import with_settings
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
@@ -50,7 +50,7 @@ class Prepared:
     weights: WeightSummary
     summary: dict[str, Any]
     row_names: NameRows
-    difficulty: np.ndarray | None  # (n,) of the training rows, larger for harder ones
+    difficulty: list[np.ndarray]  # (n,) of the training and of the validation rows, larger for harder ones
 
 
 def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
@@ -88,13 +88,16 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         about["mix"], about["rows"]["train"] = reports["train"].pop("mix"), len(kept)
     # Longest first: batches then need little padding, and too little memory shows at once.
     longest_first = np.argsort(-lengths_of(encoded["validation"]), kind="stable")
+    held_out = encoded["validation"].select(longest_first)
+    places = [kept, source_index(splits.validation)[source_index(held_out)]]
+    lengths = [lengths_of(encoded["train"]), lengths_of(held_out)]
     return Prepared(
         train=train,
-        validation=encoded["validation"].select(longest_first).select_columns(["input_ids", "labels", "severity"]),
+        validation=held_out.select_columns(["input_ids", "labels", "severity"]),
         weights=summary,
         summary=about,
         row_names=row_names(encoded["train"], splits.train),
-        difficulty=difficulty_of(recipe.curriculum, table, severity, kept, lengths_of(encoded["train"])),
+        difficulty=difficulty_of(recipe.curriculum, table, severity, places, lengths),
     )
 
 
@@ -103,7 +106,7 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
     data, weighting = recipe.data, recipe.severity
     keep = ["group"] if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else []
     keep += [weighting.weight_column] if weighting.source == "weight" else []
-    keep += filter(None, [recipe.curriculum.difficulty_column])
+    keep += {recipe.curriculum.difficulty} - MEASURED
     own = load_consultations(data, keep=keep or "mapped")
     table = with_sources(own, data, keep or "mapped")
     # Plain cross-entropy needs no severity of further sources.

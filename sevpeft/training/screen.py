@@ -106,11 +106,10 @@ def show_batch(recipe: Recipe, processes: int, console: Console) -> None:
 
 def show_curriculum(curriculum: Curriculum, console: Console) -> None:
     """Prints the stages: rows, steps and learning rate of each."""
-    settings = curriculum.settings
-    budget = "as many as without stages" if settings.epochs_per_stage is None else "not the budget of a plain training"
-    way = f"{settings.kind} by {settings.difficulty}, {settings.order.replace('_', ' ')}"
-    first = "; the losses of the base model are measured first" if settings.difficulty == "loss" else ""
-    print_labeled(console, "Curriculum", f"{way}; {curriculum.steps:,} steps, {budget}{first}")
+    own = curriculum.settings
+    budget = "as many as without stages" if own.epochs_per_stage is None else "not the budget of a plain training"
+    way = f"{own.kind} by {own.difficulty}, {own.order}; {curriculum.steps:,} steps"
+    print_labeled(console, "Curriculum", f"{way}, {budget}")
     for number, stage in enumerate(curriculum.stages, start=1):
         steps = f"{len(stage.pool):,} rows, {stage.end - stage.begin:,} steps, learning rate {stage.learning_rate:g}"
         print_labeled(console, f"  Stage {number}", f"{stage.name}: {steps}")
@@ -144,6 +143,8 @@ def run_summary(run: Run) -> Group:
     for key, label in [("loss", "all"), *((f"loss_{name}", name) for name in reversed(SEVERITIES))]:
         if key in after:
             losses.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
+    for name, after in metrics.get("curriculum", {}).get("held_out", {}).items():
+        facts.add_row("After each stage", f"{name} rows: {' → '.join(f'{loss:.3f}' for loss in after)}")
     return Group(Text(), facts, Text("\nValidation loss, nats per answer token, unweighted", style="bold"), losses)
 
 

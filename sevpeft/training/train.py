@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ def _train(
     print_labeled(console, "Base model", f"{recipe.model.name_or_path} ({resolved.config.model_type})")
     init_adapter = recipe.training.init_adapter
     if init_adapter and not resume:
-        adapters.init_adapter_folder(recipe)
+        adapters.init_adapter(recipe)
         print_labeled(console, "Starts from", f"the adapter in {init_adapter}")
 
     # data: weighted training rows, validation rows
@@ -138,16 +137,17 @@ def _train(
             guard = StepGuard(trainer, recipe.stopping, signals, rows.row_names)
             trainer.add_callback(guard)
             trainer.remove_callback(PrinterCallback)
-            started_from = adapters.load_init_adapter(trainer.model, recipe) if init_adapter and not resume else None
+            if init_adapter and not resume:
+                adapters.init_adapter(recipe, trainer.model)
             if state.is_main_process and not resume:
-                _write_origin(run, recipe, rows, trainer, started_from)
+                _write_origin(run, recipe, rows, trainer)
         state.wait_for_everyone()
 
         # train, validate, save
         with progress.bar, signals, plain_disk_errors(run.folder):
             checkpoint = _checkpoint(trainer, run, warn) if resume else None
             if init_adapter and resume and checkpoint is None:
-                again = adapters.load_init_adapter(trainer.model, recipe)
+                again = adapters.init_adapter(recipe, trainer.model)
                 if again != run.metrics()["model"]["init_adapter"]:
                     raise RunError(f"{init_adapter} is not the adapter that {run.folder} started from; bring it back.")
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -207,9 +207,7 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _write_origin(
-    run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFTTrainer, init_adapter: str | None
-) -> None:
+def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
     """recipe.yaml, environment.json and the first part of metrics.json."""
     trainable, total = adapters.trainable_parameters(trainer.model)
     arguments = trainer.args
@@ -237,11 +235,10 @@ def _write_origin(
             "dtype": str(base.dtype).removeprefix("torch."),
             "bits": next((bits for bits in (4, 8) if getattr(base, f"is_loaded_in_{bits}bit", False)), None),
             "attention": attention_of(base.config),
-            **({"init_adapter": init_adapter} if init_adapter else {}),
+            **({"init_adapter": adapters.init_adapter(recipe)} if recipe.training.init_adapter else {}),
         },
         data=rows.summary,
         weights=rows.weights.as_dict(),
-        **({"curriculum": trainer.curriculum.as_dict()} if trainer.curriculum else {}),
     )
     # Last, because it is what makes the folder a run that can be resumed.
     run.write_text("recipe.yaml", recipe.to_yaml(), shared=not recipe.prompt.examples)
@@ -253,7 +250,7 @@ def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, chec
     else:
         memory = {"resident_gib": round(psutil.Process().memory_info().rss / 2**30, 3)}
     steps, skipped = trainer.state.global_step, guard.counts["nonfinite"]
-    totals, curriculum = trainer.exact_resume.totals(), trainer.curriculum
+    totals = trainer.exact_resume.totals()
     run.update_metrics(
         training={
             "steps": steps,
@@ -267,7 +264,7 @@ def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, chec
         },
         before=_validation(trainer, 0),
         after=_validation(trainer, steps),
-        **({"curriculum": curriculum.as_dict(partial(_validation, trainer))} if curriculum else {}),
+        **({"curriculum": trainer.curriculum.as_dict()} if trainer.curriculum else {}),
     )
 
 

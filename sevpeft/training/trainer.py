@@ -15,11 +15,9 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft.optimizers import create_loraplus_optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
@@ -57,7 +55,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             answer tokens, as in TRL; or "examples", the number of answers (the weights then carry 1/L_i).
         loraplus: settings of LoRA+ (`loraplus_settings`); none for one learning rate.
         sort_within_steps: take the rows of a step by length, so that padding is little; each step keeps its rows.
-        curriculum: decides the order of the rows and what begins with its stages.
+        curriculum: decides which rows a step has.
         split_on_oom: compute a batch that does not fit in memory in parts, which is the same step; on one process only.
         on_message: gets a label and a sentence for the screen.
 
@@ -86,8 +84,6 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         check_weights(train_dataset)
         self.reduction, self.loraplus = reduction, loraplus
         self.sort_within_steps, self.curriculum = sort_within_steps, curriculum
-        if curriculum is not None:
-            curriculum.trainer, callbacks = self, [*callbacks, curriculum]
         self.exact_resume = ExactResume(self)
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.remove_unused_columns = False  # token_weights and severity are no arguments of the model
@@ -96,6 +92,8 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             enable_selective_activation_checkpointing(model)
         # ExactResume first, so that a checkpoint is sealed before another callback ends the training.
         kwargs["callbacks"] = [self.exact_resume, *callbacks]
+        if curriculum is not None:  # before it, as it adds to the checkpoint
+            curriculum.trainer, kwargs["callbacks"] = self, [curriculum, *kwargs["callbacks"]]
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         # A custom collator is refused by TRL's constructor when padding-free, so it takes the default's place here.
         collator: Any = self.data_collator
@@ -127,7 +125,8 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         def weighted_model(**kwargs: Any) -> FusedCausalLMOutput:
             outputs = self._labeled_positions(model, kwargs)
             if training:
-                return dataclasses.replace(outputs, log_probs=outputs.log_probs * weights[:, 1:])
+                drift = self.curriculum.drift(kwargs) if self.curriculum else 0.0
+                return dataclasses.replace(outputs, log_probs=outputs.log_probs * weights[:, 1:] - drift)
             self._add_to_validation(outputs, kwargs, strata)
             return outputs
 
@@ -140,14 +139,12 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             batch_samples = [{"labels": answer_starts(batch["labels"])} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    lr_scheduler: Any
-    # Of validation: severities and "unknown". To measure single rows, each of them.
-    _strata = len(SEVERITIES) + 1
+    strata = len(SEVERITIES) + 1  # of validation, with "unknown"; to measure single rows, each of them
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with loss (nats per answer token), per-severity loss and accuracy from sums over tokens."""
         # Rows are strata; columns are negative log-likelihood, correct tokens, entropy, tokens.
-        self._validation = torch.zeros(self._strata, 4, dtype=torch.float64)
+        self._validation = torch.zeros(self.strata, 4, dtype=torch.float64)
         # A data loader draws a random number; the training after it must draw those that it would have drawn without.
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -159,17 +156,6 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
                     output.metrics[f"{metric_key_prefix}_loss_{name}"] = part / count
             self.count_validation(mean_token_accuracy=correct / tokens, entropy=entropy / tokens)
         return output
-
-    def losses_of_rows(self) -> np.ndarray:
-        """(n,) negative log-likelihood per answer token of each training row, unweighted, by the model as it is."""
-        rows = self.train_dataset.select_columns(["input_ids", "labels"])
-        rows = rows.add_column("severity", np.arange(len(rows)))
-        self._strata = len(rows)
-        try:
-            self.evaluation_loop(self.get_eval_dataloader(rows), "Difficulty", prediction_loss_only=True)
-        finally:
-            del self._strata
-        return np.asarray(self._validation[:, 0] / self._validation[:, 3])
 
     def _add_to_validation(
         self, outputs: FusedCausalLMOutput, inputs: dict[str, Any], strata: torch.Tensor | None
@@ -199,18 +185,6 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             # Groups that stay empty (no adapted embedding, say) are of no use, and not every optimizer bears them.
             self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
         return super().create_optimizer(model)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        is_new = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if is_new and self.curriculum is not None and (rate := self.curriculum.rate()):
-            self.lr_scheduler = scheduler = LambdaLR(scheduler.optimizer, rate)
-        return scheduler
-
-    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if self.curriculum is not None:
-            logs.update(self.curriculum.logged(self.state.global_step))
-        super().log(logs, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         step = super().training_step

@@ -104,7 +104,7 @@ def _run_page(folder: Path) -> dict[str, Any]:
         "scores": evaluation.get("scores", {}),
         "answers": by_arm,
         "losses": {key: metrics[key] for key in ("before", "after")} if "after" in metrics else {},
-        "stages": metrics.get("curriculum", {}).get("stages", []),
+        "curriculum": metrics.get("curriculum", {}),
         "curves": _loss_curves(_lines(folder / "log.jsonl")),
         "primary": None,
         "choices": metrics.get("choices"),
