@@ -46,6 +46,13 @@ ARMS = {
 }
 
 
+# `--vary ladder`: how is done here what a recipe may do as published, in the order of the steps.
+LADDER = "ladder"
+_PLAIN = (
+    *("severity.reduction=tokens", "as_published.unnormalized=false", "as_published.no_end_token=false"),
+    *("as_published.labels=answer", "severity.control=uniform", "curriculum.kind=none"),
+    *("as_published.evaluation_template=null", "generation.do_sample=false"),
+)
 # Seeds are --seeds; the others change the tokens of the test's answers, and so what a likelihood is of.
 _NOT_VARIED = ("training.seed", "model.name_or_path", "model.revision", "training.max_length", "prompt.strip_marks")
 
@@ -69,11 +76,19 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def parse_vary(text: str) -> tuple[str, dict[str, str]]:
-    """The key of KEY=VALUE,VALUE…, and its values: what each is called as an arm → as it is written.
+def parse_vary(text: str, path: Path, overrides: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
+    """The key of KEY=VALUE,VALUE…, and its values: what each is called as an arm → its settings.
 
+    Of `LADDER` the arms are plain training and, one step after another, what the recipe does otherwise.
     Commas within brackets part no values. A UsageError where no two differ, or the key may not differ between arms.
     """
+    if text == LADDER:
+        given = load_recipe(path, overrides)
+        undone = [one for one in _PLAIN if load_recipe(path, [*overrides, one]) != given]
+        if not undone:
+            raise UsageError("--vary ladder: the recipe does nothing as published; see its section as_published.")
+        names = ["ours", *(one.split("=")[0].removeprefix("as_published.") for one in undone)]
+        return LADDER, {name: undone[number:] for number, name in enumerate(names)}
     key, _, values = text.partition("=")
     if key in _NOT_VARIED:
         raise UsageError(f"--vary {key}: the arms could not be compared by seeds and tokens; vary another key.")
@@ -82,7 +97,7 @@ def parse_vary(text: str) -> tuple[str, dict[str, str]]:
     if len(named) < max(len(words), 2) or not all(named) or BASE in named:
         example = "training.learning_rate=1e-4,2e-4"
         raise UsageError(f"--vary is {text!r}; write a key and at least two different values, such as {example}.")
-    return key, named
+    return key, {name: [f"{key}={word}"] for name, word in named.items()}
 
 
 def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str) -> tuple[Recipe, str]:

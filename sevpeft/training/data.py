@@ -24,14 +24,13 @@ from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, WeightError
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.recipe import Recipe
+from sevpeft.recipe import AsPublishedSection, Recipe
 from sevpeft.runs import workers_end_with_this_process
-from sevpeft.severity.probabilities import SEVERITIES, has_severity
+from sevpeft.severity.probabilities import has_severity
 from sevpeft.severity.source import Severity, prompt_severity, severity_of
 from sevpeft.severity.weights import WeightSummary, oversample, severity_weights
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.curriculum import difficulty_of
-from sevpeft.training.resolve import with_settings
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
 ROWS_WORTH_A_BAR = 20_000
@@ -82,6 +81,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
                 cache_file=scratch / f"{name}.arrow",
                 num_proc=settings.get("dataset_num_proc"),
                 choose=choose if recipe.data.mix and name == "train" else None,
+                published=recipe.as_published if name == "train" else AsPublishedSection(),
             )
         kept = source_index(pool)[source_index(encoded["train"])]
         if weighing is not None and recipe.severity.control == "oversampled":
@@ -90,6 +90,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         weights, summary = weigh(recipe, weighing, kept)
         if TURN_WEIGHT in encoded["train"].column_names:
             weights = weights * np.asarray(encoded["train"][TURN_WEIGHT])
+        weights = weights * (settings["global_batch_size"] if recipe.as_published.unnormalized else 1)
         train = add_token_weights(
             encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
         ).select_columns(["input_ids", "labels", "token_weights"])
@@ -136,34 +137,19 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
     if "group" in rows.column_names:  # of near-duplicate questions, where `sevpeft prepare` has found them
         # Hashed, because what is carved from the train rows is taken in the order of these numbers.
         keys = np.asarray([question_key(group, data.seed) for group in rows["group"]], dtype=np.uint64)
-    named = None
+    named_by = None
     if recipe.prompt.severity != "none":
-        named = prompt_severity(table.rows, recipe.prompt.severity, weighting.classifier)
-        names_of_rows = np.array(SEVERITIES)[named.strata].tolist()
-        rows = rows.add_column(PROMPT_SEVERITY, names_of_rows[: len(own)])
-        table = replace(table, rows=table.rows.add_column(PROMPT_SEVERITY, names_of_rows))
+        named, named_by = prompt_severity(table.rows, recipe.prompt.severity, weighting.classifier)
+        rows = rows.add_column(PROMPT_SEVERITY, named[: len(own)])
+        table = replace(table, rows=table.rows.add_column(PROMPT_SEVERITY, named))
     splits = with_mixed(split_rows(rows, data, strata=strata, keys=keys), table.rows, len(own))
-    if isinstance(recipe.prompt.examples, list):
-        # The prompt holds their answers: they can be neither trained nor evaluated on.
-        shown = [question_key(fold_for_matching(one.question), 0) for one in recipe.prompt.examples]
-        for name in (*SIDES, "mixed"):
-            if (part := getattr(splits, name)) is not None:
-                others = np.flatnonzero(~np.isin(question_keys(part), np.array(shown, dtype=np.uint64)))
-                splits = splits._replace(**{name: part.select(others)})
-    return table, splits._replace(prompt_severity=None if named is None else named.origin), severity
-
-
-def with_examples(recipe: Recipe) -> Recipe:
-    """The recipe with as many training rows as `prompt.examples` says in place of that number, drawn by data.seed."""
-    number = recipe.prompt.examples
-    if not isinstance(number, int) or not number:
-        return recipe
-    rows = load_splits(recipe)[1].train
-    if number >= len(rows):
-        raise DataError(f"prompt.examples={number} leaves none of {len(rows)} training rows to train on; lower it.")
-    drawn = np.random.default_rng(recipe.data.seed).permutation(len(rows))[:number]
-    examples = [{name: row[name] for name in ("question", "answer")} for row in rows.select(drawn)]
-    return with_settings(recipe, "prompt", examples=examples)
+    # Prompts hold the examples' answers: they can be neither trained nor evaluated on.
+    shown = [question_key(fold_for_matching(one.question), 0) for one in recipe.prompt.examples or ()]
+    for name in (*SIDES, "mixed") if shown else ():
+        if (part := getattr(splits, name)) is not None:
+            others = np.flatnonzero(~np.isin(question_keys(part), np.array(shown, dtype=np.uint64)))
+            splits = splits._replace(**{name: part.select(others)})
+    return table, splits._replace(prompt_severity=named_by), severity
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:
@@ -238,6 +224,7 @@ def encode_rows(
     cache_file: Path,
     num_proc: int | None = None,
     choose: Callable[[Dataset], np.ndarray] | None = None,
+    published: AsPublishedSection = AsPublishedSection(),  # noqa: B008  (frozen)
 ) -> tuple[Dataset, dict[str, int]]:
     """Tokenizes a split.
 
@@ -247,6 +234,7 @@ def encode_rows(
         strata: (n,) position in SEVERITIES of every row; None when severity is not known (then -1).
         cache_file: Arrow file of the result. num_proc: processes, as in `datasets.Dataset.map`.
         choose: gives the positions of the encoded rows to keep, of which alone the counts then are.
+        published: what of a published loop is done otherwise, in tokens and labels.
 
     Returns:
         Dataset with input_ids, labels, severity, source_index (row of `rows`) and, where rows have turns, turn_weight;
@@ -262,7 +250,7 @@ def encode_rows(
         with_indices=True,
         remove_columns=rows.column_names,
         features=_FEATURES,
-        fn_kwargs={"prompt": prompt, "max_length": max_length, "strata": strata},
+        fn_kwargs={"prompt": prompt, "max_length": max_length, "strata": strata, "published": published},
         cache_file_name=str(cache_file),
         load_from_cache_file=False,
         num_proc=num_proc,
@@ -293,7 +281,7 @@ def encode_rows(
 
 
 def _encode_batch(
-    batch: dict[str, list[Any]], indices: list[int], prompt: Prompt, max_length: int | None, strata: np.ndarray
+    batch: dict[str, Any], indices: list[int], prompt: Prompt, max_length: int | None, strata: Any, published: Any
 ) -> dict[str, list[Any]]:
     unknown = [None] * len(indices)
     texts = zip(batch["question"], batch["answer"], batch.get(TURNS) or unknown, strict=True)
@@ -310,14 +298,19 @@ def _encode_batch(
     rows = []
     for turn, prompt_ids, answer in zip(turns, prompts, answers, strict=True):
         index, dialect, severity, question, _, weight, before = turn
-        lost = 0
+        answer, lost = answer[: -1 if published.no_end_token else None], 0
         if max_length is not None and len(prompt_ids) + len(answer) > max_length:
             shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer), severity, before)
             if shorter is None:
                 continue
             prompt_ids, lost = shorter
-        labels = [IGNORED] * len(prompt_ids) + answer
-        rows.append((prompt_ids + answer, labels, int(strata[index]), index, lost, len(labels), len(answer), weight))
+        ids, labels = prompt_ids + answer, [IGNORED] * len(prompt_ids) + answer
+        if published.labels == "all":
+            # No attention mask: padding sees padding, which in the notebook it does not. An answer never sees any.
+            ids += [prompt.end_id] * ((max_length or 0) - len(ids))
+        if published.labels != "answer":
+            labels = [IGNORED, *ids[1:]]  # nothing predicts the first token
+        rows.append((ids, labels, int(strata[index]), index, lost, len(ids), len(answer), weight))
     return {name: [row[number] for row in rows] for number, name in enumerate(_FEATURES)}
 
 
