@@ -66,7 +66,7 @@ def arm_tables(content: Json) -> list[RenderableType]:
     for stratum, name in product(OPEN_STRATA, ("bertscore_f1", "chrf", "nll")):
         if stratum in content["scores"] and name in content["metrics"]:
             about = content["metrics"][name]
-            shown = table(plain(stratum), metric_label(about, stratum), "difference", "outcome")
+            shown = table(f"{metric_label(about, stratum)}, {plain(stratum)}", "mean", "difference", "outcome")
             for arm, of in content["scores"][stratum]["metrics"][name].items():
                 cells = ((estimate_text(one, about, sign=True), one["outcome"]) for one in of["against"].values())
                 shown.add_row(arm, estimate_text({**of, "low": None}, about), *next(cells, ()))

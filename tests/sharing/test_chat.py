@@ -45,11 +45,14 @@ def test_an_answer_is_the_greedy_continuation_of_the_training_prompt(run: Run) -
 def test_the_severity_is_predicted_when_the_question_comes_and_an_oracle_cannot_be_asked(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def card_of(asked: str) -> str:
-        run.write_text("recipe.yaml", load_recipe(run.folder / "recipe.yaml", [f"prompt.severity={asked}"]).to_yaml())
+    def card_of(asked: str, *more: str) -> str:
+        settings = [f"prompt.severity={asked}", *more]
+        run.write_text("recipe.yaml", load_recipe(run.folder / "recipe.yaml", settings).to_yaml())
         return write_card(run).read_text(encoding="utf-8")
 
-    card = card_of("predicted")
+    assert "as published" in card_of("none", "as_published.labels=all") and "oracle" not in card_of("none")
+    card = card_of("predicted", "as_published.labels=answer")
+    assert "as published" not in card
     assert card.count("{severity}") == 2 and "`درجة الخطورة: حرجة`" in card and "oracle" not in card
     chat, seen = Chat(run), []
     monkeypatch.setattr(chat.model, "generate", lambda **of: seen.append(of["input_ids"][0]) or of["input_ids"])
