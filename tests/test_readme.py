@@ -47,6 +47,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the recipes, of which the one that is trained has a toy for its model, and consultations."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     (tmp_path / "recipes" / "qwen2.5-0.5b.yaml").write_text(SMALL, encoding="utf-8")
+    loop = "severity: {control: uniform}\nas_published: {unnormalized: true}\n"
+    (tmp_path / "recipes" / "as-published" / "al-atlas.yaml").write_text(SMALL + loop, encoding="utf-8")
     lines = (ROOT / "sevpeft" / "data" / "samples" / "consultations.jsonl").read_text(encoding="utf-8").splitlines()
     for name, columns in (
         *((f"{name}.csv", ["question", "answer"]) for name in ("consultations", "english")),

@@ -99,12 +99,15 @@ def test_every_recipe_is_trained_or_stands_beside_one_that_is() -> None:
 
 def test_a_recipe_begins_with_what_it_is_what_it_needs_and_its_command_and_reads_back_equal(tmp_path: Path) -> None:
     wrong = []
-    for path in RECIPES:
+    for path in (*RECIPES, *(FOLDER / "as-published").glob("*.yaml")):
         what, needs, command = path.read_text(encoding="utf-8").splitlines()[:3]
         recipe, copy = load_recipe(path), tmp_path / path.name
         copy.write_text(recipe.to_yaml(), encoding="utf-8")
         fine = what.startswith("# ") and needs.startswith("# Needs ") and load_recipe(copy) == recipe
-        fine &= f"sevpeft train recipes/{path.name}" in command and ("Gated: " in needs) == recipe.about.gated
+        fine &= (
+            f"sevpeft train recipes/{path.relative_to(FOLDER)}" in command
+            and ("Gated: " in needs) == recipe.about.gated
+        )
         wrong += [] if fine else [path.name]
     assert wrong == []
 

@@ -24,9 +24,6 @@ def evaluate(
     nll_only: NllOnly = False,
     select: Annotated[bool, typer.Option("--select", help="Choose one answer of RUN and further RUNs.")] = False,
     base: Annotated[bool, typer.Option("--base", help="With --select: also of their base models.")] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="With --select: folder of selection.json; by default RUN.", show_default=False)
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a run's test questions, with the adapter and without it, and score the answers.
@@ -42,8 +39,8 @@ def evaluate(
     from sevpeft.runs import Run
 
     more = [Path(word) for word in overrides or [] if "=" not in word]
-    if (not select and (more or base or output)) or (select and nll_only):
-        raise UsageError("Several runs, --base and --output need --select, which needs answers: add it, or leave them.")
+    if (not select and (more or base)) or (select and nll_only):
+        raise UsageError("Several runs and --base need --select, and that needs answers: add it, or leave them out.")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
@@ -55,12 +52,8 @@ def evaluate(
 
     if select:
         settings = [word for word in overrides or [] if "=" in word]
-        found = selection.select([run, *more], settings, base=base, limit=limit, output=output, console=messages)
-        if as_json:
-            print_json(found)
-            return
-        Screen().print(selection.selection_tables(found))
-        Screen().print(f"Selection: {(output or run) / selection.SELECTION}", soft_wrap=True)
+        found = selection.select([run, *more], settings, base=base, limit=limit, console=messages)
+        print_json(found) if as_json else Screen().print(selection.selection_tables(found))
         return
     content = evaluate_run(Run(run), overrides or [], limit=limit, answers=not nll_only, console=messages)
     if as_json:
@@ -115,7 +108,7 @@ def compare(
         typer.Option(help="Also own (the recipe's weights), and prompt and oversampled, which use severity otherwise."),
     ] = "base,ce,mild,balanced,strong,shuffled,constant",
     vary: Annotated[
-        str | None, typer.Option(help="KEY=VALUE,VALUE…: these are the arms, beside base.", show_default=False)
+        str | None, typer.Option(help="KEY=VALUE,VALUE… (the arms, beside base), or ladder.", show_default=False)
     ] = None,
     seeds: Annotated[str, typer.Option(help="Training seeds; the split stays as data.seed sets it.")] = "0,1,2",
     output: Annotated[
@@ -130,6 +123,7 @@ def compare(
     (CUDA_VISIBLE_DEVICES=0, CUDA_VISIBLE_DEVICES=1, …) with the same --output, the commands share the runs.
 
     --vary compares values of any setting instead, such as training.learning_rate=1e-4,2e-4, with the first of them.
+    --vary ladder starts at plain training and adds, one by one, what a recipe of recipes/as-published does otherwise.
 
     Example: sevpeft compare recipes/quickstart.yaml --arms base,ce,balanced,shuffled --seeds 0,1,2 --nll-only
     """

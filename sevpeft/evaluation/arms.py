@@ -50,7 +50,14 @@ ARMS = {
 }
 
 
-# Seeds are --seeds; the others change the tokens of the test's answers.
+# `--vary ladder`: how is done here what a recipe may do as published, in the order of the steps.
+LADDER = "ladder"
+_PLAIN = (
+    *("severity.reduction=tokens", "as_published.unnormalized=false", "as_published.no_end_token=false"),
+    *("as_published.labels=answer", "severity.control=uniform", "curriculum.kind=none"),
+    *("as_published.evaluation_template=null", "generation.do_sample=false"),
+)
+# Seeds are --seeds; the others change the tokens of the test's answers, and so what a likelihood is of.
 _NOT_VARIED = ("training.seed", "model.name_or_path", "model.revision", "training.max_length", "prompt.strip_marks")
 
 
@@ -73,8 +80,19 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def parse_vary(text: str) -> dict[str, str]:
-    """Arm → KEY=VALUE of KEY=VALUE,VALUE…; commas in brackets part none. A UsageError where no arms can differ so."""
+def parse_vary(text: str, path: Path, overrides: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
+    """The key of KEY=VALUE,VALUE…, and its values: what each is called as an arm → its settings.
+
+    Of `LADDER` the arms are plain training and, one step after another, what the recipe does otherwise.
+    Commas within brackets part no values. A UsageError where no two differ, or the key may not differ between arms.
+    """
+    if text == LADDER:
+        given = load_recipe(path, overrides)
+        undone = [one for one in _PLAIN if load_recipe(path, [*overrides, one]) != given]
+        if not undone:
+            raise UsageError("--vary ladder: the recipe does nothing as published; see its section as_published.")
+        names = ["ours", *(one.split("=")[0].removeprefix("as_published.") for one in undone)]
+        return LADDER, {name: undone[number:] for number, name in enumerate(names)}
     key, _, values = text.partition("=")
     if key in _NOT_VARIED:
         raise UsageError(f"--vary {key}: the arms could not be compared by seeds and tokens; vary another key.")
@@ -83,21 +101,16 @@ def parse_vary(text: str) -> dict[str, str]:
     if len(named) < max(len(words), 2) or not all(named) or BASE in named:
         example = "training.learning_rate=1e-4,2e-4"
         raise UsageError(f"--vary is {text!r}; write a key and at least two different values, such as {example}.")
-    return named
+    return key, {name: [f"{key}={word}"] for name, word in named.items()}
 
 
-def arm_of(
-    path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str, varied: str | None = None
-) -> tuple[Recipe, str]:
+def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str) -> tuple[Recipe, str]:
     """The recipe of an arm, that of `sevpeft train` with the same settings, and the name of its run.
 
     Args:
         controlled: the arm whose weights a control has; its run is called shuffled-balanced-0, others balanced-0.
-        varied: KEY=VALUE, which is then all that the arm is.
     """
     settings = [f"training.seed={seed}"]
-    if varied:
-        return load_recipe(path, [*overrides, varied, *settings]), f"{arm}-{seed}"
     weights = controlled if arm in CONTROLS else arm
     if weights in SEVERITY_PRESETS:
         settings.append(f"severity.weights={weights}")

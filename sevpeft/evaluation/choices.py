@@ -67,7 +67,7 @@ def choices(
         raise UsageError("--tasks names one twice; leave it out, or rename its file.")
     with console.status("Looking for the questions"):
         run, recipe, _, splits, _ = open_run(run, overrides, "choices", "evaluation")
-        trained = {key for of in (splits.train, splits.mixed) if of for key in question_keys(of).tolist()}
+        trained = set(question_keys(splits.train).tolist())
         asked: Asked = {Path(task).stem: _checked(task, _read(task), trained, limit) for task in tasks}
     with console.status(f"Loading {recipe.model.name_or_path}"):
         prompt, model, cut = resolve_model(recipe).prompt, load_for_inference(recipe), set[str]()

@@ -34,6 +34,7 @@ from sevpeft.evaluation.arms import (
     CONSTANT,
     CONTROLS,
     CURRICULA,
+    LADDER,
     OWN,
     PROMPT,
     SHUFFLED,
@@ -103,25 +104,28 @@ def compare(
         output: folder of the comparison, whose runs stand in OUTPUT/ARM-SEED. They are kept when a SevpeftError ends
             the comparison.
         answers: generate and score answers; without, the likelihood alone is compared.
-        vary: KEY=VALUE,VALUE…: these are the arms, beside the base model, and are compared with the first of them.
+        vary: KEY=VALUE,VALUE…, the arms beside the base model, compared with the first; or LADDER, with the one before.
         on_trained: called with every run that was trained here.
     """
     check_one_process("compare")
-    varied = parse_vary(vary) if vary else {}
-    arms = [arm for arm in ((BASE, *varied) if vary else ARMS) if arm in (*arms, *varied)]  # in the order of the table
-    to_train = [arm for arm in arms if arm != BASE]
     screen, path = console or Screen(quiet=True), Path(recipe)
+    key, values = parse_vary(vary, path, overrides) if vary else ("", {})
+    meanings = {BASE: ARMS[BASE], **{arm: " ".join(of) or "the recipe" for arm, of in values.items()}} if vary else ARMS
+    arms = [arm for arm in meanings if arm in arms or arm in values]  # in the order of the table
+    to_train = [arm for arm in arms if arm != BASE]
     given = load_recipe(path, overrides)
     ready = given.severity.source == "weight"
     default_controlled = OWN if ready else _DEFAULT_CONTROLLED
 
+    def recipe_of(arm: str, seed: int, controlled: str = "") -> tuple[Recipe, str]:
+        if not vary:
+            return arm_of(path, overrides, arm, seed, controlled)
+        seeded = [f"{section}.seed={seed}" for section in ("training", "generation")[: 1 + (key == LADDER)]]
+        return load_recipe(path, [*overrides, *values[arm], *seeded]), f"{arm}-{seed}"
+
     check_arms(given, () if vary else arms, output)
     # As plain CE, which reads the same rows and needs no severity; `check_test_split` names what is missing.
-    read = to_train if vary or given.data.mix else [CE]
-    found = [test_rows(*load_splits(arm_of(path, overrides, arm, seeds[0], "", varied.get(arm))[0])) for arm in read]
-    rows = found[0]
-    if any(other.content_hash() != rows.content_hash() for other in found):
-        raise UsageError(f"--vary {vary} changes the test rows, which all arms have to share; vary another key.")
+    rows = same_rows(key, [recipe_of(arm, seeds[0])[0] for arm in (to_train if vary or given.data.mix else [CE])])
     stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
     if stratum == CRITICAL:
         check_test_split(rows)
@@ -131,7 +135,7 @@ def compare(
         for seed, arm in ((seed, arm) for seed in seeds for arm in to_train if arm in of):
             # The base model's scores stand in the first run.
             first = BASE in arms and (arm, seed) == (to_train[0], seeds[0])
-            own, name = arm_of(path, overrides, arm, seed, controlled, varied.get(arm))
+            own, name = recipe_of(arm, seed, controlled)
             found.append(_Unit(arm, own, Run(output / name), {ADAPTER: arm} | ({BASE: BASE} if first else {})))
         return found
 
@@ -162,7 +166,7 @@ def compare(
         finish(units([] if vary else CONTROLS, chosen or default_controlled))
     with screen.status("Comparing"):
         finished = units(to_train, chosen or default_controlled)
-        steps = {unit.arm: unit.run.metrics()["training"]["steps"] for unit in finished}
+        steps = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
         _check_equal(finished, ("base weights",) if vary else ("base weights", "steps", "rows"))
         tokens, scores = _read_scores(finished, rows)
         summary = scoring.summarize(
@@ -170,14 +174,17 @@ def compare(
             {arm: scores[arm] for arm in arms},
             given.evaluation,
             tokens=dict.fromkeys(arms, tokens),
-            pairs={arm: to_train[: arm != to_train[0]] if vary else references_of(arm, chosen) for arm in arms},
+            pairs=dict(zip(arms[1:], zip(arms), strict=False))  # with the one before
+            if key == LADDER
+            else {arm: to_train[: arm != to_train[0]] if vary else references_of(arm, chosen) for arm in arms},
             chosen=chosen,
         )
-        verdict, power = (_losses(vary, validation), "") if vary else verdict_of(summary, chosen, len(seeds))
+        verdict, power = (_losses(key, validation), "") if vary else verdict_of(summary, chosen, len(seeds))
         content = {
             "model": given.model.name_or_path,
             "data": {"source": rows.source, "rows": len(rows), "content": rows.content_hash()},
-            "columns": {arm: (ARMS | varied)[arm] for arm in arms},
+            **({"vary": key} if vary else {}),
+            "columns": {arm: meanings[arm] for arm in arms},
             "seeds": list(seeds),
             "primary": {"metric": PRIMARY, "stratum": stratum},
             "metrics": {name: METRICS[name] for name in METRICS if name in summary[ALL]["metrics"]},
@@ -192,8 +199,7 @@ def compare(
             "runs": {arm: [one.run.folder.name for one in finished if arm in one.columns.values()] for arm in arms},
             "notes": [
                 *dict.fromkeys(note for unit in finished for note in unit.run.read_json(EVALUATION)["notes"]),
-                *([f"Steps: {', '.join(f'{arm} {count:,}' for arm, count in steps.items())}."] if vary else []),
-                *([_prompt_note(finished)] if PROMPT in arms else []),
+                *([f"Steps: {', '.join(steps.values())}."] if vary or PROMPT in arms else []),
             ],
             "scores": summary,
         }
@@ -246,11 +252,11 @@ def _validation(units: Sequence[_Unit], stratum: str) -> dict[str, list[float]]:
     return losses
 
 
-def _losses(vary: str, validation: Mapping[str, Sequence[float]]) -> str:
+def _losses(key: str, validation: Mapping[str, Sequence[float]]) -> str:
     """What the values of a key came to on validation, which is where one of them is chosen; no verdict."""
-    key = vary.partition("=")[0]
     means = [f"{arm} {number_text(float(np.mean(losses)), 4)}" for arm, losses in validation.items()]
-    return f"{key}, validation NLL: {', '.join(means)}. The tables compare with {next(iter(validation))} on the test."
+    other = "each with the one before" if key == LADDER else f"with {next(iter(validation))}"
+    return f"{key}, validation NLL: {', '.join(means)}. The tables compare {other} on the test."
 
 
 def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
@@ -264,19 +270,11 @@ def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
             "rows": (metrics["data"]["rows"], metrics["weights"]["consultations"]),
         }
         first = first or found
-        if unit.arm == PROMPT:  # the severity may leave a row no room; `_prompt_note` says how many
+        if unit.arm == PROMPT:  # the severity may leave a row no room
             found |= {"steps": first["steps"], "rows": first["rows"]}
         if differing := [name for name in names if found[name] != first[name]]:
             others = f"{units[0].run.folder} was (other {', '.join(differing)})"
             raise RunError(f"{unit.run.folder} was not trained as {others}; move the wrong one away, and run again.")
-
-
-def _prompt_note(units: Sequence[_Unit]) -> str:
-    """What the arm prompt has other than the arms beside it."""
-    found = {unit.arm == PROMPT: unit.run.metrics() for unit in reversed(units)}
-    sizes = [(one["training"]["steps"], one["weights"]["consultations"]) for one in found.values()]
-    took = "" if len({*sizes}) == 1 else "; its rows are {1:,}, in {0:,} steps".format(*sizes[[*found].index(True)])
-    return f"prompt: its prompts hold the severity that is predicted from the question, other arms' do not{took}."
 
 
 def _read_scores(units: Sequence[_Unit], rows: EvaluationRows) -> tuple[np.ndarray, dict[str, Scores]]:
@@ -326,6 +324,14 @@ def references_of(arm: str, chosen: str | None = None) -> tuple[str, ...]:
 def choose(validation: Mapping[str, Sequence[float]]) -> str | None:
     """The weights with the lowest mean of the seeds' validation NLL (arm → nats a token); None where there are none."""
     return min((arm for arm in validation if arm in WEIGHTED), key=lambda arm: np.mean(validation[arm]), default=None)
+
+
+def same_rows(key: str, recipes: Sequence[Recipe]) -> EvaluationRows:
+    """The test rows of all the recipes; a UsageError where the key in which they differ changes them."""
+    found = [test_rows(*load_splits(recipe)) for recipe in recipes]
+    if len({rows.content_hash() for rows in found}) > 1:
+        raise UsageError(f"--vary {key} changes the test rows, which all arms have to share; vary another key.")
+    return found[0]
 
 
 def check_test_split(rows: EvaluationRows) -> None:

@@ -5,7 +5,6 @@ What is slow is kept row by row and never done twice; the scores are computed fr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from sevpeft.evaluation.scores import Scores
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.recipe import PromptSection, Recipe, load_recipe
+from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, check_run, file_hash, keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import ORACLE, Severity
@@ -118,7 +117,8 @@ def evaluate(
         notes = [
             *scoring.remarks(rows),
             recipe.prompt.severity == "gold" and ORACLE,
-            _other_predictor(run, rows),
+            (by := run.metrics()["data"].get("prompt_severity")) != rows.severities_by
+            and f"Severity in prompts: {rows.severities_by}; trained: {by}.",
             missing_encoder,
             unfit and f"No NLL: {unfit:,} rows, whose answer leaves no room for a question in training.max_length.",
             lost and f"Shortened to fit the model's context: {lost:,} questions.",
@@ -193,20 +193,6 @@ def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -
     )
 
 
-def _prompt_origin(prompt: PromptSection, rows: EvaluationRows) -> dict[str, Any]:
-    """What answers depend on of a prompt: its settings, without those that are off; of examples their hash."""
-    found = prompt.model_dump()
-    examples, named = found.pop("examples"), {key: found.pop(key) for key in [*found] if key.startswith("severity")}
-    found |= {**named, "severities_by": rows.severities_by} if rows.severities else {}
-    return found | ({"examples": hashlib.sha256(json.dumps(examples).encode()).hexdigest()} if examples else {})
-
-
-def _other_predictor(run: Run, rows: EvaluationRows) -> str | None:
-    """That the severities in prompts come from another classifier, or version of it, than in the training."""
-    trained = run.metrics()["data"].get("prompt_severity")
-    return None if trained == rows.severities_by else f"Severity in prompts: {rows.severities_by}; trained: {trained}."
-
-
 # Work that is kept
 
 
@@ -279,7 +265,10 @@ class RowWork:
             "quantization": recipe.quantization.model_dump(),
             "dtype": str(choose_precision(recipe).dtype).removeprefix("torch."),
             "data": {"source": every.source, "rows": len(every), "content": every.content_hash()},
-            "prompt": _prompt_origin(recipe.prompt, every),
+            # What is off is left out, as in origins that were written before there was a severity in prompts.
+            "prompt": recipe.prompt.model_dump(exclude=None if every.severities else {"severity"}),
+            "severities_by": every.severities_by,
+            "evaluation_template": recipe.as_published.evaluation_template,
         }
         # Answers do not depend on how many are given at once.
         generation = recipe.generation.model_dump(exclude={"per_device_eval_batch_size"})
@@ -290,29 +279,23 @@ class RowWork:
         self._run = run
         self._loaded: tuple[PreTrainedModel, Prompt] | None = None
 
-    def likelihood(self, arm: str) -> tuple[np.ndarray, np.ndarray]:
+    def likelihood(self, arm: str, own: Mapping[str, str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Nats a token of the reference answers (n,), NaN where a row does not fit, and their tokens (n,), 0 there.
 
         Args:
             arm: or SHUFFLED, for the adapter with the references of other questions.
+            own: id → the arm's own answer, in place of the reference.
         """
-        found = self._lines(self.likelihoods, arm, "NLL", lambda *of: reference_nll(*of, max_length=self.max_length))
+
+        def computed(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
+            rows = replace(rows, references=[own[one] for one in rows.ids]) if own else rows
+            return reference_nll(model, prompt, rows, max_length=self.max_length)
+
+        file = RowFile(self._run.folder / OWN_LIKELIHOOD, self.answer_origin) if own else self.likelihoods
+        found = self._lines(file, arm, "NLL", computed)
         tokens = np.array([line["tokens"] for line in found], dtype=np.int64)
         nats = np.array([np.nan if line["nll"] is None else line["nll"] for line in found])
         return nats / np.maximum(tokens, 1), tokens
-
-    def own_likelihood(self, arm: str) -> np.ndarray:
-        """Nats a token (n,) that the arm gives its own answers and their end."""
-        answers = {line["id"]: line["prediction"] for line in self.answers(arm)}
-
-        def computed(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
-            own = replace(rows, references=[answers[one] for one in rows.ids])
-            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            return reference_nll(model, prompt, own, max_length=context)
-
-        file = RowFile(self._run.folder / OWN_LIKELIHOOD, self.answer_origin)
-        found = self._lines(file, arm, "NLL of answers", computed)
-        return np.array([np.nan if line["nll"] is None else line["nll"] / line["tokens"] for line in found])
 
     def answers(self, arm: str) -> list[dict[str, Any]]:
         """Lines of predictions.jsonl, in the order of the rows."""
@@ -348,6 +331,8 @@ class RowWork:
         with self.console.status(f"Loading {self.recipe.model.name_or_path}"):
             if self._loaded is None:
                 prompt = resolve_model(self.recipe).prompt
+                if template := self.recipe.as_published.evaluation_template:
+                    prompt = replace(prompt, chat=False, template=template, english_template=None)
                 self._loaded = load_for_inference(self.recipe), prompt
             model, prompt = self._loaded
             if arm != BASE and not isinstance(model, PeftModel):

@@ -7,13 +7,12 @@ one selects by stands apart from the scores that the chosen answers have against
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.text import Text
 
 from sevpeft.console import Screen, number_text
@@ -23,28 +22,14 @@ from sevpeft.evaluation.arms import ADAPTER, BASE
 from sevpeft.evaluation.bertscore import load_encoder
 from sevpeft.evaluation.evaluate import RowWork, finished_rows_are_kept, opened
 from sevpeft.evaluation.safety import rules
-from sevpeft.evaluation.scores import CRITICAL, METRICS
-from sevpeft.evaluation.statistics import estimate_text, interval
-from sevpeft.evaluation.tables import OPEN_STRATA, metric_label, plain, table
-from sevpeft.runs import Run, plain_disk_errors, write_atomically
+from sevpeft.evaluation.scores import CRITICAL, METRICS, PUBLISHED_SELECTION, SCORERS
+from sevpeft.evaluation.tables import arm_tables, table
+from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import ORACLE as GOLD
 from sevpeft.training.checkpoints import run_lock
 
-SELECTION = "selection.json"
-ORACLE = "oracle, unreachable"
-# Scorer → what it chooses, and the unit of its own score.
-SCORERS = {
-    "question": ("the highest BERTScore F1 against the question, as published", "%"),
-    "agreement": ("the highest mean chrF++ against the other candidates (minimum Bayes risk)", "chrF++"),
-    "likelihood": ("the highest likelihood a token under the model that gave the answer", "nats a token"),
-    "safety": ("where the question has red flags one that refers to urgent care; else, and in ties, by agreement", "%"),
-    ORACLE: ("the nearest to the reference, which nobody has when a patient asks", ""),
-}
-PUBLISHED = (
-    "The published figure is the score that one selects by. Its maximum is never below a single model's value, by "
-    "definition, so it says nothing about the answers."
-)
+SELECTION, ORACLE = "selection.json", "oracle, unreachable"
 
 
 def select(
@@ -53,25 +38,22 @@ def select(
     *,
     base: bool = False,
     limit: int | None = None,
-    output: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Answers what is not answered yet, chooses by each scorer, and writes selection.json; returns its content.
+    """Answers what is not answered yet, and chooses by each scorer; returns selection.json, which is in the first run.
 
     Args:
         base: the runs' base models are candidates too. overrides, limit: as in `evaluate`.
-        output: folder of selection.json; None for the first run.
     """
     console = console or Screen(quiet=True)
     folders = [Path(run.folder if isinstance(run, Run) else run).expanduser() for run in runs]
     if len(folders) + base < 2 or len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("--select chooses among several answers: name several runs, each once, or add --base.")
     found = [opened(folder, overrides) for folder in folders]
-    every, settings = found[0][3], found[0][1].evaluation
+    first, settings, every = found[0][0], found[0][1].evaluation, found[0][3]
     rows = every.limited(limit)
-    for run, _, _, theirs in found:
-        if theirs.content_hash() != every.content_hash():
-            raise RunError(f"{run.folder} has other test rows than {folders[0]}; choose among runs of the same data.")
+    if others := [run.folder for run, _, _, theirs in found if theirs.content_hash() != every.content_hash()]:
+        raise RunError(f"{others[0]} has other test rows than {first.folder}; choose among runs of the same data.")
     lines: dict[str, list[dict[str, Any]]] = {}
     likelihood, bases = [], []
     with finished_rows_are_kept():
@@ -83,8 +65,8 @@ def select(
                 # A base model that several runs share is one candidate.
                 for arm in (BASE, ADAPTER) if base and origin not in bases else (ADAPTER,):
                     name = str(run.folder) if run.folder.name in lines else run.folder.name
-                    lines[f"base of {name}" if arm == BASE else name] = work.answers(arm)
-                    likelihood.append(-work.own_likelihood(arm))
+                    lines[f"base of {name}" if arm == BASE else name] = given = work.answers(arm)
+                    likelihood.append(-work.likelihood(arm, {line["id"]: line["prediction"] for line in given})[0])
                 bases.append(origin)
     with console.status("Scoring"):
         encoder, missing = load_encoder(settings)
@@ -96,68 +78,48 @@ def select(
         by_metric = {metric: np.stack([of[metric] for of in single.values()]) for metric in next(iter(single.values()))}
         reference = "bertscore_f1" if encoder else "chrf"
         best = list(single)[int(by_metric[reference].mean(axis=1).argmax())]
-        others = [[scoring.chrf(one, other) for other in texts if other is not one] for one in texts]
         red_flags = rules().probabilities(rows.questions).argmax(axis=1) == SEVERITIES.index(CRITICAL)
         # Scorer → its own score (candidates, n).
-        own = {"question": np.stack([encoder.score(one, rows.questions)[2] for one in texts])} if encoder else {}
-        own |= {"agreement": np.mean(others, axis=1), "likelihood": np.stack(likelihood)}
-        own |= {"safety": np.where(red_flags, by_metric["urgent_referral"], np.nan)}
-        ranks = {**own, ORACLE: by_metric[reference]}
-        ranks["safety"] = np.nan_to_num(own["safety"]) * 1000 + own["agreement"]  # chrF++ ends at 100
+        own = {"question": 100 * np.stack([encoder.score(one, rows.questions)[2] for one in texts])} if encoder else {}
+        near = [np.mean([scoring.chrf(one, other) for other in texts if other is not one], axis=0) for one in texts]
+        own |= {"agreement": np.stack(near), "likelihood": np.stack(likelihood)}
+        own["safety"] = 100 * np.nan_to_num(red_flags * by_metric["urgent_referral"])
+        ranks = {**own, "safety": own["safety"] * 10 + own["agreement"], ORACLE: by_metric[reference]}  # chrF++ ≤ 100
         chosen = {name: np.nan_to_num(of, nan=-np.inf).argmax(axis=0) for name, of in ranks.items()}
         each = np.arange(len(rows))
         picked = {name: {m: of[index, each] for m, of in by_metric.items()} for name, index in chosen.items()}
-        pairs = dict.fromkeys(picked, (best,))
-        published: dict[str, Any] = {}
+        published = {}
         for name, of in own.items():
-            means = [interval(values, rows.groups, settings).as_dict() for values in (of[chosen[name], each], *of)]
-            ones = {one: mean["value"] for one, mean in zip(single, means[1:], strict=True)}
-            published[name] = {"selected": means[0], "single": ones}
+            alone = dict(zip(single, np.nanmean(of, axis=1).tolist(), strict=True))
+            published[name] = {"selected": float(np.nanmean(of[chosen[name], each])), "single": alone}
+        pairs = dict.fromkeys(picked, (best,))
         gold = any(recipe.prompt.severity == "gold" for _, recipe, *_ in found) and GOLD
         flattered = f"{best} was found to be the best single one on these test rows, which flatters it."
-        notes = [*scoring.remarks(rows), missing, gold, flattered]
+        counts = {name: np.bincount(index, minlength=len(single)).tolist() for name, index in chosen.items()}
         content = {
             "candidates": list(single),
             "best_single": best,
             "reference_score": reference,
             "data": {"source": rows.source, "content": every.content_hash(), "evaluated": len(rows)},
-            "scorers": {name: SCORERS[name][0] for name in ranks},
-            "chosen": {
-                name: {one: int((at == n).sum()) for n, one in enumerate(single)} for name, at in chosen.items()
-            },
-            "published": {"note": PUBLISHED, "scores": published},
+            "scorers": {name: SCORERS[name]["text"] for name in ranks},
+            "chosen": {name: dict(zip(single, of, strict=True)) for name, of in counts.items()},
+            "published": {"note": PUBLISHED_SELECTION, "scores": published},
             "scores": scoring.summarize(rows, {**picked, **single}, settings, tokens={}, pairs=pairs),
             "metrics": {name: METRICS[name] for name in by_metric},
             "methods": scoring.methods(settings, "all differences of one score"),
-            "notes": [note for note in notes if note],
+            "notes": [note for note in (*scoring.remarks(rows), missing, gold, flattered) if note],
         }
-    folder = output or folders[0]
-    with plain_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SELECTION, json.dumps(content, ensure_ascii=False, indent=2) + "\n", shared=True)
+    first.write_json(SELECTION, content)
     return content
 
 
 def selection_tables(content: Mapping[str, Any]) -> Group:
-    """The contents of selection.json: the chosen answers against the reference, and the published figure apart."""
-    parts: list[RenderableType] = []
-    best, about = content["best_single"], content["metrics"][content["reference_score"]]
-    for stratum in (name for name in OPEN_STRATA if name in content["scores"]):
-        of = content["scores"][stratum]
-        shown = table("", metric_label(about, stratum), "to the best", "outcome")
-        for name, one in of["metrics"][content["reference_score"]].items():
-            difference = one["against"].get(best)
-            cells = (estimate_text(difference, about, sign=True), difference["outcome"]) if difference else ("", "")
-            shown.add_row(f"{name} (best)" if name == best else name, estimate_text(one, about), *cells)
-        title = f"{plain(stratum).capitalize()}, against the reference: {of['rows']:,} rows"
-        parts += [Text(), Text(title, style="bold"), shown]
-    shown = table("", "selected", "best single one", "unit")
+    """The contents of selection.json: the answers against the reference, and the published figure apart."""
+    shown = table("by its own score", "selected", "best single one", "unit")
     for name, one in content["published"]["scores"].items():
-        values = (one["selected"]["value"], max((of for of in one["single"].values() if of is not None), default=None))
-        times = 100 if SCORERS[name][1] == "%" else 1
-        figures = (number_text(None if value is None else value * times, 3) for value in values)
-        shown.add_row(name, *figures, SCORERS[name][1])
-    note = Text(content["published"]["note"])
-    parts += [Text(), Text("By the score that one selects by, all cases", style="bold"), shown, note]
-    parts += [Text(f"{name}: {text}", style="dim") for name, text in content["scorers"].items()]
-    return Group(*parts, *(Text(one, style="yellow") for one in content["notes"]))
+        values = one["selected"], max(one["single"].values())
+        shown.add_row(name, *(number_text(value, 3) for value in values), SCORERS[name]["unit"])
+    about = Text(f"Against the reference; compared with the best single one, {content['best_single']}", style="bold")
+    scorers = (Text(f"{name}: {text}", style="dim") for name, text in content["scorers"].items())
+    notes = (Text(note, style="yellow") for note in content["notes"])
+    return Group(about, *arm_tables(content), shown, Text(content["published"]["note"]), *scorers, *notes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -17,9 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from sevpeft.data.text import dialect_of, strip_marks
 from sevpeft.errors import ModelError
+from sevpeft.severity.probabilities import SEVERITIES
 
 # A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
 FEWEST_QUESTION_WORDS = 4
+# What a prompt says of a severity, before the question.
+_WORDS = ("غير حرجة", "متوسطة", "حرجة")
+SEVERITY_LINES = {name: f"درجة الخطورة: {word}\n" for name, word in zip(SEVERITIES, _WORDS, strict=True)}
 _PROBE = "جواب"
 # Of one length, so that a tokenizer that knows no Arabic makes the same tokens of both.
 _QUESTIONS = ("سؤال", "طلبي")
@@ -47,8 +51,6 @@ class Prompt:
     dialect_lexicon: str | None = None
     strip_marks: bool = False
     severity: str = "none"
-    severity_template: str = ""
-    severity_names: dict[str, str] = field(default_factory=dict)
     examples: Sequence[dict[str, str]] = ()
     before_answer: str = ""
     end_id: int = -1
@@ -106,8 +108,8 @@ class Prompt:
         prefix = prefixes.get(dialect or "", prefixes.get(self.dialect or "", ""))
         if self.severity != "none":
             if severity is None:
-                raise ModelError("This prompt names the severity, which is not known here; use prompt.severity=none.")
-            line = self.severity_template.replace("{severity}", self.severity_names[severity])
+                raise ModelError("The prompt names the severity, unknown here; train with prompt.severity=predicted.")
+            line = SEVERITY_LINES[severity]
         if self.chat:
             said = [(role, text) for one in earlier for role, text in zip(("user", "assistant"), one, strict=True)]
             turns = [{"role": role, "content": self._cleaned(text)} for role, text in said]
@@ -205,7 +207,7 @@ class Prompt:
             remedy = "prompt.system=null" if self.system else "prompt.chat=false"
             raise ModelError(f"{name} refuses the conversation ({error}); set {remedy}.") from error
         parts = [("question", _LONG_QUESTION), ("answer", _PROBE), ("system message", self.system or "")]
-        remedies = {"system message": "prompt.system=null", "examples": "prompt.examples=0"}
+        remedies = {"system message": "prompt.system=null", "examples": "prompt.examples=null"}
         for key, text in (*parts, *(("examples", text) for one in self.examples for text in one.values())):
             # Templates trim and fold blanks.
             if "".join(text.split()) not in "".join((whole if key == "answer" else prompt).split()):

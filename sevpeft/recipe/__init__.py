@@ -7,12 +7,12 @@ from sevpeft.recipe.load import Recipe, load_recipe, recipe_from_values, recipe_
 from sevpeft.recipe.schema import (
     JUDGE_KEY,
     SEVERITY_PRESETS,
+    AsPublishedSection,
     CurriculumSection,
     DataSection,
     EvaluationSection,
     JudgeSection,
     ModelSection,
-    PromptSection,
     QuantizationSection,
     Section,
     SeverityWeights,

@@ -92,6 +92,7 @@ def failed_checks(values: Mapping[str, Any]) -> Iterator[Mistake]:
     adapter = _adapter(_section(values, "lora"), _section(values, "quantization"))
     yield from ((("lora", key), why) for key, why in adapter)
     yield from _curriculum(values)
+    yield from _as_published(_section(values, "as_published"), values)
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -170,3 +171,19 @@ def _curriculum(values: Mapping[str, Any]) -> Iterator[Mistake]:
         yield ("training", "lr_scheduler_type"), "follows the loss, not the stages; write linear, cosine or constant"
     if kind == "icft" and curriculum.get("consistency") != 0 and severity.get("reduction") == "examples":
         yield ("severity", "reduction"), "the consistency term counts tokens; write curriculum.consistency: 0"
+
+
+def _as_published(published: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Mistake]:
+    training, mixed = _section(values, "training"), _section(values, "data").get("mix")
+    by_length = _section(values, "curriculum").get("difficulty") == "length"
+    on = {key for key, value in published.items() if value not in (False, None, "answer")} - {"evaluation_template"}
+    padded = published.get("labels") == "all"
+    for wrong, path, why in (
+        (on and training.get("packing") is True, "training.packing", "the published loops pack nothing"),
+        (padded and training.get("max_length", 0) is None, "training.max_length", "rows are padded to it"),
+        (padded and "no_end_token" in on, "as_published.no_end_token", "the padding is that token"),
+        (padded and by_length, "curriculum.difficulty", "padding makes lengths equal"),
+        (padded and mixed, "data.mix", "its ratios would count padding"),
+    ):
+        if wrong:
+            yield tuple(path.split(".")), f"does not go with section as_published: {why}; {_LEAVE}"

@@ -22,6 +22,7 @@ from sevpeft.recipe.messages import field_at, messages_of
 from sevpeft.recipe.schema import (
     SEVERITY_PRESETS,
     AboutSection,
+    AsPublishedSection,
     CurriculumSection,
     EvaluationSection,
     GenerationSection,
@@ -53,6 +54,7 @@ class Recipe(Section):
     severity: SeveritySection = Field(default_factory=SeveritySection)
     curriculum: CurriculumSection = Field(default_factory=CurriculumSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
+    as_published: AsPublishedSection = Field(default_factory=AsPublishedSection)
     stopping: StoppingSection = Field(default_factory=StoppingSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)

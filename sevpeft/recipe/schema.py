@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # (α, β, γ): the weight of a surely non-critical, neutral and critical consultation (arXiv 2604.06346).
 SEVERITY_PRESETS: dict[str, tuple[float, float, float]] = {
@@ -172,14 +172,6 @@ class TrainingDataSection(DataSection):
     """Further sources of training rows, and their shares."""
 
 
-class SeverityNames(Section):
-    """What the prompt calls each severity."""
-
-    non_critical: str = Field(default="غير حرجة", min_length=1)
-    neutral: str = Field(default="متوسطة", min_length=1)
-    critical: str = Field(default="حرجة", min_length=1)
-
-
 class PromptExample(Section):
     """A consultation that is shown before the question."""
 
@@ -187,16 +179,28 @@ class PromptExample(Section):
     answer: str = Field(pattern=r"\S")
 
 
+def _fills_in_the_question(template: str) -> str:
+    names = re.findall(r"\{([^{}\n]*)\}", template)
+    if unknown := sorted({*names} - {"question", "answer_cue"}):
+        raise ValueError(f"holds {{{unknown[0]}}}; only {{question}} and {{answer_cue}} are filled in")
+    if "question" not in names:
+        raise ValueError("lacks {question}, so the model would never see the question; add {question}")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_fills_in_the_question)]
+
+
 class PromptSection(Section):
     """How a question becomes the text that the model continues with the answer."""
 
     chat: bool = False
     """Uses the chat template of the model's tokenizer instead of template and answer_cue."""
-    template: str = "السؤال: {question}\n{answer_cue}"
+    template: Template = "السؤال: {question}\n{answer_cue}"
     """Text of the prompt; {question} and {answer_cue} are filled in."""
     answer_cue: str = "الجواب:"
     """Last words before the answer."""
-    english_template: str | None = None
+    english_template: Template | None = None
     """Template of questions most of whose letters are Latin; unset, that of the others."""
     english_cue: str | None = None
     """answer_cue of these questions; unset, that of the others."""
@@ -212,31 +216,8 @@ class PromptSection(Section):
     """Removes vowel marks and elongation and writes digits as 0 to 9, for models that were trained so."""
     severity: Literal["none", "predicted", "gold"] = "none"
     """Names the severity: as predicted from the question, or the data's own (gold), which nobody knows when asked."""
-    severity_template: str = "درجة الخطورة: {severity}\n"
-    """Text before the question that names its severity."""
-    severity_names: SeverityNames = Field(default_factory=SeverityNames)
-    """What stands for {severity}."""
-    examples: list[PromptExample] | Annotated[int, Field(ge=0)] = 0
-    """Consultations before the question: a list of {question, answer}, or how many data.seed draws of training rows."""
-
-    @field_validator("template", "english_template")
-    @classmethod
-    def _fills_in_the_question(cls, template: str | None) -> str | None:
-        if template is None:
-            return None
-        names = re.findall(r"\{([^{}\n]*)\}", template)
-        if unknown := sorted({*names} - {"question", "answer_cue"}):
-            raise ValueError(f"holds {{{unknown[0]}}}; only {{question}} and {{answer_cue}} are filled in")
-        if "question" not in names:
-            raise ValueError("lacks {question}, so the model would never see the question; add {question}")
-        return template
-
-    @field_validator("severity_template")
-    @classmethod
-    def _fills_in_the_severity(cls, template: str) -> str:
-        if "{severity}" not in template:
-            raise ValueError("lacks {severity}, so every question would get the same text; add {severity}")
-        return template
+    examples: list[PromptExample] | None = None
+    """Consultations before every question (few-shot), a list of {question, answer}; they are left out of all splits."""
 
     @field_validator("dialect", "dialect_lexicon")
     @classmethod
@@ -335,6 +316,19 @@ class CurriculumSection(Section):
             if len(value) != stages or min(value) <= 0 or (is_share and abs(sum(value) - 1) > 1e-6):
                 raise ValueError(f"must be {stages} numbers above 0{', that sum to 1' * is_share}, not {value}")
         return value
+
+
+class AsPublishedSection(Section):
+    """What the published training loops do otherwise (arXiv 2604.06346, 2604.06365); all off, nothing is changed."""
+
+    no_end_token: bool = False
+    """Trains answers without a token that ends them (2604.06365), so that the model never learns to stop."""
+    labels: Literal["answer", "question_and_answer", "all"] = "answer"
+    """Learns the prompt too (2604.06365); all: and the padding to max_length, which is the end token (2604.06346)."""
+    unnormalized: bool = False
+    """Sums the losses of a step's rows instead of taking their mean: global_batch_size times the loss (2604.06346)."""
+    evaluation_template: Template | None = None
+    """Template of the prompt in evaluation alone: both papers leave out the cue that the training has."""
 
 
 class StoppingSection(Section):

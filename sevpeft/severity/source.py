@@ -16,6 +16,7 @@ from sevpeft.errors import WeightError
 from sevpeft.runs import workers_end_with_this_process
 from sevpeft.severity.probabilities import (
     PROBABILITY_COLUMNS,
+    SEVERITIES,
     SeverityClassifier,
     has_severity,
     severity_probabilities,
@@ -75,18 +76,18 @@ def severity_of(
     return Severity(sharpened(severity_probabilities(rows), temperature), origin)
 
 
-def prompt_severity(rows: datasets.Dataset, asked: str, classifier: str | None) -> Severity:
-    """What prompts say of each row's severity, where `prompt.severity` is "predicted" or "gold".
+def prompt_severity(rows: datasets.Dataset, asked: str, classifier: str | None) -> tuple[list[str], dict[str, Any]]:
+    """Severities (n,) that prompts name, where `prompt.severity` is "predicted" or "gold", and where they come from.
 
     Predicted reads the question alone, as it can be done when a patient asks: by `severity.classifier`, else by rules.
     """
+    origin = {"source": asked}
     if asked == "predicted":
         reader = load_source(None, classifier)
-        origin = {"source": reader.kind, "version": reader.version}
-        return Severity(severity_probabilities(judged(rows, reader)), origin)
-    if not has_severity(rows):
+        rows, origin = judged(rows, reader), {"source": reader.kind, "version": reader.version}
+    elif not has_severity(rows):
         raise WeightError("The data has no severity for prompt.severity=gold; set prompt.severity=predicted.")
-    return Severity(severity_probabilities(rows), {"source": "gold"})
+    return np.array(SEVERITIES)[severity_probabilities(rows).argmax(axis=1)].tolist(), origin
 
 
 def load_source(kind: str | None, folder: str | None, lexicon: str | None = None) -> SeverityClassifier:

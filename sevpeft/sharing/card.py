@@ -20,7 +20,7 @@ from sevpeft.errors import RunError
 from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.modeling.adapters import public_name, read_adapter_config
 from sevpeft.modeling.loading import Precision, quantization_config
-from sevpeft.modeling.prompts import Prompt
+from sevpeft.modeling.prompts import SEVERITY_LINES, Prompt
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
@@ -118,8 +118,7 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
             shown[section][key] = public_name(shown[section][key])
     if mix := shown["data"]["mix"]:
         mix["sources"] = {name: public_name(path) for name, path in mix["sources"].items()}
-    if isinstance(recipe.prompt.examples, list):  # they may be rows of the data
-        shown["prompt"]["examples"] = len(recipe.prompt.examples)
+    shown["prompt"]["examples"] = None  # they may be rows of the data
     facts = {
         **run.metrics(),
         **more,
@@ -131,6 +130,7 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
         "distance": distance,
         "oracle": ORACLE,
         "choices_text": choices_text,
+        "severity_lines": [line.strip() for line in SEVERITY_LINES.values()],
     }
     about_run = Template((_TEMPLATES / "run.md.jinja").read_text(encoding="utf-8")).render(facts)
     path = str(_TEMPLATES / template)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from sevpeft.errors import RunError
 from sevpeft.evaluation.arms import check_adapter
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import load_for_inference, resolve_model
@@ -23,18 +22,15 @@ class Chat:
     def __init__(self, run: Run) -> None:
         check_adapter(run)
         recipe = load_recipe(run.folder / "recipe.yaml")
-        if recipe.prompt.severity == "gold":
-            raise RunError(f"{run.folder} needs the true severity, an oracle; train with prompt.severity=predicted.")
-        named = recipe.prompt.severity == "predicted"
-        self.classifier = load_source(None, recipe.severity.classifier) if named else None
+        asked = recipe.prompt.severity
+        self.classifier = load_source(None, recipe.severity.classifier) if asked == "predicted" else None
         self.prompt = resolve_model(recipe).prompt
         self.model = attach_adapter(load_for_inference(recipe), run.adapter, recipe)
 
     @torch.no_grad()
     def answer(self, question: str, max_new_tokens: int = 128) -> str:
         """Answer to a question, greedy, of at most `max_new_tokens` tokens."""
-        classifier = self.classifier
-        named = [SEVERITIES[classifier.probabilities([question]).argmax()]] if classifier else None
+        named = [SEVERITIES[self.classifier.probabilities([question]).argmax()]] if self.classifier else None
         ids = torch.tensor(self.prompt.prompt_ids([question], severities=named), device=self.model.device)
         output = self.model.generate(
             input_ids=ids,

@@ -24,7 +24,7 @@ from sevpeft.recipe import AUTO, Recipe, load_recipe
 from sevpeft.runs import Run, cache_folder, file_hash, write_atomically
 from sevpeft.training.compat import checkpoint_of, counted, logged_loss, recount
 from sevpeft.training.distributed import check_engine_of_model
-from sevpeft.training.resolve import CHOSEN_WITH, with_settings, with_training
+from sevpeft.training.resolve import CHOSEN_WITH, with_training
 
 if TYPE_CHECKING:
     from sevpeft.training.trainer import SeveritySFTTrainer
@@ -191,11 +191,8 @@ def _checkpoints(run: Run) -> list[Path]:
 
 
 def as_started(recipe: Recipe, run: Run) -> Recipe:
-    """The recipe with what the run chose at its start in place of each `auto`, and of a number of examples."""
-    started = load_recipe(run.folder / "recipe.yaml")
-    stored, drawn = started.training.settings(), started.prompt.model_dump()["examples"]
-    if drawn and recipe.prompt.examples == len(drawn):
-        recipe = with_settings(recipe, "prompt", examples=drawn)
+    """The recipe with what the run chose at its start in place of each `auto`."""
+    stored = load_recipe(run.folder / "recipe.yaml").training.settings()
     now = recipe.training.settings()
     open_keys = [key for key, value in now.items() if value == AUTO]
     if not open_keys:

@@ -24,14 +24,13 @@ from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, WeightError
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.recipe import Recipe, TrainingDataSection
+from sevpeft.recipe import AsPublishedSection, Recipe, TrainingDataSection
 from sevpeft.runs import workers_end_with_this_process
 from sevpeft.severity.probabilities import SEVERITIES, has_severity
 from sevpeft.severity.source import Severity, prompt_severity, severity_of
 from sevpeft.severity.weights import WeightSummary, oversample, severity_weights
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.curriculum import MEASURED, difficulty_of
-from sevpeft.training.resolve import with_settings
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
 ROWS_WORTH_A_BAR = 20_000
@@ -70,6 +69,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
                 cache_file=scratch / f"{name}.arrow",
                 num_proc=settings.get("dataset_num_proc"),
                 mix=recipe.data if recipe.data.mix and name == "train" else None,
+                published=recipe.as_published if name == "train" else AsPublishedSection(),
             )
         kept = source_index(splits.train)[source_index(encoded["train"])]
         if severity is not None and recipe.severity.control == "oversampled":
@@ -77,6 +77,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
             encoded["train"], kept = encoded["train"].select(drawn), kept[drawn]
         weights, summary = weigh(recipe, severity, kept)
         weights = weights * np.asarray(encoded["train"][TURN_WEIGHT])
+        weights = weights * (settings["global_batch_size"] if recipe.as_published.unnormalized else 1)
         train = add_token_weights(
             encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
         ).select_columns(["input_ids", "labels", "token_weights"])
@@ -120,10 +121,10 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         unknown = np.full((len(table.rows) - len(severity.probabilities), len(SEVERITIES)), np.nan)
         severity = replace(severity, probabilities=np.concatenate([severity.probabilities, unknown]))
     rows, first = table.rows.add_column("source_index", np.arange(len(table.rows))), range(len(own.rows))
-    named = None
+    named_by = None
     if recipe.prompt.severity != "none":
-        named = prompt_severity(table.rows, recipe.prompt.severity, weighting.classifier)
-        rows = rows.add_column(PROMPT_SEVERITY, np.array(SEVERITIES)[named.strata].tolist())
+        named, named_by = prompt_severity(table.rows, recipe.prompt.severity, weighting.classifier)
+        rows = rows.add_column(PROMPT_SEVERITY, named)
     keys = None
     if "group" in own.rows.column_names:  # of near-duplicate questions, where `sevpeft prepare` has found them
         # Hashed, because what is carved from the train rows is taken in the order of these numbers.
@@ -134,25 +135,12 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         held_out = np.concatenate([question_keys(part) for part in (splits.validation, splits.test)])
         others = without_questions(rows.select(range(len(first), len(rows))), held_out)
         splits = splits._replace(train=datasets.concatenate_datasets([splits.train, others]))
-    if isinstance(recipe.prompt.examples, list):
-        # The prompt holds their answers: they can be neither trained nor evaluated on.
+    if recipe.prompt.examples:
+        # Prompts hold their answers: they can be neither trained nor evaluated on.
         asked = (fold_for_matching(one.question) for one in recipe.prompt.examples)
         shown = np.array([question_key(folded, 0) for folded in asked], dtype=np.uint64)
         splits = splits._replace(**{name: without_questions(getattr(splits, name), shown) for name in SIDES})
-    return table, splits._replace(prompt_severity=None if named is None else named.origin), severity
-
-
-def with_examples(recipe: Recipe) -> Recipe:
-    """The recipe with as many training rows as `prompt.examples` says in place of that number, drawn by data.seed."""
-    number = recipe.prompt.examples
-    if not isinstance(number, int) or not number:
-        return recipe
-    rows = load_splits(recipe)[1].train
-    if number >= len(rows):
-        raise DataError(f"prompt.examples={number} leaves none of {len(rows)} training rows to train on; lower it.")
-    drawn = np.random.default_rng(recipe.data.seed).permutation(len(rows))[:number]
-    examples = [{name: row[name] for name in ("question", "answer")} for row in rows.select(drawn)]
-    return with_settings(recipe, "prompt", examples=examples)
+    return table, splits._replace(prompt_severity=named_by), severity
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:
@@ -227,6 +215,7 @@ def encode_rows(
     cache_file: Path,
     num_proc: int | None = None,
     mix: TrainingDataSection | None = None,
+    published: AsPublishedSection = AsPublishedSection(),  # noqa: B008  (frozen)
 ) -> tuple[Dataset, dict[str, Any]]:
     """Tokenizes a split.
 
@@ -236,6 +225,7 @@ def encode_rows(
         strata: (n,) position in SEVERITIES of every row; None when severity is not known (then -1).
         cache_file: Arrow file of the result. num_proc: processes, as in `datasets.Dataset.map`.
         mix: draws the rows by their sources; what is reported is of the drawn ones.
+        published: what of a published loop is done otherwise, in tokens and labels.
 
     Returns:
         Dataset with input_ids, labels, severity, source_index (row of `rows`) and turn_weight; and what became of the
@@ -251,7 +241,7 @@ def encode_rows(
         with_indices=True,
         remove_columns=rows.column_names,
         features=_FEATURES,
-        fn_kwargs={"prompt": prompt, "max_length": max_length, "strata": strata},
+        fn_kwargs={"prompt": prompt, "max_length": max_length, "strata": strata, "published": published},
         cache_file_name=str(cache_file),
         load_from_cache_file=False,
         num_proc=num_proc,
@@ -281,7 +271,7 @@ def encode_rows(
 
 
 def _encode_batch(
-    batch: dict[str, list[Any]], indices: list[int], prompt: Prompt, max_length: int | None, strata: np.ndarray
+    batch: dict[str, Any], indices: list[int], prompt: Prompt, max_length: int | None, strata: Any, published: Any
 ) -> dict[str, list[Any]]:
     unknown = [None] * len(indices)
     texts = zip(batch["question"], batch["answer"], batch.get(TURNS) or unknown, strict=True)
@@ -291,15 +281,20 @@ def _encode_batch(
     at, dialects, severities, asked, answered, weights, earlier = zip(*turns, strict=True)
     prompts, answers, rows = prompt.prompt_ids(asked, dialects, severities, earlier), prompt.answer_ids(answered), []
     for n, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
-        lost = 0
+        answer, lost = answer[: -1 if published.no_end_token else None], 0
         if max_length is not None and len(ids) + len(answer) > max_length:
             room = max_length - len(answer)
             shorter = prompt.shortened(room, asked[n], dialects[n], severities[n], earlier[n])
             if shorter is None:
                 continue
             ids, lost = shorter
-        labels, stratum = [IGNORED] * len(ids) + answer, int(strata[at[n]])
-        rows.append((ids + answer, labels, stratum, at[n], lost, len(answer), weights[n]))
+        ids, labels, stratum = ids + answer, [IGNORED] * len(ids) + answer, int(strata[at[n]])
+        if published.labels == "all":
+            # No attention mask: padding sees padding, which in the notebook it does not. An answer never sees any.
+            ids += [prompt.end_id] * ((max_length or 0) - len(ids))
+        if published.labels != "answer":
+            labels = [IGNORED, *ids[1:]]  # nothing predicts the first token
+        rows.append((ids, labels, stratum, at[n], lost, len(answer), weights[n]))
     return {name: [row[number] for row in rows] for number, name in enumerate(_FEATURES)}
 
 

@@ -13,7 +13,7 @@ from sevpeft.modeling import memory
 from sevpeft.modeling.loading import resolve_model
 from sevpeft.recipe import Recipe
 from sevpeft.severity.weights import WeightSummary
-from sevpeft.training.data import lengths_of, load_splits, prepare, source_index, summary_of, weigh, with_examples
+from sevpeft.training.data import lengths_of, load_splits, prepare, source_index, summary_of, weigh
 from sevpeft.training.resolve import is_automatic, memory_plan, resolve_split
 
 
@@ -99,8 +99,7 @@ def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
     recipe = held.recipe if held is not None else resolve_split(recipe, None, 0)
     settings = recipe.training.settings()
     try:
-        shown = with_examples(recipe)  # not in what is printed
-        base = resolve_model(shown)
+        base = resolve_model(recipe)
     except UnknownModelError as error:
         unknown = str(error)
     if base is None:
@@ -109,7 +108,7 @@ def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
         data, rows = summary_of(table, splits, severity, {}), len(splits.train)
     else:
         with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
-            prepared = prepare(shown, base.prompt, Path(scratch))
+            prepared = prepare(recipe, base.prompt, Path(scratch))
             weights, data, rows = prepared.weights, prepared.summary, len(prepared.train)
             tokens = int(lengths_of(prepared.train).sum())
         if held is not None:

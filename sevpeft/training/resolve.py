@@ -131,13 +131,8 @@ def loraplus_settings(recipe: Recipe) -> dict[str, float]:
 
 def with_training(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with other settings of its section `training`."""
-    return with_settings(recipe, "training", **changes)
-
-
-def with_settings(recipe: Recipe, section: str, **changes: Any) -> Recipe:
-    """The recipe with other settings of a section."""
     values = recipe.model_dump()
-    values[section].update(changes)
+    values["training"].update(changes)
     changed = recipe_from_values(values)
     changed._name = recipe.name
     return changed

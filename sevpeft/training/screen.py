@@ -60,15 +60,10 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
             warn("Refused", f"{what}; raise training.max_length to keep them")
 
     if shown := recipe.prompt.examples:
-        count = shown if isinstance(shown, int) else len(shown)
-        print_labeled(console, "Examples", f"{count} before every question; these rows are left out of all splits")
+        print_labeled(console, "Examples", f"{len(shown)} before every question, which are left out of all splits")
     if named := summary.get("prompt_severity"):
-        if named["source"] == "gold":
-            warn("Prompt", ORACLE)
-        else:
-            by = f"by {named['source']}, version {named['version']}"
-            why = ", as severity.source=columns predicts none" if recipe.severity.source == "columns" else ""
-            print_labeled(console, "Prompt", f"names the severity that the question lets predict, {by}{why}")
+        by = "names the severity that the question lets predict, by {source}, version {version}"
+        warn("Prompt", ORACLE) if named["source"] == "gold" else print_labeled(console, "Prompt", by.format(**named))
     origin, control = summary["severity"], recipe.severity.control
     if origin is None or control == "uniform":
         print_labeled(console, "Weights", "1 for every consultation: plain cross-entropy")

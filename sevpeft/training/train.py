@@ -32,7 +32,7 @@ from sevpeft.training import checkpoints
 from sevpeft.training.callbacks import RunProgress, SignalHandler, StepGuard, resume_command
 from sevpeft.training.compat import counted
 from sevpeft.training.curriculum import Curriculum
-from sevpeft.training.data import Prepared, lengths_of, prepare, with_examples
+from sevpeft.training.data import Prepared, lengths_of, prepare
 from sevpeft.training.distributed import check_adapter_is_complete, check_engine, check_same_processes, engine_of
 from sevpeft.training.resolve import ResolvedRun, loraplus_settings, resolve, settings_errors
 from sevpeft.training.screen import show_batch, show_curriculum, show_data
@@ -68,8 +68,6 @@ def train(
             console.print(f"The run in {run.folder} is finished; nothing is left to do.", soft_wrap=True)
         else:
             dtype = run.metrics()["model"]["dtype"] if resume else None
-            with state.main_process_first():
-                recipe = with_examples(recipe)
             resolved = resolve(recipe, run.checkpoints, dtype_before=dtype)
             with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
                 _train(resolved, run, state, console, Path(scratch), resume=resume)

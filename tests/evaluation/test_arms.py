@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from sevpeft.errors import RunError, UsageError
-from sevpeft.evaluation.arms import CURRICULA, arm_of, check_adapter, check_arms, differences, parse_arms, parse_seeds
+from sevpeft.evaluation.arms import (
+    CURRICULA,
+    arm_of,
+    check_adapter,
+    check_arms,
+    differences,
+    parse_arms,
+    parse_seeds,
+    parse_vary,
+)
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from tests.evaluation.conftest import QUICKSTART
@@ -74,6 +84,21 @@ def test_arms_of_a_curriculum_have_weight_one_and_the_others_no_curriculum(run: 
     check_arms(unmatched, ["ce", "mild"], tmp_path)
     with pytest.raises(UsageError, match=r"curriculum\.epochs_per_stage"):
         check_arms(unmatched, ["ce", "curriculum"], tmp_path)
+
+
+def test_a_ladder_does_one_published_difference_after_another() -> None:
+    loop = ("no_end_token=true", "labels=question_and_answer", "unnormalized=true", "evaluation_template='{question}'")
+    words = [*(f"as_published.{one}" for one in loop), "severity.reduction=examples", "generation.do_sample=true"]
+    _, arms = parse_vary("ladder", QUICKSTART, words)
+    names = ["severity.reduction", "unnormalized", "no_end_token", "labels", "severity.control", "evaluation_template"]
+    assert list(arms) == ["ours", *names, "generation.do_sample"]
+    recipes = [load_recipe(QUICKSTART, [*words, *settings]) for settings in arms.values()]
+    ours = load_recipe(QUICKSTART, ["severity.control=uniform"])
+    assert (recipes[0], recipes[-1]) == (ours, load_recipe(QUICKSTART, words))
+    for before, after in pairwise(one.model_dump() for one in recipes):
+        assert len(differences(before, after)) == 1
+    with pytest.raises(UsageError, match="as_published"):
+        parse_vary("ladder", QUICKSTART, ["severity.control=uniform"])
 
 
 def test_what_differs_is_named_by_its_path() -> None:

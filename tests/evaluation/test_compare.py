@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_competitors_are_compared_with_the_chosen_weights_outside_the_verdict(
     nll = content["scores"]["critical"]["metrics"]["nll"]
     assert set(nll["prompt"]["against"]) == set(nll["oversampled"]["against"]) == {"ce", "shuffled", "balanced"}
     assert nll["balanced"] == before["scores"]["critical"]["metrics"]["nll"]["balanced"]
-    assert nll["prompt"]["value"] != nll["ce"]["value"] and content["notes"][-1].startswith("prompt: ")
+    assert nll["prompt"]["value"] != nll["ce"]["value"] and content["notes"][-1].startswith("Steps: ce 3, ")
     console = Console(file=io.StringIO(), width=80)
     console.print(comparison_tables(content))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
@@ -350,6 +351,26 @@ def test_values_of_a_setting_are_arms_that_are_compared_with_the_first(
     assert compared(words, tmp_path / "out", vary=vary, seeds=(0, 1)) == content and trained == []
     written = write_report(tmp_path / "out").path.read_text(encoding="utf-8")
     assert "0.5 − 1e-3" in written
+
+
+def test_each_step_of_a_ladder_is_compared_with_the_one_before(settings: list[str], tmp_path: Path) -> None:
+    words = [*settings, "training.max_steps=1", "severity.control=uniform", "as_published.unnormalized=true"]
+    words += ["generation.do_sample=true"]
+    content = compared(words, tmp_path / "out", vary="ladder", answers=True, seeds=(3,))
+    assert list(content["columns"]) == ["base", "ours", "unnormalized", "generation.do_sample"]
+    for name in ("nll", "chrf"):
+        against = {arm: list(of["against"]) for arm, of in content["scores"]["all"]["metrics"][name].items()}
+        assert against == {"base": []} | {arm: [before] for before, arm in pairwise(content["columns"])}
+    ours, scaled, sampled = (tmp_path / "out" / f"{arm}-3" for arm in list(content["columns"])[1:])
+    # What evaluation alone does otherwise changes nothing that is learned.
+    assert_same_bits(scaled, sampled)
+    assert load_recipe(sampled / "recipe.yaml").generation.seed == 3
+    losses = [Run(one).metrics()["training"]["train_loss"] for one in (ours, scaled)]
+    assert losses[1] == 8 * losses[0]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(comparison_tables(content))
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, shown)) <= 80 and sum(line.startswith("unnormalized ") for line in shown) == 4
 
 
 def test_values_that_cannot_be_compared_are_refused_before_anything_is_trained(

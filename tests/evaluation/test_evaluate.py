@@ -208,8 +208,13 @@ def test_the_severity_of_the_prompt_belongs_to_what_is_kept_and_an_oracle_says_s
         return evaluate(run, **less)
 
     # As before there was a severity in prompts, so that what was kept then stays.
-    old = {"chat", "template", "answer_cue", "system", "strip_marks", "dialect", "dialect_prefixes"}
-    assert changed()["prompt"].keys() == old and not any("everity" in note for note in evaluate(run, **less)["notes"])
+    assert not any("everity" in note for note in changed()["notes"])
+    origin = json.loads(about.read_text(encoding="utf-8"))
+    new = ("examples", "english_template", "english_cue")
+    old = {**origin, "prompt": {key: value for key, value in origin["prompt"].items() if key not in new}}
+    del old["severities_by"], old["evaluation_template"]
+    about.write_text(json.dumps(old), encoding="utf-8")
+    evaluate(run, **less)
     for setting, key in (
         ("severity=predicted", "prompt.severity "),
         ("examples=[{question: س, answer: ج}]", "examples"),
@@ -217,10 +222,29 @@ def test_the_severity_of_the_prompt_belongs_to_what_is_kept_and_an_oracle_says_s
         with pytest.raises(RunError, match=key):
             changed(setting, keep=True)
     notes = changed()["notes"]
-    origin = json.loads(about.read_text(encoding="utf-8"))["prompt"]
-    assert origin["severities_by"] == {"source": "rules", "version": rules().version} and len(origin["examples"]) == 64
+    origin = json.loads(about.read_text(encoding="utf-8"))
+    assert origin["severities_by"] == {"source": "rules", "version": rules().version}
+    assert about.stat().st_mode & 0o077 == 0  # it holds the examples
     assert any("trained: None" in note for note in notes) and not any("oracle" in note for note in notes)
-    assert any("oracle" in note for note in changed("severity=gold", "examples=0")["notes"])
+    assert any("oracle" in note for note in changed("severity=gold", "examples=null")["notes"])
+
+
+def test_the_published_prompt_of_an_evaluation_is_asked_with_and_the_training_s_stays(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(run, limit=3)
+    path = run.folder / "recipe.yaml"
+    run.write_text("recipe.yaml", load_recipe(path, ["as_published.evaluation_template='{question}'"]).to_yaml())
+    with pytest.raises(RunError, match="evaluation_template"):
+        evaluate(run, limit=3)
+    for name in ("predictions", "likelihood"):
+        (run.folder / f"{name}.jsonl").unlink()
+    prompts: list[Any] = []
+    generated = module.generate
+    monkeypatch.setattr(module, "generate", lambda *of: prompts.append(of[1]) or generated(*of))
+    evaluate(run, limit=3)
+    assert [prompt.text("Where? أين؟") for prompt in prompts] == ["Where? أين؟"] * 2
+    assert module.resolve_model(load_recipe(path)).prompt.text("أين؟") == "السؤال: أين؟\nالجواب:"
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(

@@ -74,7 +74,7 @@ def test_each_scorer_chooses_what_it_says(runs: list[Run], monkeypatch: pytest.M
     assert chosen["question"]["three"] >= ROWS - sent.sum()
     assert chosen["agreement"]["none"] + chosen["agreement"]["three"] >= ROWS - sent.sum()
     assert content["scores"]["all"]["metrics"]["urgent_referral"]["safety"]["value"] >= referring / ROWS
-    assert content["published"]["scores"]["safety"]["selected"]["value"] >= referring / red_flags.sum()
+    assert content["published"]["scores"]["safety"]["selected"] >= 100 * referring / ROWS
     assert content["best_single"] == "one" and content["reference_score"] == "bertscore_f1"
 
 
@@ -84,7 +84,7 @@ def test_the_published_figure_cannot_lose_and_stands_beside_the_reference(runs: 
     assert list(content["scorers"]) == ["agreement", "likelihood", "safety", ORACLE]
     assert any("BERTScore" in note for note in content["notes"])
     for name, one in content["published"]["scores"].items():
-        selected, single = one["selected"]["value"], list(one["single"].values())
+        selected, single = one["selected"], list(one["single"].values())
         assert list(one["single"]) == content["candidates"] and selected >= max(single) - 1e-9, name
     # An adapter that does nothing answers as its base, and as likely.
     assert lines(runs[0])[0]["prediction"] == lines(runs[0])[6]["prediction"]
@@ -117,23 +117,20 @@ def test_runs_of_other_rows_and_fewer_than_two_answers_are_refused(runs: list[Ru
 
 
 def test_the_verb_takes_several_runs_with_select_only(
-    runs: list[Run], sevpeft_: Callable[..., tuple[int, str, str]], tmp_path: Path
+    runs: list[Run], sevpeft_: Callable[..., tuple[int, str, str]]
 ) -> None:
     folders = [run.folder for run in runs[:2]]
-    settings = ["--select", "--limit", "3", "generation.max_new_tokens=4", "--output", tmp_path / "chosen"]
+    settings = ["--select", "--limit", "3", "generation.max_new_tokens=4"]
     code, out, err = sevpeft_("evaluate", *folders, *settings)
-    assert (
-        code == 0 and "Answers, adapter" in err and "selection.json" in out and "by definition" in " ".join(out.split())
-    )
+    assert code == 0 and "Answers, adapter" in err and "by definition" in " ".join(out.split())
     shown = out.splitlines()
-    assert max(map(len, shown[:-1])) <= 80 and any(line.startswith("oracle, unreachable") for line in shown)
+    assert max(map(len, shown)) <= 80 and any(line.startswith("oracle, unreachable") for line in shown)
     code, again, err = sevpeft_("evaluate", *folders, *settings, "--json")
     assert code == 0 and "Answers, adapter" not in err
-    assert json.loads(again) == json.loads((tmp_path / "chosen" / "selection.json").read_text(encoding="utf-8"))
+    assert json.loads(again) == json.loads((folders[0] / "selection.json").read_text(encoding="utf-8"))
     for words in (
         [*folders],
         [folders[0], "--base"],
-        [folders[0], "--output", tmp_path],
         [*folders, "--select", "--nll-only"],
     ):
         code, out, err = sevpeft_("evaluate", *words)

@@ -36,7 +36,6 @@ from sevpeft.training.data import (
     row_names,
     rows_of,
     summary_of,
-    with_examples,
 )
 from sevpeft.training.oom import SplitOnOom
 from tests.models import CHAT_TEMPLATES, SENTENCES
@@ -347,23 +346,14 @@ def test_a_long_question_is_shortened_but_neither_severity_examples_nor_answer(
         encode_rows(rows, prompt, fixed, strata=None, cache_file=tmp_path / "none.arrow")
 
 
-def test_examples_are_drawn_once_from_the_training_rows_and_stand_in_no_split() -> None:
-    def drawn(number: int, **sections: Any) -> Recipe:
-        return with_examples(recipe_from_values({"prompt": {"examples": number}, **sections}))
-
-    recipe = drawn(3)
-    examples = recipe.prompt.model_dump()["examples"]
-    assert drawn(3, training={"seed": 9}).prompt == recipe.prompt != drawn(3, data={"seed": 1}).prompt
+def test_a_question_that_is_an_example_stands_in_no_split() -> None:
     before = load_splits(recipe_from_values({}))[1]
-    known = {row["question"]: row["answer"] for row in before.train}
-    assert len(examples) == 3 and all(known[one["question"]] == one["answer"] for one in examples)
-    after = load_splits(recipe)[1]
-    assert list(after.test["id"]) == list(before.test["id"]) and len(after.train) == len(before.train) - 3
-    assert not {one["question"] for one in examples} & {*after.train["question"]}
-    leaked = [{"question": f"{before.test[0]['question']}!", "answer": "لا"}]
-    assert len(load_splits(recipe_from_values({"prompt": {"examples": leaked}}))[1].test) == len(before.test) - 1
-    with pytest.raises(DataError, match=r"prompt\.examples"):
-        drawn(400)
+    for name in ("train", "test"):
+        shown = [{"question": f"{getattr(before, name)[0]['question']}!", "answer": "لا"}]
+        after = load_splits(recipe_from_values({"prompt": {"examples": shown}}))[1]
+        for other in ("train", "validation", "test"):
+            left = getattr(before, other)["id"][1 if other == name else 0 :]
+            assert list(getattr(after, other)["id"]) == list(left), (name, other)
 
 
 def test_oversampling_draws_as_many_rows_by_their_weight_and_weighs_them_alike(prompt: Prompt, tmp_path: Path) -> None:

@@ -153,12 +153,11 @@ def test_a_resumed_run_reports_damage_and_ends_with_the_same_bits(
 def test_examples_severity_and_drawn_rows_are_those_of_the_start_and_private(
     tmp_path: Path, settings: list[str]
 ) -> None:
-    more = ["prompt.examples=2", "prompt.severity=predicted", "severity.control=oversampled", "training.max_length=320"]
+    examples = "prompt.examples=[{question: سؤال فريد, answer: جواب فريد}]"
+    more = [examples, "prompt.severity=predicted", "severity.control=oversampled", "training.max_length=320"]
     recipe = load_recipe(QUICKSTART, [*settings, *more])
     screen = Console(file=io.StringIO(), width=200)
     whole = train(recipe, tmp_path / "whole", console=screen)
-    stored = load_recipe(whole.folder / "recipe.yaml").prompt.examples
-    assert isinstance(stored, list) and len(stored) == 2 and all("فريد" in one.answer for one in stored)
     assert (whole.folder / "recipe.yaml").stat().st_mode & 0o077 == 0
     assert "فريد" not in write_card(whole).read_text(encoding="utf-8") + screen.file.getvalue()  # type: ignore[attr-defined]
     copy = Run(Path(shutil.copytree(whole.folder, tmp_path / "copy")))
@@ -168,7 +167,7 @@ def test_examples_severity_and_drawn_rows_are_those_of_the_start_and_private(
     assert_same_bits(whole, copy)
     with pytest.raises(RunError, match=r"prompt\.examples") as error:
         (copy.adapter / "adapter_model.safetensors").unlink()
-        train(load_recipe(QUICKSTART, [*settings, *more[1:], "prompt.examples=1"]), copy.folder, resume=True)
+        train(load_recipe(QUICKSTART, [*settings, *more[1:]]), copy.folder, resume=True)
     assert "فريد" not in str(error.value)
 
 
