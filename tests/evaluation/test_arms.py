@@ -65,7 +65,7 @@ def test_arms_of_a_curriculum_have_weight_one_and_the_others_no_curriculum(run: 
 
     found = ways()
     assert found["curriculum"] == ("cumulative", "easy_first", "uniform") and found["ce"][0] == "none"
-    assert found["curriculum_disjoint"] == ("disjoint", "easy_first", "uniform") and found["icft"][0] == "icft"
+    assert found["disjoint"] == ("disjoint", "easy_first", "uniform") and found["icft"][0] == "icft"
     own = ways("curriculum.kind=disjoint", "curriculum.shares=[.5, .3, .2]")
     assert own["curriculum_reverse"] == ("disjoint", "hard_first", "uniform")
     assert own["curriculum_shuffled"] == ("disjoint", "shuffled", "uniform")
