@@ -30,7 +30,7 @@ COMPETITORS = (OVERSAMPLED, PROMPT)
 CURRICULA = {
     "curriculum": "order=easy_first",
     **{"curriculum_reverse": "order=hard_first", "curriculum_shuffled": "order=shuffled"},
-    **{"curriculum_disjoint": "kind=disjoint", "curriculum_competence": "kind=competence", "icft": "kind=icft"},
+    **{"disjoint": "kind=disjoint", "competence": "kind=competence", "icft": "kind=icft"},
 }
 # Arms that a verdict can be about.
 WEIGHTED = (*SEVERITY_PRESETS, OWN)

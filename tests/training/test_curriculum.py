@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from sevpeft.errors import DataError, ModelError, RecipeError
+from sevpeft.errors import DataError, ModelError, RecipeError, RunError
 from sevpeft.evaluation.report.page import write_report
 from sevpeft.recipe import CurriculumSection, StoppingSection, load_recipe, recipe_from_values
 from sevpeft.runs import Run
@@ -161,9 +161,8 @@ def test_the_learning_rate_of_each_step_is_that_of_its_stage(tmp_path: Path) -> 
         ({"learning_rates": rates}, [rates[step // 2] * (1 - step / 6) for step in range(6)]),
         ({"learning_rates": rates, "restart": True}, [rates[step // 2] * (1 - step % 2 / 2) for step in range(6)]),
         ({"restart": True}, [1e-2 * (1 - step % 2 / 2) for step in range(6)]),
-        ({}, [1e-2 * (1 - step / 6) for step in range(6)]),
     ):
-        trainer = staged(tmp_path, options={"save_strategy": "no"}, **settings)
+        trainer = staged(tmp_path, options={"save_strategy": "no", "eval_strategy": "no"}, **settings)
         trainer.train()
         lines = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert [line["learning_rate"] for line in lines] == pytest.approx(expected), settings
@@ -210,10 +209,10 @@ class Killed(TrainerCallback):
 
 
 ICFT = {"kind": "icft", "short_term": 0.25, "long_term": 0.25, "consistency": 1.0}
+KINDS = {"cumulative": ({"kind": "cumulative"}, {}), "icft": (ICFT, {}), "padding-free": (ICFT, {"padding_free": True})}
 
 
-@pytest.mark.parametrize("layout", [{}, {"padding_free": True}], ids=["padded", "padding-free"])
-@pytest.mark.parametrize("kind", [{"kind": "cumulative"}, ICFT], ids=["cumulative", "icft"])
+@pytest.mark.parametrize(("kind", "layout"), KINDS.values(), ids=KINDS)
 def test_a_kill_inside_a_stage_at_its_end_or_in_what_is_measured_there_changes_no_bit(
     tmp_path: Path, kind: dict[str, Any], layout: dict[str, Any]
 ) -> None:
@@ -228,6 +227,10 @@ def test_a_kill_inside_a_stage_at_its_end_or_in_what_is_measured_there_changes_n
         again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         assert_same(again, whole)
         assert again.curriculum.counts == whole.curriculum.counts
+    ended = load_file(tmp_path / "whole" / "checkpoint-4" / "adapter_model.safetensors")
+    for name, weight in whole.curriculum.frozen.items():
+        assert torch.equal(weight, ended[name.replace(".default", "")])
+    assert len(whole.curriculum.frozen) == (len(ended) if kind == ICFT else 0)
 
 
 def test_each_step_replays_its_share_of_the_last_rows_and_of_those_whose_loss_stays_high(tmp_path: Path) -> None:
@@ -456,6 +459,11 @@ def test_a_training_starts_from_an_adapter_and_repeats_that_after_a_kill(
     (third.adapter / "adapter_model.safetensors").rename(tmp_path / "kept.safetensors")
     train(load_recipe(QUICKSTART, words), third.folder, resume=True)
     assert (third.adapter / "adapter_model.safetensors").read_bytes() == (tmp_path / "kept.safetensors").read_bytes()
+    # Without a checkpoint it has to be there, and the same.
+    shutil.move(third.adapter, moved / "adapter")
+    shutil.rmtree(third.checkpoints)
+    with pytest.raises(RunError, match="bring it back"):
+        train(load_recipe(QUICKSTART, words), third.folder, resume=True)
 
 
 def test_another_adapter_is_no_start(tmp_path: Path, base: list[str], run: Run) -> None:
