@@ -17,7 +17,18 @@ from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.modeling import compat, memory
 from sevpeft.modeling.adapters import lora_config, trainable_parameters
 from sevpeft.modeling.compat import LiveBytes
-from sevpeft.modeling.memory import GIB, GPUS, USABLE, MemoryPlan, base_config, changes, epoch_seconds, usable, verdicts
+from sevpeft.modeling.memory import (
+    GIB,
+    GPUS,
+    USABLE,
+    MemoryPlan,
+    base_config,
+    changes,
+    epoch_seconds,
+    plan_for,
+    usable,
+    verdicts,
+)
 from sevpeft.recipe import Recipe, load_recipe, recipe_from_values
 from tests.benchmarks.memory import measure_here
 from tests.models import build_model
@@ -43,8 +54,10 @@ def recipe_of(**sections: dict[str, Any]) -> Recipe:
     return recipe_from_values({**sections, "training": training})
 
 
-def plan_of(recipe: Recipe, on_gpu: bool = True, **numbers: Any) -> MemoryPlan:
-    return MemoryPlan(recipe, AutoConfig.for_model(**{**LLAMA, **numbers}), on_gpu=on_gpu, vocabulary_tile=512)
+def plan_of(recipe: Recipe, on_gpu: bool = True, alone: bool = False, **numbers: Any) -> MemoryPlan:
+    """Shares what was run with other tests, if not `alone`."""
+    plan, config = MemoryPlan if alone else plan_for, AutoConfig.for_model(**{**LLAMA, **numbers})
+    return plan(recipe, config, on_gpu=on_gpu, vocabulary_tile=512)
 
 
 def _measure(folder: Path) -> None:
@@ -189,7 +202,7 @@ def test_another_recipe_for_the_same_model_is_planned_as_it_would_be_alone() -> 
     first = plan.budget()
     for sections in ({"training": {"gradient_checkpointing": False, "max_length": 32}}, {"lora": {"r": 64}}):
         recipe = recipe_of(**sections)
-        assert plan.with_recipe(recipe).budget() == plan_of(recipe, num_hidden_layers=2).budget() != first
+        assert plan.with_recipe(recipe).budget() == plan_of(recipe, alone=True, num_hidden_layers=2).budget() != first
     assert plan.budget() == first
 
 
@@ -206,7 +219,7 @@ def test_eager_attention_is_seen_to_grow_with_the_square_of_the_length() -> None
 
 def test_a_cpu_plan_has_no_cuda_and_counts_four_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    gpu, cpu = plan_of(recipe_of()).budget().items, plan_of(recipe_of(), on_gpu=False).budget().items
+    gpu, cpu = (plan_of(recipe_of(), on_gpu, alone=True).budget().items for on_gpu in (True, False))
     assert "CUDA context, fragmentation" in gpu and "CUDA context, fragmentation" not in cpu
     assert cpu["base model, 32 bit"] == 2 * gpu["base model, 16 bit"]
 
@@ -234,7 +247,7 @@ def test_what_no_plan_can_be_made_of_is_one_sentence(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
     with pytest.raises(UnknownModelError, match="llama"):
-        plan_of(recipe_of())  # at once, so that a training can go on without a plan
+        plan_of(recipe_of(), alone=True)  # at once, so that a training can go on without a plan
 
 
 # What a plan means
@@ -244,7 +257,7 @@ def test_what_no_plan_can_be_made_of_is_one_sentence(monkeypatch: pytest.MonkeyP
 def eight_billion(*settings: str) -> MemoryPlan:
     recipe = load_recipe(EIGHT_BILLION, ["training.gradient_checkpointing=true", *settings])
     config = AutoConfig.for_model(**recipe.about.config)
-    return MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=4096)
+    return plan_for(recipe, config, on_gpu=True, vocabulary_tile=4096)
 
 
 def test_an_8b_model_fits_12_gb_in_4_bit_and_wants_more_than_16_in_16() -> None:
@@ -336,6 +349,6 @@ def test_an_epoch_takes_its_operations_at_the_stated_rate() -> None:
 def test_published_speed_lies_near_the_estimate() -> None:
     """LLaMA-Factory: Llama-2-7B in 4 bit, A100, length 1024: 2,295 tokens a second."""
     recipe = load_recipe(EIGHT_BILLION.with_stem("llama-2-7b"), ["training.max_length=1024"])
-    plan = MemoryPlan(recipe, AutoConfig.for_model(**recipe.about.config), on_gpu=True, vocabulary_tile=4096)
+    plan = plan_for(recipe, AutoConfig.for_model(**recipe.about.config), on_gpu=True, vocabulary_tile=4096)
     seconds = epoch_seconds(plan, 2295 * 100, 2295 * 100, 224)
     assert seconds * memory.TFLOPS / 312 == pytest.approx(100, rel=0.15)

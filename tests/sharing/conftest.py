@@ -15,6 +15,7 @@ from sevpeft.modeling.adapters import lora_config, sort_target_modules
 from sevpeft.modeling.loading import Precision, load_model
 from sevpeft.recipe import recipe_from_values
 from sevpeft.runs import Run
+from sevpeft.sharing import merge
 
 FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
 # gemma3's vision tower and what PEFT cannot adapt of a Mamba are left alone, as in the recipes.
@@ -41,6 +42,12 @@ METRICS = {
     "before": {"loss": 5.0},
     "after": {"loss": 4.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def _few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On which models are compared; a merging that went wrong shows on each of them."""
+    monkeypatch.setattr(merge, "CONSULTATIONS", 4)
 
 
 @pytest.fixture
