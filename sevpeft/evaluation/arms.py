@@ -101,7 +101,7 @@ def parse_vary(text: str, path: Path, overrides: Sequence[str]) -> tuple[str, di
     if len(named) < max(len(words), 2) or not all(named) or BASE in named:
         example = "training.learning_rate=1e-4,2e-4"
         raise UsageError(f"--vary is {text!r}; write a key and at least two different values, such as {example}.")
-    return key, {name: [f"{key}={word}"] for name, word in named.items()}
+    return key, {name: [setting] for name, setting in named.items()}
 
 
 def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str) -> tuple[Recipe, str]:
