@@ -97,20 +97,20 @@ def loading_errors(
 def _why_not_loaded(
     name: str, error: Exception, setting: str, revision: str | None, attention: str | None, trust_setting: str | None
 ) -> str:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import errors as hub
 
     folder, reason, short = Path(name).expanduser(), " ".join(str(error).split()), first_sentence(error)
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     kinds = {kind for cause in causes for kind in type(cause).__mro__}
-    if GatedRepoError in kinds:
+    if hub.GatedRepoError in kinds:
         return f"is gated: accept its license at https://huggingface.co/{name}, then run `hf auth login` here"
-    if RevisionNotFoundError in kinds:
+    if hub.RevisionNotFoundError in kinds:
         return f"has no revision {revision!r}; correct it, or leave it out"
     if folder.is_dir() and not (folder / "config.json").is_file():
         return "is a folder without config.json, so it holds no transformers model; name one that does"
-    if RepositoryNotFoundError in kinds:
+    if kinds & {hub.RepositoryNotFoundError, hub.HFValidationError}:
         return f"is no folder here and no model on the Hub; correct {setting}, or if it is private, run `hf auth login`"
     if "trust_remote_code" in reason or "custom code" in reason:
         remedy = f"read that code, then set {trust_setting}=true" if trust_setting else "name another model"

@@ -71,8 +71,8 @@ class Run:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n", shared=True)
 
-    def write_text(self, name: str, text: str) -> None:
-        write_atomically(self.folder / name, text, shared=True)
+    def write_text(self, name: str, text: str, *, shared: bool = True) -> None:
+        write_atomically(self.folder / name, text, shared=shared)
 
     def update_metrics(self, **parts: Any) -> None:
         self.write_json("metrics.json", {**self.metrics(), **parts})

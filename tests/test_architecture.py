@@ -32,7 +32,7 @@ FLOORS = (
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "sklearn", "bert_score"}
 # Of a module, of a room, and of what stood on 2026-11-28 altogether. A new room raises the last one by its own budget.
-MOST_LINES, MOST_IN_A_ROOM, MOST_MODULES, MOST_ALTOGETHER = 500, 12, 75, 14_000
+MOST_LINES, MOST_IN_A_ROOM, MOST_MODULES, MOST_ALTOGETHER = 500, 12, 75, 15_660
 
 
 def room_of(name: str) -> str:
@@ -109,7 +109,8 @@ def test_a_module_says_what_it_is_and_none_is_a_drawer() -> None:
 
 
 def test_private_names_of_libraries_stand_in_compat_and_nowhere_else() -> None:
-    trees, own = {name: tree for name, tree in TREES.items() if not name.endswith("compat.py")}, set()
+    trees = {name: tree for name, tree in TREES.items() if not name.endswith("compat.py")}
+    own = {"_replace", "_asdict"}  # of named tuples, and public in spite of it
     for node in (node for tree in trees.values() for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             own.add(node.name)

@@ -47,12 +47,19 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the recipes, of which the one that is trained has a toy for its model, and consultations."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     (tmp_path / "recipes" / "qwen2.5-0.5b.yaml").write_text(SMALL, encoding="utf-8")
+    loop = "severity: {control: uniform}\nas_published: {unnormalized: true}\n"
+    (tmp_path / "recipes" / "as-published" / "al-atlas.yaml").write_text(SMALL + loop, encoding="utf-8")
     lines = (ROOT / "sevpeft" / "data" / "samples" / "consultations.jsonl").read_text(encoding="utf-8").splitlines()
-    for name, columns in (("consultations.csv", ["question", "answer"]), ("labeled.csv", [*COLUMNS, "source"])):
+    for name, columns in (
+        *((f"{name}.csv", ["question", "answer"]) for name in ("consultations", "english")),
+        ("labeled.csv", [*COLUMNS, "source"]),
+    ):
         with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows({**json.loads(line), "source": index % 3} for index, line in enumerate(lines[:120]))
+    asked = {"question": "Which organ pumps blood?", "options": ["the heart", "the liver"], "answer_index": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
@@ -64,7 +71,8 @@ def test_the_commands_of_all_readmes_in_their_order(checkout: Path, monkeypatch:
     for command in [*commands(READMES[0]), *ready, *(one for path in READMES[1:] for one in commands(path))]:
         line, _, target = command.partition(" > ")
         words = [SHORTER.get(word, word) for word in shlex.split(line)]
-        if words[0] != "sevpeft" or words in done:
+        without_extra = words[1:2] == ["choices"] and importlib.util.find_spec("lm_eval") is None
+        if words[0] != "sevpeft" or words in done or without_extra:
             continue
         if words[1] == "prepare" and done:
             shutil.rmtree(words[3])

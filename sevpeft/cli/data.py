@@ -1,4 +1,4 @@
-"""The verbs prepare, annotate, classifier fit and classifier evaluate. Heavy imports stand inside."""
+"""The verbs prepare, annotate, translate, classifier fit and classifier evaluate. Heavy imports stand inside."""
 
 from __future__ import annotations
 
@@ -157,6 +157,32 @@ def _show_annotation(done: Annotation, console: Console) -> None:
         console.print(f"Warning: {warning}", style="yellow", soft_wrap=True)
     console.print(f"Wrote {done.rows:,} rows to {done.output} ({done.method}, {done.version}).", soft_wrap=True)
     console.print(f"Next: sevpeft plan RECIPE data.path={done.output}", soft_wrap=True)
+
+
+@app.command(cls=command_with_keys(f"{_SETTINGS}:TranslateSettings", without=_NO_SPLIT))
+def translate(
+    data: Input,
+    output: Annotated[Path, typer.Argument(help="New file (.jsonl, .csv, .tsv, .parquet)")],
+    words: Words = None,
+) -> None:
+    """Translate questions and answers with an instruction model, by vLLM where it is installed.
+
+    Rows that fail a check go to NAME.rejected.jsonl. The same command goes on after a kill.
+
+    Example: sevpeft translate english.csv arabic.jsonl model=Qwen/Qwen2.5-7B-Instruct to=ar
+    """
+    from sevpeft.console import Screen
+    from sevpeft.recipe import settings_from
+    from sevpeft.severity.settings import TranslateSettings
+
+    settings, screen = settings_from(TranslateSettings, words or (), {"data.path": data}), Screen(stderr=True)
+    with screen.status("Loading the libraries"):
+        quiet_libraries()
+        from sevpeft.sharing.translate import translate as translate_rows
+    done = translate_rows(settings, output, screen)
+    for reason, count in done["rejected"].items():
+        Screen().print(f"Rejected: {count:,} rows with {reason}.", style="yellow")
+    Screen().print(f"Wrote {done['rows']:,} rows ({done['rate']:.0%}) to {output}.", soft_wrap=True)
 
 
 @classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:FitSettings", without=_NO_SPLIT))

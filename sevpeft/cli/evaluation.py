@@ -1,4 +1,4 @@
-"""The verbs evaluate, compare and report: what a training has changed. Heavy imports stand inside."""
+"""The verbs evaluate, choices, compare and report: what a training has changed. Heavy imports stand inside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import typer
 
 from sevpeft.cli.application import AsJson, RunFolder, Words, app, quiet_libraries
 from sevpeft.cli.training import RecipeFile
+from sevpeft.errors import UsageError
 
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only so many rows, at random.", show_default=False)]
 NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")]
 
 
@@ -18,10 +20,10 @@ NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood o
 def evaluate(
     run: RunFolder,
     overrides: Words = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Only so many test rows, at random.", show_default=False)
-    ] = None,
+    limit: Limit = None,
     nll_only: NllOnly = False,
+    select: Annotated[bool, typer.Option("--select", help="Choose one answer of RUN and further RUNs.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="With --select: also of their base models.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a run's test questions, with the adapter and without it, and score the answers.
@@ -29,19 +31,30 @@ def evaluate(
     An interrupted evaluation goes on where it stopped: run the same command again. Answers are sent nowhere, unless
     evaluation.judge.url and evaluation.judge.model name a language model that is to rate them.
 
+    With --select several runs answer, and one answer to each question is chosen: sevpeft evaluate A B C --select.
+
     Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
     """
     from sevpeft.console import Screen, print_json
     from sevpeft.runs import Run
 
+    more = [Path(word) for word in overrides or [] if "=" not in word]
+    if (not select and (more or base)) or (select and nll_only):
+        raise UsageError("Several runs and --base need --select, and that needs answers: add it, or leave them out.")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
+        from sevpeft.evaluation import selection
         from sevpeft.evaluation.evaluate import EVALUATION, PREDICTIONS
         from sevpeft.evaluation.evaluate import evaluate as evaluate_run
         from sevpeft.evaluation.judge import JUDGEMENTS
         from sevpeft.evaluation.tables import evaluation_tables
 
+    if select:
+        settings = [word for word in overrides or [] if "=" in word]
+        found = selection.select([run, *more], settings, base=base, limit=limit, console=messages)
+        print_json(found) if as_json else Screen().print(selection.selection_tables(found))
+        return
     content = evaluate_run(Run(run), overrides or [], limit=limit, answers=not nll_only, console=messages)
     if as_json:
         print_json(content)
@@ -57,12 +70,46 @@ def evaluate(
 
 
 @app.command()
+def choices(
+    run: RunFolder,
+    tasks: Annotated[str, typer.Option(help="JSONL files or names of published sets, separated by commas.")],
+    overrides: Words = None,
+    limit: Limit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a run's base model and its adapter multiple choice: what has fine-tuning made the model forget?
+
+    A file has lines of question, options, answer_index and perhaps context. Report and model card show the result.
+
+    Example: sevpeft choices runs/quickstart-20260101-120000 --tasks questions.jsonl,mmlu_medical_ar --limit 200
+    """
+    from rich.markdown import Markdown
+
+    from sevpeft.console import Screen, print_json
+    from sevpeft.runs import Run
+
+    messages = Screen(stderr=True)
+    with messages.status("Loading the libraries"):
+        quiet_libraries()
+        from sevpeft.evaluation.choices import choices as ask
+        from sevpeft.sharing.card import choices_text, note_figures
+
+    figures = ask(Run(run), tasks.split(","), overrides or [], limit=limit, console=messages)
+    note_figures(Run(run), choices=figures)
+    print_json(figures) if as_json else Screen().print(Markdown(choices_text(figures)))
+
+
+@app.command()
 def compare(
     recipe: RecipeFile,
     overrides: Words = None,
     arms: Annotated[
-        str, typer.Option(help="base, ce, mild, balanced, strong, own (the recipe's weights), shuffled, constant.")
+        str,
+        typer.Option(help="Also own (the recipe's weights), and prompt and oversampled, which use severity otherwise."),
     ] = "base,ce,mild,balanced,strong,shuffled,constant",
+    vary: Annotated[
+        str | None, typer.Option(help="KEY=VALUE,VALUE… (the arms, beside base), or ladder.", show_default=False)
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Training seeds; the split stays as data.seed sets it.")] = "0,1,2",
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs; by default runs/comparison-NAME", show_default=False)
@@ -74,6 +121,9 @@ def compare(
 
     Finished work is kept: the same command continues where it stopped. Started once on each GPU
     (CUDA_VISIBLE_DEVICES=0, CUDA_VISIBLE_DEVICES=1, …) with the same --output, the commands share the runs.
+
+    --vary compares values of any setting instead, such as training.learning_rate=1e-4,2e-4, with the first of them.
+    --vary ladder starts at plain training and adds, one by one, what a recipe of recipes/as-published does otherwise.
 
     Example: sevpeft compare recipes/quickstart.yaml --arms base,ce,balanced,shuffled --seeds 0,1,2 --nll-only
     """
@@ -88,7 +138,7 @@ def compare(
         from sevpeft.evaluation.tables import comparison_tables
         from sevpeft.sharing.card import write_card
     settings: dict[str, Any] = {"arms": parse_arms(arms), "seeds": parse_seeds(seeds), "answers": not nll_only}
-    settings |= {"output": folder, "console": messages, "on_trained": write_card}
+    settings |= {"output": folder, "console": messages, "on_trained": write_card, "vary": vary}
     content = comparing.compare(recipe, overrides or [], **settings)
     if as_json:
         print_json(content)

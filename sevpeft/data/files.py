@@ -32,8 +32,10 @@ from sevpeft.errors import DataError
 from sevpeft.runs import json_lines, json_problem
 
 Row = tuple[int, dict[str, Any]]
+Names = Mapping[str, str]
 
 FILE_COLUMN = "file"
+TURNS = "turns"  # of a conversation, as `as_conversation` writes them
 _JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".xlsx", *_JSON, ".parquet")
 PROBABILITIES = ("p_non_critical", "p_neutral", "p_critical")
@@ -382,31 +384,66 @@ def as_probability(cell: Any, column: str, place: str) -> float:
         raise DataError(f"{place}: column '{column}' is not a number.") from None
 
 
-def as_exchange(cell: Any, column: str, place: str) -> tuple[str, str]:
-    """(question, answer) of a list of messages or its JSON text: maybe a system's, the user's, the assistant's."""
+def as_conversation(cell: Any, column: str, place: str, loss_on: str = "last") -> tuple[str, str, str]:
+    """(question, answer, turns) of a list of messages or its JSON text: maybe a system's, then user's and assistant's.
+
+    The question is all that the user says, the answer the last one that is trained on; what comes after is left out.
+    `turns` is "" for one exchange of weight 1, else JSON of [[question, answer, weight], ...] for `trained_turns`.
+    Weight 0 makes an answer context; `loss_on` "last" does that to all but the last.
+    """
     with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
         if isinstance(cell, str):
             cell = json.loads(as_text(cell, column, place).strip() or "null")
         if cell is None or cell == [] or (isinstance(cell, float) and math.isnan(cell)):
-            return "", ""
-        question, answer = cell[1:] if cell[0]["role"] == "system" else cell
-        if (question["role"], answer["role"]) == ("user", "assistant"):
-            return as_text(question["content"], column, place), as_text(answer["content"], column, place)
-    form = "a list of one message of the user and one of the assistant, each with role and content"
-    raise DataError(f"{place}: column '{column}' is not {form}: split conversations of several turns into rows.")
+            return "", "", ""
+        messages = cell[1:] if cell[0]["role"] == "system" else cell
+        if [message["role"] for message in messages] == ["user", "assistant"] * max(1, len(messages) // 2):
+            texts = [as_text(message["content"], column, place) for message in messages]
+            given = [message.get("weight") for message in messages[1::2]]
+            weights = [1.0 if one is None else as_probability(one, f"{column}.weight", place) for one in given]
+            if not all(0 <= weight < math.inf for weight in weights):
+                raise DataError(f"{place}: column '{column}' has a weight that is none: correct it, or leave it out.")
+            if loss_on == "last":
+                weights[:-1] = [0.0] * (len(weights) - 1)
+            kept = max((number for number, weight in enumerate(weights, start=1) if weight), default=0)
+            asked, answered = texts[: 2 * kept : 2], texts[1 : 2 * kept : 2]
+            exchanges = json.dumps(list(zip(asked, answered, weights, strict=False)), ensure_ascii=False)
+            question = "\n".join(asked) if all(map(str.strip, asked)) else ""
+            answer = answered[-1] if answered and all(map(str.strip, answered)) else ""
+            return question, answer, "" if weights == [1.0] else exchanges
+    form = "user and assistant in turn, each with role and content, the assistant last"
+    raise DataError(f"{place}: column '{column}' is not {form}: correct or remove the conversation.")
+
+
+def trained_turns(question: str, answer: str, turns: str | None) -> Iterator[tuple[str, str, float, list[list[str]]]]:
+    """(question, answer, weight, earlier exchanges as [question, answer]) of each answer that is trained on."""
+    exchanges: list[list[Any]] = json.loads(turns) if turns else [[question, answer, 1.0]]
+    for number, (asked, answered, weight) in enumerate(exchanges):
+        if weight:
+            yield asked, answered, weight, [one[:2] for one in exchanges[:number]]
 
 
 def canonical_row(
-    cells: Mapping[str, Any], columns: Mapping[str, str], place: str, carried: Mapping[str, str]
+    cells: Mapping[str, Any], columns: Names, place: str, carried: Names, loss_on: str | None = None
 ) -> dict[str, Any] | str:
-    """The row under its canonical names, or the reason why it is none ("empty question", ...)."""
+    """The row under its canonical names, or the reason why it is none ("empty question", ...).
+
+    `loss_on` as in a recipe's `data`; None where conversations of several turns are not read.
+    """
     row: dict[str, Any] = {}
     exchange = columns["question"] == columns["answer"]
     for field, column in columns.items():
         if not exchange or field not in ("question", "answer"):
             row[field] = (as_probability if field in PROBABILITIES else as_text)(cells.get(column), column, place)
     if exchange:
-        row["question"], row["answer"] = as_exchange(cells.get(columns["question"]), columns["question"], place)
+        column = columns["question"]
+        row["question"], row["answer"], turns = as_conversation(cells.get(column), column, place, loss_on or "last")
+        if turns and loss_on is None:
+            form = "one message of the user and one of the assistant, without a weight"
+            raise DataError(f"{place}: column '{column}' is not {form}: only trainings read more; split it into rows.")
+        if turns == "[]":
+            return "no answer to train on"
+        row |= {} if loss_on is None else {TURNS: turns}
     row |= {name: carried_text(cells.get(column)) for name, column in carried.items()}
     if empty := [field for field in ("question", "answer") if not row[field].strip()]:
         return f"empty {empty[0]}"

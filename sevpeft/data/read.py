@@ -45,7 +45,7 @@ class Consultations:
 
     `rows` has `id`, `question`, `answer` (str), `row` (int, line or row of the input from 1) and, where the input has
     them, `severity` (as written), `specialty`, `dialect`, `split` (str, "" where empty) and `p_non_critical`,
-    `p_neutral`, `p_critical` (float64 as written, NaN where empty).
+    `p_neutral`, `p_critical` (float64 as written, NaN where empty). Messages of a recipe's data have `turns` too.
     """
 
     rows: datasets.Dataset
@@ -170,6 +170,7 @@ def _from_hub(data: DataSection, keep: Keep) -> Consultations:
 def _cached(shape: list[Any], get: Callable[[], Table], data: DataSection, keep: Keep, numbered: bool) -> Consultations:
     """The cached table of `shape`, the fingerprint first; written where it is absent. `numbered`: by a column `row`."""
     content = [_TABLE_VERSION, _chosen(data), data.max_rows, keep if isinstance(keep, str) else list(keep), *shape]
+    content += [] if (loss_on := getattr(data, "loss_on", None)) is None else [loss_on]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     folder = cache_folder("tables") / key
 
@@ -208,7 +209,8 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
     columns = files.map_columns(names, _chosen(data), label)
     asked = () if keep == "mapped" else names if keep == "all" else keep
     others = [name for name in names if name in asked and name not in columns.values()]
-    carried = {new: name for name, new in files.free_names(others, {*files.FIELDS, "row"}).items()}
+    carried = {new: name for name, new in files.free_names(others, {*files.FIELDS, files.TURNS, "row"}).items()}
+    loss_on = getattr(data, "loss_on", None)  # of a recipe; other verbs read no conversations of several turns
     rejected = Counter[str]()
     numbers: dict[int, int] = {}  # hash of an id -> number of its row
 
@@ -217,7 +219,7 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
         read = tqdm(table.read(wanted), visible(f"Reading {label}"), unit=" rows", disable=None, delay=2)
         for ordinal, (number, cells) in enumerate(read, start=1):
             number = cells.pop("row") if numbered else number
-            row = canonical_row(cells, columns, table.place(number), carried)
+            row = canonical_row(cells, columns, table.place(number), carried, loss_on)
             if isinstance(row, dict):
                 own_id = row.get("id", "").strip() or f"row-{ordinal:07d}"
                 if "id" in columns and (first := numbers.setdefault(hash(own_id), number)) != number:
@@ -232,6 +234,7 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
 
     kinds = {"row": "int64", **dict.fromkeys(files.PROBABILITIES, "float64")}
     fields = ["id", "question", "answer", *(field for field in files.FIELDS if field in columns), *carried, "row"]
+    fields += [files.TURNS] * (loss_on is not None and columns["question"] == columns["answer"])
     schema = datasets.Features({name: datasets.Value(kinds.get(name, "string")) for name in fields}).arrow_schema
     kept = 0
     with (

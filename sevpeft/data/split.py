@@ -36,6 +36,7 @@ class Splits(NamedTuple):
     test: datasets.Dataset
     by: str  # "column split" where the rows say it themselves, else "random"
     leaks: int  # questions (or groups that were given) that the rows' own splits have on several sides
+    prompt_severity: dict[str, Any] | None = None  # where the severities that prompts name come from
 
 
 def split_rows(
@@ -119,6 +120,11 @@ def question_keys(rows: datasets.Dataset, seed: int = 0) -> Keys:
     batches = rows.select_columns(["question"]).iter(batch_size=1000)
     folded = (fold_for_matching(question) for batch in batches for question in batch["question"])
     return np.fromiter((question_key(question, seed) for question in folded), np.uint64, len(rows))
+
+
+def without_questions(rows: datasets.Dataset, keys: Keys) -> datasets.Dataset:
+    """The rows whose `question_keys` are none of these."""
+    return rows.select(np.flatnonzero(~np.isin(question_keys(rows), keys)))
 
 
 def question_key(folded: str, seed: int) -> int:

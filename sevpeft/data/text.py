@@ -1,9 +1,13 @@
-"""Two plainer forms of Arabic text: one for comparing only, one for models that were trained without vowel marks."""
+"""Plainer forms of Arabic text, for comparing and for models without vowel marks, and the dialect that words tell."""
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
+from pathlib import Path
+
+import yaml
 
 # Presentation forms of vowel marks: NFKC turns the isolated ones into a space and a mark, cutting words in two.
 _PRESENTATION_MARKS = r"\uFC5E-\uFC63\uFCF2-\uFCF4\uFE70-\uFE7F"
@@ -33,3 +37,17 @@ def fold_for_matching(text: str) -> str:
 def strip_marks(text: str) -> str:
     """The text without tashkeel, tatweel and invisible marks, with ASCII digits: AraGPT2's own, by its model card."""
     return _MARKS.sub("", _BEFORE_NORMALIZING.sub("", text)).translate(DIGITS)
+
+
+@functools.cache
+def _dialect_words() -> dict[str, frozenset[str]]:
+    written = yaml.safe_load(Path(__file__).with_name("dialects.yaml").read_text(encoding="utf-8"))
+    return {name: frozenset(fold_for_matching(words).split()) for name, words in written.items()}
+
+
+def dialect_of(text: str) -> str | None:
+    """The dialect of which dialects.yaml has the most of the text's words; None where none or several have."""
+    words = fold_for_matching(text).split()
+    counts = {name: sum(word in known for word in words) for name, known in _dialect_words().items()}
+    likeliest = [name for name, count in counts.items() if count == max(counts.values())]
+    return likeliest[0] if len(likeliest) == 1 else None

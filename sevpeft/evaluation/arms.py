@@ -1,4 +1,4 @@
-"""The arms of a controlled experiment: recipes that differ in the severity weights alone.
+"""The arms of a controlled experiment: recipes that differ in the severity weights, or in another use of severity.
 
 A gain over plain cross-entropy proves nothing about severity, so beside the presets stand controls: the same weights
 shuffled over the consultations (the same spread without the information) and their mean for all (the same step size).
@@ -7,6 +7,7 @@ shuffled over the consultations (the same spread without the information) and th
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,17 @@ from sevpeft.training.checkpoints import as_started, check_same_recipe
 # The base model is an arm of a run, beside its adapter, and of an experiment.
 BASE, ADAPTER = "base", "adapter"
 CE, OWN, SHUFFLED, CONSTANT = "ce", "own", "shuffled", "constant"
-CONTROLS = (SHUFFLED, CONSTANT)
+PROMPT, OVERSAMPLED = "prompt", "oversampled"
+# Arms that have the weights of another one.
+CONTROLS = (SHUFFLED, CONSTANT, OVERSAMPLED)
+# Other uses of severity than weights in the loss; the chosen weights are compared with them.
+COMPETITORS = (OVERSAMPLED, PROMPT)
+# Arm → a setting of the recipe's curriculum, which is cumulative where the recipe has none; the first is compared most.
+CURRICULA = {
+    "curriculum": "order=easy_first",
+    **{"curriculum_reverse": "order=hard_first", "curriculum_shuffled": "order=shuffled"},
+    **{"disjoint": "kind=disjoint", "competence": "kind=competence", "icft": "kind=icft"},
+}
 # Arms that a verdict can be about.
 WEIGHTED = (*SEVERITY_PRESETS, OWN)
 ARMS = {
@@ -33,7 +44,21 @@ ARMS = {
     OWN: "the recipe's own severity.weights",
     SHUFFLED: "control: the weights shuffled over the consultations",
     CONSTANT: "control: the mean weight for every consultation",
+    OVERSAMPLED: "competitor: rows drawn in proportion to the weights, each with weight 1",
+    PROMPT: "competitor: weight 1, and the predicted severity in the prompt, in training and test",
+    **{name: f"weight 1, and the recipe's curriculum with {setting}" for name, setting in CURRICULA.items()},
 }
+
+
+# `--vary ladder`: how is done here what a recipe may do as published, in the order of the steps.
+LADDER = "ladder"
+_PLAIN = (
+    *("severity.reduction=tokens", "as_published.unnormalized=false", "as_published.no_end_token=false"),
+    *("as_published.labels=answer", "severity.control=uniform", "curriculum.kind=none"),
+    *("as_published.evaluation_template=null", "generation.do_sample=false"),
+)
+# Seeds are --seeds; the others change the tokens of the test's answers, and so what a likelihood is of.
+_NOT_VARIED = ("training.seed", "model.name_or_path", "model.revision", "training.max_length", "prompt.strip_marks")
 
 
 def parse_arms(text: str) -> tuple[str, ...]:
@@ -55,6 +80,30 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def parse_vary(text: str, path: Path, overrides: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
+    """The key of KEY=VALUE,VALUE…, and its values: what each is called as an arm → its settings.
+
+    Of `LADDER` the arms are plain training and, one step after another, what the recipe does otherwise.
+    Commas within brackets part no values. A UsageError where no two differ, or the key may not differ between arms.
+    """
+    if text == LADDER:
+        given = load_recipe(path, overrides)
+        undone = [one for one in _PLAIN if load_recipe(path, [*overrides, one]) != given]
+        if not undone:
+            raise UsageError("--vary ladder: the recipe does nothing as published; see its section as_published.")
+        names = ["ours", *(one.split("=")[0].removeprefix("as_published.") for one in undone)]
+        return LADDER, {name: undone[number:] for number, name in enumerate(names)}
+    key, _, values = text.partition("=")
+    if key in _NOT_VARIED:
+        raise UsageError(f"--vary {key}: the arms could not be compared by seeds and tokens; vary another key.")
+    words = [word.strip() for word in re.split(r",(?![^\[{]*[\]}])", values) if word.strip()]
+    named = {re.sub(r"[^\w.+-]+", "_", word).strip("_."): f"{key}={word}" for word in words}
+    if len(named) < max(len(words), 2) or not all(named) or BASE in named:
+        example = "training.learning_rate=1e-4,2e-4"
+        raise UsageError(f"--vary is {text!r}; write a key and at least two different values, such as {example}.")
+    return key, {name: [setting] for name, setting in named.items()}
+
+
 def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str) -> tuple[Recipe, str]:
     """The recipe of an arm, that of `sevpeft train` with the same settings, and the name of its run.
 
@@ -65,8 +114,17 @@ def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled
     weights = controlled if arm in CONTROLS else arm
     if weights in SEVERITY_PRESETS:
         settings.append(f"severity.weights={weights}")
-    if arm in (CE, *CONTROLS):
-        settings.append(f"severity.control={'uniform' if arm == CE else arm}")
+        if load_recipe(path, overrides).severity.source == "weight":  # presets weigh by severity columns
+            settings += ["severity.source=columns", "severity.weight_column=weight"]
+    if arm in (CE, *CONTROLS, *CURRICULA):
+        settings.append(f"severity.control={arm if arm in CONTROLS else 'uniform'}")
+    if arm == PROMPT:
+        settings += ["severity.control=uniform", "prompt.severity=predicted"]
+    kind = load_recipe(path, overrides).curriculum.kind
+    if arm in CURRICULA:
+        settings += ["curriculum.kind=cumulative"] * (kind == "none") + [f"curriculum.{CURRICULA[arm]}"]
+    elif kind != "none":
+        settings.append("curriculum.kind=none")
     name = f"{arm}-{controlled}-{seed}" if arm in CONTROLS else f"{arm}-{seed}"
     return load_recipe(path, [*overrides, *settings]), name
 
@@ -75,14 +133,23 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     """Raises UsageError where arms would differ in more than weights or not at all, RunError where output is a run."""
     if (output / "recipe.yaml").exists():
         raise RunError(f"{output} holds a run; give --output a folder of its own.")
+    if not arms:  # but values of a setting, in which they may differ
+        return
     weights, training = recipe.severity.weights, recipe.training.settings()
     if recipe.severity.control != "none":
         raise UsageError("The arms set severity.control themselves; leave it out.")
     # Each would give every arm another number of steps, or another batch.
+    if recipe.curriculum.epochs_per_stage is not None and set(CURRICULA) & set(arms):
+        raise UsageError("With curriculum.epochs_per_stage arms would differ in their steps; leave it out.")
     for key in ("load_best_model_at_end", "auto_find_batch_size"):
         if training.get(key):
             raise UsageError(f"With training.{key} more than the weights would differ between arms; leave it out.")
-    if OWN in arms and isinstance(weights, str) and weights in arms:
+    competing = [arm for arm in COMPETITORS if arm in arms]
+    if competing and training.get("packing") and (training.get("max_steps") or -1) < 1:
+        raise UsageError(f"With training.packing the arm {competing[0]} has other steps; set training.max_steps.")
+    if PROMPT in arms and recipe.prompt.severity != "none":
+        raise UsageError("The arm prompt sets prompt.severity itself; leave that out, or the arm.")
+    if OWN in arms and isinstance(weights, str) and weights in arms and recipe.severity.source != "weight":
         raise UsageError(f"The recipe's own weights are {weights}, which is an arm already; drop one.")
 
 

@@ -23,9 +23,27 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from sevpeft.console import Screen, number_text, p_text
-from sevpeft.errors import RunError
+from sevpeft.errors import RunError, UsageError
 from sevpeft.evaluation import scores as scoring
-from sevpeft.evaluation.arms import ADAPTER, ARMS, BASE, CE, CONTROLS, SHUFFLED, WEIGHTED, arm_of, check_arms, state_of
+from sevpeft.evaluation.arms import (
+    ADAPTER,
+    ARMS,
+    BASE,
+    CE,
+    COMPETITORS,
+    CONSTANT,
+    CONTROLS,
+    CURRICULA,
+    LADDER,
+    OWN,
+    PROMPT,
+    SHUFFLED,
+    WEIGHTED,
+    arm_of,
+    check_arms,
+    parse_vary,
+    state_of,
+)
 from sevpeft.evaluation.evaluate import (
     EVALUATION,
     LIKELIHOOD,
@@ -38,15 +56,16 @@ from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, SAFETY, Scores
 from sevpeft.evaluation.statistics import POWER, estimate_text
 from sevpeft.evaluation.tables import COMPARISON, plain
-from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.data import load_splits
 from sevpeft.training.train import train
 
-DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "own")
+DEFAULT_ARMS = (BASE, CE, *SEVERITY_PRESETS, SHUFFLED, CONSTANT)
 # Weights of the controls where no weighted arm is compared.
 _DEFAULT_CONTROLLED = "balanced"
+_FAMILIES = "the verdict's comparisons, and the others of each score"
 # Every arm is compared with these, plain CE first.
 REFERENCES = {CE: "plain CE", SHUFFLED: "shuffled weights"}
 # Outcome → what the arm does to the NLL, how it stands to the other, and what that says where plain CE is beaten.
@@ -75,6 +94,7 @@ def compare(
     arms: Sequence[str] = DEFAULT_ARMS,
     seeds: Sequence[int] = (0, 1, 2),
     answers: bool = True,
+    vary: str | None = None,
     console: Console | None = None,
     on_trained: Callable[[Run], object] | None = None,
 ) -> dict[str, Any]:
@@ -84,24 +104,38 @@ def compare(
         output: folder of the comparison, whose runs stand in OUTPUT/ARM-SEED. They are kept when a SevpeftError ends
             the comparison.
         answers: generate and score answers; without, the likelihood alone is compared.
+        vary: KEY=VALUE,VALUE…, the arms beside the base model, compared with the first; or LADDER, with the one before.
         on_trained: called with every run that was trained here.
     """
     check_one_process("compare")
-    arms = [arm for arm in ARMS if arm in arms]  # in the order of the table
-    to_train = [arm for arm in arms if arm != BASE]
     screen, path = console or Screen(quiet=True), Path(recipe)
+    key, values = parse_vary(vary, path, overrides) if vary else ("", {})
+    meanings = {BASE: ARMS[BASE], **{arm: " ".join(of) or "the recipe" for arm, of in values.items()}} if vary else ARMS
+    arms = [arm for arm in meanings if arm in arms or arm in values]  # in the order of the table
+    to_train = [arm for arm in arms if arm != BASE]
     given = load_recipe(path, overrides)
-    check_arms(given, arms, output)
+    ready = given.severity.source == "weight"
+    default_controlled = OWN if ready else _DEFAULT_CONTROLLED
+
+    def recipe_of(arm: str, seed: int, controlled: str = "") -> tuple[Recipe, str]:
+        if not vary:
+            return arm_of(path, overrides, arm, seed, controlled)
+        seeded = [f"{section}.seed={seed}" for section in ("training", "generation")[: 1 + (key == LADDER)]]
+        return load_recipe(path, [*overrides, *values[arm], *seeded]), f"{arm}-{seed}"
+
+    check_arms(given, () if vary else arms, output)
     # As plain CE, which reads the same rows and needs no severity; `check_test_split` names what is missing.
-    rows = test_rows(*load_splits(arm_of(path, overrides, CE, seeds[0], "")[0]))
-    check_test_split(rows)
+    rows = same_rows(key, [recipe_of(arm, seeds[0])[0] for arm in (to_train if vary or given.data.mix else [CE])])
+    stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
+    if stratum == CRITICAL:
+        check_test_split(rows)
 
     def units(of: Sequence[str], controlled: str = "") -> list[_Unit]:
         found = []
         for seed, arm in ((seed, arm) for seed in seeds for arm in to_train if arm in of):
             # The base model's scores stand in the first run.
             first = BASE in arms and (arm, seed) == (to_train[0], seeds[0])
-            own, name = arm_of(path, overrides, arm, seed, controlled)
+            own, name = recipe_of(arm, seed, controlled)
             found.append(_Unit(arm, own, Run(output / name), {ADAPTER: arm} | ({BASE: BASE} if first else {})))
         return found
 
@@ -126,40 +160,47 @@ def compare(
                     lock.release()
 
     with finished_rows_are_kept():
-        finish(units([arm for arm in arms if arm not in CONTROLS]))
-        validation = _validation(units(WEIGHTED))
-        chosen = choose(validation)
-        finish(units(CONTROLS, chosen or _DEFAULT_CONTROLLED))
+        finish(units([arm for arm in arms if vary or arm not in CONTROLS]))
+        validation = _validation(units(arms if vary else WEIGHTED), stratum)
+        chosen = None if vary else choose(validation)
+        finish(units([] if vary else CONTROLS, chosen or default_controlled))
     with screen.status("Comparing"):
-        finished = units(to_train, chosen or _DEFAULT_CONTROLLED)
-        _check_equal(finished)
+        finished = units(to_train, chosen or default_controlled)
+        steps = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
+        _check_equal(finished, ("base weights",) if vary else ("base weights", "steps", "rows"))
         tokens, scores = _read_scores(finished, rows)
         summary = scoring.summarize(
             rows,
             {arm: scores[arm] for arm in arms},
             given.evaluation,
             tokens=dict.fromkeys(arms, tokens),
-            pairs={arm: references_of(arm) for arm in arms},
+            pairs=dict(zip(arms[1:], zip(arms), strict=False))  # with the one before
+            if key == LADDER
+            else {arm: to_train[: arm != to_train[0]] if vary else references_of(arm, chosen) for arm in arms},
             chosen=chosen,
         )
-        verdict, power = verdict_of(summary, chosen, len(seeds))
+        verdict, power = (_losses(key, validation), "") if vary else verdict_of(summary, chosen, len(seeds))
         content = {
             "model": given.model.name_or_path,
             "data": {"source": rows.source, "rows": len(rows), "content": rows.content_hash()},
-            "columns": {arm: ARMS[arm] for arm in arms},
+            **({"vary": key} if vary else {}),
+            "columns": {arm: meanings[arm] for arm in arms},
             "seeds": list(seeds),
-            "primary": {"metric": PRIMARY, "stratum": CRITICAL},
-            "metrics": {name: METRICS[name] for name in METRICS if name in summary[CRITICAL]["metrics"]},
-            "methods": scoring.methods(given.evaluation, "the verdict's comparisons, and the others of each score"),
+            "primary": {"metric": PRIMARY, "stratum": stratum},
+            "metrics": {name: METRICS[name] for name in METRICS if name in summary[ALL]["metrics"]},
+            "methods": scoring.methods(given.evaluation, _FAMILIES if not vary else "all of a score"),
             "verdict": verdict,
             "power": power,
             "chosen": chosen,
-            "controls_of": (chosen or _DEFAULT_CONTROLLED) if set(arms) & set(CONTROLS) else None,
+            "controls_of": (chosen or default_controlled) if not vary and set(arms) & set(CONTROLS) else None,
             "validation": {
                 arm: {"mean": float(np.mean(losses)), "per_seed": losses} for arm, losses in validation.items()
             },
             "runs": {arm: [one.run.folder.name for one in finished if arm in one.columns.values()] for arm in arms},
-            "notes": list(dict.fromkeys(note for unit in finished for note in unit.run.read_json(EVALUATION)["notes"])),
+            "notes": [
+                *dict.fromkeys(note for unit in finished for note in unit.run.read_json(EVALUATION)["notes"]),
+                *([f"Steps: {', '.join(steps.values())}."] if vary or PROMPT in arms else []),
+            ],
             "scores": summary,
         }
         write_atomically(output / COMPARISON, json.dumps(content, ensure_ascii=False, indent=2) + "\n", shared=True)
@@ -200,19 +241,26 @@ def _train_and_evaluate(
     torch.cuda.empty_cache()
 
 
-def _validation(units: Sequence[_Unit]) -> dict[str, list[float]]:
-    """Arm → validation NLL of critical cases of each seed, as the training measured it at its end."""
+def _validation(units: Sequence[_Unit], stratum: str) -> dict[str, list[float]]:
+    """Arm → validation NLL of critical or of all cases, of each seed, as the training measured it at its end."""
     losses: dict[str, list[float]] = {}
     for unit in units:
-        loss = unit.run.metrics()["after"].get(f"loss_{CRITICAL}")
+        loss = unit.run.metrics()["after"].get("loss" if stratum == ALL else f"loss_{CRITICAL}")
         if loss is None:
             raise RunError("The validation split has no critical case; raise data.validation_size and change --output.")
         losses.setdefault(unit.arm, []).append(float(loss))
     return losses
 
 
-def _check_equal(units: Sequence[_Unit]) -> None:
-    """Raises RunError when runs differ in base weights, rows or steps, whatever their settings are."""
+def _losses(key: str, validation: Mapping[str, Sequence[float]]) -> str:
+    """What the values of a key came to on validation, which is where one of them is chosen; no verdict."""
+    means = [f"{arm} {number_text(float(np.mean(losses)), 4)}" for arm, losses in validation.items()]
+    other = "each with the one before" if key == LADDER else f"with {next(iter(validation))}"
+    return f"{key}, validation NLL: {', '.join(means)}. The tables compare {other} on the test."
+
+
+def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
+    """Raises RunError when runs differ in `names`: base weights, rows or steps, whatever their settings are."""
     first: dict[str, Any] = {}
     for unit in units:
         metrics = unit.run.metrics()
@@ -222,7 +270,9 @@ def _check_equal(units: Sequence[_Unit]) -> None:
             "rows": (metrics["data"]["rows"], metrics["weights"]["consultations"]),
         }
         first = first or found
-        if differing := [name for name, value in found.items() if value != first[name]]:
+        if unit.arm == PROMPT:  # the severity may leave a row no room
+            found |= {"steps": first["steps"], "rows": first["rows"]}
+        if differing := [name for name in names if found[name] != first[name]]:
             others = f"{units[0].run.folder} was (other {', '.join(differing)})"
             raise RunError(f"{unit.run.folder} was not trained as {others}; move the wrong one away, and run again.")
 
@@ -233,7 +283,8 @@ def _read_scores(units: Sequence[_Unit], rows: EvaluationRows) -> tuple[np.ndarr
     tokens = []
     for unit in units:
         tokens.append(_column(unit.run.folder / LIKELIHOOD, "arm", ADAPTER, rows)["tokens"])
-        if not np.array_equal(tokens[0], tokens[-1]):
+        both = (tokens[0] > 0) & (tokens[-1] > 0)  # a prompt with a severity may leave an answer no room
+        if not np.array_equal(tokens[0][both], tokens[-1][both]):
             raise RunError(f"{unit.run.folder} counted other tokens in the references than {units[0].run.folder}.")
         for column, arm in unit.columns.items():
             by_arm.setdefault(arm, []).append(_column(unit.run.folder / SCORES, "column", column, rows))
@@ -258,8 +309,15 @@ def _column(path: Path, key: str, name: str, rows: EvaluationRows) -> Scores:
 # Verdict
 
 
-def references_of(arm: str) -> tuple[str, ...]:
-    """What an arm is compared with. No pair twice: shuffled − CE, and not CE − shuffled."""
+def references_of(arm: str, chosen: str | None = None) -> tuple[str, ...]:
+    """What an arm is compared with. No pair twice: shuffled − CE, and not CE − shuffled.
+
+    Competitors are compared with the chosen weights, outside the verdict's own comparisons.
+    """
+    if arm in CURRICULA:
+        return (CE, *(other for other in CURRICULA if arm == "curriculum" != other))
+    if arm in COMPETITORS and chosen:
+        return (*REFERENCES, chosen)
     return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED) else tuple(REFERENCES)
 
 
@@ -268,10 +326,19 @@ def choose(validation: Mapping[str, Sequence[float]]) -> str | None:
     return min((arm for arm in validation if arm in WEIGHTED), key=lambda arm: np.mean(validation[arm]), default=None)
 
 
+def same_rows(key: str, recipes: Sequence[Recipe]) -> EvaluationRows:
+    """The test rows of all the recipes; a UsageError where the key in which they differ changes them."""
+    found = [test_rows(*load_splits(recipe)) for recipe in recipes]
+    if len({rows.content_hash() for rows in found}) > 1:
+        raise UsageError(f"--vary {key} changes the test rows, which all arms have to share; vary another key.")
+    return found[0]
+
+
 def check_test_split(rows: EvaluationRows) -> None:
     """Raises RunError when the test split cannot show anything about critical cases, before anything is trained."""
     if (rows.strata < 0).all():
-        raise RunError("The data has no severity; add severity columns, or set severity.source=rules.")
+        remedy = "set severity.source=rules, or compare ready-made weights with --arms base,ce,own,shuffled,constant"
+        raise RunError(f"The data has no severity; add severity columns, {remedy}.")
     questions = len(np.unique(rows.groups[rows.strata == SEVERITIES.index(CRITICAL)]))
     if questions < 2:
         raise RunError(f"The test split has {questions} critical questions, too few; raise data.test_size.")
@@ -283,6 +350,8 @@ def verdict_of(scores: Mapping[str, Any], chosen: str | None, seeds: int) -> tup
     Args:
         scores: with their comparisons. seeds: how many each arm was trained with.
     """
+    if CRITICAL not in scores:
+        return "No verdict: it would be about critical cases, and the data has no severity.", ""
     against = scores[CRITICAL]["metrics"][PRIMARY][chosen]["against"] if chosen else {}
     if not against:
         lacking = "neither plain CE nor shuffled weights" if chosen else "no severity weights"

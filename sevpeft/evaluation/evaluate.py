@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from sevpeft.console import Screen, print_labeled, row_progress
+from sevpeft.data.files import TURNS
 from sevpeft.data.read import Consultations
 from sevpeft.data.split import Splits, question_keys
 from sevpeft.errors import Interrupted, RunError, UsageError
@@ -36,12 +37,12 @@ from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, check_run, file_hash, keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.source import Severity
+from sevpeft.severity.source import ORACLE, Severity
 from sevpeft.training.checkpoints import check_same_data, run_lock
-from sevpeft.training.data import load_splits, source_index
+from sevpeft.training.data import PROMPT_SEVERITY, load_splits, source_index
 
 EVALUATION, SCORES = "evaluation.json", "scores.jsonl"
-PREDICTIONS, LIKELIHOOD = "predictions.jsonl", "likelihood.jsonl"
+PREDICTIONS, LIKELIHOOD, OWN_LIKELIHOOD = "predictions.jsonl", "likelihood.jsonl", "own_likelihood.jsonl"
 _ANSWERS_TO_CHOOSE_FROM = 10_000  # for the constant answer
 
 
@@ -68,17 +69,8 @@ def evaluate(
     Returns:
         The content of evaluation.json. What cannot be done is a SevpeftError, and finished work is kept.
     """
-    check_one_process("evaluate")
     console = console or Screen(quiet=True)
-    run = run if isinstance(run, Run) else Run(Path(run).expanduser())
-    check_run(run.folder)
-    if wrong := [one.split("=")[0] for one in overrides if not one.startswith(("generation.", "evaluation."))]:
-        raise UsageError(f"{wrong[0]} belongs to the training; evaluate takes generation.… and evaluation.… only.")
-    recipe = load_recipe(run.folder / "recipe.yaml", overrides)
-    check_adapter(run)
-    table, splits, severity = load_splits(recipe)
-    check_same_data(table.fingerprint, table.source, run)
-    every = test_rows(table, splits, severity)
+    run, recipe, splits, every = opened(run, overrides)
     rows = every.limited(limit)
     asked = recipe.evaluation
     encoder, missing_encoder = load_encoder(asked) if answers else (None, None)
@@ -90,7 +82,7 @@ def evaluate(
         chosen = np.random.default_rng(0).permutation(len(splits.train))[:_ANSWERS_TO_CHOOSE_FROM]
         constant = scoring.constant_answer(splits.train.select(chosen)["answer"])
     with run_lock(run.folder), finished_rows_are_kept():
-        work = _RowWork(run, recipe, every, rows, console)
+        work = RowWork(run, recipe, every, rows, console)
         likelihood: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         lines: dict[str, list[dict[str, Any]]] = {}
         # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
@@ -124,6 +116,9 @@ def evaluate(
         lost = max((sum(line["lost_words"] > 0 for line in of_arm) for of_arm in lines.values()), default=0)
         notes = [
             *scoring.remarks(rows),
+            recipe.prompt.severity == "gold" and ORACLE,
+            (by := run.metrics()["data"].get("prompt_severity")) != rows.severities_by
+            and f"Severity in prompts: {rows.severities_by}; trained: {by}.",
             missing_encoder,
             unfit and f"No NLL: {unfit:,} rows, whose answer leaves no room for a question in training.max_length.",
             lost and f"Shortened to fit the model's context: {lost:,} questions.",
@@ -148,6 +143,28 @@ def evaluate(
 # Rows
 
 
+def opened(run: Run | Path | str, overrides: Sequence[str]) -> tuple[Run, Recipe, Splits, EvaluationRows]:
+    """A finished run, its recipe with the overrides, its splits and test rows; raises what `evaluate` refuses."""
+    run, recipe, table, splits, severity = open_run(run, overrides, "evaluate", "generation", "evaluation")
+    return run, recipe, splits, test_rows(table, splits, severity)
+
+
+def open_run(
+    run: Run | Path | str, overrides: Sequence[str], verb: str, *sections: str
+) -> tuple[Run, Recipe, Consultations, Splits, Severity | None]:
+    """A finished run, its recipe with overrides of these sections, and its data as `load_splits` gives it."""
+    check_one_process(verb)
+    run = run if isinstance(run, Run) else Run(Path(run).expanduser())
+    check_run(run.folder)
+    if wrong := [one.split("=")[0] for one in overrides if one.split(".")[0] not in sections]:
+        raise UsageError(f"{wrong[0]} changes nothing here; {verb} takes keys of {' and '.join(sections)} only.")
+    recipe = load_recipe(run.folder / "recipe.yaml", overrides)
+    check_adapter(run)
+    table, splits, severity = load_splits(recipe)
+    check_same_data(table.fingerprint, table.source, run)
+    return run, recipe, table, splits, severity
+
+
 def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -> EvaluationRows:
     """Test rows from what `load_splits` gives for a run's recipe; a RunError where it kept none."""
     rows = splits.test
@@ -157,7 +174,8 @@ def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -
         )
     # Near-duplicates where `sevpeft prepare` found them, else equal questions.
     groups = rows["group"][:] if table.provenance else question_keys(rows)
-    read = rows.select_columns([name for name in ("id", "question", "answer", "dialect") if name in rows.features])[:]
+    columns = ("id", "question", "answer", "dialect", PROMPT_SEVERITY)
+    read = rows.select_columns([name for name in columns if name in rows.features])[:]
     strata = np.full(len(rows), -1) if severity is None else severity.strata[source_index(rows)]
     return EvaluationRows(
         ids=[str(identity) for identity in read["id"]],
@@ -169,6 +187,9 @@ def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -
         source=table.source,
         fingerprint=table.fingerprint,
         leaks=splits.leaks,
+        turns=list(rows[TURNS]) if TURNS in rows.features and any(rows[TURNS]) else None,
+        severities=list(read[PROMPT_SEVERITY]) if PROMPT_SEVERITY in read else None,
+        severities_by=splits.prompt_severity,
     )
 
 
@@ -195,7 +216,7 @@ class RowFile:
             changed = [f"{self.about.name} is missing or damaged"]
         if changed:
             raise RunError(
-                f"{path} was made from something else: {'; '.join(changed)}. Evaluate with the same, or move "
+                f"{path} was made from something else: {'; '.join(changed)}. Use the same settings, or move "
                 f"{path.name} away to start anew."
             )
         # Lines that were cut off by a kill or are damaged are taken out, so that they are computed again.
@@ -225,7 +246,7 @@ class RowFile:
             self.lines.setdefault((line["arm"], line["id"]), line)
 
 
-class _RowWork:
+class RowWork:
     """Likelihoods and answers of one evaluation: what is missing is computed, what is there is read.
 
     Args:
@@ -244,7 +265,10 @@ class _RowWork:
             "quantization": recipe.quantization.model_dump(),
             "dtype": str(choose_precision(recipe).dtype).removeprefix("torch."),
             "data": {"source": every.source, "rows": len(every), "content": every.content_hash()},
-            "prompt": recipe.prompt.model_dump(),
+            # What is off is left out, as in origins that were written before there was a severity in prompts.
+            "prompt": recipe.prompt.model_dump(exclude=None if every.severities else {"severity"}),
+            "severities_by": every.severities_by,
+            "evaluation_template": recipe.as_published.evaluation_template,
         }
         # Answers do not depend on how many are given at once.
         generation = recipe.generation.model_dump(exclude={"per_device_eval_batch_size"})
@@ -255,13 +279,20 @@ class _RowWork:
         self._run = run
         self._loaded: tuple[PreTrainedModel, Prompt] | None = None
 
-    def likelihood(self, arm: str) -> tuple[np.ndarray, np.ndarray]:
+    def likelihood(self, arm: str, own: Mapping[str, str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Nats a token of the reference answers (n,), NaN where a row does not fit, and their tokens (n,), 0 there.
 
         Args:
             arm: or SHUFFLED, for the adapter with the references of other questions.
+            own: id → the arm's own answer, in place of the reference.
         """
-        found = self._lines(self.likelihoods, arm, "NLL", lambda *of: reference_nll(*of, max_length=self.max_length))
+
+        def computed(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
+            rows = replace(rows, references=[own[one] for one in rows.ids]) if own else rows
+            return reference_nll(model, prompt, rows, max_length=self.max_length)
+
+        file = RowFile(self._run.folder / OWN_LIKELIHOOD, self.answer_origin) if own else self.likelihoods
+        found = self._lines(file, arm, "NLL", computed)
         tokens = np.array([line["tokens"] for line in found], dtype=np.int64)
         nats = np.array([np.nan if line["nll"] is None else line["nll"] for line in found])
         return nats / np.maximum(tokens, 1), tokens
@@ -300,6 +331,8 @@ class _RowWork:
         with self.console.status(f"Loading {self.recipe.model.name_or_path}"):
             if self._loaded is None:
                 prompt = resolve_model(self.recipe).prompt
+                if template := self.recipe.as_published.evaluation_template:
+                    prompt = replace(prompt, chat=False, template=template, english_template=None)
                 self._loaded = load_for_inference(self.recipe), prompt
             model, prompt = self._loaded
             if arm != BASE and not isinstance(model, PeftModel):

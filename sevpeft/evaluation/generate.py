@@ -17,17 +17,17 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from sevpeft.data.files import trained_turns
 from sevpeft.errors import ModelError, RunError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
-from sevpeft.training.data import shortened_prompt
 
 # Tokens of padding that a batch may hold for every token of an answer: measured on a CPU, where a step mostly reads the
 # weights, a step of one more batch costs as much as reading 32 tokens.
 _PADDING = 32
 # For likelihoods: tokens of a batch with its padding, enough to keep a GPU busy when nothing is kept for a backward
 # pass; its logits, which take 1 GB in float32; and its padding, where one more batch reads the weights once more.
-_NLL_TOKENS, _NLL_LOGITS, _NLL_PADDING = 4096, 2**28, 128
+NLL_TOKENS, NLL_LOGITS, NLL_PADDING = 4096, 2**28, 128
 # Tokens of the prompts and of the answer by which `batching_problem` measures.
 _LONG, _SHORT, _STEPS = 24, 9, 3
 # Root mean squares over a vocabulary vary little. Measured in three precisions: harmless shapes differ by up to 1.6
@@ -44,6 +44,7 @@ class EvaluationRows:
         groups: (n,) int64, equal for rows with the same question, which are no independent evidence.
         fingerprint: hash of the bytes of the source.
         leaks: questions that the data's own split has on two sides.
+        severities, severities_by: names (n,) that the prompts hold, and where they come from; None without them.
     """
 
     ids: list[str]
@@ -55,6 +56,9 @@ class EvaluationRows:
     source: str
     fingerprint: str
     leaks: int = 0
+    turns: list[str] | None = None  # as in the table, None where all rows are single exchanges
+    severities: list[str | None] | None = None
+    severities_by: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,7 +66,8 @@ class EvaluationRows:
     def take(self, positions: Sequence[int] | np.ndarray) -> EvaluationRows:
         """The rows at these positions, in their order."""
         chosen = np.asarray(positions, dtype=np.int64)
-        lists = {name: getattr(self, name) for name in ("ids", "questions", "references", "dialects")}
+        columns = ("ids", "questions", "references", "dialects", "turns", "severities")
+        lists = {name: getattr(self, name) for name in columns}
         taken: dict[str, Any] = {name: of and [of[i] for i in chosen] for name, of in lists.items()}
         return replace(self, strata=self.strata[chosen], groups=self.groups[chosen], **taken)
 
@@ -74,7 +79,9 @@ class EvaluationRows:
 
     def content_hash(self) -> str:
         """SHA-256 of what was asked and answered, whatever the order of the rows."""
-        rows = sorted(zip(self.ids, self.questions, self.references, self.dialects or [None] * len(self), strict=True))
+        unknown = [None] * len(self)
+        more = [self.turns] if self.turns else []
+        rows = sorted(zip(self.ids, self.questions, self.references, self.dialects or unknown, *more, strict=True))
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -138,11 +145,15 @@ def fitting_prompts(
         limit: tokens of prompt and answer together. A prompt is empty where the answer leaves no room for a question.
         answer_lengths: (n,) tokens that follow each prompt.
     """
-    prompts, lost = list(prompt.prompt_ids(rows.questions, rows.dialects)), [0] * len(rows)
+    known = zip(rows.questions, rows.references, rows.turns or [""] * len(rows), strict=True)
+    last = [list(trained_turns(*of))[-1] for of in known]  # what is asked in the end, and the exchanges before
+    questions, earlier = [turn[0] for turn in last], [turn[3] for turn in last]
+    prompts, lost = list(prompt.prompt_ids(questions, rows.dialects, rows.severities, earlier)), [0] * len(rows)
     for i, length in enumerate(answer_lengths):
         if limit is not None and len(prompts[i]) + length > limit:
-            dialect = rows.dialects[i] if rows.dialects else None
-            prompts[i], lost[i] = shortened_prompt(rows.questions[i], dialect, prompt, limit - length) or ([], 0)
+            dialect, severity = (of[i] if of else None for of in (rows.dialects, rows.severities))
+            shorter = prompt.shortened(limit - length, questions[i], dialect, severity, earlier[i])
+            prompts[i], lost[i] = shorter or ([], 0)
     return prompts, lost
 
 
@@ -244,13 +255,13 @@ def reference_nll(
     if unfit := [identity for identity, ids in zip(rows.ids, prompts, strict=True) if not ids]:
         yield [{"id": identity, "nll": None, "tokens": 0} for identity in unfit]
     lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)]
-    most = min(_NLL_TOKENS, _NLL_LOGITS // model.config.get_text_config().vocab_size)
+    most = min(NLL_TOKENS, NLL_LOGITS // model.config.get_text_config().vocab_size)
     for batch, nats in _run_batches(
         (i for i in range(len(rows)) if prompts[i]),
         lengths,
         lambda batch: _batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
         size=lambda longest: max(1, most // longest),
-        padding=_NLL_PADDING,
+        padding=NLL_PADDING,
         remedy="lower training.max_length in another run",
     ):
         yield [{"id": rows.ids[i], "nll": nll, "tokens": len(answers[i])} for i, nll in zip(batch, nats, strict=True)]

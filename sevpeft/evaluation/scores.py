@@ -76,6 +76,8 @@ def judge_metrics(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
 _HERE = Path(__file__).parent
 _TABLE = yaml.safe_load((_HERE / "metrics.yaml").read_text(encoding="utf-8"))
 COLUMNS: dict[str, str] = _TABLE["columns"]
+SCORERS: dict[str, dict[str, str]] = _TABLE["scorers"]
+PUBLISHED_SELECTION: str = _TABLE["published_selection"].strip()
 METRICS = {name: _meaning(about) for name, about in _TABLE["metrics"].items()} | judge_metrics(
     yaml.safe_load((_HERE / "rubrics" / "answers.yaml").read_text(encoding="utf-8"))["items"]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from rich import box
@@ -46,11 +47,27 @@ def comparison_tables(content: Json) -> Group:
     if content["chosen"] and len(content["validation"]) > 1:
         losses = ", ".join(f"{arm} {number_text(one['mean'], 4)}" for arm, one in content["validation"].items())
         parts.append(Text(f"Chosen on validation (NLL of critical cases): {losses}.", style="dim"))
-    parts += _tables(content, list(content["columns"]), [content["primary"]["metric"]])
+    primary = content["primary"]["metric"]
+    parts += arm_tables(content) if "vary" in content else _tables(content, list(content["columns"]), [primary])
     parts += [Text(note, style="yellow") for note in content["notes"]]
     if content["controls_of"]:
-        parts.append(Text(f"shuffled, constant: of the weights of {content['controls_of']}.", style="dim"))
+        others = ", oversampled" if "oversampled" in content["columns"] else ""
+        parts.append(Text(f"shuffled, constant{others}: of the weights of {content['controls_of']}.", style="dim"))
     return Group(*parts, *(Text(f"{name}: {text}", style="dim") for name, text in content["methods"].items()))
+
+
+def arm_tables(content: Json) -> list[RenderableType]:
+    """A table of each score and open stratum, an arm a line, as they may be many, beside what it is compared with."""
+    parts: list[RenderableType] = []
+    for stratum, name in product(OPEN_STRATA, ("bertscore_f1", "chrf", "nll")):
+        if stratum in content["scores"] and name in content["metrics"]:
+            about = content["metrics"][name]
+            shown = table(f"{metric_label(about, stratum)}, {plain(stratum)}", "mean", "difference", "outcome")
+            for arm, of in content["scores"][stratum]["metrics"][name].items():
+                cells = ((estimate_text(one, about, sign=True), one["outcome"]) for one in of["against"].values())
+                shown.add_row(arm, estimate_text({**of, "low": None}, about), *next(cells, ()))
+            parts += [Text(), shown]
+    return [*parts, Text()]
 
 
 def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) -> list[RenderableType]:
@@ -59,7 +76,7 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
     for stratum in (name for name in OPEN_STRATA if name in content["scores"]):
         found = content["scores"][stratum]
         alone = "adapter − base model" if len(differing) > 1 else ""
-        means, differences = _table("", *headings), _table(alone, "difference", "p (Holm)", "outcome")
+        means, differences = table("", *headings), table(alone, "difference", "p (Holm)", "outcome")
         for name, by in found["metrics"].items():
             about = content["metrics"][name]
             label = metric_label(about, stratum)
@@ -78,7 +95,7 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
     return parts
 
 
-def _table(first: str, *headings: str) -> Table:
+def table(first: str, *headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(first, overflow="fold", max_width=22)
     for heading in headings:

@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from huggingface_hub import hf_hub_download, snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from sevpeft.errors import ModelError, first_sentence
+from sevpeft.data.read import look_for_hub
+from sevpeft.errors import ModelError, first_sentence, loading_errors
 from sevpeft.modeling.loading import resolved_name
 from sevpeft.recipe import Recipe
-from sevpeft.runs import Run, write_atomically
+from sevpeft.runs import Run, file_hash, write_atomically
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Numbers of each tensor that are looked at: training moves all of a matrix, so the whole gigabytes need not be read.
@@ -182,6 +183,39 @@ def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftM
             raise ModelError(f"{misfit}, which {what} {len(keys):,} weights, such as {min(keys)}; {remedy}.")
     check_base_weights(recipe, Run(folder.parent))
     return model.eval()
+
+
+# What changes the work of an adapter's matrices but neither their names nor shapes; and the rank, to name it plainly.
+_UNSEEN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+def init_adapter(recipe: Recipe, model: PeftModel | None = None) -> str:
+    """Checks `training.init_adapter`, puts its weights into a model where one is given, and returns their hash.
+
+    Raises ModelError where it is no adapter, is damaged, or has other LoRA settings or another base model.
+    """
+    name = str(recipe.training.init_adapter)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        look_for_hub()
+        with loading_errors(name, setting="training.init_adapter"):
+            folder = Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, SAFETENSORS_WEIGHTS_NAME]))
+    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    theirs, ours = ({**LoraConfig().to_dict(), **one} for one in (read_adapter_config(folder), recipe.lora.settings()))
+    if differing := [f"lora.{key}={theirs[key]}" for key in _UNSEEN if theirs[key] != ours[key]]:
+        raise ModelError(f"The adapter in {name} has other LoRA settings; write {' '.join(differing)}.")
+    try:
+        if model is not None:
+            check_base_weights(recipe, Run(folder.parent))
+            saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+            wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+            if others := sorted(saved.keys() ^ wanted.keys()):
+                raise ValueError(f"{len(others):,} other matrices, such as {others[0]}")
+            set_peft_model_state_dict(model, saved)
+        return file_hash(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        remedy = f"copy it again, or write the settings in its {ADAPTER_CONFIG}"
+        raise ModelError(f"The adapter in {name} does not fit ({first_sentence(error)}); {remedy}.") from error
 
 
 # The base's own weights.

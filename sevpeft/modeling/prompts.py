@@ -7,6 +7,7 @@ answer and the token that ends it are read off that template once, on a probe co
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +15,15 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sevpeft.data.text import strip_marks
+from sevpeft.data.text import dialect_of, strip_marks
 from sevpeft.errors import ModelError
+from sevpeft.severity.probabilities import SEVERITIES
 
+# A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
+FEWEST_QUESTION_WORDS = 4
+# What a prompt says of a severity, before the question.
+_WORDS = ("غير حرجة", "متوسطة", "حرجة")
+SEVERITY_LINES = {name: f"درجة الخطورة: {word}\n" for name, word in zip(SEVERITIES, _WORDS, strict=True)}
 _PROBE = "جواب"
 # Of one length, so that a tokenizer that knows no Arabic makes the same tokens of both.
 _QUESTIONS = ("سؤال", "طلبي")
@@ -36,10 +43,15 @@ class Prompt:
     chat: bool
     template: str
     answer_cue: str
+    english_template: str | None = None
+    english_cue: str | None = None
     system: str | None = None
     dialect_prefixes: dict[str, str] | None = None
     dialect: str | None = None
+    dialect_lexicon: str | None = None
     strip_marks: bool = False
+    severity: str = "none"
+    examples: Sequence[dict[str, str]] = ()
     before_answer: str = ""
     end_id: int = -1
     control: re.Pattern[str] = re.compile(r"(?!)")
@@ -55,9 +67,13 @@ class Prompt:
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         control = sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
         prompt = cls(tokenizer, **settings, control=re.compile("|".join(map(re.escape, control)) or r"(?!)"))
+        shown = [{key: prompt._cleaned(text) for key, text in one.items()} for one in prompt.examples or ()]
+        prompt = replace(prompt, examples=shown)
         prefixes = prompt.dialect_prefixes
-        if prefixes and prompt.chat:
-            raise ModelError("prompt.dialect_prefixes have no effect with prompt.chat=true; leave one of them out.")
+        if prompt.chat and (prompt.english_template or prompt.english_cue):
+            raise ModelError(
+                "prompt.english_template and english_cue have no effect with prompt.chat=true; leave them out."
+            )
         if prefixes and prompt.dialect not in prefixes:
             raise ModelError(f"prompt.dialect is {prompt.dialect!r}; write one of {', '.join(prefixes)}.")
         one, other = tokenizer(list(_QUESTIONS), add_special_tokens=False)["input_ids"]
@@ -74,24 +90,79 @@ class Prompt:
             raise ModelError(f"{tokenizer.name_or_path} has no end-of-sequence token; add an eos_token.")
         return replace(prompt, before_answer=before_answer, end_id=end_id)
 
-    def text(self, question: str, dialect: str | None = None) -> str:
-        """The prompt up to the answer, as text."""
-        question = self._cleaned(question)
-        if self.chat:
-            return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
-        prefixes = self.dialect_prefixes or {}
-        prefix = prefixes.get(dialect or "", prefixes.get(self.dialect or "", ""))
-        system = f"{self.system}\n\n" if self.system else ""
-        return prefix + system + self.template.replace("{answer_cue}", self.answer_cue).replace("{question}", question)
+    def text(
+        self,
+        question: str,
+        dialect: str | None = None,
+        severity: str | None = None,
+        earlier: Sequence[Sequence[str]] = (),
+    ) -> str:
+        """The prompt up to the answer, as text.
 
-    def prompt_ids(self, questions: Sequence[str], dialects: Sequence[str | None] | None = None) -> list[list[int]]:
+        `earlier` are a conversation's exchanges before, as (question, answer).
+
+        Raises ModelError where a severity has to be named and none is given, or exchanges have no chat template.
+        """
+        question, line, prefixes = self._cleaned(question), "", self.dialect_prefixes or {}
+        dialect = dialect or (dialect_of(question) if self.dialect_lexicon else None)
+        prefix = prefixes.get(dialect or "", prefixes.get(self.dialect or "", ""))
+        if self.severity != "none":
+            if severity is None:
+                raise ModelError("The prompt names the severity, unknown here; train with prompt.severity=predicted.")
+            line = SEVERITY_LINES[severity]
+        if self.chat:
+            said = [(role, text) for one in earlier for role, text in zip(("user", "assistant"), one, strict=True)]
+            turns = [{"role": role, "content": self._cleaned(text)} for role, text in said]
+            asked = {"role": "user", "content": prefix + line + question}
+            return self._render([*turns, asked], add_generation_prompt=True)
+        if earlier:
+            raise ModelError("The data has conversations of several turns; set prompt.chat=true, or split them.")
+        system = f"{self.system}\n\n" if self.system else ""
+        template, cue = self.template, self.answer_cue
+        letters = [letter for letter in question if letter.isalpha()]
+        if 2 * sum(letter.isascii() for letter in letters) > len(letters):
+            template, cue = self.english_template or template, self.english_cue or cue
+        template = template.replace("{answer_cue}", cue)
+        shown = [f"{template.replace('{question}', one['question'])} {one['answer']}\n\n" for one in self.examples]
+        return prefix + system + "".join(shown) + line + template.replace("{question}", question)
+
+    def prompt_ids(
+        self,
+        questions: Sequence[str],
+        dialects: Sequence[str | None] | None = None,
+        severities: Sequence[str | None] | None = None,
+        earlier: Sequence[Sequence[Sequence[str]]] | None = None,
+    ) -> list[list[int]]:
         """Token ids of the prompts, special tokens included, no padding, not shortened."""
-        known = dialects or [None] * len(questions)
-        texts = [self.text(question, dialect) for question, dialect in zip(questions, known, strict=True)]
+        unknown = [None] * len(questions)
+        rows = zip(questions, dialects or unknown, severities or unknown, earlier or [()] * len(questions), strict=True)
+        texts = [self.text(*row) for row in rows]
         ids = self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]
         # Some tokenizers are set to end every text with EOS; after a prompt it would end the answer before it begins.
         eos = self.tokenizer.eos_token_id
         return [row[:-1] if not self.chat and len(row) > 1 and row[-1] == eos else row for row in ids]
+
+    def shortened(
+        self, room: int, question: str, dialect: str | None, severity: str | None, earlier: Sequence[Sequence[str]]
+    ) -> tuple[list[int], int] | None:
+        """The longest prompt of at most `room` tokens, and the words that it lacks; None where none says enough.
+
+        A conversation loses its earliest exchanges first, then the question its last words.
+        """
+        words = question.split()
+        fewest = min(FEWEST_QUESTION_WORDS, len(words))
+        shorter: list[tuple[str, Sequence[Sequence[str]]]] = [(question, earlier[n + 1 :]) for n in range(len(earlier))]
+        shorter += [(" ".join(words[:kept]), ()) for kept in range(len(words) - 1, fewest - 1, -1)]
+
+        def ids(number: int) -> list[int]:
+            return self.prompt_ids([shorter[number][0]], [dialect], [severity], [shorter[number][1]])[0]
+
+        first = bisect_left(range(len(shorter)), True, key=lambda number: len(ids(number)) <= room)
+        if first == len(shorter):
+            return None
+        kept, rest = shorter[first]
+        texts = [question, *(text for exchange in earlier[: len(earlier) - len(rest)] for text in exchange)]
+        return ids(first), sum(len(text.split()) for text in texts) - len(kept.split())
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of the answers, each closed by the token that ends a turn (`end_id`)."""
@@ -105,11 +176,15 @@ class Prompt:
         return self.control.sub(" ", strip_marks(text) if self.strip_marks else text).strip()
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        if self.system:
-            messages = [{"role": "system", "content": self.system}, *messages]
+        turns = [("user", "question"), ("assistant", "answer")]
+        shown = [{"role": role, "content": one[key]} for one in self.examples for role, key in turns]
+        system = [{"role": "system", "content": self.system}] if self.system else []
         # enable_thinking is read by Qwen3's template and ignored by the others: an answer starts at once.
         rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+            [*system, *shown, *messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
         )
         assert isinstance(rendered, str)
         return rendered
@@ -131,10 +206,12 @@ class Prompt:
         except TemplateError as error:
             remedy = "prompt.system=null" if self.system else "prompt.chat=false"
             raise ModelError(f"{name} refuses the conversation ({error}); set {remedy}.") from error
-        for key, text in (("question", _LONG_QUESTION), ("answer", _PROBE), ("system message", self.system or "")):
+        parts = [("question", _LONG_QUESTION), ("answer", _PROBE), ("system message", self.system or "")]
+        remedies = {"system message": "prompt.system=null", "examples": "prompt.examples=null"}
+        for key, text in (*parts, *(("examples", text) for one in self.examples for text in one.values())):
             # Templates trim and fold blanks.
             if "".join(text.split()) not in "".join((whole if key == "answer" else prompt).split()):
-                remedy = "prompt.system=null" if key == "system message" else "prompt.chat=false"
+                remedy = remedies.get(key, "prompt.chat=false")
                 raise ModelError(f"{name} leaves out the {key}, or a part of it; set {remedy}.")
         before, _, after = whole.rpartition(_PROBE)
         # Templates differ in the blanks between cue and answer; where the two renderings differ in more than that,

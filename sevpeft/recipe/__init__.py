@@ -7,6 +7,8 @@ from sevpeft.recipe.load import Recipe, load_recipe, recipe_from_values, recipe_
 from sevpeft.recipe.schema import (
     JUDGE_KEY,
     SEVERITY_PRESETS,
+    AsPublishedSection,
+    CurriculumSection,
     DataSection,
     EvaluationSection,
     JudgeSection,
@@ -15,4 +17,5 @@ from sevpeft.recipe.schema import (
     Section,
     SeverityWeights,
     StoppingSection,
+    TrainingDataSection,
 )

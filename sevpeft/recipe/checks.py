@@ -91,6 +91,8 @@ def failed_checks(values: Mapping[str, Any]) -> Iterator[Mistake]:
     yield from ((("training", key), why) for key, why in _training(_section(values, "training")))
     adapter = _adapter(_section(values, "lora"), _section(values, "quantization"))
     yield from ((("lora", key), why) for key, why in adapter)
+    yield from _curriculum(values)
+    yield from _as_published(_section(values, "as_published"), values)
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -149,3 +151,39 @@ def _adapter(lora: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterat
     if head and "lm_head" not in (excluded if isinstance(excluded, list) else [excluded]):
         # TRL computes the loss from that weight directly, past the adapter.
         yield "target_modules", "names lm_head, where an adapter would not be trained; take lm_head out"
+
+
+def _curriculum(values: Mapping[str, Any]) -> Iterator[Mistake]:
+    curriculum, training, severity = (_section(values, name) for name in ("curriculum", "training", "severity"))
+    kind, schedule = curriculum.get("kind", "none"), training.get("lr_scheduler_type")
+    if curriculum and "kind" not in curriculum:
+        yield ("curriculum", "kind"), "is missing; write cumulative, disjoint, competence or icft"
+    if kind == "none":
+        return
+    if training.get("train_sampling_strategy", "random") != "random":
+        yield ("training", "train_sampling_strategy"), f"the curriculum orders the rows; {_LEAVE}"
+    if training.get("packing") is True:
+        yield ("training", "packing"), f"a block would mix rows of several stages; {_LEAVE}: padding_free is as fast"
+    if curriculum.get("epochs_per_stage") is not None and training.get("max_steps", -1) != -1:
+        yield ("training", "max_steps"), f"curriculum.epochs_per_stage gives the number of steps; {_LEAVE}"
+    by_stage = curriculum.get("restart") or curriculum.get("learning_rates")
+    if schedule in ("reduce_lr_on_plateau", "greedy") and by_stage:
+        yield ("training", "lr_scheduler_type"), "follows the loss, not the stages; write linear, cosine or constant"
+    if kind == "icft" and curriculum.get("consistency") != 0 and severity.get("reduction") == "examples":
+        yield ("severity", "reduction"), "the consistency term counts tokens; write curriculum.consistency: 0"
+
+
+def _as_published(published: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Mistake]:
+    training, mixed = _section(values, "training"), _section(values, "data").get("mix")
+    by_length = _section(values, "curriculum").get("difficulty") == "length"
+    on = {key for key, value in published.items() if value not in (False, None, "answer")} - {"evaluation_template"}
+    padded = published.get("labels") == "all"
+    for wrong, path, why in (
+        (on and training.get("packing") is True, "training.packing", "the published loops pack nothing"),
+        (padded and training.get("max_length", 0) is None, "training.max_length", "rows are padded to it"),
+        (padded and "no_end_token" in on, "as_published.no_end_token", "the padding is that token"),
+        (padded and by_length, "curriculum.difficulty", "padding makes lengths equal"),
+        (padded and mixed, "data.mix", "its ratios would count padding"),
+    ):
+        if wrong:
+            yield tuple(path.split(".")), f"does not go with section as_published: {why}; {_LEAVE}"

@@ -81,7 +81,7 @@ class LibrarySection(Section):
         return {name: getattr(self, name) for name in names if name in self.ours or name in self.model_fields_set}
 
     def settings(self) -> dict[str, Any]:
-        """What to hand to the library's configuration; for `training` also global_batch_size."""
+        """What to hand to the library's configuration; for `training` also global_batch_size and init_adapter."""
         return {name: value for name, value in self.model_dump().items() if not name.startswith("loraplus_")}
 
 
@@ -119,3 +119,5 @@ class TrainingSection(_settings_of("training", _TRAINING_DEFAULTS)):  # type: ig
 
     global_batch_size: int | None = Field(default=None, ge=1)
     """Consultations that one optimizer step sees, over all processes; unset, 8, or what the other numbers make."""
+    init_adapter: str | None = Field(default=None, min_length=1)
+    """Adapter that the training starts from: a run, a folder or a Hub id, with the LoRA settings of this recipe."""

@@ -22,7 +22,8 @@ from sevpeft.recipe.messages import field_at, messages_of
 from sevpeft.recipe.schema import (
     SEVERITY_PRESETS,
     AboutSection,
-    DataSection,
+    AsPublishedSection,
+    CurriculumSection,
     EvaluationSection,
     GenerationSection,
     ModelSection,
@@ -32,12 +33,13 @@ from sevpeft.recipe.schema import (
     SeveritySection,
     SeverityWeights,
     StoppingSection,
+    TrainingDataSection,
 )
 
 _COMMAND_LINE = "command line"
 _Settings = TypeVar("_Settings", bound=Section)
-# Bytes of a recipe; those in recipes/ have 2,000. A larger file is data that was named by mistake.
-_LONGEST = 50_000
+# Bytes of a recipe; those in recipes/ have 2,000, and one with examples 50,000. A larger file is no recipe.
+_LONGEST = 200_000
 
 
 class Recipe(Section):
@@ -47,10 +49,12 @@ class Recipe(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)
     lora: LoraSection = Field(default_factory=LoraSection)
-    data: DataSection = Field(default_factory=DataSection)
+    data: TrainingDataSection = Field(default_factory=TrainingDataSection)
     prompt: PromptSection = Field(default_factory=PromptSection)
     severity: SeveritySection = Field(default_factory=SeveritySection)
+    curriculum: CurriculumSection = Field(default_factory=CurriculumSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
+    as_published: AsPublishedSection = Field(default_factory=AsPublishedSection)
     stopping: StoppingSection = Field(default_factory=StoppingSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # (α, β, γ): the weight of a surely non-critical, neutral and critical consultation (arXiv 2604.06346).
 SEVERITY_PRESETS: dict[str, tuple[float, float, float]] = {
@@ -143,35 +143,83 @@ class DataSection(Section):
         return 0 if none else size
 
 
+class MixSection(Section):
+    """Several sources of training rows; validation and test rows are those of `data.path` alone."""
+
+    sources: dict[Annotated[str, Field(min_length=1)], str] = Field(min_length=1)
+    """Name → path of each source beside data.path, which is the first one; columns are recognized by their names."""
+    ratios: str
+    """Percent of the training tokens of each source, data.path first, such as 60-40."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens of an epoch, prompts included; unset, as many as the training rows of data.path have."""
+
+    @field_validator("ratios")
+    @classmethod
+    def _sum_to_a_hundred(cls, ratios: str, info: ValidationInfo) -> str:
+        parts = ratios.split("-")
+        count = len(info.data.get("sources", parts[1:])) + 1
+        if len(parts) != count or not abs(sum(map(float, parts)) - 100) < 1e-6:  # nor NaN
+            raise ValueError(f"must be {count} percentages that sum to 100, data.path first, as 60-40, not {ratios}")
+        return ratios
+
+
+class TrainingDataSection(DataSection):
+    """The data of a recipe: where it comes from, how it is split, and what of it is trained on."""
+
+    loss_on: Literal["last", "all"] = "last"
+    """Answers of a conversation of several turns that are trained on; earlier turns are context either way."""
+    mix: MixSection | None = None
+    """Further sources of training rows, and their shares."""
+
+
+class PromptExample(Section):
+    """A consultation that is shown before the question."""
+
+    question: str = Field(pattern=r"\S")
+    answer: str = Field(pattern=r"\S")
+
+
+def _fills_in_the_question(template: str) -> str:
+    names = re.findall(r"\{([^{}\n]*)\}", template)
+    if unknown := sorted({*names} - {"question", "answer_cue"}):
+        raise ValueError(f"holds {{{unknown[0]}}}; only {{question}} and {{answer_cue}} are filled in")
+    if "question" not in names:
+        raise ValueError("lacks {question}, so the model would never see the question; add {question}")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_fills_in_the_question)]
+
+
 class PromptSection(Section):
     """How a question becomes the text that the model continues with the answer."""
 
     chat: bool = False
     """Uses the chat template of the model's tokenizer instead of template and answer_cue."""
-    template: str = "السؤال: {question}\n{answer_cue}"
+    template: Template = "السؤال: {question}\n{answer_cue}"
     """Text of the prompt; {question} and {answer_cue} are filled in."""
     answer_cue: str = "الجواب:"
     """Last words before the answer."""
+    english_template: Template | None = None
+    """Template of questions most of whose letters are Latin; unset, that of the others."""
+    english_cue: str | None = None
+    """answer_cue of these questions; unset, that of the others."""
     system: str | None = None
     """System message."""
     dialect_prefixes: dict[str, str] | None = None
     """Text put before the prompt for each dialect, for models that were trained with such prefixes."""
     dialect: str | None = None
     """The dialect of the rows that name none; needed with dialect_prefixes."""
+    dialect_lexicon: Literal["builtin"] | None = None
+    """Finds the dialect of rows that name none by the words of their question, and takes `dialect` where none tells."""
     strip_marks: bool = False
     """Removes vowel marks and elongation and writes digits as 0 to 9, for models that were trained so."""
+    severity: Literal["none", "predicted", "gold"] = "none"
+    """Names the severity: as predicted from the question, or the data's own (gold), which nobody knows when asked."""
+    examples: list[PromptExample] | None = None
+    """Consultations before every question (few-shot), a list of {question, answer}; they are left out of all splits."""
 
-    @field_validator("template")
-    @classmethod
-    def _fills_in_the_question(cls, template: str) -> str:
-        names = re.findall(r"\{([^{}\n]*)\}", template)
-        if unknown := sorted({*names} - {"question", "answer_cue"}):
-            raise ValueError(f"holds {{{unknown[0]}}}; only {{question}} and {{answer_cue}} are filled in")
-        if "question" not in names:
-            raise ValueError("lacks {question}, so the model would never see the question; add {question}")
-        return template
-
-    @field_validator("dialect")
+    @field_validator("dialect", "dialect_lexicon")
     @classmethod
     def _has_prefixes(cls, dialect: str | None, info: ValidationInfo) -> str | None:
         if dialect and not info.data.get("dialect_prefixes"):
@@ -190,8 +238,10 @@ class SeverityWeights(Section):
 class SeveritySection(Section):
     """How much each consultation counts in the loss."""
 
-    source: Literal["columns", "rules", "linear", "rules+linear", "transformer"] = "columns"
-    """Where the severity comes from: columns of the data, the lexicon's rules, or a fitted classifier."""
+    source: Literal["columns", "rules", "linear", "rules+linear", "transformer", "weight"] = "columns"
+    """Where the severity comes from: columns of the data, rules, or a fitted classifier; weight: ready-made weights."""
+    weight_column: str = Field(default="weight", min_length=1)
+    """Column of the ready-made weights of source weight, in place of weights and temperature."""
     classifier: str | None = Field(default=None, validate_default=True)
     """Folder that `sevpeft classifier fit` made; columns take none, rules may have one, the others need one."""
     temperature: float = Field(default=1.0, gt=0)
@@ -202,24 +252,83 @@ class SeveritySection(Section):
     """mean divides by the mean weight of the training set, so that the step size is that of plain cross-entropy."""
     reduction: Literal["tokens", "examples"] = "tokens"
     """tokens: every answer token counts alike (TRL's mean); examples: every consultation does (the paper's)."""
-    control: Literal["none", "shuffled", "constant", "uniform"] = "none"
-    """Trains a control instead: the weights shuffled over the consultations, their mean for all, or 1 for all."""
+    control: Literal["none", "shuffled", "constant", "uniform", "oversampled"] = "none"
+    """Trains a control: the weights shuffled over the rows, their mean, 1 for all, or 1 and rows drawn by weight."""
 
-    @field_validator("classifier")
+    @field_validator("weight_column", "classifier")
     @classmethod
-    def _belongs_to_the_source(cls, classifier: str | None, info: ValidationInfo) -> str | None:
+    def _belongs_to_the_source(cls, name: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
-        if source == "columns" and classifier:
-            raise ValueError("has no effect while severity.source is columns; set source to the classifier's kind")
-        if source in ("linear", "rules+linear", "transformer") and not classifier:
+        if info.field_name == "weight_column":
+            if name != "weight" and source not in (None, "weight"):
+                raise ValueError("has no effect without severity.source=weight; set that too, or leave it out")
+        elif source in ("columns", "weight") and name:
+            raise ValueError(f"has no effect while severity.source is {source}; set source to the classifier's kind")
+        elif source in ("linear", "rules+linear", "transformer") and not name:
             raise ValueError(f"is missing for source {source}; name a folder made by `sevpeft classifier fit`")
-        return classifier
+        return name
 
     def coefficients(self) -> tuple[float, float, float]:
         """(α, β, γ) of non-critical, neutral and critical."""
         if isinstance(self.weights, str):
             return SEVERITY_PRESETS[self.weights]
         return self.weights.non_critical, self.weights.neutral, self.weights.critical
+
+
+_REPLAY = ("short_term", "long_term", "consistency")
+
+
+class CurriculumSection(Section):
+    """In which order the training rows come: random, or in stages: three, or as many as shares or learning_rates."""
+
+    kind: Literal["none", "cumulative", "disjoint", "competence", "icft"] = "none"
+    """cumulative: stages add harder rows; disjoint: each has its own; icft: with replay; competence: growing share."""
+    difficulty: str = Field(default="severity", min_length=1)
+    """severity, length (tokens), loss (of the base model), or a column of numbers, larger for harder rows."""
+    order: Literal["easy_first", "hard_first", "shuffled"] = "easy_first"
+    """Controls are hard_first, the reverse, and shuffled, where each row has the difficulty of another."""
+    epochs_per_stage: int | None = Field(default=None, ge=1)
+    """Passes of each stage over its rows, which are more steps than those of a plain training; unset, equally many."""
+    shares: list[float] | None = Field(default=None, min_length=1)
+    """Share of the steps of each stage; unset, equal ones."""
+    learning_rates: list[float] | None = Field(default=None, min_length=1)
+    """Learning rate of each stage; unset, training.learning_rate for all."""
+    restart: bool = False
+    """Begins each stage with a new optimizer and schedule, as published; false: one of each over the whole training."""
+    short_term: float = Field(default=0.2, ge=0, lt=0.5)
+    """icft: share of the rows of later stages that is replayed from the last rows before the stage."""
+    long_term: float = Field(default=0.1, ge=0, lt=0.5)
+    """icft: share that is replayed from earlier rows whose loss was repeatedly high; or without any, from the last."""
+    consistency: float = Field(default=0.1, ge=0)
+    """icft: weight of the KL divergence of answer tokens from the adapter of the previous stage."""
+
+    @field_validator("epochs_per_stage", "shares", "learning_rates", "restart", *_REPLAY)
+    @classmethod
+    def _fits_the_others(cls, value: Any, info: ValidationInfo) -> Any:
+        name, others, kind = str(info.field_name), info.data, info.data.get("kind", "none")
+        idle = kind == "competence" or (name == "epochs_per_stage" if kind == "icft" else name in _REPLAY)
+        idle |= name == "shares" and others.get("epochs_per_stage") is not None
+        if kind != "none" and idle and value != cls.model_fields[name].default:
+            raise ValueError(f"has no effect with kind {kind}, or beside epochs_per_stage; leave it out")
+        if isinstance(value, list):
+            stages = 3 if others.get("difficulty") == "severity" else len(others.get("shares") or value)
+            is_share = name == "shares"
+            if len(value) != stages or min(value) <= 0 or (is_share and abs(sum(value) - 1) > 1e-6):
+                raise ValueError(f"must be {stages} numbers above 0{', that sum to 1' * is_share}, not {value}")
+        return value
+
+
+class AsPublishedSection(Section):
+    """What the published training loops do otherwise (arXiv 2604.06346, 2604.06365); all off, nothing is changed."""
+
+    no_end_token: bool = False
+    """Trains answers without a token that ends them (2604.06365), so that the model never learns to stop."""
+    labels: Literal["answer", "question_and_answer", "all"] = "answer"
+    """Learns the prompt too (2604.06365); all: and the padding to max_length, which is the end token (2604.06346)."""
+    unnormalized: bool = False
+    """Sums the losses of a step's rows instead of taking their mean: global_batch_size times the loss (2604.06346)."""
+    evaluation_template: Template | None = None
+    """Template of the prompt in evaluation alone: both papers leave out the cue that the training has."""
 
 
 class StoppingSection(Section):

@@ -81,7 +81,7 @@ def annotate(settings: AnnotateSettings, output: Path) -> Annotation | None:
     counts, judge = weights.severities, (classifier.kind, classifier.version)
     annotation = Annotation(str(output), len(rows), consultations.rejected, *judge, counts, mean, weights)
     if output.suffix:
-        _write_file(rows, output)
+        write_rows(rows, output)
     else:
         _write_folder(rows, output, consultations, annotation)
     return annotation
@@ -104,7 +104,7 @@ def _columns(consultations: Consultations, *, replace: bool, numbered: bool) -> 
     return kept
 
 
-def _write_file(rows: datasets.Dataset, output: Path) -> None:
+def write_rows(rows: datasets.Dataset, output: Path) -> None:
     """Writes a file under a temporary name and moves it into place, for its owner alone: it holds patient text."""
     with plain_disk_errors(output, when_full="free some, then run this again", remedy="choose another OUTPUT"):
         output.parent.mkdir(parents=True, exist_ok=True)

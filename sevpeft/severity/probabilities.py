@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from scipy.special import softmax
 
+from sevpeft.data.mix import SOURCE
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import WeightError
 
@@ -79,9 +80,9 @@ def _from_columns(rows: Dataset) -> np.ndarray:
     table = rows.select_columns(list(PROBABILITY_COLUMNS)).with_format("arrow")[:]
     probabilities = np.stack([table[name].cast("float64").to_numpy() for name in PROBABILITY_COLUMNS], axis=1)
     valid = np.all(np.isfinite(probabilities) & (probabilities >= 0), axis=1)
-    _check(rows, ~valid, "a severity probability is missing, negative or not finite; remove or annotate these rows.")
+    check_rows(rows, ~valid, "a severity probability is missing, negative or infinite; remove or annotate these rows.")
     sums: np.ndarray = probabilities.sum(axis=1)
-    _check(rows, np.abs(sums - 1) > SUM_TOLERANCE, "the probabilities do not sum to 1; divide percentages by 100.")
+    check_rows(rows, np.abs(sums - 1) > SUM_TOLERANCE, "the probabilities do not sum to 1; divide percentages by 100.")
     return np.asarray(probabilities / sums[:, None])
 
 
@@ -93,14 +94,15 @@ def _from_names(rows: Dataset) -> np.ndarray:
     kinds = np.array([_INDEX.get(fold_for_matching(name), -1) for name in names], dtype=np.int64)
     found = kinds[encoded.indices.to_numpy(zero_copy_only=False)]
     # The names are not shown: a column that was chosen wrongly holds the patients' words.
-    _check(rows, found < 0, "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج).")
+    check_rows(rows, found < 0, "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج).")
     return np.eye(len(SEVERITIES))[found]
 
 
-def _check(rows: Dataset, wrong: np.ndarray, problem: str) -> None:
+def check_rows(rows: Dataset, wrong: np.ndarray, problem: str) -> None:
     """Raises WeightError where rows (n,) are wrong, naming the first one as it is counted in the user's file."""
     if count := int(wrong.sum()):
         first = int(wrong.argmax())
-        number = rows[first]["row"] if "row" in rows.column_names else first + 1
+        row = rows[first]
+        number = f"{row.get('row', first + 1)}{f' of {source}' if (source := row.get(SOURCE)) else ''}"
         which = f"Row {number}" if count == 1 else f"{count} rows (the first is row {number})"
         raise WeightError(f"{which}: {problem}")

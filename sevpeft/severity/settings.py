@@ -1,4 +1,4 @@
-"""Settings of `sevpeft annotate`, `classifier fit` and `classifier evaluate`, given as KEY=VALUE."""
+"""Settings of `sevpeft annotate`, `translate`, `classifier fit` and `classifier evaluate`, given as KEY=VALUE."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ class AnnotateSettings(_ReadingSettings):
         if self.classifier is not None and self.lexicon is not None:
             raise ValueError("has lexicon and classifier, which has a lexicon of its own; remove one")
         return self
+
+
+class TranslateSettings(_ReadingSettings):
+    """What is translated, by which model, and which of its translations are kept."""
+
+    model: str = ""
+    """Instruction model, which must be named: a Hub id or a folder."""
+    to: Literal["ar", "en"] = "ar"
+    """Language of the translation."""
+    load_in_4bit: bool = False
+    """The model in 4 bits (NF4), by transformers even where vLLM is installed."""
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """Longest translation of a question or an answer, in tokens."""
 
 
 class EncoderSection(Section):

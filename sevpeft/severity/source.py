@@ -14,9 +14,18 @@ import pyarrow as pa
 
 from sevpeft.errors import WeightError
 from sevpeft.runs import workers_end_with_this_process
-from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SeverityClassifier, severity_probabilities, sharpened
+from sevpeft.severity.probabilities import (
+    PROBABILITY_COLUMNS,
+    SEVERITIES,
+    SeverityClassifier,
+    has_severity,
+    severity_probabilities,
+    sharpened,
+)
+from sevpeft.severity.weights import ready_weights
 
 EVIDENCE = "severity_evidence"
+ORACLE = "prompt.severity=gold is an oracle: prompts hold the true severity, which nobody knows when a patient asks."
 
 # Rows after which the result is saved: about a minute of a transformer on two cores, a few seconds of anything else.
 _ROWS_OF_PART, _MOST_ROWS = {"transformer": 1024}, 50_000
@@ -26,31 +35,59 @@ _ROWS_OF_PROCESS = 2_000
 
 @dataclass(frozen=True)
 class Severity:
-    """Probabilities (n, 3) of the rows, and where they come from: source, version and temperature."""
+    """Probabilities (n, 3) of the rows, and where they come from: source, version and temperature.
+
+    With ready-made `weights` (n,) the probabilities are for strata alone, and NaN where the data has none.
+    """
 
     probabilities: np.ndarray
     origin: dict[str, Any]
+    weights: np.ndarray | None = None
 
     @property
     def strata(self) -> np.ndarray:
-        """(n,) the most probable severity of every row, as its position in `SEVERITIES`."""
-        return np.asarray(self.probabilities.argmax(axis=1))
+        """(n,) the most probable severity of every row, as its position in `SEVERITIES`; -1 where it is not known."""
+        known = np.isfinite(self.probabilities).all(axis=1)
+        return np.where(known, self.probabilities.argmax(axis=1), -1)
 
 
 def severity_of(
-    rows: datasets.Dataset, *, source: str = "columns", classifier: str | None = None, temperature: float = 1.0
+    rows: datasets.Dataset,
+    *,
+    source: str = "columns",
+    classifier: str | None = None,
+    temperature: float = 1.0,
+    weight_column: str = "weight",
 ) -> Severity:
     """Severity probabilities of every row, as the recipe's section `severity` asks for them.
 
     `source` is "columns" (those of `severity_probabilities`) or the kind of a classifier, which reads the questions;
     `classifier` its folder, None for "rules" without calibration; `temperature` that of `sharpened`, applied last.
+    With "weight" the weights are those of `weight_column`, and severity columns, if there are any, give the strata.
     """
     origin: dict[str, Any] = {"source": source, "temperature": temperature}
+    if source == "weight":
+        probabilities = severity_probabilities(rows) if has_severity(rows) else np.full((len(rows), 3), np.nan)
+        return Severity(probabilities, origin, ready_weights(rows, weight_column))
     if source != "columns":
         loaded = load_source(source, classifier)
         origin["version"] = loaded.version
         rows = judged(rows, loaded)
     return Severity(sharpened(severity_probabilities(rows), temperature), origin)
+
+
+def prompt_severity(rows: datasets.Dataset, asked: str, classifier: str | None) -> tuple[list[str], dict[str, Any]]:
+    """Severities (n,) that prompts name, where `prompt.severity` is "predicted" or "gold", and where they come from.
+
+    Predicted reads the question alone, as it can be done when a patient asks: by `severity.classifier`, else by rules.
+    """
+    origin = {"source": asked}
+    if asked == "predicted":
+        reader = load_source(None, classifier)
+        rows, origin = judged(rows, reader), {"source": reader.kind, "version": reader.version}
+    elif not has_severity(rows):
+        raise WeightError("The data has no severity for prompt.severity=gold; set prompt.severity=predicted.")
+    return np.array(SEVERITIES)[severity_probabilities(rows).argmax(axis=1)].tolist(), origin
 
 
 def load_source(kind: str | None, folder: str | None, lexicon: str | None = None) -> SeverityClassifier:

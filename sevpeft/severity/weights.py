@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from datasets import Dataset
 
+from sevpeft.data.files import as_probability
 from sevpeft.errors import WeightError
-from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.probabilities import SEVERITIES, check_rows
 
 # Coefficient of variation below which weights do nothing; the published ones, from .93 to 1.03, have about .02.
 SMALL_SPREAD = 0.05
@@ -22,19 +24,21 @@ SMALL_SAMPLE = 0.5
 
 def severity_weights(
     probabilities: np.ndarray,
-    coefficients: tuple[float, float, float],
+    coefficients: tuple[float, ...],
     *,
     normalize: Literal["none", "mean"] = "none",
-    control: Literal["none", "shuffled", "constant", "uniform"] = "none",
+    control: Literal["none", "shuffled", "constant", "uniform", "oversampled"] = "none",
     seed: int = 0,
 ) -> np.ndarray:
     """Loss weight of every consultation: (n,), float64, finite, non-negative, not all zero.
 
     Args:
         probabilities: (n, 3), in the order of `SEVERITIES`, each row summing to one.
-        coefficients: (α, β, γ), the weight of a surely non-critical, neutral and critical consultation.
+        coefficients: (α, β, γ), the weight of a surely non-critical, neutral and critical consultation. Ready-made
+            weights are (n, 1) with the coefficient 1.
         normalize: "mean" divides by the mean over the n consultations: the step size is that of plain cross-entropy.
-        control: "shuffled" (permuted by `seed`), "constant" (their mean for all) or "uniform" (1: plain cross-entropy).
+        control: "shuffled" (permuted by `seed`), "constant" (their mean for all) or "uniform" (1: plain cross-entropy);
+            1 for "oversampled" too, whose rows are those of `oversample`.
 
     Raises WeightError where a weight is not finite or negative, or all are zero.
     """
@@ -50,6 +54,29 @@ def severity_weights(
     if control != "none":
         return np.full_like(weights, weights.mean() if control == "constant" else 1.0)
     return weights
+
+
+def ready_weights(rows: Dataset, column: str) -> np.ndarray:
+    """Weights (n,), finite and not negative, that a column holds; raises WeightError, or DataError for text."""
+    if column not in rows.column_names:
+        raise WeightError(f"The data has no column '{column}' of weights; name one with severity.weight_column=NAME.")
+    numbers = rows["row"] if "row" in rows.column_names else range(1, len(rows) + 1)
+    cells = zip(rows[column], numbers, strict=True)
+    weights = np.array([as_probability(cell, column, f"Row {number}") for cell, number in cells])
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    check_rows(rows, wrong, f"column '{column}' is empty, negative or infinite; write a weight, or remove the rows.")
+    return weights
+
+
+def oversample(weights: np.ndarray, seed: int) -> np.ndarray:
+    """Positions (n,), ascending, of n rows drawn in proportion to their weights (n,).
+
+    Systematic sampling (Madow 1949): a row comes floor(n·w/Σw) or one more times, so that equal weights draw each once.
+    """
+    order, places = np.random.default_rng(seed).permutation(len(weights)), np.arange(len(weights))
+    # Moved by half a step, so that rounding of the sum leaves no row out where all weights are equal.
+    drawn = np.searchsorted(np.cumsum(weights[order]) / weights.sum() * len(weights), places + 0.5, side="right")
+    return np.sort(order[np.minimum(drawn, len(weights) - 1)])
 
 
 @dataclass(frozen=True)
@@ -68,8 +95,9 @@ class WeightSummary:
 
     @classmethod
     def of(cls, weights: np.ndarray, strata: np.ndarray | None) -> WeightSummary:
-        """Args: weights (n,); strata (n,) positions in `SEVERITIES`, or None when severity is not known."""
-        counts = [] if strata is None else np.bincount(strata, minlength=len(SEVERITIES)).tolist()
+        """Args: weights (n,); strata (n,) positions in `SEVERITIES`, -1 or None where severity is not known."""
+        known = strata is not None and (strata >= 0).all()
+        counts = np.bincount(np.asarray(strata), minlength=len(SEVERITIES)).tolist() if known else []
         lows, bars = np.unique(np.round(weights, 6), return_counts=True)
         highs = lows
         if len(lows) > 10:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template, UndefinedError
 
 from sevpeft.errors import RunError
+from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.modeling.adapters import public_name, read_adapter_config
 from sevpeft.modeling.loading import Precision, quantization_config
-from sevpeft.modeling.prompts import Prompt
+from sevpeft.modeling.prompts import SEVERITY_LINES, Prompt
 from sevpeft.recipe import Recipe, load_recipe
 from sevpeft.runs import Run, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.source import ORACLE
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["lora", "sft", "trl", "medical", "arabic", "severity-weighted-loss"]
@@ -84,14 +87,20 @@ def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: 
     return path
 
 
-def note_unquantized_base(run: Run, **figures: dict[str, Any]) -> None:
-    """Puts the distance over the unquantized base into the run, and into its card where nobody has edited that."""
+def note_figures(run: Run, **figures: dict[str, Any]) -> None:
+    """Puts figures into the run's metrics, and into its card where nobody has edited that."""
     card = run.adapter / "README.md"
     with suppress(OSError):  # a run that may only be read is merged all the same
         untouched = card.is_file() and card.read_text(encoding="utf-8") == adapter_card(run)
-        run.update_metrics(unquantized_base=figures)
+        run.update_metrics(**figures)
         if untouched:
             write_card(run)
+
+
+def choices_text(figures: dict[str, Any]) -> str:
+    """What `choices` returns as Markdown, for the card and the screen."""
+    template = Template((_TEMPLATES / "choices.md.jinja").read_text(encoding="utf-8"))
+    return template.render(figures, estimate_text=estimate_text)
 
 
 def distance(found: dict[str, Any]) -> str:
@@ -104,8 +113,12 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
     base_model = base if "/" in base else None
     data = ModelCardData(language="ar", pipeline_tag="text-generation", base_model=base_model, tags=_TAGS, **header)
     shown = recipe.model_dump()
-    for section, key in (("model", "name_or_path"), ("data", "path")):
-        shown[section][key] = public_name(shown[section][key])
+    for section, key in (("model", "name_or_path"), ("data", "path"), ("training", "init_adapter")):
+        if shown[section].get(key):
+            shown[section][key] = public_name(shown[section][key])
+    if mix := shown["data"]["mix"]:
+        mix["sources"] = {name: public_name(path) for name, path in mix["sources"].items()}
+    shown["prompt"]["examples"] = None  # they may be rows of the data
     facts = {
         **run.metrics(),
         **more,
@@ -115,6 +128,9 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
         "severities": SEVERITIES,
         "recipe_text": Recipe.model_validate(shown).to_yaml().strip(),
         "distance": distance,
+        "oracle": ORACLE,
+        "choices_text": choices_text,
+        "severity_lines": [line.strip() for line in SEVERITY_LINES.values()],
     }
     about_run = Template((_TEMPLATES / "run.md.jinja").read_text(encoding="utf-8")).render(facts)
     path = str(_TEMPLATES / template)
@@ -127,6 +143,8 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, **more: Any) 
 def modelfile(prompt: Prompt, recipe: Recipe) -> str:
     """Ollama's Modelfile for what `conversion_commands` quantize, which asks with the prompt of the training."""
     # llama.cpp puts the token that begins a text there itself.
+    # A placeholder is no English question, examples may be rows of the data, and Ollama predicts no severity.
+    prompt = replace(prompt, english_template=None, english_cue=None, severity="none", examples=())
     text = prompt.text("{{ .Prompt }}").removeprefix(prompt.tokenizer.bos_token or "\0")
     generation = recipe.generation
     return (

@@ -12,6 +12,8 @@ from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import load_for_inference, resolve_model
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
+from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.source import load_source
 
 
 class Chat:
@@ -20,13 +22,16 @@ class Chat:
     def __init__(self, run: Run) -> None:
         check_adapter(run)
         recipe = load_recipe(run.folder / "recipe.yaml")
+        asked = recipe.prompt.severity
+        self.classifier = load_source(None, recipe.severity.classifier) if asked == "predicted" else None
         self.prompt = resolve_model(recipe).prompt
         self.model = attach_adapter(load_for_inference(recipe), run.adapter, recipe)
 
     @torch.no_grad()
     def answer(self, question: str, max_new_tokens: int = 128) -> str:
         """Answer to a question, greedy, of at most `max_new_tokens` tokens."""
-        ids = torch.tensor(self.prompt.prompt_ids([question]), device=self.model.device)
+        named = [SEVERITIES[self.classifier.probabilities([question]).argmax()]] if self.classifier else None
+        ids = torch.tensor(self.prompt.prompt_ids([question], severities=named), device=self.model.device)
         output = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from sevpeft.modeling.loading import Precision, load_config, load_model, resolve
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import QuantizationSection, Recipe, load_recipe
 from sevpeft.runs import Run, whole_folder
-from sevpeft.sharing.card import adapter_card, modelfile, note_unquantized_base, write_merged_card
+from sevpeft.sharing.card import adapter_card, modelfile, note_figures, write_merged_card
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import encode_rows, load_splits
 
@@ -184,7 +184,7 @@ def merge(
         )
         write_merged_card(run, recipe, result.as_dict(), folder)
     if bits and UNQUANTIZED in gaps:
-        note_unquantized_base(run, gap=asdict(gaps[UNQUANTIZED]), effect=asdict(effect))
+        note_figures(run, unquantized_base={"gap": asdict(gaps[UNQUANTIZED]), "effect": asdict(effect)})
     return result
 
 
@@ -294,6 +294,7 @@ def _texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
     except SevpeftError:
         rows = load_consultations("builtin:consultations").rows
         what = "bundled consultations, as the run's data cannot be read here"
+        prompt = replace(prompt, severity="none")
     rows = rows.select(np.linspace(0, len(rows) - 1, min(CONSULTATIONS, len(rows))).astype(int))
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         limit, cache_file = recipe.training.settings()["max_length"], Path(scratch) / "rows.arrow"

@@ -208,8 +208,10 @@ class StepGuard(TrainerCallback):
                 "model.attn_implementation=eager, or fetch the model again."
             )
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self._loss_before = pending_loss(self.trainer)
+        if self.trainer.curriculum is not None and self.trainer.curriculum.is_new(state.global_step):
+            self.counts.update(first=[], last=[], diverging=0)  # harder rows are no divergence
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         accelerator, model = self.trainer.accelerator, self.trainer.model

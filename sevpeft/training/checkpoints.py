@@ -205,7 +205,8 @@ def check_same_recipe(recipe: Recipe, run: Run) -> None:
     """Raises RunError with every setting that differs from the run's, as it was and as it is now."""
     stored, now = load_recipe(run.folder / "recipe.yaml").model_dump(), recipe.model_dump()
     changed = [
-        f"{section}.{key} ({stored[section].get(key)} then, {now[section].get(key)} now)"
+        f"{section}.{key}"
+        + (f" ({stored[section].get(key)} then, {now[section].get(key)} now)" if key != "examples" else "")
         for section in now
         for key in {**stored[section], **now[section]}
         if stored[section].get(key) != now[section].get(key)

@@ -74,6 +74,14 @@ class LabeledPositions:
         fields = {name: spread(getattr(outputs, name)) for name in ("log_probs", "entropy", "is_top1")}
         return replace(outputs, **fields, label_mask=mask)
 
+    def vocabulary(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """(N, V) log-probabilities of the whole vocabulary at the N labeled positions."""
+        self._mask = inputs["labels"][:, 1:] != IGNORED
+        try:
+            return model(**{**inputs, "labels": None, "fused_lm_head": False}).logits[0].float().log_softmax(-1)
+        finally:
+            self._mask = None
+
     def _keep(self, module: Any, args: Any, output: Any) -> Any:
         if self._mask is not None:
             output.last_hidden_state = output.last_hidden_state[:, :-1][self._mask][None]
@@ -207,14 +215,18 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
     control: TrainerControl
     exact_resume: ExactResume
     sort_within_steps: bool
+    curriculum: Any
     step_batches: list[dict[str, Any]]
     _total_train_tokens: int
     _metrics: dict[str, Any]
     _epoch_ended_at = -1
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; all batches of a step are kept until the next one."""
-        self.step_batches, items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; all batches of a step are kept until the next one. A curriculum has its own instead."""
+        if self.curriculum is not None:  # no sampler, because a data loader reads ahead, into the next stage
+            own = self.curriculum.batches(self.state.global_step)
+            epoch_iterator = (batch for _, batch in zip(epoch_iterator, own, strict=True))
+        self.step_batches, items = super().get_batch_samples(epoch_iterator, *args, **kwargs)
         self._tokens_before_step = self._total_train_tokens
         return self.step_batches, items
 

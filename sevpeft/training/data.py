@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,25 @@ from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from sevpeft.data.files import FILE_COLUMN
-from sevpeft.data.read import PREPARED_ABOUT, Consultations, Keep, load_consultations
-from sevpeft.data.split import Splits, question_key, split_rows
+from sevpeft.data.files import FILE_COLUMN, TURNS, trained_turns
+from sevpeft.data.mix import SOURCE, draw, with_sources
+from sevpeft.data.read import PREPARED_ABOUT, Consultations, load_consultations
+from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split_rows, without_questions
+from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, WeightError
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.recipe import Recipe
+from sevpeft.recipe import AsPublishedSection, Recipe, TrainingDataSection
 from sevpeft.runs import workers_end_with_this_process
-from sevpeft.severity.probabilities import has_severity
-from sevpeft.severity.source import Severity, severity_of
-from sevpeft.severity.weights import WeightSummary, severity_weights
+from sevpeft.severity.probabilities import SEVERITIES, has_severity
+from sevpeft.severity.source import Severity, prompt_severity, severity_of
+from sevpeft.severity.weights import WeightSummary, oversample, severity_weights
 from sevpeft.training.compat import IGNORED
+from sevpeft.training.curriculum import MEASURED, difficulty_of
 
 # Below this, progress bars of the single steps flash by and only hide what matters.
 ROWS_WORTH_A_BAR = 20_000
-# A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
-FEWEST_QUESTION_WORDS = 4
+# Column of the severity that a row's prompt names.
+PROMPT_SEVERITY = "prompt_severity"
 # From tokens of consultations to names of their rows.
 NameRows = Callable[[Sequence[Sequence[int]]], list[str]]
 
@@ -46,17 +49,18 @@ class Prepared:
     weights: WeightSummary
     summary: dict[str, Any]
     row_names: NameRows
+    difficulty: list[np.ndarray]  # (n,) of the training and of the validation rows, larger for harder ones
 
 
 def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
     """Everything up to the trainer; `scratch` holds memory-mapped Arrow files, to be removed after training."""
     table, splits, severity = load_splits(recipe)
-    settings = recipe.training.settings()
-    encoded, reports = {}, {}
+    settings, encoded, reports = recipe.training.settings(), {}, {}
     if len(table.rows) >= ROWS_WORTH_A_BAR:
         datasets.enable_progress_bars()
     with workers_end_with_this_process():
-        for name, rows in (("train", splits.train), ("validation", splits.validation)):
+        for name in ("train", "validation"):
+            rows = getattr(splits, name)
             encoded[name], reports[name] = encode_rows(
                 rows,
                 prompt,
@@ -64,42 +68,79 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
                 strata=None if severity is None else severity.strata[source_index(rows)],
                 cache_file=scratch / f"{name}.arrow",
                 num_proc=settings.get("dataset_num_proc"),
+                mix=recipe.data if recipe.data.mix and name == "train" else None,
+                published=recipe.as_published if name == "train" else AsPublishedSection(),
             )
         kept = source_index(splits.train)[source_index(encoded["train"])]
+        if severity is not None and recipe.severity.control == "oversampled":
+            drawn = oversample(weigh(recipe, severity, kept, control="none")[0], settings["seed"])
+            encoded["train"], kept = encoded["train"].select(drawn), kept[drawn]
         weights, summary = weigh(recipe, severity, kept)
+        weights = weights * np.asarray(encoded["train"][TURN_WEIGHT])
+        weights = weights * (settings["global_batch_size"] if recipe.as_published.unnormalized else 1)
         train = add_token_weights(
             encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
-        ).remove_columns(["severity", "source_index"])
+        ).select_columns(["input_ids", "labels", "token_weights"])
         if settings.get("packing"):
             train = pack_rows(train, settings["max_length"], cache_file=scratch / "packed.arrow")
     datasets.disable_progress_bars()
+    about = summary_of(table, splits, severity, reports)
+    if recipe.data.mix:
+        about["mix"], about["rows"]["train"] = reports["train"].pop("mix"), len(kept)
     # Longest first: batches then need little padding, and too little memory shows at once.
     longest_first = np.argsort(-lengths_of(encoded["validation"]), kind="stable")
+    held_out = encoded["validation"].select(longest_first)
+    places = [kept, source_index(splits.validation)[source_index(held_out)]]
+    lengths = [lengths_of(encoded["train"]), lengths_of(held_out)]
     return Prepared(
         train=train,
-        validation=encoded["validation"].select(longest_first).remove_columns("source_index"),
+        validation=held_out.select_columns(["input_ids", "labels", "severity"]),
         weights=summary,
-        summary=summary_of(table, splits, severity, reports),
+        summary=about,
         row_names=row_names(encoded["train"], splits.train),
+        difficulty=difficulty_of(recipe.curriculum, table, severity, places, lengths),
     )
 
 
 def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
     """The table, its parts, and the severity of its rows: None where there is none, for plain cross-entropy."""
     data, weighting = recipe.data, recipe.severity
-    keep: Keep = ("group",) if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else "mapped"
-    table = load_consultations(data, keep=keep)
-    severity = None
-    if weighting.control != "uniform" or weighting.source != "columns" or has_severity(table.rows):
-        severity = severity_of(
-            table.rows, source=weighting.source, classifier=weighting.classifier, temperature=weighting.temperature
-        )
-    rows = table.rows.add_column("source_index", np.arange(len(table.rows)))
+    keep = ["group"] if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else []
+    keep += [weighting.weight_column] if weighting.source == "weight" else []
+    keep += {recipe.curriculum.difficulty} - MEASURED
+    own = load_consultations(data, keep=keep or "mapped")
+    table = with_sources(own, data, keep or "mapped")
+    # Plain cross-entropy needs no severity of further sources.
+    severity, plain = None, weighting.control == "uniform" and weighting.source == "columns"
+    plain &= recipe.curriculum.kind == "none" or recipe.curriculum.difficulty != "severity"
+    if not plain or has_severity(own.rows):
+        names = {column: name for name, column in (table.columns | table.carried).items()}
+        how = weighting.model_dump(include={"source", "classifier", "temperature"})
+        column = names.get(weighting.weight_column, weighting.weight_column)
+        severity = severity_of(own.rows if plain else table.rows, weight_column=column, **how)
+        unknown = np.full((len(table.rows) - len(severity.probabilities), len(SEVERITIES)), np.nan)
+        severity = replace(severity, probabilities=np.concatenate([severity.probabilities, unknown]))
+    rows, first = table.rows.add_column("source_index", np.arange(len(table.rows))), range(len(own.rows))
+    named_by = None
+    if recipe.prompt.severity != "none":
+        named, named_by = prompt_severity(table.rows, recipe.prompt.severity, weighting.classifier)
+        rows = rows.add_column(PROMPT_SEVERITY, named)
     keys = None
-    if "group" in rows.column_names:  # of near-duplicate questions, where `sevpeft prepare` has found them
+    if "group" in own.rows.column_names:  # of near-duplicate questions, where `sevpeft prepare` has found them
         # Hashed, because what is carved from the train rows is taken in the order of these numbers.
-        keys = np.asarray([question_key(group, data.seed) for group in rows["group"]], dtype=np.uint64)
-    return table, split_rows(rows, data, strata=None if severity is None else severity.strata, keys=keys), severity
+        keys = np.asarray([question_key(group, data.seed) for group in own.rows["group"]], dtype=np.uint64)
+    strata = None if severity is None else severity.strata[: len(first)]
+    splits = split_rows(rows.select(first), data, strata=strata, keys=keys)
+    if data.mix:  # further sources are trained on, but for the questions that are held out
+        held_out = np.concatenate([question_keys(part) for part in (splits.validation, splits.test)])
+        others = without_questions(rows.select(range(len(first), len(rows))), held_out)
+        splits = splits._replace(train=datasets.concatenate_datasets([splits.train, others]))
+    if recipe.prompt.examples:
+        # Prompts hold their answers: they can be neither trained nor evaluated on.
+        asked = (fold_for_matching(one.question) for one in recipe.prompt.examples)
+        shown = np.array([question_key(folded, 0) for folded in asked], dtype=np.uint64)
+        splits = splits._replace(**{name: without_questions(getattr(splits, name), shown) for name in SIDES})
+    return table, splits._replace(prompt_severity=named_by), severity
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:
@@ -123,22 +164,26 @@ def summary_of(
         "questions_in_two_splits": splits.leaks,
         "rows": {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         "encoding": encoding,
+        **({"prompt_severity": splits.prompt_severity} if splits.prompt_severity else {}),
     }
 
 
-def weigh(recipe: Recipe, severity: Severity | None, kept: np.ndarray) -> tuple[np.ndarray, WeightSummary]:
-    """Weights (n,) of the training rows that were kept, and what they amount to."""
-    if severity is None:
-        return np.ones(len(kept)), WeightSummary.of(np.ones(len(kept)), None)
-    weighting = recipe.severity
+def weigh(
+    recipe: Recipe, severity: Severity | None, kept: np.ndarray, control: Any = None
+) -> tuple[np.ndarray, WeightSummary]:
+    """Weights (n,) of the training rows that were kept, and what they amount to; under the recipe's own control."""
+    weighting, strata = recipe.severity, None if severity is None else severity.strata[kept]
+    if severity is None or weighting.control == "uniform":
+        return np.ones(len(kept)), WeightSummary.of(np.ones(len(kept)), strata)
+    ready = severity.weights
     weights = severity_weights(
-        severity.probabilities[kept],
-        weighting.coefficients(),
+        severity.probabilities[kept] if ready is None else ready[kept, None],
+        weighting.coefficients() if ready is None else (1.0,),
         normalize=weighting.normalize,
-        control=weighting.control,
+        control=control or weighting.control,
         seed=recipe.training.settings()["seed"],
     )
-    return weights, WeightSummary.of(weights, severity.strata[kept])
+    return weights, WeightSummary.of(weights, strata)
 
 
 def source_index(rows: Dataset) -> np.ndarray:
@@ -148,12 +193,15 @@ def source_index(rows: Dataset) -> np.ndarray:
 
 # From rows to tokens.
 
-_COUNTS = ("lost_words", "length", "answer_length")
+_COUNTS = ("lost_words", "answer_length")
+# What a conversation's messages say of an answer's weight, a factor beside the severity's.
+TURN_WEIGHT = "turn_weight"
 _FEATURES = Features(
     {
         **{name: List(Value("int32")) for name in ("input_ids", "labels")},
         **{"severity": Value("int8"), "source_index": Value("int64")},
         **{name: Value("int32") for name in _COUNTS},
+        TURN_WEIGHT: Value("float64"),
     }
 )
 
@@ -166,18 +214,22 @@ def encode_rows(
     strata: np.ndarray | None,
     cache_file: Path,
     num_proc: int | None = None,
-) -> tuple[Dataset, dict[str, int]]:
+    mix: TrainingDataSection | None = None,
+    published: AsPublishedSection = AsPublishedSection(),  # noqa: B008  (frozen)
+) -> tuple[Dataset, dict[str, Any]]:
     """Tokenizes a split.
 
     Args:
-        rows: columns question, answer and, optionally, dialect. prompt: as in generation.
+        rows: columns question, answer and, optionally, dialect, turns and prompt_severity. prompt: as in generation.
         max_length: tokens of prompt and answer together; None for no limit.
         strata: (n,) position in SEVERITIES of every row; None when severity is not known (then -1).
         cache_file: Arrow file of the result. num_proc: processes, as in `datasets.Dataset.map`.
+        mix: draws the rows by their sources; what is reported is of the drawn ones.
+        published: what of a published loop is done otherwise, in tokens and labels.
 
     Returns:
-        Dataset with input_ids, labels, severity and source_index (row of `rows`); and what became of the split, lengths
-        in tokens, losses in words of the question.
+        Dataset with input_ids, labels, severity, source_index (row of `rows`) and turn_weight; and what became of the
+        split, lengths in tokens, losses in words of the question.
 
     Raises:
         DataError: no row is left.
@@ -189,21 +241,25 @@ def encode_rows(
         with_indices=True,
         remove_columns=rows.column_names,
         features=_FEATURES,
-        fn_kwargs={"prompt": prompt, "max_length": max_length, "strata": strata},
+        fn_kwargs={"prompt": prompt, "max_length": max_length, "strata": strata, "published": published},
         cache_file_name=str(cache_file),
         load_from_cache_file=False,
         num_proc=num_proc,
         desc="Encoding",
     )
+    known = rows[TURNS] if TURNS in rows.column_names else [None] * len(rows)
+    answers = sum(1 for turns in known for _ in trained_turns("", "", turns))
     if len(encoded) == 0:
         raise DataError(
             f"None of {len(rows)} consultations fits training.max_length={max_length} with its answer; raise it."
         )
+    report: dict[str, Any] = {"rows": len(encoded), "refused": answers - len(encoded)}
+    if mix is not None:
+        drawn, report["mix"] = draw(lengths_of(encoded), np.array(rows[SOURCE])[source_index(encoded)], mix)
+        encoded, report["rows"] = encoded.select(drawn), len(drawn)
     counts = encoded.select_columns(list(_COUNTS)).with_format("numpy")[:]
-    lengths, lost = counts["length"], counts["lost_words"]
-    report = {
-        "rows": len(encoded),
-        "refused": len(rows) - len(encoded),
+    lengths, lost = lengths_of(encoded), counts["lost_words"]
+    report |= {
         "shortened": int((lost > 0).sum()),
         "lost_words": int(lost.sum()),
         "most_lost_words": int(lost.max()),
@@ -215,39 +271,31 @@ def encode_rows(
 
 
 def _encode_batch(
-    batch: dict[str, list[Any]], indices: list[int], prompt: Prompt, max_length: int | None, strata: np.ndarray
+    batch: dict[str, Any], indices: list[int], prompt: Prompt, max_length: int | None, strata: Any, published: Any
 ) -> dict[str, list[Any]]:
-    dialects = batch.get("dialect") or [None] * len(indices)
-    prompts = prompt.prompt_ids(batch["question"], batch.get("dialect"))
-    answers = prompt.answer_ids(batch["answer"])
-    rows = []
-    for index, prompt_ids, answer, question, dialect in zip(
-        indices, prompts, answers, batch["question"], dialects, strict=True
-    ):
-        lost = 0
-        if max_length is not None and len(prompt_ids) + len(answer) > max_length:
-            shorter = shortened_prompt(question, dialect, prompt, max_length - len(answer))
+    unknown = [None] * len(indices)
+    texts = zip(batch["question"], batch["answer"], batch.get(TURNS) or unknown, strict=True)
+    known = zip(indices, batch.get("dialect") or unknown, batch.get(PROMPT_SEVERITY) or unknown, strict=True)
+    # Each answer of a conversation is a row of its own, whose prompt is the one that generation would have there.
+    turns = [(*of, *turn) for of, text in zip(known, texts, strict=True) for turn in trained_turns(*text)]
+    at, dialects, severities, asked, answered, weights, earlier = zip(*turns, strict=True)
+    prompts, answers, rows = prompt.prompt_ids(asked, dialects, severities, earlier), prompt.answer_ids(answered), []
+    for n, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
+        answer, lost = answer[: -1 if published.no_end_token else None], 0
+        if max_length is not None and len(ids) + len(answer) > max_length:
+            room = max_length - len(answer)
+            shorter = prompt.shortened(room, asked[n], dialects[n], severities[n], earlier[n])
             if shorter is None:
                 continue
-            prompt_ids, lost = shorter
-        labels = [IGNORED] * len(prompt_ids) + answer
-        rows.append((prompt_ids + answer, labels, int(strata[index]), index, lost, len(labels), len(answer)))
+            ids, lost = shorter
+        ids, labels, stratum = ids + answer, [IGNORED] * len(ids) + answer, int(strata[at[n]])
+        if published.labels == "all":
+            # No attention mask: padding sees padding, which in the notebook it does not. An answer never sees any.
+            ids += [prompt.end_id] * ((max_length or 0) - len(ids))
+        if published.labels != "answer":
+            labels = [IGNORED, *ids[1:]]  # nothing predicts the first token
+        rows.append((ids, labels, stratum, at[n], lost, len(answer), weights[n]))
     return {name: [row[number] for row in rows] for number, name in enumerate(_FEATURES)}
-
-
-def shortened_prompt(question: str, dialect: str | None, prompt: Prompt, room: int) -> tuple[list[int], int] | None:
-    """Prompt of the longest beginning of the question, in whole words, that takes at most `room` tokens."""
-    words = question.split()
-    kept, ids = 0, None
-    low, high = min(FEWEST_QUESTION_WORDS, len(words)), len(words) - 1
-    while low <= high:
-        middle = (low + high) // 2
-        candidate = prompt.prompt_ids([" ".join(words[:middle])], [dialect])[0]
-        if len(candidate) <= room:
-            kept, ids, low = middle, candidate, middle + 1
-        else:
-            high = middle - 1
-    return None if ids is None else (ids, len(words) - kept)
 
 
 # Weights of tokens, and what is made of them.
@@ -269,10 +317,8 @@ def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, 
 
     def weigh_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[np.ndarray]]:
         rows = [np.asarray(labels) != IGNORED for labels in batch["labels"]]
-        each = [row.sum() if reduction == "examples" else 1 for row in rows]
-        return {
-            "token_weights": [row * (w / count) for row, w, count in zip(rows, weights[indices], each, strict=True)]
-        }
+        each = weights[indices] / [row.sum() if reduction == "examples" else 1 for row in rows]
+        return {"token_weights": [row * weight for row, weight in zip(rows, each, strict=True)]}
 
     return encoded.map(
         weigh_batch,
@@ -299,16 +345,15 @@ def check_weights(dataset: Dataset) -> None:
         )
     highest = 0.0
     for table in dataset.select_columns(["token_weights", "labels"]).with_format("arrow").iter(batch_size=2000):
-        column = table["token_weights"].combine_chunks()
-        values = pc.list_flatten(column).cast("float64")
-        lengths = [pc.list_value_length(part) for part in (column, table["labels"].combine_chunks())]
-        if column.null_count or values.null_count or not pc.all(pc.is_finite(values)).as_py():
+        column, labels = table["token_weights"].combine_chunks(), table["labels"].combine_chunks()
+        values = pc.list_flatten(column).to_numpy(zero_copy_only=False)  # null becomes NaN
+        if column.null_count or not np.isfinite(values).all():
             raise WeightError("The training data has token_weights that are missing or not finite.")
-        if not pc.all(pc.equal(*lengths)).as_py():
+        if not pc.all(pc.equal(pc.list_value_length(column), pc.list_value_length(labels))).as_py():
             raise WeightError("A row of the training data has another number of token_weights than of tokens.")
-        if len(values) and pc.min(values).as_py() < 0:
+        if (values < 0).any():
             raise WeightError("The training data has negative token_weights.")
-        highest = max(highest, pc.max(values).as_py() or 0.0)
+        highest = max(highest, values.max(initial=0.0))
     if not highest:
         raise WeightError("All token_weights of the training data are zero, so nothing would be learned.")
 
@@ -331,16 +376,14 @@ def row_names(encoded: Dataset, rows: Dataset) -> NameRows:
         rows: the split that was encoded, with `row`, its number in the input, and `file` where there are several.
     """
 
-    def name(position: int) -> str:
-        row = rows[position]
-        return f"row {row['row']}{f' of {row[FILE_COLUMN]}' if FILE_COLUMN in row else ''}"
-
     def names(documents: Sequence[Sequence[int]]) -> list[str]:
         """Of the rows with exactly these tokens, in the order of the data; equal rows are all named."""
         wanted = {tuple(document) for document in documents}
         fits = np.isin(lengths_of(encoded), [len(document) for document in wanted])
         fitting = encoded.select(np.flatnonzero(fits))
-        return [name(row["source_index"]) for row in fitting if tuple(row["input_ids"]) in wanted]
+        named = (rows[row["source_index"]] for row in fitting if tuple(row["input_ids"]) in wanted)
+        places = ((row["row"], row.get(FILE_COLUMN) or row.get(SOURCE)) for row in named)
+        return [f"row {number}{f' of {place}' if place else ''}" for number, place in places]
 
     return names
 

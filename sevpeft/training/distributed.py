@@ -44,6 +44,7 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
     """Raises RunError when the engine that the launcher asks for cannot train or save what the recipe says."""
     optim = str(getattr(arguments.optim, "value", arguments.optim))
     zero = arguments.deepspeed_plugin.deepspeed_config["zero_optimization"] if zero3() else {}
+    staged = recipe.curriculum
     whole = "FULL" in os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     wrong = {
         "This fsdp_state_dict_type writes no adapter; write fsdp_state_dict_type: FULL_STATE_DICT, as in "
@@ -60,6 +61,12 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
         "accelerate_configs/multi_gpu.yaml.": requested_engine() and recipe.lora.loraplus_lr_ratio is not None,
         "8-bit weights cannot be divided; write quantization.load_in_4bit=true instead of "
         "quantization.load_in_8bit=true.": weights_are_sharded() and recipe.quantization.load_in_8bit,
+        "curriculum.restart and learning_rates do not reach the optimizer of DeepSpeed; leave them out, or use "
+        "accelerate_configs/multi_gpu.yaml.": deepspeed_requested() and (staged.restart or staged.learning_rates),
+        "curriculum.consistency needs the adapter in one piece; write curriculum.consistency=0, or use "
+        "accelerate_configs/multi_gpu.yaml.": requested_engine() and staged.kind == "icft" and staged.consistency,
+        "training.init_adapter cannot be loaded into weights that ZeRO-3 has divided; use "
+        "accelerate_configs/fsdp2.yaml.": zero3() and recipe.training.init_adapter,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:

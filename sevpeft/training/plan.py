@@ -24,7 +24,7 @@ class Plan:
     Attributes:
         weights: of the training rows.
         data: as the summary of a run's data; `encoding` is empty without a tokenizer.
-        steps: optimizer steps on one process; None while packing makes their number unknown.
+        steps: optimizer steps on one process; None where packing or curriculum.epochs_per_stage leave them open.
         unknown, memory_unknown: why nothing is known about tokens, and about memory.
         fitting, tokens, epoch_seconds: on a GPU, of the training rows; None where they are not known.
     """
@@ -113,7 +113,8 @@ def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
             tokens = int(lengths_of(prepared.train).sum())
         if held is not None:
             seconds = memory.epoch_seconds(held, tokens, data["encoding"]["train"]["answer_tokens"], rows)
-    steps = None if base is None and settings.get("packing") else _steps(rows, settings)
+    open_steps = recipe.curriculum.kind != "none" and recipe.curriculum.epochs_per_stage is not None
+    steps = None if open_steps or (base is None and settings.get("packing")) else _steps(rows, settings)
     return Plan(recipe, weights, data, steps, unknown, found, memory_unknown, tokens, seconds)
 
 

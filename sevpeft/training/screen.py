@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,9 @@ from sevpeft.modeling.memory import EFFICIENCY, GIB, LARGEST_BATCH, TFLOPS
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.source import ORACLE
 from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines
+from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.plan import Fitting, Plan
 
 # Of a histogram: a terminal of 80 columns has them beside the labels. And of the bar of an item of the memory.
@@ -37,6 +40,12 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
     parts = ", ".join(f"{count:,} {name}" for name, count in summary["rows"].items())
     print_labeled(console, "Data", f"{summary['source']}{f' ({columns})' if columns else ''}")
     print_labeled(console, "Split", f"{parts}, by {by}")
+    for name, of in summary.get("mix", {}).items():
+        part = f"{of['share']:.0%} from {name}: {of['rows']:,} rows, {of['tokens']:,} tokens"
+        print_labeled(console, "Mix", part)
+        if of["distinct_rows"] < of["rows"]:
+            times = f"{of['rows'] / of['distinct_rows']:.1f} times an epoch"
+            warn("Repeats", f"{name} is too small for its share: each of {of['distinct_rows']:,} rows comes {times}")
     for reason, count in summary["rejected"].items():
         warn("Rejected", f"rows with {reason}: {count:,}")
     if leaks := summary["questions_in_two_splits"]:
@@ -50,13 +59,21 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
             what = f"{name} rows whose answer leaves no room for a question in {limit} tokens: {report['refused']:,}"
             warn("Refused", f"{what}; raise training.max_length to keep them")
 
+    if shown := recipe.prompt.examples:
+        print_labeled(console, "Examples", f"{len(shown)} before every question, which are left out of all splits")
+    if named := summary.get("prompt_severity"):
+        by = "names the severity that the question lets predict, by {source}, version {version}"
+        warn("Prompt", ORACLE) if named["source"] == "gold" else print_labeled(console, "Prompt", by.format(**named))
     origin, control = summary["severity"], recipe.severity.control
     if origin is None or control == "uniform":
         print_labeled(console, "Weights", "1 for every consultation: plain cross-entropy")
         return
-    if origin["source"] != "columns":
+    ready = origin["source"] == "weight"
+    if ready:
+        print_labeled(console, "Source", f"ready-made weights of column '{recipe.severity.weight_column}'")
+    elif origin["source"] != "columns":
         print_labeled(console, "Severity", f"by {origin['source']}, version {origin['version']}")
-    if origin["temperature"] != 1:
+    if origin["temperature"] != 1 and not ready:
         power = f"1/{origin['temperature']:g} (severity.temperature)"
         print_labeled(console, "Sharpened", f"probabilities to the power of {power}")
     sample = f"mean {weights.mean:.3f}, effective sample size {effective_sample(weights)}"
@@ -64,7 +81,8 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
     for line in histogram_lines(weights.histogram, HISTOGRAM_WIDTH):
         print_labeled(console, "", line)
     if control in ("none", "shuffled") and (warning := advice(weights)):
-        warn("Warning", warning)
+        # The remedies are settings of the severity, which ready-made weights do not have.
+        warn("Warning", re.split(": run|. Use", warning)[0] if ready else warning)
 
 
 def show_batch(recipe: Recipe, processes: int, console: Console) -> None:
@@ -79,6 +97,17 @@ def show_batch(recipe: Recipe, processes: int, console: Console) -> None:
         f"{'without' if settings['gradient_checkpointing'] is False else 'with'} gradient checkpointing; validation by "
         f"{settings['per_device_eval_batch_size']}",
     )
+
+
+def show_curriculum(curriculum: Curriculum, console: Console) -> None:
+    """Prints the stages: rows, steps and learning rate of each."""
+    own = curriculum.settings
+    budget = "as many as without stages" if own.epochs_per_stage is None else "not the budget of a plain training"
+    way = f"{own.kind} by {own.difficulty}, {own.order}; {curriculum.steps:,} steps"
+    print_labeled(console, "Curriculum", f"{way}, {budget}")
+    for number, stage in enumerate(curriculum.stages, start=1):
+        steps = f"{len(stage.pool):,} rows, {stage.end - stage.begin:,} steps, learning rate {stage.learning_rate:g}"
+        print_labeled(console, f"  Stage {number}", f"{stage.name}: {steps}")
 
 
 def run_summary(run: Run) -> Group:
@@ -109,6 +138,8 @@ def run_summary(run: Run) -> Group:
     for key, label in [("loss", "all"), *((f"loss_{name}", name) for name in reversed(SEVERITIES))]:
         if key in after:
             losses.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
+    for name, after in metrics.get("curriculum", {}).get("held_out", {}).items():
+        facts.add_row("After each stage", f"{name} rows: {' → '.join(f'{loss:.3f}' for loss in after)}")
     return Group(Text(), facts, Text("\nValidation loss, nats per answer token, unweighted", style="bold"), losses)
 
 

@@ -30,10 +30,12 @@ from sevpeft.runs import Run, check_output, default_output, describe_environment
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import checkpoints
 from sevpeft.training.callbacks import RunProgress, SignalHandler, StepGuard, resume_command
+from sevpeft.training.compat import counted
+from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.data import Prepared, lengths_of, prepare
 from sevpeft.training.distributed import check_adapter_is_complete, check_engine, check_same_processes, engine_of
 from sevpeft.training.resolve import ResolvedRun, loraplus_settings, resolve, settings_errors
-from sevpeft.training.screen import show_batch, show_data
+from sevpeft.training.screen import show_batch, show_curriculum, show_data
 from sevpeft.training.trainer import SeveritySFTTrainer
 
 
@@ -80,6 +82,10 @@ def _train(
 ) -> None:
     recipe = resolved.recipe
     print_labeled(console, "Base model", f"{recipe.model.name_or_path} ({resolved.config.model_type})")
+    init_adapter = recipe.training.init_adapter
+    if init_adapter and not resume:
+        adapters.init_adapter(recipe)
+        print_labeled(console, "Starts from", f"the adapter in {init_adapter}")
 
     # data: weighted training rows, validation rows
     remedy = "set TMPDIR to a folder on another disk"
@@ -96,6 +102,10 @@ def _train(
     resolved = resolved.with_layout(model, lengths_of(rows.validation)[0])
     recipe = resolved.recipe
     show_batch(recipe, state.num_processes, console)
+    curriculum = None
+    if recipe.curriculum.kind != "none":
+        curriculum = Curriculum(recipe.curriculum, len(rows.train), rows.difficulty, resolved.arguments)
+        show_curriculum(curriculum, console)
 
     def warn(sentence: str, label: str = "Warning") -> None:
         print_labeled(console, label, sentence, style="yellow")
@@ -117,6 +127,7 @@ def _train(
                     on_message=lambda label, sentence: warn(sentence, label),
                     sort_within_steps=not (resolved.arguments.padding_free or resolved.arguments.packing),
                     split_on_oom=bool(recipe.training.settings().get("auto_find_batch_size")),
+                    curriculum=curriculum,
                     callbacks=[progress, signals],
                 )
                 if requested_engine() is None:  # so that a wrong setting of theirs fails here
@@ -124,6 +135,8 @@ def _train(
             guard = StepGuard(trainer, recipe.stopping, signals, rows.row_names)
             trainer.add_callback(guard)
             trainer.remove_callback(PrinterCallback)
+            if init_adapter and not resume:
+                adapters.init_adapter(recipe, trainer.model)
             if state.is_main_process and not resume:
                 _write_origin(run, recipe, rows, trainer)
         state.wait_for_everyone()
@@ -131,6 +144,10 @@ def _train(
         # train, validate, save
         with progress.bar, signals, plain_disk_errors(run.folder):
             checkpoint = _checkpoint(trainer, run, warn) if resume else None
+            if init_adapter and resume and checkpoint is None:
+                again = adapters.init_adapter(recipe, trainer.model)
+                if again != run.metrics()["model"]["init_adapter"]:
+                    raise RunError(f"{init_adapter} is not the adapter that {run.folder} started from; bring it back.")
             trainer.train(resume_from_checkpoint=checkpoint)
             # The figures of the adapter that is saved.
             if trainer.args.load_best_model_at_end or not _validation(trainer, trainer.state.global_step):
@@ -216,12 +233,13 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
             "dtype": str(base.dtype).removeprefix("torch."),
             "bits": next((bits for bits in (4, 8) if getattr(base, f"is_loaded_in_{bits}bit", False)), None),
             "attention": attention_of(base.config),
+            **({"init_adapter": adapters.init_adapter(recipe)} if recipe.training.init_adapter else {}),
         },
         data=rows.summary,
         weights=rows.weights.as_dict(),
     )
     # Last, because it is what makes the folder a run that can be resumed.
-    run.write_text("recipe.yaml", recipe.to_yaml())
+    run.write_text("recipe.yaml", recipe.to_yaml(), shared=not recipe.prompt.examples)
 
 
 def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, checkpoint: str | None) -> None:
@@ -235,6 +253,7 @@ def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, chec
         training={
             "steps": steps,
             "epochs": trainer.state.epoch,
+            "tokens": counted(trainer)["tokens"],
             "train_loss": totals["loss_sum"] / (steps - skipped),
             "nonfinite_steps": skipped,
             "seconds": totals["seconds"],
@@ -243,6 +262,7 @@ def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, chec
         },
         before=_validation(trainer, 0),
         after=_validation(trainer, steps),
+        **({"curriculum": trainer.curriculum.as_dict()} if trainer.curriculum else {}),
     )
 
 

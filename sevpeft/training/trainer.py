@@ -29,6 +29,7 @@ from sevpeft.modeling.compat import disable_cpu_avx512_repack
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.checkpoints import ExactResume
 from sevpeft.training.compat import LabeledPositions, TrainerWorkarounds
+from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.data import SeverityCollator, answer_starts, check_weights
 from sevpeft.training.distributed import set_up_engine
 from sevpeft.training.oom import SplitOnOom
@@ -54,6 +55,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             answer tokens, as in TRL; or "examples", the number of answers (the weights then carry 1/L_i).
         loraplus: settings of LoRA+ (`loraplus_settings`); none for one learning rate.
         sort_within_steps: take the rows of a step by length, so that padding is little; each step keeps its rows.
+        curriculum: decides which rows a step has.
         split_on_oom: compute a batch that does not fit in memory in parts, which is the same step; on one process only.
         on_message: gets a label and a sentence for the screen.
 
@@ -70,6 +72,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         reduction: str = "tokens",
         loraplus: dict[str, float] | None = None,
         sort_within_steps: bool = False,
+        curriculum: Curriculum | None = None,
         split_on_oom: bool = False,
         on_message: Callable[[str, str], None] = lambda label, sentence: None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -80,7 +83,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
                 raise ValueError(f"{name}={getattr(args, name)} would bypass the severity weights; leave it out.")
         check_weights(train_dataset)
         self.reduction, self.loraplus = reduction, loraplus
-        self.sort_within_steps = sort_within_steps
+        self.sort_within_steps, self.curriculum = sort_within_steps, curriculum
         self.exact_resume = ExactResume(self)
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.remove_unused_columns = False  # token_weights and severity are no arguments of the model
@@ -89,6 +92,8 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             enable_selective_activation_checkpointing(model)
         # ExactResume first, so that a checkpoint is sealed before another callback ends the training.
         kwargs["callbacks"] = [self.exact_resume, *callbacks]
+        if curriculum is not None:  # before it, as it adds to the checkpoint
+            curriculum.trainer, kwargs["callbacks"] = self, [curriculum, *kwargs["callbacks"]]
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         # A custom collator is refused by TRL's constructor when padding-free, so it takes the default's place here.
         collator: Any = self.data_collator
@@ -120,7 +125,8 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         def weighted_model(**kwargs: Any) -> FusedCausalLMOutput:
             outputs = self._labeled_positions(model, kwargs)
             if training:
-                return dataclasses.replace(outputs, log_probs=outputs.log_probs * weights[:, 1:])
+                drift = self.curriculum.drift(kwargs) if self.curriculum else 0.0
+                return dataclasses.replace(outputs, log_probs=outputs.log_probs * weights[:, 1:] - drift)
             self._add_to_validation(outputs, kwargs, strata)
             return outputs
 
@@ -133,10 +139,12 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             batch_samples = [{"labels": answer_starts(batch["labels"])} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
 
+    strata = len(SEVERITIES) + 1  # of validation, with "unknown"; to measure single rows, each of them
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with loss (nats per answer token), per-severity loss and accuracy from sums over tokens."""
-        # Rows are severities and "unknown"; columns are negative log-likelihood, correct tokens, entropy, tokens.
-        self._validation = torch.zeros(len(SEVERITIES) + 1, 4, dtype=torch.float64)
+        # Rows are strata; columns are negative log-likelihood, correct tokens, entropy, tokens.
+        self._validation = torch.zeros(self.strata, 4, dtype=torch.float64)
         # A data loader draws a random number; the training after it must draw those that it would have drawn without.
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

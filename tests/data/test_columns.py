@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from datetime import date
+from typing import Any
 
 import pytest
 
-from sevpeft.data.files import as_probability, as_text, canonical_row, map_columns
+from sevpeft.data.files import TURNS, as_probability, as_text, canonical_row, map_columns, trained_turns
 from sevpeft.errors import DataError
 
 NOTHING_CHOSEN = dict.fromkeys(("question", "answer", "severity", "id", "dialect", "split"))
@@ -81,6 +82,62 @@ def test_any_other_conversation_is_an_error_that_names_the_row() -> None:
     for cell in (MESSAGES + MESSAGES[1:], MESSAGES[:2], MESSAGES[::-1], "[", '"hm"', 7, [{}], "[" * 100_000):
         with pytest.raises(DataError, match=r"x, row 7: column 'messages' is not"):
             canonical_row({"messages": cell}, CONVERSATION, "x, row 7", {})
+
+
+def turns(*exchanges: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Messages of (question, answer) or (question, answer, weight)."""
+    found: list[dict[str, Any]] = []
+    for asked, answered, *weight in exchanges:
+        found.append({"role": "user", "content": asked})
+        found.append({"role": "assistant", "content": answered, **({"weight": weight[0]} if weight else {})})
+    return found
+
+
+def test_a_conversation_of_several_turns_is_trained_on_its_last_answer_or_on_all() -> None:
+    cell = turns(("س1", "ج1"), ("س2", "ج2", 0), ("س3", "ج3", 0.5))
+    whole = [["س1", "ج1"], ["س2", "ج2"]]
+    last, every = ([("س3", "ج3", 0.5, whole)], [("س1", "ج1", 1.0, []), ("س3", "ج3", 0.5, whole)])
+    for loss_on, expected in (("last", last), ("all", every)):
+        for given in (cell, json.dumps(cell), [MESSAGES[0], *cell]):
+            row = canonical_row({"messages": given}, CONVERSATION, "x", {}, loss_on)
+            assert isinstance(row, dict) and (row["question"], row["answer"]) == ("س1\nس2\nس3", "ج3")
+            assert list(trained_turns(row["question"], row["answer"], row[TURNS])) == expected
+    # What comes after the last answer that is trained on is not read by a model either.
+    row = canonical_row({"messages": turns(("س1", "ج1"), ("س2", "ج2", 0))}, CONVERSATION, "x", {}, "all")
+    assert row == {"question": "س1", "answer": "ج1", TURNS: json.dumps([["س1", "ج1", 1.0]], ensure_ascii=False)}
+    row = canonical_row({"messages": MESSAGES}, CONVERSATION, "x", {}, "last")
+    assert row == {"question": "سؤال", "answer": "جواب", TURNS: ""}
+    for loss_on, cell, reason in (
+        ("last", turns(("س1", "ج1"), ("س2", "ج2", 0)), "no answer to train on"),
+        ("all", turns(("س1", "ج1", 0), ("س2", "ج2", 0)), "no answer to train on"),
+        ("last", turns(("س1", " "), ("س2", "ج2")), "empty answer"),
+        ("last", turns(("س1", "ج1"), ("", "ج2")), "empty question"),
+    ):
+        assert canonical_row({"messages": cell}, CONVERSATION, "x", {}, loss_on) == reason
+
+
+def test_what_is_no_conversation_names_its_row_and_quotes_nothing() -> None:
+    user, assistant = {"role": "user", "content": "سر"}, {"role": "assistant", "content": "جواب"}
+    wrong = []
+    for cell in (
+        [user, assistant, user],
+        [user, user, assistant],
+        [assistant, user],
+        [user, {"role": "سر", "content": "x"}],
+        [{"role": "system", "content": "x"}],
+        [user, {**assistant, "weight": -1}],
+        [user, {**assistant, "weight": "سر"}],
+        [user, {**assistant, "weight": float("inf")}],
+        [user, {**assistant, "content": [{"text": "سر"}]}],
+        [user, {"role": "assistant"}],
+    ):
+        with pytest.raises(DataError) as refused:
+            canonical_row({"messages": cell}, CONVERSATION, "x, row 7", {}, "all")
+        wrong += [] if "x, row 7" in str(refused.value) and "سر" not in str(refused.value) else [str(refused.value)]
+    assert wrong == []
+    # A weight is not dropped where only one exchange is read.
+    with pytest.raises(DataError, match="x, row 7"):
+        canonical_row({"messages": [user, {**assistant, "weight": 0.5}]}, CONVERSATION, "x, row 7", {})
 
 
 def test_cells_become_text() -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from sevpeft.errors import RunError, UsageError
-from sevpeft.evaluation.arms import check_adapter, check_arms, differences, parse_arms, parse_seeds
+from sevpeft.evaluation.arms import (
+    CURRICULA,
+    arm_of,
+    check_adapter,
+    check_arms,
+    differences,
+    parse_arms,
+    parse_seeds,
+    parse_vary,
+)
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from tests.evaluation.conftest import QUICKSTART
@@ -40,11 +50,55 @@ def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, r
     for settings, output, arms, kind, key in (
         (["severity.control=shuffled"], tmp_path, ["ce"], UsageError, "severity.control"),
         (["training.load_best_model_at_end=true"], tmp_path, ["ce"], UsageError, "training.load_best_model_at_end"),
+        (["prompt.severity=gold"], tmp_path, ["ce", "prompt"], UsageError, "prompt.severity"),
+        (["training.packing=true"], tmp_path, ["ce", "oversampled"], UsageError, "training.max_steps"),
         (["severity.weights=mild"], tmp_path, ["own", "mild"], UsageError, "mild"),
         ([], run.folder, ["ce"], RunError, "--output"),
     ):
         with pytest.raises(kind, match=key):
             check_arms(load_recipe(QUICKSTART, settings), arms, output)
+
+
+def test_competitors_use_severity_elsewhere_than_in_the_loss() -> None:
+    prompt, name = arm_of(QUICKSTART, [], "prompt", 1, "strong")
+    assert (name, prompt.prompt.severity, prompt.severity.control) == ("prompt-1", "predicted", "uniform")
+    drawn, name = arm_of(QUICKSTART, [], "oversampled", 1, "strong")
+    assert (name, drawn.severity.weights, drawn.severity.control) == ("oversampled-strong-1", "strong", "oversampled")
+    assert drawn.prompt.severity == "none"
+
+
+def test_arms_of_a_curriculum_have_weight_one_and_the_others_no_curriculum(run: Run, tmp_path: Path) -> None:
+    def ways(*overrides: str) -> dict[str, tuple[str, ...]]:
+        arms = ("ce", "balanced", *sorted({*CURRICULA} - {"competence"}))  # which takes no shares
+        recipes = {arm: arm_of(QUICKSTART, overrides, arm, 0, "balanced")[0] for arm in arms}
+        return {arm: (one.curriculum.kind, one.curriculum.order, one.severity.control) for arm, one in recipes.items()}
+
+    found = ways()
+    assert found["curriculum"] == ("cumulative", "easy_first", "uniform") and found["ce"][0] == "none"
+    assert found["disjoint"] == ("disjoint", "easy_first", "uniform") and found["icft"][0] == "icft"
+    own = ways("curriculum.kind=disjoint", "curriculum.shares=[.5, .3, .2]")
+    assert own["curriculum_reverse"] == ("disjoint", "hard_first", "uniform")
+    assert own["curriculum_shuffled"] == ("disjoint", "shuffled", "uniform")
+    assert own["balanced"][0] == own["ce"][0] == "none" and own["balanced"][2] == "none"
+    unmatched = load_recipe(QUICKSTART, ["curriculum.kind=disjoint", "curriculum.epochs_per_stage=2"])
+    check_arms(unmatched, ["ce", "mild"], tmp_path)
+    with pytest.raises(UsageError, match=r"curriculum\.epochs_per_stage"):
+        check_arms(unmatched, ["ce", "curriculum"], tmp_path)
+
+
+def test_a_ladder_does_one_published_difference_after_another() -> None:
+    loop = ("no_end_token=true", "labels=question_and_answer", "unnormalized=true", "evaluation_template='{question}'")
+    words = [*(f"as_published.{one}" for one in loop), "severity.reduction=examples", "generation.do_sample=true"]
+    _, arms = parse_vary("ladder", QUICKSTART, words)
+    names = ["severity.reduction", "unnormalized", "no_end_token", "labels", "severity.control", "evaluation_template"]
+    assert list(arms) == ["ours", *names, "generation.do_sample"]
+    recipes = [load_recipe(QUICKSTART, [*words, *settings]) for settings in arms.values()]
+    ours = load_recipe(QUICKSTART, ["severity.control=uniform"])
+    assert (recipes[0], recipes[-1]) == (ours, load_recipe(QUICKSTART, words))
+    for before, after in pairwise(one.model_dump() for one in recipes):
+        assert len(differences(before, after)) == 1
+    with pytest.raises(UsageError, match="as_published"):
+        parse_vary("ladder", QUICKSTART, ["severity.control=uniform"])
 
 
 def test_what_differs_is_named_by_its_path() -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
+from rich.console import Console
 from safetensors.torch import load_file
 
 from sevpeft.errors import Interrupted, ModelError, RunError, SevpeftError, UsageError
 from sevpeft.evaluation import compare as module
+from sevpeft.evaluation.arms import arm_of
 from sevpeft.evaluation.compare import compare
+from sevpeft.evaluation.report.page import write_report
 from sevpeft.evaluation.scores import SAFETY
+from sevpeft.evaluation.tables import comparison_tables
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.train import train
@@ -237,6 +243,23 @@ def test_controls_have_the_weights_that_validation_chose(output: Path, settings:
     assert [line for line in trained if line.startswith("train")] == ["train strong-0", "train shuffled-strong-0"]
 
 
+def test_competitors_are_compared_with_the_chosen_weights_outside_the_verdict(
+    output: Path, settings: list[str], trained: list[str]
+) -> None:
+    before = stored(output)
+    content = compared(settings, output, arms=("ce", "balanced", "shuffled", "prompt", "oversampled"))
+    assert [line for line in trained if line.startswith("train")] == ["train prompt-0", "train oversampled-balanced-0"]
+    assert content["verdict"] == before["verdict"]
+    nll = content["scores"]["critical"]["metrics"]["nll"]
+    assert set(nll["prompt"]["against"]) == set(nll["oversampled"]["against"]) == {"ce", "shuffled", "balanced"}
+    assert nll["balanced"] == before["scores"]["critical"]["metrics"]["nll"]["balanced"]
+    assert nll["prompt"]["value"] != nll["ce"]["value"] and content["notes"][-1].startswith("Steps: ce 3, ")
+    console = Console(file=io.StringIO(), width=80)
+    console.print(comparison_tables(content))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "prompt − balanced" in shown and max(map(len, shown.splitlines())) <= 80
+
+
 def test_a_recipe_that_was_refused_can_be_corrected(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +321,98 @@ def test_runs_that_were_not_trained_alike_are_not_compared(
         run.update_metrics(**{section: {**run.metrics()[section], **changed}})
         with pytest.raises(RunError, match=rf"balanced-0 .*ce-0 .*\(other {name}\)"):
             compared(settings, other)
+
+
+@pytest.fixture
+def unlabeled(tmp_path: Path) -> str:
+    """Consultations without a severity, whose weights stand in a column."""
+    lines = (json.dumps({"question": f"سؤال {n}", "answer": f"جواب {n}", "weight": 1 + n % 3}) for n in range(60))
+    (tmp_path / "unlabeled.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return f"data.path={tmp_path / 'unlabeled.jsonl'}"
+
+
+def test_values_of_a_setting_are_arms_that_are_compared_with_the_first(
+    settings: list[str], unlabeled: str, tmp_path: Path, trained: list[str]
+) -> None:
+    words = [*settings, unlabeled, "severity.control=uniform", "training.max_steps=1"]
+    vary = "training.learning_rate=1e-3,0.5"
+    content = compared(words, tmp_path / "out", vary=vary, seeds=(0, 1))
+    names = ["1e-3-0", "0.5-0", "1e-3-1", "0.5-1"]
+    assert [line for line in trained if line.startswith("train")] == [f"train {name}" for name in names]
+    assert content["columns"] == {**content["columns"], "1e-3": "training.learning_rate=1e-3"}
+    assert list(content["columns"]) == ["base", "1e-3", "0.5"]
+    nll = content["scores"]["all"]["metrics"]["nll"]
+    assert {arm: list(of["against"]) for arm, of in nll.items()} == {"base": ["1e-3"], "1e-3": [], "0.5": ["1e-3"]}
+    assert nll["0.5"]["against"]["1e-3"]["value"] == pytest.approx(nll["0.5"]["value"] - nll["1e-3"]["value"])
+    assert content["verdict"].startswith("training.learning_rate, validation NLL: 1e-3 ")
+    assert (content["chosen"], content["controls_of"], content["primary"]["stratum"]) == (None, None, "all")
+    assert load_recipe(tmp_path / "out" / "0.5-1" / "recipe.yaml").training.settings()["learning_rate"] == 0.5
+    trained.clear()
+    assert compared(words, tmp_path / "out", vary=vary, seeds=(0, 1)) == content and trained == []
+    written = write_report(tmp_path / "out").path.read_text(encoding="utf-8")
+    assert "0.5 − 1e-3" in written
+
+
+def test_each_step_of_a_ladder_is_compared_with_the_one_before(settings: list[str], tmp_path: Path) -> None:
+    words = [*settings, "training.max_steps=1", "severity.control=uniform", "as_published.unnormalized=true"]
+    words += ["generation.do_sample=true"]
+    content = compared(words, tmp_path / "out", vary="ladder", answers=True, seeds=(3,))
+    assert list(content["columns"]) == ["base", "ours", "unnormalized", "generation.do_sample"]
+    for name in ("nll", "chrf"):
+        against = {arm: list(of["against"]) for arm, of in content["scores"]["all"]["metrics"][name].items()}
+        assert against == {"base": []} | {arm: [before] for before, arm in pairwise(content["columns"])}
+    ours, scaled, sampled = (tmp_path / "out" / f"{arm}-3" for arm in list(content["columns"])[1:])
+    # What evaluation alone does otherwise changes nothing that is learned.
+    assert_same_bits(scaled, sampled)
+    assert load_recipe(sampled / "recipe.yaml").generation.seed == 3
+    losses = [Run(one).metrics()["training"]["train_loss"] for one in (ours, scaled)]
+    assert losses[1] == 8 * losses[0]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(comparison_tables(content))
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, shown)) <= 80 and sum(line.startswith("unnormalized ") for line in shown) == 4
+
+
+def test_values_that_cannot_be_compared_are_refused_before_anything_is_trained(
+    settings: list[str], unlabeled: str, tmp_path: Path
+) -> None:
+    wrong, words = [], [*settings, unlabeled, "severity.control=uniform"]
+    for vary, part in (
+        ("data.seed=0,1", "data.seed"),
+        ("data.test_size=5,6", "data.test_size"),
+        ("data.max_rows=50,60", "data.max_rows"),
+        ("training.seed=0,1", "training.seed"),
+        ("model.name_or_path=a,b", "model.name_or_path"),
+        ("training.learning_rate=1e-4", "1e-4"),
+        ("training.learning_rate=1e-4,1e-4", "1e-4"),
+        ("training.learning_rate", "learning_rate"),
+        ("training.learning_rat=1,2", "training.learning_rate"),
+        ("severity.weights={critical: 2, neutral: 1},mild", "severity.weights"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            compared(words, tmp_path / "out", vary=vary)
+        wrong += [] if part in str(refused.value) and "\n" not in str(refused.value) else [(vary, str(refused.value))]
+    assert wrong == [] and not (tmp_path / "out").exists()
+
+
+def test_ready_made_weights_are_compared_with_their_controls(
+    settings: list[str], unlabeled: str, tmp_path: Path
+) -> None:
+    words = [*settings, unlabeled, "severity.source=weight", "training.max_steps=1"]
+    with pytest.raises(RunError, match=r"no severity; .*--arms .*own"):
+        compared(words, tmp_path / "out", arms=("ce", "balanced"))
+    content = compared(words, tmp_path / "out", arms=("ce", "own", "shuffled"))
+    assert (content["chosen"], content["controls_of"]) == ("own", "own")
+    assert content["verdict"].startswith("No verdict") and list(content["scores"]) == ["all"]
+    assert list(content["scores"]["all"]["metrics"]["nll"]["own"]["against"]) == ["ce", "shuffled"]
+    weights = {name: Run(tmp_path / "out" / name).metrics()["weights"] for name in ("own-0", "shuffled-own-0", "ce-0")}
+    assert weights["own-0"]["histogram"] == weights["shuffled-own-0"]["histogram"] != weights["ce-0"]["histogram"]
+
+
+def test_presets_beside_ready_made_weights_weigh_by_the_severity_columns(settings: list[str]) -> None:
+    words = [*settings, "severity.source=weight", "severity.weight_column=w"]
+    sources = {arm: arm_of(QUICKSTART, words, arm, 0, "mild")[0].severity.source for arm in ("own", "mild", "shuffled")}
+    assert sources == {"own": "weight", "mild": "columns", "shuffled": "columns"}
 
 
 def test_several_processes_of_a_launcher_are_refused(settings: list[str], tmp_path: Path, monkeypatch: Any) -> None:

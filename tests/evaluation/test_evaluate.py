@@ -25,6 +25,7 @@ from sevpeft.evaluation import bertscore
 from sevpeft.evaluation import evaluate as module
 from sevpeft.evaluation.evaluate import RowFile, evaluate
 from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.safety import rules
 from sevpeft.evaluation.scores import METRICS
 from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.evaluation.tables import evaluation_tables
@@ -194,6 +195,56 @@ def test_predictions_of_other_settings_or_another_adapter_are_refused(run: Run) 
     with pytest.raises(RunError, match="adapter is another"):
         evaluate(run, limit=3)
     assert (run.folder / "predictions.jsonl").read_bytes() == kept
+
+
+def test_the_severity_of_the_prompt_belongs_to_what_is_kept_and_an_oracle_says_so(run: Run) -> None:
+    recipe, about = run.folder / "recipe.yaml", run.folder / "likelihood.about.json"
+    less: dict[str, Any] = {"limit": 3, "arms": ["adapter"], "answers": False, "floors": False}
+
+    def changed(*settings: str, keep: bool = False) -> dict[str, Any]:
+        run.write_text("recipe.yaml", load_recipe(recipe, [f"prompt.{one}" for one in settings]).to_yaml())
+        if not keep:
+            (run.folder / "likelihood.jsonl").unlink(missing_ok=True)
+        return evaluate(run, **less)
+
+    # As before there was a severity in prompts, so that what was kept then stays.
+    assert not any("everity" in note for note in changed()["notes"])
+    origin = json.loads(about.read_text(encoding="utf-8"))
+    new = ("examples", "english_template", "english_cue")
+    old = {**origin, "prompt": {key: value for key, value in origin["prompt"].items() if key not in new}}
+    del old["severities_by"], old["evaluation_template"]
+    about.write_text(json.dumps(old), encoding="utf-8")
+    evaluate(run, **less)
+    for setting, key in (
+        ("severity=predicted", "prompt.severity "),
+        ("examples=[{question: س, answer: ج}]", "examples"),
+    ):
+        with pytest.raises(RunError, match=key):
+            changed(setting, keep=True)
+    notes = changed()["notes"]
+    origin = json.loads(about.read_text(encoding="utf-8"))
+    assert origin["severities_by"] == {"source": "rules", "version": rules().version}
+    assert about.stat().st_mode & 0o077 == 0  # it holds the examples
+    assert any("trained: None" in note for note in notes) and not any("oracle" in note for note in notes)
+    assert any("oracle" in note for note in changed("severity=gold", "examples=null")["notes"])
+
+
+def test_the_published_prompt_of_an_evaluation_is_asked_with_and_the_training_s_stays(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(run, limit=3)
+    path = run.folder / "recipe.yaml"
+    run.write_text("recipe.yaml", load_recipe(path, ["as_published.evaluation_template='{question}'"]).to_yaml())
+    with pytest.raises(RunError, match="evaluation_template"):
+        evaluate(run, limit=3)
+    for name in ("predictions", "likelihood"):
+        (run.folder / f"{name}.jsonl").unlink()
+    prompts: list[Any] = []
+    generated = module.generate
+    monkeypatch.setattr(module, "generate", lambda *of: prompts.append(of[1]) or generated(*of))
+    evaluate(run, limit=3)
+    assert [prompt.text("Where? أين؟") for prompt in prompts] == ["Where? أين؟"] * 2
+    assert module.resolve_model(load_recipe(path)).prompt.text("أين؟") == "السؤال: أين؟\nالجواب:"
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(

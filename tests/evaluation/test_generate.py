@@ -349,7 +349,7 @@ def test_a_row_has_the_likelihood_of_its_own_tokens_whatever_the_batch(
         model = build_model(architecture)
         nll, tokens = nll_of(model, prompt, validation)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_NLL_TOKENS", 1)
+            patch.setattr(module, "NLL_TOKENS", 1)
             alone, _ = nll_of(model, prompt, validation)
         with torch.no_grad():
             scores = torch.log_softmax(model(input_ids=torch.tensor([question + answer])).logits[0], dim=-1)
@@ -363,7 +363,7 @@ def test_a_row_has_the_likelihood_of_its_own_tokens_whatever_the_batch(
 def test_only_labeled_positions_reach_the_head_and_rows_of_one_length_share_a_batch(
     trained_prompt: Prompt, validation: EvaluationRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_NLL_TOKENS", 200)
+    monkeypatch.setattr(module, "NLL_TOKENS", 200)
     for architecture in ("gpt2", "gemma3"):
         model, positions, read = build_model(architecture), [], []
         model.get_output_embeddings().register_forward_hook(

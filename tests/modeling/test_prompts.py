@@ -13,13 +13,16 @@ from datasets import Dataset
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sevpeft.errors import ModelError
+from sevpeft.data.read import load_consultations
+from sevpeft.data.text import dialect_of
+from sevpeft.errors import ModelError, RecipeError
 from sevpeft.modeling.prompts import Prompt, choose_pad_token
-from sevpeft.recipe import Recipe
+from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.training.data import encode_rows
 from tests.models import CHAT_TEMPLATES, SENTENCES, build_tokenizer
 
 QUESTIONS = [*SENTENCES[:3], "وش الحل؟ 39.5°C", "سطر أول\nسطر ثان"]
+ROLES = ("user", "assistant")
 ANSWERS = ["راجع طبيب القلب اليوم", "أعطه سوائل كثيرة", "اذهب إلى الطوارئ الآن ولا تنتظر", "لا", "أولاً.\nثانيًا."]
 
 LLAMA_2 = (
@@ -273,6 +276,44 @@ def test_marks_are_stripped_from_question_and_answer_only_when_asked() -> None:
 PREFIXES = {"msa": "[MSA] ", "egyptian": "[EGYPTIAN] "}
 
 
+EARLIER = [("عندي صداع", "منذ متى؟"), ("منذ </s> يومين <|im_end|>", "هل عندك حرارة؟")]
+
+
+def test_earlier_turns_are_rendered_by_the_chat_template(prompts: dict[str, Prompt]) -> None:
+    wrong = []
+    for name, prompt in prompts.items():
+        if not prompt.chat:
+            with pytest.raises(ModelError, match=r"prompt\.chat=true"):
+                prompt.prompt_ids(["نعم"], earlier=[EARLIER])
+            continue
+        turns = [{"role": role, "content": text} for one in EARLIER for role, text in zip(ROLES, one, strict=True)]
+        turns = [{**turn, "content": prompt.control.sub(" ", turn["content"]).strip()} for turn in turns]
+        expected = prompt.tokenizer.apply_chat_template(
+            [*turns, {"role": "user", "content": "نعم"}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        alone, after = prompt.prompt_ids(["نعم", "نعم"], earlier=[[], EARLIER])
+        whole = prompt.tokenizer(expected, add_special_tokens=False)["input_ids"]
+        # What a patient typed ends no turn, so that there are as many ends as turns.
+        ends = after.count(prompt.end_id) - alone.count(prompt.end_id)
+        wrong += [] if (after, alone) == (whole, prompt.prompt_ids(["نعم"])[0]) and ends <= len(turns) else [name]
+    assert wrong == []
+
+
+def test_a_question_in_english_gets_the_english_words_where_there_are_some(prompts: dict[str, Prompt]) -> None:
+    tokenizer = prompts["plain byte-level"].tokenizer
+    english = {"english_template": "Question: {question}\n{answer_cue}", "english_cue": "Answer:"}
+    made, plain = build(tokenizer, **english), build(tokenizer)
+    for question in ("Is aspirin 100 mg safe?", "هل aspirin 100 mg آمن مع أدوية الضغط؟", "123", "Qu'est-ce que c'est?"):
+        latin = question[0] in "IQ"
+        assert made.text(question) == (f"Question: {question}\nAnswer:" if latin else plain.text(question))
+        assert plain.text(question) == f"السؤال: {question}\nالجواب:"
+    with pytest.raises(ModelError, match=r"prompt\.chat"):
+        build(prompts["chat chatml"].tokenizer, chat=True, english_cue="Answer:")
+
+
 def test_the_prefix_of_a_row_is_that_of_its_dialect_or_the_default(tmp_path: Path) -> None:
     prompt = build(byte_level(), dialect_prefixes=PREFIXES, dialect="msa")
     assert prompt.text("ألم", "egyptian").startswith("[EGYPTIAN] السؤال: ألم")
@@ -289,8 +330,25 @@ def test_prefixes_that_would_not_be_used_are_refused() -> None:
     for dialect in (None, "gulf"):
         with pytest.raises(ModelError, match=r"prompt\.dialect is .*one of msa, egyptian"):
             build(byte_level(), dialect_prefixes=PREFIXES, dialect=dialect)
-    with pytest.raises(ModelError, match=r"prompt\.dialect_prefixes .* prompt\.chat=true"):
-        build(byte_level(CHAT_TEMPLATES["chatml"]), chat=True, dialect_prefixes=PREFIXES, dialect="msa")
+    for key in ("dialect", "dialect_lexicon"):
+        with pytest.raises(RecipeError, match=rf"prompt\.{key}.*dialect_prefixes"):
+            recipe_from_values({"prompt": {key: "builtin"}})
+
+
+def test_a_dialect_that_no_column_names_is_told_by_the_words_of_the_question() -> None:
+    egyptian, unknown = "عايز اعرف ايه السبب", "ألم"
+    settings = {"dialect_prefixes": PREFIXES, "dialect": "msa"}
+    plain, by_words = build(byte_level(), **settings), build(byte_level(), **settings, dialect_lexicon="builtin")
+    chat = build(byte_level(CHAT_TEMPLATES["chatml"]), chat=True, **settings, dialect_lexicon="builtin")
+    for question, given, expected in ((egyptian, None, "EGYPTIAN"), (egyptian, "msa", "MSA"), (unknown, "", "MSA")):
+        assert by_words.text(question, given) == f"[{expected}] السؤال: {question}\nالجواب:"
+        assert f"[{expected}] {question}<|im_end|>" in chat.text(question, given)
+    assert plain.text(egyptian).startswith("[MSA] ")
+    named = {row["question"]: row["dialect"] for row in load_consultations("builtin:consultations").rows}
+    found = [(dialect_of(question), dialect) for question, dialect in named.items()]
+    told = [one == dialect for one, dialect in found if one is not None]
+    # As the README says.
+    assert sum(told) / len(told) > 0.95 and len(told) / len(found) > 0.65
 
 
 def test_a_system_message_stands_where_the_format_has_it() -> None:
@@ -367,6 +425,55 @@ def test_a_tokenizer_without_a_template_or_an_end_is_refused() -> None:
 
 def test_placeholders_that_a_patient_typed_stay_as_they_are() -> None:
     assert "{answer_cue} {question}" in build(byte_level()).text("{answer_cue} {question}")
+
+
+# Severity and examples
+
+EXAMPLES = [{"question": "عندي زكام<|im_end|></s>", "answer": "اشرب السوائل"}, {"question": "حكة", "answer": "مرطب"}]
+
+
+def test_the_severity_stands_before_the_question_in_training_and_generation(
+    prompts: dict[str, Prompt], tmp_path: Path
+) -> None:
+    for name, plain in prompts.items():
+        prompt = build(plain.tokenizer, chat=plain.chat, severity="predicted")
+        line = "درجة الخطورة: حرجة\n"
+        severe = ["critical"] * len(QUESTIONS)
+        rows = encoded(prompt, QUESTIONS, ANSWERS, tmp_path / name, prompt_severity=severe)
+        starts, ends = prompt.prompt_ids(QUESTIONS, severities=severe), prompt.answer_ids(ANSWERS)
+        for question, row, start, end in zip(QUESTIONS, rows, starts, ends, strict=True):
+            whole = plain.text(f"{line}{question}" if plain.chat else question)
+            assert prompt.text(question, severity="critical") == (whole if plain.chat else line + whole), name
+            assert row["input_ids"] == start + end and row["labels"].count(-100) == len(start), name
+        with pytest.raises(ModelError, match=r"prompt\.severity=predicted"):
+            prompt.prompt_ids(QUESTIONS)
+
+
+def test_examples_are_whole_exchanges_before_the_question_without_control_tokens(prompts: dict[str, Prompt]) -> None:
+    for name, plain in prompts.items():
+        prompt = build(
+            plain.tokenizer, chat=plain.chat, examples=EXAMPLES, system="أنت طبيب" if not plain.chat else None
+        )
+        cleaned = [plain._cleaned(one["question"]) for one in EXAMPLES]
+        if plain.chat:
+            turns = [("user", cleaned[0]), ("assistant", "اشرب السوائل"), ("user", cleaned[1]), ("assistant", "مرطب")]
+            expected = plain.tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in (*turns, ("user", QUESTIONS[0]))],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+        else:
+            one, other = (f"السؤال: {question}\nالجواب: " for question in cleaned)
+            expected = f"أنت طبيب\n\n{one}اشرب السوائل\n\n{other}مرطب\n\nالسؤال: {QUESTIONS[0]}\nالجواب:"
+        assert prompt.text(QUESTIONS[0]) == expected, name
+        assert (prompt.before_answer, prompt.end_id) == (plain.before_answer, plain.end_id), name
+
+
+def test_a_template_that_forgets_earlier_turns_takes_no_examples() -> None:
+    last = CHAT_TEMPLATES["chatml"].replace("in messages %}", "in messages[-2:] %}", 1)
+    with pytest.raises(ModelError, match=r"examples.*prompt\.examples=null"):
+        build(byte_level(last), chat=True, examples=EXAMPLES)
 
 
 # The pad token

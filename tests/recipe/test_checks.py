@@ -83,6 +83,10 @@ def test_a_wrong_value_is_answered_with_what_to_write() -> None:
         ("prompt: {template: 'hello'}", "prompt.template", "add {question}"),
         ("prompt: {template: '{question} {name}'}", "prompt.template", "{answer_cue}"),
         ("prompt: {dialect: MSA}", "prompt.dialect", "dialect_prefixes"),
+        ("prompt: {severity: golden}", "prompt.severity", "gold"),
+        ("prompt: {examples: [{question: a}]}", "prompt.examples.0.answer", "add it"),
+        ("as_published: {evaluation_template: السؤال}", "as_published.evaluation_template", "add {question}"),
+        ("as_published: {labels: prompt}", "as_published.labels", "question_and_answer"),
         ("severity: {weights: balancd}", "severity.weights", "write balanced"),
         ("severity: {weights: {non_critical: -1, neutral: 1, critical: 1}}", "severity.weights.non_critical", "0"),
         ("severity: {weights: {non_critical: .inf, neutral: 1, critical: 1}}",
@@ -103,6 +107,16 @@ def test_a_wrong_value_is_answered_with_what_to_write() -> None:
 
 def test_settings_that_would_do_silent_harm_are_refused() -> None:
     rows = (
+        *(
+            (f"{text}\nas_published: {{labels: all{more}}}", key, "leave it out")
+            for text, more, key in (
+                ("training: {packing: true}", "", "training.packing"),
+                ("training: {max_length: null}", "", "training.max_length"),
+                ("curriculum: {kind: disjoint, difficulty: length}", "", "curriculum.difficulty"),
+                ("data: {mix: {sources: {a: b}, ratios: 50-50}}", "", "data.mix"),
+                ("", ", no_end_token: true", "as_published.no_end_token"),
+            )
+        ),
         ("training: {max_steps: 0}", "training.max_steps", "-1"),
         ("training: {metric_for_best_model: rouge}", "training.metric_for_best_model", "loss_critical"),
         ("training: {metric_for_best_model: loss_critical, greater_is_better: true}",

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sevpeft.errors import WeightError
-from sevpeft.recipe import SEVERITY_PRESETS, recipe_from_values
-from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines, severity_weights
+from sevpeft.errors import DataError, RecipeError, WeightError
+from sevpeft.recipe import SEVERITY_PRESETS, Recipe, recipe_from_values
+from sevpeft.severity.weights import (
+    WeightSummary,
+    advice,
+    effective_sample,
+    histogram_lines,
+    oversample,
+    severity_weights,
+)
+from sevpeft.training.data import load_splits, source_index, weigh
 
 BALANCED, UNEQUAL = SEVERITY_PRESETS["balanced"], (0.5, 1.0, 4.0)
 
@@ -51,6 +61,17 @@ def test_shuffled_is_the_same_multiset_in_another_order_by_its_seed() -> None:
     assert (one != real).mean() > 0.9 and abs(np.corrcoef(one, real)[0, 1]) < 0.15
     np.testing.assert_array_equal(one, severity_weights(probabilities, BALANCED, control="shuffled", seed=1))
     assert (one != severity_weights(probabilities, BALANCED, control="shuffled", seed=2)).mean() > 0.9
+
+
+def test_rows_are_drawn_as_often_as_they_weigh_and_each_once_where_all_weigh_the_same() -> None:
+    for weight in (0.1, 1.0, 1 / 3):
+        np.testing.assert_array_equal(oversample(np.full(997, weight), 3), np.arange(997))
+    weights = severity_weights(random_probabilities(), (0.25, 1.0, 4.0))
+    counts = [np.bincount(oversample(weights, seed), minlength=500) for seed in range(40)]
+    expected = 500 * weights / weights.sum()
+    for count in counts:
+        assert count.sum() == 500 and (np.abs(count - expected) < 1).all()
+    assert np.abs(np.mean(counts, axis=0) - expected).mean() < 0.07 and (counts[0] != counts[1]).any()
 
 
 def test_constant_is_the_mean_for_everyone_and_uniform_is_one() -> None:
@@ -125,3 +146,71 @@ def test_advice_is_given_where_the_weights_do_nothing_or_a_few_decide() -> None:
     for weights, remedy in rows:
         given = advice(WeightSummary.of(weights, None)) or ""
         assert remedy in given and bool(remedy) == bool(given), given
+
+
+def weighted(path: Path, weights: list[Any], column: str = "weight", **severity: Any) -> Recipe:
+    rows = [{"question": f"سؤال {n}", "answer": f"جواب {n}", column: one} for n, one in enumerate(weights)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    section = {"source": "weight", "weight_column": column, **severity}
+    return recipe_from_values({"data": {"path": str(path), "test_size": 5}, "severity": section})
+
+
+def test_ready_made_weights_are_used_as_they_stand_and_controls_work_with_them(tmp_path: Path) -> None:
+    given = [0, "0,5", " 2.5 ", 1, "٠٫٧٥", 3] * 10
+    numbers = np.array([0, 0.5, 2.5, 1, 0.75, 3] * 10)
+    for column in ("weight", "importance"):
+        _, splits, severity = load_splits(recipe := weighted(tmp_path / f"{column}.jsonl", given, column))
+        kept = source_index(splits.train)
+        weights, summary = weigh(recipe, severity, kept)
+        np.testing.assert_array_equal(weights, numbers[kept])
+        assert severity is not None and (severity.strata == -1).all() and summary.severities == {}
+        found = {}
+        for control in ("shuffled", "constant", "uniform"):
+            recipe = weighted(tmp_path / f"{column}.jsonl", given, column, control=control, normalize="mean")
+            found[control] = weigh(recipe, severity, kept)[0]
+        np.testing.assert_allclose(np.sort(found["shuffled"]), np.sort(weights / weights.mean()))
+        np.testing.assert_allclose(found["constant"], 1)
+        np.testing.assert_array_equal(found["uniform"], 1)
+
+
+def test_severity_columns_beside_ready_made_weights_give_the_strata_alone(tmp_path: Path) -> None:
+    recipe = weighted(tmp_path / "x.jsonl", [1, 2, 3, 4, 5] * 8)
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = ["critical" if n % 2 else "neutral" for n in range(len(rows))]
+    lines = (json.dumps({**row, "severity": name}) for row, name in zip(rows, names, strict=True))
+    (tmp_path / "x.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    _, splits, severity = load_splits(recipe)
+    kept = source_index(splits.train)
+    weights, summary = weigh(recipe, severity, kept)
+    np.testing.assert_array_equal(weights, np.array([1, 2, 3, 4, 5] * 8)[kept])
+    assert summary.severities["critical"] == sum(names[at] == "critical" for at in kept)
+
+
+def test_a_weight_is_never_one_in_silence(tmp_path: Path) -> None:
+    fine, path = [1.0] * 40, tmp_path / "x.jsonl"
+    wrong = []
+    for bad, error, parts in (
+        ("heavy", DataError, ("Row 3", "weight")),
+        ("", WeightError, ("Row 3", "weight")),
+        (None, WeightError, ("Row 3", "weight")),
+        ("nan", WeightError, ("Row 3", "weight")),
+        (-1, WeightError, ("Row 3", "weight")),
+        ("inf", WeightError, ("Row 3", "weight")),
+        ([1], (DataError, WeightError), ("Row 3", "weight")),
+    ):
+        with pytest.raises(error) as refused:
+            load_splits(weighted(path, [*fine[:2], bad, *fine[3:]]))
+        text = str(refused.value)
+        wrong += [] if all(part in text for part in parts) and "heavy" not in text else [text]
+    assert wrong == []
+    with pytest.raises(WeightError, match=r"3 rows .*row 2"):
+        load_splits(weighted(path, [1, -1, -1, -1, *fine]))
+    _, splits, severity = load_splits(recipe := weighted(path, [0] * 40))
+    with pytest.raises(WeightError, match="zero"):
+        weigh(recipe, severity, source_index(splits.train))
+    weighted(path, fine, "importance")
+    with pytest.raises(WeightError, match=r"severity\.weight_column"):
+        load_splits(recipe)
+    for section in ({"weight_column": "w"}, {"source": "weight", "classifier": "x"}):
+        with pytest.raises(RecipeError, match=r"severity\."):
+            recipe_from_values({"severity": section})

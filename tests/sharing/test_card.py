@@ -42,6 +42,9 @@ def test_the_modelfile_ends_with_the_cue_and_leaves_the_beginning_to_llama_cpp()
     )
     filled = modelfile(prompt, recipe).split('"""')[1].replace("{{ .Prompt }}", "عندي صداع")
     assert filled == prompt.text("عندي صداع")
+    examples = [{"question": "سر", "answer": "لا"}]
+    more = recipe_from_values({"prompt": {"severity": "predicted", "examples": examples, "system": "أنت طبيب."}})
+    assert modelfile(Prompt.build(tokenizer, **more.prompt.model_dump()), recipe) == modelfile(prompt, recipe)
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.chat_template = "{{ bos_token }}{% for one in messages %}{{ one['content'] }}<|im_end|>{% endfor %}"
     recipe = recipe_from_values({"prompt": {"chat": True}, "generation": {"do_sample": True, "temperature": 0.7}})

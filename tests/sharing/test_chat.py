@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from sevpeft.errors import RunError
+from sevpeft.errors import ModelError, RunError
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
@@ -40,6 +40,29 @@ def test_an_answer_is_the_greedy_continuation_of_the_training_prompt(run: Run) -
     assert not torch.equal(logits, base), "it depends on the adapter"
     text = chat.prompt.tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert chat.answer("عندي صداع", max_new_tokens=12) == text
+
+
+def test_the_severity_is_predicted_when_the_question_comes_and_an_oracle_cannot_be_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def card_of(asked: str, *more: str) -> str:
+        settings = [f"prompt.severity={asked}", *more]
+        run.write_text("recipe.yaml", load_recipe(run.folder / "recipe.yaml", settings).to_yaml())
+        return write_card(run).read_text(encoding="utf-8")
+
+    assert "as published" in card_of("none", "as_published.labels=all") and "oracle" not in card_of("none")
+    card = card_of("predicted", "as_published.labels=answer")
+    assert "as published" not in card
+    assert card.count("{severity}") == 2 and "`درجة الخطورة: حرجة`" in card and "oracle" not in card
+    chat, seen = Chat(run), []
+    monkeypatch.setattr(chat.model, "generate", lambda **of: seen.append(of["input_ids"][0]) or of["input_ids"])
+    for question in ("عندي ألم شديد في الصدر مع ضيق تنفس وفقدت الوعي", "عندي زكام خفيف"):
+        chat.answer(question)
+    severe, mild = (chat.prompt.tokenizer.decode(ids).split("\n")[0] for ids in seen)
+    assert severe == "درجة الخطورة: حرجة" != mild and mild.startswith("درجة الخطورة: ")
+    assert "oracle" in card_of("gold")
+    with pytest.raises(ModelError, match=r"prompt\.severity=predicted"):
+        Chat(run).answer("عندي زكام")
 
 
 def test_the_card_is_read_by_the_hub_and_holds_the_measured_figures(run: Run) -> None:

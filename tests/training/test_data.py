@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,25 +19,32 @@ from trl import SFTConfig
 from sevpeft.data.prepare import PrepareSettings
 from sevpeft.data.prepare.prepare import prepare as prepare_data
 from sevpeft.errors import DataError, WeightError
-from sevpeft.modeling.prompts import Prompt
+from sevpeft.evaluation.evaluate import test_rows
+from sevpeft.evaluation.generate import fitting_prompts
+from sevpeft.modeling.prompts import FEWEST_QUESTION_WORDS, Prompt
 from sevpeft.recipe import Recipe, recipe_from_values
+from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.rules import Rules
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import (
-    FEWEST_QUESTION_WORDS,
     SeverityCollator,
     add_token_weights,
     encode_rows,
     load_splits,
     pack_rows,
+    prepare,
     row_names,
     rows_of,
     summary_of,
 )
 from sevpeft.training.oom import SplitOnOom
-from tests.models import SENTENCES
+from tests.models import CHAT_TEMPLATES, SENTENCES
 
 ANSWERS = ["راجع طبيب القلب اليوم", "لا", "أعطه سوائل كثيرة واعرضه على طبيب الأطفال إن استمرت الحرارة"]
 WORDS = " ".join(SENTENCES).split()
+ROLES = ("user", "assistant")
+LAST = "سؤال أخير طويل من سبع كلمات هنا"
+test_rows.__test__ = False  # type: ignore[attr-defined]  # a function of the package, not a test
 
 
 @pytest.fixture
@@ -65,7 +74,7 @@ def many_rows(count: int = 30) -> Dataset:
 def test_a_row_is_the_prompt_ignored_and_the_answer_labeled(encode: Callable, prompt: Prompt) -> None:
     rows = many_rows()
     encoded, report = encode(rows, None)
-    assert encoded.column_names == ["input_ids", "labels", "severity", "source_index"]
+    assert encoded.column_names == ["input_ids", "labels", "severity", "source_index", "turn_weight"]
     for row, source in zip(encoded, rows, strict=True):
         asked, answer = prompt.prompt_ids([source["question"]])[0], prompt.answer_ids([source["answer"]])[0]
         assert row["input_ids"] == asked + answer
@@ -288,6 +297,84 @@ def test_a_batch_gives_its_rows_back_and_is_cut_between_them() -> None:
         assert split.parts_of(batch, 3) == split.parts_of(batch, None) == [batch]
 
 
+# Severity in the prompt, examples, and rows drawn by severity
+
+
+def test_a_prompt_names_what_the_question_lets_predict_or_what_the_data_says(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"question": text, "answer": "جواب", "severity": SEVERITIES[n % 3]} for n, text in enumerate(SENTENCES)]
+    data.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    by_rules = dict(zip(SENTENCES, Rules.load().probabilities(SENTENCES).argmax(axis=1), strict=True))
+    own = {row["question"]: row["severity"] for row in rows}
+
+    def named(asked: str, **severity: Any) -> tuple[dict[str, str], Any]:
+        values = {"data": {"path": str(data), "test_size": 2, "validation_size": 2}, "severity": severity}
+        _, splits, _ = load_splits(recipe_from_values({**values, "prompt": {"severity": asked}}))
+        parts = [row for part in splits[:3] for row in part]
+        return {row["question"]: row.get("prompt_severity") for row in parts}, splits.prompt_severity
+
+    assert named("none") == (dict.fromkeys(SENTENCES), None)
+    assert named("gold") == (own, {"source": "gold"})
+    predicted = {text: SEVERITIES[at] for text, at in by_rules.items()}
+    assert predicted != own
+    for severity in ({}, {"source": "rules"}):
+        assert named("predicted", **severity) == (predicted, {"source": "rules", "version": Rules.load().version})
+    with pytest.raises(DataError, match="sevpeft classifier fit"):
+        named("predicted", source="linear", classifier=str(tmp_path))
+    data.write_text(data.read_text(encoding="utf-8").replace("severity", "other"), encoding="utf-8")
+    assert named("predicted", control="uniform")[0] == predicted
+    with pytest.raises(WeightError, match=r"prompt\.severity=predicted"):
+        named("gold", control="uniform")
+
+
+def test_a_long_question_is_shortened_but_neither_severity_examples_nor_answer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    examples = [{"question": SENTENCES[0], "answer": ANSWERS[0]}]
+    settings = {**Recipe().prompt.model_dump(), "severity": "gold", "examples": examples}
+    prompt = Prompt.build(tokenizer, **settings)
+    rows = table([" ".join(WORDS)] * 2, ANSWERS[1:], prompt_severity=["neutral", "critical"])
+    fixed = len(prompt.prompt_ids([""], severities=["neutral"])[0])
+    encoded, report = encode_rows(rows, prompt, fixed + 60, strata=None, cache_file=tmp_path / "rows.arrow")
+    assert report["shortened"] == 2 and report["refused"] == 0
+    for row, answer, name in zip(encoded, ANSWERS[1:], ("متوسطة", "حرجة"), strict=True):
+        text = tokenizer.decode(row["input_ids"][: row["labels"].count(IGNORED)])
+        before = f"السؤال: {SENTENCES[0]}\nالجواب: {ANSWERS[0]}\n\nدرجة الخطورة: {name}\nالسؤال: {WORDS[0]}"
+        assert text.startswith(before) and text.endswith("\nالجواب:")
+        assert [label for label in row["labels"] if label != IGNORED] == prompt.answer_ids([answer])[0]
+    with pytest.raises(DataError, match=r"training\.max_length"):
+        encode_rows(rows, prompt, fixed, strata=None, cache_file=tmp_path / "none.arrow")
+
+
+def test_a_question_that_is_an_example_stands_in_no_split() -> None:
+    before = load_splits(recipe_from_values({}))[1]
+    for name in ("train", "test"):
+        shown = [{"question": f"{getattr(before, name)[0]['question']}!", "answer": "لا"}]
+        after = load_splits(recipe_from_values({"prompt": {"examples": shown}}))[1]
+        for other in ("train", "validation", "test"):
+            left = getattr(before, other)["id"][1 if other == name else 0 :]
+            assert list(getattr(after, other)["id"]) == list(left), (name, other)
+
+
+def test_oversampling_draws_as_many_rows_by_their_weight_and_weighs_them_alike(prompt: Prompt, tmp_path: Path) -> None:
+    def prepared(name: str, **severity: Any) -> Any:
+        (tmp_path / name).mkdir()
+        recipe = recipe_from_values({"severity": severity, "data": {"max_rows": 120}})
+        return prepare(recipe, prompt, tmp_path / name)
+
+    uniform = prepared("uniform", control="uniform")
+    drawn = prepared("drawn", control="oversampled", weights={"non_critical": 0.5, "neutral": 1.0, "critical": 3.0})
+    again = prepared("again", control="oversampled", weights={"non_critical": 0.5, "neutral": 1.0, "critical": 3.0})
+    equal = prepared("equal", control="oversampled", weights={"non_critical": 2.0, "neutral": 2.0, "critical": 2.0})
+    assert list(drawn.train) == list(again.train) and list(equal.train) == list(uniform.train)
+    assert len(drawn.train) == len(uniform.train) == drawn.weights.consultations
+    assert {weight for row in drawn.train["token_weights"] for weight in row} == {0.0, 1.0}
+    counts, before = drawn.weights.severities, uniform.weights.severities
+    total = sum(weight * before[name] for name, weight in zip(SEVERITIES, (0.5, 1.0, 3.0), strict=True))
+    for name, weight in zip(SEVERITIES, (0.5, 1.0, 3.0), strict=True):
+        assert counts[name] == pytest.approx(weight * before[name] / total * len(drawn.train), abs=8), name
+
+
 # Names of rows, and prepared folders
 
 
@@ -300,6 +387,100 @@ def test_a_row_has_the_number_that_it_has_in_the_data_and_not_among_the_training
     assert names([[4, 5, 6], []]) == []
     several = Dataset.from_dict({"row": [1, 2, 1, 2], "file": ["a.csv", "a.csv", "b.csv", "b.csv"]})
     assert row_names(encoded, several)([[4, 5]]) == ["row 2 of a.csv"], "where there are several files"
+
+
+def conversations(path: Path, **data: Any) -> Recipe:
+    """Twenty conversations of three exchanges, whose second answer has the weight .5, and twenty single exchanges."""
+    lines = []
+    for number in range(20):
+        said = [(f"عندي صداع رقم {number}", "منذ متى؟", None), ("منذ يومين", "هل عندك حرارة؟", 0.5)]
+        for turns in ([*said, ("نعم قليلة", f"راجع الطبيب {number}", None)], [(f"سؤال {number}", "جواب", None)]):
+            messages = []
+            for asked, answered, weight in turns:
+                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+                messages[-1] |= {} if weight is None else {"weight": weight}
+            lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    values = {"data": {"path": str(path), "test_size": 8, **data}, "severity": {"control": "uniform"}}
+    return recipe_from_values({**values, "prompt": {"chat": True}, "training": {"max_length": None}})
+
+
+@pytest.fixture
+def chat(tokenizer: PreTrainedTokenizerFast) -> Prompt:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATES["qwen3"]
+    return Prompt.build(tokenizer, **{**Recipe().prompt.model_dump(), "chat": True})
+
+
+def test_each_answer_of_a_conversation_that_is_trained_on_is_a_row_after_its_earlier_turns(
+    chat: Prompt, tmp_path: Path
+) -> None:
+    for loss_on, each, weights in (("last", 1, [1.0]), ("all", 3, [1.0, 0.5, 1.0])):
+        recipe = conversations(tmp_path / "x.jsonl", loss_on=loss_on)
+        scratch = tmp_path / loss_on
+        scratch.mkdir()
+        found = prepare(recipe, chat, scratch)
+        rows, at = load_splits(recipe)[1].train, 0
+        assert found.summary["encoding"]["train"]["refused"] == 0
+        for row in rows:
+            number = each if row["turns"] else 1
+            own = found.train.select(range(at, at + number))
+            assert [max(one["token_weights"]) for one in own] == (weights if row["turns"] else [1.0])
+            for one in own:
+                answer = [label for label in one["labels"] if label != IGNORED]
+                assert one["labels"] == [IGNORED] * (len(one["labels"]) - len(answer)) + answer
+            assert answer == chat.answer_ids([row["answer"]])[0]
+            whole = chat.tokenizer.decode(own[number - 1]["input_ids"])
+            assert all(asked in whole for asked in row["question"].split("\n"))
+            at += number
+        assert at == len(found.train)
+
+
+def test_a_conversation_that_is_too_long_loses_its_earliest_turns_and_never_its_answer(chat: Prompt) -> None:
+    earlier = [[f"سؤال قديم رقم {number}", "جواب قديم"] for number in range(3)]
+    turns = json.dumps(
+        [*[[*one, 0.0] for one in earlier], ["سؤال أخير طويل من سبع كلمات هنا", "اذهب إلى الطوارئ", 1.0]]
+    )
+    rows = table(["كل شيء"], ["اذهب إلى الطوارئ"], turns=[turns])
+    answer = chat.answer_ids(["اذهب إلى الطوارئ"])[0]
+    lengths = [len(chat.prompt_ids([LAST], earlier=[earlier[start:]])[0]) + len(answer) for start in range(4)]
+    for limit, dropped in ((lengths[0], 0), (lengths[0] - 1, 1), (lengths[2], 2), (lengths[2] - 1, 3)):
+        with tempfile.TemporaryDirectory() as folder:
+            encoded, report = encode_rows(rows, chat, limit, strata=None, cache_file=Path(folder) / "x.arrow")
+            expected = chat.prompt_ids([LAST], earlier=[earlier[dropped:]])[0] + answer
+            assert encoded[0]["input_ids"] == expected and report["lost_words"] == 6 * dropped, limit
+    with tempfile.TemporaryDirectory() as folder:
+        encoded, report = encode_rows(rows, chat, lengths[3] - 1, strata=None, cache_file=Path(folder) / "x.arrow")
+        assert encoded[0]["input_ids"][-len(answer) :] == answer and report["lost_words"] > 18
+
+
+def test_what_is_evaluated_is_the_last_answer_after_the_true_earlier_turns(chat: Prompt, tmp_path: Path) -> None:
+    rows = test_rows(*load_splits(conversations(tmp_path / "x.jsonl", loss_on="all")))
+    assert rows.turns is not None and len(rows.turns) == 8
+    prompts, _ = fitting_prompts(rows, chat, None, [1] * 8)
+    for ids, question, reference, turns in zip(prompts, rows.questions, rows.references, rows.turns, strict=True):
+        before = [one[:2] for one in json.loads(turns)[:-1]] if turns else []
+        assert ids == chat.prompt_ids([question.split("\n")[-1]], earlier=[before])[0]
+        assert not turns or json.loads(turns)[-1][1] == reference
+
+
+def test_single_exchanges_of_messages_are_the_rows_that_columns_give(chat: Prompt, tmp_path: Path) -> None:
+    pairs = [(f"عندي صداع {number}", f"راجع الطبيب {number}") for number in range(20)]
+    (tmp_path / "columns.jsonl").write_text(
+        "\n".join(json.dumps({"question": asked, "answer": answered}) for asked, answered in pairs), encoding="utf-8"
+    )
+    rows = [[{"role": role, "content": text} for role, text in zip(ROLES, one, strict=True)] for one in pairs]
+    (tmp_path / "messages.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in rows), encoding="utf-8")
+    found = []
+    for name in ("columns", "messages"):
+        (tmp_path / name).mkdir()
+        values = {"data": {"path": str(tmp_path / f"{name}.jsonl")}, "severity": {"control": "uniform"}}
+        prepared = prepare(recipe_from_values(values), chat, tmp_path / name)
+        summary = {
+            key: value for key, value in prepared.summary.items() if key not in ("source", "fingerprint", "columns")
+        }
+        found.append((prepared.train[:], prepared.validation[:], summary, prepared.weights))
+    assert found[0] == found[1]
 
 
 def test_what_is_carved_from_a_prepared_folder_keeps_near_duplicates_together(tmp_path: Path) -> None:

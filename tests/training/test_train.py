@@ -150,6 +150,27 @@ def test_a_resumed_run_reports_damage_and_ends_with_the_same_bits(
     )
 
 
+def test_examples_severity_and_drawn_rows_are_those_of_the_start_and_private(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    examples = "prompt.examples=[{question: سؤال فريد, answer: جواب فريد}]"
+    more = [examples, "prompt.severity=predicted", "severity.control=oversampled", "training.max_length=320"]
+    recipe = load_recipe(QUICKSTART, [*settings, *more])
+    screen = Console(file=io.StringIO(), width=200)
+    whole = train(recipe, tmp_path / "whole", console=screen)
+    assert (whole.folder / "recipe.yaml").stat().st_mode & 0o077 == 0
+    assert "فريد" not in write_card(whole).read_text(encoding="utf-8") + screen.file.getvalue()  # type: ignore[attr-defined]
+    copy = Run(Path(shutil.copytree(whole.folder, tmp_path / "copy")))
+    shutil.rmtree(copy.adapter)
+    shutil.rmtree(copy.checkpoints / "checkpoint-4")
+    train(recipe, copy.folder, resume=True)
+    assert_same_bits(whole, copy)
+    with pytest.raises(RunError, match=r"prompt\.examples") as error:
+        (copy.adapter / "adapter_model.safetensors").unlink()
+        train(load_recipe(QUICKSTART, [*settings, *more[1:]]), copy.folder, resume=True)
+    assert "فريد" not in str(error.value)
+
+
 def test_a_run_is_trained_once_and_resumed_with_its_own_settings_only(copied: Run, settings: list[str]) -> None:
     recipe = load_recipe(QUICKSTART, settings)
     before = (copied.adapter / "adapter_model.safetensors").stat().st_mtime_ns

@@ -78,7 +78,7 @@ def make_config(folder: Path, **changes: Any) -> SFTConfig:
 def make_trainer(
     folder: Path, rows: Dataset, architecture: str = "llama", *, stock: bool = False, **options: Any
 ) -> Any:
-    names = ("reduction", "loraplus", "split_on_oom", "on_message", "callbacks")
+    names = ("reduction", "loraplus", "split_on_oom", "on_message", "callbacks", "curriculum")
     ours = {name: options.pop(name) for name in names if name in options}
     evaluation = options.pop("eval_dataset", None)
     lora = LoraConfig(
@@ -92,7 +92,7 @@ def make_trainer(
         rows = rows.select_columns([name for name in ("input_ids", "labels", "seq_lengths") if name in rows.features])
     return (SFTTrainer if stock else SeveritySFTTrainer)(
         model=options.pop("model", None) or build_model(architecture),
-        args=make_config(folder, **options),
+        args=options.pop("args", None) or make_config(folder, **options),
         train_dataset=rows,
         eval_dataset=evaluation,
         processing_class=build_tokenizer(),

@@ -104,8 +104,10 @@ def _run_page(folder: Path) -> dict[str, Any]:
         "scores": evaluation.get("scores", {}),
         "answers": by_arm,
         "losses": {key: metrics[key] for key in ("before", "after")} if "after" in metrics else {},
+        "curriculum": metrics.get("curriculum", {}),
         "curves": _loss_curves(_lines(folder / "log.jsonl")),
         "primary": None,
+        "choices": metrics.get("choices"),
         **{name: evaluation.get(name, {}) for name in _NEEDED},
         "facts": {
             **{heading: metrics.get(key, {}) for heading, key in _SECTIONS.items()},
