@@ -41,9 +41,8 @@ def with_sources(table: Consultations, data: TrainingDataSection, keep: Keep) ->
         table,
         rows=datasets.concatenate_datasets(parts),
         rejected=dict(sum((Counter(one.rejected) for one in tables), Counter[str]())),
-        fingerprint="+".join(
-            sorted(one.fingerprint for one in tables)
-        ),  # one of the Hub, which holds times, comes first
+        # Sorted, so that one of the Hub, which holds times, comes first.
+        fingerprint="+".join(sorted(one.fingerprint for one in tables)),
         source=f"{table.source} mixed with {', '.join(data.mix.sources)}",
     )
 

@@ -110,20 +110,20 @@ def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled
     Args:
         controlled: the arm whose weights a control has; its run is called shuffled-balanced-0, others balanced-0.
     """
-    settings = [f"training.seed={seed}"]
+    given, settings = load_recipe(path, overrides), [f"training.seed={seed}"]
     weights = controlled if arm in CONTROLS else arm
     if weights in SEVERITY_PRESETS:
         settings.append(f"severity.weights={weights}")
-        if load_recipe(path, overrides).severity.source == "weight":  # presets weigh by severity columns
+        if given.severity.source == "weight":  # presets weigh by severity columns
             settings += ["severity.source=columns", "severity.weight_column=weight"]
     if arm in (CE, *CONTROLS, *CURRICULA):
         settings.append(f"severity.control={arm if arm in CONTROLS else 'uniform'}")
     if arm == PROMPT:
         settings += ["severity.control=uniform", "prompt.severity=predicted"]
-    kind = load_recipe(path, overrides).curriculum.kind
     if arm in CURRICULA:
-        settings += ["curriculum.kind=cumulative"] * (kind == "none") + [f"curriculum.{CURRICULA[arm]}"]
-    elif kind != "none":
+        kind = ["curriculum.kind=cumulative"] * (given.curriculum.kind == "none")
+        settings += [*kind, f"curriculum.{CURRICULA[arm]}"]
+    elif given.curriculum.kind != "none":
         settings.append("curriculum.kind=none")
     name = f"{arm}-{controlled}-{seed}" if arm in CONTROLS else f"{arm}-{seed}"
     return load_recipe(path, [*overrides, *settings]), name
