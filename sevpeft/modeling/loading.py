@@ -24,7 +24,7 @@ from transformers import (
 from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, loading_errors
 from sevpeft.modeling import compat
-from sevpeft.modeling.packing import attend_within_documents
+from sevpeft.modeling.packing import set_up_attention
 from sevpeft.modeling.prompts import Prompt, choose_pad_token
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
@@ -191,7 +191,7 @@ def load_model(recipe: Recipe, precision: Precision | None, device_index: int = 
     Raises:
         ModelError: folder without config or with pickled weights only, id not reachable, weights damaged or missing.
     """
-    attend_within_documents()
+    set_up_attention()
     load_config(recipe)  # for its checks
     arguments: dict[str, Any] = {"dtype": precision.dtype if precision else "auto", "use_safetensors": True}
     if recipe.model.attn_implementation:

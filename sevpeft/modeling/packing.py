@@ -1,4 +1,4 @@
-"""Packed rows: a measurement of whether a model keeps documents apart, and attention that computes each one alone.
+"""Packed rows: a measurement of whether a model keeps documents apart, and attention that is fast for them.
 
 Packing relies on the model to build its attention mask from `position_ids`. Where it does not, one patient's question
 flows into another's answer, and nothing complains. No tolerance is a constant: rounding of real weights in bfloat16 is
@@ -92,13 +92,16 @@ def _logits(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     return model(**BatchEncoding(batch).to(model.device), use_cache=False).logits[0].float()
 
 
-def attend_within_documents() -> None:
-    """Lets every model of this process with `sdpa` attention compute each document of a packed row alone.
+def set_up_attention() -> None:
+    """Makes `sdpa` attention of this process fast for rows of many lengths, packed or not.
 
-    transformers only masks the pairs of tokens of different documents, so that attention costs the square of the whole
-    batch. FlashAttention has kernels for it on some GPUs; this works on all.
+    On a CPU each document of a packed row is computed alone. transformers only masks the pairs of tokens of different
+    documents, so that attention costs the square of the whole batch. A GPU waits for more calls longer than for pairs.
     """
     ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention)
+    # PyTorch (2.11) prefers cuDNN on Hopper and Blackwell, which builds a plan for every new length of a row: a second
+    # or so (H200). The upstream remedy is opt-in: https://github.com/pytorch/pytorch/pull/155958.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _attention(
@@ -110,7 +113,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' `sdpa_attention_forward`, once for each document of the mask (1, 1, T, T)."""
-    parts = [] if attention_mask is None or kwargs.get("position_bias") is not None else _documents(attention_mask)
+    whole = query.is_cuda or kwargs.get("position_bias") is not None
+    parts = [] if whole or attention_mask is None else _documents(attention_mask)
     if attention_mask is None or len(parts) < 2:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs = []

@@ -64,7 +64,7 @@ def train_with_stock_trl(options: argparse.Namespace, output: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from sevpeft.modeling.adapters import lora_config
-    from sevpeft.modeling.loading import resolve_model
+    from sevpeft.modeling.loading import choose_precision, resolve_model
     from sevpeft.recipe import load_recipe
     from sevpeft.training.data import prepare
     from sevpeft.training.resolve import resolve_split
@@ -72,11 +72,13 @@ def train_with_stock_trl(options: argparse.Namespace, output: Path) -> None:
     overrides = command(options, output)[5:-2]
     recipe = resolve_split(load_recipe(options.recipe, overrides), None, 0)
     resolved = resolve_model(recipe)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    precision = choose_precision(recipe)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=precision.dtype)
     settings = recipe.training.settings()
     for name in ("global_batch_size", "auto_find_batch_size", "padding_free", "eval_strategy", "save_strategy"):
         settings.pop(name, None)
-    settings |= {"per_device_eval_batch_size": 8, "dataset_kwargs": {"skip_prepare_dataset": True}, "use_cpu": True}
+    settings |= {"per_device_eval_batch_size": 8, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    settings |= {"bf16": precision.bf16, "fp16": precision.fp16, "use_cpu": not torch.cuda.is_available()}
     output.mkdir()
 
     class Log(TrainerCallback):
@@ -88,7 +90,7 @@ def train_with_stock_trl(options: argparse.Namespace, output: Path) -> None:
         prepared = prepare(recipe, resolved.prompt, Path(scratch))
         trainer = SFTTrainer(
             model=model,
-            args=SFTConfig(**settings, output_dir=str(output), bf16=False, eval_strategy="no", save_strategy="no"),
+            args=SFTConfig(**settings, output_dir=str(output), eval_strategy="no", save_strategy="no"),
             train_dataset=prepared.train.remove_columns("token_weights"),
             eval_dataset=prepared.validation.remove_columns("severity"),
             processing_class=resolved.tokenizer,

@@ -1,7 +1,7 @@
 """Models of real shapes with random weights, trained for a few steps to see what they take.
 
 Nothing is downloaded: the numbers of a recipe (`about.config`) say what the model looks like, and its matrices are made
-one by one on the device, quantised at once where the recipe says so, so that a 14B model never stands there whole.
+one by one on the device, quantized at once where the recipe says so, so that a 14B model never stands there whole.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.integrations import replace_with_bnb_linear
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.base import get_keys_to_not_convert
 from trl import SFTTrainer
 
@@ -25,26 +27,27 @@ from sevpeft.modeling.adapters import lora_config
 from sevpeft.modeling.compat import disable_cpu_avx512_repack
 from sevpeft.modeling.loading import Precision, quantization_config
 from sevpeft.modeling.memory import GIB
+from sevpeft.modeling.packing import set_up_attention
 from sevpeft.recipe import Recipe
-from sevpeft.training.resolve import memory_plan, sft_config
+from sevpeft.training.resolve import choose_layout, memory_plan, resolve_split, sft_config, split_here
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.models import build_tokenizer
 
 WARM_UP, STEPS = 3, 8
 # File that the table of a run is written to; unset, it is printed (pytest -s).
 TABLE = "SEVPEFT_GPU_TABLE"
-HEADER = "| shape | adapter | planned, GiB | allocated, GiB | planned/allocated | tokens/s against stock TRL |"
+HEADER = "| shape | adapter | planned, GiB | allocated, GiB | planned/allocated | TRL, GiB | tokens/s | against TRL |"
 
 
 def random_base(recipe: Recipe, precision: Precision, device: str) -> PreTrainedModel:
     """The recipe's base model with normal weights of standard deviation .02, in its formats, on a device."""
     config = AutoConfig.for_model(**(recipe.about.config or {}))
-    quantisation = quantization_config(recipe, precision)
+    quantization_of_base = quantization_config(recipe, precision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=precision.dtype)
-        if quantisation is not None:
+        if quantization_of_base is not None:
             model = replace_with_bnb_linear(
-                model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantisation
+                model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantization_of_base
             )
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
@@ -88,18 +91,29 @@ def _made(
     return torch.nn.Parameter(values, requires_grad=False)
 
 
-def full_rows(recipe: Recipe, count: int) -> Dataset:
-    """Rows of `max_length` tokens, all but the first labelled: the worst batch, which is what is planned."""
-    length = recipe.training.settings()["max_length"]
-    vocabulary = (recipe.about.config or {})["vocab_size"]
-    ids = torch.randint(4, vocabulary, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+def rows_of(recipe: Recipe, lengths: list[int], labeled: float = 1.0) -> Dataset:
+    """Rows of random tokens, of which a share at the end is labeled; the first token never is."""
+    vocabulary, generator = (recipe.about.config or {})["vocab_size"], torch.Generator().manual_seed(0)
+    ids = [torch.randint(4, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    both = [(max(1, round(len(row) * (1 - labeled))), row) for row in ids]
     return Dataset.from_dict(
         {
             "input_ids": ids,
-            "labels": [[-100, *row[1:]] for row in ids],
-            "token_weights": [[0.0, *[1.0] * (length - 1)] for _ in ids],
+            "labels": [[-100] * start + row[start:] for start, row in both],
+            "token_weights": [[0.0] * start + [1.0] * (len(row) - start) for start, row in both],
         }
     )
+
+
+def full_rows(recipe: Recipe, count: int) -> Dataset:
+    """Rows of `max_length` tokens, all but the first labeled: the worst batch, which is what is planned."""
+    return rows_of(recipe, [recipe.training.settings()["max_length"]] * count)
+
+
+def rows_like_consultations(recipe: Recipe, count: int) -> Dataset:
+    """Rows of some 90 tokens, of which half is the answer, up to four times as long and as short."""
+    drawn = torch.randn(count, generator=torch.Generator().manual_seed(0)).mul(0.6).exp().mul(75).round().clamp(16, 512)
+    return rows_of(recipe, drawn.int().tolist(), labeled=0.5)
 
 
 class _Clock(TrainerCallback):
@@ -127,12 +141,28 @@ class Taken:
     scaled: bool
 
 
-def train_steps(recipe: Recipe, precision: Precision, device: str, *, stock: bool = False) -> Taken:
-    """Trains the recipe's adapter on a model with random weights, by our trainer or by TRL's."""
+def train_steps(
+    recipe: Recipe, precision: Precision, device: str, *, stock: bool = False, as_shipped: bool = False
+) -> Taken:
+    """Trains the recipe's adapter on a model with random weights, by our trainer or by TRL's.
+
+    Args:
+        as_shipped: on rows like consultations, with the batch split and layout that a training here would choose; by
+            TRL's trainer one row at a time, with gradient checkpointing, which is TRL's default.
+    """
+    set_up_attention()
+    if stock:  # as it is without this project
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", sdpa_attention_forward)
+        torch.backends.cuda.enable_cudnn_sdp(True)
     model = random_base(recipe, precision, device)
+    if as_shipped:
+        one_by_one = resolve_split(recipe, None, 0)
+        recipe = one_by_one if stock else choose_layout(recipe, split_here(recipe), model, 512)
     with tempfile.TemporaryDirectory() as folder:
         args = sft_config(recipe, precision, Path(folder))
-        rows = full_rows(recipe, args.per_device_train_batch_size * args.gradient_accumulation_steps * 2)
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        rows = rows_like_consultations(recipe, batch * STEPS) if as_shipped else full_rows(recipe, batch * 2)
+        mean = sum(map(len, rows["input_ids"])) / len(rows)
         args.max_steps, args.logging_steps, args.save_strategy, args.eval_strategy = STEPS, 1, "no", "no"
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         clock = _Clock()
@@ -151,8 +181,7 @@ def train_steps(recipe: Recipe, precision: Precision, device: str, *, stock: boo
         allocated = torch.cuda.max_memory_allocated() if device == "cuda" else 0
         trainer.save_model(folder)
         saved = (Path(folder) / "adapter_model.safetensors").stat().st_size
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        tokens = batch * recipe.training.settings()["max_length"] * (STEPS - WARM_UP)
+        tokens = batch * mean * (STEPS - WARM_UP)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         scaled = trainer.accelerator.scaler is not None
     return Taken(allocated, tokens / max(clock.seconds, 1e-9), [float(loss) for loss in losses], saved, scaled)
@@ -165,16 +194,14 @@ def planned_bytes(recipe: Recipe, *, on_gpu: bool = True) -> int:
 
 
 def table_line(name: str, adapter: str, planned: int, ours: Taken, stock: Taken) -> str:
-    ratio = ours.tokens_per_second / stock.tokens_per_second
-    return (
-        f"| {name} | {adapter} | {planned / GIB:.2f} | {ours.allocated / GIB:.2f} | "
-        f"{planned / max(ours.allocated, 1):.3f} | {ratio:.2f} |"
-    )
+    memory = f"{planned / GIB:.2f} | {ours.allocated / GIB:.2f} | {planned / max(ours.allocated, 1):.3f}"
+    speed = f"{ours.tokens_per_second:,.0f} | {ours.tokens_per_second / stock.tokens_per_second:.2f}"
+    return f"| {name} | {adapter} | {memory} | {stock.allocated / GIB:.2f} | {speed} |"
 
 
 def write_table(device: str, lines: list[str]) -> None:
     """Writes the Markdown table to the file that SEVPEFT_GPU_TABLE names, or prints it."""
-    text = "\n".join([f"On {device}:", "", HEADER, "|---|---|--:|--:|--:|--:|", *lines]) + "\n"
+    text = "\n".join([f"On {device}:", "", HEADER, "|---|---|--:|--:|--:|--:|--:|--:|", *lines]) + "\n"
     if TABLE in os.environ:
         Path(os.environ[TABLE]).write_text(text, encoding="utf-8")
     else:

@@ -80,10 +80,21 @@ def test_it_trains_by_our_trainer_and_by_trl_s_to_the_same_losses(quantization: 
     assert ours.saved < 4 * planned_bytes(recipe, on_gpu=False)
 
 
+def test_as_shipped_both_train_on_the_same_rows_whatever_their_split() -> None:
+    numbers = small("llama", {}).model_dump()
+    numbers["training"] = {"max_length": 32, "eval_strategy": "no"}
+    recipe = recipe_from_values(numbers)
+    found = []
+    for stock in (False, True):
+        torch.manual_seed(0)
+        found.append(train_steps(recipe, FLOAT32, "cpu", stock=stock, as_shipped=True))
+    assert found[0].losses[0] == pytest.approx(found[1].losses[0], rel=1e-4)
+
+
 def test_the_table_is_markdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = [Taken(2**30, speed, [1.0], 1, False) for speed in (90.0, 100.0)]
     line = table_line("8B", "QLoRA", 2**30 + 2**26, *taken)
-    assert line == "| 8B | QLoRA | 1.06 | 1.00 | 1.062 | 0.90 |"
+    assert line == "| 8B | QLoRA | 1.06 | 1.00 | 1.062 | 1.00 | 90 | 0.90 |"
     monkeypatch.setenv(measuring.TABLE, str(tmp_path / "table.md"))
     write_table("a card", [line])
     head, blank, header, rule, row = (tmp_path / "table.md").read_text().splitlines()

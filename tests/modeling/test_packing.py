@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from sevpeft.errors import ModelError
 from sevpeft.modeling import packing
 from sevpeft.modeling.loading import Precision, load_model
-from sevpeft.modeling.packing import attend_within_documents, check_packing, documents_stay_apart
+from sevpeft.modeling.packing import check_packing, documents_stay_apart, set_up_attention
 from sevpeft.recipe import recipe_from_values
 from tests.models import build_model
 
@@ -182,7 +182,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, bool]]]:
 
     monkeypatch.setattr(packing, "sdpa_attention_forward", counted)
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    attend_within_documents()
+    set_up_attention()
     yield seen
     ALL_ATTENTION_FUNCTIONS.register("sdpa", before)
 
@@ -198,6 +198,7 @@ def test_each_document_of_a_row_is_computed_alone(architecture: str, shapes: lis
     model = build_model(architecture).eval()
     model.set_attn_implementation("sdpa")
     packed = logits(model, DOCUMENTS, padding_free=True)
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "it builds a plan for every length, about a second each"
     assert {length for length, _ in shapes} == {len(ids) for ids in DOCUMENTS}
     alone = torch.cat([logits(model, [ids]) for ids in DOCUMENTS], 1)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
