@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import yaml
 from sklearn.metrics import roc_auc_score
 
+from sevpeft.evaluation import statistics
 from sevpeft.evaluation.statistics import Estimate, paired_difference
 from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
@@ -53,7 +55,8 @@ class Point(NamedTuple):
     def text(self) -> str:
         arm, text = self.arm, self.arm.kind
         text += f" {arm.rate:g}×{arm.length:g}" if arm.length else ""
-        text += f" λ={self.interpolation:g} routed={self.share}" if arm.kind in BRANCHES else ""
+        text += f" λ={self.interpolation:g}" if arm.kind in BRANCHES else ""
+        text += f" routed={self.share}" if self.share != 1 else ""
         return f"{text} {arm.labels}" if arm.labels not in ("none", "gold") else text
 
 
@@ -199,7 +202,7 @@ def most_critical(scores: np.ndarray, critical: np.ndarray, share: float, thinne
 
 def choose(settings: dict[str, Any], options: argparse.Namespace) -> None:
     """Prints the points that the rule takes."""
-    results = Results.load(settings, options.results)
+    results = Results.load({**settings, "resamples": 100}, options.results)  # no interval is asked for
 
     def cost_and_gain(point: Point) -> tuple[float, float]:
         paid = [results.difference(point, CE, name, way) for name in OTHERS for way in WEIGHTINGS]
@@ -245,7 +248,9 @@ def analyze(settings: dict[str, Any], options: argparse.Namespace) -> None:
         points += [(f"{name} − ce", gold, CE), ("  − ce_extra", gold, extra), ("  − permuted", gold, permuted)]
         points += [("  oracle − ce", gold._replace(share=ORACLE), CE), ("  permuted − ce", permuted, CE)]
         points += [("  predicted − ce", predicted, CE), ("  ce_extra − ce", extra, CE)]
-    points += [("− ce", Point(arm), CE) for arm, way in results.nll if arm.kind not in ("ce", *BRANCHES) and way == 1]
+    points += [("− ce", Point(Arm("base")), CE)]
+    weighted = [arm for arm, _ in results.nll if arm.kind in settings["weights"]]
+    points += [("− ce", Point(arm, 1.0, share), CE) for share in settings["share"] for arm in weighted]
     if options.all:
         labels = ("gold", "permuted", "predicted")
         points += [("− ce", point, CE) for name in labels for point in results.points(name)]
@@ -283,7 +288,8 @@ def main(words: list[str] | None = None) -> None:
         one.add_argument("--chosen")
     options = parser.parse_args(words)
     settings = yaml.safe_load(Path(options.settings).read_text(encoding="utf-8"))
-    {"train": train, "choose": choose, "analyze": analyze}[options.verb](settings, options)
+    with patch.object(statistics, "PERMUTATIONS", 99):  # no p is asked for
+        {"train": train, "choose": choose, "analyze": analyze}[options.verb](settings, options)
 
 
 if __name__ == "__main__":
