@@ -46,7 +46,7 @@ class Arm(NamedTuple):
 
 
 class Point(NamedTuple):
-    """An arm, how far from CE towards it, and the share of questions that it answers; CE answers the others."""
+    """An arm, how far from CE towards it, and the share of questions that it answers, CE the others."""
 
     arm: Arm
     interpolation: float = 1.0
@@ -115,16 +115,12 @@ class Results:
         records = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut by a kill
         about = {(one["seed"], one["fold"]): one for one in records if one["arm"] is None}
         seeds = sorted({seed for seed, _ in about})
-        columns = ("severity", "group", "tokens")
-        rows = {
-            row: told
-            for one in about.values()
-            for row, *told in zip(one["row"], *(one[name] for name in columns), strict=True)
-        }
+        rows: dict[int, Any] = {}
+        for one in about.values():
+            rows |= zip(one["row"], zip(one["severity"], one["group"], one["tokens"], strict=True), strict=True)
         place = {row: number for number, row in enumerate(sorted(rows))}
         severity, groups, tokens = map(np.array, zip(*(rows[row] for row in place), strict=True))
-        nll: dict[Any, Any] = {}
-        routed: dict[Any, Any] = {}
+        nll, routed = dict[Any, Any](), dict[Any, Any]()
         for one in records:
             told = about[one["seed"], one["fold"]]
             where = seeds.index(one["seed"]), [place[row] for row in told["row"]]
@@ -143,22 +139,17 @@ class Results:
     def values(self, point: Point) -> np.ndarray:
         """(seeds, rows) of a point: of its arm where the router sends a question there, else of CE."""
         found = self.nll[point.arm, point.interpolation]
-        if point.share == 1:
-            return found
         labels = "gold" if point.arm.labels == "none" else point.arm.labels
-        return np.where(self.routed[labels, point.share], found, self.nll[CE.arm, 1.0])
+        return found if point.share == 1 else np.where(self.routed[labels, point.share], found, self.nll[CE.arm, 1.0])
 
     def difference(self, point: Point, other: Point, severity: str, weighting: str, level: float = 0.95) -> Estimate:
         """point − other on the rows of a severity; groups are questions, seeds a random factor."""
         rows = self.severity == severity
         pair = [self.values(one)[:, rows] for one in (point, other)]
         there = ~np.any([np.isnan(values).all(axis=1) for values in pair], axis=0)  # seeds of which both arms have rows
-        return paired_difference(
-            *(values[there] for values in pair),
-            self.groups[rows],
-            EvaluationSection(confidence_level=level, n_resamples=self.settings["resamples"]),
-            weights=self.tokens[rows] if weighting == "token" else None,
-        )
+        settings = EvaluationSection(confidence_level=level, n_resamples=self.settings["resamples"])
+        mass = self.tokens[rows] if weighting == "token" else None
+        return paired_difference(*(values[there] for values in pair), self.groups[rows], settings, weights=mass)
 
     def claim(self, point: Point) -> bool:
         """One-sided tests, which must all pass: superior on critical rows, not inferior on each other severity."""
@@ -187,9 +178,9 @@ CE = Point(Arm("ce"))
 
 
 def most_critical(scores: np.ndarray, critical: np.ndarray, share: float, thinned: float | None) -> np.ndarray:
-    """(n,) bool: the questions with the highest scores, a share of all; where training was thinned, of as many others.
+    """(n,) bool: the questions with the highest scores, a share of all.
 
-    thinned: the share of critical rows in training, which the test rows are weighed to have.
+    thinned: the share of critical rows in training, where it is another one; test rows are weighed to have it.
     """
     mass = np.ones(len(scores))
     if thinned:
@@ -273,16 +264,13 @@ def main(words: list[str] | None = None) -> None:
     one = verbs.add_parser("train")
     one.add_argument("part", choices=["explore", "final"])
     one.add_argument("output")
-    one.add_argument("--model", required=True)
-    one.add_argument("--data", required=True)
-    one.add_argument("--seed", type=int, required=True)
-    one.add_argument("--fold", type=int, required=True)
+    for name, kind in (("--model", str), ("--data", str), ("--seed", int), ("--fold", int)):
+        one.add_argument(name, type=kind, required=True)
     one.add_argument("--rows", type=int, help="no more than so many, drawn at random, to try it")
     one.add_argument("--dtype", choices=["float32", "bfloat16"], help="on a GPU bfloat16, on a CPU float32 by default")
     for verb in ("choose", "analyze"):
-        one = verbs.add_parser(verb)
-        one.add_argument("results")
-        one.add_argument("--all", action="store_true", help="every point of the grid")
+        verbs.add_parser(verb).add_argument("results")
+    verbs.choices["analyze"].add_argument("--all", action="store_true", help="every point of the grid")
     for one in verbs.choices.values():
         one.add_argument("--settings", default=Path(__file__).with_suffix(".yaml"))
         one.add_argument("--chosen")
