@@ -198,7 +198,7 @@ class Part:
         hard = np.where(self.critical(labels), 2, self.severities[labels][:, :2].argmax(1))
         questions = [[self.rows[i]["question"] for i in part] for part in (self.train, self.test)]
         fitted = fit_linear(Examples(questions[0], hard, self.groups[self.train], self.train))
-        return fitted.probabilities(questions[1])[:, 2].round(6).tolist()
+        return fitted.probabilities(questions[1])[:, -1].round(6).tolist()
 
     def write(self, **record: Any) -> None:
         with self.result.open("a", encoding="utf-8") as file:
