@@ -87,6 +87,8 @@ def train(settings: dict[str, Any], options: argparse.Namespace) -> None:
         raise SystemExit("The final needs --chosen, a file that `choose` wrote.")
     part = Part(settings, options)
     for arm in arms_of(settings, options.part, chosen):
+        if options.half and (arm.kind in settings["weights"]) != (options.half == "weights"):
+            continue
         try:
             part.train_arm(arm)
         except Exception:  # the other arms go on
@@ -266,6 +268,7 @@ def main(words: list[str] | None = None) -> None:
     one.add_argument("output")
     for name, kind in (("--model", str), ("--data", str), ("--seed", int), ("--fold", int)):
         one.add_argument(name, type=kind, required=True)
+    one.add_argument("--half", choices=["phases", "weights"], help="these arms only, so that two processes share them")
     one.add_argument("--rows", type=int, help="no more than so many, drawn at random, to try it")
     one.add_argument("--dtype", choices=["float32", "bfloat16"], help="on a GPU bfloat16, on a CPU float32 by default")
     for verb in ("choose", "analyze"):
