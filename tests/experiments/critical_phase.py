@@ -86,8 +86,9 @@ def train(settings: dict[str, Any], options: argparse.Namespace) -> None:
     if options.part == "final" and not chosen:
         raise SystemExit("The final needs --chosen, a file that `choose` wrote.")
     part = Part(settings, options)
+    finished = part.finished()
     for arm in arms_of(settings, options.part, chosen):
-        if options.half and (arm.kind in settings["weights"]) != (options.half == "weights"):
+        if arm in finished or (options.half and (arm.kind in settings["weights"]) != (options.half == "weights")):
             continue
         try:
             part.train_arm(arm)

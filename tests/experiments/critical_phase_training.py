@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -46,6 +47,7 @@ from sevpeft.training.data import add_token_weights, encode_rows
 from sevpeft.training.resolve import sft_config, with_training
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.experiments.critical_phase import BRANCHES, Arm
+from tests.experiments.upper_layers import keep_upper_layers
 
 Weights = dict[str, torch.Tensor]
 
@@ -114,7 +116,8 @@ class Part:
         dtype = options.dtype or ("auto" if on_gpu else "float32")
         values["model"] = {"name_or_path": options.model, "dtype": dtype}
         layers = load_config(recipe_from_values(values)).get_text_config().num_hidden_layers
-        values["lora"]["layers_to_transform"] = list(range(max(0, layers - settings["top_layers"]), layers))
+        kept = min(layers, settings["top_layers"])
+        values["lora"]["layers_to_transform"] = list(range(kept))  # the others are cut off
         self.recipe = recipe_from_values(values)
         resolved, self.precision, self.scratch = resolve_model(self.recipe), choose_precision(self.recipe), scratch
         self.tokenizer, size = resolved.tokenizer, values["training"]["global_batch_size"]
@@ -149,14 +152,14 @@ class Part:
 
         # One base with two adapters: that which is trained, and one of twice the rank for what lies between two.
         torch.manual_seed(self.seed)
-        base = load_model(self.recipe, self.precision)
+        base = load_model(self.recipe, self.precision).to("cuda" if on_gpu else "cpu")
+        keep_upper_layers(base, encoded["input_ids"], kept, self.tokenizer.pad_token_id)
         config = lora_config(self.recipe, base)
         self.model = get_peft_model(base, copy.deepcopy(config))
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
         self.model.add_adapter("between", config)
         self.model.set_adapter("default")
         cast_trained(self.model)
-        self.model.to("cuda" if on_gpu else "cpu")
         self.initial = self.adapter_weights()
         gc.collect()
         gc.freeze()  # each training ends in a collection of garbage
@@ -205,6 +208,15 @@ class Part:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps({"seed": self.seed, "fold": self.fold, **record}) + "\n")
 
+    def finished(self) -> set[Arm]:
+        """Arms whose measurements are all there."""
+        found: dict[Any, set[float]] = {}
+        for line in self.result.read_text(encoding="utf-8").splitlines():
+            if (one := json.loads(line))["arm"] and (one["seed"], one["fold"]) == (self.seed, self.fold):
+                found.setdefault(Arm(*one["arm"]), set()).add(one["interpolation"])
+        ways = len({*self.settings["interpolation"], 1.0})
+        return {arm for arm, measured in found.items() if len(measured) == (ways if arm.kind in BRANCHES else 1)}
+
     def write_rows(self) -> None:
         """What the analysis has to know of the test rows; no text."""
         by_row = sorted(self.tested, key=lambda row: row["severity"])
@@ -242,8 +254,12 @@ class Part:
 
     @cached_property
     def ce(self) -> Weights:
-        self.run(Arm("ce"), self.initial, self.order)
-        return self.adapter_weights()
+        """The adapter after plain cross-entropy; kept beside the results, so that a killed process goes on after it."""
+        kept = self.result.with_name(f"{self.part}-ce-{self.seed}-{self.fold}.safetensors")
+        if not kept.exists():
+            self.run(Arm("ce"), self.initial, self.order)
+            save_file(self.adapter_weights(), kept)
+        return load_file(kept, device=str(self.model.device))
 
     def run(
         self, arm: Arm, start: Any, order: np.ndarray, *, rate: float = 1.0, weights: Any = None, replayed: Any = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from sevpeft.severity.probabilities import SEVERITIES
@@ -150,3 +151,19 @@ def test_the_router_takes_a_share_of_questions_as_training_had_them() -> None:
     assert most_critical(scores, critical, 0.25, None).tolist() == [True] * 2 + [False] * 6
     assert most_critical(scores, critical, 0.4, 0.2).sum() == 5  # four critical rows count as one of five
     assert most_critical(scores, critical, 1.0, None).all()
+
+
+def test_the_upper_layers_alone_score_known_rows_as_the_whole_model() -> None:
+    from tests.experiments.upper_layers import keep_upper_layers
+    from tests.models import build_model
+
+    rows = [[5, 6, 7, 8, 9, 2], [10, 11, 12, 2]]
+    batch = torch.tensor([rows[0], [*rows[1], 1, 1]])
+    for architecture in ("llama", "gemma3_text"):
+        model = build_model(architecture).eval()
+        with torch.no_grad():
+            whole = model(input_ids=batch, use_cache=False).logits
+            keep_upper_layers(model, rows, 1, pad=1)
+            upper = model(input_ids=batch, use_cache=False).logits
+        torch.testing.assert_close(upper[0], whole[0], msg=architecture)
+        torch.testing.assert_close(upper[1, :4], whole[1, :4], msg=architecture)
