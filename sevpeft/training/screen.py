@@ -59,6 +59,8 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
             what = f"{name} rows whose answer leaves no room for a question in {limit} tokens: {report['refused']:,}"
             warn("Refused", f"{what}; raise training.max_length to keep them")
 
+    if published := recipe.as_published.model_dump(exclude_defaults=True):
+        warn("As published", f"done as in the published loops, for comparison alone: {', '.join(published)}")
     if shown := recipe.prompt.examples:
         print_labeled(console, "Examples", f"{len(shown)} before every question, which are left out of all splits")
     if named := summary.get("prompt_severity"):

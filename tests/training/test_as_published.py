@@ -17,6 +17,7 @@ from sevpeft.recipe import AsPublishedSection, Recipe, load_recipe, recipe_from_
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import Prepared, encode_rows, load_splits, prepare
+from tests.conftest import Cli
 from tests.models import SENTENCES
 from tests.training.test_trainer import batch_loss, make_trainer
 
@@ -134,3 +135,10 @@ def test_the_recipes_have_the_notebooks_differences() -> None:
         assert recipe.generation.do_sample and recipe.generation.temperature == 0.7
         assert recipe.generation.max_new_tokens == tokens
         assert recipe.prompt.answer_cue not in recipe.as_published.evaluation_template
+
+
+def test_the_screen_says_what_is_done_as_published(sevpeft_: Cli) -> None:
+    path = str(RECIPES / "as-published" / "al-atlas.yaml")
+    code, screen, _ = sevpeft_("plan", path, "data.path=builtin:consultations", "model.name_or_path=builtin:tiny")
+    line = next(line for line in screen.splitlines() if line.startswith("As published"))
+    assert code == 0 and "labels" in line and "no_end_token" not in screen
