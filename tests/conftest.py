@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -70,6 +71,23 @@ def _quiet_and_repeatable() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _looked_up_once() -> Iterator[None]:
+    """Libraries compile the template of a card at each saving, and look in each trainer whether PEFT is installed."""
+    import jinja2
+    import typer.main
+    from accelerate.utils import imports
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in (
+            (jinja2.Environment, "compile"),
+            (imports, "_is_package_available"),
+            (typer.main, "get_command"),
+        ):
+            patch.setattr(place, name, functools.cache(getattr(place, name)))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -152,8 +152,8 @@ class MemoryPlan:
         vocabulary, targets = (embedding.numel(), head.numel(), embedding is head), dict(sorted(count.items()))
         self.parameters = Parameters(quantized, numbers - quantized, trainable, *vocabulary, targets)
         self._model.enable_input_require_grads()
+        compat.move_shapes_to_cpu(self._model, self._fake)  # autocast and attention then choose as they do there
         with self._fake:
-            self._model.to_empty(device="cpu")  # autocast and attention then choose as they do there
             for weight in self._model.parameters():
                 if weight.requires_grad:
                     weight.grad = torch.zeros_like(weight)
@@ -269,7 +269,7 @@ class MemoryPlan:
         else:
             base.gradient_checkpointing_disable()
         held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-        self._counted = compat.LiveBytes(held, rows=_ROWS)
+        self._counted = compat.LiveBytes(held, _ROWS, self._fake)
         self._marks: list[tuple[int, list[int]]] = []
         with _planning(base.config.model_type), self._fake, self._counted, torch.set_grad_enabled(training):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
