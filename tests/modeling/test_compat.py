@@ -87,7 +87,7 @@ def test_storages_count_while_they_live() -> None:
 def test_a_model_without_numbers_runs_as_on_a_cpu_and_as_fake_tensors_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def trace(architecture: str, fake: compat.FakeTensorMode) -> list[list[int]]:
         with compat.on_meta_device():
-            model = AutoModelForCausalLM.from_config(build_model(architecture).config)
+            model = AutoModelForCausalLM.from_config(build_model(architecture).config, dtype=torch.bfloat16)
         compat.move_shapes_to_cpu(model, fake)
         counted = compat.LiveBytes([*model.parameters(), *model.buffers()], 7, fake)
         with fake, counted, torch.autocast("cpu", torch.bfloat16):
