@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Workers share the cores, and threads that wait for one another's work turn in circles meanwhile.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -67,20 +67,29 @@ def _quiet_and_repeatable() -> None:
     import torch
     import transformers
 
+    from tests.training.children import look_up_once
+
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    look_up_once()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _toy_of_few_steps(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """`builtin:tiny` with little training, where tests find it: what it answers matters in test_tiny.py alone."""
+    """`builtin:tiny` with one layer and little training: what it is and answers matters in test_tiny.py alone."""
+    from transformers import LlamaConfig
+
     from sevpeft.modeling import tiny
+
+    def one_layer(**numbers: Any) -> Any:
+        return LlamaConfig(**{**numbers, "num_hidden_layers": 1})
 
     folder = tmp_path_factory.getbasetemp() / "sevpeft-cache" / "models" / f"tiny-{tiny.VERSION}"
     folder.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEVPEFT_CACHE", str(tmp_path_factory.getbasetemp() / "sevpeft-cache"))
+        patch.setattr(tiny, "LlamaConfig", one_layer)
         tiny.make_tiny_model(folder, steps=20)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -106,7 +108,8 @@ CHAT_TEMPLATES = {
 }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+@functools.cache
+def _trained_tokenizer() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -117,15 +120,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
+    return str(tokenizer.to_str())
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(_trained_tokenizer()),
         eos_token="<|endoftext|>",
         pad_token="<|pad|>",
         extra_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
 
 
-def build_model(architecture: str, seed: int = 0, vocab_size: int = VOCABULARY) -> torch.nn.Module:
+@functools.cache
+def _drawn_model(architecture: str, seed: int, vocab_size: int) -> tuple[torch.nn.Module, torch.Tensor]:
     settings: dict[str, Any] = dict(ARCHITECTURES[architecture])
     tokens = dict(vocab_size=vocab_size, eos_token_id=0, pad_token_id=1, bos_token_id=None)
     if "text_config" in settings:
@@ -134,4 +142,11 @@ def build_model(architecture: str, seed: int = 0, vocab_size: int = VOCABULARY) 
         settings |= tokens
     config = transformers.AutoConfig.for_model(architecture, **settings)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval(), torch.get_rng_state()
+
+
+def build_model(architecture: str, seed: int = 0, vocab_size: int = VOCABULARY) -> torch.nn.Module:
+    """A copy, with the generator of random numbers where drawing the weights has left it."""
+    model, state = _drawn_model(architecture, seed, vocab_size)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)

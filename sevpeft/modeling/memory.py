@@ -152,8 +152,8 @@ class MemoryPlan:
         vocabulary, targets = (embedding.numel(), head.numel(), embedding is head), dict(sorted(count.items()))
         self.parameters = Parameters(quantized, numbers - quantized, trainable, *vocabulary, targets)
         self._model.enable_input_require_grads()
+        compat.move_shapes_to_cpu(self._model, self._fake)  # autocast and attention then choose as they do there
         with self._fake:
-            self._model.to_empty(device="cpu")  # autocast and attention then choose as they do there
             for weight in self._model.parameters():
                 if weight.requires_grad:
                     weight.grad = torch.zeros_like(weight)
@@ -269,7 +269,7 @@ class MemoryPlan:
         else:
             base.gradient_checkpointing_disable()
         held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-        self._counted = compat.LiveBytes(held, rows=_ROWS)
+        self._counted = compat.LiveBytes(held, _ROWS, self._fake)
         self._marks: list[tuple[int, list[int]]] = []
         with _planning(base.config.model_type), self._fake, self._counted, torch.set_grad_enabled(training):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -309,11 +309,8 @@ def plan_for(recipe: Recipe, config: PretrainedConfig, *, on_gpu: bool, vocabula
 def _one_of_each_kind(base: PreTrainedModel, count: int, *, alike: bool) -> list[tuple[torch.nn.Module, int]]:
     """Takes all layers out of a model but the last of each kind: a step is at its highest in the last one of all.
 
-    Args:
-        alike: whether the adapter is the same in all layers of a kind; else all stay.
-
-    Returns:
-        The layers that are left, and how many of the `count` layers each of them stands for.
+    All stay where the adapter is not `alike` in all layers of a kind. Returns the layers that are left, each with how
+    many of the `count` layers it stands for.
     """
     decoder = base.get_decoder()
     layers = next(part for part in decoder.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count)
@@ -351,7 +348,7 @@ USABLE = 0.95
 # Dense bfloat16 peak of an RTX 4090, and the share of a GPU's peak that QLoRA reaches (LLaMA-Factory's published
 # 2,295 tokens/s for Llama-2-7B on an A100 are 30 % of 312 TFLOP/s with recomputation counted).
 TFLOPS, EFFICIENCY = 165.0, 0.30
-_SHORTEST_LENGTH = 128
+_SHORTEST_LENGTH, _SHORTENED = 128, "questions are shortened, long answers refused"
 
 
 @dataclass(frozen=True)
@@ -383,10 +380,6 @@ def verdicts(plan: MemoryPlan) -> list[Gpu]:
     return [Gpu(gb, total <= usable(gb), plan.largest_batch(usable(gb))) for gb in GPUS]
 
 
-def _shorter_rows(plan: MemoryPlan, _: int) -> dict[str, Any]:
-    return {"training.max_length": max(plan.length // 2, _SHORTEST_LENGTH)}
-
-
 def _fewer_rows(plan: MemoryPlan, available: int) -> dict[str, Any]:
     """The largest divisor of the rows that fits, so that a step keeps its rows."""
     training = plan.recipe.training.settings()
@@ -410,7 +403,7 @@ _SAVINGS: tuple[tuple[dict[str, Any] | Callable[[MemoryPlan, int], dict[str, Any
     (_fewer_rows, "the same adapter, slower"),
     ({"training.optim": "paged_adamw_8bit"}, "optimizer state in 8 bit, moved out when memory is short"),
     ({"quantization.load_in_4bit": True}, "QLoRA: the frozen base model in 4 bit"),
-    *[(_shorter_rows, "questions are shortened, long answers refused")] * 8,
+    *[(lambda plan, _: {"training.max_length": max(plan.length // 2, _SHORTEST_LENGTH)}, _SHORTENED)] * 8,
 )
 
 

@@ -165,7 +165,8 @@ def is_automatic(recipe: Recipe) -> bool:
 def split_here(recipe: Recipe) -> Recipe:
     """The recipe with its batch split chosen for the devices of this launch."""
     on_gpu, processes, plan = uses_gpu(recipe), PartialState().num_processes, None
-    if is_automatic(recipe) and not weights_are_sharded():
+    keys = (_KEYS[0], _KEYS[2], "per_device_eval_batch_size")  # accumulation follows from the rows
+    if AUTO in map(recipe.training.settings().get, keys) and not weights_are_sharded():
         with suppress(UnknownModelError):
             plan, _ = memory_plan(recipe, on_gpu=on_gpu)
     available = device_memory(recipe) // (1 if on_gpu else processes)

@@ -70,7 +70,7 @@ def test_the_lm_head_of_trl_has_its_tiles() -> None:
 
 def test_storages_count_while_they_live() -> None:
     held = torch.zeros(1024)
-    with compat.LiveBytes([held], 7) as counted:
+    with compat.LiveBytes([held], 7, compat.FakeTensorMode()) as counted:
         one = torch.ones(1024)  # 4,096 bytes
         two = one + held
         del one
@@ -84,10 +84,20 @@ def test_storages_count_while_they_live() -> None:
         del small, rows
 
 
-def test_a_model_without_numbers_runs_as_on_a_cpu() -> None:
-    with compat.on_meta_device():
-        model = AutoModelForCausalLM.from_config(build_model("gpt2").config)
-    with compat.FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        logits = model(input_ids=torch.zeros(2, 5, dtype=torch.long)).logits
-    assert (tuple(logits.shape), logits.device.type) == ((2, 5, 512), "cpu")
+def test_a_model_without_numbers_runs_as_on_a_cpu_and_as_fake_tensors_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trace(architecture: str, fake: compat.FakeTensorMode) -> list[list[int]]:
+        with compat.on_meta_device():
+            model = AutoModelForCausalLM.from_config(build_model(architecture).config, dtype=torch.bfloat16)
+        compat.move_shapes_to_cpu(model, fake)
+        counted = compat.LiveBytes([*model.parameters(), *model.buffers()], 7, fake)
+        with fake, counted, torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=torch.zeros(7, 5, dtype=torch.long)).logits
+            logits.sum().backward()
+        assert (tuple(logits.shape), logits.device.type, logits.dtype) == ((7, 5, 512), "cpu", torch.bfloat16)
+        return counted.trace
+
+    for architecture in ("gpt2", "lfm2"):
+        ours = trace(architecture, compat.FakeTensorMode(allow_non_fake_inputs=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(compat.LiveBytes, "_run", lambda _, func, args, kwargs: func(*args, **kwargs))
+            assert ours == trace(architecture, compat.FakeTensorMode(allow_non_fake_inputs=True)), architecture

@@ -97,8 +97,9 @@ def test_the_adapter_is_counted_as_peft_makes_it() -> None:
     ):
         recipe = recipe_of(lora=lora)
         plan = plan_of(recipe, **{"num_hidden_layers": 3, **numbers})
-        model = AutoModelForCausalLM.from_config(plan.config)
-        adapted = get_peft_model(model, lora_config(recipe, model))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(plan.config)
+            adapted = get_peft_model(model, lora_config(recipe, model))
         trainable, total = trainable_parameters(adapted)
         assert (plan.parameters.trainable, plan.parameters.base) == (trainable, total - trainable), lora
         assert sum(plan.parameters.targets.values()) == len(adapted.targeted_module_names), lora
@@ -131,16 +132,16 @@ def test_one_layer_of_each_kind_tells_what_all_layers_need() -> None:
     for checkpointing, numbers in (
         (True, {}),
         (False, {}),
-        (True, {**lfm2, "layer_types": CONV_LAST}),
+        (True, {**lfm2, "layer_types": CONV_LAST[2:]}),
         (False, {"model_type": "gemma2", "head_dim": 32}),
     ):
         training = {"gradient_checkpointing": checkpointing}
         lora = {"target_modules": ["q_proj", "w1"] if "layer_types" in numbers else ["q_proj", "up_proj"]}
         few, whole = (
-            plan_of(recipe_of(training=training, lora={**lora, **more}), **numbers)
-            for more in ({}, {"layers_to_transform": list(range(6))})
+            plan_of(recipe_of(training=training, lora={**lora, **more}), **{"num_hidden_layers": 4, **numbers})
+            for more in ({}, {"layers_to_transform": list(range(4))})
         )
-        assert len(few._times) < len(whole._times) == 6
+        assert len(few._times) < len(whole._times) == 4
         assert few.parameters == whole.parameters
         for rows in (2, 100):
             assert few.total_of_batch(rows) == pytest.approx(whole.total_of_batch(rows), rel=0.01), numbers
@@ -155,8 +156,8 @@ def test_memory_grows_with_the_rows_as_a_run_of_so_many_finds(monkeypatch: pytes
         config = build_model(architecture).config
         plan = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=512)
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "_ROWS", 43)
-            patch.setattr(compat, "LiveBytes", lambda held, rows: LiveBytes(held, rows=2**61 - 1))  # divides nothing
+            patch.setattr(memory, "_ROWS", 43)  # and what nothing divides below
+            patch.setattr(compat, "LiveBytes", lambda held, _, fake: LiveBytes(held, 2**61 - 1, fake))
             direct = MemoryPlan(recipe, config, on_gpu=True, vocabulary_tile=512)
         found = [
             int((each._trace(64, checkpointing, True) @ torch.tensor([1, rows])).max())

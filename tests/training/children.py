@@ -5,6 +5,7 @@ A fork server loads the libraries once, which takes longer than the small traini
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -56,6 +57,20 @@ def message_of(process: Any, cache: Path) -> str:
     return (cache / f"message-{process.pid}").read_text(encoding="utf-8")
 
 
+def look_up_once() -> None:
+    """Libraries compile the template of a card at each saving, and look in each trainer whether PEFT is installed."""
+    import jinja2
+    import typer.main
+    from accelerate.utils import imports
+
+    for place, name in (
+        (jinja2.Environment, "compile"),
+        (imports, "_is_package_available"),
+        (typer.main, "get_command"),
+    ):
+        setattr(place, name, functools.cache(getattr(place, name)))
+
+
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     import torch
 
@@ -65,6 +80,7 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: 
     quiet_libraries()
     os.environ.update(environment, SEVPEFT_CACHE=arguments[-1])
     torch.set_num_threads(1)
+    look_up_once()
     try:
         function(*arguments[:-1])
     except SevpeftError as error:
