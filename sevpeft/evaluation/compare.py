@@ -68,7 +68,9 @@ from sevpeft.evaluation.tables import COMPARISON
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.data import load_splits
+from sevpeft.training.data import load_splits, source_index
+from sevpeft.training.plan import steps_of
+from sevpeft.training.resolve import resolve_split
 from sevpeft.training.train import train
 
 DEFAULT_ARMS = (BASE, CE, "mild", "balanced", "strong", SHUFFLED, CONSTANT)
@@ -137,10 +139,14 @@ def compare(
     # As plain CE, which reads the same rows and needs no severity; `check_test_split` names what is missing.
     reading = to_train if vary or given.data.mix else [CE]
     by_fold = {fold: same_rows(key, [recipe_of(arm, seeds[0], fold)[0] for arm in reading]) for fold in places}
-    rows = EvaluationRows.joined([of_fold for of_fold, _ in by_fold.values()])
+    rows = EvaluationRows.joined([of_fold for of_fold, *_ in by_fold.values()])
     stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
     if stratum == CRITICAL:
         check_test_split(rows, folds)
+        if {*WEIGHTED} & {*arms} and not all(chosen_on for *_, chosen_on in by_fold.values()):
+            raise RunError(
+                "The validation rows hold no critical case to choose weights by; raise data.validation_size."
+            )
 
     def units(of: Sequence[str], controlled: str = "") -> list[_Unit]:
         found = []
@@ -151,12 +157,14 @@ def compare(
                 {ADAPTER: arm} | ({BASE: BASE} if first else {}),
                 recipe_of(arm, seed, fold, controlled),
             )
-            found.append(_Unit(arm, seed, fold, *by_fold[fold], own, Run(output / name), columns))
+            found.append(_Unit(arm, seed, fold, *by_fold[fold][:2], own, Run(output / name), columns))
         return found
 
     planned = units(to_train, default_controlled)
     left = [unit for unit in planned if not (unit.run.adapter / "adapter_model.safetensors").is_file()]
-    pace = _Pace(sum(_steps(unit.recipe, unit.trained_on) for unit in left), screen)
+    # The split of a batch that is left open changes no number of steps.
+    settled = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in left]
+    pace = _Pace(sum(steps_of(*one) for one in settled), screen)
     if left:
         print_labeled(screen, "Runs", f"{len(left)} of {len(planned)} to train, about {pace.steps:,} steps in all")
     critical = rows.strata == SEVERITIES.index(CRITICAL)
@@ -275,13 +283,6 @@ def _train_and_evaluate(
     # The base model is loaded anew: kept beside the next training it would hold the memory twice.
     evaluate(unit.run, arms=tuple(unit.columns), answers=answers, floors=BASE in unit.columns, console=console)
     torch.cuda.empty_cache()
-
-
-def _steps(recipe: Recipe, rows: int) -> int:
-    """Steps of a training on so many rows, but for what packing saves."""
-    settings = recipe.training.settings()
-    limit, a_pass = settings.get("max_steps") or -1, math.ceil(rows / settings["global_batch_size"])
-    return int(limit) if limit > 0 else math.ceil(a_pass * settings["num_train_epochs"])
 
 
 class _Pace(TrainerCallback):
@@ -416,8 +417,8 @@ def choose(validation: Mapping[str, Mapping[str, Any]], margin: float) -> str | 
     return min((arm for arm in validation if arm in WEIGHTED), key=cost, default=None)
 
 
-def same_rows(key: str, recipes: Sequence[Recipe]) -> tuple[EvaluationRows, int]:
-    """The test rows of all the recipes, and how many the first trains on.
+def same_rows(key: str, recipes: Sequence[Recipe]) -> tuple[EvaluationRows, int, bool]:
+    """The test rows of all the recipes, how many the first trains on, and whether it validates on critical cases.
 
     A UsageError where the key in which they differ changes the test rows.
     """
@@ -425,7 +426,9 @@ def same_rows(key: str, recipes: Sequence[Recipe]) -> tuple[EvaluationRows, int]
     found = [test_rows(*of) for of in loaded]
     if len({rows.content_hash() for rows in found}) > 1:
         raise UsageError(f"--vary {key} changes the test rows, which all arms have to share; vary another key.")
-    return found[0], len(loaded[0][1].train)
+    _, splits, severity = loaded[0]
+    validated = [] if severity is None else severity.strata[source_index(splits.validation)]
+    return found[0], len(splits.train), SEVERITIES.index(CRITICAL) in validated
 
 
 def check_test_split(rows: EvaluationRows, folds: int | None = None) -> None:

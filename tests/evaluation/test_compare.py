@@ -487,7 +487,15 @@ def test_several_processes_of_a_launcher_are_refused(settings: list[str], tmp_pa
 def test_data_that_can_show_nothing_is_refused_before_anything_is_trained(settings: list[str], tmp_path: Path) -> None:
     data = tmp_path / "data.csv"
     data.write_text("question,answer\n" + "".join(f"سؤال {n},جواب {n}\n" for n in range(40)), encoding="utf-8")
-    for override, remedy in ((f"data.path={data}", "severity.source=rules"), ("data.max_rows=20", "data.test_size")):
+    split = tmp_path / "split.csv"  # whose validation rows are all neutral
+    sides = ("train", "test", "validation")
+    rows = "".join(f"سؤال {n},جواب {n},{'neutral' if n % 3 == 2 else 'critical'},{sides[n % 3]}\n" for n in range(40))
+    split.write_text(f"question,answer,severity,split\n{rows}", encoding="utf-8")
+    for override, remedy in (
+        (f"data.path={data}", "severity.source=rules"),
+        ("data.max_rows=20", "data.test_size"),
+        (f"data.path={split}", "data.validation_size"),
+    ):
         with pytest.raises(RunError, match=remedy):
             compared([*settings, override], tmp_path / "out")
     assert not (tmp_path / "out").exists()
