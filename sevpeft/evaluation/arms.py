@@ -158,8 +158,7 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     missing |= {arm: SHUFFLED for arm in WEIGHTED if not {SHUFFLED, f"{SHUFFLED}-{arm}"} & {*arms}}
     missing |= dict.fromkeys((*WEIGHTED, CE_EXTRA), CE) if CE not in arms else {}
     if lone := [arm for arm in arms if arm in missing]:
-        needed = f"{missing[lone[0]]}, and proves nothing alone; add that to --arms, or compare settings with --vary"
-        raise UsageError(f"The arm {lone[0]} stands without {needed}.")
+        raise UsageError(f"The arm {lone[0]} stands without {missing[lone[0]]}; add that to --arms, or use --vary.")
     competing = [arm for arm in (OVERSAMPLED, PROMPT) if arm in arms]
     if competing and training.get("packing") and (training.get("max_steps") or -1) < 1:
         raise UsageError(f"With training.packing the arm {competing[0]} has other steps; set training.max_steps.")

@@ -162,7 +162,6 @@ def compare(
 
     planned = units(to_train, default_controlled)
     left = [unit for unit in planned if not (unit.run.adapter / "adapter_model.safetensors").is_file()]
-    # The split of a batch that is left open changes no number of steps.
     settled = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in left]
     pace = _Pace(sum(steps_of(*one) for one in settled), screen)
     if left:
@@ -219,8 +218,8 @@ def compare(
         if chosen and stratum == CRITICAL:
             claim = claim_of(evidence, chosen)
             verdict, power = verdict_of(claim, len(seeds))
-        noted = {note for unit in finished for note in unit.run.read_json(EVALUATION)["notes"]}
-        of_folds = {note for unit in finished for note in scoring.remarks(unit.rows)}  # which are few rows each
+        noted = {note for one in finished for note in one.run.read_json(EVALUATION)["notes"]}
+        noted -= {note for one in finished for note in scoring.remarks(one.rows)}  # of a fold's few rows
         content = {
             "model": given.model.name_or_path,
             "data": {"source": rows.source, "rows": len(rows), "content": rows.content_hash()},
@@ -242,7 +241,7 @@ def compare(
             "runs": {arm: [one.run.folder.name for one in finished if arm in one.columns.values()] for arm in arms},
             "notes": [
                 *scoring.remarks(rows),
-                *sorted(noted - of_folds),
+                *sorted(noted),
                 *([f"Steps: {', '.join(taken.values())}."] if vary or {PROMPT, CE_EXTRA} & {*arms} else []),
             ],
             "scores": summary,
@@ -292,6 +291,8 @@ class _Pace(TrainerCallback):
         self.steps, self.screen, self.times = steps, screen, list[float]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1 and len(self.times) < _STEPS_OF_PACE:
+            self.times.clear()  # of a shorter run, after which it was evaluated
         self.times.append(time.monotonic())
         if len(self.times) == _STEPS_OF_PACE:
             step = (self.times[-1] - self.times[0]) / (_STEPS_OF_PACE - 1)

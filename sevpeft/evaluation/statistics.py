@@ -281,8 +281,7 @@ def compare_family(differences: Mapping[Any, Estimate], better: Callable[[Any], 
 
 def detectable(error: float, freedom: float, alpha: float) -> float:
     """Smallest true difference that a one-sided test at α finds with `POWER`, (t_{1−α} + t_power) · SE; or NaN."""
-    known = error > 0 and freedom >= 1
-    return float(stats.t.ppf([1 - alpha, POWER], freedom).sum() * error) if known else float("nan")
+    return float(stats.t.ppf([1 - alpha, POWER], freedom).sum() * error) if error > 0 and freedom >= 1 else float("nan")
 
 
 def holm(p: ArrayLike) -> Floats:

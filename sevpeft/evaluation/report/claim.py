@@ -61,10 +61,7 @@ class Evidence:
         return result
 
     def against_ce(self, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Part of the rows (n,) → arm → its difference to plain CE in NLL, for parts of enough questions.
-
-        Of a column of free text every value is rare, so that none gets into a file.
-        """
+        """Part of the rows (n,), unless it is rare as free text is → arm → its difference to plain CE in NLL."""
         arms = [arm for arm in self.scores if arm not in (BASE, CE)] if CE in self.scores else []
         enough = {name: at for name, at in parts.items() if len(np.unique(self.rows.groups[at])) >= FEW_QUESTIONS}
         return {name: {arm: self.difference(at, arm) for arm in arms} for name, at in enough.items() if arms}
