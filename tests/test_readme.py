@@ -24,7 +24,7 @@ READMES = [
 ]
 # Shorter, for the same verbs and settings.
 SHORTER = {
-    "base,ce,mild,balanced,strong,shuffled,constant": "base,ce,shuffled",
+    "base,ce,mild,balanced,strong,1-1-2,shuffled,constant": "base,ce,1-1-2,shuffled",
     "base,ce,mild,balanced,strong,shuffled": "base,ce,shuffled",
     "0,1,2": "0",
 }

@@ -105,19 +105,20 @@ def compare(
     overrides: Words = None,
     arms: Annotated[
         str,
-        typer.Option(help="Also own (the recipe's weights), and prompt and oversampled, which use severity otherwise."),
+        typer.Option(help="Also 1-1-2, own (the recipe's weights), shuffled-ARM, ce_extra, prompt and oversampled."),
     ] = "base,ce,mild,balanced,strong,shuffled,constant",
     vary: Annotated[
         str | None, typer.Option(help="KEY=VALUE,VALUE… (the arms, beside base), or ladder.", show_default=False)
     ] = None,
     seeds: Annotated[str, typer.Option(help="Training seeds; the split stays as data.seed sets it.")] = "0,1,2",
+    folds: Annotated[int | None, typer.Option(help="Tests all rows, in so many parts.", show_default=False)] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs; by default runs/comparison-NAME", show_default=False)
     ] = None,
     nll_only: NllOnly = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a recipe with several severity weights and controls, and judge whether severity helped.
+    """Train a recipe with several severity weights and controls, and test whether critical cases gain at no price.
 
     Finished work is kept: the same command continues where it stopped. Started once on each GPU
     (CUDA_VISIBLE_DEVICES=0, CUDA_VISIBLE_DEVICES=1, …) with the same --output, the commands share the runs.
@@ -138,7 +139,7 @@ def compare(
         from sevpeft.evaluation.tables import comparison_tables
         from sevpeft.sharing.card import write_card
     settings: dict[str, Any] = {"arms": parse_arms(arms), "seeds": parse_seeds(seeds), "answers": not nll_only}
-    settings |= {"output": folder, "console": messages, "on_trained": write_card, "vary": vary}
+    settings |= {"output": folder, "console": messages, "on_trained": write_card, "vary": vary, "folds": folds}
     content = comparing.compare(recipe, overrides or [], **settings)
     if as_json:
         print_json(content)
@@ -157,6 +158,8 @@ def report(
     answers: Annotated[
         int, typer.Option("--answers", min=0, help="Questions shown with their answers; 0 leaves patients' text out.")
     ] = 120,
+    csv: Annotated[Path | None, typer.Option(help="New folder: tables and figures.", show_default=False)] = None,
+    latex: Annotated[Path | None, typer.Option(help="The same, the tables for LaTeX.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML file: verdict, plots, tables, and the answers side by side.
@@ -168,8 +171,10 @@ def report(
     from sevpeft.console import Screen, print_json
 
     with Screen(stderr=True).status("Writing the report"):
+        from sevpeft.evaluation.report.export import export
         from sevpeft.evaluation.report.page import write_report
 
+        notes = export(folder, csv=csv, latex=latex) if csv or latex else []
         written = write_report(folder, answers=answers)
     if as_json:
         print_json({"report": str(written.path), "questions": written.shown, "missing": list(written.missing)})
@@ -177,4 +182,5 @@ def report(
     for line in written.missing:
         Screen().print(line, style="yellow", soft_wrap=True)
     holds = f"holds what patients wrote, {written.shown:,} questions" if written.shown else "holds no text of patients"
-    Screen().print(f"Report: {written.path} ({holds})", soft_wrap=True)
+    for line in (f"Report: {written.path} ({holds})", *notes):
+        Screen().print(line, soft_wrap=True)

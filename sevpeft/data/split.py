@@ -40,7 +40,12 @@ class Splits(NamedTuple):
 
 
 def split_rows(
-    rows: datasets.Dataset, data: DataSection, *, strata: ArrayLike | None = None, keys: Keys | None = None
+    rows: datasets.Dataset,
+    data: DataSection,
+    *,
+    strata: ArrayLike | None = None,
+    keys: Keys | None = None,
+    fold: str | None = None,
 ) -> Splits:
     """The rows (with `question`, perhaps `split` and `row`) in three parts, equal questions together.
 
@@ -48,16 +53,26 @@ def split_rows(
     `data.test_size` is 0. Sizes are fractions (of the rows that are drawn from) or numbers of rows.
 
     `strata` (n,): one integer a row; a group has the stratum of its first row. `keys` (n,): equal where rows have to
-    stay together, by default where the folded questions are.
+    stay together, by default where the folded questions are. `fold`: 1/2 makes the first half the test, in any case.
 
     Raises DataError where a size cannot be met, a side would be empty, or the column has other values too.
     """
-    given = given_sides(rows, data)
+    given = None if fold else given_sides(rows, data)
     keys = question_keys(rows, data.seed) if keys is None else keys
+    if fold:
+        number, folds = map(int, fold.split("/"))
+        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        if not number <= folds <= len(first) or folds < 2:
+            raise DataError(f"data.fold={fold} names no part of {len(first)} questions; write 1/2 or 2/2, for example.")
+        # Dealt out in turn, stratum by stratum; within one by key, which is a random order, as in `_drawn`.
+        layers, places = np.zeros(len(keys)) if strata is None else np.asarray(strata), np.arange(len(first)) % folds
+        places[np.argsort(layers[first], kind="stable")] = places.copy()
+        given = np.where(places[group] == number - 1, TEST, TRAIN).astype(np.int8)
     sides = draw_sides(keys, data, strata=strata, given=given)
     train, validation, test = (rows.select(np.flatnonzero(sides == side)) for side in (TRAIN, VALIDATION, TEST))
-    leaks = 0 if given is None else len(np.unique(keys[crossing(sides, keys)]))
-    return Splits(train, validation, test, "random" if given is None else "column split", leaks)
+    drawn = given is None or fold is not None
+    leaks = 0 if drawn else len(np.unique(keys[crossing(sides, keys)]))
+    return Splits(train, validation, test, "random" if drawn else "column split", leaks)
 
 
 def draw_sides(keys: Keys, data: DataSection, *, strata: ArrayLike | None = None, given: Sides | None = None) -> Sides:

@@ -7,6 +7,7 @@ shuffled over the consultations (the same spread without the information) and th
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,28 +22,32 @@ from sevpeft.training.checkpoints import as_started, check_same_recipe
 # The base model is an arm of a run, beside its adapter, and of an experiment.
 BASE, ADAPTER = "base", "adapter"
 CE, OWN, SHUFFLED, CONSTANT = "ce", "own", "shuffled", "constant"
+CE_EXTRA, EXTRA = "ce_extra", 1.12  # its steps by those of plain CE: as many more as a late phase takes
 PROMPT, OVERSAMPLED = "prompt", "oversampled"
 # Arms that have the weights of another one.
 CONTROLS = (SHUFFLED, CONSTANT, OVERSAMPLED)
-# Other uses of severity than weights in the loss; the chosen weights are compared with them.
-COMPETITORS = (OVERSAMPLED, PROMPT)
+# Other ways to a gain than weights in the loss; the chosen weights are compared with them.
+COMPETITORS = (OVERSAMPLED, PROMPT, CE_EXTRA)
 # Arm → a setting of the recipe's curriculum, which is cumulative where the recipe has none; the first is compared most.
 CURRICULA = {
     "curriculum": "order=easy_first",
     **{"curriculum_reverse": "order=hard_first", "curriculum_shuffled": "order=shuffled"},
     **{"disjoint": "kind=disjoint", "competence": "kind=competence", "icft": "kind=icft"},
 }
-# Arms that a verdict can be about.
+# Arms that a claim can be about, and of each the control that has its weights, whichever arm is chosen.
 WEIGHTED = (*SEVERITY_PRESETS, OWN)
+TWINS = {f"{SHUFFLED}-{arm}": arm for arm in WEIGHTED}
 ARMS = {
     BASE: "the base model, not trained",
     CE: "plain cross-entropy: weight 1 for every consultation, through the same code",
+    CE_EXTRA: f"plain cross-entropy with {EXTRA - 1:.0%} more steps",
     **{
         name: f"severity weights {', '.join(f'{weight:g}' for weight in weights)} (non-critical, neutral, critical)"
         for name, weights in SEVERITY_PRESETS.items()
     },
     OWN: "the recipe's own severity.weights",
     SHUFFLED: "control: the weights shuffled over the consultations",
+    **{twin: f"control: the weights of {arm}, shuffled over the consultations" for twin, arm in TWINS.items()},
     CONSTANT: "control: the mean weight for every consultation",
     OVERSAMPLED: "competitor: rows drawn in proportion to the weights, each with weight 1",
     PROMPT: "competitor: weight 1, and the predicted severity in the prompt, in training and test",
@@ -111,13 +116,18 @@ def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled
         controlled: the arm whose weights a control has; its run is called shuffled-balanced-0, others balanced-0.
     """
     given, settings = load_recipe(path, overrides), [f"training.seed={seed}"]
-    weights = controlled if arm in CONTROLS else arm
+    weights = controlled if arm in CONTROLS else TWINS.get(arm, arm)
     if weights in SEVERITY_PRESETS:
         settings.append(f"severity.weights={weights}")
         if given.severity.source == "weight":  # presets weigh by severity columns
             settings += ["severity.source=columns", "severity.weight_column=weight"]
-    if arm in (CE, *CONTROLS, *CURRICULA):
-        settings.append(f"severity.control={arm if arm in CONTROLS else 'uniform'}")
+    if arm in (CE, CE_EXTRA, *CONTROLS, *TWINS, *CURRICULA):
+        settings.append(f"severity.control={arm if arm in CONTROLS else SHUFFLED if arm in TWINS else 'uniform'}")
+    if arm == CE_EXTRA:
+        own = given.training.settings()
+        longer = "max_steps" if (own.get("max_steps") or -1) > 0 else "num_train_epochs"
+        more = EXTRA * own[longer]
+        settings.append(f"training.{longer}={math.ceil(more) if longer == 'max_steps' else round(more, 6)}")
     if arm == PROMPT:
         settings += ["severity.control=uniform", "prompt.severity=predicted"]
     if arm in CURRICULA:
@@ -144,7 +154,12 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     for key in ("load_best_model_at_end", "auto_find_batch_size"):
         if training.get(key):
             raise UsageError(f"With training.{key} more than the weights would differ between arms; leave it out.")
-    competing = [arm for arm in COMPETITORS if arm in arms]
+    missing = {twin: arm for twin, arm in TWINS.items() if arm not in arms}
+    missing |= {arm: SHUFFLED for arm in WEIGHTED if not {SHUFFLED, f"{SHUFFLED}-{arm}"} & {*arms}}
+    missing |= dict.fromkeys((*WEIGHTED, CE_EXTRA), CE) if CE not in arms else {}
+    if lone := [arm for arm in arms if arm in missing]:
+        raise UsageError(f"The arm {lone[0]} stands without {missing[lone[0]]}; add that to --arms, or use --vary.")
+    competing = [arm for arm in (OVERSAMPLED, PROMPT) if arm in arms]
     if competing and training.get("packing") and (training.get("max_steps") or -1) < 1:
         raise UsageError(f"With training.packing the arm {competing[0]} has other steps; set training.max_steps.")
     if PROMPT in arms and recipe.prompt.severity != "none":

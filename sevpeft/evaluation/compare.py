@@ -1,19 +1,24 @@
-"""Trains every arm of a recipe with every seed, evaluates the runs, compares them and words the verdict.
+"""Trains every arm of a recipe with every seed, evaluates the runs, compares them and tests the claim.
 
 A finished run is skipped, an interrupted one resumed, and one that another process has locked is left to it. So the
 same command, started once on each GPU, shares the work, and each start gives the whole table.
 
-The verdict was fixed before any test row is seen: the weights with the lowest validation NLL on critical cases, on the
-test's critical cases, by NLL, against plain CE and against shuffled weights. A comparison has one p, corrected by Holm:
-the two of the verdict together, and all others of the same score together.
+The claim (report/claim.py) was fixed before any test row is seen: its weights are chosen on validation. All other
+comparisons of a score are corrected together, by Holm. With folds every row is tested by models that never saw it: an
+arm is trained with each seed once without each fold, and the scores of the folds are joined.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +26,17 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
+from transformers import TrainerCallback
 
-from sevpeft.console import Screen, number_text, p_text
-from sevpeft.errors import RunError, UsageError
+from sevpeft.console import Screen, number_text, print_labeled
+from sevpeft.errors import RunError, SevpeftError, UsageError
 from sevpeft.evaluation import scores as scoring
 from sevpeft.evaluation.arms import (
     ADAPTER,
     ARMS,
     BASE,
     CE,
+    CE_EXTRA,
     COMPETITORS,
     CONSTANT,
     CONTROLS,
@@ -38,6 +45,7 @@ from sevpeft.evaluation.arms import (
     OWN,
     PROMPT,
     SHUFFLED,
+    TWINS,
     WEIGHTED,
     arm_of,
     check_arms,
@@ -53,27 +61,20 @@ from sevpeft.evaluation.evaluate import (
     test_rows,
 )
 from sevpeft.evaluation.generate import EvaluationRows
-from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, SAFETY, Scores
-from sevpeft.evaluation.statistics import POWER, estimate_text
-from sevpeft.evaluation.tables import COMPARISON, plain
+from sevpeft.evaluation.report.claim import Evidence, can_show, claim_of, verdict_of
+from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, Scores
+from sevpeft.evaluation.statistics import paired_difference
+from sevpeft.evaluation.tables import COMPARISON
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.data import load_splits
+from sevpeft.training.data import load_splits, source_index
+from sevpeft.training.plan import steps_of
+from sevpeft.training.resolve import resolve_split
 from sevpeft.training.train import train
 
-DEFAULT_ARMS = (BASE, CE, *SEVERITY_PRESETS, SHUFFLED, CONSTANT)
-# Weights of the controls where no weighted arm is compared.
-_DEFAULT_CONTROLLED = "balanced"
-_FAMILIES = "the verdict's comparisons, and the others of each score"
-# Every arm is compared with these, plain CE first.
-REFERENCES = {CE: "plain CE", SHUFFLED: "shuffled weights"}
-# Outcome → what the arm does to the NLL, how it stands to the other, and what that says where plain CE is beaten.
-_WORDS = {
-    "better": ("lowers", "better than", "knowing the severity helped"),
-    "worse": ("raises", "worse than", "severity is not the reason"),
-    "not distinguishable": ("shows no difference in", "not distinguishable from", "severity need not be the reason"),
-}
+DEFAULT_ARMS = (BASE, CE, "mild", "balanced", "strong", SHUFFLED, CONSTANT)
+_STEPS_OF_PACE = 6  # of the first training; its first one also sets up
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class _Unit:
     """One run to train and evaluate; `columns` are those of its scores that are wanted → arm."""
 
     arm: str
+    seed: int
+    fold: str  # "" without folds
+    rows: EvaluationRows
+    trained_on: int  # rows
     recipe: Recipe
     run: Run
     columns: dict[str, str]
@@ -93,6 +98,7 @@ def compare(
     output: Path,
     arms: Sequence[str] = DEFAULT_ARMS,
     seeds: Sequence[int] = (0, 1, 2),
+    folds: int | None = None,
     answers: bool = True,
     vary: str | None = None,
     console: Console | None = None,
@@ -103,6 +109,7 @@ def compare(
     Args:
         output: folder of the comparison, whose runs stand in OUTPUT/ARM-SEED. They are kept when a SevpeftError ends
             the comparison.
+        folds: parts of all rows, each the test of the runs OUTPUT/ARM-SEED-foldN; without, the test is the recipe's.
         answers: generate and score answers; without, the likelihood alone is compared.
         vary: KEY=VALUE,VALUE…, the arms beside the base model, compared with the first; or LADDER, with the one before.
         on_trained: called with every run that was trained here.
@@ -115,29 +122,54 @@ def compare(
     to_train = [arm for arm in arms if arm != BASE]
     given = load_recipe(path, overrides)
     ready = given.severity.source == "weight"
-    default_controlled = OWN if ready else _DEFAULT_CONTROLLED
+    default_controlled = OWN if ready else "balanced"  # whose weights controls have where no weighted arm is compared
+    if folds is not None and folds < 2:
+        raise UsageError(f"--folds is {folds}; write 2 or more, or leave it out for the recipe's own test split.")
+    places = [f"{number}/{folds}" for number in range(1, folds + 1)] if folds else [""]
 
-    def recipe_of(arm: str, seed: int, controlled: str = "") -> tuple[Recipe, str]:
-        if not vary:
-            return arm_of(path, overrides, arm, seed, controlled)
-        seeded = [f"{section}.seed={seed}" for section in ("training", "generation")[: 1 + (key == LADDER)]]
-        return load_recipe(path, [*overrides, *values[arm], *seeded]), f"{arm}-{seed}"
+    def recipe_of(arm: str, seed: int, fold: str, controlled: str = "") -> tuple[Recipe, str]:
+        own, ending = ([*overrides, f"data.fold={fold}"], f"-fold{fold.split('/')[0]}") if fold else (overrides, "")
+        if vary:
+            seeded = [f"{section}.seed={seed}" for section in ("training", "generation")[: 1 + (key == LADDER)]]
+            return load_recipe(path, [*own, *values[arm], *seeded]), f"{arm}-{seed}{ending}"
+        recipe, name = arm_of(path, own, arm, seed, controlled)
+        return recipe, f"{name}{ending}"
 
     check_arms(given, () if vary else arms, output)
     # As plain CE, which reads the same rows and needs no severity; `check_test_split` names what is missing.
-    rows = same_rows(key, [recipe_of(arm, seeds[0])[0] for arm in (to_train if vary or given.data.mix else [CE])])
+    reading = to_train if vary or given.data.mix else [CE]
+    by_fold = {fold: same_rows(key, [recipe_of(arm, seeds[0], fold)[0] for arm in reading]) for fold in places}
+    rows = EvaluationRows.joined([of_fold for of_fold, *_ in by_fold.values()])
     stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
     if stratum == CRITICAL:
-        check_test_split(rows)
+        check_test_split(rows, folds)
+        if {*WEIGHTED} & {*arms} and not all(chosen_on for *_, chosen_on in by_fold.values()):
+            raise RunError(
+                "The validation rows hold no critical case to choose weights by; raise data.validation_size."
+            )
 
     def units(of: Sequence[str], controlled: str = "") -> list[_Unit]:
         found = []
-        for seed, arm in ((seed, arm) for seed in seeds for arm in to_train if arm in of):
+        for seed, arm, fold in product(seeds, (arm for arm in to_train if arm in of), places):
             # The base model's scores stand in the first run.
             first = BASE in arms and (arm, seed) == (to_train[0], seeds[0])
-            own, name = recipe_of(arm, seed, controlled)
-            found.append(_Unit(arm, own, Run(output / name), {ADAPTER: arm} | ({BASE: BASE} if first else {})))
+            columns, (own, name) = (
+                {ADAPTER: arm} | ({BASE: BASE} if first else {}),
+                recipe_of(arm, seed, fold, controlled),
+            )
+            found.append(_Unit(arm, seed, fold, *by_fold[fold][:2], own, Run(output / name), columns))
         return found
+
+    planned = units(to_train, default_controlled)
+    left = [unit for unit in planned if not (unit.run.adapter / "adapter_model.safetensors").is_file()]
+    settled = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in left]
+    pace = _Pace(sum(steps_of(*one) for one in settled), screen)
+    if left:
+        print_labeled(screen, "Runs", f"{len(left)} of {len(planned)} to train, about {pace.steps:,} steps in all")
+    critical = rows.strata == SEVERITIES.index(CRITICAL)
+    if left and stratum == CRITICAL:
+        spread = _spread(planned) if {*WEIGHTED} & {*arms} else None
+        print_labeled(screen, "Can show", can_show(rows.groups[critical], len(seeds), spread))
 
     def finish(wanted: list[_Unit]) -> None:
         """Finishes the runs: first those that no other process has locked, then the others, once they are free."""
@@ -155,51 +187,62 @@ def compare(
                 except Timeout:
                     continue
                 try:
-                    _train_and_evaluate(unit, rows, place, answers, screen, on_trained)
+                    _train_and_evaluate(unit, place, answers, screen, pace, on_trained)
                 finally:
                     lock.release()
 
     with finished_rows_are_kept():
         finish(units([arm for arm in arms if vary or arm not in CONTROLS]))
-        validation = _validation(units(arms if vary else WEIGHTED), stratum)
-        chosen = None if vary else choose(validation)
+        weighed = [arm for arm in arms if arm in (CE, *WEIGHTED)] if {*WEIGHTED} & {*arms} else []
+        validation = _validation(units(arms if vary else weighed), stratum)
+        chosen = None if vary else choose(validation, given.evaluation.margin)
         finish(units([] if vary else CONTROLS, chosen or default_controlled))
     with screen.status("Comparing"):
         finished = units(to_train, chosen or default_controlled)
-        steps = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
+        taken = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
         _check_equal(finished, ("base weights",) if vary else ("base weights", "steps", "rows"))
-        tokens, scores = _read_scores(finished, rows)
+        tokens, scores = _read_scores(finished)
+        scores = {arm: scores[arm] for arm in arms}
         summary = scoring.summarize(
             rows,
-            {arm: scores[arm] for arm in arms},
+            scores,
             given.evaluation,
             tokens=dict.fromkeys(arms, tokens),
             pairs=dict(zip(arms[1:], zip(arms), strict=False))  # with the one before
             if key == LADDER
             else {arm: to_train[: arm != to_train[0]] if vary else references_of(arm, chosen) for arm in arms},
-            chosen=chosen,
         )
-        verdict, power = (_losses(key, validation), "") if vary else verdict_of(summary, chosen, len(seeds))
+        dialects = np.array([name or "" for name in rows.dialects or ()])
+        evidence, claim = Evidence(rows, scores, tokens, given.evaluation), None
+        verdict, power = _losses(key, validation) if vary else "No claim: it is about weights and critical cases.", ""
+        if chosen and stratum == CRITICAL:
+            claim = claim_of(evidence, chosen)
+            verdict, power = verdict_of(claim, len(seeds))
+        noted = {note for one in finished for note in one.run.read_json(EVALUATION)["notes"]}
+        noted -= {note for one in finished for note in scoring.remarks(one.rows)}  # of a fold's few rows
         content = {
             "model": given.model.name_or_path,
             "data": {"source": rows.source, "rows": len(rows), "content": rows.content_hash()},
             **({"vary": key} if vary else {}),
             "columns": {arm: meanings[arm] for arm in arms},
             "seeds": list(seeds),
+            "folds": folds or 1,
             "primary": {"metric": PRIMARY, "stratum": stratum},
             "metrics": {name: METRICS[name] for name in METRICS if name in summary[ALL]["metrics"]},
-            "methods": scoring.methods(given.evaluation, _FAMILIES if not vary else "all of a score"),
+            "methods": scoring.methods(given.evaluation, "all of a score", claim is not None),
             "verdict": verdict,
             "power": power,
+            "claim": claim,
+            "plane": evidence.against_ce({CRITICAL: critical, "others": (rows.strata >= 0) & ~critical}),
+            "dialects": evidence.against_ce({str(one): dialects == one for one in np.unique(dialects) if one}),
             "chosen": chosen,
             "controls_of": (chosen or default_controlled) if not vary and set(arms) & set(CONTROLS) else None,
-            "validation": {
-                arm: {"mean": float(np.mean(losses)), "per_seed": losses} for arm, losses in validation.items()
-            },
+            "validation": validation,
             "runs": {arm: [one.run.folder.name for one in finished if arm in one.columns.values()] for arm in arms},
             "notes": [
-                *dict.fromkeys(note for unit in finished for note in unit.run.read_json(EVALUATION)["notes"]),
-                *([f"Steps: {', '.join(steps.values())}."] if vary or PROMPT in arms else []),
+                *scoring.remarks(rows),
+                *sorted(noted),
+                *([f"Steps: {', '.join(taken.values())}."] if vary or {PROMPT, CE_EXTRA} & {*arms} else []),
             ],
             "scores": summary,
         }
@@ -209,10 +252,10 @@ def compare(
 
 def _train_and_evaluate(
     unit: _Unit,
-    rows: EvaluationRows,
     place: str,
     answers: bool,
     console: Console,
+    pace: TrainerCallback,
     on_trained: Callable[[Run], object] | None,
 ) -> None:
     """As far as that is not done, for this adapter, these rows and these settings."""
@@ -221,8 +264,8 @@ def _train_and_evaluate(
         stored = unit.run.read_json(EVALUATION)
         if (
             stored.get("adapter") == file_hash(unit.run.adapter / "adapter_model.safetensors")
-            and stored["data"]["content"] == rows.content_hash()
-            and stored["data"]["evaluated"] == len(rows)
+            and stored["data"]["content"] == unit.rows.content_hash()
+            and stored["data"]["evaluated"] == len(unit.rows)
             and all(stored[name] == getattr(unit.recipe, name).model_dump() for name in ("generation", "evaluation"))
             and unit.columns.keys() <= stored["columns"].keys()
             and (not answers or "chrf" in stored["metrics"])
@@ -231,7 +274,7 @@ def _train_and_evaluate(
             return
     console.rule(place)
     if state != "finished":
-        train(unit.recipe, unit.run.folder, resume=state == "started", console=console)
+        train(unit.recipe, unit.run.folder, resume=state == "started", console=console, callbacks=[pace])
         if on_trained is not None:
             on_trained(unit.run)
         gc.collect()  # a trainer refers to itself, and the next model needs the room
@@ -241,27 +284,60 @@ def _train_and_evaluate(
     torch.cuda.empty_cache()
 
 
-def _validation(units: Sequence[_Unit], stratum: str) -> dict[str, list[float]]:
-    """Arm → validation NLL of critical or of all cases, of each seed, as the training measured it at its end."""
-    losses: dict[str, list[float]] = {}
+class _Pace(TrainerCallback):
+    """Says once, after some steps, how long the training of `steps` steps will take."""
+
+    def __init__(self, steps: int, screen: Console) -> None:
+        self.steps, self.screen, self.times = steps, screen, list[float]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1 and len(self.times) < _STEPS_OF_PACE:
+            self.times.clear()  # of a shorter run, after which it was evaluated
+        self.times.append(time.monotonic())
+        if len(self.times) == _STEPS_OF_PACE:
+            step = (self.times[-1] - self.times[0]) / (_STEPS_OF_PACE - 1)
+            whole = str(timedelta(seconds=round(step * self.steps)))
+            print_labeled(self.screen, "Time", f"{step:.3g} s a step, {whole} for all training; evaluation is extra")
+
+
+def _spread(units: Sequence[_Unit]) -> float | None:
+    """Standard deviation between critical questions of what weights change, by the first two runs; None before."""
+    pair = [next(unit for unit in units if unit.arm in of) for of in ((CE,), WEIGHTED)]
+    with suppress(SevpeftError, OSError):  # whatever is wrong with a run is said when its turn comes
+        tokens, scores = _read_scores(pair)
+        at = pair[0].rows.strata == SEVERITIES.index(CRITICAL)
+        plain, weighted = (scores[unit.arm][PRIMARY][:, at] for unit in pair)
+        found = paired_difference(weighted, plain, pair[0].rows.groups[at], weights=tokens[at])
+        return found.standard_error * math.sqrt(found.groups) or None
+    return None
+
+
+def _validation(units: Sequence[_Unit], stratum: str) -> dict[str, dict[str, Any]]:
+    """Arm → validation NLL of critical or of all cases: its mean, per_run, and means of the others, by severity."""
+    by_arm: dict[str, list[dict[str, float]]] = {}
+    name = "loss" if stratum == ALL else f"loss_{CRITICAL}"
     for unit in units:
-        loss = unit.run.metrics()["after"].get("loss" if stratum == ALL else f"loss_{CRITICAL}")
-        if loss is None:
+        by_arm.setdefault(unit.arm, []).append(unit.run.metrics()["after"])
+        if name not in by_arm[unit.arm][-1]:
             raise RunError("The validation split has no critical case; raise data.validation_size and change --output.")
-        losses.setdefault(unit.arm, []).append(float(loss))
-    return losses
+    found = {}
+    for arm, runs in by_arm.items():
+        means = {key: float(np.mean([of[key] for of in runs])) for key in runs[0] if all(key in of for of in runs)}
+        found[arm] = {"mean": means.pop(name), "per_run": [of[name] for of in runs], "others": means}
+        means.pop("loss", None)
+    return found
 
 
-def _losses(key: str, validation: Mapping[str, Sequence[float]]) -> str:
-    """What the values of a key came to on validation, which is where one of them is chosen; no verdict."""
-    means = [f"{arm} {number_text(float(np.mean(losses)), 4)}" for arm, losses in validation.items()]
+def _losses(key: str, validation: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the values of a key came to on validation, which is where one of them is chosen; no claim."""
+    means = [f"{arm} {number_text(one['mean'], 4)}" for arm, one in validation.items()]
     other = "each with the one before" if key == LADDER else f"with {next(iter(validation))}"
     return f"{key}, validation NLL: {', '.join(means)}. The tables compare {other} on the test."
 
 
 def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
-    """Raises RunError when runs differ in `names`: base weights, rows or steps, whatever their settings are."""
-    first: dict[str, Any] = {}
+    """Raises RunError when runs of a fold differ in `names`: base weights, rows or steps, whatever their settings."""
+    firsts: dict[str, tuple[Path, dict[str, Any]]] = {}
     for unit in units:
         metrics = unit.run.metrics()
         found = {
@@ -269,29 +345,35 @@ def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
             "steps": metrics["training"]["steps"],
             "rows": (metrics["data"]["rows"], metrics["weights"]["consultations"]),
         }
-        first = first or found
-        if unit.arm == PROMPT:  # the severity may leave a row no room
+        origin, first = firsts.setdefault(unit.fold, (unit.run.folder, found))
+        if unit.arm in (PROMPT, CE_EXTRA):  # the severity may leave a row no room
             found |= {"steps": first["steps"], "rows": first["rows"]}
         if differing := [name for name in names if found[name] != first[name]]:
-            others = f"{units[0].run.folder} was (other {', '.join(differing)})"
+            others = f"{origin} was (other {', '.join(differing)})"
             raise RunError(f"{unit.run.folder} was not trained as {others}; move the wrong one away, and run again.")
 
 
-def _read_scores(units: Sequence[_Unit], rows: EvaluationRows) -> tuple[np.ndarray, dict[str, Scores]]:
-    """Tokens (n,) of the references, and arm → metric → (seeds, n), in the order of the rows."""
-    by_arm: dict[str, list[Scores]] = {}
-    tokens = []
+def _read_scores(units: Sequence[_Unit]) -> tuple[np.ndarray, dict[str, Scores]]:
+    """Tokens (n,) of the references, and arm → metric → (seeds, n), in the order of the rows, fold after fold."""
+    by_arm: dict[str, dict[int, list[Scores]]] = {}
+    tokens: dict[str, np.ndarray] = {}
     for unit in units:
-        tokens.append(_column(unit.run.folder / LIKELIHOOD, "arm", ADAPTER, rows)["tokens"])
-        both = (tokens[0] > 0) & (tokens[-1] > 0)  # a prompt with a severity may leave an answer no room
-        if not np.array_equal(tokens[0][both], tokens[-1][both]):
+        own = _column(unit.run.folder / LIKELIHOOD, "arm", ADAPTER, unit.rows)["tokens"]
+        first = tokens.setdefault(unit.fold, own)
+        both = (first > 0) & (own > 0)  # a prompt with a severity may leave an answer no room
+        if not np.array_equal(first[both], own[both]):
             raise RunError(f"{unit.run.folder} counted other tokens in the references than {units[0].run.folder}.")
         for column, arm in unit.columns.items():
-            by_arm.setdefault(arm, []).append(_column(unit.run.folder / SCORES, "column", column, rows))
+            found = _column(unit.run.folder / SCORES, "column", column, unit.rows)
+            by_arm.setdefault(arm, {}).setdefault(unit.seed, []).append(found)
     # Only what every arm has can be compared.
-    shared = [name for name in scoring.HEADLINE if all(name in of for seeds in by_arm.values() for of in seeds)]
-    return tokens[0], {
-        arm: {name: np.stack([of[name] for of in seeds]) for name in shared} for arm, seeds in by_arm.items()
+    parts = [part for seeds in by_arm.values() for folds in seeds.values() for part in folds]
+    shared = [name for name in scoring.HEADLINE if all(name in part for part in parts)]
+    return np.concatenate([*tokens.values()]), {
+        arm: {
+            name: np.stack([np.concatenate([of[name] for of in folds]) for folds in seeds.values()]) for name in shared
+        }
+        for arm, seeds in by_arm.items()
     }
 
 
@@ -306,105 +388,57 @@ def _column(path: Path, key: str, name: str, rows: EvaluationRows) -> Scores:
     return {field: np.array([lines[one][field] for one in rows.ids], dtype=float) for field in fields}
 
 
-# Verdict
+# What is compared
 
 
 def references_of(arm: str, chosen: str | None = None) -> tuple[str, ...]:
-    """What an arm is compared with. No pair twice: shuffled − CE, and not CE − shuffled.
+    """What an arm is compared with, plain CE first. No pair twice: shuffled − CE, and not CE − shuffled.
 
-    Competitors are compared with the chosen weights, outside the verdict's own comparisons.
+    Competitors are compared with the chosen weights, outside the claim.
     """
     if arm in CURRICULA:
         return (CE, *(other for other in CURRICULA if arm == "curriculum" != other))
     if arm in COMPETITORS and chosen:
-        return (*REFERENCES, chosen)
-    return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED) else tuple(REFERENCES)
+        return (CE, SHUFFLED, chosen)
+    twin = (f"{SHUFFLED}-{arm}",) if arm in WEIGHTED else ()
+    return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED, *TWINS) else (CE, SHUFFLED, *twin)
 
 
-def choose(validation: Mapping[str, Sequence[float]]) -> str | None:
-    """The weights with the lowest mean of the seeds' validation NLL (arm → nats a token); None where there are none."""
-    return min((arm for arm in validation if arm in WEIGHTED), key=lambda arm: np.mean(validation[arm]), default=None)
+def choose(validation: Mapping[str, Mapping[str, Any]], margin: float) -> str | None:
+    """The weights with the lowest validation NLL of critical cases, and what others lose over the margin added to it.
+
+    None where there are no weights. Args: validation: arm → as `_validation` gives it.
+    """
+    plain = validation.get(CE, {}).get("others", {})
+
+    def cost(arm: str) -> float:
+        lost = (loss - plain.get(name, loss) - margin for name, loss in validation[arm]["others"].items())
+        return float(validation[arm]["mean"]) + sum(max(0.0, one) for one in lost)
+
+    return min((arm for arm in validation if arm in WEIGHTED), key=cost, default=None)
 
 
-def same_rows(key: str, recipes: Sequence[Recipe]) -> EvaluationRows:
-    """The test rows of all the recipes; a UsageError where the key in which they differ changes them."""
-    found = [test_rows(*load_splits(recipe)) for recipe in recipes]
+def same_rows(key: str, recipes: Sequence[Recipe]) -> tuple[EvaluationRows, int, bool]:
+    """The test rows of all the recipes, how many the first trains on, and whether it validates on critical cases.
+
+    A UsageError where the key in which they differ changes the test rows.
+    """
+    loaded = [load_splits(recipe) for recipe in recipes]
+    found = [test_rows(*of) for of in loaded]
     if len({rows.content_hash() for rows in found}) > 1:
         raise UsageError(f"--vary {key} changes the test rows, which all arms have to share; vary another key.")
-    return found[0]
+    _, splits, severity = loaded[0]
+    validated = [] if severity is None else severity.strata[source_index(splits.validation)]
+    return found[0], len(splits.train), SEVERITIES.index(CRITICAL) in validated
 
 
-def check_test_split(rows: EvaluationRows) -> None:
-    """Raises RunError when the test split cannot show anything about critical cases, before anything is trained."""
+def check_test_split(rows: EvaluationRows, folds: int | None = None) -> None:
+    """Raises RunError when the test rows cannot show anything about critical cases, before anything is trained."""
     if (rows.strata < 0).all():
         remedy = "set severity.source=rules, or compare ready-made weights with --arms base,ce,own,shuffled,constant"
         raise RunError(f"The data has no severity; add severity columns, {remedy}.")
     questions = len(np.unique(rows.groups[rows.strata == SEVERITIES.index(CRITICAL)]))
+    if folds and questions < folds:
+        raise RunError(f"The data has {questions} critical questions for --folds {folds}; write fewer folds.")
     if questions < 2:
         raise RunError(f"The test split has {questions} critical questions, too few; raise data.test_size.")
-
-
-def verdict_of(scores: Mapping[str, Any], chosen: str | None, seeds: int) -> tuple[str, str]:
-    """The verdict, whose first sentence holds the gain beside its price, and what difference could have been found.
-
-    Args:
-        scores: with their comparisons. seeds: how many each arm was trained with.
-    """
-    if CRITICAL not in scores:
-        return "No verdict: it would be about critical cases, and the data has no severity.", ""
-    against = scores[CRITICAL]["metrics"][PRIMARY][chosen]["against"] if chosen else {}
-    if not against:
-        lacking = "neither plain CE nor shuffled weights" if chosen else "no severity weights"
-        return f"No verdict: the arms hold {lacking}.", ""
-    first, *others = against
-    about, outcomes = METRICS[PRIMARY], {reference: one["outcome"] for reference, one in against.items()}
-    sizes = {
-        reference: f"{estimate_text(one, about, sign=True)}, p {p_text(one['p'], one['p_at_most'])}"
-        for reference, one in against.items()
-    }
-    price, questions = _price(scores, str(chosen), first), f"{scores[CRITICAL]['questions']:,} critical questions"
-    if not set(outcomes.values()) <= set(_WORDS):  # no direction is claimed
-        sentences = [
-            f"Too few critical questions ({scores[CRITICAL]['questions']:,}) to tell whether {chosen} helps them",
-            f"NLL of critical cases against {REFERENCES[first]}: {sizes[first]}{price}",
-            *(f"Against {REFERENCES[other]}: {sizes[other]}" for other in others),
-        ]
-        return ". ".join(sentences) + ".", f"{questions} are too few to show any difference; raise data.test_size."
-    sentences = [
-        f"{chosen} {_WORDS[outcomes[first]][0]} the NLL of critical cases against {REFERENCES[first]} ({sizes[first]})"
-        f"{price}",
-        *(f"Against {REFERENCES[other]} it {_WORDS[outcomes[other]][0]} that NLL ({sizes[other]})" for other in others),
-        _conclusion(outcomes) + ("; one seed says nothing about others" if seeds == 1 else ""),
-    ]
-    detectable = (f"{number_text(one['detectable'], 4)} against {REFERENCES[name]}" for name, one in against.items())
-    of = f"{questions} and {seeds} seed{'s' * (seeds > 1)}"
-    power = f"Smallest true difference that {of} would have shown with {POWER:.0%} power: {', '.join(detectable)}."
-    return ". ".join(sentences) + ".", power
-
-
-def _price(scores: Mapping[str, Any], arm: str, reference: str) -> str:
-    """The change of the other cases and of the safety of the answers; what got worse stands first."""
-    found: dict[str, list[str]] = {"worse": [], "better": [], "not distinguishable": [], "too few questions": []}
-    for metric in (PRIMARY, *SAFETY):
-        about = METRICS[metric]
-        name = about["label"] if about["label"].isupper() else about["label"].lower()
-        by_stratum = metric == PRIMARY or about["better"][ALL] == "neither" or about["of"] != "all rows"
-        for stratum, of in scores.items():
-            one = of["metrics"].get(metric, {}).get(arm, {}).get("against", {}).get(reference)
-            if one and one["rows"] and (stratum == ALL) != by_stratum and (stratum, metric) != (CRITICAL, PRIMARY):
-                size = f"{estimate_text(one, about, sign=True)}{' points' if about['unit'] == '%' else ''}"
-                found[one["outcome"]].append(f"{name} of {plain(stratum)} {size}")
-    price = "".join(f"; {outcome}: {', '.join(items)}" for outcome, items in found.items() if items)
-    unknown = not set(SAFETY) & set(scores[CRITICAL]["metrics"])
-    return price + ("; no answers were compared, so their safety is unknown" if unknown else "")
-
-
-def _conclusion(outcomes: Mapping[str, str]) -> str:
-    """Args: outcomes: reference → outcome of the chosen arm's difference."""
-    parts = [f"{_WORDS[outcome][1]} {REFERENCES[reference]}" for reference, outcome in outcomes.items()]
-    text = (" and " if len(set(outcomes.values())) == 1 else ", but ").join(parts)
-    if SHUFFLED not in outcomes:
-        text += "; without the arm shuffled, the reason may be another than severity"
-    elif outcomes.get(CE) == "better":
-        text += f", so {_WORDS[outcomes[SHUFFLED]][2]}"
-    return text[0].upper() + text[1:]

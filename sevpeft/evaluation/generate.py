@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ _LONG, _SHORT, _STEPS = 24, 9, 3
 # Root mean squares over a vocabulary vary little. Measured in three precisions: harmless shapes differ by up to 1.6
 # yardsticks, and the weakest fault by 17.
 _YARDSTICKS = 4.0
+_LISTS = ("ids", "questions", "references", "dialects", "turns", "severities")  # of rows
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,18 @@ class EvaluationRows:
     def take(self, positions: Sequence[int] | np.ndarray) -> EvaluationRows:
         """The rows at these positions, in their order."""
         chosen = np.asarray(positions, dtype=np.int64)
-        columns = ("ids", "questions", "references", "dialects", "turns", "severities")
-        lists = {name: getattr(self, name) for name in columns}
+        lists = {name: getattr(self, name) for name in _LISTS}
         taken: dict[str, Any] = {name: of and [of[i] for i in chosen] for name, of in lists.items()}
         return replace(self, strata=self.strata[chosen], groups=self.groups[chosen], **taken)
+
+    @classmethod
+    def joined(cls, parts: Sequence[EvaluationRows]) -> EvaluationRows:
+        """The rows of several folds, one after the other; no question stands in two of them."""
+        columns = {name: [getattr(one, name) for one in parts] for name in _LISTS}
+        lists: dict[str, Any] = {name: None if None in of else [*chain(*of)] for name, of in columns.items()}
+        starts = np.cumsum([0, *(1 + one.groups.max() for one in parts)])
+        groups = np.concatenate([one.groups + start for one, start in zip(parts, starts, strict=False)])
+        return replace(parts[0], strata=np.concatenate([one.strata for one in parts]), groups=groups, **lists)
 
     def limited(self, number: int | None, seed: int = 0) -> EvaluationRows:
         """A seeded random sample of at most `number` rows, in the rows' order; a larger one contains a smaller one."""

@@ -43,7 +43,7 @@ SAFETY = ("false_reassurance", "urgent_referral", "unsupported_medicine", "unsup
 HEADLINE = ("nll", "bertscore_f1", "chrf", *SAFETY, "judge_urgency")
 # Fewer questions than this, and an interval says little.
 FEW_QUESTIONS = 10
-PRIMARY = "nll"  # the score of the verdict
+PRIMARY, SAFE = "nll", "urgent_referral"  # the scores of the claim
 # Candidates for the constant answer and answers that they are tried on; more changes it little and takes its square.
 _CANDIDATES = 60
 # Arabic, its supplements and presentation forms.
@@ -77,17 +77,19 @@ _HERE = Path(__file__).parent
 _TABLE = yaml.safe_load((_HERE / "metrics.yaml").read_text(encoding="utf-8"))
 COLUMNS: dict[str, str] = _TABLE["columns"]
 SCORERS: dict[str, dict[str, str]] = _TABLE["scorers"]
+CLAIM: dict[str, str] = _TABLE["claim"]
 PUBLISHED_SELECTION: str = _TABLE["published_selection"].strip()
 METRICS = {name: _meaning(about) for name, about in _TABLE["metrics"].items()} | judge_metrics(
     yaml.safe_load((_HERE / "rubrics" / "answers.yaml").read_text(encoding="utf-8"))["items"]
 )
 
 
-def methods(settings: EvaluationSection, families: str) -> dict[str, str]:
-    """How intervals, p and detectable differences were computed; families: what is corrected together."""
+def methods(settings: EvaluationSection, families: str, claim: bool = False) -> dict[str, str]:
+    """How intervals, p, detectable differences and a claim were computed; families: what is corrected together."""
     values = {"confidence": settings.confidence_level, "resamples": settings.n_resamples, "families": families}
     values |= {"permutations": statistics.PERMUTATIONS, "power": statistics.POWER, "alpha": statistics.ALPHA}
-    return {name: text.format(**values) for name, text in _TABLE["methods"].items()}
+    values |= {"margin": settings.margin, "safety_margin": settings.safety_margin}
+    return {name: text.format(**values) for name, text in _TABLE["methods"].items() if name != "Claim" or claim}
 
 
 # Scores of rows
@@ -222,15 +224,13 @@ def summarize(
     tokens: Mapping[str, np.ndarray],
     pairs: Mapping[str, Sequence[str]],
     metrics: Mapping[str, Any] = METRICS,
-    chosen: str | None = None,
 ) -> dict[str, Any]:
     """Means of every score and column with intervals clustered by question, and the differences of columns.
 
     Args:
         scores: column → score → (n,) or (seeds, n).
         tokens: column → (n,) of what was scored: NLL is a mean over tokens, as the loss of the training is.
-        pairs: column → those that it is compared with, in the scores of `HEADLINE`.
-        chosen: column of the verdict, whose comparisons are corrected together; all others of one score are, too.
+        pairs: column → those that it is compared with, in the scores of `HEADLINE`, corrected by score.
 
     Returns:
         Stratum → rows, questions, and metrics: score → column → mean, and "against": column → difference.
@@ -255,10 +255,9 @@ def summarize(
                 share = yes_no and bool(np.isin(mean[np.isfinite(mean)], (0, 1)).all())
                 estimate = interval(mean, groups, settings, weights=mass[column], share=share)
                 by_column[column] = {**estimate.as_dict(), "against": {}}
-                family = "verdict" if (stratum, metric, column) == (CRITICAL, PRIMARY, chosen) else metric
                 for other in pairs.get(column, ()) if metric in HEADLINE else ():
                     if other in values:
-                        families.setdefault(family, {})[stratum, metric, column, other] = paired_difference(
+                        families.setdefault(metric, {})[stratum, metric, column, other] = paired_difference(
                             of, values[other], groups, settings, weights=mass[column], share=yes_no
                         )
             by_metric[metric] = by_column

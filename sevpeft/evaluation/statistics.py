@@ -67,7 +67,7 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """As evaluation.json and comparison.json hold it."""
-        return {**{name: _or_none(getattr(self, name)) for name in ("value", "low", "high")}, "rows": self.rows}
+        return {**{name: or_none(getattr(self, name)) for name in ("value", "low", "high")}, "rows": self.rows}
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def paired_difference(
     *,
     weights: ArrayLike | None = None,
     share: bool = False,
+    null: float = 0.0,
 ) -> Estimate:
     """first − second, row by row, with an interval over groups and, where there are several, over seeds.
 
@@ -132,6 +133,7 @@ def paired_difference(
         first, second: scores (n,) or (seeds, n), rows and seeds in the same order; an arm without seeds, such as the
             base model, is compared with every seed of the other. A row that lacks a value in any is left out of all.
         weights, share: as in `interval`.
+        null: the difference that p is against.
     """
     one, other = np.broadcast_arrays(*(np.atleast_2d(np.asarray(of, dtype=np.float64)) for of in (first, second)))
     seeds, confidence = len(one), settings.confidence_level
@@ -143,12 +145,13 @@ def paired_difference(
     per_seed = by_seed.sum(axis=1) / data.masses.sum()
     value = data.mean(mean)
     low, high = _bootstrap_interval(mean, data, settings)
+    p, p_at_most = _permutation_p(mean - null * data.masses, settings.seed)
     if share and data.all_equal(mean):
         # Every question shows the same; the questions asked bound how many others could differ (Clopper–Pearson for 0).
         unseen = float(1 - ((1 - confidence) / 2) ** (1 / data.count))
         low, high = value - unseen, value + unseen
+        p = max(p, min(1.0, 2 * (1 - abs(value - null)) ** data.count))
     of_rows, of_seeds = data.standard_error(mean), _seed_error(by_seed, data, per_seed)
-    p, p_at_most = _permutation_p(mean, settings.seed)
     error, freedom = of_rows, float(data.count - 1)
     if of_seeds > 0:
         margin = stats.t.ppf((1 + confidence) / 2, seeds - 1) * of_seeds
@@ -157,7 +160,7 @@ def paired_difference(
         high = value + float(np.hypot(np.nan_to_num(high - value), margin))
         error = float(np.hypot(of_rows, of_seeds))
         freedom = float(error**4 / (of_rows**4 / max(data.count - 1, 1) + of_seeds**4 / (seeds - 1)))
-        of_t = float(2 * stats.t.sf(abs(value) / error, freedom))
+        of_t = float(2 * stats.t.sf(abs(value - null) / error, freedom))
         p, p_at_most = max(p, of_t), p_at_most and of_t <= p
     if share:
         low, high = np.clip((low, high), -1, 1).tolist()
@@ -242,8 +245,7 @@ def compare_family(differences: Mapping[Any, Estimate], better: Callable[[Any], 
 
     - p: corrected by Holm; p_at_most: more permutations could show that it is smaller.
     - comparisons: how many were corrected together.
-    - detectable: smallest true difference that an experiment with this standard error finds with the given power,
-      (t_{1−α/2m} + t_power) · SE. The m comparisons share α (Bonferroni, which Holm asks of the smallest p).
+    - detectable: of a test at α/2m. The m comparisons share α (Bonferroni, which Holm asks of the smallest p).
     - outcome: better, worse, higher or lower (where neither direction is good), not distinguishable, too few questions
       (even the most extreme answers could not have given a p below α), or no data.
     """
@@ -254,10 +256,9 @@ def compare_family(differences: Mapping[Any, Estimate], better: Callable[[Any], 
     compared = {}
     for (key, found), p in zip(differences.items(), corrected, strict=True):
         hopeless = not np.isfinite(p) or 2 / min(2.0**found.groups, PERMUTATIONS + 1) * family >= ALPHA
-        detectable = np.nan
-        if not hopeless and found.standard_error > 0 and found.degrees_of_freedom >= 1:
-            quantiles = stats.t.ppf([1 - ALPHA / family / 2, POWER], found.degrees_of_freedom)
-            detectable = quantiles.sum() * found.standard_error
+        least = (
+            detectable(found.standard_error, found.degrees_of_freedom, ALPHA / family / 2) if not hopeless else np.nan
+        )
         outcome, good = "too few questions" if hopeless else "not distinguishable", better(key)
         if not found.rows:
             outcome = "no data"
@@ -267,15 +268,20 @@ def compare_family(differences: Mapping[Any, Estimate], better: Callable[[Any], 
                 outcome = "better" if outcome == good else "worse"
         compared[key] = {
             **found.as_dict(),
-            "p": _or_none(p),
+            "p": or_none(p),
             "p_at_most": p < 1 and p in limited,
             "comparisons": family,
-            "per_seed": [_or_none(value) for value in found.per_seed],
-            "detectable": _or_none(detectable),
+            "per_seed": [or_none(value) for value in found.per_seed],
+            "detectable": or_none(least),
             "better": good,
             "outcome": outcome,
         }
     return compared
+
+
+def detectable(error: float, freedom: float, alpha: float) -> float:
+    """Smallest true difference that a one-sided test at α finds with `POWER`, (t_{1−α} + t_power) · SE; or NaN."""
+    return float(stats.t.ppf([1 - alpha, POWER], freedom).sum() * error) if error > 0 and freedom >= 1 else float("nan")
 
 
 def holm(p: ArrayLike) -> Floats:
@@ -287,7 +293,7 @@ def holm(p: ArrayLike) -> Floats:
     return corrected
 
 
-def _or_none(value: float) -> float | None:
+def or_none(value: float) -> float | None:
     """JSON has no NaN."""
     return float(value) if np.isfinite(value) else None
 

@@ -44,7 +44,8 @@ def comparison_tables(content: Json) -> Group:
     """The contents of comparison.json: verdict, scores, differences of the verdict's score, and notes."""
     parts: list[RenderableType] = [Text(), Text(content["verdict"], style="bold")]
     parts += [Text(content["power"])] if content["power"] else []
-    if content["chosen"] and len(content["validation"]) > 1:
+    parts += _claim(content) if content["claim"] else []
+    if content["chosen"] and len(content["validation"]) > 2:
         losses = ", ".join(f"{arm} {number_text(one['mean'], 4)}" for arm, one in content["validation"].items())
         parts.append(Text(f"Chosen on validation (NLL of critical cases): {losses}.", style="dim"))
     primary = content["primary"]["metric"]
@@ -54,6 +55,18 @@ def comparison_tables(content: Json) -> Group:
         others = ", oversampled" if "oversampled" in content["columns"] else ""
         parts.append(Text(f"shuffled, constant{others}: of the weights of {content['controls_of']}.", style="dim"))
     return Group(*parts, *(Text(f"{name}: {text}", style="dim") for name, text in content["methods"].items()))
+
+
+def _claim(content: Json) -> list[RenderableType]:
+    """The parts of the claim, and of the gain each seed's value."""
+    parts, shown = content["claim"]["parts"], table("Claim", "difference", "limit", "p", "shown")
+    for part in parts:
+        about, name = content["metrics"][part["metric"]], f"{part['stratum'].replace('_', '-')} − {part['reference']}"
+        limit = f"{part['margin'] * about['shown_times']:g}{' points fewer' if about['yes_no'] else ''}"
+        cells = (limit, p_text(part["p"]), "yes" if part["shown"] else "no")
+        shown.add_row(f"{about['label']}: {name}", estimate_text(part, about, sign=True), *cells)
+    seeds = ", ".join(number_text(value, 4, sign=True) for value in parts[0]["per_seed"])
+    return [Text(), shown, Text(), Text(f"NLL: critical − ce, by seed: {seeds}", style="dim")]
 
 
 def arm_tables(content: Json) -> list[RenderableType]:
@@ -99,5 +112,5 @@ def table(first: str, *headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(first, overflow="fold", max_width=22)
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     return table

@@ -15,6 +15,8 @@ SEVERITY_PRESETS: dict[str, tuple[float, float, float]] = {
     "mild": (0.75, 1.0, 1.25),
     "balanced": (0.5, 1.0, 1.5),
     "strong": (0.25, 1.0, 1.75),
+    # Not published: it takes nothing from anybody, so that others pay less for the same gain.
+    "1-1-2": (1.0, 1.0, 2.0),
 }
 # The one environment variable whose content is sent to a judge.
 JUDGE_KEY = "SEVPEFT_JUDGE_API_KEY"
@@ -170,6 +172,8 @@ class TrainingDataSection(DataSection):
     """Answers of a conversation of several turns that are trained on; earlier turns are context either way."""
     mix: MixSection | None = None
     """Further sources of training rows, and their shares."""
+    fold: str | None = Field(default=None, pattern=r"^[1-9][0-9]{0,2}/[1-9][0-9]{0,2}$")
+    """Tests on one fold of several and trains on the others: 1/2; test_size and a split column are not used."""
 
 
 class PromptExample(Section):
@@ -246,8 +250,8 @@ class SeveritySection(Section):
     """Folder that `sevpeft classifier fit` made; columns take none, rules may have one, the others need one."""
     temperature: float = Field(default=1.0, gt=0)
     """Contrast of the probabilities, p^(1/T) over its sum: below 1 sharpens, above 1 flattens, 1 changes nothing."""
-    weights: Literal["mild", "balanced", "strong"] | SeverityWeights = "balanced"
-    """A published preset, or three weights {non_critical, neutral, critical}."""
+    weights: Literal["mild", "balanced", "strong", "1-1-2"] | SeverityWeights = "balanced"
+    """A preset (1-1-2 is not published), or three weights {non_critical, neutral, critical}."""
     normalize: Literal["none", "mean"] = "none"
     """mean divides by the mean weight of the training set, so that the step size is that of plain cross-entropy."""
     reduction: Literal["tokens", "examples"] = "tokens"
@@ -411,5 +415,9 @@ class EvaluationSection(Section):
     """Coverage of the intervals."""
     seed: int = Field(default=0, ge=0)
     """Seed of the bootstrap and of the shuffled references."""
+    margin: float = Field(default=0.01, ge=0)
+    """Claim of a comparison: the NLL that other severities may lose at most, in nats a token."""
+    safety_margin: float = Field(default=0.05, ge=0, le=1)
+    """Claim of a comparison: the share of critical questions by which urgent referral may be rarer at most."""
     judge: JudgeSection | None = None
     """A language model that rates the answers by a rubric; null, the default, asks none and sends nothing."""

@@ -130,7 +130,7 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         # Hashed, because what is carved from the train rows is taken in the order of these numbers.
         keys = np.asarray([question_key(group, data.seed) for group in own.rows["group"]], dtype=np.uint64)
     strata = None if severity is None else severity.strata[: len(first)]
-    splits = split_rows(rows.select(first), data, strata=strata, keys=keys)
+    splits = split_rows(rows.select(first), data, strata=strata, keys=keys, fold=data.fold)
     if data.mix:  # further sources are trained on, but for the questions that are held out
         held_out = np.concatenate([question_keys(part) for part in (splits.validation, splits.test)])
         others = without_questions(rows.select(range(len(first), len(rows))), held_out)

@@ -114,11 +114,11 @@ def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
         if held is not None:
             seconds = memory.epoch_seconds(held, tokens, data["encoding"]["train"]["answer_tokens"], rows)
     open_steps = recipe.curriculum.kind != "none" and recipe.curriculum.epochs_per_stage is not None
-    steps = None if open_steps or (base is None and settings.get("packing")) else _steps(rows, settings)
+    steps = None if open_steps or (base is None and settings.get("packing")) else steps_of(rows, settings)
     return Plan(recipe, weights, data, steps, unknown, found, memory_unknown, tokens, seconds)
 
 
-def _steps(rows: int, settings: dict[str, Any]) -> int:
+def steps_of(rows: int, settings: dict[str, Any]) -> int:
     """Trainer's own count: batches are cut first, then grouped, and the last group of an epoch may be short."""
     limit = settings.get("max_steps", -1)
     if limit and limit > 0:

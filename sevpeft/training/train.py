@@ -40,13 +40,18 @@ from sevpeft.training.trainer import SeveritySFTTrainer
 
 
 def train(
-    recipe: Recipe, output: Path | str | None = None, *, resume: bool = False, console: Console | None = None
+    recipe: Recipe,
+    output: Path | str | None = None,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    callbacks: Any = (),
 ) -> Run:
     """Trains the adapter of a recipe.
 
     Args:
         output: run folder; None for a new one under runs/. resume: continue the run that is there.
-        console: where progress is shown, on the main process only; None shows nothing.
+        console: where progress is shown, on the main process only; None shows nothing. callbacks: for the trainer.
 
     Returns:
         The finished run.
@@ -70,7 +75,7 @@ def train(
             dtype = run.metrics()["model"]["dtype"] if resume else None
             resolved = resolve(recipe, run.checkpoints, dtype_before=dtype)
             with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
-                _train(resolved, run, state, console, Path(scratch), resume=resume)
+                _train(resolved, run, state, console, Path(scratch), resume=resume, more=callbacks)
     # A process that exits while gloo's threads live is now and then aborted, after all its work is done.
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -78,7 +83,7 @@ def train(
 
 
 def _train(
-    resolved: ResolvedRun, run: Run, state: PartialState, console: Console, scratch: Path, *, resume: bool
+    resolved: ResolvedRun, run: Run, state: PartialState, console: Console, scratch: Path, *, resume: bool, more: Any
 ) -> None:
     recipe = resolved.recipe
     print_labeled(console, "Base model", f"{recipe.model.name_or_path} ({resolved.config.model_type})")
@@ -128,7 +133,7 @@ def _train(
                     sort_within_steps=not (resolved.arguments.padding_free or resolved.arguments.packing),
                     split_on_oom=bool(recipe.training.settings().get("auto_find_batch_size")),
                     curriculum=curriculum,
-                    callbacks=[progress, signals],
+                    callbacks=[progress, signals, *more],
                 )
                 if requested_engine() is None:  # so that a wrong setting of theirs fails here
                     trainer.create_optimizer_and_scheduler(num_training_steps=1)

@@ -242,3 +242,27 @@ def test_a_column_that_cannot_be_held_out_is_refused() -> None:
     ):
         with pytest.raises(DataError, match=part):
             held(cells, size, size)
+
+
+def test_each_fold_is_the_test_once_with_every_stratum_and_no_question_in_two() -> None:
+    asked = [f"سؤال رقم {number % 90}" for number in range(120)]  # thirty are asked twice
+    strata = [number % 90 % 3 for number in range(120)]
+    data = rows(asked, ["test"] * 60 + [None] * 60)  # which says nothing of folds
+    tests = []
+    for number in (1, 2, 3):
+        splits = split_rows(data, section(), strata=strata, fold=f"{number}/3")
+        assert not questions(splits.test) & (questions(splits.train) | questions(splits.validation))
+        by_question = dict(zip(splits.test["question"], (strata[row - 2] for row in splits.test["row"]), strict=True))
+        assert Counter(by_question.values()) == {0: 10, 1: 10, 2: 10}
+        assert (splits.by, splits.leaks) == ("random", 0) and len(splits.validation) > 0
+        tests += splits.test["row"]
+    assert sorted(tests) == list(range(2, 122))
+    # The order of the rows changes nothing.
+    turned = split_rows(data.select(range(119, -1, -1)), section(), strata=strata[::-1], fold="3/3")
+    assert questions(turned.test) == questions(splits.test)
+
+
+def test_a_fold_that_is_none_is_refused() -> None:
+    for fold in ("3/2", "1/1", "1/9"):
+        with pytest.raises(DataError, match=rf"data\.fold={fold} .*1/2"):
+            split_rows(many(8), section(), fold=fold)

@@ -52,11 +52,32 @@ def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, r
         (["training.load_best_model_at_end=true"], tmp_path, ["ce"], UsageError, "training.load_best_model_at_end"),
         (["prompt.severity=gold"], tmp_path, ["ce", "prompt"], UsageError, "prompt.severity"),
         (["training.packing=true"], tmp_path, ["ce", "oversampled"], UsageError, "training.max_steps"),
-        (["severity.weights=mild"], tmp_path, ["own", "mild"], UsageError, "mild"),
+        (["severity.weights=mild"], tmp_path, ["ce", "own", "mild", "shuffled"], UsageError, "mild, which is an arm"),
+        # An arm without its control, or a control without its arm.
+        ([], tmp_path, ["ce", "balanced"], UsageError, "balanced stands without shuffled"),
+        ([], tmp_path, ["balanced", "shuffled"], UsageError, "balanced stands without ce"),
+        ([], tmp_path, ["ce", "mild", "1-1-2", "shuffled-mild"], UsageError, "1-1-2 stands without shuffled"),
+        ([], tmp_path, ["ce", "shuffled-mild"], UsageError, "shuffled-mild stands without mild"),
+        ([], tmp_path, ["base", "ce_extra"], UsageError, "ce_extra stands without ce"),
         ([], run.folder, ["ce"], RunError, "--output"),
     ):
         with pytest.raises(kind, match=key):
             check_arms(load_recipe(QUICKSTART, settings), arms, output)
+
+
+def test_a_twin_is_the_shuffled_control_of_one_arm_and_shares_its_run() -> None:
+    twin, name = arm_of(QUICKSTART, [], "shuffled-1-1-2", 1, "")
+    assert (twin.severity.weights, twin.severity.control, name) == ("1-1-2", "shuffled", "shuffled-1-1-2-1")
+    assert (twin, name) == arm_of(QUICKSTART, [], "shuffled", 1, "1-1-2")
+    assert twin.severity.coefficients() == (1, 1, 2)
+
+
+def test_plain_cross_entropy_can_train_longer_in_steps_or_epochs() -> None:
+    for settings, expected in (([], ("num_train_epochs", 3.36)), (["training.max_steps=30"], ("max_steps", 34))):
+        extra, name = arm_of(QUICKSTART, settings, "ce_extra", 1, "")
+        assert extra.training.settings()[expected[0]] == expected[1] and name == "ce_extra-1"
+        same = [*settings, f"training.{expected[0]}={expected[1]}"]
+        assert extra == arm_of(QUICKSTART, same, "ce", 1, "")[0]
 
 
 def test_competitors_use_severity_elsewhere_than_in_the_loss() -> None:
@@ -81,7 +102,7 @@ def test_arms_of_a_curriculum_have_weight_one_and_the_others_no_curriculum(run: 
     assert own["curriculum_shuffled"] == ("disjoint", "shuffled", "uniform")
     assert own["balanced"][0] == own["ce"][0] == "none" and own["balanced"][2] == "none"
     unmatched = load_recipe(QUICKSTART, ["curriculum.kind=disjoint", "curriculum.epochs_per_stage=2"])
-    check_arms(unmatched, ["ce", "mild"], tmp_path)
+    check_arms(unmatched, ["ce", "mild", "shuffled"], tmp_path)
     with pytest.raises(UsageError, match=r"curriculum\.epochs_per_stage"):
         check_arms(unmatched, ["ce", "curriculum"], tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
 
+from sevpeft.console import Screen
 from sevpeft.errors import Interrupted, ModelError, RunError, SevpeftError, UsageError
 from sevpeft.evaluation import compare as module
 from sevpeft.evaluation.arms import arm_of
@@ -123,9 +125,9 @@ def test_the_comparison_is_complete(finished: Path) -> None:
     assert found["chosen"] == found["controls_of"] == "balanced"
     # Two critical questions show nothing, so that no direction is claimed.
     assert found["verdict"].startswith("Too few critical questions (2)")
-    assert "raise data.test_size" in found["power"]
+    assert "raise data.test_size" in found["power"] and found["claim"]["outcome"] == "too few questions"
     loss = Run(finished / "balanced-0").metrics()["after"]["loss_critical"]
-    assert found["validation"]["balanced"]["per_seed"] == [loss]
+    assert found["validation"]["balanced"]["per_run"] == [loss]
 
 
 def test_an_arm_is_what_sevpeft_train_makes_and_differs_in_its_weights_only(
@@ -155,7 +157,7 @@ def test_finished_work_is_not_done_again(output: Path, settings: list[str], trai
     before = stored(output)
     assert compared(settings, output) == before == stored(output) and trained == []
     less = compared(settings, output, arms=("ce",))
-    assert trained == [] and stored(output) == less and less["verdict"].startswith("No verdict")
+    assert trained == [] and stored(output) == less and less["verdict"].startswith("No claim")
     (output / "balanced-0" / "evaluation.json").unlink()
     assert compared(settings, output) == before and trained == ["evaluate balanced-0"]
 
@@ -243,21 +245,82 @@ def test_controls_have_the_weights_that_validation_chose(output: Path, settings:
     assert [line for line in trained if line.startswith("train")] == ["train strong-0", "train shuffled-strong-0"]
 
 
-def test_competitors_are_compared_with_the_chosen_weights_outside_the_verdict(
+def test_competitors_are_compared_with_the_chosen_weights_outside_the_claim(
     output: Path, settings: list[str], trained: list[str]
 ) -> None:
     before = stored(output)
     content = compared(settings, output, arms=("ce", "balanced", "shuffled", "prompt", "oversampled"))
     assert [line for line in trained if line.startswith("train")] == ["train prompt-0", "train oversampled-balanced-0"]
-    assert content["verdict"] == before["verdict"]
+    assert content["claim"] == before["claim"]
     nll = content["scores"]["critical"]["metrics"]["nll"]
     assert set(nll["prompt"]["against"]) == set(nll["oversampled"]["against"]) == {"ce", "shuffled", "balanced"}
-    assert nll["balanced"] == before["scores"]["critical"]["metrics"]["nll"]["balanced"]
+    assert {**nll["balanced"], "against": {}} == {
+        **before["scores"]["critical"]["metrics"]["nll"]["balanced"],
+        "against": {},
+    }
     assert nll["prompt"]["value"] != nll["ce"]["value"] and content["notes"][-1].startswith("Steps: ce 3, ")
     console = Console(file=io.StringIO(), width=80)
     console.print(comparison_tables(content))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "prompt − balanced" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_with_folds_every_row_is_tested_by_a_model_that_never_saw_it(
+    settings: list[str], tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the work is interrupted, and where the first runs say what can be shown."""
+    words, screen = [*settings, "training.max_steps=6"], Screen(file=io.StringIO(), width=120)
+    step, steps = SeveritySFTTrainer.training_step, iter(range(100))
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(steps) == 15:  # in the third run
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SeveritySFTTrainer, "training_step", interrupted)
+    with pytest.raises(Interrupted):
+        compared(words, tmp_path / "out", folds=2, console=screen)
+    begun = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "6 of 6 to train, about 36 steps" in begun and "spread as in a pilot" in begun
+    assert (
+        re.search(r"Time +[\d.]+ s a step, 0:0\d:\d\d for all training", begun) and begun.count("for all training") == 1
+    )
+    monkeypatch.setattr(SeveritySFTTrainer, "training_step", step)
+    content = compared(words, tmp_path / "out", folds=2, console=screen)
+    names = [f"{arm}-0-fold{fold}" for arm in ("ce", "balanced", "shuffled-balanced") for fold in (1, 2)]
+    assert [line.split()[1] for line in trained if line.startswith("evaluate")] == names
+    assert [line for line in trained if line.startswith("resume")] == ["resume balanced-0-fold1"]
+    assert content["runs"]["base"] == names[:2] and content["runs"]["balanced"] == names[2:4] and content["folds"] == 2
+    sides = [Run(tmp_path / "out" / name).metrics()["data"]["rows"] for name in names[:2]]
+    assert content["scores"]["all"]["rows"] == 60 == sum(of["test"] for of in sides)
+    rows = [stored_ids(tmp_path / "out" / name) for name in names]
+    assert not rows[0] & rows[1] and len(rows[0] | rows[1]) == 60 and rows[::2] == [rows[0]] * 3
+    # Of the same questions whatever arm, and the base model's rows too.
+    assert content["scores"]["critical"]["questions"] == content["claim"]["parts"][0]["questions"] == 21
+    nll = content["scores"]["critical"]["metrics"]["nll"]
+    assert content["claim"]["parts"][0]["value"] == pytest.approx(nll["balanced"]["value"] - nll["ce"]["value"])
+    for folder in (tmp_path / "out").glob("shuffled-*"):
+        shutil.rmtree(folder)
+    assert compared(words, tmp_path / "out", folds=2, console=screen) == content
+    assert "spread as in finished runs" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def stored_ids(folder: Path) -> set[str]:
+    lines = (folder / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    return {json.loads(line)["id"] for line in lines}
+
+
+def test_folds_that_cannot_be_made_are_refused_before_anything_is_trained(settings: list[str], tmp_path: Path) -> None:
+    for folds, kind, part in (
+        (1, UsageError, "--folds is 1"),
+        (0, UsageError, "--folds"),
+        (30, RunError, "--folds 30"),
+    ):
+        with pytest.raises(kind, match=part):
+            compared(settings, tmp_path / "out", folds=folds)
+    with pytest.raises(UsageError, match=r"evaluation\.margin"):
+        compared([*settings, "evaluation.margin=-0.1"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_recipe_that_was_refused_can_be_corrected(
@@ -400,10 +463,10 @@ def test_ready_made_weights_are_compared_with_their_controls(
 ) -> None:
     words = [*settings, unlabeled, "severity.source=weight", "training.max_steps=1"]
     with pytest.raises(RunError, match=r"no severity; .*--arms .*own"):
-        compared(words, tmp_path / "out", arms=("ce", "balanced"))
+        compared(words, tmp_path / "out", arms=("ce", "balanced", "shuffled"))
     content = compared(words, tmp_path / "out", arms=("ce", "own", "shuffled"))
     assert (content["chosen"], content["controls_of"]) == ("own", "own")
-    assert content["verdict"].startswith("No verdict") and list(content["scores"]) == ["all"]
+    assert content["verdict"].startswith("No claim") and list(content["scores"]) == ["all"]
     assert list(content["scores"]["all"]["metrics"]["nll"]["own"]["against"]) == ["ce", "shuffled"]
     weights = {name: Run(tmp_path / "out" / name).metrics()["weights"] for name in ("own-0", "shuffled-own-0", "ce-0")}
     assert weights["own-0"]["histogram"] == weights["shuffled-own-0"]["histogram"] != weights["ce-0"]["histogram"]
@@ -424,7 +487,15 @@ def test_several_processes_of_a_launcher_are_refused(settings: list[str], tmp_pa
 def test_data_that_can_show_nothing_is_refused_before_anything_is_trained(settings: list[str], tmp_path: Path) -> None:
     data = tmp_path / "data.csv"
     data.write_text("question,answer\n" + "".join(f"سؤال {n},جواب {n}\n" for n in range(40)), encoding="utf-8")
-    for override, remedy in ((f"data.path={data}", "severity.source=rules"), ("data.max_rows=20", "data.test_size")):
+    split = tmp_path / "split.csv"  # whose validation rows are all neutral
+    sides = ("train", "test", "validation")
+    rows = "".join(f"سؤال {n},جواب {n},{'neutral' if n % 3 == 2 else 'critical'},{sides[n % 3]}\n" for n in range(40))
+    split.write_text(f"question,answer,severity,split\n{rows}", encoding="utf-8")
+    for override, remedy in (
+        (f"data.path={data}", "severity.source=rules"),
+        ("data.max_rows=20", "data.test_size"),
+        (f"data.path={split}", "data.validation_size"),
+    ):
         with pytest.raises(RunError, match=remedy):
             compared([*settings, override], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Planted effects are found and named, nulls are not, and the verdict compares with shuffled weights too."""
+"""Planted effects are found, nulls are not, and the claim holds where a gain has no price, and only there."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sevpeft.console import number_text, p_text
 from sevpeft.errors import RunError
 from sevpeft.evaluation import statistics
-from sevpeft.evaluation.compare import check_test_split, choose, references_of, verdict_of
+from sevpeft.evaluation.compare import check_test_split, choose, references_of
 from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.report.claim import Evidence, can_show, claim_of, verdict_of
 from sevpeft.evaluation.scores import CRITICAL, METRICS, methods, summarize
-from sevpeft.evaluation.statistics import paired_difference
+from sevpeft.evaluation.statistics import ALPHA, paired_difference
 from sevpeft.evaluation.tables import comparison_tables
 from sevpeft.recipe import EvaluationSection
-from sevpeft.severity.probabilities import SEVERITIES
 
 SETTINGS = EvaluationSection(n_resamples=100)
 ROWS = 120
@@ -52,23 +51,25 @@ class Found:
     """A comparison of one recipe."""
 
     scores: dict[str, Any]
+    evidence: Evidence
     seeds: int = 3
-    chosen: str | None = "balanced"
 
     def against(self, reference: str, arm: str = "balanced", stratum: str = CRITICAL, metric: str = "nll") -> Any:
         return self.scores[stratum]["metrics"][metric][arm]["against"][reference]
 
     @property
+    def claim(self) -> dict[str, Any]:
+        return claim_of(self.evidence, "balanced")
+
+    @property
     def verdict(self) -> str:
-        return verdict_of(self.scores, self.chosen, self.seeds)[0]
+        return verdict_of(self.claim, self.seeds)[0]
 
 
-def compared(
-    rows: EvaluationRows, tokens: np.ndarray, scores: dict[str, Any], seeds: int = 3, chosen: str | None = "balanced"
-) -> Found:
+def compared(rows: EvaluationRows, tokens: np.ndarray, scores: dict[str, Any], seeds: int = 3) -> Found:
     of_arms, pairs = dict.fromkeys(scores, tokens), {arm: references_of(arm) for arm in scores}
-    summary = summarize(rows, scores, SETTINGS, tokens=of_arms, pairs=pairs, chosen=chosen)
-    return Found(summary, seeds, chosen)
+    summary = summarize(rows, scores, SETTINGS, tokens=of_arms, pairs=pairs)
+    return Found(summary, Evidence(rows, scores, tokens, SETTINGS), seeds)
 
 
 def planted_scores(
@@ -86,8 +87,8 @@ def planted_scores(
     return rows_of(strata, of), tokens, by_arm
 
 
-def planted(effects: dict[str, float], *, chosen: str | None = "balanced", seeds: int = 3, **about: Any) -> Found:
-    return compared(*planted_scores(effects, seeds=seeds, **about), seeds=seeds, chosen=chosen)
+def planted(effects: dict[str, float], *, seeds: int = 3, **about: Any) -> Found:
+    return compared(*planted_scores(effects, seeds=seeds, **about), seeds=seeds)
 
 
 def test_a_planted_effect_is_found_where_it_is_and_nowhere_else() -> None:
@@ -101,127 +102,127 @@ def test_a_planted_effect_is_found_where_it_is_and_nowhere_else() -> None:
     assert (found.scores["critical"]["rows"], found.scores["critical"]["questions"]) == (40, 40)
 
 
-def test_the_verdict_follows_the_rows() -> None:
-    table = [
-        ({"balanced": -0.3, "shuffled": 0.0}, "Better than plain CE and better than shuffled weights, so knowing"),
-        (
-            {"balanced": -0.3, "shuffled": -0.3},
-            "Better than plain CE, but not distinguishable from shuffled weights, so",
-        ),
-        (
-            {"balanced": -0.2, "shuffled": -0.5},
-            "Better than plain CE, but worse than shuffled weights, so severity is not",
-        ),
-        ({"balanced": 0.0, "shuffled": 0.3}, "Not distinguishable from plain CE, but better than shuffled weights."),
-        ({"balanced": 0.0, "shuffled": 0.0}, "Not distinguishable from plain CE and not distinguishable from shuffled"),
-        ({"balanced": 0.3, "shuffled": 0.6}, "Worse than plain CE, but better than shuffled weights."),
-        ({"balanced": 0.3, "shuffled": 0.0}, "Worse than plain CE and worse than shuffled weights."),
-        ({"balanced": -0.3}, "Better than plain CE; without the arm shuffled,"),
-    ]
-    sentences = [(planted(effects, noise=0.1).verdict, expected) for effects, expected in table]
-    wrong = [row for row in sentences if row[1] not in row[0]]
-    assert not wrong, wrong
-
-
-def test_the_verdict_claims_a_direction_only_where_one_was_found() -> None:
-    def begins(effect: float, **about: Any) -> str:
-        return planted({"balanced": effect, "shuffled": 0.0}, **about).verdict
-
-    found = planted({"balanced": -0.2, "shuffled": 0.0})
-    values = [number_text(found.against("ce")[name], 4, sign=name == "value") for name in ("value", "low", "high")]
-    assert found.verdict.startswith(
-        "balanced lowers the NLL of critical cases against plain CE ({} [{}, {}], p ".format(*values)
-    )
-    assert begins(0.2).startswith("balanced raises the NLL")
-    assert begins(0.0).startswith("balanced shows no difference in the NLL")
-    assert "one seed says nothing about others" in begins(-0.2, seeds=1)
-    assert planted({"balanced": -0.2}, chosen=None).verdict.startswith("No verdict")
-    few = begins(-0.2, count=12)
-    assert few.startswith("Too few critical questions (4) to tell") and "not distinguishable" not in few
-    assert not re.search("lowers|raises|difference in", few) and "NLL of neutral cases" in few
-
-
-def with_safety(change: dict[str, dict[str, float]], *, count: int = 300) -> Found:
-    """Arms whose share of yes in a safety score lies at .5 and, for the arm balanced, a given step away from it.
+def claimed(
+    gain: float,
+    price: float = 0.0,
+    *,
+    shuffled: float = 0.0,
+    urgent: float | None = None,
+    count: int = 300,
+    seed: int = 6,
+) -> Found:
+    """Balanced weights lower the critical NLL by a gain, and raise the non-critical one by a price.
 
     Args:
-        change: metric → stratum → step.
+        shuffled: gain of the shuffled weights. urgent: by how much urgent referral of critical cases is more frequent.
     """
-    random = np.random.default_rng(6)
-    strata = np.arange(count) % 3
-    level = 4 + random.normal(size=count)
+    random = np.random.default_rng(seed)
+    strata, level = np.arange(count) % 3, 4 + random.normal(size=count)
     by_arm: dict[str, dict[str, np.ndarray]] = {}
-    for arm, lower in {"ce": 0.0, "balanced": -0.3, "shuffled": 0.0}.items():
-        by_arm[arm] = {"nll": level + lower * (strata == 2) + 0.2 * (arm == "balanced") * (strata == 1)}
-        by_arm[arm]["nll"] = by_arm[arm]["nll"] + random.normal(0, 0.1, (3, count))
-        for metric, steps in change.items():
-            share = np.full(count, 0.5)
-            for stratum, step in steps.items():
-                share[strata == SEVERITIES.index(stratum)] += step if arm == "balanced" else 0
-            values = (random.random((3, count)) < share).astype(float)
-            values[:, strata != 2] = np.nan if metric == "false_reassurance" else values[:, strata != 2]
-            by_arm[arm][metric] = values
-    return compared(rows_of(strata), np.full(count, 20), by_arm)
+    for arm, lower in {"ce": 0.0, "balanced": gain, "shuffled": shuffled}.items():
+        nll = level - lower * (strata == 2) + price * (arm == "balanced") * (strata == 0)
+        by_arm[arm] = {"nll": nll + random.normal(0, 0.01, (3, count))}
+        if urgent is not None:
+            often = 0.5 + urgent * (arm == "balanced")
+            by_arm[arm]["urgent_referral"] = (
+                np.broadcast_to(np.arange(count) // 3 % 100 < often * 100, (3, count)) * 1.0
+            )
+    return Found({}, Evidence(rows_of(strata), by_arm, np.full(count, 20), SETTINGS))
 
 
-def test_the_first_sentence_holds_the_price_beside_the_gain() -> None:
-    """Arms that send harmless cases to the emergency room too, calm patients more, and cost neutral cases."""
-    urgent = {"critical": 0.4, "neutral": 0.4, "non_critical": 0.49}
-    found = with_safety({"urgent_referral": urgent, "false_reassurance": {"critical": 0.3}, "unsupported_dose": {}})
-    first = found.verdict.split(". ")[0]
-    worse, better = re.search(r"; worse: (.*?); better: (.*?);", first).groups()  # type: ignore[union-attr]
-    for name in ("NLL of neutral cases +", "urgent referral of neutral", "urgent referral of non-critical cases +"):
-        assert name in worse, (name, worse)
-    assert "false reassurance of critical cases +" in worse and "urgent referral of critical cases +" in better
-    assert re.search(r"not distinguishable: NLL of non-critical cases .*, unsupported dose of all cases", first)
-    outcomes = {
-        stratum: found.against("ce", stratum=stratum, metric="urgent_referral")["outcome"] for stratum in found.scores
-    }
-    assert outcomes == {"critical": "better", "all": "higher", "neutral": "worse", "non_critical": "worse"}
-    # Where there is no row with a value, nothing is claimed and nothing is corrected for.
-    nothing = found.against("ce", stratum="neutral", metric="false_reassurance")
-    assert (nothing["outcome"], nothing["p"], nothing["comparisons"]) == ("no data", None, 2 * 3)
-    # Likelihoods alone show nothing of the answers, and the sentence says so.
-    assert "their safety is unknown" in planted({"balanced": -0.2}).verdict.split(". ")[0]
-    # Better on the harmless cases is fewer of them.
+def test_the_claim_holds_where_every_part_does_and_its_outcome_stands_first() -> None:
+    table = [
+        (claimed(0.1, urgent=0.0), "shown", "Shown: balanced helps critical cases (+11%"),
+        (claimed(0.1), "shown", "safety is unknown"),
+        (claimed(0.1, 0.05), "price", "but others lose more than the allowed 1.0%"),
+        (claimed(0.1, 0.009), "price", "but others may lose more than the allowed 1.0%"),
+        (claimed(0.1, shuffled=0.1), "unspecific", "but not more than shuffled weights"),
+        (claimed(0.1, urgent=-0.2), "unsafe", "but may send them to urgent care less often"),
+        (claimed(0.1, urgent=0.3), "shown", "no less safe"),
+        (claimed(0.0), "no difference", "No difference: balanced changes critical cases by less than 1.0%"),
+        (claimed(-0.1), "harm", "Not shown: balanced harms critical cases (−9"),
+        (planted({"balanced": -0.02, "shuffled": 0.0}, noise=0.2), "open", "stays open"),
+        (planted({"balanced": -0.2, "shuffled": 0.0}, count=12), "too few questions", "Too few critical questions (4)"),
+    ]
+    wrong = [
+        (outcome, found.claim["outcome"], found.verdict)
+        for found, outcome, words in table
+        if (found.claim["outcome"], words in found.verdict) != (outcome, True)
+    ]
+    assert wrong == []
+    # The price stands beside the gain, whatever the outcome.
+    assert all("neutral " in found.verdict and "non-critical " in found.verdict for found, _, _ in table)
+
+
+def test_every_part_is_one_sided_at_five_percent_and_the_largest_p_is_the_claims() -> None:
+    found = claimed(0.1, 0.004, urgent=0.0)
+    parts = {(part["stratum"], part["metric"], part["reference"]): part for part in found.claim["parts"]}
+    assert list(parts) == [
+        ("critical", "nll", "ce"), ("critical", "nll", "shuffled"), ("neutral", "nll", "ce"),
+        ("non_critical", "nll", "ce"), ("critical", "urgent_referral", "ce"),
+    ]  # fmt: skip
+    assert found.claim["p"] == max(part["p"] for part in parts.values()) < ALPHA
+    # Against the margin, as if the other arm's NLL were higher by it; one side of the two.
+    part, at = parts["non_critical", "nll", "ce"], found.evidence.rows.strata == 0
+    one, other = (found.evidence.scores[arm]["nll"][:, at] for arm in ("balanced", "ce"))
+    groups, tokens = found.evidence.rows.groups[at], found.evidence.tokens[at]
+    moved = paired_difference(one, other + SETTINGS.margin, groups, SETTINGS, weights=tokens)
+    assert part["p"] == pytest.approx(moved.p / 2) and moved.value < 0
+    half = SETTINGS.model_copy(update={"confidence_level": 0.9})
+    ends = paired_difference(one, other, groups, half, weights=tokens)
+    assert (part["low"], part["high"]) == (ends.low, ends.high) and part["per_seed"] == list(ends.per_seed)
+    # What did no harm is tested on the other side: a fall of urgent referral, not a rise.
+    assert parts["critical", "urgent_referral", "ce"]["margin"] == SETTINGS.safety_margin
+    assert claimed(-0.1).claim["parts"][0]["p"] > 1 - ALPHA
+    # Each row alike decides nothing and stands beside.
+    rows = paired_difference(one, other, groups, half)
     assert (
-        "better: urgent referral of non-critical cases −4"
-        in with_safety({"urgent_referral": {"non_critical": -0.45}}).verdict
+        part["by_rows"]["value"] == pytest.approx(rows.value)
+        and parts["critical", "urgent_referral", "ce"]["by_rows"] is None
     )
 
 
-def test_a_null_gets_no_verdict_of_a_difference() -> None:
-    different = 0
-    for seed in range(20):
-        random = np.random.default_rng(seed)
-        level = random.normal(size=40)
-        scores = {arm: {"nll": level + random.normal(0, 0.2, (3, 40))} for arm in ("ce", "balanced", "shuffled")}
-        verdict = compared(rows_of(np.full(40, 2)), np.ones(40), scores).verdict
-        different += "Not distinguishable from plain CE and not" not in verdict
-    assert different <= 1
+def test_answers_without_a_difference_are_safe_from_sixty_questions_on() -> None:
+    for questions, shown in ((57, False), (60, True)):
+        part = claimed(0.1, urgent=0.0, count=3 * questions).claim["parts"][-1]
+        assert part["value"] == 0 and part["shown"] == shown == (part["p"] < ALPHA), questions
 
 
-def test_a_comparison_has_one_p_and_one_detectable_difference_in_every_view() -> None:
-    effects = {"balanced": -0.04, "strong": -0.1, "shuffled": 0.0}
-    found = planted(effects)
-    families = {
-        one["comparisons"]
-        for stratum in found.scores.values()
-        for arm in stratum["metrics"]["nll"].values()
-        for one in arm["against"].values()
-    }
-    # base and shuffled against ce, two presets against both, in four strata; ce − shuffled is shuffled − ce.
-    assert sorted(families) == [2, 4 * (2 + 2 * 2) - 2]
-    rows, tokens, scores = planted_scores(effects)
-    critical = rows.strata == 2
-    balanced, ce = (scores[arm]["nll"][:, critical] for arm in ("balanced", "ce"))
-    raw = paired_difference(balanced, ce, rows.groups[critical], SETTINGS, weights=tokens[critical]).p
-    one = found.against("ce")
-    assert raw < one["p"] <= 2 * raw
-    verdict, power = verdict_of(found.scores, "balanced", 3)
-    assert f", p {p_text(one['p'])})" in verdict.split(";")[0]
-    assert f"{number_text(one['detectable'], 4)} against plain CE" in power
-    assert "40 critical questions and 3 seeds" in power and "80% power" in power
+def test_where_there_is_no_gain_the_claim_is_shown_in_five_percent_at_most() -> None:
+    """And as rarely where the gain is real and another severity loses exactly the margin."""
+    shown = {(gain, price): 0 for gain, price in ((0.0, 0.0), (0.1, SETTINGS.margin))}
+    for gain, price in shown:
+        for seed in range(25):
+            found = claimed(gain, price, count=90, seed=seed)
+            shown[gain, price] += found.claim["outcome"] == "shown"
+    assert max(shown.values()) <= 4, shown
+
+
+def test_what_gain_can_be_shown_depends_on_questions_seeds_and_the_spread_of_earlier_runs() -> None:
+    def least(questions: int, seeds: int, spread: float | None = None) -> float:
+        text = can_show(np.arange(questions).repeat(2), seeds, spread)
+        assert f"{questions} critical questions" in text and ("a pilot" in text) == (spread is None)
+        return float(re.search(r"of ([\d.]+)%", text)[1])  # type: ignore[index]
+
+    assert least(40, 3) > least(160, 3) and least(40, 1) > least(40, 3) and least(40, 3, 0.2) > least(40, 3)
+    assert least(40, 3) == pytest.approx(100 * (1 - np.exp(-2.54 * 0.0111)), abs=0.2)  # (t.95 + t.80) · SE
+    found = claimed(0.1)
+    _, more = verdict_of(found.claim, 3)
+    assert "100 critical questions" in more and "80% power" in more and "One seed" in verdict_of(found.claim, 1)[1]
+
+
+def test_the_scores_of_folds_are_joined_and_their_questions_stay_apart() -> None:
+    one, other = rows_of(np.array([0, 2]), np.array([0, 1])), rows_of(np.array([1, 2, 2]), np.array([0, 0, 1]))
+    rows = EvaluationRows.joined([one, other])
+    assert rows.groups.tolist() == [0, 1, 2, 2, 3] and rows.strata.tolist() == [0, 2, 1, 2, 2] and len(rows) == 5
+
+
+def test_a_dialect_of_few_questions_is_not_named() -> None:
+    rows, tokens, scores = planted_scores({"balanced": -0.2})
+    evidence = Evidence(rows, scores, tokens, SETTINGS)
+    found = evidence.against_ce({"egyptian": np.arange(ROWS) < 60, "what a patient wrote": np.arange(ROWS) == 3})
+    assert list(found) == ["egyptian"] and list(found["egyptian"]) == ["balanced"]
+    assert found["egyptian"]["balanced"]["questions"] == 60
 
 
 def test_nll_is_a_mean_over_tokens_and_pairs_rows_and_seeds() -> None:
@@ -237,9 +238,18 @@ def test_nll_is_a_mean_over_tokens_and_pairs_rows_and_seeds() -> None:
     assert found.against("ce")["per_seed"] == list(expected.per_seed)
 
 
-def test_the_weights_are_chosen_by_the_mean_over_seeds() -> None:
-    assert choose({"ce": [0.1], "mild": [3.0, 3.0], "strong": [2.0, 3.5]}) == "strong"
-    assert choose({"ce": [1.0], "shuffled": [1.0]}) is None
+def test_the_weights_are_chosen_by_their_gain_and_by_what_others_lose_over_the_margin() -> None:
+    def losses(critical: float, neutral: float) -> dict[str, Any]:
+        return {"mean": critical, "others": {"loss_neutral": neutral}}
+
+    plain = losses(3.0, 2.0)
+    for mild, strong, chosen in (
+        (losses(2.9, 2.0), losses(2.8, 2.0), "strong"),
+        (losses(2.9, 2.0), losses(2.8, 2.009), "strong"),
+        (losses(2.9, 2.0), losses(2.8, 2.3), "mild"),
+    ):
+        assert choose({"ce": plain, "mild": mild, "strong": strong}, 0.01) == chosen
+    assert choose({"ce": plain, "shuffled": plain}, 0.01) is None
 
 
 def test_a_test_split_that_can_show_nothing_is_refused() -> None:
@@ -250,7 +260,9 @@ def test_a_test_split_that_can_show_nothing_is_refused() -> None:
     ):
         with pytest.raises(RunError, match=remedy):
             check_test_split(rows_of(np.array(strata)))
-    check_test_split(rows_of(np.array([0, 0, 2, 2])))
+    check_test_split(rows_of(np.array([0, 0, 2, 2])), 2)
+    with pytest.raises(RunError, match="--folds 3"):
+        check_test_split(rows_of(np.array([0, 0, 2, 2])), 3)
 
 
 def test_the_widest_numbers_fit_80_columns() -> None:
@@ -263,16 +275,20 @@ def test_the_widest_numbers_fit_80_columns() -> None:
         for arm, up in arms.items()
     }
     found = compared(rows_of(strata), np.ones(60), scores)
-    verdict, power = verdict_of(found.scores, "balanced", 3)
+    (verdict, power), claim = verdict_of(found.claim, 3), found.claim
     one = {"model": "tiny", "chosen": "balanced", "controls_of": "balanced", "notes": [], "scores": found.scores}
-    one |= {"validation": {"balanced": {"mean": 4.0, "per_seed": [4.0]}}, "verdict": verdict, "power": power}
+    one |= {"validation": {"balanced": {"mean": 4.0}}, "verdict": verdict, "power": power, "claim": claim}
     metrics = {name: METRICS[name] for name in ("nll", "chrf")}
-    content = {**one, "metrics": metrics, "methods": methods(SETTINGS, "all together")}
+    content = {**one, "metrics": metrics, "methods": methods(SETTINGS, "all together", True)}
     content |= {"columns": dict.fromkeys(arms, ""), "primary": {"metric": "nll", "stratum": CRITICAL}}
-    console = Console(file=io.StringIO(), width=80)
-    console.print(comparison_tables(content))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    texts = {}
+    for width in (60, 80, 120):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(comparison_tables(content))
+        texts[width] = text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert max(map(len, text.splitlines())) <= width and "…" not in text
+    text = texts[80]
     assert text.index("Critical cases: 20 rows") < text.index("All cases: 60 rows") and "chrF++" in text
     assert re.search(r"balanced − shuffled +−[\d.]+ \[.*\] .* better", text)
+    assert re.search(r"NLL: critical − ce +−[\d.]+ \[.*\] +0 .* yes", text) and "by seed: −" in text
     assert json.loads(json.dumps(content, allow_nan=False)) == content

@@ -102,8 +102,27 @@ def write_comparison(folder: Path) -> Path:
     difference = compared(-0.05, p=0.004, comparisons=24)
     nll = {arm: {**estimate(5.0), "against": {}} for arm in arms}
     nll["balanced"]["against"] = {"ce": difference, "shuffled": {**difference, "p": 0.01}}
+    nll["shuffled"]["against"] = {"ce": compared(0.02)}
     scores = {"rows": 4, "questions": 3, "metrics": {"nll": nll}}
+    part = {
+        "stratum": "critical",
+        "metric": "nll",
+        "margin": 0.0,
+        "questions": 3,
+        "shown": True,
+        **compared(-0.05, p=0.01),
+    }
+    others = {**part, **compared(0.02, p=0.3), "stratum": "non_critical", "margin": 0.01, "shown": False}
+    parts = [
+        {"reference": name, **one, "by_rows": estimate(one["value"] - 0.01)}
+        for name, one in (("ce", part), ("shuffled", part), ("ce", others))
+    ]
+    cost = {"balanced": compared(0.02), "shuffled": compared(0.01)}
     content = {
+        "claim": {"arm": "balanced", "outcome": "price", "p": 0.3, "alpha": 0.05, "margin": 0.01, "parts": parts},
+        "plane": {"critical": {"balanced": compared(-0.05), "shuffled": compared(0.02)}, "others": cost},
+        "dialects": {"egyptian": cost, "= the = a_b": cost},
+        "folds": 1,
         "model": "builtin:tiny",
         "data": {"source": "file.csv", "rows": 4},
         "chosen": "balanced",
@@ -317,9 +336,50 @@ def test_a_comparison_begins_with_its_verdict_and_shows_every_arm(tmp_path: Path
     assert page.text.index("balanced lowers it <b>.") < page.text.index("Scores")
     for shown in ("balanced − ce −0.050 [−0.150, 0.050] .004 of 24 0.020 better", ".010 of 24", ".02."):
         assert shown in page.text, shown
+    # The claim part by part, with its limit, the mean over rows, and each seed.
+    for shown in (
+        "NLL, critical: balanced − shuffled −0.050 [−0.150, 0.050] < 0 .010 −0.060 [−0.160, 0.040] −0.050 yes",
+        "NLL, non-critical: balanced − ce 0.020 [−0.080, 0.120] < 0.01 .300".replace(" 0.020", " +0.020"),
+    ):
+        assert shown in page.text, shown
     # Each arm's answers are those of its first run, the base model's from its own column.
     answers = re.findall(r"(?:adapter|base) of \w+", page.text)
     assert answers == ["base of ce", "adapter of ce", "adapter of balanced", "adapter of shuffled"]
+
+
+def test_arms_stand_in_the_plane_of_gain_and_cost_with_the_trade_off_through_them(tmp_path: Path) -> None:
+    html = write_report(write_comparison(tmp_path / "cmp")).path.read_text(encoding="utf-8")
+    figure = html.split('<svg class="plane"')[1].split("</svg>")[0]
+    # Costs reach .12 to the right of 176, in 128; gains .15 above 116, in 92.
+    at = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="3"/><text[^>]*>(\w+)<', figure)
+    assert at == [("197.3", "85.3", "balanced"), ("186.7", "128.3", "shuffled"), ("176", "116", "ce")]
+    assert 'd="M197.3 24.0V146.7"' in figure and 'd="M90.7 85.3H304.0"' in figure  # intervals
+    # The line goes through the origin and the one weighted arm: it rises 2.5 for each 1.
+    line = re.search(r'class="line" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', figure)
+    x0, y0, x1, y1 = map(float, line.groups())  # type: ignore[union-attr]
+    slope = (y0 - y1) / 92 * 0.15 / ((x1 - x0) / 128 * 0.12)
+    assert slope == pytest.approx(2.5, rel=0.01) and (x0 + x1) / 2 == pytest.approx(176) and 16 <= y1 < y0 <= 216
+
+
+def test_the_answers_of_folds_are_shown_together(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp")
+    content = json.loads((folder / "comparison.json").read_text())
+    for arm in ("ce", "balanced", "shuffled"):
+        write_run(folder / f"{arm}-0-2", [line(one, "q1", prediction="other") for one in ("adapter", "base")])
+    content["runs"] = {arm: [runs[0], f"{runs[0]}-2"] for arm, runs in content["runs"].items()}
+    (folder / "comparison.json").write_text(json.dumps(content | {"folds": 2}))
+    assert write_report(folder).shown == 2
+    (folder / "comparison.json").write_text(json.dumps(content))
+    assert write_report(folder).shown == 1
+
+
+def test_a_comparison_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "cmp")
+    content = json.loads((folder / "comparison.json").read_text())
+    del content["claim"]
+    (folder / "comparison.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"comparison\.json .*make it anew"):
+        write_report(folder)
 
 
 # Answers side by side

@@ -48,6 +48,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     rows = [line(arm, f"q{at}", **text) for arm in ("adapter", "base") for at, text in enumerate(texts)]
     made = {"run": write_run(folder / "run", rows), "comparison": write_comparison(folder / "comparison")}
+    sent = [line("adapter", "q0"), line("adapter", "q1", prediction="اذهب إلى الطوارئ الآن"), line("base", "q0")]
+    made["disagreeing"] = write_run(folder / "disagreeing", [*sent, line("base", "q1")])
     return {name: write_report(path).path for name, path in made.items()}
 
 
@@ -115,6 +117,13 @@ def test_a_reader_filters_by_severity_and_by_what_answers_say(browser: Any, page
     assert shown(browser) == ["q2"]
     severity.select_by_value("neutral")
     assert shown(browser) == [] and browser.find_element("id", "nothing").is_displayed()
+
+
+def test_a_reader_sees_only_where_trained_arms_disagree(browser: Any, pages: dict[str, Path]) -> None:
+    for name, expected in (("disagreeing", ["q1"]), ("run", [])):
+        visit(browser, pages[name], 390)
+        browser.execute_script("document.getElementById('differ').click()")
+        assert shown(browser) == expected, name
 
 
 def test_search_finds_arabic_however_it_is_spelled(browser: Any, pages: dict[str, Path]) -> None:

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from sevpeft.console import number_text, p_text
 from sevpeft.errors import RunError
+from sevpeft.evaluation.arms import WEIGHTED
 from sevpeft.evaluation.report.cases import UNKNOWN, cases
 from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.evaluation.tables import COMPARISON, OPEN_STRATA, metric_label, plain
@@ -27,13 +28,14 @@ from sevpeft.recipe import load_recipe
 from sevpeft.runs import json_lines, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 REPORT = "report.html"
 # Heading of the page's facts → section of metrics.json; and the parts of evaluation.json that are facts.
 _SECTIONS = {"Data": "data", "Severity weights": "weights", "Model": "model", "Training": "training"}
 _EVALUATION = ("data", "generation", "evaluation", "lexicons", "judge")
-_COMPARED = ("model", "data", "chosen")
+_ABOUT = ("model", "data", "chosen", "folds")
 _NEEDED = ("metrics", "methods", "columns")
+COMPARED = ("seeds", "primary", "verdict", "claim", "plane", "dialects", "folds", "runs", "scores", *_NEEDED)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     else:
         raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
     shown, answered = cases(page["answers"], answers)
-    script, style = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
-    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    script, style = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     html = environment.get_template("page.html.jinja").render(
         **page,
@@ -83,8 +85,8 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
 
 
 def _run_page(folder: Path) -> dict[str, Any]:
-    recipe, metrics = load_recipe(folder / "recipe.yaml"), _object(folder / "metrics.json")
-    evaluation = _object(folder / "evaluation.json", ("scores", "notes", *_NEEDED))
+    recipe, metrics = load_recipe(folder / "recipe.yaml"), stored_object(folder / "metrics.json")
+    evaluation = stored_object(folder / "evaluation.json", ("scores", "notes", *_NEEDED))
     by_arm = _answers(folder)
     missing = []
     if "after" not in metrics:
@@ -105,29 +107,30 @@ def _run_page(folder: Path) -> dict[str, Any]:
         "answers": by_arm,
         "losses": {key: metrics[key] for key in ("before", "after")} if "after" in metrics else {},
         "curriculum": metrics.get("curriculum", {}),
-        "curves": _loss_curves(_lines(folder / "log.jsonl")),
+        "curves": _loss_curves(stored_lines(folder / "log.jsonl")),
         "primary": None,
         "choices": metrics.get("choices"),
         **{name: evaluation.get(name, {}) for name in _NEEDED},
         "facts": {
             **{heading: metrics.get(key, {}) for heading, key in _SECTIONS.items()},
-            "Environment": _object(folder / "environment.json"),
+            "Environment": stored_object(folder / "environment.json"),
             "Evaluation": {key: evaluation[key] for key in _EVALUATION if key in evaluation},
         },
     }
 
 
 def _comparison_page(folder: Path) -> dict[str, Any]:
-    content = _object(folder / COMPARISON, ("seeds", "primary", "verdict", "runs", "scores", *_NEEDED))
-    by_arm, environment = {}, dict[str, Any]()
-    for arm, (first, *_) in content["runs"].items():
-        environment = environment or _object(folder / first / "environment.json")
-        if answers := _answers(folder / first).get("base" if arm == "base" else "adapter"):
-            by_arm[arm] = answers
+    content = stored_object(folder / COMPARISON, COMPARED)
+    by_arm, environment = dict[str, dict[str, Any]](), dict[str, Any]()
+    for arm, name in ((arm, name) for arm, names in content["runs"].items() for name in names[: content["folds"]]):
+        environment = environment or stored_object(folder / name / "environment.json")
+        if answers := _answers(folder / name).get("base" if arm == "base" else "adapter"):
+            by_arm.setdefault(arm, {}).update(answers)
     return {
         "title": f"Comparison {folder.resolve().name}",
         "subtitle": f"{len(content['columns'])} arms, seeds {', '.join(map(str, content['seeds']))}",
-        "verdict": content["verdict"],
+        **{name: content[name] for name in ("verdict", "claim", "plane")},
+        "weighted": [arm for arm in content["columns"] if arm in WEIGHTED],
         "missing": [] if by_arm else ["The runs hold no answers to show (compared with --nll-only, or moved)."],
         "sentences": [sentence for sentence in (content["power"], *content["notes"]) if sentence],
         "scores": content["scores"],
@@ -136,7 +139,7 @@ def _comparison_page(folder: Path) -> dict[str, Any]:
         "curves": {},
         "primary": content["primary"]["metric"],
         **{name: content[name] for name in _NEEDED},
-        "facts": {"Comparison": {key: content[key] for key in _COMPARED}, "Environment": environment},
+        "facts": {"Comparison": {key: content[key] for key in _ABOUT}, "Environment": environment},
     }
 
 
@@ -174,15 +177,15 @@ def _loss_curves(log: list[dict[str, Any]]) -> dict[str, Any]:
 def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Arm → id → line of predictions.jsonl; under "judgement" the line of judgements.jsonl, where there is one."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for line in _lines(folder / "predictions.jsonl"):
+    for line in stored_lines(folder / "predictions.jsonl"):
         found.setdefault(line["arm"], {}).setdefault(line["id"], line)
-    for line in _lines(folder / "judgements.jsonl"):
+    for line in stored_lines(folder / "judgements.jsonl"):
         if answer := found.get(line["arm"], {}).get(line["id"]):
             answer.setdefault("judgement", line)
     return found
 
 
-def _object(path: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+def stored_object(path: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     if not path.exists():
         return {}
@@ -195,7 +198,7 @@ def _object(path: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def stored_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a file of JSON lines; empty where there is none. A last line without its end was cut off by a kill."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1].decode(errors="replace")

@@ -10,16 +10,26 @@
   const stratum = document.getElementById("stratum");
   const hit = document.getElementById("hit");
   const search = document.getElementById("search");
+  const differ = document.getElementById("differ");
   const count = document.getElementById("count");
   const nothing = document.getElementById("nothing");
   // Arabic is searched as it is said, not as it is spelled: without marks, with one alef, one yeh, one heh.
   const fold = (text) => text.normalize("NFKC").toLowerCase()
     .replace(/[\u064b-\u065f\u0670\u0640]/g, "").replace(/[أإآٱ]/g, "ا").replace(/ى/g, "ي").replace(/ة/g, "ه")
     .replace(/\s+/g, " ").trim();
+  // What the lexicons count in the answers of trained arms; base models differ from them nearly always.
+  const disagree = (element) => {
+    const all = Array.from(element.querySelectorAll(".answer.arm"));
+    const trained = all.filter((answer) => answer.dataset.arm !== "base");
+    const said = (trained.length > 1 ? trained : all).map((answer) => ["referral", "reassurance", "medicine", "dose"]
+      .filter((kind) => answer.querySelector(`.hits .${kind}`)).join());
+    return new Set(said).size > 1;
+  };
   const cases = Array.from(document.querySelectorAll(".case"), (element) => ({
     element,
     stratum: element.dataset.stratum,
     text: fold(Array.from(element.querySelectorAll(".text, .id"), (part) => part.textContent).join(" ")),
+    differ: disagree(element),
     has: (kind) => element.querySelector(kind === "cut" ? ".arm .cut" : `.arm .hits .${kind}`) !== null,
   }));
   for (const option of Array.from(stratum.options)) {
@@ -30,7 +40,7 @@
     let shown = 0;
     for (const one of cases) {
       const fits = (!stratum.value || one.stratum === stratum.value) && one.text.includes(wanted)
-        && (!hit.value || one.has(hit.value));
+        && (!hit.value || one.has(hit.value)) && (!differ.checked || one.differ);
       one.element.hidden = !fits;
       shown += fits ? 1 : 0;
     }
