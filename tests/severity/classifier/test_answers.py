@@ -24,17 +24,9 @@ from sevpeft.severity.rules import Rules
 from sevpeft.severity.settings import EvaluateSettings, FitSettings
 from sevpeft.severity.source import judged, load_source, prompt_severity, severity_of
 
-from .conftest import build_examples
+from .conftest import consultations
 
-ADVICE = {0: ["كريم", "مرهم"], 1: ["مضاد", "تحليل"], 2: ["طوارئ", "اسعاف"]}
 SILENT = (None, "", "  ", "…", "؟؟!", "🙂")
-
-
-def consultations(count: int = 180, seed: int = 0, noise: float = 0.6) -> Examples:
-    """The question tells little, the answer all."""
-    examples, random = build_examples(count, seed=seed, noise=noise), np.random.default_rng(seed)
-    answers = [f"عليك {random.choice(ADVICE[int(k)])} ثم راجعنا رقم{random.integers(10**9)}" for k in examples.labels]
-    return replace(examples, answers=answers, reads="both")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +91,7 @@ def test_prompts_name_what_the_twin_says_though_every_row_has_its_answer(both: C
     assert named == np.array(SEVERITIES)[alone.argmax(axis=1)].tolist()
     assert named != np.array(SEVERITIES)[both.probabilities(rows.questions, rows.answers).argmax(axis=1)].tolist()
     assert origin["version"] == both.twin.version
+    assert load_source(None, str(folder), text="question").version == both.twin.version, "as chat loads it"
 
 
 def test_weights_read_both_or_what_the_recipe_says(both: Calibrated, folder: Path) -> None:
