@@ -76,6 +76,8 @@ def severity_of(
         loaded = load_source(source, classifier, text=text)
         check_answers(rows, text or "question")
         origin["version"] = loaded.version
+        if (reads := getattr(loaded, "reads", "question")) != "question":
+            origin["text"] = reads
         rows = judged(rows, loaded)
     return Severity(sharpened(severity_probabilities(rows), temperature), origin)
 
@@ -113,7 +115,7 @@ def load_source(
     if kind not in (None, loaded.kind):
         raise WeightError(f"{folder} holds a {loaded.kind} classifier, not {kind}; write {loaded.kind}.")
     if text not in (None, "question", loaded.reads):
-        raise WeightError(f"{folder} reads the {loaded.reads}, not {text}; fit it with text={text}, or leave text out.")
+        raise WeightError(f"{folder} was fitted with text={loaded.reads}; fit it with text={text}, or leave text out.")
     return loaded.twin if text == "question" != loaded.reads else loaded
 
 

@@ -347,6 +347,7 @@ def test_weights_read_the_answer_where_the_prompt_names_what_the_question_alone_
         severity = {"source": "linear", "classifier": str(folder), "text": text}
         values = {"data": {"path": str(data)}, "severity": severity, "prompt": {"severity": "predicted"}}
         _, splits, found[text] = load_splits(recipe_from_values(values))
+        assert found[text].origin.get("text") == (None if text == "question" else "both")
         named = {row["question"]: row["prompt_severity"] for part in splits[:3] for row in part}
         likeliest = np.array(SEVERITIES)[twin.probabilities(rows.questions).argmax(axis=1)]
         assert named == dict(zip(rows.questions, likeliest, strict=True)), text
