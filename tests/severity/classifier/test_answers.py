@@ -17,7 +17,7 @@ from sevpeft.severity.classifier import calibrate, evaluate
 from sevpeft.severity.classifier.calibrate import Calibrated, Calibration, fit_calibrated, fit_of
 from sevpeft.severity.classifier.evaluate import evaluate_fitted, fit_and_evaluate, unlabeled_curve
 from sevpeft.severity.classifier.examples import Examples, load_unlabeled
-from sevpeft.severity.classifier.linear import ANSWER, fit_linear, fit_student, teacher_scores
+from sevpeft.severity.classifier.linear import ANSWER, LinearClassifier, fit_linear, fit_student, teacher_scores
 from sevpeft.severity.classifier.store import ABOUT, load_classifier, write_classifier
 from sevpeft.severity.probabilities import SEVERITIES, severity_probabilities
 from sevpeft.severity.rules import Rules
@@ -218,6 +218,16 @@ def test_the_teacher_scores_labeled_rows_out_of_fold_and_the_student_learns_from
     assert taught.version != fit_student(flipped, unlabeled, (own, theirs)).version
     one_block = replace(flipped, blocks=np.where(rows.labels == 2, "ward", "forum"))  # each lacks a severity
     assert one_block.complete.all(), "and all count where none is complete"
+
+
+def test_a_classifier_of_both_adds_what_the_student_says_at_the_spread_that_it_has_itself() -> None:
+    rows, unlabeled = consultations(60), consultations(40, seed=1)
+    student = fit_student(rows, unlabeled, teacher_scores(rows, unlabeled))
+    opposite = LinearClassifier(student.vocabulary, student.idf, -student.coef, -student.intercept)
+    with_it, against = (fit_linear(rows, one, unlabeled).logits(unlabeled.passages) for one in (student, opposite))
+    said = student.logits(unlabeled.questions)
+    own = (with_it + against) / 2  # what stands there without the student
+    np.testing.assert_allclose((with_it - against) / 2, said * own.std() / said.std(), rtol=1e-6)
 
 
 def test_unlabeled_rows_repeat_no_labeled_question_nor_each_other_and_have_an_answer(tmp_path: Path) -> None:
