@@ -67,7 +67,7 @@ def load_classifier(folder: Path) -> Calibrated:
     if not (said := about.get("whole")):
         return twin
     whole = _load(folder / said["reads"], read_about(folder / said["reads"]))
-    if (whole.version, whole.reads) != (said["version"], said["reads"]):
+    if whole.version != said["version"]:  # which covers what it reads
         raise DataError(f"{folder / said['reads']} belongs to another classifier than {folder}; fit it again.")
     return Calibrated(whole.sources, whole.calibration, whole.reads, twin)
 

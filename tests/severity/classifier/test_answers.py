@@ -136,9 +136,12 @@ def test_a_folder_holds_both_and_what_an_older_version_wrote_reads_questions(bot
     )
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     of_both = json.loads((folder / "both" / ABOUT).read_text(encoding="utf-8"))
-    (folder / "both" / ABOUT).write_text(json.dumps({**of_both, "reads": "answer"}), encoding="utf-8")
-    with pytest.raises(DataError, match="fit it again"):
-        load_classifier(folder)
+    other = Calibrated(both.sources, Calibration((0.9,)), "both")
+    described = {**of_both, "version": other.version, "calibration": {"weights": [0.9], "bias": [0, 0, 0]}}
+    for damaged in ({**of_both, "reads": "answer"}, described):
+        (folder / "both" / ABOUT).write_text(json.dumps(damaged), encoding="utf-8")
+        with pytest.raises(DataError, match="fit it again"):
+            load_classifier(folder)
     (folder / "both" / ABOUT).unlink()
     with pytest.raises(DataError):
         load_classifier(folder)
