@@ -58,9 +58,7 @@ def passages_of(reads: Reads, questions: Sequence[str], answers: Sequence[str | 
         return list(questions)
     given = [answer for answer in answers or () if answer is not None and is_answer(answer)]
     if len(given) != len(questions):
-        raise WeightError(
-            f"A classifier with text={reads} was asked about a question alone; ask its question-only twin."
-        )
+        raise WeightError(f"A classifier with text={reads} was asked without answers; ask its question-only twin.")
     return list(given) if reads == "answer" else list(zip(questions, given, strict=True))
 
 

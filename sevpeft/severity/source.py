@@ -99,10 +99,7 @@ def prompt_severity(rows: datasets.Dataset, asked: str, classifier: str | None) 
 def load_source(
     kind: str | None, folder: str | None, lexicon: str | None = None, text: Reads | None = None
 ) -> SeverityClassifier:
-    """The classifier in a folder, or without one the rules of a lexicon, to read `text`, or what it was fitted on.
-
-    Asked about questions without answers it answers too. WeightError if it is of another kind or reads another text.
-    """
+    """The classifier in a folder, or the rules of a lexicon, to read `text`; WeightError for another kind or text."""
     if folder is None:
         from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
         from sevpeft.severity.rules import Rules

@@ -121,7 +121,6 @@ def fit_of(
 
         return lambda examples: [fit_transformer(examples, settings.encoder, seed=settings.seed, progress=progress)]
     rules = [] if settings.kind == "linear" else [Rules.load(settings.lexicon)]
-
     students: dict[bytes, LinearClassifier] = {}  # of questions, kept for the classifier of both on the same rows
 
     def fit(examples: Examples) -> LinearClassifier:
