@@ -53,11 +53,15 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, columns in (
         *((f"{name}.csv", ["question", "answer"]) for name in ("consultations", "english")),
         ("labeled.csv", [*COLUMNS, "source"]),
+        ("forum.csv", ["question", "answer"]),
     ):
         with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows({**json.loads(line), "source": index % 3} for index, line in enumerate(lines[:120]))
+            writer.writerows(
+                {**json.loads(line), "source": index % 3}
+                for index, line in enumerate(lines[:120] if name != "forum.csv" else lines[120:160])
+            )
     asked = {"question": "Which organ pumps blood?", "options": ["the heart", "the liver"], "answer_index": 0}
     (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)

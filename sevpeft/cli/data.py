@@ -208,9 +208,10 @@ def fit(
         settings = settings_from(FitSettings, words or [], {"data.path": data})
         check_absent(output)
         consultations, labeled = examples.load_examples(settings)
-        classifier, evaluations = fit_and_evaluate(labeled, settings, progress)
+        more, unlabeled = examples.load_unlabeled(settings, labeled)
+        classifier, evaluations = fit_and_evaluate(labeled, settings, progress, unlabeled)
         with whole_folder(output) as folder:
-            record = store.training_record(consultations, labeled, settings)
+            record = store.training_record([consultations, *more], labeled, settings, unlabeled)
             about = store.write_classifier(classifier, folder, record)
             store.write_report(folder, about, evaluations)
     wrote = f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}"
@@ -233,9 +234,10 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
         consultations, labeled = examples.load_examples(settings)
         about: dict[str, Any] = {"kind": settings.kind, "seed": settings.seed}
         if settings.classifier is None:
-            _, evaluations = fit_and_evaluate(labeled, settings, progress)
+            unlabeled = examples.load_unlabeled(settings, labeled)[1]
+            _, evaluations = fit_and_evaluate(labeled, settings, progress, unlabeled)
         else:
-            if unused := settings.model_fields_set & {"kind", "folds", "lexicon", "encoder"}:
+            if unused := settings.model_fields_set & {"kind", "text", "unlabeled", "folds", "lexicon", "encoder"}:
                 raise UsageError(f"classifier= is evaluated as it was fitted; leave out {', '.join(sorted(unused))}.")
             folder = Path(settings.classifier).expanduser()
             about = store.read_about(folder)

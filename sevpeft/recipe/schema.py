@@ -248,6 +248,8 @@ class SeveritySection(Section):
     """Column of the ready-made weights of source weight, in place of weights and temperature."""
     classifier: str | None = Field(default=None, validate_default=True)
     """Folder that `sevpeft classifier fit` made; columns take none, rules may have one, the others need one."""
+    text: Literal["question", "answer", "both"] | None = None
+    """What a classifier or rules read; unset, what the classifier was fitted on, and rules the question."""
     temperature: float = Field(default=1.0, gt=0)
     """Contrast of the probabilities, p^(1/T) over its sum: below 1 sharpens, above 1 flattens, 1 changes nothing."""
     weights: Literal["mild", "balanced", "strong", "1-1-2"] | SeverityWeights = "balanced"
@@ -259,7 +261,7 @@ class SeveritySection(Section):
     control: Literal["none", "shuffled", "constant", "uniform", "oversampled"] = "none"
     """Trains a control: the weights shuffled over the rows, their mean, 1 for all, or 1 and rows drawn by weight."""
 
-    @field_validator("weight_column", "classifier")
+    @field_validator("weight_column", "classifier", "text")
     @classmethod
     def _belongs_to_the_source(cls, name: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
@@ -268,7 +270,7 @@ class SeveritySection(Section):
                 raise ValueError("has no effect without severity.source=weight; set that too, or leave it out")
         elif source in ("columns", "weight") and name:
             raise ValueError(f"has no effect while severity.source is {source}; set source to the classifier's kind")
-        elif source in ("linear", "rules+linear", "transformer") and not name:
+        elif info.field_name == "classifier" and source in ("linear", "rules+linear", "transformer") and not name:
             raise ValueError(f"is missing for source {source}; name a folder made by `sevpeft classifier fit`")
         return name
 

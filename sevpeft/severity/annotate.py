@@ -18,7 +18,7 @@ from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load
 from sevpeft.errors import DataError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS
 from sevpeft.runs import check_absent, file_hash, keep_private, plain_disk_errors, whole_folder
-from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, severity_probabilities
+from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, check_answers, severity_probabilities
 from sevpeft.severity.settings import AnnotateSettings
 from sevpeft.severity.source import EVIDENCE, judged, load_source
 from sevpeft.severity.weights import WeightSummary, severity_weights
@@ -54,7 +54,8 @@ def annotate(settings: AnnotateSettings, output: Path) -> Annotation | None:
     if output.suffix not in ENDINGS and (output.suffix or not consultations.provenance):
         raise UsageError(f"End {output.name} in {', '.join(ENDINGS)}; only a prepared folder becomes a folder.")
     kept = _columns(consultations, replace=settings.replace, numbered=not output.suffix)
-    classifier = load_source(settings.method, settings.classifier, settings.lexicon)
+    classifier = load_source(settings.method, settings.classifier, settings.lexicon, settings.text)
+    check_answers(consultations.rows, settings.text or "question")
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         from torch import distributed

@@ -6,7 +6,8 @@ one-hot. Nothing is filled in: a row without a severity would be trained with a 
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -31,14 +32,39 @@ _NAMES = (
 _INDEX = {fold_for_matching(name): index for index, names in enumerate(_NAMES) for name in names.split("|")}
 
 
+# What severity is read from; a passage of "both" is (question, answer).
+Reads = Literal["question", "answer", "both"]
+Passage = str | tuple[str, str]
+
+
 class SeverityClassifier(Protocol):
     """Gives severity probabilities for questions; `version` changes when they may."""
 
     kind: str
     version: str
 
-    def probabilities(self, questions: list[str]) -> np.ndarray:
+    def probabilities(self, questions: list[str], /) -> np.ndarray:
         """(n, 3), each row summing to one, in the order of `SEVERITIES`."""
+
+
+def is_answer(answer: str | None) -> bool:
+    """Whether an answer says anything: "…" and an emoji are none."""
+    return any(map(str.isalnum, answer or ""))
+
+
+def passages_of(reads: Reads, questions: Sequence[str], answers: Sequence[str | None] | None) -> list[Passage]:
+    """What a classifier reads of rows; WeightError where it reads answers and a row has none."""
+    if reads == "question":
+        return list(questions)
+    given = [answer for answer in answers or () if answer is not None and is_answer(answer)]
+    if len(given) != len(questions):
+        raise WeightError(f"A classifier with text={reads} was asked without answers; ask its question-only twin.")
+    return list(given) if reads == "answer" else list(zip(questions, given, strict=True))
+
+
+def parts_of(passages: Sequence[Passage]) -> list[list[str]]:
+    """The passages, or their questions and their answers."""
+    return [list(part) for part in zip(*((one,) if isinstance(one, str) else one for one in passages), strict=True)]
 
 
 def has_severity(rows: Dataset) -> bool:
@@ -96,6 +122,13 @@ def _from_names(rows: Dataset) -> np.ndarray:
     # The names are not shown: a column that was chosen wrongly holds the patients' words.
     check_rows(rows, found < 0, "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج).")
     return np.eye(len(SEVERITIES))[found]
+
+
+def check_answers(rows: Dataset, reads: Reads) -> None:
+    """Raises WeightError where severity is to be read from answers and a row has none."""
+    if reads != "question":
+        silent = np.array([not is_answer(answer) for answer in rows["answer"]], dtype=bool)
+        check_rows(rows, silent, f"text={reads} needs an answer; remove these rows, or set text=question.")
 
 
 def check_rows(rows: Dataset, wrong: np.ndarray, problem: str) -> None:

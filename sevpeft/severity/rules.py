@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from sevpeft.severity.lexicon import PACKAGE_LEXICON, Matcher, load_lexicon
-from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.probabilities import SEVERITIES, Passage
 from sevpeft.severity.words import POINT, REMEMBERED, WORD_LISTS, Text, read
 
 # To be raised when matching, context (its cues too) or the constants below change what the same lexicon gives.
@@ -108,15 +108,15 @@ class Rules:
         stated = {at: match.rank for match in reversed(found) if not match.discounted for at in match.positions}
         return [one for one in found if any(stated.get(at, one.rank) >= one.rank for at in one.positions)]
 
-    def explained(self, questions: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        """Probabilities (n, 3), and for each question the reasons ("critical: ضيق تنفس; negated: نزيف"), or ""."""
-        matches = list(map(self.matches, questions))
+    def explained(self, passages: Sequence[Passage]) -> tuple[np.ndarray, list[str]]:
+        """Probabilities (n, 3), and for each passage the reasons ("critical: ضيق تنفس; negated: نزيف"), or ""."""
+        matches = [self.matches(text if isinstance(text, str) else "\n".join(text)) for text in passages]
         evidence = np.array(list(map(_by_level, matches)), dtype=np.float64).reshape(-1, len(SEVERITIES))
         return probabilities_of(evidence), list(map(_reasons, matches))
 
-    def probabilities(self, questions: Sequence[str]) -> np.ndarray:
+    def probabilities(self, passages: Sequence[Passage]) -> np.ndarray:
         """(n, 3), float64, in the order of `SEVERITIES`; rows sum to one, none is zero."""
-        return self.explained(questions)[0]
+        return self.explained(passages)[0]
 
 
 def probabilities_of(evidence: np.ndarray) -> np.ndarray:

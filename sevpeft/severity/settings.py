@@ -30,6 +30,8 @@ class AnnotateSettings(_ReadingSettings):
     """Folder that `sevpeft classifier fit` made; rules work without one."""
     lexicon: str | None = None
     """Lexicon file of the rules, if not the package's own."""
+    text: Literal["question", "answer", "both"] | None = None
+    """What is read; unset, what the classifier was fitted on, and the question where there is no answer."""
     replace: bool = False
     """Annotate rows that have severity already; what people gave is kept as severity_given."""
 
@@ -75,6 +77,8 @@ class ClassifierSettings(_ReadingSettings):
 
     kind: Literal["linear", "transformer", "rules", "rules+linear"] = "linear"
     """What is fitted."""
+    text: Literal["question", "answer", "both"] | None = None
+    """What is read; unset, both, and the question by rules. A twin that reads questions alone comes with it."""
     seed: int = Field(default=0, ge=0)
     """Seed of the splits, the fit and the intervals."""
     block_column: str | None = None
@@ -83,14 +87,25 @@ class ClassifierSettings(_ReadingSettings):
     """Lexicon of the rules; null is the package's."""
     encoder: EncoderSection = Field(default_factory=EncoderSection)
     """The encoder of kind=transformer."""
+    unlabeled: str | None = None
+    """Consultations without labels, of which the question-only twin learns what the classifier of both says of them."""
 
-    @field_validator("lexicon", "encoder")
+    @field_validator("lexicon", "encoder", "unlabeled")
     @classmethod
     def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = {"lexicon": ("rules", "rules+linear"), "encoder": ("transformer",)}[str(info.field_name)]
-        if value is not None and info.data.get("kind") not in (None, *kinds):
-            raise ValueError(f"is for kind={' and kind='.join(kinds)} only; leave it out")
+        name = str(info.field_name)
+        part = {"lexicon": "rules", "encoder": "transformer", "unlabeled": "linear"}[name]
+        if value is not None and part not in info.data.get("kind", part):
+            also = " and kind=rules+linear" if part != "transformer" else ""
+            raise ValueError(f"is for kind={part}{also} only; leave it out")
+        if value and name == "unlabeled" and info.data.get("text") in ("question", "answer"):
+            raise ValueError("needs text=both, which says how severe they are; leave text out")
         return value
+
+    @property
+    def reads(self) -> Literal["question", "answer", "both"]:
+        """`text`, or its default."""
+        return self.text or ("question" if self.kind == "rules" else "both")
 
 
 class FitSettings(ClassifierSettings):

@@ -17,7 +17,9 @@ from sevpeft.runs import workers_end_with_this_process
 from sevpeft.severity.probabilities import (
     PROBABILITY_COLUMNS,
     SEVERITIES,
+    Reads,
     SeverityClassifier,
+    check_answers,
     has_severity,
     severity_probabilities,
     sharpened,
@@ -58,10 +60,11 @@ def severity_of(
     classifier: str | None = None,
     temperature: float = 1.0,
     weight_column: str = "weight",
+    text: Reads | None = None,
 ) -> Severity:
     """Severity probabilities of every row, as the recipe's section `severity` asks for them.
 
-    `source` is "columns" (those of `severity_probabilities`) or the kind of a classifier, which reads the questions;
+    `source` is "columns" (those of `severity_probabilities`) or the kind of a classifier, which reads the `text`;
     `classifier` its folder, None for "rules" without calibration; `temperature` that of `sharpened`, applied last.
     With "weight" the weights are those of `weight_column`, and severity columns, if there are any, give the strata.
     """
@@ -70,8 +73,11 @@ def severity_of(
         probabilities = severity_probabilities(rows) if has_severity(rows) else np.full((len(rows), 3), np.nan)
         return Severity(probabilities, origin, ready_weights(rows, weight_column))
     if source != "columns":
-        loaded = load_source(source, classifier)
+        loaded = load_source(source, classifier, text=text)
+        check_answers(rows, text or "question")
         origin["version"] = loaded.version
+        if (reads := getattr(loaded, "reads", "question")) != "question":
+            origin["text"] = reads
         rows = judged(rows, loaded)
     return Severity(sharpened(severity_probabilities(rows), temperature), origin)
 
@@ -83,25 +89,31 @@ def prompt_severity(rows: datasets.Dataset, asked: str, classifier: str | None) 
     """
     origin = {"source": asked}
     if asked == "predicted":
-        reader = load_source(None, classifier)
+        reader = load_source(None, classifier, text="question")
         rows, origin = judged(rows, reader), {"source": reader.kind, "version": reader.version}
     elif not has_severity(rows):
         raise WeightError("The data has no severity for prompt.severity=gold; set prompt.severity=predicted.")
     return np.array(SEVERITIES)[severity_probabilities(rows).argmax(axis=1)].tolist(), origin
 
 
-def load_source(kind: str | None, folder: str | None, lexicon: str | None = None) -> SeverityClassifier:
-    """The classifier in a folder, or without one the rules of a lexicon; WeightError if it is of another kind."""
+def load_source(
+    kind: str | None, folder: str | None, lexicon: str | None = None, text: Reads | None = None
+) -> SeverityClassifier:
+    """The classifier in a folder, or the rules of a lexicon, to read `text`; WeightError for another kind or text."""
     if folder is None:
+        from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
         from sevpeft.severity.rules import Rules
 
-        return Rules.load(lexicon)
+        rules = Rules.load(lexicon)
+        return rules if text in (None, "question") else Calibrated([rules], Calibration(), text, rules)
     from sevpeft.severity.classifier.store import load_classifier
 
     loaded = load_classifier(Path(folder).expanduser())
     if kind not in (None, loaded.kind):
         raise WeightError(f"{folder} holds a {loaded.kind} classifier, not {kind}; write {loaded.kind}.")
-    return loaded
+    if text not in (None, "question", loaded.reads):
+        raise WeightError(f"{folder} was fitted with text={loaded.reads}; fit it with text={text}, or leave text out.")
+    return loaded.twin if text == "question" != loaded.reads else loaded
 
 
 def judged(
@@ -112,7 +124,8 @@ def judged(
     Each part of the rows is cached by their content and the classifier's version: a killed run goes on with the next
     part. Under a launch, process number `rank` judges every `processes`-th part and returns only these.
     """
-    questions = rows.select_columns(["question"]).with_format("arrow")
+    reads = getattr(classifier, "reads", "question")
+    texts = rows.select_columns(["question", *["answer"] * (reads != "question")]).with_format("arrow")
     # Rules are Python that one core runs; the others have threads of their own. A launch has its processes already.
     forking = classifier.kind == "rules" and processes == 1 and sys.platform == "linux"
     cores = len(os.sched_getaffinity(0)) if forking else 1
@@ -121,12 +134,12 @@ def judged(
     settings, found = {"fn_kwargs": {"version": classifier.version}, "batched": True, "batch_size": 1024}, []
     with workers_end_with_this_process():
         for number in range(rank, parts, processes):
-            part = questions.shard(parts, number, contiguous=True)
+            part = texts.shard(parts, number, contiguous=True)
             workers = min(cores, len(part) // _ROWS_OF_PROCESS)
             label = f"Severity by {classifier.kind}, part {number + 1} of {parts}"
             found.append(part.map(_judge_batch, desc=label, num_proc=workers if workers > 1 else None, **settings))
     _classifiers.clear()
-    return datasets.concatenate_datasets(found).with_format(None) if found else questions.select([])
+    return datasets.concatenate_datasets(found).with_format(None) if found else texts.select([])
 
 
 # Version → classifier, where the forked workers of `map` find it. As an argument it would be pickled, and all its
@@ -135,10 +148,10 @@ _classifiers: dict[str, Any] = {}
 
 
 def _judge_batch(batch: pa.Table, version: str) -> pa.Table:
-    classifier, questions = _classifiers[version], batch["question"].to_pylist()
+    classifier, texts = _classifiers[version], [column.to_pylist() for column in batch.columns]
     # Both at once, because finding the matches is what takes the time.
     explained = getattr(classifier, "explained", None)
-    probabilities, evidence = explained(questions) if explained else (classifier.probabilities(questions), None)
+    probabilities, evidence = explained(*texts) if explained else (classifier.probabilities(*texts), None)
     columns = {name: pa.array(column) for name, column in zip(PROBABILITY_COLUMNS, probabilities.T, strict=True)}
     if evidence is not None:
         columns[EVIDENCE] = pa.array(evidence, pa.string())

@@ -22,8 +22,8 @@ class Chat:
     def __init__(self, run: Run) -> None:
         check_adapter(run)
         recipe = load_recipe(run.folder / "recipe.yaml")
-        asked = recipe.prompt.severity
-        self.classifier = load_source(None, recipe.severity.classifier) if asked == "predicted" else None
+        predicted, folder = recipe.prompt.severity == "predicted", recipe.severity.classifier
+        self.classifier = load_source(None, folder, text="question") if predicted else None
         self.prompt = resolve_model(recipe).prompt
         self.model = attach_adapter(load_for_inference(recipe), run.adapter, recipe)
 

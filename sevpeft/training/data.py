@@ -115,7 +115,7 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
     plain &= recipe.curriculum.kind == "none" or recipe.curriculum.difficulty != "severity"
     if not plain or has_severity(own.rows):
         names = {column: name for name, column in (table.columns | table.carried).items()}
-        how = weighting.model_dump(include={"source", "classifier", "temperature"})
+        how = weighting.model_dump(include={"source", "classifier", "temperature", "text"})
         column = names.get(weighting.weight_column, weighting.weight_column)
         severity = severity_of(own.rows if plain else table.rows, weight_column=column, **how)
         unknown = np.full((len(table.rows) - len(severity.probabilities), len(SEVERITIES)), np.nan)

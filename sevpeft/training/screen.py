@@ -74,7 +74,8 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
     if ready:
         print_labeled(console, "Source", f"ready-made weights of column '{recipe.severity.weight_column}'")
     elif origin["source"] != "columns":
-        print_labeled(console, "Severity", f"by {origin['source']}, version {origin['version']}")
+        read = f", text={origin['text']}" if "text" in origin else ""
+        print_labeled(console, "Severity", f"by {origin['source']}{read}, version {origin['version']}")
     if origin["temperature"] != 1 and not ready:
         power = f"1/{origin['temperature']:g} (severity.temperature)"
         print_labeled(console, "Sharpened", f"probabilities to the power of {power}")

@@ -94,6 +94,8 @@ def test_a_wrong_value_is_answered_with_what_to_write() -> None:
         ("severity: {source: linear}", "severity.classifier", "sevpeft classifier fit"),
         ("severity: {source: transformer}", "severity.classifier", "sevpeft classifier fit"),
         ("severity: {classifier: folder}", "severity.classifier", "source"),
+        ("severity: {text: both}", "severity.text", "source"),
+        ("severity: {source: rules, text: all}", "severity.text", "both"),
         ("data: {validation_size: 1.5}", "data.validation_size", "0.1"),
         ("data: {validation_size: 0}", "data.validation_size", "0.1"),
         ("data: {test_size: -3}", "data.test_size", "500"),

@@ -50,7 +50,7 @@ def test_columns_are_read_and_then_sharpened(rows: Any) -> None:
 
 def test_a_classifier_is_asked_once_for_all_temperatures(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = Judge()
-    monkeypatch.setattr(source, "load_source", lambda kind, folder: judge)
+    monkeypatch.setattr(source, "load_source", lambda kind, folder, text: judge)
     first = severity_of(rows, source="linear", classifier="somewhere")
     np.testing.assert_array_equal(first.probabilities, Judge().probabilities(rows["question"]))
     again = severity_of(rows, source="linear", classifier="somewhere", temperature=0.5)

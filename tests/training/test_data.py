@@ -6,6 +6,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from sevpeft.evaluation.evaluate import test_rows
 from sevpeft.evaluation.generate import fitting_prompts
 from sevpeft.modeling.prompts import FEWEST_QUESTION_WORDS, Prompt
 from sevpeft.recipe import Recipe, recipe_from_values
+from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
+from sevpeft.severity.classifier.linear import fit_linear
+from sevpeft.severity.classifier.store import write_classifier
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.rules import Rules
 from sevpeft.training.compat import IGNORED
@@ -39,6 +43,7 @@ from sevpeft.training.data import (
 )
 from sevpeft.training.oom import SplitOnOom
 from tests.models import CHAT_TEMPLATES, SENTENCES
+from tests.severity.classifier.conftest import consultations
 
 ANSWERS = ["راجع طبيب القلب اليوم", "لا", "أعطه سوائل كثيرة واعرضه على طبيب الأطفال إن استمرت الحرارة"]
 WORDS = " ".join(SENTENCES).split()
@@ -325,6 +330,31 @@ def test_a_prompt_names_what_the_question_lets_predict_or_what_the_data_says(tmp
     assert named("predicted", control="uniform")[0] == predicted
     with pytest.raises(WeightError, match=r"prompt\.severity=predicted"):
         named("gold", control="uniform")
+
+
+def test_weights_read_the_answer_where_the_prompt_names_what_the_question_alone_lets_predict(tmp_path: Path) -> None:
+    rows = consultations(60)
+    assert rows.answers is not None
+    twin = Calibrated([fit_linear(replace(rows, reads="question"))], Calibration())
+    both = Calibrated([fit_linear(rows)], Calibration(), "both", twin)
+    (folder := tmp_path / "made").mkdir()
+    write_classifier(both, folder, {})
+    lines = [{"question": q, "answer": a} for q, a in zip(rows.questions, rows.answers, strict=True)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    found = {}
+    for text in (None, "both", "question"):
+        severity = {"source": "linear", "classifier": str(folder), "text": text}
+        values = {"data": {"path": str(data)}, "severity": severity, "prompt": {"severity": "predicted"}}
+        _, splits, found[text] = load_splits(recipe_from_values(values))
+        assert found[text].origin.get("text") == (None if text == "question" else "both")
+        named = {row["question"]: row["prompt_severity"] for part in splits[:3] for row in part}
+        likeliest = np.array(SEVERITIES)[twin.probabilities(rows.questions).argmax(axis=1)]
+        assert named == dict(zip(rows.questions, likeliest, strict=True)), text
+    whole, alone = both.probabilities(rows.questions, rows.answers), twin.probabilities(rows.questions)
+    for text, expected in ((None, whole), ("both", whole), ("question", alone)):
+        np.testing.assert_allclose(found[text].probabilities, expected, rtol=1e-12)
+    assert np.abs(whole - alone).max() > 0.1
 
 
 def test_a_long_question_is_shortened_but_neither_severity_examples_nor_answer(

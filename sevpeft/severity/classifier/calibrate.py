@@ -12,14 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.special import softmax
 
 from sevpeft.severity.classifier.examples import Examples, check_severities, grouped_folds
-from sevpeft.severity.classifier.linear import fit_linear
+from sevpeft.severity.classifier.linear import LinearClassifier, fit_linear, fit_student, teacher_scores
+from sevpeft.severity.probabilities import Passage, Reads, is_answer, passages_of
 from sevpeft.severity.rules import Rules
 from sevpeft.severity.settings import ClassifierSettings
 
@@ -64,35 +65,74 @@ def fit_calibration(sources: Sequence[np.ndarray], labels: np.ndarray) -> Calibr
 
 
 class Calibrated:
-    """Sources and their calibration, as one classifier."""
+    """Sources and their calibration, as one classifier of questions, answers or both.
 
-    def __init__(self, sources: Sequence[Any], calibration: Calibration) -> None:
-        self.sources, self.calibration = tuple(sources), calibration
+    One that reads answers has a `twin`, which reads questions: whatever is asked without an answer is for the twin.
+    """
+
+    def __init__(
+        self, sources: Sequence[Any], calibration: Calibration, reads: Reads = "question", twin: Any = None
+    ) -> None:
+        self.sources, self.calibration, self.reads, self.twin = tuple(sources), calibration, reads, twin
         self.kind = "+".join(source.kind for source in sources)
-        decides = json.dumps(["-".join(source.version for source in sources), asdict(calibration)])
-        self.version = f"{self.kind}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
+        decides = ["-".join(source.version for source in sources), asdict(calibration)]
+        decides += [] if reads == "question" else [reads]
+        self.version = f"{self.kind}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
+        self.version += f"-{twin.version[-12:]}" if twin else ""
 
-    def explained(self, questions: Sequence[str]) -> tuple[np.ndarray, list[str] | None]:
-        """Probabilities (n, 3), and the reasons of the rules for each question; None without rules."""
-        found, reasons = [source.probabilities(questions) for source in self.sources if source.kind != "rules"], None
+    def explained(
+        self, questions: Sequence[str], answers: Sequence[str | None] | None = None
+    ) -> tuple[np.ndarray, list[str] | None]:
+        """Probabilities (n, 3), and the reasons of the rules for each row; None without rules.
+
+        The one place that decides whether the twin reads a row. Without a twin a missing answer is a WeightError.
+        """
+        answered = [is_answer(answer) for answer in answers or [None] * len(questions)]
+        if self.reads == "question" or self.twin is None or all(answered):
+            return self._explained(passages_of(self.reads, questions, answers))
+        found, reasons = self.twin.explained(questions)
+        rows = np.flatnonzero(answered).tolist()
+        whole = ([questions[i] for i in rows], [answers[i] for i in rows] if answers else None)
+        found[rows], reasons_of_rows = self._explained(passages_of(self.reads, *whole))
+        for row, reason in zip(rows, reasons_of_rows or (), strict=False):
+            reasons[row] = reason
+        return found, reasons
+
+    def _explained(self, passages: Sequence[Passage]) -> tuple[np.ndarray, list[str] | None]:
+        found, reasons = [source.probabilities(passages) for source in self.sources if source.kind != "rules"], None
         if self.sources[0].kind == "rules":
-            probabilities, reasons = self.sources[0].explained(questions)
+            probabilities, reasons = self.sources[0].explained(passages)
             found = [probabilities, *found]
         return self.calibration.apply(*found), reasons
 
-    def probabilities(self, questions: Sequence[str]) -> np.ndarray:
+    def probabilities(self, questions: Sequence[str], answers: Sequence[str | None] | None = None) -> np.ndarray:
         """(n, 3), each row summing to one, in the order of `SEVERITIES`."""
-        return self.explained(questions)[0]
+        return self.explained(questions, answers)[0]
 
 
-def fit_of(settings: ClassifierSettings, progress: Callable[[str], None] = lambda message: None) -> Fit:
-    """The function that fits the sources of a kind. Rules learn nothing, and their lexicon is read once."""
+def fit_of(
+    settings: ClassifierSettings,
+    progress: Callable[[str], None] = lambda message: None,
+    unlabeled: Examples | None = None,
+) -> Fit:
+    """The function that fits the sources of a kind, by `fit_student` with unlabeled rows; a lexicon is read once."""
     if settings.kind == "transformer":
         from sevpeft.severity.classifier.transformer import fit_transformer
 
         return lambda examples: [fit_transformer(examples, settings.encoder, seed=settings.seed, progress=progress)]
     rules = [] if settings.kind == "linear" else [Rules.load(settings.lexicon)]
-    return lambda examples: [*rules, *([] if settings.kind == "rules" else [fit_linear(examples)])]
+    students: dict[bytes, LinearClassifier] = {}  # of questions, kept for the classifier of both on the same rows
+
+    def fit(examples: Examples) -> LinearClassifier:
+        if unlabeled is None:
+            return fit_linear(examples)
+        if not (student := students.pop(key := examples.rows.tobytes(), None)):
+            student = fit_student(examples, unlabeled, teacher_scores(replace(examples, reads="both"), unlabeled))
+        if examples.reads == "both":
+            return fit_linear(examples, student, unlabeled)
+        return students.setdefault(key, student)
+
+    return lambda examples: [*rules, *([] if settings.kind == "rules" else [fit(examples)])]
 
 
 def fit_calibrated(train: Examples, fit: Fit, settings: ClassifierSettings) -> Calibrated:
@@ -107,8 +147,8 @@ def fit_calibrated(train: Examples, fit: Fit, settings: ClassifierSettings) -> C
     parts = []
     for fold in folds:
         fitted = fit(train.take(fold.train))
-        parts.append([source.probabilities([train.questions[i] for i in fold.test]) for source in fitted])
+        parts.append([source.probabilities(train.take(fold.test).passages) for source in fitted])
     held = np.concatenate([fold.test for fold in folds])
     rows = train.complete[held]
     sources = [np.concatenate(source)[rows] for source in zip(*parts, strict=True)]
-    return Calibrated(fitted if once else fit(train), fit_calibration(sources, train.labels[held[rows]]))
+    return Calibrated(fitted if once else fit(train), fit_calibration(sources, train.labels[held[rows]]), train.reads)

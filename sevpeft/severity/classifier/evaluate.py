@@ -13,35 +13,46 @@ row's bin, the bins being 15 of equal mass (Nguyen & O'Connor 2015). Perfect cal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sevpeft.errors import DataError
-from sevpeft.severity.classifier.calibrate import Calibrated, Calibration, fit_calibrated, fit_of
+from sevpeft.recipe import SEVERITY_PRESETS
+from sevpeft.severity.classifier.calibrate import Calibrated, fit_calibrated, fit_of
 from sevpeft.severity.classifier.examples import Examples, Fold, block_folds, grouped_folds
+from sevpeft.severity.classifier.linear import fit_linear, fit_student, teacher_scores
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.settings import EvaluateSettings, FitSettings
+from sevpeft.severity.weights import severity_weights
 
 CRITICAL = SEVERITIES.index("critical")
-BINS, RESAMPLES = 15, 1000
+BINS, CURVE, RESAMPLES = 15, 5, 1000
 Progress = Callable[[str], None]
 # As in metrics.json. Of one set of probabilities: `rows`; `figures`, name → value, low and high of the 95 % interval
-# (NaN where not defined); `confusion`, rows the labels, columns the likeliest severity; `ece_critical_by_chance`.
-# Of an evaluation: such metrics under `calibrated` and `raw` (before calibration), and by name under `baselines` (an
-# accuracy alone flatters) and `blocks` (each held-out block); `unscored`, the blocks that lack a severity, if known.
+# (NaN where not defined); `confusion`, rows the labels, columns the likeliest severity; `ece_critical_by_chance`;
+# `curve`, mean p_critical and critical share of fifths of the rows by p_critical; `weights`, severity by label → what
+# weights of the preset balanced are there: mean, and effective sample size.
+# Of an evaluation: such metrics under `calibrated`, and by name under `baselines` (an accuracy alone flatters) and
+# `blocks` (each held-out block); `unscored`, the blocks that lack a severity, if known; `repeated`, how many questions
+# stand there more than once, and how many of these have several labels; `twin`, the evaluation of the question-only
+# twin; `by_unlabeled`, its AUC of critical by the number of unlabeled rows.
 Metrics = dict[str, Any]
 
 
 def fit_and_evaluate(
-    examples: Examples, settings: FitSettings | EvaluateSettings, progress: Progress = lambda message: None
+    examples: Examples,
+    settings: FitSettings | EvaluateSettings,
+    progress: Progress = lambda message: None,
+    unlabeled: Examples | None = None,
 ) -> tuple[Calibrated, dict[str, Metrics]]:
     """Evaluates a way of fitting; returns the first classifier and heading → evaluation.
 
     With `FitSettings` on a share of the questions, else on random folds; where blocks are known, also by blocks.
     """
-    sources, seed = fit_of(settings, progress), settings.seed
+    sources, seed = fit_of(settings, progress, unlabeled), settings.seed
     if isinstance(settings, FitSettings):
         protocols = {"Test rows": grouped_folds(examples, round(1 / settings.test_size), seed=seed)[:1]}
     else:
@@ -50,14 +61,39 @@ def fit_and_evaluate(
         protocols["Blocks held out"] = block_folds(examples)
     fit = partial(fit_calibrated, fit=sources, settings=settings)
     found = {heading: evaluate_folds(examples, folds, fit, seed, progress) for heading, folds in protocols.items()}
-    return next(iter(found.values()))[1], {heading: evaluation for heading, (evaluation, _) in found.items()}
+    evaluations = {heading: evaluation for heading, (evaluation, _) in found.items()}
+    if unlabeled is not None:
+        next(iter(evaluations.values()))["by_unlabeled"] = unlabeled_curve(examples, unlabeled, seed, progress)
+    return next(iter(found.values()))[1], evaluations
 
 
 def evaluate_fitted(classifier: Calibrated, examples: Examples, seed: int = 0) -> Metrics:
     """Evaluates a fitted classifier on data that it was not fitted on; only the baselines are fitted, out of fold."""
     groups = [len(np.unique(examples.groups[examples.labels == k])) for k in range(len(SEVERITIES))]
     folds = grouped_folds(examples, max(2, min(5, *groups)), seed=seed)
-    return evaluate_folds(examples, folds, lambda train: classifier, seed)[0]
+    fitted = {"question": classifier.twin, classifier.reads: classifier}
+    return evaluate_folds(replace(examples, reads=classifier.reads), folds, lambda train: fitted[train.reads], seed)[0]
+
+
+def unlabeled_curve(examples: Examples, unlabeled: Examples, seed: int, progress: Progress) -> list[dict[str, float]]:
+    """AUC of critical of the question alone with no, a quarter, half and all of the unlabeled rows, before calibration.
+
+    Cross-validated on the labeled rows; the teacher of a fold has not seen its test rows.
+    """
+    counts = sorted({0, len(unlabeled) // 4, len(unlabeled) // 2, len(unlabeled)})
+    found = {count: np.empty((len(examples), len(SEVERITIES))) for count in counts}
+    questions = replace(examples, reads="question")
+    for fold in (folds := grouped_folds(examples, seed=seed)):
+        progress(f"unlabeled rows, {fold.name} of {len(folds)}")
+        own, theirs = teacher_scores(examples.take(fold.train), unlabeled)
+        train, asked = questions.take(fold.train), questions.take(fold.test).passages
+        for count in counts:
+            some = unlabeled.take(np.arange(count))
+            student = fit_student(train, some, (own, theirs[:count])) if count else fit_linear(train)
+            found[count][fold.test] = student.probabilities(asked)
+    rows = np.flatnonzero(examples.complete)
+    scores = {n: score(p[rows], examples.labels[rows], examples.groups[rows], seed=seed) for n, p in found.items()}
+    return [{"unlabeled": n, **scores[n]["figures"]["auc_critical"]} for n in counts]
 
 
 def evaluate_folds(
@@ -67,22 +103,24 @@ def evaluate_folds(
     seed: int = 0,
     progress: Progress = lambda message: None,
 ) -> tuple[Metrics, Calibrated]:
-    """Fits on the training rows of every fold; returns an evaluation of all test rows, and the last classifier."""
+    """Fits on the training rows of every fold; returns an evaluation of all test rows, and the last classifier.
+
+    If it is to read answers, its question-only twin is fitted and evaluated too.
+    """
     from sklearn.dummy import DummyClassifier
     from sklearn.tree import DecisionTreeClassifier
 
+    from sevpeft.data.prepare.duplicates import conflicting_groups
+
     scored, tests, parts = examples.complete, [], []
+    reads, fitted = dict.fromkeys(("question", examples.reads)), dict[str, Calibrated]()  # twin first
     for number, fold in enumerate(folds, start=1):
         progress(f"{fold.name} ({number} of {len(folds)})")
         if not len(tested := fold.test[scored[fold.test]]):
             continue
         train, test = examples.take(fold.train), examples.take(tested)
-        classifier = fit(train)
-        sources = [source.probabilities(test.questions) for source in classifier.sources]
-        part = {
-            "calibrated": classifier.calibration.apply(*sources),
-            "raw": Calibration((1 / len(sources),) * len(sources)).apply(*sources),
-        }
+        fitted = {text: fit(replace(train, reads=text)) for text in reads}
+        part = {text: one.probabilities(test.questions, test.answers) for text, one in fitted.items()}
         # Baselines learn from the rows that calibrate. With fewer rows in a leaf the tree would learn single rows.
         known = train.take(np.flatnonzero(train.complete))
         tree = DecisionTreeClassifier(min_samples_leaf=max(1, min(20, len(known) // 4)), random_state=0)
@@ -97,17 +135,25 @@ def evaluate_folds(
 
     def metrics(name: str, block: str | None = None) -> Metrics:
         keep = np.full(len(rows), True) if block is None else blocks == block
-        found, resamples = np.concatenate([part[name] for part in parts])[keep], RESAMPLES * (name == "calibrated")
+        found, resamples = np.concatenate([part[name] for part in parts])[keep], RESAMPLES * (name in reads)
         return score(found, rows.labels[keep], rows.groups[keep], seed=seed, resamples=resamples)
 
+    def of(text: str) -> Metrics:
+        held_out = {fold.name: metrics(text, fold.name) for fold in folds if fold.name in blocks}
+        return {"calibrated": metrics(text), "blocks": held_out}
+
+    conflicts = conflicting_groups(examples.groups, examples.labels)
     evaluation = {
-        "calibrated": metrics("calibrated"),
-        "raw": metrics("raw"),
+        "reads": examples.reads,
+        "repeated": [int((np.bincount(examples.groups) > 1).sum()), len(conflicts)],
+        **of(examples.reads),
         "baselines": {name: metrics(name) for name in ("majority", "row number")},
-        "blocks": {fold.name: metrics("calibrated", fold.name) for fold in folds if fold.name in blocks},
         "unscored": None if examples.blocks is None else sorted(set(examples.blocks[~scored].tolist())),
     }
-    return evaluation, classifier
+    twin, whole = (fitted[text] for text in ("question", examples.reads))
+    if whole is twin:
+        return evaluation, twin
+    return evaluation | {"twin": of("question")}, Calibrated(whole.sources, whole.calibration, whole.reads, twin)
 
 
 def score(
@@ -128,9 +174,16 @@ def score(
         values = [one[name] for one in drawn if np.isfinite(one[name])]
         low, high = np.percentile(values, [2.5, 97.5]).tolist() if values else (np.nan, np.nan)
         figures[name] = {"value": value, "low": low, "high": high}
+    weights, parts = severity_weights(probabilities, SEVERITY_PRESETS["balanced"]), {}
+    for k, name in enumerate(SEVERITIES):
+        if len(own := weights[labels == k]):  # Kish's effective sample size
+            parts[name] = {"rows": len(own), "mean": own.mean(), "effective": own.sum() ** 2 / np.square(own).sum()}
+    fifths = np.array_split(np.argsort(p_critical, kind="stable"), CURVE)
     return {
         "rows": count,
         "figures": figures,
+        "weights": parts,
+        "curve": [[p_critical[part].mean(), (labels[part] == CRITICAL).mean()] for part in fifths if len(part)],
         "confusion": cells.reshape(classes, classes).tolist(),
         "ece_critical_by_chance": float(np.mean(by_chance)),
     }

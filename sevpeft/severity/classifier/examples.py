@@ -1,4 +1,4 @@
-"""Labeled questions, and splits of them that put no question on both sides.
+"""Labeled consultations, splits of them that put no question on both sides, and unlabeled ones that repeat none.
 
 Rows that ask the same (near-duplicates too, where `prepare` found them) form one group, and splits are made of groups.
 """
@@ -11,27 +11,43 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from datasets import Dataset
 
 from sevpeft.data.files import listed
 from sevpeft.data.read import Consultations, load_consultations
 from sevpeft.data.split import question_keys
 from sevpeft.errors import DataError
-from sevpeft.severity.probabilities import SEVERITIES, severity_probabilities
+from sevpeft.severity.probabilities import (
+    SEVERITIES,
+    Passage,
+    Reads,
+    check_answers,
+    is_answer,
+    passages_of,
+    severity_probabilities,
+)
 from sevpeft.severity.settings import ClassifierSettings
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Labeled questions; all of length n, the arrays of int64 but for `blocks`."""
+    """Labeled consultations; all of length n, the arrays of int64 but for `blocks`."""
 
     questions: list[str]
     labels: np.ndarray  # positions in `SEVERITIES`
     groups: np.ndarray  # equal where two rows ask the same
     rows: np.ndarray  # number of the row in the user's file
     blocks: np.ndarray | None = None  # names of the parts of the data (source, time, annotator), where they are known
+    answers: list[str] | None = None
+    reads: Reads = "question"  # what a classifier is to read of them
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    @property
+    def passages(self) -> list[Passage]:
+        """(n,) what a classifier reads of each row."""
+        return passages_of(self.reads, self.questions, self.answers)
 
     @property
     def complete(self) -> np.ndarray:
@@ -50,7 +66,9 @@ class Examples:
         """The rows at these positions, in this order."""
         questions = [self.questions[i] for i in index.tolist()]
         blocks = None if self.blocks is None else self.blocks[index]
-        return Examples(questions, self.labels[index], self.groups[index], self.rows[index], blocks)
+        answers = None if self.answers is None else [self.answers[i] for i in index.tolist()]
+        arrays = (self.labels[index], self.groups[index], self.rows[index])
+        return Examples(questions, *arrays, blocks, answers, self.reads)
 
 
 class Fold(NamedTuple):
@@ -62,9 +80,42 @@ class Fold(NamedTuple):
 
 
 def load_examples(settings: ClassifierSettings) -> tuple[Consultations, Examples]:
-    """The consultations that the settings name, and the same as labeled examples."""
+    """The consultations that the settings name, and the same as labeled examples; WeightError as `check_answers`."""
     consultations = load_consultations(settings.data, keep="all")
-    return consultations, labeled_examples(consultations, settings.block_column)
+    check_questions(consultations.rows, consultations.source)
+    if getattr(settings, "classifier", None) is None:
+        check_answers(consultations.rows, settings.reads)
+    return consultations, replace(labeled_examples(consultations, settings.block_column), reads=settings.reads)
+
+
+def check_questions(rows: Dataset, source: str) -> None:
+    """Raises DataError where most questions hold their answers: what reads questions alone would read these too."""
+    if sum(a.strip() in q for q, a in zip(rows["question"], rows["answer"], strict=True)) > len(rows) / 2:
+        raise DataError(f"Most questions of {source} hold their answers; set data.question_column to another column.")
+
+
+def load_unlabeled(settings: ClassifierSettings, labeled: Examples) -> tuple[list[Consultations], Examples | None]:
+    """Consultations with an answer, in random order, each question once and none that is labeled, or nearly.
+
+    So none repeats a question of a test fold. Nothing where the settings name none; DataError where no row is left.
+    """
+    if settings.unlabeled is None:
+        return [], None
+    from sevpeft.data.prepare import PrepareSettings
+    from sevpeft.data.prepare.duplicates import duplicate_groups
+
+    consultations, seed = load_consultations(path := settings.unlabeled), settings.seed
+    check_questions(rows := consultations.rows, path)
+    alike = PrepareSettings.model_fields["near_duplicates"].default
+    groups = duplicate_groups([*labeled.questions, *rows["question"]], threshold=alike, seed=seed).numbers
+    first = np.unique(groups, return_index=True)[1] - len(labeled)
+    answers = list(rows["answer"])
+    kept = np.array([i for i in first[first >= 0].tolist() if is_answer(answers[i])], dtype=np.int64)
+    if not len(kept):
+        raise DataError(f"{path} has no answered question that is not labeled already; name other rows for unlabeled=.")
+    each = np.arange(len(rows))
+    read = Examples(list(rows["question"]), each, each, each, answers=answers, reads=labeled.reads)
+    return [consultations], read.take(np.random.default_rng(seed).permutation(kept))
 
 
 def labeled_examples(consultations: Consultations, block_column: str | None = None) -> Examples:
@@ -86,7 +137,8 @@ def labeled_examples(consultations: Consultations, block_column: str | None = No
     grouped = consultations.provenance and "group" in rows.column_names
     keys = np.array(rows["group"]) if grouped else question_keys(rows)
     groups = np.unique(keys, return_inverse=True)[1].astype(np.int64)
-    found = Examples(list(rows["question"]), labels, groups, np.array(rows["row"], dtype=np.int64))
+    answers = list(rows["answer"])
+    found = Examples(list(rows["question"]), labels, groups, np.array(rows["row"], dtype=np.int64), answers=answers)
     if block_column is None:
         return found
     # By its name in the input, whether it was recognized or carried.

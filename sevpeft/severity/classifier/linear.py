@@ -1,8 +1,9 @@
 """A severity classifier on parts of words and stems: logistic regression over TF-IDF, fitted in seconds on one core.
 
-Words are cut to light stems (after Larkey et al. 2002, "Improving Stemming for Arabic Information Retrieval"). Of rows
-in blocks that were labeled under different conditions, each block gets its own intercept in the fit, and blocks that
-lack a severity count little: on 2,150 rows in six blocks this takes the held-out AUC of critical from .67 to .71.
+Question and answer have a TF-IDF of their own each. Words are cut to light stems (after Larkey et al. 2002, "Improving
+Stemming for Arabic Information Retrieval"). Of rows in blocks that were labeled under different conditions, each block
+gets its own intercept in the fit, and blocks that lack a severity count little: on 2,150 rows in six blocks this takes
+the held-out AUC of critical from .67 to .71.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
-from sevpeft.severity.classifier.examples import Examples
-from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.classifier.examples import Examples, grouped_folds
+from sevpeft.severity.probabilities import SEVERITIES, Passage, parts_of
 
 ARRAYS, VOCABULARY = "linear.safetensors", "vocabulary.json"
 # Counts up when `features` change: the same arrays would then mean something else.
@@ -29,6 +30,8 @@ FEATURES = 4
 BLOCK_SCALE = 3.0
 # Of rows in blocks that lack a severity: what their annotators called critical, others may not.
 INCOMPLETE_WEIGHT = 0.1
+# Before each n-gram of an answer in the vocabulary of a classifier of both; no n-gram has a colon.
+ANSWER = "answer:"
 
 _PROCLITIC = re.compile("^(?:وال|فال|بال|كال|لل|ال|و(?=...)|[فبل](?=....))")
 _SUFFIX = re.compile("(?:هما|كم|هم|ها|نا|ني|ين|ون|ات|ان|يه|ه|ي|ك|ت)$")
@@ -43,19 +46,23 @@ class LinearClassifier:
         self.vocabulary = list(vocabulary)
         # In C order: safetensors writes the memory of an array as it lies, and scikit-learn leaves `coef_` transposed.
         self.idf, self.coef, self.intercept = (np.ascontiguousarray(a, dtype="<f8") for a in (idf, coef, intercept))
-        self._tfidf = _tfidf(vocabulary=self.vocabulary)
-        self._tfidf.idf_ = self.idf
+        self.blocks, end = [], sum(not one.startswith(ANSWER) for one in self.vocabulary)
+        for part in (slice(end), slice(end, None)):
+            if words := [one.removeprefix(ANSWER) for one in self.vocabulary[part]]:
+                self.blocks.append(_tfidf(vocabulary=words))
+                self.blocks[-1].idf_ = self.idf[part]
         arrays = b"".join(array.tobytes() for array in (self.idf, self.coef, self.intercept))
         self.version = hashlib.sha256(json.dumps([FEATURES, self.vocabulary]).encode() + arrays).hexdigest()[:12]
 
-    def probabilities(self, questions: Sequence[str]) -> np.ndarray:
-        """(n, 3), each row summing to one; a question without a known n-gram gets what the intercept says."""
+    def logits(self, passages: Sequence[Passage]) -> np.ndarray:
+        """(n, 3), whose softmax are the probabilities."""
+        return np.asarray(_columns(self.blocks, passages) @ self.coef.T + self.intercept)
+
+    def probabilities(self, passages: Sequence[Passage]) -> np.ndarray:
+        """(n, 3), each row summing to one; a text without a known n-gram gets what the intercept says."""
         from scipy.special import softmax
 
-        if not len(questions):
-            return np.empty((0, len(SEVERITIES)))
-        result: np.ndarray = softmax(self._tfidf.transform(questions) @ self.coef.T + self.intercept, axis=1)
-        return result
+        return np.asarray(softmax(self.logits(passages), axis=1)) if len(passages) else np.empty((0, len(SEVERITIES)))
 
     def save(self, folder: Path) -> None:
         """Writes its two files into a folder."""
@@ -73,19 +80,21 @@ class LinearClassifier:
         return cls(vocabulary, **load_file(folder / ARRAYS))
 
 
-def fit_linear(examples: Examples) -> LinearClassifier:
-    """Fits to examples that have every severity; the intercept is the mean one of blocks that have them all."""
+def fit_linear(
+    examples: Examples, student: LinearClassifier | None = None, unlabeled: Examples | None = None
+) -> LinearClassifier:
+    """Fits to examples that have every severity; the intercept is the mean one of blocks that have them all.
+
+    To a classifier of both, the logits of a `student` of `unlabeled` rows are added, with as much spread on these rows.
+    """
     from scipy.sparse import csr_matrix, hstack
     from sklearn.linear_model import LogisticRegression
 
     # What one question alone says, a name above all, is never stored, however often the question stands there.
     distinct = np.sort(np.unique(examples.groups, return_index=True)[1])
-    tfidf = _tfidf(min_df=2, max_features=200_000)
-    try:
-        tfidf.fit([examples.questions[i] for i in distinct])
-    except ValueError:  # an empty vocabulary
-        raise DataError("No word or part of one stands in two of the training questions; bring more rows.") from None
-    columns = tfidf.transform(examples.questions)
+    passages = examples.passages
+    tfidf, vocabulary, idf = _fitted([passages[i] for i in distinct], student.blocks if student else ())
+    columns = _columns(tfidf, passages)
     blocks = np.zeros(len(examples)) if examples.blocks is None else examples.blocks
     indicators = BLOCK_SCALE * (blocks[:, None] == np.unique(blocks))
     weights = np.where(examples.complete, 1.0, INCOMPLETE_WEIGHT)
@@ -93,7 +102,59 @@ def fit_linear(examples: Examples) -> LinearClassifier:
     fitted.fit(hstack([columns, csr_matrix(indicators)]).tocsr(), examples.labels, weights)
     coef, of_blocks = np.split(fitted.coef_, [columns.shape[1]], axis=1)
     intercept = fitted.intercept_ + of_blocks @ indicators[examples.complete].mean(axis=0)
-    return LinearClassifier(tfidf.get_feature_names_out().tolist(), tfidf.idf_, coef, intercept)
+    classifier = LinearClassifier(vocabulary, idf, coef, intercept)
+    if student is None or unlabeled is None:
+        return classifier
+    scale = classifier.logits(unlabeled.passages).std() / student.logits(unlabeled.questions).std()
+    coef[:, : len(student.vocabulary)] += scale * student.coef
+    return LinearClassifier(vocabulary, idf, coef, intercept + scale * student.intercept)
+
+
+def teacher_scores(examples: Examples, unlabeled: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (n, 3) by a classifier that reads answers: of the labeled rows, out of fold, and of the others."""
+    own = np.empty((len(examples), len(SEVERITIES)))
+    for fold in grouped_folds(examples):
+        own[fold.test] = fit_linear(examples.take(fold.train)).logits(examples.take(fold.test).passages)
+    return own, fit_linear(examples).logits(unlabeled.passages)
+
+
+def fit_student(examples: Examples, unlabeled: Examples, scores: tuple[np.ndarray, np.ndarray]) -> LinearClassifier:
+    """Learns what `teacher_scores` say of questions, and the labels: ridge regression on the sum of both.
+
+    So answers are read in training alone, by distillation (Lopez-Paz et al. 2016); calibration mends the scale.
+    """
+    from sklearn.linear_model import Ridge
+
+    distinct = np.sort(np.unique(examples.groups, return_index=True)[1])
+    tfidf, vocabulary, idf = _fitted([*(examples.questions[i] for i in distinct), *unlabeled.questions])
+    targets = np.concatenate(scores)
+    targets -= targets.mean(axis=1, keepdims=True)
+    targets /= targets.std()
+    # A block that lacks a severity has labels of another meaning; the teacher has learned from it what it could.
+    labels = np.eye(len(SEVERITIES))[examples.labels] - 1 / len(SEVERITIES)
+    targets[: len(examples)] += labels * examples.complete[:, None]
+    fitted = Ridge(alpha=1.0, solver="sparse_cg")
+    fitted.fit(_columns(tfidf, [*examples.questions, *unlabeled.questions]), targets)
+    return LinearClassifier(vocabulary, idf, fitted.coef_, fitted.intercept_)
+
+
+def _fitted(passages: Sequence[Passage], known: Sequence[Any] = ()) -> tuple[list[Any], list[str], np.ndarray]:
+    """A TF-IDF for each part of the passages after the `known` ones; the vocabularies and idf of all in one."""
+    parts = parts_of(passages)[len(known) :]
+    try:
+        blocks = [*known, *(_tfidf(min_df=2, max_features=200_000).fit(part) for part in parts)]
+    except ValueError:  # an empty vocabulary
+        raise DataError("No word or part of one stands in two of the training rows; bring more of them.") from None
+    marks = zip(("", ANSWER), blocks, strict=False)
+    vocabulary = [f"{mark}{word}" for mark, block in marks for word in block.get_feature_names_out()]
+    return blocks, vocabulary, np.concatenate([block.idf_ for block in blocks])
+
+
+def _columns(blocks: Sequence[Any], passages: Sequence[Passage]) -> Any:
+    """(n, features) sparse; ValueError for other parts than the blocks were fitted on."""
+    from scipy.sparse import hstack
+
+    return hstack([block.transform(part) for block, part in zip(blocks, parts_of(passages), strict=True)]).tocsr()
 
 
 def _tfidf(**settings: Any) -> Any:

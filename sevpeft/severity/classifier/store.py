@@ -3,12 +3,13 @@
 FOLDER/ holds classifier.json (kind, version, labels by name, calibration, training), the files of its kind
 (linear.safetensors and vocabulary.json, lexicon.tsv, transformer/), metrics.json and the card README.md, in which no
 row, path or name of a person stands. The version is a hash over what gives the probabilities: it tells of damage too.
+What lies there reads questions, also for older versions; both/ or answer/ holds what reads answers, if it is a twin.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,19 @@ FORMAT = 2
 
 def write_classifier(classifier: Calibrated, folder: Path, training: dict[str, Any]) -> dict[str, Any]:
     """Writes a classifier into a folder that `whole_folder` builds; returns its description with `training_record`."""
+    whole = {}
+    if classifier.twin:
+        (folder / classifier.reads).mkdir()
+        alone = Calibrated(classifier.sources, classifier.calibration, classifier.reads)
+        written = write_classifier(alone, folder / classifier.reads, {})
+        whole, classifier = {"whole": {name: written[name] for name in ("reads", "version")}}, classifier.twin
     for source in classifier.sources:
         source.save(folder)
     about = {
         "format": FORMAT,
         "kind": classifier.kind,
+        "reads": classifier.reads,
+        **whole,
         "version": classifier.version,
         "labels": list(SEVERITIES),
         "calibration": asdict(classifier.calibration),
@@ -50,13 +59,26 @@ def write_classifier(classifier: Calibrated, folder: Path, training: dict[str, A
 
 
 def load_classifier(folder: Path) -> Calibrated:
-    """The classifier in a folder; DataError where there is none or a damaged one, or one of another version."""
+    """The classifier in a folder, with its twin; DataError where there is none, or a damaged or another version's."""
     about = read_about(folder)
+    if about.get("reads", "question") != "question":
+        raise DataError(f"{folder} is the part of a classifier that reads answers; name the folder that it lies in.")
+    twin = _load(folder, about)
+    if not (said := about.get("whole")):
+        return twin
+    whole = _load(folder / said["reads"], read_about(folder / said["reads"]))
+    if whole.version != said["version"]:  # which covers what it reads
+        raise DataError(f"{folder / said['reads']} belongs to another classifier than {folder}; fit it again.")
+    return Calibrated(whole.sources, whole.calibration, whole.reads, twin)
+
+
+def _load(folder: Path, about: dict[str, Any]) -> Calibrated:
     if about.get("format") != FORMAT or about.get("labels") != list(SEVERITIES):
         raise DataError(f"{folder} was written by another version of sevpeft ({about.get('sevpeft')}); fit it again.")
     try:
         calibration = Calibration(**{name: tuple(map(float, values)) for name, values in about["calibration"].items()})
-        classifier = Calibrated([_source(kind, folder) for kind in about["kind"].split("+")], calibration)
+        sources = [_source(kind, folder) for kind in about["kind"].split("+")]
+        classifier = Calibrated(sources, calibration, about.get("reads", "question"))
     except Exception as error:  # whatever the libraries raise on files that are absent or cut
         raise DataError(f"{folder} cannot be loaded ({first_sentence(error)}); copy or fit it again.") from error
     if classifier.version != about.get("version"):
@@ -81,12 +103,15 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder} has no classifier, or a damaged {ABOUT}; {remedy}.") from None
 
 
-def training_record(consultations: Consultations, examples: Examples, settings: ClassifierSettings) -> dict[str, Any]:
+def training_record(
+    given: Sequence[Consultations], examples: Examples, settings: ClassifierSettings, unlabeled: Examples | None = None
+) -> dict[str, Any]:
     """What a classifier's folder says of the rows it was made of. No text of a row and no path."""
     record: dict[str, Any] = {
-        "fingerprints": sorted(fingerprints(consultations)),
+        "fingerprints": sorted(set().union(*map(fingerprints, given))),
         "rows": len(examples),
         "questions": len(np.unique(examples.groups)),
+        "unlabeled": 0 if unlabeled is None else len(unlabeled),
         "labels": dict(zip(SEVERITIES, np.bincount(examples.labels).tolist(), strict=True)),
         "seed": settings.seed,
     }
@@ -117,10 +142,11 @@ def markdown(heading: str, evaluation: Metrics) -> str:
     """Figures beside those of the baselines, each block alone, and what a reader should not miss (evaluation.md)."""
     from jinja2 import Template
 
-    def number(metrics: Metrics, figure: str) -> str:
-        """0.482 [0.451, 0.509], or without the interval where none was made."""
-        value, low, high = (number_text(metrics["figures"][figure][name], 4) for name in ("value", "low", "high"))
+    def interval(figure: Mapping[str, float]) -> str:
+        """.482 [.451, .509], or without the interval where none was made."""
+        numbers = (figure[name] for name in ("value", "low", "high"))
+        value, low, high = (number_text(x, 3 if x >= 1 else 4).removeprefix("0") for x in numbers)
         return value if low == number_text(None) else f"{value} [{low}, {high}]"
 
     template = Template(Path(__file__).with_name("evaluation.md").read_text(encoding="utf-8"), trim_blocks=True)
-    return template.render(heading=heading, severities=SEVERITIES, number=number, **evaluation)
+    return template.render(heading=heading, severities=SEVERITIES, interval=interval, **evaluation)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, loading_errors
 from sevpeft.severity.classifier.examples import Examples
-from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.probabilities import SEVERITIES, Passage, parts_of
 from sevpeft.severity.settings import EncoderSection
 
 LABELS = dict(enumerate(SEVERITIES))
@@ -53,13 +53,13 @@ class TransformerClassifier:
         self.device, self.precision = _device()
         self.model = model.to(self.device).eval()
 
-    def probabilities(self, questions: Sequence[str]) -> np.ndarray:
+    def probabilities(self, passages: Sequence[Passage]) -> np.ndarray:
         """(n, 3), each row summing to one, in the order of `SEVERITIES`; without dropout, and in any order the same."""
-        result = np.empty((len(questions), len(SEVERITIES)))
-        if not len(questions):
+        result = np.empty((len(passages), len(SEVERITIES)))
+        if not len(passages):
             return result
-        inputs = self.tokenizer(list(questions), truncation=True)
-        # Questions of one length stand together, so that little is padded.
+        inputs = self.tokenizer(*parts_of(passages), truncation=True)  # of a pair the longer one is cut
+        # Passages of one length stand together, so that little is padded.
         order = np.argsort([-len(ids) for ids in inputs["input_ids"]], kind="stable")
         half = self.precision != torch.float32
         with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
@@ -101,8 +101,8 @@ def fit_transformer(
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**6) - 2)
     tokenizer.model_max_length = min(settings.max_length, longest)
     device, precision = _device()
-    tokens = tokenizer(examples.questions, truncation=True)["input_ids"]
-    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(tokens, examples.labels.tolist(), strict=True)]
+    inputs = dict(tokenizer(*parts_of(examples.passages), truncation=True)) | {"labels": examples.labels.tolist()}
+    rows = [dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)]
 
     class Progress(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

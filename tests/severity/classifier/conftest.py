@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ WORDS = {
     1: ["حراره", "كحه", "التهاب", "مغص", "قيء"],
     2: ["نزيف", "اغماء", "تشنج", "جلطه", "اختناق"],
 }
+ADVICE = {0: ["كريم", "مرهم"], 1: ["مضاد", "تحليل"], 2: ["طوارئ", "اسعاف"]}
 FILLERS = ["عندي", "منذ", "يومين", "اسبوع", "دكتور", "ارجو", "الرد", "ابني", "والدتي", "مع", "شديد", "خفيف"]
 
 
@@ -33,6 +35,13 @@ def build_examples(
         words = [*random.choice(FILLERS, 5), *random.choice(WORDS[int(shown)], 2), f"رقم{random.integers(10**9)}"]
         questions.append(" ".join(random.permutation(words)))
     return Examples(questions, labels.astype(np.int64), np.arange(count), np.arange(1, count + 1))
+
+
+def consultations(count: int = 180, seed: int = 0, noise: float = 0.6) -> Examples:
+    """The question tells little, the answer all."""
+    examples, random = build_examples(count, seed=seed, noise=noise), np.random.default_rng(seed)
+    answers = [f"عليك {random.choice(ADVICE[int(k)])} ثم راجعنا رقم{random.integers(10**9)}" for k in examples.labels]
+    return replace(examples, answers=answers, reads="both")
 
 
 @pytest.fixture

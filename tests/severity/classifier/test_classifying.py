@@ -43,11 +43,14 @@ def test_fit_writes_a_classifier_with_its_report_and_prints_it_beside_its_baseli
     code, out, err = verb("fit", write(tmp_path, 90), "made", "block_column=source")
     assert (code, err) == (0, "")
     assert all(len(line) <= 80 for line in out.splitlines())
-    assert all(word in out for word in ("majority", "row number", "before", "auc critical", "log loss", "ece critical"))
-    names = ["README.md", "classifier.json", "linear.safetensors", "metrics.json", "vocabulary.json"]
-    files = sorted(Path("made").iterdir())
-    assert [file.name for file in files] == names
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o600} and Path("made").stat().st_mode & 0o777 == 0o700
+    columns = ("both, 95 %", "question, 95 %", "majority", "row number")
+    assert all(word in out for word in (*columns, "auc critical", "log loss", "ece critical", "mean weight"))
+    of_each = ["classifier.json", "linear.safetensors", "vocabulary.json"]
+    names = sorted(["README.md", "metrics.json", *of_each, *(f"both/{name}" for name in of_each)])
+    files = sorted(file for file in Path("made").rglob("*") if file.is_file())
+    assert sorted(file.relative_to("made").as_posix() for file in files) == names
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    assert {folder.stat().st_mode & 0o777 for folder in (Path("made"), Path("made/both"))} == {0o700}
     card = Path("made/README.md").read_text(encoding="utf-8")
     for part in (
         "majority",
@@ -103,6 +106,10 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(tmp_path: Path, verb: Verb)
     data = write(tmp_path)
     one = write(tmp_path, name="one.jsonl", severity=lambda n, label: "critical")
     few = write(tmp_path, name="few.jsonl", severity=lambda n, label: SEVERITIES[2 if n < 3 else n % 2])
+    silent = write(tmp_path, name="silent.jsonl", answer=lambda n, label: "…" if n < 2 else "راجع")
+    leaky = write(tmp_path, name="leaky.jsonl", answer=lambda n, label: "رقم")
+    bare = tmp_path / "bare.csv"
+    bare.write_text("question\nسؤال\n", encoding="utf-8")
     (tmp_path / "full").mkdir()
     before, wrong = sorted(tmp_path.rglob("*")), []
     for words, code, expected in (
@@ -118,6 +125,13 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(tmp_path: Path, verb: Verb)
         (("evaluate", few), 1, "critical has 3"),
         (("fit", "nowhere.csv", "made"), 1, "nowhere.csv"),
         (("evaluate", data, "classifier=nowhere"), 1, "nowhere"),
+        (("evaluate", data, "text=question", "classifier=made"), 2, "text"),
+        (("fit", data, "made", "unlabeled=nowhere.csv"), 1, "nowhere.csv"),
+        (("fit", data, "made", f"unlabeled={data}"), 1, "unlabeled="),
+        (("fit", data, "made", f"unlabeled={bare}"), 1, "no answer column"),
+        (("fit", data, "made", f"unlabeled={data}", "text=question"), 2, "text=both"),
+        (("fit", silent, "made", "text=both"), 1, "row 1): text=both needs an answer"),
+        (("fit", leaky, "made"), 1, "data.question_column"),
         (("fit", data, "full"), 1, "full"),
         (("fit", data, "made", "kind=rules", "lexicon=nowhere.tsv"), 1, "nowhere.tsv"),
     ):
@@ -129,12 +143,28 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(tmp_path: Path, verb: Verb)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_unlabeled_consultations_are_counted_with_what_they_bring(tmp_path: Path, verb: Verb) -> None:
+    data, forum = write(tmp_path, 60), write(tmp_path, 40, seed=4, name="forum.jsonl")
+    code, out, err = verb("fit", data, "made", f"unlabeled={forum}")
+    assert (code, err) == (0, "") and all(len(line) <= 80 for line in out.splitlines())
+    assert "unlabeled rows" in out
+    metrics = json.loads(Path("made/metrics.json").read_text(encoding="utf-8"))
+    curve = metrics["evaluations"]["Test rows"]["by_unlabeled"]
+    assert [one["unlabeled"] for one in curve] == [0, 10, 20, 40]
+    about = json.loads(Path("made/classifier.json").read_text(encoding="utf-8"))
+    assert about["training"]["unlabeled"] == 40 and "40 unlabeled rows" in Path("made/README.md").read_text("utf-8")
+    code, _, err = verb("evaluate", forum, "classifier=made")
+    assert code == 1 and "seen_data=true" in err, "what it was taught on is not other data"
+
+
 def test_help_lists_the_keys(verb: Verb) -> None:
     out = verb("fit", "--help")[1]
     for key in (
         "kind=linear|transformer|rules|rules+linear",
         "encoder.max_length=",
         "test_size=",
+        "text=question|answer|both",
+        "unlabeled=",
         "data.severity_column=",
     ):
         assert key in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,16 @@ def test_thirty_rows_are_learned_by_heart_and_the_steps_are_counted(fitted: Tran
     assert np.abs(probabilities.sum(axis=1) - 1).max() < 1e-12
     assert (probabilities.argmax(axis=1) == rows().labels).mean() >= 0.9
     assert {"step 1 of 96", "step 96 of 96"} <= set(PROGRESS)
+
+
+def test_a_question_and_its_answer_are_read_together_in_the_fit_and_after_it(encoder: Path) -> None:
+    asked, answered = rows(seed=1), rows()
+    both = replace(asked, answers=answered.questions, reads="both")
+    assert fit(encoder, both).version != fit(encoder, replace(both, reads="question")).version
+    found = fit(encoder, both, num_train_epochs=12)
+    assert (found.probabilities(both.passages).argmax(axis=1) == both.labels).mean() >= 0.9
+    swapped = [(question, answered.questions[(n + 1) % 30]) for n, question in enumerate(asked.questions)]
+    assert np.abs(found.probabilities(swapped) - found.probabilities(both.passages)).max() > 0.2
 
 
 def test_the_same_call_gives_the_same_weights_bit_for_bit_and_another_seed_others(encoder: Path) -> None:
