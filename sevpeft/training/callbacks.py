@@ -64,7 +64,7 @@ class RunProgress(TrainerCallback):
             print_labeled(self.console, "Training", f"{done}, {left} left  {self.text}")
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        self.bar.update(self.task, text="validating")
+        self.bar.update(self.task, text=f"validating  {self.text}")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if state.is_world_process_zero:
