@@ -60,7 +60,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             writer.writeheader()
             writer.writerows(
                 {**json.loads(line), "source": index % 3}
-                for index, line in enumerate(lines[:120] if name != "forum.csv" else lines[120:160])
+                for index, line in enumerate(
+                    lines[:120:2] if name == "labeled.csv" else lines[120:140] if name == "forum.csv" else lines[:120]
+                )
             )
     asked = {"question": "Which organ pumps blood?", "options": ["the heart", "the liver"], "answer_index": 0}
     (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
@@ -75,7 +77,6 @@ def test_the_commands_of_all_readmes_in_their_order(checkout: Path, monkeypatch:
     for command in [*commands(READMES[0]), *ready, *(one for path in READMES[1:] for one in commands(path))]:
         line, _, target = command.partition(" > ")
         words = [SHORTER.get(word, word) for word in shlex.split(line)]
-        words += ["folds=2"] if words[1:3] == ["classifier", "fit"] else []
         words += ["--seeds", "0"] if words[1] == "compare" and "--seeds" not in words else []
         without_extra = words[1:2] == ["choices"] and importlib.util.find_spec("lm_eval") is None
         if words[0] != "sevpeft" or words in done or without_extra:
