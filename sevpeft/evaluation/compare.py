@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def compare(
     meanings = {BASE: ARMS[BASE], **{arm: " ".join(of) or "the recipe" for arm, of in values.items()}} if vary else ARMS
     arms = [arm for arm in meanings if arm in arms or arm in values]  # in the order of the table
     to_train = [arm for arm in arms if arm != BASE]
+    weighted = [arm for arm in arms if arm in WEIGHTED]
     given = load_recipe(path, overrides)
     ready = given.severity.source == "weight"
     default_controlled = OWN if ready else "balanced"  # whose weights controls have where no weighted arm is compared
@@ -127,6 +129,7 @@ def compare(
         raise UsageError(f"--folds is {folds}; write 2 or more, or leave it out for the recipe's own test split.")
     places = [f"{number}/{folds}" for number in range(1, folds + 1)] if folds else [""]
 
+    @cache  # units are listed before the start, for each round and at the end
     def recipe_of(arm: str, seed: int, fold: str, controlled: str = "") -> tuple[Recipe, str]:
         own, ending = ([*overrides, f"data.fold={fold}"], f"-fold{fold.split('/')[0]}") if fold else (overrides, "")
         if vary:
@@ -143,20 +146,16 @@ def compare(
     stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
     if stratum == CRITICAL:
         check_test_split(rows, folds)
-        if {*WEIGHTED} & {*arms} and not all(chosen_on for *_, chosen_on in by_fold.values()):
-            raise RunError(
-                "The validation rows hold no critical case to choose weights by; raise data.validation_size."
-            )
+        if weighted and not all(chosen_on for *_, chosen_on in by_fold.values()):
+            raise RunError("The validation rows hold no critical case to choose by; raise data.validation_size.")
 
     def units(of: Sequence[str], controlled: str = "") -> list[_Unit]:
         found = []
         for seed, arm, fold in product(seeds, (arm for arm in to_train if arm in of), places):
             # The base model's scores stand in the first run.
             first = BASE in arms and (arm, seed) == (to_train[0], seeds[0])
-            columns, (own, name) = (
-                {ADAPTER: arm} | ({BASE: BASE} if first else {}),
-                recipe_of(arm, seed, fold, controlled),
-            )
+            columns, (own, name) = {ADAPTER: arm}, recipe_of(arm, seed, fold, controlled)
+            columns |= {BASE: BASE} if first else {}
             found.append(_Unit(arm, seed, fold, *by_fold[fold][:2], own, Run(output / name), columns))
         return found
 
@@ -168,7 +167,7 @@ def compare(
         print_labeled(screen, "Runs", f"{len(left)} of {len(planned)} to train, about {pace.steps:,} steps in all")
     critical = rows.strata == SEVERITIES.index(CRITICAL)
     if left and stratum == CRITICAL:
-        spread = _spread(planned) if {*WEIGHTED} & {*arms} else None
+        spread = _spread(planned) if weighted else None
         print_labeled(screen, "Can show", can_show(rows.groups[critical], len(seeds), spread))
 
     def finish(wanted: list[_Unit]) -> None:
@@ -193,8 +192,7 @@ def compare(
 
     with finished_rows_are_kept():
         finish(units([arm for arm in arms if vary or arm not in CONTROLS]))
-        weighed = [arm for arm in arms if arm in (CE, *WEIGHTED)] if {*WEIGHTED} & {*arms} else []
-        validation = _validation(units(arms if vary else weighed), stratum)
+        validation = _validation(units(arms if vary else [CE, *weighted] if weighted else []), stratum)
         chosen = None if vary else choose(validation, given.evaluation.margin)
         finish(units([] if vary else CONTROLS, chosen or default_controlled))
     with screen.status("Comparing"):

@@ -256,9 +256,8 @@ def compare_family(differences: Mapping[Any, Estimate], better: Callable[[Any], 
     compared = {}
     for (key, found), p in zip(differences.items(), corrected, strict=True):
         hopeless = not np.isfinite(p) or 2 / min(2.0**found.groups, PERMUTATIONS + 1) * family >= ALPHA
-        least = (
-            detectable(found.standard_error, found.degrees_of_freedom, ALPHA / family / 2) if not hopeless else np.nan
-        )
+        test = (found.standard_error, found.degrees_of_freedom, ALPHA / max(family, 1) / 2)
+        least = np.nan if hopeless else detectable(*test)
         outcome, good = "too few questions" if hopeless else "not distinguishable", better(key)
         if not found.rows:
             outcome = "no data"

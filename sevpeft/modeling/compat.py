@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -145,9 +145,12 @@ class LiveBytes(TorchDispatchMode):
         # It keeps the numbers of constants, and knows the format that statistics of norms have on a device.
         alike = all(type(one) is FakeTensor and one.constant is None for one in tensors)
         if tensors and alike and "norm" not in func.name():
-            with suppress(NotImplementedError), in_kernel_invocation_manager(self.fake):
-                out = func(*args, **({**kwargs, "device": None} if "device" in kwargs else kwargs))
-                return tree_map_only(lambda one: type(one) is torch.Tensor, self._on_cpu, out)
+            try:
+                with in_kernel_invocation_manager(self.fake):
+                    out = func(*args, **({**kwargs, "device": None} if "device" in kwargs else kwargs))
+            except NotImplementedError:  # an operation without such a kernel, which FakeTensorMode takes apart
+                return func(*args, **kwargs)
+            return tree_map_only(lambda one: type(one) is torch.Tensor, self._on_cpu, out)
         return func(*args, **kwargs)
 
     def _count(self, storage: torch.UntypedStorage) -> None:

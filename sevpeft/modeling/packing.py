@@ -99,8 +99,8 @@ def set_up_attention() -> None:
     documents, so that attention costs the square of the whole batch. A GPU waits for more calls longer than for pairs.
     """
     ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention)
-    # PyTorch (2.11) prefers cuDNN on Hopper and Blackwell, which builds a plan for every new length of a row: a second
-    # or so (H200). The upstream remedy is opt-in: https://github.com/pytorch/pytorch/pull/155958.
+    # PyTorch (2.11) prefers cuDNN on Hopper and Blackwell, which builds a plan for every new length of a row (B200: a
+    # second, https://github.com/modelscope/FunASR/issues/3704). Upstream's remedy is opt-in: pytorch/pytorch#155958.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

@@ -33,6 +33,7 @@ from sevpeft.severity.probabilities import SEVERITIES
 BRANCHES = ("phase", "replay", "late", "ce_extra")  # arms for which a way from CE is measured
 CRITICAL, OTHERS = SEVERITIES[-1], SEVERITIES[:-1]
 ORACLE = "gold"  # in the place of a routed share
+SETTINGS = Path(__file__).with_suffix(".yaml")
 WEIGHTINGS = ("token", "row")
 
 
@@ -261,6 +262,18 @@ def analyze(settings: dict[str, Any], options: argparse.Namespace) -> None:
                 print(f"    {weighting:5} {name:13} {figures}  seeds {seeds}")
 
 
+def settings_of(path: Path) -> dict[str, Any]:
+    """critical_phase.yaml, with what the file says otherwise."""
+
+    def merged(whole: Any, other: Any) -> Any:
+        if not (isinstance(whole, dict) and isinstance(other, dict)):
+            return other
+        return whole | {name: merged(whole.get(name), value) for name, value in other.items()}
+
+    whole, other = (yaml.safe_load(one.read_text(encoding="utf-8")) for one in (SETTINGS, path))
+    return dict(merged(whole, other))
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.experiments.critical_phase")
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -276,10 +289,10 @@ def main(words: list[str] | None = None) -> None:
         verbs.add_parser(verb).add_argument("results")
     verbs.choices["analyze"].add_argument("--all", action="store_true", help="every point of the grid")
     for one in verbs.choices.values():
-        one.add_argument("--settings", default=Path(__file__).with_suffix(".yaml"))
+        one.add_argument("--settings", default=SETTINGS, help="what differs from critical_phase.yaml")
         one.add_argument("--chosen")
     options = parser.parse_args(words)
-    settings = yaml.safe_load(Path(options.settings).read_text(encoding="utf-8"))
+    settings = settings_of(Path(options.settings))
     with patch.object(statistics, "PERMUTATIONS", 99):  # no p is asked for
         {"train": train, "choose": choose, "analyze": analyze}[options.verb](settings, options)
 

@@ -194,7 +194,8 @@ def planned_bytes(recipe: Recipe, *, on_gpu: bool = True) -> int:
 
 
 def table_line(name: str, adapter: str, planned: int, ours: Taken, stock: Taken) -> str:
-    memory = f"{planned / GIB:.2f} | {ours.allocated / GIB:.2f} | {planned / max(ours.allocated, 1):.3f}"
+    plan, ratio = (f"{planned / GIB:.2f}", f"{planned / max(ours.allocated, 1):.3f}") if planned else ("–", "–")
+    memory = f"{plan} | {ours.allocated / GIB:.2f} | {ratio}"
     speed = f"{ours.tokens_per_second:,.0f} | {ours.tokens_per_second / stock.tokens_per_second:.2f}"
     return f"| {name} | {adapter} | {memory} | {stock.allocated / GIB:.2f} | {speed} |"
 

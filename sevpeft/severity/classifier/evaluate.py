@@ -26,7 +26,7 @@ from sevpeft.severity.classifier.examples import Examples, Fold, block_folds, gr
 from sevpeft.severity.classifier.linear import fit_linear, fit_student, teacher_scores
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.settings import EvaluateSettings, FitSettings
-from sevpeft.severity.weights import severity_weights
+from sevpeft.severity.weights import WeightSummary, severity_weights
 
 CRITICAL = SEVERITIES.index("critical")
 BINS, CURVE, RESAMPLES = 15, 5, 1000
@@ -176,8 +176,9 @@ def score(
         figures[name] = {"value": value, "low": low, "high": high}
     weights, parts = severity_weights(probabilities, SEVERITY_PRESETS["balanced"]), {}
     for k, name in enumerate(SEVERITIES):
-        if len(own := weights[labels == k]):  # Kish's effective sample size
-            parts[name] = {"rows": len(own), "mean": own.mean(), "effective": own.sum() ** 2 / np.square(own).sum()}
+        if len(own := weights[labels == k]):
+            of = WeightSummary.of(own, None)
+            parts[name] = {"rows": len(own), "mean": of.mean, "effective": of.effective_sample_size}
     fifths = np.array_split(np.argsort(p_critical, kind="stable"), CURVE)
     return {
         "rows": count,
