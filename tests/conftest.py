@@ -27,7 +27,7 @@ Cli = Callable[..., tuple[int, str, str]]
 # Shared fixtures that take seconds to make. The tests that use one stay on one worker, so that it is made once.
 _SLOW_TO_MAKE = ("finished_run", "finished", "pages", "trained", "fitted")
 
-# Modules that start processes by tests/training/children.py, whose fork server loads the libraries once a worker.
+# Modules that start processes by tests/training/children.py: several at a time, and some wait for one another.
 _WITH_CHILDREN = ("test_killed", "test_distributed", "test_memory", "test_output", "test_signals", "test_train")
 
 

@@ -1,6 +1,6 @@
 """Trainings in processes that can be killed, started in a blink.
 
-A fork server loads the libraries once, which takes longer than the small trainings of these tests.
+They are forked from the tests' process, which has the libraries: to load them takes longer than these small trainings.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["sevpeft.training.train"])
+_CONTEXT = multiprocessing.get_context("fork")
 _WRITING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
@@ -73,10 +72,13 @@ def look_up_once() -> None:
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     import torch
+    from accelerate.state import AcceleratorState, GradientState
 
     from sevpeft.cli.application import quiet_libraries
     from sevpeft.errors import SevpeftError
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of trainings in the tests' process
+    GradientState._reset_state()
     quiet_libraries()
     os.environ.update(environment, SEVPEFT_CACHE=arguments[-1])
     torch.set_num_threads(1)
@@ -93,10 +95,15 @@ def command_in_child(words: list[str], output: str, hang_up: Any) -> None:
     from sevpeft.cli import main
 
     signal.signal(signal.SIGHUP, hang_up)
+    os.closerange(3, 1 << 12)  # the other end of a terminal among them, which would not close
     os.setsid()  # of a terminal that is opened next, this process is then the one that hears of its end
     handle = os.open(output, os.O_RDWR)
     for number in range(3):
         os.dup2(handle, number)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):  # as Python makes them, not where tests capture them
+        stream = open(number, "w" if number else "r", closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     sys.argv = ["sevpeft", *words]
     main()
 
