@@ -92,7 +92,8 @@ def unlabeled_curve(examples: Examples, unlabeled: Examples, seed: int, progress
             student = fit_student(train, some, (own, theirs[:count])) if count else fit_linear(train)
             found[count][fold.test] = student.probabilities(asked)
     rows = np.flatnonzero(examples.complete)
-    scores = {n: score(p[rows], examples.labels[rows], examples.groups[rows], seed=seed) for n, p in found.items()}
+    labels, groups = examples.labels[rows], examples.groups[rows]
+    scores = {n: score(p[rows], labels, groups, seed=seed, resamples=RESAMPLES) for n, p in found.items()}
     return [{"unlabeled": n, **scores[n]["figures"]["auc_critical"]} for n in counts]
 
 
@@ -157,7 +158,7 @@ def evaluate_folds(
 
 
 def score(
-    probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
+    probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, seed: int = 0, resamples: int
 ) -> Metrics:
     """Figures of probabilities (n, 3) for labels and groups (n,) of rows; without resamples there are no intervals."""
     compute, random = _figures(probabilities, labels), np.random.default_rng(seed)
