@@ -101,7 +101,7 @@ def command_in_child(words: list[str], output: str, hang_up: Any) -> None:
     for number in range(3):
         os.dup2(handle, number)
     for number, name in enumerate(("stdin", "stdout", "stderr")):  # as Python makes them, not where tests capture them
-        stream = open(number, "w" if number else "r", closefd=False)
+        stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.argv = ["sevpeft", *words]
