@@ -111,6 +111,17 @@ def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def quick_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classifiers are fitted on two folds wherever more are made of their rows, and intervals have 20 draws."""
+    from sevpeft.severity.classifier import calibrate, evaluate, linear
+    from sevpeft.severity.classifier.examples import grouped_folds
+
+    monkeypatch.setattr(evaluate, "RESAMPLES", 20)
+    for module in (calibrate, evaluate, linear):
+        monkeypatch.setattr(module, "grouped_folds", lambda examples, folds=2, **how: grouped_folds(examples, 2, **how))
+
+
+@pytest.fixture
 def sevpeft_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
     """Runs the command line in this process, in an empty folder: exit code, what it printed, what it complained of."""
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,6 @@ import pytest
 
 from sevpeft.cli import main
 from sevpeft.recipe import load_recipe
-from sevpeft.severity.classifier.examples import grouped_folds
 
 ROOT = Path(__file__).parent.parent
 READMES = [
@@ -71,18 +70,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
-@pytest.fixture
-def quick_classifiers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two folds for each that a fit makes of its rows, and intervals of 20 draws."""
-    from sevpeft.severity.classifier import calibrate, evaluate, linear
-
-    monkeypatch.setattr(evaluate, "RESAMPLES", 20)
-    for module in (calibrate, evaluate, linear):
-        monkeypatch.setattr(module, "grouped_folds", lambda examples, folds=2, **how: grouped_folds(examples, 2, **how))
-
-
 def test_the_commands_of_all_readmes_in_their_order(
-    checkout: Path, quick_classifiers: None, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, quick_fits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[list[str]] = []
     # Runs that other READMEs speak of, as the first one's commands make them.

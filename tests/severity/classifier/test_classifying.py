@@ -39,7 +39,9 @@ def write(folder: Path, count: int = 150, *, seed: int = 0, name: str = "rows.js
     return path
 
 
-def test_fit_writes_a_classifier_with_its_report_and_prints_it_beside_its_baselines(tmp_path: Path, verb: Verb) -> None:
+def test_fit_writes_a_classifier_with_its_report_and_prints_it_beside_its_baselines(
+    tmp_path: Path, verb: Verb, quick_fits: None
+) -> None:
     code, out, err = verb("fit", write(tmp_path, 90), "made", "block_column=source")
     assert (code, err) == (0, "")
     assert all(len(line) <= 80 for line in out.splitlines())
@@ -143,7 +145,7 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(tmp_path: Path, verb: Verb)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_unlabeled_consultations_are_counted_with_what_they_bring(tmp_path: Path, verb: Verb) -> None:
+def test_unlabeled_consultations_are_counted_with_what_they_bring(tmp_path: Path, verb: Verb, quick_fits: None) -> None:
     data, forum = write(tmp_path, 60), write(tmp_path, 40, seed=4, name="forum.jsonl")
     code, out, err = verb("fit", data, "made", f"unlabeled={forum}")
     assert (code, err) == (0, "") and all(len(line) <= 80 for line in out.splitlines())
