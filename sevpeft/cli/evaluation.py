@@ -45,7 +45,7 @@ def evaluate(
     with messages.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.evaluation import selection
-        from sevpeft.evaluation.evaluate import EVALUATION, PREDICTIONS
+        from sevpeft.evaluation.evaluate import EVALUATION, MINIMIZED, PREDICTIONS
         from sevpeft.evaluation.evaluate import evaluate as evaluate_run
         from sevpeft.evaluation.judge import JUDGEMENTS
         from sevpeft.evaluation.tables import evaluation_tables
@@ -64,6 +64,8 @@ def evaluate(
     console.print(f"Scores: {run / EVALUATION}", soft_wrap=True)
     if not nll_only:
         console.print(f"Answers: {run / PREDICTIONS} (holds what patients wrote)", soft_wrap=True)
+    if "minimized_change" in content["metrics"]:
+        console.print(f"To questions played down: {run / MINIMIZED} (holds what patients wrote)", soft_wrap=True)
     if "judge" in content:
         console.print(f"Verdicts: {run / JUDGEMENTS}", soft_wrap=True)
     console.print(f"Next: sevpeft report {shlex.quote(str(run))}", soft_wrap=True)

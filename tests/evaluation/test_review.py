@@ -131,6 +131,7 @@ def test_a_sheet_is_made_for_raters_and_no_text_in_it_is_a_formula(comparison: P
     sheet = openpyxl.load_workbook(write(comparison, 18))["review"]
     assert sheet.sheet_view.rightToLeft and sheet.freeze_panes == "B2" and sheet.title == "review"
     header = [cell.value for cell in sheet[1]]
+    assert "what patients wrote" in str(sheet["A2"].value)
     assert header[:5] == ["code", "question", "A", "B", "better"] and header[-1] == "comment"
     offered = {str(one.sqref): one.formula1 for one in sheet.data_validations.dataValidation}
     assert len(offered) == len(header) - 5 and set(offered.values()) == {'"1,2,3,4,5"', '"yes,no"', '"A,equal,B"'}
@@ -210,8 +211,9 @@ def test_two_raters_have_a_weighted_kappa_as_scikit_learn_has_it(comparison: Pat
 
 def test_what_is_no_sheet_of_this_review_is_one_plain_sentence(comparison: Path, tmp_path: Path) -> None:
     other = write_comparison(tmp_path / "other")
-    for arm in ("ce", "balanced"):
-        write_lines(other / f"{arm}-0" / "predictions.jsonl", [line("adapter", "q", prediction=arm * 3)])
+    for arm in ARMS:  # as many questions, and other answers
+        lines = [line("adapter", f"patient-{at}", severity=of, prediction=arm[0]) for at, of in enumerate(SEVERITIES)]
+        write_lines(other / f"{arm}-0" / "predictions.jsonl", lines)
     foreign = fill(write(other), rating(other), tmp_path / "foreign.xlsx")
     sheet, rate = write(comparison), rating(comparison)
     twice = fill(sheet, rate, tmp_path / "twice.xlsx")

@@ -146,7 +146,7 @@ def _ratings(path: Path, columns: Mapping[str, tuple[str, str]], codes: Sequence
 def _workbook(rows: Iterable[Sequence[str]], columns: Mapping[str, tuple[str, str]]) -> openpyxl.Workbook:
     sheet = (book := openpyxl.Workbook()).active
     sheet.title, sheet.freeze_panes, sheet.sheet_view.rightToLeft = SHEET, "B2", True
-    asked = ["", scoring.REVIEW, "", "", *(asks for _, asks in columns.values())]
+    asked = ["Confidential: what patients wrote", scoring.REVIEW, "", "", *(asks for _, asks in columns.values())]
     for line in ([*_WIDTHS, *columns, "comment"], asked, *rows):
         sheet.append([visible(text)[:32_000] for text in line])  # Excel allows 32,767
     for heading, *cells in sheet.columns:
