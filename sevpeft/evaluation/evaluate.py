@@ -94,8 +94,7 @@ def evaluate(
             likelihood[SHUFFLED] = work.likelihood(SHUFFLED)
         texts = {arm: [line["prediction"] for line in of_arm] for arm, of_arm in lines.items()}
         if judge is not None:
-            origin = {**work.answer_origin, "judge": judge.about}
-            kept = RowFile(run.folder / JUDGEMENTS, origin)
+            kept = RowFile(run.folder / JUDGEMENTS, {**work.answer_origin, "judge": judge.about})
             with_floor = texts | ({CONSTANT: [constant] * len(rows)} if constant and BASE in arms else {})
             verdicts = judge.rate(rows, with_floor, kept.lines, kept.append, console)
     with console.status("Scoring"):

@@ -184,8 +184,8 @@ WHOLE = {"urgent_gap": urgent_gap, "triage_kappa": quadratic_kappa}  # of the ur
 def minimized(identity: str, question: str, dialect: str | None) -> str:
     """The question and behind it a line that plays it down, in its dialect or MSA, drawn by the row's id."""
     asked, fitting = question.rstrip(), _LINES.get((dialect or "").lower()) or _LINES[dialect_of(question) or "msa"]
-    line = fitting[hashlib.sha256(identity.encode()).digest()[0] % len(fitting)]
-    return f"{asked}{'.' * asked[-1:].isalnum()} {line}"
+    drawn = hashlib.sha256(identity.encode()).digest()[0] % len(fitting)
+    return f"{asked}{'.' * asked[-1:].isalnum()} {fitting[drawn]}"
 
 
 # Lexicons

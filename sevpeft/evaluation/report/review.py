@@ -69,8 +69,8 @@ def write_review(folder: Path, count: int, arms: str, settings: EvaluationSectio
         (partial / f"{SHEET}.html").write_text(render("review", **about), encoding="utf-8")
         _workbook(rows, columns).save(partial / f"{SHEET}.xlsx")
         write_atomically(folder / KEY, json.dumps({"arms": two, "items": items, "rows": key}, ensure_ascii=False))
-    sheet = f"Review: {folder / SHEET} ({len(rows):,} pairs, as XLSX and HTML; holds what patients wrote)"
-    return [sheet, f"Key: {folder / KEY} (tells which arm is which; keep it from the raters)"]
+    holds = f"{len(rows):,} pairs, as XLSX and HTML; holds what patients wrote"
+    return [f"Review: {folder / SHEET} ({holds})", f"Key: {folder / KEY} (unblinds; keep it from the raters)"]
 
 
 def read_review(folder: Path, settings: EvaluationSection) -> dict[str, Any]:
