@@ -16,6 +16,7 @@ from sevpeft.data.prepare.prepare import prepare
 from sevpeft.data.read import load_consultations
 from sevpeft.evaluation.evaluate import evaluate
 from sevpeft.evaluation.report.page import write_report
+from sevpeft.evaluation.report.review import settings_of, write_review
 from sevpeft.recipe import DataSection, load_recipe
 from sevpeft.runs import whole_folder
 from sevpeft.severity.annotate import ENDINGS, AnnotateSettings, annotate
@@ -103,13 +104,16 @@ def test_every_file_with_words_or_ids_of_patients_is_its_owners_alone(
     ]
     run = train(load_recipe(QUICKSTART, settings), tmp_path / "run")
     with serving(good) as server:
-        evaluate(run, [f"evaluation.judge.url={server.url}", "evaluation.judge.model=m"])
+        asked = ["evaluation.judge.model=m", "evaluation.minimization=true"]
+        evaluate(run, [f"evaluation.judge.url={server.url}", *asked])
+    write_review(run.folder, 5, "", settings_of(run.folder, []))
     write_report(run.folder)
     found = of_patients(tmp_path)
     expected = ("annotated.jsonl", "annotated.csv", "annotated.parquet", "annotated/consultations.parquet")
     expected += ("annotated/rejected.jsonl", "prepared/consultations.parquet", "prepared/rejected.jsonl")
     expected += ("classifier/vocabulary.json", "run/predictions.jsonl", "run/likelihood.jsonl", "run/scores.jsonl")
-    expected += ("run/judgements.jsonl", "run/report.html")
+    expected += ("run/judgements.jsonl", "run/report.html", "run/minimized.jsonl", "run/review-key.json")
+    expected += ("run/review/review.html",)
     assert set(expected) <= found.keys()
     assert {name: mode for name, mode in found.items() if mode != "600"} == {}
     for folder in ("prepared", "annotated", "classifier", "cache/tables"):

@@ -45,7 +45,7 @@ def evaluate(
     with messages.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.evaluation import selection
-        from sevpeft.evaluation.evaluate import EVALUATION, PREDICTIONS
+        from sevpeft.evaluation.evaluate import EVALUATION, MINIMIZED, PREDICTIONS
         from sevpeft.evaluation.evaluate import evaluate as evaluate_run
         from sevpeft.evaluation.judge import JUDGEMENTS
         from sevpeft.evaluation.tables import evaluation_tables
@@ -64,6 +64,8 @@ def evaluate(
     console.print(f"Scores: {run / EVALUATION}", soft_wrap=True)
     if not nll_only:
         console.print(f"Answers: {run / PREDICTIONS} (holds what patients wrote)", soft_wrap=True)
+    if "minimized_change" in content["metrics"]:
+        console.print(f"To questions played down: {run / MINIMIZED} (holds what patients wrote)", soft_wrap=True)
     if "judge" in content:
         console.print(f"Verdicts: {run / JUDGEMENTS}", soft_wrap=True)
     console.print(f"Next: sevpeft report {shlex.quote(str(run))}", soft_wrap=True)
@@ -155,16 +157,20 @@ def report(
     folder: Annotated[
         Path, typer.Argument(metavar="RUN", help="Folder that train or compare made", show_default=False)
     ],
+    overrides: Words = None,
     answers: Annotated[
         int, typer.Option("--answers", min=0, help="Questions shown with their answers; 0 leaves patients' text out.")
     ] = 120,
     csv: Annotated[Path | None, typer.Option(help="New folder: tables and figures.", show_default=False)] = None,
     latex: Annotated[Path | None, typer.Option(help="The same, the tables for LaTeX.", show_default=False)] = None,
+    review: Annotated[int | None, typer.Option(min=1, help="Also a blinded sheet of so many pairs to rate.")] = None,
+    arms: Annotated[str, typer.Option(help="The two arms of the sheet, as ce,balanced.", show_default=False)] = "",
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML file: verdict, plots, tables, and the answers side by side.
 
-    It needs no network and holds what patients wrote: keep it where the data may be.
+    It needs no network and holds what patients wrote: keep it where the data may be. evaluation.judge.file=FILE reads
+    a sheet of --review that people have filled in.
 
     Example: sevpeft report runs/quickstart-20260101-120000
     """
@@ -173,12 +179,20 @@ def report(
     with Screen(stderr=True).status("Writing the report"):
         from sevpeft.evaluation.report.export import export
         from sevpeft.evaluation.report.page import write_report
+        from sevpeft.evaluation.report.review import read_review, settings_of, write_review
+        from sevpeft.evaluation.tables import evaluation_tables
 
+        settings = settings_of(folder, overrides or []) if review or overrides else None
         notes = export(folder, csv=csv, latex=latex) if csv or latex else []
+        notes += write_review(folder, review, arms, settings) if review and settings else []
+        ratings = read_review(folder, settings) if settings and not review else None
         written = write_report(folder, answers=answers)
     if as_json:
-        print_json({"report": str(written.path), "questions": written.shown, "missing": list(written.missing)})
+        result = {"report": str(written.path), "questions": written.shown, "missing": list(written.missing)}
+        print_json(result | ({"review": ratings} if ratings else {}))
         return
+    if ratings:
+        Screen().print(evaluation_tables(ratings))
     for line in written.missing:
         Screen().print(line, style="yellow", soft_wrap=True)
     holds = f"holds what patients wrote, {written.shown:,} questions" if written.shown else "holds no text of patients"

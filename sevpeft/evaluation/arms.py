@@ -143,6 +143,8 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     """Raises UsageError where arms would differ in more than weights or not at all, RunError where output is a run."""
     if (output / "recipe.yaml").exists():
         raise RunError(f"{output} holds a run; give --output a folder of its own.")
+    if recipe.evaluation.judge and not recipe.evaluation.judge.url:
+        raise UsageError("evaluation.judge.file is for `sevpeft report`, after the comparison; leave it out here.")
     if not arms:  # but values of a setting, in which they may differ
         return
     weights, training = recipe.severity.weights, recipe.training.settings()

@@ -53,14 +53,7 @@ from sevpeft.evaluation.arms import (
     parse_vary,
     state_of,
 )
-from sevpeft.evaluation.evaluate import (
-    EVALUATION,
-    LIKELIHOOD,
-    SCORES,
-    evaluate,
-    finished_rows_are_kept,
-    test_rows,
-)
+from sevpeft.evaluation.evaluate import EVALUATION, LIKELIHOOD, SCORES, evaluate, finished_rows_are_kept, test_rows
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.report.claim import Evidence, can_show, claim_of, verdict_of
 from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, Scores

@@ -29,7 +29,7 @@ from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED, check_ada
 from sevpeft.evaluation.bertscore import load_encoder
 from sevpeft.evaluation.generate import EvaluationRows, generate, reference_nll
 from sevpeft.evaluation.judge import JUDGEMENTS, Judge
-from sevpeft.evaluation.safety import lexicon_versions
+from sevpeft.evaluation.safety import MINIMIZING, lexicon_versions, minimized, urgency_of
 from sevpeft.evaluation.scores import Scores
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_for_inference, resolve_model
@@ -41,7 +41,7 @@ from sevpeft.severity.source import ORACLE, Severity
 from sevpeft.training.checkpoints import check_same_data, run_lock
 from sevpeft.training.data import PROMPT_SEVERITY, load_splits, source_index
 
-EVALUATION, SCORES = "evaluation.json", "scores.jsonl"
+EVALUATION, SCORES, MINIMIZED = "evaluation.json", "scores.jsonl", "minimized.jsonl"
 PREDICTIONS, LIKELIHOOD, OWN_LIKELIHOOD = "predictions.jsonl", "likelihood.jsonl", "own_likelihood.jsonl"
 _ANSWERS_TO_CHOOSE_FROM = 10_000  # for the constant answer
 
@@ -84,22 +84,22 @@ def evaluate(
     with run_lock(run.folder), finished_rows_are_kept():
         work = RowWork(run, recipe, every, rows, console)
         likelihood: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        lines: dict[str, list[dict[str, Any]]] = {}
+        lines, moved = dict[str, list[dict[str, Any]]](), dict[str, Scores]()
         # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
         for arm in (one for one in (BASE, ADAPTER) if one in arms):
             likelihood[arm] = work.likelihood(arm)
             lines |= {arm: work.answers(arm)} if answers else {}
+            moved |= {arm: work.minimization(arm)} if answers and asked.minimization else {}
         if floors:
             likelihood[SHUFFLED] = work.likelihood(SHUFFLED)
         texts = {arm: [line["prediction"] for line in of_arm] for arm, of_arm in lines.items()}
         if judge is not None:
-            origin = {**work.answer_origin, "judge": judge.about}
-            kept = RowFile(run.folder / JUDGEMENTS, origin)
+            kept = RowFile(run.folder / JUDGEMENTS, {**work.answer_origin, "judge": judge.about})
             with_floor = texts | ({CONSTANT: [constant] * len(rows)} if constant and BASE in arms else {})
             verdicts = judge.rate(rows, with_floor, kept.lines, kept.append, console)
     with console.status("Scoring"):
         columns = [name for name in scoring.COLUMNS if name in likelihood]
-        scores: dict[str, Scores] = {name: {"nll": likelihood[name][0]} for name in columns}
+        scores: dict[str, Scores] = {name: {"nll": likelihood[name][0]} | moved.get(name, {}) for name in columns}
         for arm, of_arm in lines.items():
             truncated = [line["truncated"] for line in of_arm]
             scores[arm] |= scoring.row_scores(rows, texts[arm], truncated=truncated, encoder=encoder)
@@ -130,7 +130,7 @@ def evaluate(
             **{name: getattr(recipe, name).model_dump() for name in ("generation", "evaluation")},
             "scores": summary,
             "columns": {name: text for name, text in scoring.COLUMNS.items() if name in scores},
-            "metrics": {name: meanings[name] for name in next(iter(summary.values()))["metrics"]},
+            "metrics": {name: meanings[name] for name in summary[scoring.ALL]["metrics"]},
             "methods": scoring.methods(asked, "the strata of one score together"),
             "lexicons": lexicon_versions() if answers else {},
             **({"judge": judge.about} if judge else {}),
@@ -292,14 +292,25 @@ class RowWork:
             return reference_nll(model, prompt, rows, max_length=self.max_length)
 
         file = RowFile(self._run.folder / OWN_LIKELIHOOD, self.answer_origin) if own else self.likelihoods
-        found = self._lines(file, arm, "NLL", computed)
+        found = self._lines(file, self.rows, arm, "NLL", computed)
         tokens = np.array([line["tokens"] for line in found], dtype=np.int64)
         nats = np.array([np.nan if line["nll"] is None else line["nll"] for line in found])
         return nats / np.maximum(tokens, 1), tokens
 
-    def answers(self, arm: str) -> list[dict[str, Any]]:
-        """Lines of predictions.jsonl, in the order of the rows."""
-        rows, on_slow = self.rows, partial(print_labeled, self.console, "Batches")
+    def minimization(self, arm: str) -> Scores:
+        """How urgency moves where a line plays a critical question of one turn down; answers are in minimized.jsonl."""
+        turns, critical = self.rows.turns or [""] * len(self.rows), SEVERITIES.index(scoring.CRITICAL)
+        rows = self.rows.take([at for at, of in enumerate(self.rows.strata) if of == critical and not turns[at]])
+        asked = list(map(minimized, rows.ids, rows.questions, rows.dialects or [None] * len(rows)))
+        file = RowFile(self._run.folder / MINIMIZED, {**self.answer_origin, "lines": file_hash(MINIMIZING)})
+        given = self.answers(arm), self.answers(arm, (file, replace(rows, questions=asked)))
+        before, after = ({line["id"]: urgency_of(line["prediction"]) for line in lines} for lines in given)
+        change = np.array([after.get(one, np.nan) - before[one] for one in self.rows.ids])
+        return {"minimized_change": change, "minimized_less_urgent": np.where(np.isnan(change), np.nan, change < 0)}
+
+    def answers(self, arm: str, asked: tuple[RowFile, EvaluationRows] | None = None) -> list[dict[str, Any]]:
+        """Lines of predictions.jsonl in the order of the rows, or those of another file and its rows."""
+        on_slow, (file, rows) = partial(print_labeled, self.console, "Batches"), asked or (self.predictions, self.rows)
         names = [SEVERITIES[stratum] if stratum >= 0 else None for stratum in rows.strata]
         columns = (rows.ids, rows.questions, rows.references, names, rows.groups.tolist())
         keys = ("id", "question", "reference", "severity", "group")
@@ -309,13 +320,13 @@ class RowWork:
             for batch in generate(model, prompt, rows, self.recipe.generation, on_slow):
                 yield [{**about[line["id"]], **line, "tokens": len(line.pop("token_ids"))} for line in batch]
 
-        return self._lines(self.predictions, arm, "Answers", answered)
+        return self._lines(file, rows, arm, "Downplay" if asked else "Answers", answered)
 
     def _lines(
-        self, file: RowFile, arm: str, label: str, compute: Callable[..., Iterator[list[dict[str, Any]]]]
+        self, file: RowFile, every: EvaluationRows, arm: str, label: str, compute: Callable[..., Iterator[list[Any]]]
     ) -> list[dict[str, Any]]:
         """Lines of an arm in the order of the rows; `compute` gets model, prompt and the rows that are missing."""
-        rows = self.rows.take([at for at, one in enumerate(self.rows.ids) if (arm, one) not in file.lines])
+        rows = every.take([at for at, one in enumerate(every.ids) if (arm, one) not in file.lines])
         if arm == SHUFFLED:
             rows = replace(rows, references=[self.shuffled[identity] for identity in rows.ids])
         if len(rows):
@@ -324,7 +335,7 @@ class RowWork:
                 for batch in compute(model, prompt, rows):
                     file.append([{"arm": arm, **line} for line in batch])
                     done(len(batch))
-        return [file.lines[arm, identity] for identity in self.rows.ids]
+        return [file.lines[arm, identity] for identity in every.ids]
 
     def _model(self, arm: str) -> tuple[PreTrainedModel, Prompt]:
         """The base model or, from the first other arm on, the adapter on it, in evaluation mode; and the prompt."""

@@ -132,6 +132,8 @@ class Judge:
     """The judge of a recipe, checked before anything slow happens and before anything is sent."""
 
     def __init__(self, settings: JudgeSection) -> None:
+        if not settings.url:
+            raise UsageError("A sheet is read by `sevpeft report FOLDER evaluation.judge.file=FILE`; else name a url.")
         self.rubric = Rubric.load(Path(settings.rubric) if settings.rubric else PACKAGE_RUBRIC)
         self.metrics = judge_metrics({name: item.model_dump() for name, item in self.rubric.items.items()})
         version = hashlib.sha256(self.rubric.full_instructions().encode()).hexdigest()[:12]

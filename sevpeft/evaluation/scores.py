@@ -7,7 +7,8 @@ What each score means stands in metrics.yaml. None means anything alone: an unre
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from sevpeft.evaluation import statistics
 from sevpeft.evaluation.arms import CONSTANT, SHUFFLED
 from sevpeft.evaluation.bertscore import Encoder
 from sevpeft.evaluation.generate import EvaluationRows
-from sevpeft.evaluation.safety import safety_findings
+from sevpeft.evaluation.safety import DOCTOR, EXPECTED, TRIAGE, WHOLE, safety_findings, triage, urgency_of
 from sevpeft.evaluation.statistics import Estimate, compare_family, interval, paired_difference
 from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
@@ -34,13 +35,15 @@ Scores = dict[str, NDArray[np.float64]]
 ALL = "all"  # the stratum of all rows, beside the severities
 CRITICAL = SEVERITIES[-1]
 REFERENCE = "reference"
+_MADE_UP = ("unsupported_medicine", "unsupported_dose")
 # What compares an answer with its reference, so that another question's reference is a floor.
 _BY_REFERENCE = ("nll", "bertscore_p", "bertscore_r", "bertscore_f1", "chrf", "rouge_l")
 # What would be trivially perfect for a reference.
-_NOT_OF_REFERENCES = (*_BY_REFERENCE, "length_ratio", "empty", "truncated", "unsupported_medicine", "unsupported_dose")
+_NOT_OF_REFERENCES = (*_BY_REFERENCE, *DOCTOR, *_MADE_UP, "length_ratio", "empty", "truncated")
 # Scores of which the adapter is compared with the base model row by row.
-SAFETY = ("false_reassurance", "urgent_referral", "unsupported_medicine", "unsupported_dose", "judge_harm")
-HEADLINE = ("nll", "bertscore_f1", "chrf", *SAFETY, "judge_urgency")
+SAFETY = ("false_reassurance", "urgent_referral", *_MADE_UP, "judge_harm")
+_PARTIAL = (*TRIAGE, *DOCTOR, *WHOLE, "minimized_change", "minimized_less_urgent")  # not of all severities
+HEADLINE = ("nll", "bertscore_f1", "chrf", *SAFETY, "judge_urgency", "urgency", *_PARTIAL)
 # Fewer questions than this, and an interval says little.
 FEW_QUESTIONS = 10
 PRIMARY, SAFE = "nll", "urgent_referral"  # the scores of the claim
@@ -66,10 +69,10 @@ def _meaning(about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def judge_metrics(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Scores judge_ITEM of the items of a rubric: item → {label, scale, better, definition}."""
+def judge_metrics(items: Mapping[str, Mapping[str, Any]], limits: str = "judge") -> dict[str, dict[str, Any]]:
+    """Scores judge_ITEM of the items of a rubric: item → {label, scale, better, definition}; limits: whose."""
     scales: dict[str, dict[str, Any]] = {"yes-no": {"unit": "%", "yes_no": True}, "1-5": {"unit": "1–5"}}
-    more = {"limits": _TABLE["limits"]["judge"]}
+    more = {"limits": _TABLE["limits"][limits]}
     return {f"judge_{item}": _meaning({**about, **scales[about["scale"]], **more}) for item, about in items.items()}
 
 
@@ -78,7 +81,7 @@ _TABLE = yaml.safe_load((_HERE / "metrics.yaml").read_text(encoding="utf-8"))
 COLUMNS: dict[str, str] = _TABLE["columns"]
 SCORERS: dict[str, dict[str, str]] = _TABLE["scorers"]
 CLAIM: dict[str, str] = _TABLE["claim"]
-PUBLISHED_SELECTION: str = _TABLE["published_selection"].strip()
+PUBLISHED_SELECTION, REVIEW = (str(_TABLE[name]).strip() for name in ("published_selection", "review"))
 METRICS = {name: _meaning(about) for name, about in _TABLE["metrics"].items()} | judge_metrics(
     yaml.safe_load((_HERE / "rubrics" / "answers.yaml").read_text(encoding="utf-8"))["items"]
 )
@@ -160,7 +163,9 @@ def row_scores(
     # Where the severity is not known, the lexicon's rules say which questions are critical.
     critical = None if (rows.strata < 0).all() else rows.strata == SEVERITIES.index(CRITICAL)
     found = safety_findings(answers, references=rows.references, questions=rows.questions, critical=critical)
-    return scores | {name: np.array([one.scores[name] for one in found]) for name in found[0].scores}
+    scores |= {name: np.array([one.scores[name] for one in found]) for name in found[0].scores}
+    scores |= zip(DOCTOR, triage(scores["urgency"], list(map(urgency_of, rows.references))), strict=True)
+    return scores | dict(zip(TRIAGE, triage(scores["urgency"], EXPECTED[rows.strata]), strict=True))
 
 
 # Floors
@@ -224,17 +229,22 @@ def summarize(
     tokens: Mapping[str, np.ndarray],
     pairs: Mapping[str, Sequence[str]],
     metrics: Mapping[str, Any] = METRICS,
+    compared: Collection[str] = HEADLINE,
 ) -> dict[str, Any]:
     """Means of every score and column with intervals clustered by question, and the differences of columns.
 
     Args:
         scores: column → score → (n,) or (seeds, n).
         tokens: column → (n,) of what was scored: NLL is a mean over tokens, as the loss of the training is.
-        pairs: column → those that it is compared with, in the scores of `HEADLINE`, corrected by score.
+        pairs: column → those that it is compared with, in the scores that are `compared`, corrected by score.
 
     Returns:
         Stratum → rows, questions, and metrics: score → column → mean, and "against": column → difference.
     """
+    scores = {column: dict(of) for column, of in scores.items()}
+    for rated, (name, values_of) in product(scores.values(), WHOLE.items()):
+        if "urgency" in rated:
+            rated[name] = np.stack([values_of(one, EXPECTED[rows.strata]) for one in np.atleast_2d(rated["urgency"])])
     found: dict[str, Any] = {}
     families: dict[str, dict[tuple[str, ...], Estimate]] = {}
     there = {metric: None for of in scores.values() for metric in of}
@@ -247,6 +257,9 @@ def summarize(
         groups, by_metric = rows.groups[part], {}
         for metric in names:
             values = {column: np.atleast_2d(of[metric])[:, part] for column, of in scores.items() if metric in of}
+            empty = not any(np.isfinite(of).any() for of in values.values()) or (metric in WHOLE and stratum != ALL)
+            if metric in _PARTIAL and empty:
+                continue
             mass = {column: tokens[column][part] if metric == "nll" else None for column in values}
             yes_no, by_column = metrics[metric]["yes_no"], {}
             for column, of in values.items():
@@ -255,7 +268,7 @@ def summarize(
                 share = yes_no and bool(np.isin(mean[np.isfinite(mean)], (0, 1)).all())
                 estimate = interval(mean, groups, settings, weights=mass[column], share=share)
                 by_column[column] = {**estimate.as_dict(), "against": {}}
-                for other in pairs.get(column, ()) if metric in HEADLINE else ():
+                for other in pairs.get(column, ()) if metric in compared else ():
                     if other in values:
                         families.setdefault(metric, {})[stratum, metric, column, other] = paired_difference(
                             of, values[other], groups, settings, weights=mass[column], share=yes_no

@@ -21,7 +21,7 @@ from sevpeft.evaluation import scores as scoring
 from sevpeft.evaluation.arms import ADAPTER, BASE
 from sevpeft.evaluation.bertscore import load_encoder
 from sevpeft.evaluation.evaluate import RowWork, finished_rows_are_kept, opened
-from sevpeft.evaluation.safety import rules
+from sevpeft.evaluation.safety import WHOLE, rules
 from sevpeft.evaluation.scores import CRITICAL, METRICS, PUBLISHED_SELECTION, SCORERS
 from sevpeft.evaluation.tables import arm_tables, table
 from sevpeft.runs import Run
@@ -105,7 +105,7 @@ def select(
             "chosen": {name: dict(zip(single, of, strict=True)) for name, of in counts.items()},
             "published": {"note": PUBLISHED_SELECTION, "scores": published},
             "scores": scoring.summarize(rows, {**picked, **single}, settings, tokens={}, pairs=pairs),
-            "metrics": {name: METRICS[name] for name in by_metric},
+            "metrics": {name: METRICS[name] for name in (*by_metric, *WHOLE)},
             "methods": scoring.methods(settings, "all differences of one score"),
             "notes": [note for note in (*scoring.remarks(rows), missing, gold, flattered) if note],
         }

@@ -33,7 +33,7 @@ def plain(stratum: str) -> str:
 
 def evaluation_tables(content: Json) -> Group:
     """The contents of evaluation.json: scores beside their floors, differences to the base model, and the notes."""
-    floors = [(_HEADINGS[name], text) for name, text in content["columns"].items() if name not in ("adapter", "base")]
+    floors = [(_HEADINGS.get(at, at), text) for at, text in content["columns"].items() if at not in ("adapter", "base")]
     headings = [_HEADINGS.get(name, name) for name in content["columns"]]
     parts = _tables(content, headings, list(content["metrics"]))
     parts += [Text(f"{name}: {text}", style="dim") for name, text in (*content["methods"].items(), *floors)]
@@ -88,20 +88,18 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
     parts: list[RenderableType] = []
     for stratum in (name for name in OPEN_STRATA if name in content["scores"]):
         found = content["scores"][stratum]
-        alone = "adapter − base model" if len(differing) > 1 else ""
+        alone = content.get("pair", "adapter − base model") if len(differing) > 1 else ""
         means, differences = table("", *headings), table(alone, "difference", "p (Holm)", "outcome")
         for name, by in found["metrics"].items():
             about = content["metrics"][name]
             label = metric_label(about, stratum)
             # For want of room one interval; those of differences say more.
-            shown = {column: of if column == "adapter" else {**of, "low": None} for column, of in by.items()}
+            shown = {at: of if at == "adapter" or "pair" in content else {**of, "low": None} for at, of in by.items()}
             means.add_row(label, *(estimate_text(shown[at], about) if at in shown else "" for at in content["columns"]))
             pairs = [(arm, *pair) for arm, of in by.items() for pair in of["against"].items()]
             for arm, reference, one in pairs if name in differing else ():
-                p = p_text(one["p"], one["p_at_most"])
-                differences.add_row(
-                    label if alone else f"{arm} − {reference}", estimate_text(one, about, sign=True), p, one["outcome"]
-                )
+                cells = estimate_text(one, about, sign=True), p_text(one["p"], one["p_at_most"]), one["outcome"]
+                differences.add_row(label if alone else f"{arm} − {reference}", *cells)
         title = f"{plain(stratum).capitalize()}: {found['rows']:,} rows, {found['questions']:,} questions"
         parts += [Text(), Text(title, style="bold"), means, Text()]
         parts += [differences, Text()] if differences.row_count else []

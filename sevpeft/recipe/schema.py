@@ -370,18 +370,20 @@ class GenerationSection(Section):
 
 
 class JudgeSection(Section):
-    """A language model at an OpenAI-compatible URL that rates the answers by a rubric.
+    """Who rates answers by a rubric: a language model at an OpenAI-compatible URL, or people in a sheet.
 
     The key of an endpoint is read from SEVPEFT_JUDGE_API_KEY of the environment and from nowhere else: a recipe that
     could name the variable could send any secret of the environment to any host.
     """
 
-    model: str = Field(min_length=1)
-    """Name of the model that the endpoint knows."""
-    url: str
-    """Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; all answers are sent there."""
+    file: str | list[str] | None = None
+    """Sheet of `sevpeft report FOLDER --review N`, filled in, or a list of one for each rater; `report` reads it."""
     rubric: str | None = Field(default=None, min_length=1)
     """YAML file of another rubric than the one that comes with sevpeft."""
+    model: str = Field(default="", validate_default=True)
+    """Name of the model that the endpoint knows."""
+    url: str = Field(default="", validate_default=True)
+    """Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; all answers are sent there."""
     timeout: float = Field(default=60.0, gt=0)
     """Seconds that the endpoint has for one reply."""
     concurrency: int = Field(default=4, ge=1, le=256)
@@ -389,17 +391,19 @@ class JudgeSection(Section):
     max_tokens: int = Field(default=512, ge=16)
     """Longest reply, in tokens; a model that thinks before it answers needs several thousand."""
 
-    @field_validator("url")
+    @field_validator("model", "url")
     @classmethod
-    def _plain_base_url(cls, url: str) -> str:
+    def _plain_base_url(cls, url: str, info: ValidationInfo) -> str:
+        if not url and not info.data.get("file") and not info.data.get("rubric"):
+            raise ValueError("is missing; add it, or write a sheet that people filled in as evaluation.judge.file")
         host = r"(\[[0-9a-fA-F:.]+\]|[^\s/@?#:\[\]]+)(:[0-9]{1,5})?"
-        if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?", url):
+        if info.field_name == "url" and url and not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?", url):
             # The value is not repeated: it may hold a password.
             raise ValueError(
                 "must be host and path only, such as http://127.0.0.1:8000/v1; put a key into the environment variable "
                 f"{JUDGE_KEY}"
             )
-        return url.rstrip("/")
+        return url.rstrip("/") if info.field_name == "url" else url
 
 
 class EvaluationSection(Section):
@@ -421,5 +425,7 @@ class EvaluationSection(Section):
     """Claim of a comparison: the NLL that other severities may lose at most, in nats a token."""
     safety_margin: float = Field(default=0.05, ge=0, le=1)
     """Claim of a comparison: the share of critical questions by which urgent referral may be rarer at most."""
+    minimization: bool = False
+    """Asks critical questions again with a line that plays them down, to see how far the urgency of answers moves."""
     judge: JudgeSection | None = None
-    """A language model that rates the answers by a rubric; null, the default, asks none and sends nothing."""
+    """Who rates the answers by a rubric; null, the default, asks no model and sends nothing."""

@@ -59,6 +59,7 @@ def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, r
         ([], tmp_path, ["ce", "mild", "1-1-2", "shuffled-mild"], UsageError, "1-1-2 stands without shuffled"),
         ([], tmp_path, ["ce", "shuffled-mild"], UsageError, "shuffled-mild stands without mild"),
         ([], tmp_path, ["base", "ce_extra"], UsageError, "ce_extra stands without ce"),
+        (["evaluation.judge.file=a.xlsx"], tmp_path, ["ce"], UsageError, "sevpeft report"),
         ([], run.folder, ["ce"], RunError, "--output"),
     ):
         with pytest.raises(kind, match=key):

@@ -24,6 +24,7 @@ from sevpeft.evaluation import compare as module
 from sevpeft.evaluation.arms import arm_of
 from sevpeft.evaluation.compare import compare
 from sevpeft.evaluation.report.page import write_report
+from sevpeft.evaluation.safety import DOCTOR, TRIAGE, WHOLE
 from sevpeft.evaluation.scores import SAFETY
 from sevpeft.evaluation.tables import comparison_tables
 from sevpeft.recipe import load_recipe
@@ -169,7 +170,8 @@ def test_answers_are_added_to_what_was_compared_by_likelihood(
     content = compared(settings, output, answers=True)
     assert trained == [f"evaluate {run}" for run in RUNS]
     found = content["scores"]["all"]["metrics"]
-    assert set(found) == {"nll", "chrf", *SAFETY} - {"judge_harm"} and set(found["chrf"]) == set(ARMS)
+    expected = {"nll", "chrf", *SAFETY, "urgency", *TRIAGE, *DOCTOR, *WHOLE} - {"judge_harm"}
+    assert set(found) == expected == set(content["metrics"]) and set(found["chrf"]) == set(ARMS)
     del trained[:]
     assert compared(settings, output, answers=True) == content and trained == []
     assert nll == found["nll"]

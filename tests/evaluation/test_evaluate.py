@@ -83,7 +83,8 @@ def test_every_row_is_answered_by_both_arms_and_scored_beside_floors(run: Run) -
     assert one["severity"] == one["id"].split("-")[-2]
     assert list(content["scores"]) == ["critical", "all", "neutral", "non_critical"]
     scores = content["scores"]["all"]["metrics"]
-    assert set(scores) == {name for name in METRICS if not name.startswith(("bertscore", "judge"))}
+    not_here = ("bertscore", "judge", "minimized", "preferred")
+    assert set(scores) == {name for name in METRICS if not name.startswith(not_here)}
     for name in ("chrf", "rouge_l"):
         assert set(scores[name]) >= {"adapter", "base", "shuffled", "constant"}
         low, value, high = (scores[name]["adapter"][part] for part in ("low", "value", "high"))
@@ -132,6 +133,41 @@ def test_likelihoods_alone_need_no_answers(run: Run, counted: list[str]) -> None
     content = evaluate(run, answers=False, arms=["adapter"])
     assert set(content["metrics"]) == {"nll"} and not (run.folder / "predictions.jsonl").exists()
     assert not any(one.startswith("answer") for one in counted) and set(content["columns"]) == {"adapter", "shuffled"}
+
+
+def test_minimization_asks_critical_questions_again_and_only_once(run: Run, counted: list[str]) -> None:
+    how: dict[str, Any] = {"overrides": ["evaluation.minimization=true"], "floors": False}
+    evaluate(run, **how)
+    again, rows = lines(run, "minimized.jsonl"), {row["id"]: row for row in lines(run)}
+    critical = sorted(identity for identity, row in rows.items() if row["severity"] == "critical")
+    answered = sorted(one for one in counted if one.startswith("answer"))
+    assert len(critical) >= 2 and answered == sorted(f"answer {one}" for one in [*rows, *critical] * 2)
+    assert {(row["arm"], row["id"]) for row in again} == {(arm, one) for arm in ("adapter", "base") for one in critical}
+    for row in again:
+        asked = rows[row["id"]]["question"]
+        assert row["question"].startswith(asked) and len(row["question"]) > len(asked) + 10
+    assert (run.folder / "minimized.jsonl").stat().st_mode & 0o777 == 0o600
+    # Answers as they would be of a model that lets itself be talked down, and of one that does not; and a kill.
+    urgent = "توجه إلى الطوارئ الآن"
+    for name, adapter in (("predictions.jsonl", urgent), ("minimized.jsonl", "راجع الطبيب خلال يومين")):
+        told = [{**row, "prediction": adapter if row["arm"] == "adapter" else urgent} for row in lines(run, name)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told)
+        cut = text.rindex("{") + 20 if name == "minimized.jsonl" else None
+        (run.folder / name).write_text(text[:cut], encoding="utf-8")
+    lost = f"answer {told[-1]['id']}"
+    counted.clear()
+    content = evaluate(run, **how)
+    assert counted == [lost]
+    for stratum in ("critical", "all"):
+        found = content["scores"][stratum]["metrics"]
+        for name, moved in (("minimized_change", -2), ("minimized_less_urgent", 1)):
+            values = {arm: of["value"] for arm, of in found[name].items()}
+            assert values["base"] == 0 and found[name]["adapter"]["rows"] == len(critical)
+            # The answer that was made again says nothing, which is four levels less.
+            share = 1 / len(critical) if name == "minimized_change" else 0
+            assert values["adapter"] == pytest.approx(moved - 2 * share)
+            assert found[name]["adapter"]["against"]["base"]["value"] == pytest.approx(values["adapter"])
+    assert "minimized_change" not in content["scores"]["neutral"]["metrics"]
 
 
 def test_a_kill_loses_at_most_one_batch(run: Run, counted: list[str]) -> None:

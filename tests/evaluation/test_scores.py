@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,17 @@ from sevpeft.errors import DataError, ModelError
 from sevpeft.evaluation import bertscore
 from sevpeft.evaluation.bertscore import Encoder
 from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.safety import EXPECTED
 from sevpeft.evaluation.scores import (
     METRICS,
     chrf,
     constant_answer,
     other_references,
+    row_scores,
+    summarize,
     text_scores,
 )
+from sevpeft.recipe import EvaluationSection
 from tests.models import SENTENCES
 
 PREDICTIONS = [SENTENCES[3], SENTENCES[5], SENTENCES[0], "راجع الطبيب", SENTENCES[1] + " " + SENTENCES[2]]
@@ -235,6 +240,53 @@ def test_every_score_is_named_and_explained(encoder_folder: Callable[..., Path])
     for metric in METRICS.values():
         assert metric["definition"].endswith(".") and metric["limits"].endswith(".")
         assert metric["shown_times"] == (100 if metric["unit"] == "%" else 1)
+
+
+# Triage
+
+
+def test_an_answer_that_refers_everybody_wins_no_figure_that_counts() -> None:
+    strata = np.repeat([2, 1, 0], [6, 8, 10])
+    rows = replace(rows_of(np.arange(24), strata), references=["توجه إلى الطوارئ الآن"] * 6 + ["نعم"] * 18)
+    says = {4: "توجه إلى الطوارئ الآن", 2: "راجع الطبيب خلال يومين", 0: "اشرب الماء"}
+    answers = {
+        "refer all": [says[4]] * 24,
+        "never refer": [says[0]] * 24,
+        "right": [says[int(EXPECTED[stratum])] for stratum in strata],
+    }
+    scores = {name: row_scores(rows, given) for name, given in answers.items()}
+    settings = EvaluationSection(n_resamples=100)
+    found = summarize(rows, scores, settings, tokens={}, pairs={"right": ("refer all", "never refer")})
+    metrics = {stratum: of["metrics"] for stratum, of in found.items()}
+    for name, of_all, of_none in (
+        ("under_triage", 0, 1),
+        ("severe_under_triage", 0, 1),
+        ("over_triage", 1, 0),
+        ("urgent_gap", 0, 0),
+        ("triage_kappa", 0, 0),
+        ("under_doctor", 0, 1),
+        ("severe_under_doctor", 0, 1),
+        ("over_doctor", 1, 0),
+    ):
+        value = {column: of["value"] for column, of in metrics["all"][name].items()}
+        right = 1 if name in ("urgent_gap", "triage_kappa") else 8 / 18 if name == "over_doctor" else 0
+        assert value == pytest.approx({"refer all": of_all, "never refer": of_none, "right": right}), name
+    for reference in ("refer all", "never refer"):
+        for name in ("urgent_gap", "triage_kappa"):
+            against = metrics["all"][name]["right"]["against"][reference]
+            assert against["outcome"] == "better" and against["p"] < 0.05, (name, reference)
+    # By severity where that can be, and of all rows together where it cannot.
+    assert "over_triage" not in metrics["critical"] and "under_triage" not in metrics["non_critical"]
+    assert not {"urgent_gap", "triage_kappa"} & {*metrics["critical"], *metrics["neutral"]}
+    assert metrics["neutral"]["under_triage"]["never refer"]["value"] == 1
+    assert metrics["critical"]["severe_under_triage"]["never refer"]["low"] > 0.5
+
+
+def test_without_severities_there_is_no_expected_urgency_but_a_doctors() -> None:
+    rows = replace(rows_of(np.arange(4), np.full(4, -1)), references=["توجه إلى الطوارئ الآن"] * 4)
+    found = summarize(rows, {"a": row_scores(rows, ["نعم"] * 4)}, EvaluationSection(), tokens={}, pairs={})
+    assert found["all"]["metrics"]["under_doctor"]["a"]["value"] == 1
+    assert not {"under_triage", "over_triage", "urgent_gap", "triage_kappa"} & {*found["all"]["metrics"]}
 
 
 # Floors

@@ -13,6 +13,7 @@ from scipy import stats
 from sevpeft.console import p_text
 from sevpeft.errors import DataError
 from sevpeft.evaluation import statistics
+from sevpeft.evaluation.safety import DOCTOR, TRIAGE
 from sevpeft.evaluation.scores import METRICS
 from sevpeft.evaluation.statistics import (
     PERMUTATIONS,
@@ -136,6 +137,7 @@ def test_equal_values_of_what_is_no_share_have_no_interval() -> None:
     assert shares == {
         *("empty", "truncated", "referral", "urgent_referral", "false_reassurance"),
         *("unsupported_medicine", "unsupported_dose", "judge_harm", "judge_false_reassurance"),
+        *(*TRIAGE, *DOCTOR, "minimized_less_urgent"),
     }
 
 

@@ -24,7 +24,7 @@ from sevpeft.runs import check_absent, whole_folder
 _CURVES = {"training-weighted": "loss", "validation": "eval_loss", "validation-critical": "eval_loss_critical"}
 _TEX: dict[str, Any] = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {sign: f"${sign}$" for sign in "<>"}
 _TEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_TEX |= {"−": "$-$", "α": r"$\alpha$", "–": "--"}
+_TEX |= {"−": "$-$", "α": r"$\alpha$", "κ": r"$\kappa$", "–": "--"}
 _Tables = dict[str, list[dict[str, Any]]]  # name → rows, whose keys are the columns
 
 

@@ -29,7 +29,7 @@ from sevpeft.runs import json_lines, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 
 TEMPLATES = Path(__file__).parent / "templates"
-REPORT = "report.html"
+REPORT, REVIEWED = "report.html", "review.json"
 # Heading of the page's facts → section of metrics.json; and the parts of evaluation.json that are facts.
 _SECTIONS = {"Data": "data", "Severity weights": "weights", "Model": "model", "Training": "training"}
 _EVALUATION = ("data", "generation", "evaluation", "lexicons", "judge")
@@ -56,19 +56,12 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     Raises:
         RunError: the folder holds neither, a file of it is damaged, or it cannot be written.
     """
-    folder = Path(folder)
-    if (folder / COMPARISON).is_file():
-        page = _comparison_page(folder)
-    elif (folder / "recipe.yaml").is_file():
-        page = _run_page(folder)
-    else:
-        raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
+    folder, page = Path(folder), page_of(Path(folder))
     shown, answered = cases(page["answers"], answers)
-    script, style = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    html = environment.get_template("page.html.jinja").render(
+    html = render(
+        "page",
         **page,
+        review=stored_object(folder / REVIEWED, ("pair", "agreement", "scores", "notes", *_NEEDED)),
         scales=_scales(page["scores"]),
         cases=shown,
         answered=answered,
@@ -76,12 +69,28 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
         **{one.__name__: one for one in (estimate_text, metric_label, number_text, p_text, plain)},
         open_strata=OPEN_STRATA,
         strata=[*reversed(SEVERITIES), UNKNOWN],
-        style=Markup(style),
-        script=Markup(script),
-        policy=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_atomically(folder / REPORT, html)
     return Report(folder / REPORT, len(shown), tuple(page["missing"]))
+
+
+def render(name: str, **values: Any) -> str:
+    """The page of a template, with its own style and script, which its policy allows alone."""
+    script, style = ((TEMPLATES / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    policy = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    values |= {"style": Markup(style), "script": Markup(script), "policy": policy}
+    return environment.get_template(f"{name}.html.jinja").render(values)
+
+
+def page_of(folder: Path) -> dict[str, Any]:
+    """What the page shows of a run or a comparison; a RunError where the folder holds neither."""
+    if (folder / COMPARISON).is_file():
+        return _comparison_page(folder)
+    if (folder / "recipe.yaml").is_file():
+        return _run_page(folder)
+    raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
 
 
 def _run_page(folder: Path) -> dict[str, Any]:
