@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sevpeft.data.files import listed
+from sevpeft.data.columns import listed
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.recipe import DataSection

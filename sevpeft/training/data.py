@@ -17,7 +17,7 @@ from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from sevpeft.data.files import FILE_COLUMN, TURNS, trained_turns
+from sevpeft.data.columns import FILE_COLUMN, TURNS, trained_turns
 from sevpeft.data.mix import SOURCE, draw, with_sources
 from sevpeft.data.read import PREPARED_ABOUT, Consultations, load_consultations
 from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split_rows, without_questions

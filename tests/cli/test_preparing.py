@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,6 +16,8 @@ import pytest
 
 from sevpeft.data.read import load_consultations
 from tests.conftest import Cli
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
 def csv(folder: Path, *lines: str) -> Path:
@@ -25,7 +30,7 @@ def test_the_sample_is_prepared_and_the_counts_fit_80_columns(sevpeft_: Cli, tmp
     assert (code, err) == (0, "")
     short = [line for line in out.splitlines() if str(tmp_path) not in line]
     assert max(map(len, short)) <= 80
-    assert f"Next: sevpeft train recipes/quickstart.yaml data.path={tmp_path / 'out'}" in out
+    assert f"Next: sevpeft train {QUICKSTART} data.path={tmp_path / 'out'}" in out
     figures = {tuple(line.split()) for line in short}
     loaded = load_consultations(tmp_path / "out")
     assert ("read", "420") in figures and ("kept", f"{len(loaded.rows)}") in figures
@@ -44,6 +49,76 @@ def test_keys_reach_the_texts_and_json_is_what_the_folder_says(sevpeft_: Cli, tm
     assert "ـ" not in done["question"] and "01012345678" not in done["answer"]
     about = json.loads((tmp_path / "done" / "dataset.json").read_text(encoding="utf-8"))
     assert (code, json.loads(out)) == (0, about) and about["splits"]["rows"]["validation"] == 3
+
+
+def prepared(
+    sevpeft_: Cli, folder: Path, header: str, cells: Callable[[int], str], *words: str
+) -> tuple[str, list[str]]:
+    """What `prepare` prints of a file of 30 rows, and the words of the command that it recommends."""
+    rows = [f"أشكو من الحالة رقم {n} منذ أيام فما العمل,راجع الطبيب اليوم ولا تتأخر {n},{cells(n)}" for n in range(30)]
+    for old in folder.glob("my out*"):
+        shutil.rmtree(old)
+    given = ("near_duplicates=1", "num_proc=1", *words)
+    code, out, err = sevpeft_("prepare", csv(folder, header, *rows), folder / "my out", *given)
+    assert (code, err) == (0, "")
+    said, _, command = out.rpartition("Next: sevpeft ")
+    return " ".join(said.split()), shlex.split(command)
+
+
+def test_it_says_which_column_it_took_and_the_command_that_it_recommends_works(sevpeft_: Cli, tmp_path: Path) -> None:
+    names = ("non_critical", "متوسط", "حرجة")
+    french = ("Faible", "Moyen", "Élevé", "Inconnu")
+    wrong = []
+    for header, cells, words, parts, verbs in (
+        ("السؤال,الرد,الشدة", lambda n: names[n % 3], (), ("question 'السؤال', by its name",), ["train"]),
+        (
+            "السؤال,الرد,x",
+            lambda n: names[n % 3],
+            ("data.severity_column=x",),
+            ("'x', by data.severity_column",),
+            ["train"],
+        ),
+        (
+            "السؤال,الرد,note",
+            lambda n: "x",
+            (),
+            ("answer 'الرد', by its name", "left out 'note'"),
+            ["annotate", "plan"],
+        ),
+        (
+            "السؤال,الرد,label",
+            lambda n: french[n % 4],
+            (),
+            ("Column 'label' holds 'Faible', 'Moyen', 'Élevé',",),
+            ["annotate"],
+        ),
+        ("السؤال,الرد,label", lambda n: f"{n}" * 9, (), ("too many different values",), ["annotate"]),
+        (
+            "السؤال,الرد,label",
+            lambda n: names[n % 3] if n else "#N/A",
+            (),
+            ("1 of the kept rows have no",),
+            ["annotate"],
+        ),
+        ("السؤال,الرد,x\x1b[2J", lambda n: "x", (), ("left out 'x\\u001b[2J'",), ["annotate"]),
+    ):
+        said, command = prepared(sevpeft_, tmp_path, header, cells, *words)
+        wrong += [(header, part, said) for part in parts if part not in said]
+        assert "\x1b" not in said + (tmp_path / "my out" / "README.md").read_text(encoding="utf-8")
+        for verb in verbs:
+            assert command[0] == verb, (header, command)
+            # What a plan accepts, a training does too.
+            code, out, err = sevpeft_("plan" if verb == "train" else verb, *command[1:])
+            wrong += [(header, command, err)] if code else []
+            command = shlex.split(out.rpartition("Next: sevpeft ")[2]) if verb == "annotate" else []
+    assert wrong == []
+
+
+def test_a_rule_that_takes_out_more_than_a_tenth_of_the_rows_is_warned_of(sevpeft_: Cli, tmp_path: Path) -> None:
+    said, _ = prepared(sevpeft_, tmp_path, "question,answer,x", lambda n: "x" if n > 2 else "x,y")
+    assert "rejected: torn_row -3" in said and "Warning" not in said
+    said, _ = prepared(sevpeft_, tmp_path, "question,answer,x", lambda n: "x" if n > 3 else "x,y")
+    assert "Warning: 13% of the rows are torn_row: see rejected.jsonl." in said
 
 
 def test_help_lists_every_key(sevpeft_: Cli) -> None:
