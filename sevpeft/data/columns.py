@@ -26,7 +26,7 @@ Names = Mapping[str, str]
 FILE_COLUMN = "file"
 TURNS = "turns"  # of a conversation, as `as_conversation` writes them
 INPUT = "question, 2nd"  # half of a question in the form of Alpaca
-UNFIT = ""  # in place of a column's name, with the reason, in a row that has no cells under the names of the header
+UNFIT = "\0unfit"  # has the reason in a row of which no cells stand under the names of the header
 PROBABILITIES = ("p_non_critical", "p_neutral", "p_critical")
 _NAMES = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text(encoding="utf-8"))
 # Field -> its names, the usual ones and those that count where none of these is there.
@@ -99,19 +99,18 @@ def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: s
                 break
         if found and (field not in chosen or (field not in ("question", "answer") and rank[found[0]] == 0)):
             del found[1:]  # the canonical name is meant; for a field without a setting the likeliest is
-        second = found.pop() if [*map(fold_for_matching, found)] == ["instruction", "input"] else None
-        if len(found) > 1:
+        if len(found) > 1 and [*map(fold_for_matching, found)] != ["instruction", "input"]:
             could = " and ".join(repr(name) for name in names if name in found)
             raise DataError(f"{label}: {could} could each be the {field}: set data.{field}_column to the right one.")
-        columns |= {field: found[0]} if found else {}
-        columns |= {INPUT: second} if second else {}
+        columns |= dict(zip((field, INPUT), found, strict=False))
     if missing := [field for field in ("question", "answer") if field not in columns]:
         settings = " and ".join(f"data.{field}_column" for field in missing)
         rest = [name for name in names if name not in columns.values()]
-        beside = f" beside {listed(columns.values())}" if columns else ""
         remedy = f"set {settings} to one of {listed(rest)}{', or add it' if columns else ''}" if rest else "add it"
-        parted = "" if len(names) > 1 else "; cells of a text file are parted by a comma, semicolon, bar or tab"
-        raise DataError(f"{label} has no {' and no '.join(missing)} column{beside}: {remedy}{parted}.")
+        if len(names) == 1 and re.search("[ct]sv", label):
+            remedy += "; part cells by a comma, semicolon, bar or tab"
+        beside = f" beside {listed(columns.values())}" if columns else ""
+        raise DataError(f"{label} has no {' and no '.join(missing)} column{beside}: {remedy}.")
     twice = [field for field in columns if list(columns.values()).count(columns[field]) > 1]
     if twice and set(twice) != {"question", "answer"}:
         raise DataError(f"{label}: column '{columns[twice[0]]}' is set for {' and '.join(twice)}: give each its own.")

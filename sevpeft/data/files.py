@@ -172,7 +172,7 @@ def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
     for number, line in enumerate(text, start=1):
         if "\0" in line:
             # In UTF-16 every other byte of ASCII is zero, and of Arabic letters it is 6.
-            utf_16 = 3 * (line.count("\0") + line.count("\6")) > len(line)
+            utf_16 = 1 / 3 < (line.count("\0") + line.count("\6")) / len(line) < 2 / 3
             place = f"line {number}, byte {len(line.partition(chr(0))[0].encode()) + 1}"
             remedy = "the file seems to be UTF-16: set data.encoding=utf-16" if utf_16 else "remove it"
             raise DataError(f"{path.name}, {place}: a zero byte: {remedy}.")
@@ -180,11 +180,9 @@ def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _delimiter(header: str, default: str) -> str:
-    """The separator with which most names are recognized, or else the most frequent one.
-
-    Excel writes ";" where the comma is the decimal mark, as in much of the Arab world.
-    """
+    """The separator with which most names are recognized, or else the most frequent one."""
     unquoted = re.sub('"[^"]*"', "", header)
+    # Excel writes ";" where the comma is the decimal mark, as in much of the Arab world.
     return max((default, ",", ";", "\t", "|"), key=lambda one: (count_known(header.split(one)), unquoted.count(one)))
 
 
@@ -274,7 +272,7 @@ def _json(path: Path, encoding: str, suffix: str) -> Part:
             if lines:
                 yield from json_lines(_lines(path, text), path.name)
                 return
-            document = text.read()
+            document = re.sub(r"\]\s*\ufeff\s*\[", ",", text.read())  # of files put one behind the other
         try:  # Python's parser has limits
             rows = _records(json.loads(document))
         except (ValueError, RecursionError) as error:
@@ -285,7 +283,7 @@ def _json(path: Path, encoding: str, suffix: str) -> Part:
             raise DataError(f"{path.name} is not valid JSON data: no array of objects, nor one a line: {remedy}.")
         yield from enumerate(rows, start=1)
 
-    names = dict.fromkeys(name for _, cells in read(()) if UNFIT not in cells for name in cells)
+    names = dict.fromkeys(name for _, cells in read(()) for name in cells)
     return Part(f"{path.name}, {'line' if lines else 'row'}", list(names), read)
 
 
@@ -304,6 +302,9 @@ def _records(document: Any) -> list[Any] | None:
         if (count_known(document), len(keys)) < (count_known(keys), len(document)):
             return values
         return [{name: column.get(key) for name, column in document.items()} for key in keys]
+    tables = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if tables and not count_known(document):  # rows under another name; of several such tables, none is meant
+        return tables[0] if len(tables) == 1 else tables
     flat = all(isinstance(value, list) and not any(isinstance(one, dict) for one in value) for value in values)
     if values and flat and len({len(value) for value in values}) == 1:  # a column a list
         return [dict(zip(document, row, strict=True)) for row in zip(*values, strict=True)]

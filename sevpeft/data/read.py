@@ -27,7 +27,7 @@ from huggingface_hub import constants
 
 from sevpeft.console import visible
 from sevpeft.data import columns as naming
-from sevpeft.data.columns import canonical_row, conversation_of
+from sevpeft.data.columns import UNFIT, canonical_row, conversation_of
 from sevpeft.data.files import Part, Row, Table, file_format, open_files
 from sevpeft.errors import DataError, RunError, first_sentence
 from sevpeft.recipe import DataSection
@@ -234,7 +234,7 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
                 continue
             rejected[row] += 1
             first_rejected = first_rejected or table.place(number)
-            own = {naming.free_name(name, {"row", "reason"}): cell for name, cell in cells.items() if name}
+            own = {naming.free_name(name, {"row", "reason"}): cell for name, cell in cells.items() if name != UNFIT}
             # Escaped, because half an emoji has no place in UTF-8 and is one of the reasons.
             aside.write(json.dumps({"row": number, "reason": row} | own, default=naming.as_json_value) + "\n")
 

@@ -118,7 +118,7 @@ def test_a_rule_that_takes_out_more_than_a_tenth_of_the_rows_is_warned_of(sevpef
     said, _ = prepared(sevpeft_, tmp_path, "question,answer,x", lambda n: "x" if n > 2 else "x,y")
     assert "rejected: torn_row -3" in said and "Warning" not in said
     said, _ = prepared(sevpeft_, tmp_path, "question,answer,x", lambda n: "x" if n > 3 else "x,y")
-    assert "Warning: 13% of the rows are torn_row: see rejected.jsonl." in said
+    assert "Warning: 4 of 30 rows are torn_row: see rejected.jsonl." in said
 
 
 def test_help_lists_every_key(sevpeft_: Cli) -> None:

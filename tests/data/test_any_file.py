@@ -137,7 +137,7 @@ def test_columns_are_known_by_usual_names_and_a_likelier_name_comes_first() -> N
 def test_what_is_missing_is_said_where_there_is_a_question_alone(tmp_path: Path) -> None:
     row = {"prompt": [said("user", Q)], "prompt_id": "1", "rubrics": [{"criterion": "x", "points": 5}]}
     assert "no answer column beside 'prompt'" in (text := refusal(tmp_path / "x.jsonl", [row])) and "or add it" in text
-    assert "parted by a comma" in refusal(tmp_path / "x.csv", f"question~answer\n{Q}~{A}\n")
+    assert "part cells" in refusal(tmp_path / "x.csv", f"question~answer\n{Q}~{A}\n")
 
 
 def test_a_table_as_pandas_writes_it_is_read_in_every_orient(tmp_path: Path) -> None:
@@ -152,6 +152,7 @@ def test_a_table_as_pandas_writes_it_is_read_in_every_orient(tmp_path: Path) -> 
         "split": {"columns": names, "index": [0, 1, 2], "data": rows},
         "table": {"schema": {"fields": []}, "data": list(index.values())},
         "records": list(index.values()),
+        "rows of an API": {"count": 3, "items": list(index.values())},
         "list": {name: [row[place] for row in rows] for place, name in enumerate(names)},
     }
     wrong = []
@@ -163,7 +164,11 @@ def test_a_table_as_pandas_writes_it_is_read_in_every_orient(tmp_path: Path) -> 
     settings = {"question_column": "x", "answer_column": "y"}
     unknown = {"x": columns["السؤال"], "y": columns["الجواب"]}
     assert pairs(read(tmp_path / "x.json", unknown, **settings)) == PAIRS
-    assert "orient='records'" in refusal(tmp_path / "x.json", rows)  # orient="values" has no names
+    for nothing in (
+        rows,
+        {"train": documents["records"], "test": documents["records"]},
+    ):  # without names, or two tables
+        assert "orient='records'" in refusal(tmp_path / "x.json", nothing)
 
 
 def test_separators_are_recognized_by_the_header(tmp_path: Path) -> None:
@@ -186,6 +191,7 @@ def test_files_put_one_behind_the_other_are_read_as_one(tmp_path: Path) -> None:
     for content, suffix, number in (
         (f"\ufeff{lines[0]}\n\ufeff{lines[1]}\n{lines[2]}", "jsonl", 3),
         (f"\ufeff{lines[0]}\n{lines[1]}\ufeff{lines[2]}\n\ufeff\n", "json", 3),
+        (f"\ufeff[{lines[0]}, {lines[1]}]\n\ufeff[{lines[2]}]", "json", 3),
         (f"\ufeff{table}\ufeff{table}{table}", "csv", 9),
         (f"\ufeff{table}\ufeff" + table.partition("\n")[2], "csv", 6),
     ):
@@ -225,6 +231,23 @@ def test_integers_of_many_digits_and_cells_of_any_length_are_read_exactly(tmp_pa
         assert read(tmp_path / f"x.{suffix}", rows).rows["id"][:] == list(map(str, ids))
     long = f"id,question,answer\n{2**70},{'س' * 2_000_000},{A}\n"
     assert read(tmp_path / "x.csv", long).rows["id"][:] == [str(2**70)]
+
+
+def test_a_few_zero_bytes_are_named_and_only_utf_16_is_called_so(tmp_path: Path) -> None:
+    table = f"السؤال,الجواب\n{Q},{A}\n"
+    wrong = []
+    for content, part in (
+        (table.encode().replace(b"\n", b"\0\n", 1), "line 1, byte 26: a zero byte: remove it."),
+        (table.encode() + b"\0" * 512, "line 3, byte 1: a zero byte: remove it."),
+        (f"{table}{Q}\0,\0\0{A}\n".encode(), f"line 3, byte {len(Q.encode()) + 1}: a zero byte: remove it."),
+        (table.encode("utf-16-le"), "data.encoding=utf-16"),
+        (table.encode("utf-16-be"), "data.encoding=utf-16"),
+    ):
+        (tmp_path / "x.csv").write_bytes(content)
+        with pytest.raises(DataError) as refused:
+            load_consultations(tmp_path / "x.csv")
+        wrong += [] if f"{part}" in str(refused.value) and "x.csv" in str(refused.value) else [str(refused.value)]
+    assert wrong == []
 
 
 def test_a_zero_width_space_between_words_becomes_a_space() -> None:

@@ -228,10 +228,10 @@ def _write_kept(file: Path, rows: datasets.Dataset, refined: datasets.Dataset, s
 def _write_rejected(file: Path, table: Consultations, reasons: NDArray[np.object_]) -> Counter[str]:
     """Writes every row that has a reason (n,), and those that the reader rejected, under their own names, in order."""
     counts = Counter[str]()
-    names = {name: free_name(own, {"row", "reason"}) for name, own in (table.columns | table.carried).items()}
-    if table.columns["question"] == table.columns["answer"] or naming.INPUT in names:
-        names = {**names, "question": "question", "answer": "answer"}
-        names.pop(naming.INPUT, None)
+    own = table.columns | table.carried
+    if table.columns["question"] == table.columns["answer"] or own.pop(naming.INPUT, ""):
+        own |= {"question": "question", "answer": "answer"}
+    names = {name: free_name(column, {"row", "reason"}) for name, column in own.items()}
     out = np.flatnonzero(reasons != "")
     rejected = (
         {"row": row["row"], "reason": reasons[index]} | {new: row[name] for name, new in names.items()}
@@ -279,9 +279,7 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
         (unlabeled, f"{unlabeled} of the kept rows have no severity."),
     ]
     for reason, count in rows["rejected"].items():
-        found.append(
-            (count > 0.1 * rows["read"], f"{count / rows['read']:.0%} of the rows are {reason}: see rejected.jsonl.")
-        )
+        found.append((10 * count > rows["read"], f"{count} of {rows['read']} rows are {reason}: see rejected.jsonl."))
     for name, counts in splits["severity"].items():
         absent = [side for side, count in counts.items() if not count and splits["rows"][side]]
         found.append((absent and name != "none", f"No row of severity {name} is in {' and '.join(absent)}."))
