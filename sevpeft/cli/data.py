@@ -77,8 +77,7 @@ def prepare(
 def _command(verb: str, data: object) -> str:
     """The verb on the quickstart of this folder or of the checkout that runs, with its data."""
     here = Path("recipes/quickstart.yaml")
-    recipes = (here, Path(__file__).parents[2] / here)
-    recipe = next((str(path) for path in recipes if path.is_file()), "RECIPE")
+    recipe = next((str(path) for path in (here, Path(__file__).parents[2] / here) if path.is_file()), "RECIPE")
     return shlex.join(["sevpeft", verb, recipe, f"data.path={data}"])
 
 

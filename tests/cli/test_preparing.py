@@ -66,52 +66,49 @@ def prepared(
 
 
 def test_it_says_which_column_it_took_and_the_command_that_it_recommends_works(sevpeft_: Cli, tmp_path: Path) -> None:
-    names = ("non_critical", "متوسط", "حرجة")
-    french = ("Faible", "Moyen", "Élevé", "Inconnu")
+    known, french = ("non_critical", "متوسط", "حرجة"), ("Faible", "Moyen", "Élevé", "Inconnu")
+
+    def right(n: int) -> str:
+        return known[n % 3]
+
     wrong = []
-    for header, cells, words, parts, verbs in (
-        ("السؤال,الرد,الشدة", lambda n: names[n % 3], (), ("question 'السؤال', by its name",), ["train"]),
-        (
-            "السؤال,الرد,x",
-            lambda n: names[n % 3],
-            ("data.severity_column=x",),
-            ("'x', by data.severity_column",),
-            ["train"],
-        ),
-        (
-            "السؤال,الرد,note",
-            lambda n: "x",
-            (),
-            ("answer 'الرد', by its name", "left out 'note'"),
-            ["annotate", "plan"],
-        ),
-        (
-            "السؤال,الرد,label",
-            lambda n: french[n % 4],
-            (),
-            ("Column 'label' holds 'Faible', 'Moyen', 'Élevé',",),
-            ["annotate"],
-        ),
-        ("السؤال,الرد,label", lambda n: f"{n}" * 9, (), ("too many different values",), ["annotate"]),
-        (
-            "السؤال,الرد,label",
-            lambda n: names[n % 3] if n else "#N/A",
-            (),
-            ("1 of the kept rows have no",),
-            ["annotate"],
-        ),
-        ("السؤال,الرد,x\x1b[2J", lambda n: "x", (), ("left out 'x\\u001b[2J'",), ["annotate"]),
+    for names, cells, words, said, verb in (
+        ("السؤال,الرد,x", right, ["data.severity_column=x"], "severity 'x', by data.severity_column", "train"),
+        ("السؤال,الرد,الشدة", right, [], "question 'السؤال', by its name", "train"),
+        ("question,answer,note", right, [], "left out 'note'; kept in the folder", "annotate"),
+        ("question,answer,x\x1b[2J", right, [], "left out 'x\\u001b[2J'", "annotate"),
+        ("question,answer,label", lambda n: f"{n}" * 9, [], "too many different values", "annotate"),
+        ("question,answer,label", lambda n: right(n) if n else "#N/A", [], "1 of the kept rows have no", "annotate"),
+        ("question,answer,label", lambda n: french[n % 4], [], "holds 'Faible', 'Moyen', 'Élevé', which", "annotate"),
     ):
-        said, command = prepared(sevpeft_, tmp_path, header, cells, *words)
-        wrong += [(header, part, said) for part in parts if part not in said]
-        assert "\x1b" not in said + (tmp_path / "my out" / "README.md").read_text(encoding="utf-8")
-        for verb in verbs:
-            assert command[0] == verb, (header, command)
-            # What a plan accepts, a training does too.
-            code, out, err = sevpeft_("plan" if verb == "train" else verb, *command[1:])
-            wrong += [(header, command, err)] if code else []
-            command = shlex.split(out.rpartition("Next: sevpeft ")[2]) if verb == "annotate" else []
+        out, command = prepared(sevpeft_, tmp_path, names, cells, *words)
+        card = (tmp_path / "my out" / "README.md").read_text(encoding="utf-8")
+        if said not in out or command[0] != verb or "\x1b" in out + card:
+            wrong.append((names, out, command))
     assert wrong == []
+    # What a plan accepts, a training does too; its data are those that the command before it has written.
+    code, out, err = sevpeft_(*command)
+    assert code == 0, err
+    _, *words = shlex.split(out.rpartition("Next: sevpeft ")[2])
+    assert sevpeft_("plan", *words)[0] == 0 and words[1].endswith("my out-annotated")
+
+
+def test_messages_about_a_file_name_it(sevpeft_: Cli, tmp_path: Path) -> None:
+    file = csv(tmp_path, "question,answer,severity", *(f"سؤال {n},جواب {n},Moyen" for n in range(30))).rename(
+        "data.csv"
+    )
+    code, _, err = sevpeft_("plan", QUICKSTART, "data.path=data.csv")
+    assert code == 1 and err.startswith("data.csv: 30 rows (the first is row 2)") and "Moyen" not in err
+    code, _, err = sevpeft_("plan", QUICKSTART, "data.csv")
+    assert code == 2 and "data.path=data.csv" in err
+    file.write_text("topic,body\nx,y\n", encoding="utf-8")
+    for words in (
+        ("plan", QUICKSTART, "data.path=data.csv"),
+        ("prepare", file, "a"),
+        ("annotate", file, "b.csv", "method=rules"),
+    ):
+        code, _, err = sevpeft_(*words)
+        assert code == 1 and err.startswith("data.csv has no question") and "--csv" not in err
 
 
 def test_a_rule_that_takes_out_more_than_a_tenth_of_the_rows_is_warned_of(sevpeft_: Cli, tmp_path: Path) -> None:
