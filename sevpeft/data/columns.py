@@ -44,7 +44,7 @@ _ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "doctor"), "assistant
 NOT_TEXT, NO_NUMBER = "a list, an object or bytes in place of text", "a probability or weight that is no number"
 NO_CONVERSATION = "messages that are not of user and assistant in turn, as text, the assistant last"
 SEVERAL_TURNS = "several turns or a weight, which only trainings read"
-BROKEN, TORN = "broken characters", "more or fewer cells than the header (cells that hold a separator need quotes)"
+BROKEN, CELL_COUNT = "broken characters", "more or fewer cells than the header (quote cells that hold a separator)"
 
 
 class UnfitRow(DataError):

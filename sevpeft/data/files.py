@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sevpeft.data.columns import FILE_COLUMN, TORN, UNFIT, count_known, listed, map_columns
+from sevpeft.data.columns import CELL_COUNT, FILE_COLUMN, UNFIT, count_known, listed, map_columns
 from sevpeft.errors import DataError
 from sevpeft.runs import json_lines, json_problem
 
@@ -30,7 +30,7 @@ Row = tuple[int, dict[str, Any]]
 
 _JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".xlsx", *_JSON, ".parquet")
-# A separator that Excel is told of in a first line of its own.
+# A separator that Excel is declared of in a first line of its own.
 _SEP = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 
 
@@ -160,7 +160,7 @@ def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int
     def read(_: Collection[str]) -> Iterator[Row]:
         for number, cells in itertools.islice(records(), 1, None):
             if len(cells) != len(names):
-                yield number, {UNFIT: TORN, "cells": cells}
+                yield number, {UNFIT: CELL_COUNT, "cells": cells}
             elif cells != first:  # the header of a file that was put behind another one
                 yield number, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
@@ -191,11 +191,11 @@ def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, l
     with _text(path, encoding) as text:
         lines = _lines(path, text)
         first = next(lines, "")
-        told = _SEP.fullmatch(first)
-        first = next(lines, "") if told else first
-        delimiter = told[1] if told else _delimiter(first, default)
+        declared = _SEP.fullmatch(first)
+        first = next(lines, "") if declared else first
+        delimiter = declared[1] if declared else _delimiter(first, default)
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-        number = before = 2 if told else 1
+        number = before = 2 if declared else 1
         try:
             for cells in reader:
                 if any(map(str.strip, cells)):

@@ -113,9 +113,9 @@ def test_messages_about_a_file_name_it(sevpeft_: Cli, tmp_path: Path) -> None:
 
 def test_a_rule_that_takes_out_more_than_a_tenth_of_the_rows_is_warned_of(sevpeft_: Cli, tmp_path: Path) -> None:
     said, _ = prepared(sevpeft_, tmp_path, "question,answer,x", lambda n: "x" if n > 2 else "x,y")
-    assert "rejected: torn_row -3" in said and "Warning" not in said
+    assert "rejected: wrong_cell_count -3" in said and "Warning" not in said
     said, _ = prepared(sevpeft_, tmp_path, "question,answer,x", lambda n: "x" if n > 3 else "x,y")
-    assert "Warning: 4 of 30 rows are torn_row: see rejected.jsonl." in said
+    assert "Warning: 4 of 30 rows are wrong_cell_count: see rejected.jsonl." in said
 
 
 def test_help_lists_every_key(sevpeft_: Cli) -> None:

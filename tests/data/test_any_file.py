@@ -10,7 +10,7 @@ from typing import Any
 import openpyxl
 import pytest
 
-from sevpeft.data.columns import NO_CONVERSATION, NOT_TEXT, SEVERAL_TURNS, TORN, as_text, map_columns
+from sevpeft.data.columns import CELL_COUNT, NO_CONVERSATION, NOT_TEXT, SEVERAL_TURNS, as_text, map_columns
 from sevpeft.data.prepare import Cleaning
 from sevpeft.data.prepare.clean import clean
 from sevpeft.data.read import Consultations, load_consultations
@@ -57,23 +57,23 @@ def refusal(file: Path, content: Any) -> str:
     return text
 
 
-def said(who: str, text: object) -> dict[str, object]:
+def message(who: str, text: object) -> dict[str, object]:
     return {"role": who, "content": text}
 
 
 def test_every_published_form_of_one_exchange_is_read(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "عندي صداع"}, {"type": "text", "text": "شديد"}]
-    asked, answered, system = said("user", Q), said("assistant", A), said("system", "طبيب")
+    asked, answered, system = message("user", Q), message("assistant", A), message("system", "طبيب")
     share_gpt = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
     forms: dict[str, tuple[dict[str, Any], str]] = {
         "messages": ({"messages": [system, asked, answered]}, Q),
         "parts": (
-            {"messages": [said("user", parts), said("assistant", [parts[0] | {"text": A}])]},
+            {"messages": [message("user", parts), message("assistant", [parts[0] | {"text": A}])]},
             Q.replace(" ش", "\nش"),
         ),
         "ShareGPT": ({"conversations": share_gpt, "system": "طبيب"}, Q),
         "ShareGPT, other roles": ({"conversation": [{"from": "user", "value": Q}, {"from": "model", "value": A}]}, Q),
-        "text of JSON": ({"dialogue": json.dumps([said("patient", Q), said("doctor", A)])}, Q),
+        "text of JSON": ({"dialogue": json.dumps([message("patient", Q), message("doctor", A)])}, Q),
         "TRL": ({"prompt": [system, asked], "completion": [answered]}, Q),
         "TRL, half of it": ({"prompt": [asked], "completion": A}, Q),
         "TRL, other half": ({"prompt": Q, "completion": [answered]}, Q),
@@ -93,12 +93,12 @@ def test_a_row_that_does_not_fit_is_set_aside_with_its_reason(tmp_path: Path) ->
     good = {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]}
     twice = {"conversations": good["conversations"] * 2}
     torn = {"conversations": good["conversations"][:1]}
-    shown = {"conversations": [said("user", [{"type": "image", "url": "x"}]), said("assistant", A)]}
+    shown = {"conversations": [message("user", [{"type": "image", "url": "x"}]), message("assistant", A)]}
     for content, suffix, rejected in (
         ([good, twice, torn, shown, good], "jsonl", {SEVERAL_TURNS: 1, NO_CONVERSATION: 2}),
         ([{"question": {"ar": Q}, "answer": A}, *[{"question": Q, "answer": A}] * 2], "json", {NOT_TEXT: 1}),
-        (f"question,answer\n{Q},{A}\n{Q}, و,{A}\n{Q}\n{Q},{A}\n", "csv", {TORN: 2}),
-        ({"A": [["question", "answer"], [Q, A], [Q, A, "x"], [Q, A]]}, "xlsx", {TORN: 1}),
+        (f"question,answer\n{Q},{A}\n{Q}, و,{A}\n{Q}\n{Q},{A}\n", "csv", {CELL_COUNT: 2}),
+        ({"A": [["question", "answer"], [Q, A], [Q, A, "x"], [Q, A]]}, "xlsx", {CELL_COUNT: 1}),
         (f"question,answer,p_critical\n{Q},{A},0.5\n{Q},{A},high\n{Q},{A},1\n", "csv", None),
     ):
         found = read(tmp_path / f"x.{suffix}", content)
@@ -109,13 +109,13 @@ def test_a_row_that_does_not_fit_is_set_aside_with_its_reason(tmp_path: Path) ->
     # Nothing of a row is lost, though its cells have no names.
     read(tmp_path / "y.csv", f"question,answer\n{Q},{A}\n{Q}, و,{A}\n")
     aside = load_consultations(tmp_path / "y.csv").rejected_rows.read_text(encoding="utf-8")
-    assert json.loads(aside) == {"row": 3, "reason": TORN, "cells": [Q, " و", A]}
+    assert json.loads(aside) == {"row": 3, "reason": CELL_COUNT, "cells": [Q, " و", A]}
 
 
 def test_several_turns_of_trls_form_are_read_by_a_training(tmp_path: Path) -> None:
-    prompt = [said("user", "س1"), said("assistant", "ج1"), said("user", "س2")]
-    several = {"prompt": prompt, "completion": [said("assistant", "ج2")]}
-    read(tmp_path / "x.jsonl", [several, {"prompt": [said("user", Q)], "completion": A}])
+    prompt = [message("user", "س1"), message("assistant", "ج1"), message("user", "س2")]
+    several = {"prompt": prompt, "completion": [message("assistant", "ج2")]}
+    read(tmp_path / "x.jsonl", [several, {"prompt": [message("user", Q)], "completion": A}])
     for loss_on in ("last", "all"):  # answers in the prompt are context, as in TRL
         rows = load_consultations(TrainingDataSection(path=str(tmp_path / "x.jsonl"), loss_on=loss_on)).rows
         assert json.loads(rows["turns"][0]) == [["س1", "ج1", 0.0], ["س2", "ج2", 1.0]] and rows["turns"][1] == ""
@@ -135,7 +135,7 @@ def test_columns_are_known_by_usual_names_and_a_likelier_name_comes_first() -> N
 
 
 def test_what_is_missing_is_said_where_there_is_a_question_alone(tmp_path: Path) -> None:
-    row = {"prompt": [said("user", Q)], "prompt_id": "1", "rubrics": [{"criterion": "x", "points": 5}]}
+    row = {"prompt": [message("user", Q)], "prompt_id": "1", "rubrics": [{"criterion": "x", "points": 5}]}
     assert "no answer column beside 'prompt'" in (text := refusal(tmp_path / "x.jsonl", [row])) and "or add it" in text
     assert "part cells" in refusal(tmp_path / "x.csv", f"question~answer\n{Q}~{A}\n")
 
@@ -213,7 +213,7 @@ def test_errors_of_spreadsheets_are_empty_in_every_format(tmp_path: Path) -> Non
     assert [cell for cell in kept if as_text(cell, "x", "x") != cell] == []
     rows = [[Q, cell] for cell in failed] + [[Q, A]]
     objects = [{"question": q, "answer": a} for q, a in rows]
-    messages = [{"messages": [said("user", q), said("assistant", a)]} for q, a in rows]
+    messages = [{"messages": [message("user", q), message("assistant", a)]} for q, a in rows]
     for suffix, content in (
         ("csv", "question,answer\n" + "".join(f"{q},{a}\n" for q, a in rows)),
         ("xlsx", {"A": [["question", "answer"], *rows]}),

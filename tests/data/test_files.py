@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sevpeft.data.columns import TORN, UNFIT
+from sevpeft.data.columns import CELL_COUNT, UNFIT
 from sevpeft.data.files import file_format, open_files
 from sevpeft.errors import DataError
 
@@ -232,7 +232,7 @@ def workbook(file: Path, *rows: list[object]) -> Path:
 def test_a_workbook_keeps_its_odd_rows_and_what_stands_beside_the_table(tmp_path: Path) -> None:
     file = workbook(tmp_path / "x.xlsx", ["q", "a", None], [1, 2.5], [], ["x_x000D_y", None], ["z"])
     assert numbered(file) == [(2, {"q": 1, "a": 2.5}), (4, {"q": "x\ry", "a": None}), (5, {"q": "z", "a": None})]
-    assert numbered(workbook(file, ["q", "a"], [1, 2, 3])) == [(2, {UNFIT: TORN, "cells": [1, 2, 3]})]
+    assert numbered(workbook(file, ["q", "a"], [1, 2, 3])) == [(2, {UNFIT: CELL_COUNT, "cells": [1, 2, 3]})]
 
 
 def test_a_workbook_that_states_a_wrong_size_is_read_whole(tmp_path: Path) -> None:

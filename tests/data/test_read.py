@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from sevpeft.data import read
-from sevpeft.data.columns import TORN
+from sevpeft.data.columns import CELL_COUNT
 from sevpeft.data.read import Consultations, load_consultations
 from sevpeft.errors import DataError, RunError
 from sevpeft.recipe import DataSection
@@ -213,7 +213,7 @@ def test_a_row_of_a_later_sheet_is_named_with_its_sheet(tmp_path: Path) -> None:
     said = refusal(tmp_path / "many")
     assert "a.xlsx, sheet 'B', row 2 and b{}.xlsx, sheet 'D', row 3" in said
     pages["B"].append(["3", "q", "a", "more"])
-    assert load_consultations(workbook(tmp_path / "x.xlsx", pages)).rejected == {TORN: 1}
+    assert load_consultations(workbook(tmp_path / "x.xlsx", pages)).rejected == {CELL_COUNT: 1}
 
 
 def test_what_cannot_be_read_is_refused_plainly_and_never_waited_for(tmp_path: Path) -> None:

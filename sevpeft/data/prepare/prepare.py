@@ -41,7 +41,7 @@ from sevpeft.runs import check_absent, file_hash, whole_folder, workers_end_with
 _UNREADABLE = {
     **{"empty question": "empty", "empty answer": "empty", naming.BROKEN: "encoding_damage"},
     **{naming.NOT_TEXT: "not_text", naming.NO_NUMBER: "not_a_number", naming.NO_CONVERSATION: "no_conversation"},
-    **{naming.SEVERAL_TURNS: "several_turns", naming.TORN: "torn_row"},
+    **{naming.SEVERAL_TURNS: "several_turns", naming.CELL_COUNT: "wrong_cell_count"},
 }
 _OF_INPUT = ("source", "fingerprint", "columns", "carried", "provenance", "files")
 _SMALL = 2_000  # rows below which starting processes takes longer than the work
