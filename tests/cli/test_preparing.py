@@ -133,7 +133,7 @@ def test_a_slip_is_one_sentence_and_leaves_nothing(sevpeft_: Cli, tmp_path: Path
     file = csv(tmp_path, "question,answer,year", *ROWS)
     wrong = []
     for word, code, part in (
-        ("split_by=year", 1, "Column 'year' has fewer than two values"),
+        ("split_by=year", 1, "has fewer than two values"),
         ("split_by=month", 1, "There is no column 'month' to split by"),
         ("data.question_column=text", 1, "no column 'text' (data.question_column)"),
         ("data.revision=main", 1, "data.revision=main chooses within a Hub data set"),
