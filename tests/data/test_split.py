@@ -157,7 +157,7 @@ def test_a_column_split_of_something_else_is_not_used_unless_it_was_named() -> N
 
 
 def test_a_column_split_that_is_filled_in_part_is_refused_with_the_row() -> None:
-    with pytest.raises(DataError, match="in 2 of 5 rows .*first at 4"):
+    with pytest.raises(DataError, match=r"in 2 of 5 rows .*first at 4"):
         split(rows(list("abcde"), ["train", "test", "", "tset", "train"]))
 
 
