@@ -119,6 +119,8 @@ def test_several_turns_of_trls_form_are_read_by_a_training(tmp_path: Path) -> No
     for loss_on in ("last", "all"):  # answers in the prompt are context, as in TRL
         rows = load_consultations(TrainingDataSection(path=str(tmp_path / "x.jsonl"), loss_on=loss_on)).rows
         assert json.loads(rows["turns"][0]) == [["س1", "ج1", 0.0], ["س2", "ج2", 1.0]] and rows["turns"][1] == ""
+    read(tmp_path / "x.csv", f"question,answer\n{Q},{A}\n")
+    assert "turns" not in load_consultations(TrainingDataSection(path=str(tmp_path / "x.csv"))).rows.column_names
 
 
 def test_columns_are_known_by_usual_names_and_a_likelier_name_comes_first() -> None:
@@ -273,5 +275,5 @@ def test_aliases_of_aliases_are_refused_at_once_wherever_yaml_is_read(tmp_path: 
         load_recipe(tmp_path / "x.yaml")
     with pytest.raises(RecipeError, match="training"):
         load_recipe(Path("recipes/quickstart.yaml").resolve(), ["training={a: &a [1], b: [*a, *a]}"])
-    with pytest.raises(DataError, match="no rubric"):
+    with pytest.raises(DataError, match="no YAML"):
         Rubric.load(tmp_path / "x.yaml")
