@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -257,16 +258,16 @@ def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str
         DataError: a line holds none; with its number, and without what it says.
     """
     for number, line in enumerate(lines, start=1):
-        line = line.strip(" \t\r\n\ufeff")  # files put one after the other keep their byte order marks
-        if not line:
-            continue
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{label}, line {number} {json_problem(error)}.") from None
-        if not isinstance(content, dict):
-            raise DataError(f"{label}, line {number} is not a JSON object with named values.")
-        yield number, content
+        line = line.strip(" \t\r\n\ufeff")
+        # Files put one after the other keep their byte order marks, in the middle of a line if it was not ended.
+        for part in re.split("(?<=})\ufeff(?={)", line) if line else ():
+            try:
+                content = json.loads(part)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{label}, line {number} {json_problem(error)}.") from None
+            if not isinstance(content, dict):
+                raise DataError(f"{label}, line {number} is not a JSON object with named values.")
+            yield number, content
 
 
 def json_problem(error: ValueError | RecursionError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,12 +70,41 @@ def prepare(
     for warning in about["warnings"]:
         console.print(f"Warning: {warning}")
     console.print(f"Masking is no guarantee of anonymity. The card is {output / 'README.md'}", soft_wrap=True)
-    console.print(f"Next: sevpeft train recipes/quickstart.yaml data.path={output}", soft_wrap=True)
+    for line in _next_steps(about, output):
+        console.print(line, soft_wrap=True)
+
+
+def _command(verb: str, data: object) -> str:
+    """The verb on the quickstart of this folder or of the checkout that runs, with its data."""
+    here = Path("recipes/quickstart.yaml")
+    recipe = next((str(path) for path in (here, Path(__file__).parents[2] / here) if path.is_file()), "RECIPE")
+    return shlex.join(["sevpeft", verb, recipe, f"data.path={data}"])
+
+
+def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:
+    """The command to go on with: train, or annotate where a row has no severity that a training knows."""
+    from sevpeft.data.columns import PROBABILITIES, listed
+    from sevpeft.severity.probabilities import is_severity
+
+    columns, found = about["input"]["columns"], about["splits"]["severity"]
+    whole = set(PROBABILITIES) <= columns.keys()
+    unknown = [] if whole else [name for name in found if name != "none" and not is_severity(name)]
+    if unknown:
+        held = f"Column {listed([columns['severity']])} holds {listed(unknown[:3])}, which no training knows"
+        yield f"Warning: {held}: write non_critical, neutral, critical (غير حرج, متوسط, حرج), or judge anew."
+    if found and not unknown and "none" not in found:
+        yield f"Next: {_command('train', output)}"
+        return
+    words = ["sevpeft", "annotate", str(output), f"{output.parent / output.name.replace('.', '-')}-annotated"]
+    given = {"severity", *PROBABILITIES} & columns.keys()
+    yield f"Next: {shlex.join([*words, 'method=rules', *['replace=true'] * bool(given)])}"
 
 
 def _tables(about: Mapping[str, Any]) -> Iterator[RenderableType]:
     """What was done, in a few lines that fit a screen."""
     from rich.table import Table
+
+    from sevpeft.data.columns import listed
 
     rows, duplicates, splits = about["rows"], about["duplicates"], about["splits"]
     counts = {"read": rows["read"]} | {f"  rejected: {name}": -count for name, count in rows["rejected"].items()}
@@ -91,7 +121,12 @@ def _tables(about: Mapping[str, Any]) -> Iterator[RenderableType]:
         sides.add_column(side, justify="right")
     for severity, of_side in [*splits["severity"].items(), ("all", splits["rows"])]:
         sides.add_row(severity, *(f"{count:,}" for count in of_side.values()), f"{sum(of_side.values()):,}")
-    yield from (steps, "", sides)
+    for field, column in about["input"]["columns"].items():
+        chosen = about["settings"]["data"].get(f"{field}_column")
+        yield f"{field:14}  {listed([column])}, by {f'data.{field}_column' if chosen else 'its name'}"
+    if others := listed(about["input"]["carried"].values()):
+        yield f"left out        {others}; kept in the folder"
+    yield from ("", steps, "", sides)
     for side, values in splits.get("held_out", {}).get("values", {}).items():
         yield f"  {side}: {values}"
     yield (
@@ -156,7 +191,7 @@ def _show_annotation(done: Annotation, console: Console) -> None:
     if warning := advice(done.weights):
         console.print(f"Warning: {warning}", style="yellow", soft_wrap=True)
     console.print(f"Wrote {done.rows:,} rows to {done.output} ({done.method}, {done.version}).", soft_wrap=True)
-    console.print(f"Next: sevpeft plan RECIPE data.path={done.output}", soft_wrap=True)
+    console.print(f"Next: {_command('plan', done.output)}", soft_wrap=True)
 
 
 @app.command(cls=command_with_keys(f"{_SETTINGS}:TranslateSettings", without=_NO_SPLIT))

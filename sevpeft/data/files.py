@@ -1,12 +1,11 @@
-"""Reads CSV, TSV, XLSX, JSON, JSON lines and Parquet files (each also gzipped), recognizes columns, reads cells.
+"""Reads CSV, TSV, XLSX, JSON, JSON lines and Parquet files (each also gzipped) as rows of cells under their names.
 
 A damaged file is an error with its line or row. Messages name numbers and columns only: a cell is somebody's complaint.
-Of all formats but a JSON array no more than a batch of rows is in memory.
+Of all formats but a JSON document no more than a batch of rows is in memory.
 """
 
 from __future__ import annotations
 
-import base64
 import bisect
 import codecs
 import contextlib
@@ -15,35 +14,24 @@ import gzip
 import io
 import itertools
 import json
-import math
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sevpeft.data.text import fold_for_matching
+from sevpeft.data.columns import CELL_COUNT, FILE_COLUMN, UNFIT, count_known, listed, map_columns
 from sevpeft.errors import DataError
 from sevpeft.runs import json_lines, json_problem
 
 Row = tuple[int, dict[str, Any]]
-Names = Mapping[str, str]
 
-FILE_COLUMN = "file"
-TURNS = "turns"  # of a conversation, as `as_conversation` writes them
 _JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".xlsx", *_JSON, ".parquet")
-PROBABILITIES = ("p_non_critical", "p_neutral", "p_critical")
-_NAMES = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text(encoding="utf-8"))
-_ACCEPTED = {field: [*map(fold_for_matching, names.split(","))] for field, names in _NAMES.items()}
-FIELDS = tuple(_ACCEPTED)
-# What spreadsheets and data frames write where there is nothing, or a formula failed.
-_EMPTY_WORDS = {"nan", "<na>", "null", "#n/a", "#name?", "#ref!", "#value!", "#div/0!", "#num!", "#null!"}
+# A separator that Excel is declared of in a first line of its own.
+_SEP = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -172,19 +160,30 @@ def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int
     def read(_: Collection[str]) -> Iterator[Row]:
         for number, cells in itertools.islice(records(), 1, None):
             if len(cells) != len(names):
-                cause = f"{len(cells)} cells where the header has {len(names)}"
-                raise DataError(f"{label}, {unit} {number}: {cause}: quote cells that hold a separator or line break.")
-            yield number, {name: cell for name, cell in zip(names, cells, strict=True) if name}
+                yield number, {UNFIT: CELL_COUNT, "cells": cells}
+            elif cells != first:  # the header of a file that was put behind another one
+                yield number, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
     return Part(f"{label}, {unit}", list(filter(None, names)), read)
 
 
 def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
+    """Lines without the byte order marks that files keep which are put one behind the other."""
     for number, line in enumerate(text, start=1):
         if "\0" in line:
-            place = f"{path.name}, line {number}, character {line.index(chr(0)) + 1}"
-            raise DataError(f"{place}: a zero byte: remove it, or set data.encoding=utf-16.")
-        yield line
+            # In UTF-16 every other byte of ASCII is zero, and of Arabic letters it is 6.
+            utf_16 = 1 / 3 < (line.count("\0") + line.count("\6")) / len(line) < 2 / 3
+            place = f"line {number}, byte {len(line.partition(chr(0))[0].encode()) + 1}"
+            remedy = "the file seems to be UTF-16: set data.encoding=utf-16" if utf_16 else "remove it"
+            raise DataError(f"{path.name}, {place}: a zero byte: {remedy}.")
+        yield line.removeprefix("\ufeff")
+
+
+def _delimiter(header: str, default: str) -> str:
+    """The separator with which most names are recognized, or else the most frequent one."""
+    unquoted = re.sub('"[^"]*"', "", header)
+    # Excel writes ";" where the comma is the decimal mark, as in much of the Arab world.
+    return max((default, ",", ";", "\t", "|"), key=lambda one: (count_known(header.split(one)), unquoted.count(one)))
 
 
 def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, list[Any]]]:
@@ -192,15 +191,16 @@ def _delimited(path: Path, encoding: str, default: str) -> Iterator[tuple[int, l
     with _text(path, encoding) as text:
         lines = _lines(path, text)
         first = next(lines, "")
-        # Excel writes ";" where the comma is the decimal mark, as in much of the Arab world.
-        delimiter = max((default, ",", ";", "\t", "|"), key=re.sub('"[^"]*"', "", first).count)
+        declared = _SEP.fullmatch(first)
+        first = next(lines, "") if declared else first
+        delimiter = declared[1] if declared else _delimiter(first, default)
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-        number = 1
+        number = before = 2 if declared else 1
         try:
             for cells in reader:
                 if any(map(str.strip, cells)):
                     yield number, cells
-                number = reader.line_num + 1
+                number = reader.line_num + before
         except csv.Error:
             cause = "a quote is stray or not closed, or a cell too long: put cells in quotes, and double quotes in them"
             raise DataError(f"{path.name}, line {number}: {cause}.") from None
@@ -258,197 +258,54 @@ def _parquet(path: Path) -> Part:
 
 
 def _json(path: Path, encoding: str, suffix: str) -> Part:
-    """Objects, one a line, in an array or in one under "data". All are read once to know the names that they bring."""
-    lines = suffix != ".json"
-    with _text(path, encoding) as text, contextlib.suppress(ValueError, RecursionError):
-        first = next(filter(str.strip, text), "").lstrip()
-        lines = lines or (first[:1] == "{" and not isinstance(json.loads(first).get("data"), list))
+    """Objects, one a line, or in a document. All are read once to know the names that they bring."""
+    with _text(path, encoding) as text:
+        several = list(itertools.islice(filter(str.strip, text), 2))
+    first = several[0].lstrip(" \t\ufeff") if several else ""
+    lines = suffix != ".json" and first[:1] != "["
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(first)
+        lines = isinstance(content, dict) and (len(several) > 1 or _records(content) is None)
 
     def read(_: Collection[str]) -> Iterator[Row]:
         with _text(path, encoding) as text:
             if lines:
                 yield from json_lines(_lines(path, text), path.name)
                 return
-            document = text.read()
+            document = re.sub(r"\]\s*\ufeff\s*\[", ",", text.read())  # of files put one behind the other
         try:  # Python's parser has limits
-            rows = json.loads(document)
+            rows = _records(json.loads(document))
         except (ValueError, RecursionError) as error:
             place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise DataError(f"{path.name}{place} {json_problem(error)}.") from None
-        rows = rows.get("data") if isinstance(rows, dict) else rows
-        if not isinstance(rows, list) or not all(isinstance(cells, dict) for cells in rows):
-            raise DataError(f"{path.name} is not valid JSON data: it has no array of objects, nor one in each line.")
+        if rows is None or not all(isinstance(cells, dict) for cells in rows):
+            remedy = "write rows, as pandas does with to_json(FILE, orient='records', lines=True)"
+            raise DataError(f"{path.name} is not valid JSON data: no array of objects, nor one a line: {remedy}.")
         yield from enumerate(rows, start=1)
 
     names = dict.fromkeys(name for _, cells in read(()) for name in cells)
     return Part(f"{path.name}, {'line' if lines else 'row'}", list(names), read)
 
 
-def listed(names: Iterable[str]) -> str:
-    """Columns as a message names them; long ones are left out: without a header they are a consultation."""
-    names = list(names)
-    short = [f"'{name}'" for name in names if len(name) <= 40][:20]
-    more = len(names) - len(short)
-    return ", ".join(short) + (f"{' and ' if short else ''}{more} more or longer ones" if more else "")
-
-
-def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: str) -> dict[str, str]:
-    """Canonical field -> column of `names`: the `chosen` ones, and the rest as recognized.
-
-    A column of messages (`[{"role": "user", ...}, {"role": "assistant", ...}]`) is the question and the answer at
-    once; both then map to it. `chosen["id"] = "row"` numbers the rows, even where there is a column of ids. It is an
-    error where a chosen column does not exist, two could be meant, or question or answer is missing.
-    """
-    numbered = chosen.get("id") == "row" and "row" not in names
-    columns: dict[str, str] = {}
-    for field, wanted in chosen.items():
-        if wanted is None or (field == "id" and numbered):
-            continue
-        alike = [name for name in names if fold_for_matching(name) == fold_for_matching(wanted)]
-        if wanted not in names and len(alike) != 1:
-            raise DataError(f"{label} has no column '{wanted}' (data.{field}_column): it has {listed(names)}.")
-        columns[field] = wanted if wanted in names else alike[0]
-    for field, accepted in _ACCEPTED.items():
-        if field == "answer" and fold_for_matching(columns.get("question", "")) == "messages":
-            columns.setdefault("answer", columns["question"])
-        if field in columns or (field == "id" and numbered):
-            continue
-        if field == "question" and "answer" not in columns:
-            accepted = [*accepted, "messages"]
-        rank = {name: accepted.index(f) for name in names if (f := fold_for_matching(name)) in accepted}
-        found = sorted((name for name in rank if name not in columns.values()), key=rank.__getitem__)
-        if found and (field not in chosen or (field not in ("question", "answer") and rank[found[0]] == 0)):
-            del found[1:]  # the canonical name is meant; for a field without a setting the likeliest is
-        if len(found) > 1:
-            could = " and ".join(repr(name) for name in names if name in found)
-            raise DataError(f"{label}: {could} could each be the {field}: set data.{field}_column to the right one.")
-        if found:
-            columns[field] = found[0]
-    if missing := [field for field in ("question", "answer") if field not in columns]:
-        settings = " and ".join(f"data.{field}_column" for field in missing)
-        raise DataError(f"{label} has no {' and no '.join(missing)} column: set {settings} to one of {listed(names)}.")
-    twice = [field for field in columns if list(columns.values()).count(columns[field]) > 1]
-    if twice and set(twice) != {"question", "answer"}:
-        raise DataError(f"{label}: column '{columns[twice[0]]}' is set for {' and '.join(twice)}: give each its own.")
-    return columns
-
-
-def free_name(name: str, taken: Collection[str]) -> str:
-    """`name`, with "original_" before it as often as it takes not to be `taken`."""
-    while name in taken:
-        name = f"original_{name}"
-    return name
-
-
-def free_names(names: Collection[str], taken: Collection[str]) -> dict[str, str]:
-    """The `free_name` of each of `names`, which is not another's either."""
-    free: dict[str, str] = {}
-    for name in names:
-        free[name] = free_name(name, {*taken, *free.values(), *(other for other in names if other != name)})
-    return free
-
-
-def as_json_value(cell: Any) -> str:
-    """For `json.dumps(default=...)`: bytes in base64, anything else as it prints."""
-    return base64.b64encode(cell).decode() if isinstance(cell, bytes) else str(cell)
-
-
-def carried_text(cell: Any) -> str:
-    """A cell of a carried column as text: words as they stand, nested values as JSON, bytes in base64."""
-    if isinstance(cell, list | dict):
-        return json.dumps(cell, ensure_ascii=False, default=as_json_value)
-    if isinstance(cell, str | bytes):
-        return as_json_value(cell)
-    return as_text(cell, "", "")
-
-
-def as_text(cell: Any, column: str, place: str) -> str:
-    """A cell as text, "" where it is empty; lists, objects and bytes are an error that names `place`."""
-    if isinstance(cell, str):
-        return "" if len(cell) <= 8 and cell.strip().lower() in _EMPTY_WORDS else cell.replace("\r\n", "\n")
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return ""
-    if isinstance(cell, list | dict | bytes):
-        raise DataError(f"{place}: column '{column}' holds a {type(cell).__name__} where text is needed.")
-    if isinstance(cell, float):
-        # Spreadsheets and data frames hold whole numbers as floats: the id 12 must not become "12.0".
-        return str(int(cell)) if cell.is_integer() else repr(cell)
-    return cell.isoformat() if isinstance(cell, date | time) else str(cell)
-
-
-def as_probability(cell: Any, column: str, place: str) -> float:
-    """A cell as a float, NaN where it is empty; whether it is a probability, the weighting judges."""
-    try:
-        return float(as_text(cell, column, place).strip().replace("٫", ".").replace(",", ".") or "nan")
-    except ValueError:
-        raise DataError(f"{place}: column '{column}' is not a number.") from None
-
-
-def as_conversation(cell: Any, column: str, place: str, loss_on: str = "last") -> tuple[str, str, str]:
-    """(question, answer, turns) of a list of messages or its JSON text: maybe a system's, then user's and assistant's.
-
-    The question is all that the user says, the answer the last one that is trained on; what comes after is left out.
-    `turns` is "" for one exchange of weight 1, else JSON of [[question, answer, weight], ...] for `trained_turns`.
-    Weight 0 makes an answer context; `loss_on` "last" does that to all but the last.
-    """
-    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
-        if isinstance(cell, str):
-            cell = json.loads(as_text(cell, column, place).strip() or "null")
-        if cell is None or cell == [] or (isinstance(cell, float) and math.isnan(cell)):
-            return "", "", ""
-        messages = cell[1:] if cell[0]["role"] == "system" else cell
-        if [message["role"] for message in messages] == ["user", "assistant"] * max(1, len(messages) // 2):
-            texts = [as_text(message["content"], column, place) for message in messages]
-            given = [message.get("weight") for message in messages[1::2]]
-            weights = [1.0 if one is None else as_probability(one, f"{column}.weight", place) for one in given]
-            if not all(0 <= weight < math.inf for weight in weights):
-                raise DataError(f"{place}: column '{column}' has a weight that is none: correct it, or leave it out.")
-            if loss_on == "last":
-                weights[:-1] = [0.0] * (len(weights) - 1)
-            kept = max((number for number, weight in enumerate(weights, start=1) if weight), default=0)
-            asked, answered = texts[: 2 * kept : 2], texts[1 : 2 * kept : 2]
-            exchanges = json.dumps(list(zip(asked, answered, weights, strict=False)), ensure_ascii=False)
-            question = "\n".join(asked) if all(map(str.strip, asked)) else ""
-            answer = answered[-1] if answered and all(map(str.strip, answered)) else ""
-            return question, answer, "" if weights == [1.0] else exchanges
-    form = "user and assistant in turn, each with role and content, the assistant last"
-    raise DataError(f"{place}: column '{column}' is not {form}: correct or remove the conversation.")
-
-
-def trained_turns(question: str, answer: str, turns: str | None) -> Iterator[tuple[str, str, float, list[list[str]]]]:
-    """(question, answer, weight, earlier exchanges as [question, answer]) of each answer that is trained on."""
-    exchanges: list[list[Any]] = json.loads(turns) if turns else [[question, answer, 1.0]]
-    for number, (asked, answered, weight) in enumerate(exchanges):
-        if weight:
-            yield asked, answered, weight, [one[:2] for one in exchanges[:number]]
-
-
-def canonical_row(
-    cells: Mapping[str, Any], columns: Names, place: str, carried: Names, loss_on: str | None = None
-) -> dict[str, Any] | str:
-    """The row under its canonical names, or the reason why it is none ("empty question", ...).
-
-    `loss_on` as in a recipe's `data`; None where conversations of several turns are not read.
-    """
-    row: dict[str, Any] = {}
-    exchange = columns["question"] == columns["answer"]
-    for field, column in columns.items():
-        if not exchange or field not in ("question", "answer"):
-            row[field] = (as_probability if field in PROBABILITIES else as_text)(cells.get(column), column, place)
-    if exchange:
-        column = columns["question"]
-        row["question"], row["answer"], turns = as_conversation(cells.get(column), column, place, loss_on or "last")
-        if turns and loss_on is None:
-            form = "one message of the user and one of the assistant, without a weight"
-            raise DataError(f"{place}: column '{column}' is not {form}: only trainings read more; split it into rows.")
-        if turns == "[]":
-            return "no answer to train on"
-        row |= {} if loss_on is None else {TURNS: turns}
-    row |= {name: carried_text(cells.get(column)) for name, column in carried.items()}
-    if empty := [field for field in ("question", "answer") if not row[field].strip()]:
-        return f"empty {empty[0]}"
-    try:
-        "".join(value for value in row.values() if isinstance(value, str)).encode()
-    except UnicodeEncodeError:  # half an emoji, cut off by whatever wrote the file; Arrow cannot hold it
-        return "broken characters"
-    return row
+def _records(document: Any) -> list[Any] | None:
+    """Rows of an array, of one under "data", or of a table as pandas writes it in any orient; None for all else."""
+    if not isinstance(document, dict):
+        return document if isinstance(document, list) else None
+    data, columns, values = document.get("data"), document.get("columns"), list(document.values())
+    if isinstance(data, list):
+        if isinstance(columns, list) and all(isinstance(row, list) for row in data):  # orient="split"
+            return [dict(zip(map(str, columns), row, strict=False)) for row in data]
+        return data
+    if values and all(isinstance(value, dict) for value in values):
+        keys = list(dict.fromkeys(key for value in values for key in value))
+        # orient="index" if the names of columns stand inside; a table is longer than it is wide.
+        if (count_known(document), len(keys)) < (count_known(keys), len(document)):
+            return values
+        return [{name: column.get(key) for name, column in document.items()} for key in keys]
+    tables = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if tables and not count_known(document):  # rows under another name; of several such tables, none is meant
+        return tables[0] if len(tables) == 1 else tables
+    flat = all(isinstance(value, list) and not any(isinstance(one, dict) for one in value) for value in values)
+    if values and flat and len({len(value) for value in values}) == 1:  # a column a list
+        return [dict(zip(document, row, strict=True)) for row in zip(*values, strict=True)]
+    return None

@@ -26,8 +26,9 @@ from datasets.utils import tqdm
 from huggingface_hub import constants
 
 from sevpeft.console import visible
-from sevpeft.data import files
-from sevpeft.data.files import Part, Row, Table, canonical_row, file_format, open_files
+from sevpeft.data import columns as naming
+from sevpeft.data.columns import UNFIT, canonical_row, conversation_of
+from sevpeft.data.files import Part, Row, Table, file_format, open_files
 from sevpeft.errors import DataError, RunError, first_sentence
 from sevpeft.recipe import DataSection
 from sevpeft.runs import CACHE_REMEDY, cache_folder, file_hash, whole_folder
@@ -36,7 +37,7 @@ BUILTIN = "builtin:consultations"
 _SAMPLE = Path(__file__).parent / "samples" / "consultations.jsonl"
 # What a folder that `sevpeft prepare` made holds: its description and its rows.
 PREPARED_ABOUT, PREPARED_ROWS = "dataset.json", "consultations.parquet"
-_TABLE_VERSION = 5  # counts up when the same input gives another table
+_TABLE_VERSION = 6  # counts up when the same input gives another table
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Consultations:
     """
 
     rows: datasets.Dataset
-    columns: dict[str, str]  # canonical name -> name in the input, the same for question and answer if in messages
-    rejected: dict[str, int]  # "empty question", "empty answer" or "broken characters" -> number of rows
+    columns: dict[str, str]  # canonical name, or INPUT -> name in the input, one of question and answer in messages
+    rejected: dict[str, int]  # "empty question" and other reasons of `canonical_row` -> number of rows
     fingerprint: str  # "sha256:..." of the files' bytes, or "hub:..." with the revision
     source: str  # where the rows come from, for people
     carried: dict[str, str] = field(default_factory=dict)  # name in `rows` -> name in the input of other columns
@@ -206,16 +207,20 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
     label, names = table.label, [name for name in table.names if not (numbered and name == "row")]
     if not names:
         raise DataError(f"{label} is empty.")
-    columns = files.map_columns(names, _chosen(data), label)
+    columns = naming.map_columns(names, _chosen(data), label)
     asked = () if keep == "mapped" else names if keep == "all" else keep
     others = [name for name in names if name in asked and name not in columns.values()]
-    carried = {new: name for name, new in files.free_names(others, {*files.FIELDS, files.TURNS, "row"}).items()}
+    carried = {new: name for name, new in naming.free_names(others, {*naming.FIELDS, naming.TURNS, "row"}).items()}
     loss_on = getattr(data, "loss_on", None)  # of a recipe; other verbs read no conversations of several turns
     rejected = Counter[str]()
+    first_rejected = ""
     numbers: dict[int, int] = {}  # hash of an id -> number of its row
+    wanted = {*columns.values(), *carried.values(), *["row"] * numbered}
+    begun = (conversation_of(cells, columns) for _, cells in islice(table.read(wanted), 1))
+    loss_on = loss_on if any(messages is not None for messages in begun) else None
 
     def consultations() -> Iterator[dict[str, Any]]:
-        wanted = {*columns.values(), *carried.values(), *["row"] * numbered}
+        nonlocal first_rejected
         read = tqdm(table.read(wanted), visible(f"Reading {label}"), unit=" rows", disable=None, delay=2)
         for ordinal, (number, cells) in enumerate(read, start=1):
             number = cells.pop("row") if numbered else number
@@ -228,13 +233,14 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
                 yield row | {"id": own_id, "row": number}
                 continue
             rejected[row] += 1
-            own = {files.free_name(name, {"row", "reason"}): cell for name, cell in cells.items()}
+            first_rejected = first_rejected or table.place(number)
+            own = {naming.free_name(name, {"row", "reason"}): cell for name, cell in cells.items() if name != UNFIT}
             # Escaped, because half an emoji has no place in UTF-8 and is one of the reasons.
-            aside.write(json.dumps({"row": number, "reason": row} | own, default=files.as_json_value) + "\n")
+            aside.write(json.dumps({"row": number, "reason": row} | own, default=naming.as_json_value) + "\n")
 
-    kinds = {"row": "int64", **dict.fromkeys(files.PROBABILITIES, "float64")}
-    fields = ["id", "question", "answer", *(field for field in files.FIELDS if field in columns), *carried, "row"]
-    fields += [files.TURNS] * (loss_on is not None and columns["question"] == columns["answer"])
+    kinds = {"row": "int64", **dict.fromkeys(naming.PROBABILITIES, "float64")}
+    fields = ["id", "question", "answer", *(field for field in naming.FIELDS if field in columns), *carried, "row"]
+    fields += [naming.TURNS] * (loss_on is not None)
     schema = datasets.Features({name: datasets.Value(kinds.get(name, "string")) for name in fields}).arrow_schema
     kept = 0
     with (
@@ -248,6 +254,7 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
             kept += len(batch)
     if not kept:
         counts = ", ".join(f"{count} with {reason}" for reason, count in rejected.items())
-        raise DataError(f"{label} holds no row{f' with both question and answer ({counts})' if counts else 's'}.")
+        counts = f" with both question and answer ({counts}; see {first_rejected})" if counts else "s"
+        raise DataError(f"{label} holds no row{counts}.")
     about = {"rows": kept, "columns": columns, "carried": carried, "rejected": rejected, "note": table.note}
     (folder / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")

@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sevpeft.data.files import listed
+from sevpeft.data.columns import listed
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.recipe import DataSection
@@ -88,7 +88,7 @@ def draw_sides(keys: Keys, data: DataSection, *, strata: ArrayLike | None = None
     sides[free] = _drawn(keys[free], layers[free], wanted)
     for side, rows in wanted.items():
         if rows and not (sides == side).any():
-            why = f"each question that may go there stands on over {rows} rows"
+            why = f"each question of {data.path} that may go there stands on over {rows} rows"
             raise DataError(f"data.{SIDES[side]}_size is too small, because {why}: raise it, or bring other questions.")
     return sides
 
@@ -99,7 +99,7 @@ def _wanted(data: DataSection, rows: int, given: Collection[int] = ()) -> dict[i
     wanted = {s: n if isinstance(n, int) else max(1, round(n * rows)) for s, n in sizes.items() if s not in given}
     if sum(wanted.values()) >= rows:
         asked = " and ".join(f"data.{SIDES[side]}_size" for side in wanted) or "The column split"
-        raise DataError(f"{asked} would leave none of {rows} rows to train on: bring more rows, or smaller sizes.")
+        raise DataError(f"{asked} would leave none of {rows} rows of {data.path} to train on: bring more.")
     return wanted
 
 
@@ -162,7 +162,7 @@ def given_sides(rows: datasets.Dataset, data: DataSection) -> Sides | None:
         return None
     if len(unknown):
         first = rows[int(unknown[0])].get("row", int(unknown[0]) + 1)
-        where = f"in {len(unknown)} of {len(rows)} rows, first at {first}"
+        where = f"in {len(unknown)} of {len(rows)} rows of {data.path}, first at {first}"
         raise DataError(f"Column split is no train, validation or test {where}: fill it, or set data.split_column.")
     return sides
 
@@ -178,7 +178,7 @@ def hold_out(cells: Sequence[str], column: str, data: DataSection) -> tuple[Side
     values, inverse, counts = np.unique(stripped, return_inverse=True, return_counts=True)
     filled = [index for index, value in enumerate(values) if value]
     if len(filled) < 2:
-        raise DataError(f"Column '{column}' has fewer than two values, so none can be held out: name another one.")
+        raise DataError(f"Column '{column}' of {data.path} has fewer than two values to hold out: name another one.")
     wanted = _wanted(data, len(cells))
     places = _in_order(values[filled].tolist())
     ordered = places is not None

@@ -16,6 +16,7 @@ TASHKEEL = r"\u0610-\u061A\u064B-\u065F\u0670\u06D6-\u06DC\u06DF-\u06E8\u06EA-\u
 TATWEEL = r"\u0640"
 
 _BEFORE_NORMALIZING = re.compile(f"[{_PRESENTATION_MARKS}{INVISIBLE}]")
+_ZERO_WIDTH_SPACE = re.compile(rf"(?<=[^\W_]|[{TASHKEEL}،؛؟])\u200B+(?=[^\W_])")
 _MARKS = re.compile(f"[{TASHKEEL}{TATWEEL}]")
 _NOT_WORD = re.compile(r"[\W_]+")
 
@@ -24,19 +25,24 @@ DIGITS = str.maketrans("٠١٢٣٤٥٦٧٨٩۰۱۲۳۴۵۶۷۸۹", "0123456789" 
 _FOLD = str.maketrans("أإآٱىةؤئیک", "اااايهوييك") | DIGITS
 
 
+def space_words(text: str) -> str:
+    """The text with a space for each zero-width one that parts words."""
+    return _ZERO_WIDTH_SPACE.sub(" ", text) if "\u200b" in text else text
+
+
 def fold_for_matching(text: str) -> str:
     """Lower-case words parted by single spaces, without what varies between spellings. No model ever sees this form.
 
     In order: invisible and bidi marks out, NFKC, tashkeel and tatweel out, hamza carriers and teh marbuta to
     their plain letters, Arabic-Indic digits to ASCII, lower case, all that is no letter or digit to one space.
     """
-    text = unicodedata.normalize("NFKC", _BEFORE_NORMALIZING.sub("", text))
+    text = unicodedata.normalize("NFKC", _BEFORE_NORMALIZING.sub("", space_words(text)))
     return _NOT_WORD.sub(" ", _MARKS.sub("", text).translate(_FOLD).lower()).strip()
 
 
 def strip_marks(text: str) -> str:
     """The text without tashkeel, tatweel and invisible marks, with ASCII digits: AraGPT2's own, by its model card."""
-    return _MARKS.sub("", _BEFORE_NORMALIZING.sub("", text)).translate(DIGITS)
+    return _MARKS.sub("", _BEFORE_NORMALIZING.sub("", space_words(text))).translate(DIGITS)
 
 
 @functools.cache

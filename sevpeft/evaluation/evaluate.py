@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from sevpeft.console import Screen, print_labeled, row_progress
-from sevpeft.data.files import TURNS
+from sevpeft.data.columns import TURNS
 from sevpeft.data.read import Consultations
 from sevpeft.data.split import Splits, question_keys
 from sevpeft.errors import Interrupted, RunError, UsageError

@@ -23,15 +23,15 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from sevpeft.console import row_progress
-from sevpeft.errors import DataError, RunError, UsageError
+from sevpeft.errors import DataError, RecipeError, RunError, UsageError
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.scores import Scores, judge_metrics
 from sevpeft.recipe import JUDGE_KEY, JudgeSection
+from sevpeft.recipe.load import read_yaml
 
 JUDGEMENTS = "judgements.jsonl"
 PACKAGE_RUBRIC = Path(__file__).parent / "rubrics" / "answers.yaml"
@@ -84,8 +84,8 @@ class Rubric(BaseModel):
     def load(cls, path: Path = PACKAGE_RUBRIC) -> Rubric:
         """Raises DataError: the file cannot be read, or is no rubric."""
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            return cls.model_validate(read_yaml(path.read_text(encoding="utf-8"), str(path)))
+        except (OSError, ValueError, RecipeError) as error:
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "no YAML"}
             problem = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
             how = f"write evaluation.judge.rubric in the form of {PACKAGE_RUBRIC}"

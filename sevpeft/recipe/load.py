@@ -155,6 +155,7 @@ def _override(word: str, values: dict[str, Any], overridden: set[KeyPath], schem
     path = tuple(key.strip().split("."))
     field = field_at(path, schema)
     example = "training.learning_rate=1e-4" if schema is Recipe else "data.max_rows=100"
+    example = f"data.path={word}" if re.search(r"\.(csv|tsv|xlsx|jsonl?|parquet)$", word) else example
     if not equals or not all(path):
         return f"{_COMMAND_LINE}: {word}: is no KEY=VALUE; write it as {example}."
     if len(path) == 1 and field is not None and isinstance(field.annotation, type(Section)):

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from sevpeft.data.files import free_name, listed
+from sevpeft.data.columns import free_name, listed
 from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load_consultations
 from sevpeft.errors import DataError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS

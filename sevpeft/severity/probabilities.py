@@ -47,6 +47,11 @@ class SeverityClassifier(Protocol):
         """(n, 3), each row summing to one, in the order of `SEVERITIES`."""
 
 
+def is_severity(name: str) -> bool:
+    """Whether it is one of the three, in English or Arabic."""
+    return fold_for_matching(name) in _INDEX
+
+
 def is_answer(answer: str | None) -> bool:
     """Whether an answer says anything: "…" and an emoji are none."""
     return any(map(str.isalnum, answer or ""))

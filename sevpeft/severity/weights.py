@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset
 
-from sevpeft.data.files import as_probability
+from sevpeft.data.columns import as_probability
 from sevpeft.errors import WeightError
 from sevpeft.severity.probabilities import SEVERITIES, check_rows
 

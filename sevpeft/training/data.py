@@ -17,7 +17,7 @@ from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from sevpeft.data.files import FILE_COLUMN, TURNS, trained_turns
+from sevpeft.data.columns import FILE_COLUMN, TURNS, trained_turns
 from sevpeft.data.mix import SOURCE, draw, with_sources
 from sevpeft.data.read import PREPARED_ABOUT, Consultations, load_consultations
 from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split_rows, without_questions
@@ -117,7 +117,10 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         names = {column: name for name, column in (table.columns | table.carried).items()}
         how = weighting.model_dump(include={"source", "classifier", "temperature", "text"})
         column = names.get(weighting.weight_column, weighting.weight_column)
-        severity = severity_of(own.rows if plain else table.rows, weight_column=column, **how)
+        try:
+            severity = severity_of(own.rows if plain else table.rows, weight_column=column, **how)
+        except WeightError as error:
+            raise WeightError(f"{table.source}: {error}") from None
         unknown = np.full((len(table.rows) - len(severity.probabilities), len(SEVERITIES)), np.nan)
         severity = replace(severity, probabilities=np.concatenate([severity.probabilities, unknown]))
     rows, first = table.rows.add_column("source_index", np.arange(len(table.rows))), range(len(own.rows))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,6 +16,8 @@ import pytest
 
 from sevpeft.data.read import load_consultations
 from tests.conftest import Cli
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
 def csv(folder: Path, *lines: str) -> Path:
@@ -25,7 +30,7 @@ def test_the_sample_is_prepared_and_the_counts_fit_80_columns(sevpeft_: Cli, tmp
     assert (code, err) == (0, "")
     short = [line for line in out.splitlines() if str(tmp_path) not in line]
     assert max(map(len, short)) <= 80
-    assert f"Next: sevpeft train recipes/quickstart.yaml data.path={tmp_path / 'out'}" in out
+    assert f"Next: sevpeft train {QUICKSTART} data.path={tmp_path / 'out'}" in out
     figures = {tuple(line.split()) for line in short}
     loaded = load_consultations(tmp_path / "out")
     assert ("read", "420") in figures and ("kept", f"{len(loaded.rows)}") in figures
@@ -46,6 +51,73 @@ def test_keys_reach_the_texts_and_json_is_what_the_folder_says(sevpeft_: Cli, tm
     assert (code, json.loads(out)) == (0, about) and about["splits"]["rows"]["validation"] == 3
 
 
+def prepared(
+    sevpeft_: Cli, folder: Path, header: str, cells: Callable[[int], str], *words: str
+) -> tuple[str, list[str]]:
+    """What `prepare` prints of a file of 30 rows, and the words of the command that it recommends."""
+    rows = [f"أشكو من الحالة رقم {n} منذ أيام فما العمل,راجع الطبيب اليوم ولا تتأخر {n},{cells(n)}" for n in range(30)]
+    for old in folder.glob("my out*"):
+        shutil.rmtree(old)
+    given = ("near_duplicates=1", "num_proc=1", *words)
+    code, out, err = sevpeft_("prepare", csv(folder, header, *rows), folder / "my out", *given)
+    assert (code, err) == (0, "")
+    said, _, command = out.rpartition("Next: sevpeft ")
+    return " ".join(said.split()), shlex.split(command)
+
+
+def test_it_says_which_column_it_took_and_the_command_that_it_recommends_works(sevpeft_: Cli, tmp_path: Path) -> None:
+    known, french = ("non_critical", "متوسط", "حرجة"), ("Faible", "Moyen", "Élevé", "Inconnu")
+
+    def right(n: int) -> str:
+        return known[n % 3]
+
+    wrong = []
+    for names, cells, words, said, verb in (
+        ("السؤال,الرد,x", right, ["data.severity_column=x"], "severity 'x', by data.severity_column", "train"),
+        ("السؤال,الرد,الشدة", right, [], "question 'السؤال', by its name", "train"),
+        ("question,answer,note", right, [], "left out 'note'; kept in the folder", "annotate"),
+        ("question,answer,x\x1b[2J", right, [], "left out 'x\\u001b[2J'", "annotate"),
+        ("question,answer,label", lambda n: f"{n}" * 9, [], "too many different values", "annotate"),
+        ("question,answer,label", lambda n: right(n) if n else "#N/A", [], "1 of the kept rows have no", "annotate"),
+        ("question,answer,label", lambda n: french[n % 4], [], "holds 'Faible', 'Moyen', 'Élevé', which", "annotate"),
+    ):
+        out, command = prepared(sevpeft_, tmp_path, names, cells, *words)
+        card = (tmp_path / "my out" / "README.md").read_text(encoding="utf-8")
+        if said not in out or command[0] != verb or "\x1b" in out + card:
+            wrong.append((names, out, command))
+    assert wrong == []
+    # What a plan accepts, a training does too; its data are those that the command before it has written.
+    code, out, err = sevpeft_(*command)
+    assert code == 0, err
+    _, *words = shlex.split(out.rpartition("Next: sevpeft ")[2])
+    assert sevpeft_("plan", *words)[0] == 0 and words[1].endswith("my out-annotated")
+
+
+def test_messages_about_a_file_name_it(sevpeft_: Cli, tmp_path: Path) -> None:
+    file = csv(tmp_path, "question,answer,severity", *(f"سؤال {n},جواب {n},Moyen" for n in range(30))).rename(
+        "data.csv"
+    )
+    code, _, err = sevpeft_("plan", QUICKSTART, "data.path=data.csv")
+    assert code == 1 and err.startswith("data.csv: 30 rows (the first is row 2)") and "Moyen" not in err
+    code, _, err = sevpeft_("plan", QUICKSTART, "data.csv")
+    assert code == 2 and "data.path=data.csv" in err
+    file.write_text("topic,body\nx,y\n", encoding="utf-8")
+    for words in (
+        ("plan", QUICKSTART, "data.path=data.csv"),
+        ("prepare", file, "a"),
+        ("annotate", file, "b.csv", "method=rules"),
+    ):
+        code, _, err = sevpeft_(*words)
+        assert code == 1 and err.startswith("data.csv has no question") and "--csv" not in err
+
+
+def test_a_rule_that_takes_out_more_than_a_tenth_of_the_rows_is_warned_of(sevpeft_: Cli, tmp_path: Path) -> None:
+    said, _ = prepared(sevpeft_, tmp_path, "question,answer,x", lambda n: "x" if n > 2 else "x,y")
+    assert "rejected: wrong_cell_count -3" in said and "Warning" not in said
+    said, _ = prepared(sevpeft_, tmp_path, "question,answer,x", lambda n: "x" if n > 3 else "x,y")
+    assert "Warning: 4 of 30 rows are wrong_cell_count: see rejected.jsonl." in said
+
+
 def test_help_lists_every_key(sevpeft_: Cli) -> None:
     code, out, _ = sevpeft_("prepare", "--help")
     assert code == 0 and "split_by=year" in out
@@ -61,7 +133,7 @@ def test_a_slip_is_one_sentence_and_leaves_nothing(sevpeft_: Cli, tmp_path: Path
     file = csv(tmp_path, "question,answer,year", *ROWS)
     wrong = []
     for word, code, part in (
-        ("split_by=year", 1, "Column 'year' has fewer than two values"),
+        ("split_by=year", 1, "has fewer than two values"),
         ("split_by=month", 1, "There is no column 'month' to split by"),
         ("data.question_column=text", 1, "no column 'text' (data.question_column)"),
         ("data.revision=main", 1, "data.revision=main chooses within a Hub data set"),

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from sevpeft.data.files import TURNS, as_probability, as_text, canonical_row, map_columns, trained_turns
+from sevpeft.data.columns import (
+    NO_CONVERSATION,
+    NO_NUMBER,
+    SEVERAL_TURNS,
+    TURNS,
+    as_probability,
+    as_text,
+    canonical_row,
+    map_columns,
+    trained_turns,
+)
 from sevpeft.errors import DataError
 
 NOTHING_CHOSEN = dict.fromkeys(("question", "answer", "severity", "id", "dialect", "split"))
@@ -48,7 +58,7 @@ def test_a_chosen_column_ends_the_ambiguity_and_is_not_guessed_for_something_els
 def test_what_is_not_clear_is_refused_with_the_setting_and_without_a_row_that_was_taken_for_a_header() -> None:
     complaint = "عندي ألم شديد في الصدر منذ يومين ولا أستطيع النوم"
     for names, chosen, parts in (
-        (("instruction", "input", "output"), {}, ("'instruction' and 'input'", "data.question_column")),
+        (("prompt", "input", "output"), {}, ("'prompt' and 'input'", "data.question_column")),
         (("question", "answer", "label", "urgency"), {}, ("'label' and 'urgency'", "data.severity_column")),
         (("messages", "prompt", "completion"), {}, ("'messages' and 'prompt'", "data.question_column")),
         (("text", "topic"), {}, ("data.question_column and data.answer_column", "'text', 'topic'")),
@@ -78,10 +88,10 @@ def test_messages_are_question_and_answer_at_once() -> None:
         assert canonical_row({"messages": cell}, CONVERSATION, "x", {}) == "empty question"
 
 
-def test_any_other_conversation_is_an_error_that_names_the_row() -> None:
-    for cell in (MESSAGES + MESSAGES[1:], MESSAGES[:2], MESSAGES[::-1], "[", '"hm"', 7, [{}], "[" * 100_000):
-        with pytest.raises(DataError, match=r"x, row 7: column 'messages' is not"):
-            canonical_row({"messages": cell}, CONVERSATION, "x, row 7", {})
+def test_any_other_conversation_is_no_row() -> None:
+    assert canonical_row({"messages": MESSAGES + MESSAGES[1:]}, CONVERSATION, "x, row 7", {}) == SEVERAL_TURNS
+    for cell in (MESSAGES[:2], MESSAGES[::-1], "[", '"hm"', 7, [{}], "[" * 100_000, "[{" * 100_000):
+        assert canonical_row({"messages": cell}, CONVERSATION, "x, row 7", {}) == NO_CONVERSATION, cell
 
 
 def turns(*exchanges: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -116,7 +126,7 @@ def test_a_conversation_of_several_turns_is_trained_on_its_last_answer_or_on_all
         assert canonical_row({"messages": cell}, CONVERSATION, "x", {}, loss_on) == reason
 
 
-def test_what_is_no_conversation_names_its_row_and_quotes_nothing() -> None:
+def test_what_is_no_conversation_is_no_row_and_quotes_nothing() -> None:
     user, assistant = {"role": "user", "content": "سر"}, {"role": "assistant", "content": "جواب"}
     wrong = []
     for cell in (
@@ -128,16 +138,15 @@ def test_what_is_no_conversation_names_its_row_and_quotes_nothing() -> None:
         [user, {**assistant, "weight": -1}],
         [user, {**assistant, "weight": "سر"}],
         [user, {**assistant, "weight": float("inf")}],
-        [user, {**assistant, "content": [{"text": "سر"}]}],
+        [user, {**assistant, "content": [{"type": "image", "url": "سر"}]}],
         [user, {"role": "assistant"}],
     ):
-        with pytest.raises(DataError) as refused:
-            canonical_row({"messages": cell}, CONVERSATION, "x, row 7", {}, "all")
-        wrong += [] if "x, row 7" in str(refused.value) and "سر" not in str(refused.value) else [str(refused.value)]
+        found = canonical_row({"messages": cell}, CONVERSATION, "x, row 7", {}, "all")
+        wrong += [] if found in (NO_CONVERSATION, NO_NUMBER) else [found]
     assert wrong == []
     # A weight is not dropped where only one exchange is read.
-    with pytest.raises(DataError, match="x, row 7"):
-        canonical_row({"messages": [user, {**assistant, "weight": 0.5}]}, CONVERSATION, "x, row 7", {})
+    weighted = [user, {**assistant, "weight": 0.5}]
+    assert canonical_row({"messages": weighted}, CONVERSATION, "x, row 7", {}) == SEVERAL_TURNS
 
 
 def test_cells_become_text() -> None:
@@ -154,7 +163,7 @@ def test_cells_become_text() -> None:
     ]
     assert [(cell, text) for cell, text in texts if as_text(cell, "question", "x") != text] == []
     for cell in (["a"], {"a": 1}, b"a"):
-        with pytest.raises(DataError, match=r"x, row 4: column 'q' holds a (list|dict|bytes)"):
+        with pytest.raises(DataError, match=r"x, row 4: column 'q' holds a list"):
             as_text(cell, "q", "x, row 4")
 
 

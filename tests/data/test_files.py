@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sevpeft.data.columns import CELL_COUNT, UNFIT
 from sevpeft.data.files import file_format, open_files
 from sevpeft.errors import DataError
 
@@ -138,9 +139,9 @@ def test_what_is_not_utf_8_is_named_with_its_line_and_its_probable_encoding(tmp_
         ("x.csv", "q,a\n1,2\n".encode("utf-16-le"), "data.encoding=utf-16"),
         ("x.csv", "سؤال,جواب\nما هو,راجع\n".encode("utf-16-le"), "data.encoding=utf-16"),
         ("x.csv", gzip.compress(b"q,a\n1,2\n", mtime=0), "correct its suffix"),
-        ("x.csv", "q,a\nس\0ؤال,1\n", "line 2, character 2: a zero byte"),
-        ("x.tsv", "q,a\n" + "1,2\n" * 40_000 + "\0,1\n", "line 40002, character 1: a zero byte"),
-        ("x.jsonl", '{"q": "a"}\n{"q": "\0"}\n', "line 2, character 8: a zero byte"),
+        ("x.csv", "q,a\nس\0ؤال,1\n", "line 2, byte 3: a zero byte: remove it."),
+        ("x.tsv", "q,a\n" + "1,2\n" * 40_000 + "\0,1,صداع\n", "line 40002, byte 1: a zero byte: remove it."),
+        ("x.jsonl", '{"q": "a"}\n{"q": "\0"}\n', "line 2, byte 8: a zero byte: remove it."),
     ]
     assert wrong(tmp_path, rows) == []
     assert "remove data.encoding" in refusal(write(tmp_path / "x.csv"), encoding="cp1256")
@@ -162,12 +163,9 @@ def test_a_damaged_file_is_refused_with_its_line_or_row(tmp_path: Path) -> None:
         ("x.csv", f'q,a\n1,2\n"{SECRET},2\n3,4\n', "line 3: a quote is stray or not closed"),
         ("x.csv", f'q,a\n1,2\n\n"{SECRET}"x,2\n', "line 4: a quote is stray or not closed"),
         ("x.csv", 'q,a\n1,2\n"x,2\n' + "3,4\n" * 50_000, "line 3: a quote"),
-        ("x.csv", f"q,a\n1,2\n{SECRET},2,3\n", "line 3: 3 cells where the header has 2"),
-        ("x.csv", f"q,a\n1,2\n{SECRET}\n", "line 3: 1 cells where the header has 2"),
         ("x.csv", "q,a,q\n1,2,3\n", "more than one column named 'q'"),
         ("x.jsonl", f'{{"q": 1}}\n{{"q": "{SECRET}\n', "line 2 is not valid JSON"),
         ("x.jsonl", '{"q": 1}\n7\n', "line 2 is not a JSON object"),
-        ("x.jsonl", '[{"q": 1}]\n', "line 1 is not a JSON object"),
         ("x.json", f'[{{"q": 1}},\n {{"q": "{SECRET}', "line 2 is not valid JSON"),
         ("x.json", f'[{{"q": 1}},\n {{"q": "{SECRET}"}}] {SECRET}', "line 2 is not valid JSON"),
         ("x.json", '[{"q": 1}, 7]', "no array of objects"),
@@ -231,10 +229,10 @@ def workbook(file: Path, *rows: list[object]) -> Path:
     return file
 
 
-def test_a_workbook_keeps_its_odd_rows_and_refuses_what_stands_beside_the_table(tmp_path: Path) -> None:
+def test_a_workbook_keeps_its_odd_rows_and_what_stands_beside_the_table(tmp_path: Path) -> None:
     file = workbook(tmp_path / "x.xlsx", ["q", "a", None], [1, 2.5], [], ["x_x000D_y", None], ["z"])
     assert numbered(file) == [(2, {"q": 1, "a": 2.5}), (4, {"q": "x\ry", "a": None}), (5, {"q": "z", "a": None})]
-    assert "row 2: 3 cells where the header has 2" in refusal(workbook(file, ["q", "a"], [1, 2, 3]))
+    assert numbered(workbook(file, ["q", "a"], [1, 2, 3])) == [(2, {UNFIT: CELL_COUNT, "cells": [1, 2, 3]})]
 
 
 def test_a_workbook_that_states_a_wrong_size_is_read_whole(tmp_path: Path) -> None:

@@ -152,24 +152,24 @@ def test_a_column_split_of_something_else_is_not_used_unless_it_was_named() -> N
     for column in columns:
         data = rows([f"q {number}" for number in range(100)], column)
         assert split(data).by == "random"
-        with pytest.raises(DataError, match=r"in 100 of 100 rows, first at 2.*data\.split_column"):
+        with pytest.raises(DataError, match=r"in 100 of 100 rows .*first at 2.*data\.split_column"):
             split(data, column="part")
 
 
 def test_a_column_split_that_is_filled_in_part_is_refused_with_the_row() -> None:
-    with pytest.raises(DataError, match="in 2 of 5 rows, first at 4"):
+    with pytest.raises(DataError, match=r"in 2 of 5 rows .*first at 4"):
         split(rows(list("abcde"), ["train", "test", "", "tset", "train"]))
 
 
 def test_a_column_split_without_train_is_refused() -> None:
-    with pytest.raises(DataError, match="none of 0 rows to train on"):
+    with pytest.raises(DataError, match="none of 0 rows"):
         split(rows(list("ab"), ["test", "dev"]))
 
 
 def test_sizes_that_cannot_be_met_are_refused() -> None:
     for validation, test, data, part in (
         (0.5, 0.5, many(10), "data.test_size and data.validation_size would leave none of 10 rows"),
-        (10, 0, many(10), "leave none of 10 rows to train on"),
+        (10, 0, many(10), "leave none of 10 rows"),
         (5, 1, rows(["a"] * 5 + ["b"] * 5), "data.test_size is too small"),
     ):
         with pytest.raises(DataError) as refused:
@@ -238,7 +238,7 @@ def test_a_column_that_cannot_be_held_out_is_refused() -> None:
         (["a"] * 5, 0.1, "fewer than two values"),
         ([""] * 5, 0.1, "fewer than two values"),
         (["a", "", "a"], 0.1, "fewer than two values"),
-        (list("abcd"), 0.5, "leave none of 4 rows to train on"),
+        (list("abcd"), 0.5, "leave none of 4 rows"),
     ):
         with pytest.raises(DataError, match=part):
             held(cells, size, size)

@@ -19,7 +19,7 @@ class Cleaning(Section):
     unicode: bool = True
     """Compose letters and marks (NFC) and turn Arabic presentation forms into letters."""
     invisible: bool = True
-    """Take out zero-width, bidirectional and control characters; joiners inside an emoji stay."""
+    """Take out zero-width (between words: a space), bidirectional and control characters; joiners of emoji stay."""
     tatweel: bool = True
     """Take out elongation inside words; where it stands alone it becomes the dash that it was typed for."""
     tashkeel: bool = False

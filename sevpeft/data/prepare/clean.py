@@ -18,7 +18,7 @@ import yaml
 from ftfy import badness
 
 from sevpeft.data.prepare import Cleaning
-from sevpeft.data.text import DIGITS, INVISIBLE, TASHKEEL, TATWEEL
+from sevpeft.data.text import DIGITS, INVISIBLE, TASHKEEL, TATWEEL, space_words
 
 _FILE = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 WORDS: dict[str, frozenset[str]] = {name: frozenset(words.split()) for name, words in _FILE["words"].items()}
@@ -162,6 +162,9 @@ def without_greetings(text: str) -> str:
     return rest if any(map(str.isalnum, rest)) else text
 
 
+_without_invisible = _substituted(
+    (rf"((?<={_PICTURE})\u200D(?={_PICTURE}))|[{INVISIBLE}\x00-\x08\x0E-\x1F\x7F-\x84\x86-\x9F]", r"\1")
+)
 _STEPS: dict[str, Callable[[str], str]] = {
     "mojibake": repaired,
     "html": _substituted(
@@ -171,9 +174,7 @@ _STEPS: dict[str, Callable[[str], str]] = {
         (rf"(?i)</?({'|'.join(sorted(WORDS['html_tags']))})(?:\s[^<>]*|/)?>", _in_place_of),
     ),
     "unicode": _plain_letters,
-    "invisible": _substituted(
-        (rf"((?<={_PICTURE})\u200D(?={_PICTURE}))|[{INVISIBLE}\x00-\x08\x0E-\x1F\x7F-\x84\x86-\x9F]", r"\1")
-    ),
+    "invisible": lambda text: _without_invisible(space_words(text)),
     "tatweel": _substituted((f"{TATWEEL}+", _in_place_of_stretch)),
     "tashkeel": _substituted((f"[{TASHKEEL}]+", "")),
     "digits": _substituted(

@@ -23,7 +23,9 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from numpy.typing import NDArray
 
 import sevpeft
-from sevpeft.data.files import PROBABILITIES, as_text, free_name, free_names, listed
+from sevpeft.console import visible
+from sevpeft.data import columns as naming
+from sevpeft.data.columns import PROBABILITIES, as_text, free_name, free_names, listed
 from sevpeft.data.prepare import Cleaning, PrepareSettings
 from sevpeft.data.prepare.clean import clean
 from sevpeft.data.prepare.duplicates import Ints, conflicting_groups, duplicate_groups
@@ -36,7 +38,11 @@ from sevpeft.errors import DataError
 from sevpeft.runs import check_absent, file_hash, whole_folder, workers_end_with_this_process
 
 # Reasons of the reader, which come before there is any text to judge.
-_UNREADABLE = {"empty question": "empty", "empty answer": "empty", "broken characters": "encoding_damage"}
+_UNREADABLE = {
+    **{"empty question": "empty", "empty answer": "empty", naming.BROKEN: "encoding_damage"},
+    **{naming.NOT_TEXT: "not_text", naming.NO_NUMBER: "not_a_number", naming.NO_CONVERSATION: "no_conversation"},
+    **{naming.SEVERAL_TURNS: "several_turns", naming.CELL_COUNT: "wrong_cell_count"},
+}
 _OF_INPUT = ("source", "fingerprint", "columns", "carried", "provenance", "files")
 _SMALL = 2_000  # rows below which starting processes takes longer than the work
 # Texts cleaned and masked; "" or why the row goes; a hash of the folded answer; what changed the row and was masked
@@ -60,7 +66,7 @@ def prepare(settings: PrepareSettings, output: Path) -> dict[str, Any]:
         source, template = about["input"]["source"], str(Path(__file__).with_name("card.md"))
         source = source if source.endswith(" on the Hub") else PurePath(source).name  # without somebody's folders
         card = DatasetCard.from_template(DatasetCardData(), template, **about, source=source, sides=SIDES)
-        (folder / "README.md").write_text(str(card), encoding="utf-8")
+        (folder / "README.md").write_text(visible(str(card)), encoding="utf-8")
     return about
 
 
@@ -222,9 +228,10 @@ def _write_kept(file: Path, rows: datasets.Dataset, refined: datasets.Dataset, s
 def _write_rejected(file: Path, table: Consultations, reasons: NDArray[np.object_]) -> Counter[str]:
     """Writes every row that has a reason (n,), and those that the reader rejected, under their own names, in order."""
     counts = Counter[str]()
-    names = {name: free_name(own, {"row", "reason"}) for name, own in (table.columns | table.carried).items()}
-    if table.columns["question"] == table.columns["answer"]:
-        names |= {"question": "question", "answer": "answer"}
+    own = table.columns | table.carried
+    if table.columns["question"] == table.columns["answer"] or own.pop(naming.INPUT, ""):
+        own |= {"question": "question", "answer": "answer"}
+    names = {name: free_name(column, {"row", "reason"}) for name, column in own.items()}
     out = np.flatnonzero(reasons != "")
     rejected = (
         {"row": row["row"], "reason": reasons[index]} | {new: row[name] for name, new in names.items()}
@@ -271,6 +278,8 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
         (not splits["labeled"], "The severity column has too many different values for labels: it stratifies nothing."),
         (unlabeled, f"{unlabeled} of the kept rows have no severity."),
     ]
+    for reason, count in rows["rejected"].items():
+        found.append((10 * count > rows["read"], f"{count} of {rows['read']} rows are {reason}: see rejected.jsonl."))
     for name, counts in splits["severity"].items():
         absent = [side for side, count in counts.items() if not count and splits["rows"][side]]
         found.append((absent and name != "none", f"No row of severity {name} is in {' and '.join(absent)}."))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from sevpeft.data.files import listed
+from sevpeft.data.columns import listed
 from sevpeft.data.read import Consultations, load_consultations
 from sevpeft.data.split import question_keys
 from sevpeft.errors import DataError

@@ -268,8 +268,8 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence_and_leaves_nothing(
         ({"question": None}, {}, "no row with both question and answer"),
         ({}, {"split_by": "month"}, "no column 'month' to split by: there are 'question', 'answer', 'year', 'row'"),
         ({}, {"split_by": "question"}, "Column 'question' is the question"),
-        ({}, {"split_by": "year"}, "Column 'year' has fewer than two values"),
-        ({}, {"data": {"validation_size": 0.5, "test_size": 0.5}}, "leave none of 30 rows to train on"),
+        ({}, {"split_by": "year"}, "has fewer than two values"),
+        ({}, {"data": {"validation_size": 0.5, "test_size": 0.5}}, "leave none of 30 rows"),
         ({"question": "سؤال واحد للجميع"}, {"drop_duplicates": "none"}, r"data\.test_size is too small"),
         ({"part": "a"}, {"data": {"split_column": "part"}}, r"data\.split_column"),
     ]
