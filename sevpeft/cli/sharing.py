@@ -1,4 +1,4 @@
-"""The verbs chat and merge: a trained adapter in use. Heavy imports stand inside."""
+"""The verbs chat, merge and push: a trained adapter in use. Heavy imports stand inside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sevpeft.cli.application import AsJson, RunFolder, app, quiet_libraries
+from sevpeft.cli.application import AsJson, RunFolder, Words, app, command_with_keys, quiet_libraries
 from sevpeft.console import output_error
 from sevpeft.errors import UsageError
 
@@ -97,6 +97,51 @@ def merge(
         print_json({"output": str(output), **merged.as_dict()})
     else:
         _show(merged, output)
+
+
+@app.command(cls=command_with_keys("sevpeft.sharing:PushSettings"))
+def push(
+    run: RunFolder,
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as NAME/REPOSITORY", show_default=False)],
+    words: Words = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; nothing is sent.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push a run's adapter to the Hub, pull it again, and compare both in bytes and logits.
+
+    Example: sevpeft push runs/mine NAME/severity-qwen2.5-0.5b private=true --dry-run
+    """
+    from sevpeft.console import Screen, print_json, print_labeled, print_text
+    from sevpeft.recipe import settings_from
+    from sevpeft.runs import Run, check_one_process, check_run
+    from sevpeft.sharing import PushSettings
+
+    check_one_process("push")
+    check_run(run)
+    settings, messages, console = settings_from(PushSettings, words or []), Screen(stderr=True), Screen()
+    with messages.status("Loading the libraries"):
+        quiet_libraries()
+        from sevpeft.sharing.push import push as send
+
+    about = send(Run(run), repo_id, settings, dry_run=dry_run, console=messages)
+    if as_json:
+        print_json(about)
+        return
+    if dry_run:
+        print_text(about["card"], end="\n\n")
+    sizes = about["files"]
+    print_labeled(console, "Files", f"{len(sizes)}, {sum(sizes.values()):,} bytes")
+    for name, size in sizes.items():
+        print_labeled(console, "", f"{name} ({size:,})")
+    if why := about["not_compared_with_data"]:
+        print_labeled(console, "Warning", f"Not searched for sentences of the data ({why}).", style="yellow")
+    if dry_run:
+        print_labeled(console, "Dry run", f"Nothing was sent to {repo_id}; leave --dry-run out to send it.")
+        return
+    sent = "sent" if about["sent"] else "there already"
+    print_labeled(console, "Commit", f"{about['commit'][:12]} ({sent}), tag {about['tag']}")
+    print_labeled(console, "Checked", f"pulled again, equal bytes; equal logits on {about['answer_tokens']:,} tokens")
+    print_labeled(console, "Page", about["url"])
 
 
 def _show(merged: Merged, output: Path) -> None:

@@ -129,7 +129,7 @@ def merge(
     if base not in ("auto", *bases):
         raise ModelError(f"--base {base} is not there: the run has {' and '.join(bases)} weights; leave it out.")
     with whole_folder(output, shared=not recipe.prompt.examples) as folder:
-        texts, rows = _texts(recipe, prompt)
+        texts, rows = sample_texts(recipe, prompt)
         print_labeled(console, "Base model", f"{name} ({config.model_type})")
         print_labeled(console, "Compared on", f"{len(texts)} {rows}")
         with console.status("Running base + adapter, as they were trained"):
@@ -279,7 +279,7 @@ def _write_model(model: PreTrainedModel, prompt: Prompt, recipe: Recipe, folder:
 # How far apart two models are.
 
 
-def _texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
+def sample_texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
     """Consultations as the model was trained to read them, and what they are.
 
     They are validation rows of the run, or bundled consultations where the run's data cannot be read here.

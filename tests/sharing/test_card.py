@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import recipe_from_values
-from sevpeft.sharing.card import adapter_command, asking, conversion_commands, modelfile
+from sevpeft.sharing.card import adapter_command, modelfile
 from tests.models import build_tokenizer
 
 
@@ -15,6 +15,7 @@ def test_vllm_is_given_a_rank_that_it_knows() -> None:
         command, reason = adapter_command("org/base", "my runs/a/adapter", {"r": rank, "bias": "none"})
         assert reason == "" and command == (
             f"vllm serve org/base --enable-lora --lora-modules severity='my runs/a/adapter' --max-lora-rank {shown}"
+            " --chat-template chat_template.jinja"
         )
 
 
@@ -50,14 +51,3 @@ def test_the_modelfile_ends_with_the_cue_and_leaves_the_beginning_to_llama_cpp()
     recipe = recipe_from_values({"prompt": {"chat": True}, "generation": {"do_sample": True, "temperature": 0.7}})
     text = modelfile(Prompt.build(tokenizer, **recipe.prompt.model_dump()), recipe)
     assert 'TEMPLATE """{{ .Prompt }}<|im_end|>"""' in text and "PARAMETER temperature 0.7" in text
-
-
-def test_commands_survive_a_folder_with_a_blank() -> None:
-    convert, quantise, create = conversion_commands("my model", "bfloat16")
-    assert convert == "python convert_hf_to_gguf.py 'my model' --outfile 'my model'/model.gguf --outtype bf16"
-    assert quantise.endswith("Q4_K_M") and create == "ollama create severity -f 'my model'/Modelfile"
-
-
-def test_how_to_ask_depends_on_the_prompt() -> None:
-    assert "/v1/completions" in asking(recipe_from_values({}))
-    assert "/v1/chat/completions" in asking(recipe_from_values({"prompt": {"chat": True}}))
