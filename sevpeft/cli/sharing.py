@@ -15,7 +15,7 @@ from sevpeft.console import output_error
 from sevpeft.errors import UsageError
 
 if TYPE_CHECKING:
-    from sevpeft.sharing.merge import Difference, Merged
+    from sevpeft.sharing.merge import Merged
 
 
 @app.command()
@@ -127,21 +127,21 @@ def push(
     if as_json:
         print_json(about)
         return
+    sizes, why = about["files"], about["not_searched_for_data"]
+    lines = [("Files", f"{len(sizes)}, {sum(sizes.values()):,} bytes")]
+    lines += [("", f"{name} ({size:,})") for name, size in sizes.items()]
+    lines += [("Warning", f"The files were not searched for sentences of the data ({why}).")] if why else []
     if dry_run:
         print_text(about["card"], end="\n\n")
-    sizes = about["files"]
-    print_labeled(console, "Files", f"{len(sizes)}, {sum(sizes.values()):,} bytes")
-    for name, size in sizes.items():
-        print_labeled(console, "", f"{name} ({size:,})")
-    if why := about["not_compared_with_data"]:
-        print_labeled(console, "Warning", f"Not searched for sentences of the data ({why}).", style="yellow")
-    if dry_run:
-        print_labeled(console, "Dry run", f"Nothing was sent to {repo_id}; leave --dry-run out to send it.")
-        return
-    sent = "sent" if about["sent"] else "there already"
-    print_labeled(console, "Commit", f"{about['commit'][:12]} ({sent}), tag {about['tag']}")
-    print_labeled(console, "Checked", f"pulled again, equal bytes; equal logits on {about['answer_tokens']:,} tokens")
-    print_labeled(console, "Page", about["url"])
+        lines += [("Dry run", f"Nothing was sent to {repo_id}; without --dry-run, these files are.")]
+    else:
+        lines += [
+            ("Commit", f"{about['commit'][:12]} ({'sent' if about['sent'] else 'there already'}), tag {about['tag']}")
+        ]
+        lines += [("Checked", f"pulled again: equal bytes, equal logits on {about['answer_tokens']:,} tokens")]
+        lines += [("Page", about["url"])]
+    for label, text in lines:
+        print_labeled(console, label, text)
 
 
 def _show(merged: Merged, output: Path) -> None:
@@ -166,16 +166,13 @@ def _show(merged: Merged, output: Path) -> None:
 def _table(merged: Merged) -> object:
     from rich.table import Table
 
-    def cells(found: Difference) -> tuple[str, str, str]:
-        return f"{found.kl:.2g}", f"{found.largest_logit_difference:.2g}", f"{found.equal_next_tokens:.1%}"
-
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     base = f"{merged.bits} bit" if merged.bits else "base"
     table.add_column(f"From {base} + adapter to", style="bold")
     for title in ("KL, nats/token", "largest logit gap", "same next token"):
         table.add_column(title, justify="right")
-    for weights, gap in merged.gaps.items():
-        chosen = "merged" if weights == merged.weights else "not merged"
-        table.add_row(f"{weights} ({chosen})" if merged.bits else "the merged model", *cells(gap))
-    table.add_row("its base alone", *cells(merged.effect))
+    rows = [(f"{name} ({'' if name == merged.weights else 'not '}merged)", gap) for name, gap in merged.gaps.items()]
+    rows = rows if merged.bits else [("the merged model", gap) for _, gap in rows]
+    for name, of in [*rows, ("its base alone", merged.effect)]:
+        table.add_row(name, f"{of.kl:.2g}", f"{of.largest_logit_difference:.2g}", f"{of.equal_next_tokens:.1%}")
     return table

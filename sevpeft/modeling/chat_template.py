@@ -1,8 +1,6 @@
 """The prompt of a training as the chat template of its tokenizer, so that other programs send the same tokens.
 
-transformers, vLLM and llama.cpp render it from `[{"role": "user", "content": question}]`; a system message of the
-caller replaces the recipe's. What no template can find out is a variable of it: `severity`, and the question's
-`dialect`, which is the recipe's `prompt.dialect` where none is given.
+What no template can find out is a variable of it: `severity`, and a question's `dialect` (else `prompt.dialect`).
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig
 
 from sevpeft.data.text import DIGITS, strip_marks
-from sevpeft.errors import ModelError
 from sevpeft.modeling.prompts import SEVERITY_LINES, Prompt
 from sevpeft.runs import keep_private
 
@@ -28,8 +25,8 @@ _MOST_CONTROL_TOKENS = 300
 _PROBES = ("عندي صداع", "ألم  في الصدر\nمنذ ٣ أيّام", "Is aspirin safe?")
 
 
-def chat_template(prompt: Prompt) -> str:
-    """Jinja template that makes of a question the very tokens of `prompt.prompt_ids`; ModelError where none does."""
+def chat_template(prompt: Prompt) -> str | None:
+    """Jinja template that makes of a question the very tokens of `prompt.prompt_ids`; None where none does."""
     lines = Path(__file__).with_name(CHAT_TEMPLATE).read_text(encoding="utf-8").splitlines()
     # After a first token some tokenizers put no blank before the text, which they do at its beginning.
     for blank in ("", " "):
@@ -38,26 +35,22 @@ def chat_template(prompt: Prompt) -> str:
         text += prompt.tokenizer.get_chat_template() if prompt.chat else ""
         if all(_gives_the_ids(text, prompt, question) for question in _PROBES):
             return text
-    raise ModelError(f"The prompt is no chat template of {prompt.tokenizer.name_or_path}; simplify the prompt section.")
+    return None
 
 
 def save_tokenizer(prompt: Prompt, folder: Path) -> None:
     """Writes the tokenizer with the prompt of the training as its chat template; without one where none is faithful."""
     tokenizer = copy.copy(prompt.tokenizer)
-    tokenizer.chat_template = None  # the base model's own would be taken for the prompt of the training
     (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
-    with suppress(ModelError):
-        tokenizer.chat_template = chat_template(prompt)
+    # Never the base model's own, which would be taken for the prompt of the training.
+    tokenizer.chat_template = chat_template(prompt)
     tokenizer.save_pretrained(folder)
     if prompt.examples and tokenizer.chat_template:  # they may be rows of the data
         keep_private(folder / CHAT_TEMPLATE)
 
 
 def generation_config(prompt: Prompt, theirs: GenerationConfig) -> GenerationConfig:
-    """Of the base model's settings only what ends a text, and the token that ends an answer of the training.
-
-    The others are for other prompts, and some published ones contradict themselves.
-    """
+    """What ends a text of the base model, and an answer of the training; its other settings are for other prompts."""
     ends = [] if theirs.eos_token_id is None else np.atleast_1d(theirs.eos_token_id).tolist()
     ends, pad = [*dict.fromkeys([*ends, prompt.end_id])], prompt.tokenizer.pad_token_id
     return GenerationConfig(bos_token_id=theirs.bos_token_id, eos_token_id=ends, pad_token_id=pad)
@@ -66,14 +59,11 @@ def generation_config(prompt: Prompt, theirs: GenerationConfig) -> GenerationCon
 def _gives_the_ids(template: str, prompt: Prompt, question: str) -> bool:
     named = {"severity": next(iter(SEVERITY_LINES))} if prompt.severity != "none" else {}
     named |= {"dialect": prompt.dialect} if prompt.dialect else {}  # else the question's words may decide
-    asked: Any = [{"role": "user", "content": question}]
-    try:
-        ids = prompt.tokenizer.apply_chat_template(
-            asked, chat_template=template, add_generation_prompt=True, return_dict=False, **named
-        )
-    except TemplateError:
-        return False
-    return bool(ids == prompt.prompt_ids([question], [named.get("dialect")], [named.get("severity")])[0])
+    asked, how = [{"role": "user", "content": question}], {"add_generation_prompt": True, "return_dict": False}
+    with suppress(TemplateError):
+        ids = prompt.tokenizer.apply_chat_template(asked, chat_template=template, **how, **named)
+        return bool(ids == prompt.prompt_ids([question], [named.get("dialect")], [named.get("severity")])[0])
+    return False
 
 
 def _variables(prompt: Prompt, blank: str) -> dict[str, Any]:
@@ -84,20 +74,12 @@ def _variables(prompt: Prompt, blank: str) -> dict[str, Any]:
     whole, alone = (tokenizer(_PROBES[0], add_special_tokens=added)["input_ids"] for added in (True, False))
     # What the tokenizer itself puts before a text; what it puts after one, `prompt_ids` takes away.
     first = next((n for n in range(len(whole)) if whole[n : n + len(alone)] == alone), 0)
-    cued = [(prompt.template, prompt.answer_cue)]
-    if prompt.english_template or prompt.english_cue:
-        cued += [(prompt.english_template or prompt.template, prompt.english_cue or prompt.answer_cue)]
-    templates = [template.replace("{answer_cue}", cue) for template, cue in cued]
-    turns = [turn for one in prompt.examples for turn in (("user", one["question"]), ("assistant", one["answer"]))]
-
-    def shown(template: str) -> str:
-        asked = [(template.replace("{question}", one["question"]), one["answer"]) for one in prompt.examples]
-        return "".join(f"{question} {answer}\n\n" for question, answer in asked)
-
+    cued = (prompt.template, prompt.answer_cue), (prompt.english_template, prompt.english_cue)
+    templates = [(text or prompt.template).replace("{answer_cue}", cue or prompt.answer_cue) for text, cue in cued]
     return {
         "single": not prompt.chat,
         "trained_system": prompt.system or "",
-        "shown": [{"role": role, "content": text} for role, text in turns],
+        "examples": list(prompt.examples),
         "marks": [chr(code) for code in range(0x10000) if not strip_marks(chr(code))] if prompt.strip_marks else [],
         "digits": [chr(code) for code in DIGITS] if prompt.strip_marks else [],
         "control": control if few else list(dict.fromkeys(tokenizer.all_special_tokens)),
@@ -105,5 +87,5 @@ def _variables(prompt: Prompt, blank: str) -> dict[str, Any]:
         "prefixes": {"": prefixes.get(prompt.dialect or "", ""), **prefixes},
         "begin": "".join(tokenizer.convert_ids_to_tokens(whole[:first])) + blank,
         "end": tokenizer.convert_ids_to_tokens(prompt.end_id),
-        "ways": [{"shown": shown(text), "parts": text.split("{question}")} for text in templates],
+        "ways": [text.split("{question}") for text in templates],
     }

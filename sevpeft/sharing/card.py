@@ -31,7 +31,7 @@ from sevpeft.severity.source import ORACLE
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["lora", "sft", "trl", "medical", "arabic", "severity-weighted-loss", "arxiv:2604.06346"]
-LICENSES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("licenses.yaml").read_text("utf-8"))
+HUB: dict[str, dict[Any, Any]] = yaml.safe_load(Path(__file__).with_name("hub.yaml").read_text(encoding="utf-8"))
 # Scores of evaluation.json that a card shows, and what the Hub calls them.
 _SCORES = {"nll": "loss", "bertscore_f1": "bertscore", "chrf": "chrf", "rouge_l": "rouge", "urgent_referral": "rate"}
 # The ranks that vLLM has kernels for (0.10 and later, `--max-lora-rank`).
@@ -46,11 +46,7 @@ def write_card(run: Run) -> Path:
 
 
 def adapter_card(run: Run, repo_id: str = "ADAPTER", base: str | None = None, license_: str | None = None) -> str:
-    """The card of a run's adapter; raises RunError where the run lacks what it is written from.
-
-    Args:
-        repo_id: that its code loads. base, license_: Hub id and license of the base model; None for the recipe's.
-    """
+    """The card of a run's adapter, of a base model with an id and license; RunError where the run lacks figures."""
     recipe = load_recipe(run.folder / "recipe.yaml")
     try:
         model = run.metrics()["model"]
@@ -58,14 +54,10 @@ def adapter_card(run: Run, repo_id: str = "ADAPTER", base: str | None = None, li
         settings = {} if config is None else config.to_diff_dict()
         keys = [key for key in recipe.quantization.model_dump() if key in settings]
         base = base or base_id(recipe) or public_name(model["name_or_path"])
-        command, reason = adapter_command(base, repo_id, read_adapter_config(run.adapter))
-        more: dict[str, Any] = {
-            "quantization": ", ".join(f"{key}={settings[key]!r}" for key in keys),
-            "repo_id": repo_id,
-        }
-        more |= {"adapter_command": command, "why_no_adapter": reason, **_measured(run)}
-        more |= {"library_name": "peft", "base_model_relation": "adapter" if "/" in base else None}
-        return _filled_in("adapter.md.jinja", run, recipe, base, license_ or license_of(recipe), **more)
+        more: dict[str, Any] = {"repo_id": repo_id}
+        more |= {"quantization": ", ".join(f"{key}={settings[key]!r}" for key in keys)}
+        more |= {"served": adapter_command(base, repo_id, read_adapter_config(run.adapter)), **_measured(run)}
+        return _filled_in("adapter.md.jinja", run, recipe, base, license_ or license_of(recipe), more)
     except (ValueError, KeyError, TypeError, UndefinedError) as error:
         files = f"metrics.json, environment.json or evaluation.json of {run.folder}"
         raise RunError(f"{files} is damaged or incomplete; copy it back, or finish the run first.") from error
@@ -74,19 +66,9 @@ def adapter_card(run: Run, repo_id: str = "ADAPTER", base: str | None = None, li
 def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: Path) -> Path:
     """Writes FOLDER/README.md from the figures of `Merged.as_dict` and returns its path."""
     base = base_id(recipe) or public_name(merged["base"])
-    command, reason = adapter_command(base if "/" in base else "BASE", "RUN/adapter", read_adapter_config(run.adapter))
-    text = _filled_in(
-        "merged.md.jinja",
-        run,
-        recipe,
-        base,
-        license_of(recipe),
-        library_name="transformers",
-        base_model_relation="finetune" if "/" in base else None,
-        merged=merged,
-        adapter_command=command,
-        why_no_adapter=reason,
-    )
+    served = adapter_command(base if "/" in base else "BASE", "RUN/adapter", read_adapter_config(run.adapter))
+    more = {"merged": merged, "served": served}
+    text = _filled_in("merged.md.jinja", run, recipe, base, license_of(recipe), more)
     path = folder / "README.md"
     write_atomically(path, text, shared=True)
     return path
@@ -94,7 +76,7 @@ def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: 
 
 def note_figures(run: Run, **figures: dict[str, Any]) -> None:
     """Puts figures into the run's metrics, and into its card where nobody has edited that."""
-    with suppress(OSError):  # a run that may only be read is merged all the same
+    with suppress(OSError, RunError):  # a run that may only be read is merged all the same
         if figures:
             run.update_metrics(**figures)
         if is_unedited(run.adapter / "README.md"):
@@ -137,15 +119,13 @@ def public_recipe(recipe: Recipe) -> str:
 
 def _measured(run: Run) -> dict[str, Any]:
     """Test scores of this very adapter, and the verdict of the comparison that it stands in; what there is of both."""
-    content, figures = run.read_json("evaluation.json"), dict[str, Any]()
+    content, comparison, figures = run.read_json("evaluation.json"), Run(run.folder.resolve().parent), {}
     if content.get("adapter") == file_hash(run.adapter / "adapter_model.safetensors"):
         shown = {name: about for name, about in content["metrics"].items() if name in _SCORES}
         figures = {"evaluation": content, "metrics": shown}
-    comparison = Run(run.folder.resolve().parent).read_json("comparison.json")
-    arms = [arm for arm, runs in comparison.get("runs", {}).items() if run.folder.resolve().name in runs]
-    if arms and comparison.get("claim"):
-        figures["verdict"] = {"arm": arms[0], "text": comparison["verdict"], "power": comparison["power"]}
-    return figures
+    found = comparison.read_json("comparison.json")
+    arms = [arm for arm, runs in found.get("runs", {}).items() if run.folder.resolve().name in runs]
+    return figures | ({"verdict": {**found, "arm": arms[0]}} if arms and found.get("claim") else {})
 
 
 def _results(metrics: dict[str, Any], data: str, more: dict[str, Any]) -> list[EvalResult]:
@@ -175,46 +155,27 @@ def distance(found: dict[str, Any]) -> str:
     return f"KL {found['kl']:.2g} nats per token, {found['equal_next_tokens']:.1%} equal next tokens"
 
 
-def _filled_in(
-    template: str, run: Run, recipe: Recipe, base: str, license_: str | None, *, library_name: str, **more: Any
-) -> str:
-    metrics, terms, on_hub = run.metrics(), LICENSES.get((license_ or "").lower(), {}), "/" in base
-    other = license_ and "hub" not in terms
-    datasets = [recipe.data.path] if str(metrics["data"].get("source")).endswith(" on the Hub") else None
-    data = ModelCardData(
-        language="ar",
-        pipeline_tag="text-generation",
-        library_name=library_name,
-        base_model=base if on_hub else None,
-        base_model_relation=more.pop("base_model_relation", None),
-        license="other" if other else license_ and terms["hub"],
-        license_name=license_.lower().replace(" ", "-") if license_ and other else None,
-        license_link=f"https://huggingface.co/{base}" if other and on_hub else None,
-        datasets=datasets,
-        tags=_TAGS,
-        model_name=f"{base.split('/')[-1]}-severity",
-        eval_results=None if "merged" in more else _results(metrics, (datasets or ["private"])[0], more),
-    )
-    facts = {
-        **metrics,
-        **more,
-        "base": base,
-        "license": license_,
-        "notice": terms.get("notice"),
-        "recipe": recipe,
-        "environment": run.environment(),
-        "severities": SEVERITIES,
-        "recipe_text": public_recipe(recipe),
-        "distance": distance,
-        "oracle": ORACLE,
-        "choices_text": choices_text,
-        "estimate_text": estimate_text,
-        "severity_lines": [line.strip() for line in SEVERITY_LINES.values()],
-    }
+def _filled_in(template: str, run: Run, recipe: Recipe, base: str, license_: str | None, more: dict[str, Any]) -> str:
+    metrics, terms, merged = run.metrics(), HUB["licenses"].get((license_ or "").lower(), {}), "merged" in more
+    hub_data = [recipe.data.path] if str(metrics["data"].get("source")).endswith(" on the Hub") else []
+    about: dict[str, Any] = {"language": "ar", "pipeline_tag": "text-generation", "tags": _TAGS}
+    about |= {"library_name": "transformers" if merged else "peft", "datasets": hub_data or None}
+    about |= {"model_name": f"{base.split('/')[-1]}-severity"}
+    if "/" in base:
+        about |= {"base_model": base, "base_model_relation": "finetune" if merged else "adapter"}
+    if license_:
+        about["license"] = terms.get("hub", "other")
+    if license_ and "hub" not in terms:
+        about |= {"license_name": license_.lower().replace(" ", "-"), "license_link": f"https://huggingface.co/{base}"}
+    if not merged:
+        about["eval_results"] = _results(metrics, (hub_data or ["private"])[0], more)
+    facts = {**metrics, **more, "base": base, "license": license_, "notice": terms.get("notice"), "recipe": recipe}
+    facts |= {"environment": run.environment(), "recipe_text": public_recipe(recipe), "severities": SEVERITIES}
+    facts |= {"distance": distance, "choices_text": choices_text, "estimate_text": estimate_text, "oracle": ORACLE}
+    facts["severity_lines"] = [line.strip() for line in SEVERITY_LINES.values()]
     facts |= {f"about_{part}": _rendered(f"{part}.md.jinja", facts) for part in ("run", "limits")}
-    return _signed(
-        str(ModelCard.from_template(data, template_path=str(_TEMPLATES / template), **facts)).rstrip() + "\n"
-    )
+    card = ModelCard.from_template(ModelCardData(**about), template_path=str(_TEMPLATES / template), **facts)
+    return _signed(str(card).rstrip() + "\n")
 
 
 # How a merged model is served: the commands for llama.cpp, Ollama and vLLM, and the prompt that each asks with.

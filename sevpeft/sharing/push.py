@@ -1,7 +1,6 @@
 """Push of an adapter to the Hub: one commit of a few known files, which is pulled again and compared.
 
-Nothing leaves but the adapter, the tokenizer with the prompt of the training, the card, and the recipe without what is
-somebody's own. A repository that holds anything else is left alone. After an interruption the same command goes on.
+A repository that holds anything else is left alone. After an interruption the same command goes on.
 """
 
 from __future__ import annotations
@@ -19,16 +18,10 @@ from typing import Any
 import httpx2
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils.sha import git_hash
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from sevpeft.console import Screen
@@ -41,28 +34,16 @@ from sevpeft.modeling.loading import load_for_inference, resolve_model, resolved
 from sevpeft.recipe import JUDGE_KEY, Recipe, load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing import PushSettings
-from sevpeft.sharing.card import LICENSES, adapter_card, base_id, is_unedited, license_of, public_recipe
+from sevpeft.sharing.card import HUB, adapter_card, base_id, is_unedited, license_of, public_recipe
 from sevpeft.sharing.merge import answer_logits, sample_texts
 
-_CARD, _RECIPE = "README.md", "recipe.yaml"
+_CARD = "README.md"
 # Of the Hub, OpenAI and its like, GitHub, AWS, and private keys.
 _SECRETS = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[\w-]{16,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE"
 )
 # Words of a sentence of the data that is looked for: a shorter one may stand anywhere by chance.
 _WORDS = 6
-_AGAIN = "run the same command again, which goes on"
-# What huggingface_hub raises, or the Hub answers.
-_REFUSALS: dict[Any, str] = {
-    OfflineModeIsEnabled: "The Hub is not reached, or HF_HUB_OFFLINE is set; `--dry-run` shows what would leave",
-    LocalTokenNotFoundError: "There is no Hub token here; log in with `hf auth login`, or set HF_TOKEN",
-    400: "The Hub refuses a file, most often the card's head of YAML; correct it",
-    401: "The Hub does not know this token; log in anew with `hf auth login`, or correct HF_TOKEN",
-    403: "This token may not write to {0}; make one that may, or name a repository of your own",
-    404: "The Hub has no {0} that this token may see; correct the name, or log in with `hf auth login`",
-    412: "{0} got a newer commit meanwhile; look at it, and push again",
-    429: f"The Hub has had too many requests from you; wait, and {_AGAIN}",
-}
 
 
 def push(
@@ -70,11 +51,7 @@ def push(
 ) -> dict[str, Any]:
     """Pushes a finished run's adapter and compares what is pulled again, in bytes and logits; returns what was done.
 
-    Args:
-        dry_run: without a network: what would leave, and the card. console: where progress is shown.
-
-    Raises:
-        RunError: it may not leave, or the Hub refuses it or gives back something else. UsageError: of the repo_id.
+    With `dry_run`, what would leave, without a network. RunError: it may not leave, or the Hub refuses or changes it.
     """
     console = console or Screen(quiet=True)
     if not re.fullmatch(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", repo_id):
@@ -86,8 +63,8 @@ def push(
         files = _files(run, recipe, repo_id, base, license_)
         unread = check_contents(files, run, recipe)
     about: dict[str, Any] = {"repo_id": repo_id, "base_model": base, "license": license_}
-    about |= {"not_compared_with_data": unread}
-    about |= {"files": {name: len(content) for name, content in files.items()}, "card": files[_CARD].decode()}
+    about["files"] = {name: len(content) for name, content in files.items()}
+    about |= {"card": files[_CARD].decode(), "not_searched_for_data": unread}
     if dry_run:
         return about
     api = HfApi(library_name="sevpeft")
@@ -95,7 +72,7 @@ def push(
         account = api.whoami()
         mine = [account["name"], *(one["name"] for one in account.get("orgs", ()))]
         if repo_id.split("/")[0] not in mine:
-            raise RunError(_REFUSALS[403].format(repo_id) + f" ({', '.join(mine)}).")
+            raise RunError(HUB["refusals"][403].format(repo_id) + f" ({', '.join(mine)}).")
         head, equal = _head(api, repo_id, settings, files)
     with console.status("Running base + adapter"):
         texts, _ = sample_texts(recipe, resolve_model(recipe).prompt)
@@ -104,49 +81,41 @@ def push(
         if head is None:
             api.create_repo(repo_id, private=settings.private, exist_ok=True)
             head, equal = _head(api, repo_id, settings, files)
-        commit = head
+        added = [CommitOperationAdd(name, content) for name, content in files.items()]
+        what = f"LoRA adapter for {base}, trained with sevpeft"
         if not equal:
-            added = [CommitOperationAdd(name, content) for name, content in files.items()]
-            message = f"LoRA adapter for {base}, trained with sevpeft"
-            commit = api.create_commit(repo_id, added, commit_message=message, parent_commit=head).oid
-        tag = f"sevpeft-{str(commit)[:8]}"
-        api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
+            head = api.create_commit(repo_id, added, commit_message=what, parent_commit=head).oid
+        tag = f"sevpeft-{str(head)[:8]}"
+        api.create_tag(repo_id, tag=tag, revision=head, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as cache, console.status("Pulling it into an empty cache"):
         with _hub_errors(repo_id):
             pulled = Path(api.snapshot_download(repo_id, revision=tag, cache_dir=cache, allow_patterns=[*files]))
-        for name, content in files.items():
-            if not (pulled / name).is_file() or (pulled / name).read_bytes() != content:
-                raise RunError(f"{repo_id} gave back another {name} than was sent; look at its page, and push again.")
+        there = {path.name: path.read_bytes() for path in pulled.iterdir()}
+        if other := [name for name, content in files.items() if there.get(name) != content]:
+            raise RunError(f"{repo_id} gave back another {other[0]} than was sent; look at its page, and push again.")
         if not all(map(torch.equal, expected, _logits(recipe, pulled, texts))):
             raise RunError(f"The adapter that {repo_id} gave back answers otherwise than {run.folder}; push again.")
-    done = {"commit": commit, "tag": tag, "url": f"{api.endpoint}/{repo_id}", "sent": not equal}
-    return {**about, **done, "answer_tokens": sum(map(len, expected))}
-
-
-# What leaves.
+    about |= {"commit": head, "tag": tag, "url": f"{api.endpoint}/{repo_id}", "sent": not equal}
+    return {**about, "answer_tokens": sum(map(len, expected))}
 
 
 def _checked_terms(recipe: Recipe, repo_id: str, settings: PushSettings) -> tuple[str, str]:
     """Hub id and license of the base model; RunError where one is not known, or does not allow it."""
     name, base = Path(recipe.model.name_or_path).name, settings.base_model or base_id(recipe)
     license_, examples = settings.license or license_of(recipe), recipe.prompt.examples or ()
-    terms = LICENSES.get((license_ or "").lower(), {})
-    begin, end = terms.get("named", ""), "read it, and where it allows to share what is made of it write license=NAME"
-    problem = None
-    if base is None:
-        problem = f"The base model {name} is none of the Hub; name the one that it is a copy of: base_model=NAME/MODEL"
-    elif "forbidden" in terms:
-        problem = f"{base} {terms['forbidden']}; ask its owner"
-    elif license_ is None or not (terms or settings.license):
-        problem = f"What the license of {base} allows ({license_ or 'see its page'}) is not known here; {end}"
-    elif not repo_id.split("/")[1].lower().startswith(begin.lower()):
-        problem = f"The license of {base} asks for a name that begins with {begin}; write NAME/{begin}-REPOSITORY"
-    elif examples and not settings.examples:
-        problem = f"Whoever loads the adapter reads the {len(examples)} consultations of prompt.examples in its prompt"
-        problem += "; where they may be published, write examples=true"
-    if problem or base is None or license_ is None:
-        raise RunError(f"{problem}.")
-    return base, license_
+    terms, owner = HUB["licenses"].get((license_ or "").lower(), {}), f"The license of {base}"
+    begin, known = terms.get("named", ""), license_ and (terms or settings.license)
+    shown = f"Whoever loads the adapter reads the {len(examples)} consultations of prompt.examples in its prompt"
+    for wrong, why in (
+        (base is None, f"The base model {name} is none of the Hub; name what it is a copy of: base_model=NAME/MODEL"),
+        ("forbidden" in terms, f"{base} {terms.get('forbidden')}; ask its owner"),
+        (not known, f"{owner} is not known here ({license_}); read it, and where it allows sharing write license=NAME"),
+        (not repo_id.split("/")[1].startswith(begin), f"{owner} asks for a name as NAME/{begin}-…; write one"),
+        (examples and not settings.examples, f"{shown}; where they may be published, write examples=true"),
+    ):
+        if wrong:
+            raise RunError(f"{why}.")
+    return str(base), str(license_)
 
 
 def _files(run: Run, recipe: Recipe, repo_id: str, base: str, license_: str) -> dict[str, bytes]:
@@ -160,26 +129,23 @@ def _files(run: Run, recipe: Recipe, repo_id: str, base: str, license_: str) -> 
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         save_tokenizer(resolve_model(recipe).prompt, Path(scratch))
         files = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
-    own = [run.adapter / name for name in (SAFETENSORS_WEIGHTS_NAME, GENERATION_CONFIG_NAME)]
-    files |= {path.name: path.read_bytes() for path in own if path.is_file()}
+    own = {run.adapter / name for name in (SAFETENSORS_WEIGHTS_NAME, GENERATION_CONFIG_NAME)}
+    files |= {path.name: path.read_bytes() for path in own & {*run.adapter.iterdir()}}
     files[ADAPTER_CONFIG] = (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    files |= {_RECIPE: f"{public_recipe(recipe)}\n".encode(), _CARD: text.encode()}
+    files |= {"recipe.yaml": f"{public_recipe(recipe)}\n".encode(), _CARD: text.encode()}
     return dict(sorted(files.items()))
 
 
 def check_contents(files: Mapping[str, bytes], run: Run, recipe: Recipe) -> str | None:
     """Raises RunError where a file holds a key, a folder of this machine or a sentence of the data; it quotes none.
 
-    Returns why the data could not be compared with; None where it was.
+    Returns why the data could not be read here; None where it was.
     """
-    try:
-        with safe_open(run.adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as weights:
-            texts = {SAFETENSORS_WEIGHTS_NAME: str(weights.metadata())}
-    except SafetensorError as error:
-        raise RunError(f"The adapter of {run.folder} is damaged ({first_sentence(error)}); copy it again.") from error
-    for name in files.keys() - texts.keys():
-        text = files[name].decode(errors="replace")  # JSON may write letters as numbers
-        texts[name] = json.dumps(json.loads(text), ensure_ascii=False) if name.endswith(".json") else text
+    texts = {name: content.decode(errors="replace") for name, content in files.items()}
+    weights = files[SAFETENSORS_WEIGHTS_NAME]  # of which the head alone is text, after eight bytes for its length
+    texts[SAFETENSORS_WEIGHTS_NAME] = weights[8 : 8 + int.from_bytes(weights[:8], "little")].decode(errors="replace")
+    parsed = {name: json.loads(text) for name, text in texts.items() if name.endswith(".json")}
+    texts |= {name: json.dumps(content, ensure_ascii=False) for name, content in parsed.items()}  # \u0646 as a letter
     keys = {*filter(None, (get_token(), os.environ.get(JUDGE_KEY)))}
     given = (Path(path).expanduser() for path in (run.folder.resolve(), resolved_name(recipe), recipe.data.path))
     folders = {f"{Path.home()}/", *(str(path) for path in given if path.is_absolute())}
@@ -206,14 +172,8 @@ def _logits(recipe: Recipe, adapter: Path, texts: Any) -> list[torch.Tensor]:
     return answer_logits(attach_adapter(load_for_inference(recipe), adapter, recipe), texts)
 
 
-# The Hub.
-
-
 def _head(api: HfApi, repo_id: str, settings: PushSettings, files: Mapping[str, bytes]) -> tuple[str | None, bool]:
-    """The newest commit, None where there is no repository, and whether it holds these files already.
-
-    RunError where it holds others that nobody has named with parent_commit, or is public and should not be.
-    """
+    """The newest commit, None where there is no repository, and whether it holds these files; RunError for others."""
     try:
         info = api.model_info(repo_id, files_metadata=True)
     except RepositoryNotFoundError:
@@ -222,15 +182,11 @@ def _head(api: HfApi, repo_id: str, settings: PushSettings, files: Mapping[str, 
         raise RunError(f"{repo_id} exists and is public; make it private on its page, or name another repository.")
     there = {one.rfilename: one.lfs.sha256 if one.lfs else one.blob_id for one in info.siblings or ()}
     there.pop(".gitattributes", None)
-    equal = all(
-        there.get(name) in (hashlib.sha256(content).hexdigest(), git_hash(content)) for name, content in files.items()
-    )
+    ours = {name: (git_hash(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+    equal = all(there.get(name) in hashes for name, hashes in ours.items())
     if there and not equal and not (settings.parent_commit and str(info.sha).startswith(settings.parent_commit)):
-        short = str(info.sha)[:12]
-        raise RunError(
-            f"{repo_id} holds other files already. Look at its commit {short}; to put the adapter on top of it write "
-            f"parent_commit={short}, or name another repository."
-        )
+        on_top = f"to put the adapter on top of it write parent_commit={str(info.sha)[:12]}"
+        raise RunError(f"{repo_id} has a commit with other files. Look at it; {on_top}, or name another repository.")
     return info.sha, equal
 
 
@@ -245,6 +201,6 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, HfHubHTTPError):
             cause = cause.__cause__ or cause.__context__
-        broke = f"The connection to the Hub broke, or the Hub failed; {_AGAIN}"
-        why = _REFUSALS.get(type(error)) or _REFUSALS.get(cause.response.status_code if cause else 0, broke)
+        words, code = HUB["refusals"], cause.response.status_code if cause else 0
+        why = words.get(type(error).__name__) or words.get(code, words["else"])
         raise RunError(f"{why.format(repo_id)}.") from error

@@ -175,7 +175,7 @@ def test_every_refusal_is_one_sentence_with_its_remedy(
         ("no license", lambda: None, {"license": None}, "license=NAME"),
         ("none stated", lambda: None, {"license": "none stated"}, "ask its owner"),
         ("no derivatives", lambda: None, {"license": "CC-BY-ND-4.0"}, "ask its owner"),
-        ("name of the license", lambda: None, {"license": "llama3.1"}, "begins with Llama"),
+        ("name of the license", lambda: None, {"license": "llama3.1"}, "NAME/Llama-"),
         ("base of nowhere", lambda: None, {"base_model": None}, "base_model=NAME/MODEL"),
     ):
         with monkeypatch.context():
