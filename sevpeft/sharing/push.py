@@ -109,7 +109,7 @@ def _checked_terms(recipe: Recipe, repo_id: str, settings: PushSettings) -> tupl
     for wrong, why in (
         (base is None, f"The base model {name} is none of the Hub; name what it is a copy of: base_model=NAME/MODEL"),
         ("forbidden" in terms, f"{base} {terms.get('forbidden')}; ask its owner"),
-        (not known, f"{owner} is not known here ({license_}); read it, and where it allows sharing write license=NAME"),
+        (not known, f"{owner} is not known here; read it, and where it allows sharing write license=NAME"),
         (not repo_id.split("/")[1].startswith(begin), f"{owner} asks for a name as NAME/{begin}-…; write one"),
         (examples and not settings.examples, f"{shown}; where they may be published, write examples=true"),
     ):
