@@ -22,6 +22,7 @@ from sevpeft.runs import keep_private
 CHAT_TEMPLATE = "chat_template.jinja"
 # Gemma's vocabulary has thousands that are reserved and stand in no text.
 _MOST_CONTROL_TOKENS = 300
+_MARKS = (*range(0x900), *range(0x1800, 0x2100), *range(0xFC00, 0xFF00))  # where the blocks of marks lie
 _PROBES = ("عندي صداع", "ألم  في الصدر\nمنذ ٣ أيّام", "Is aspirin safe?")
 
 
@@ -80,7 +81,7 @@ def _variables(prompt: Prompt, blank: str) -> dict[str, Any]:
         "single": not prompt.chat,
         "trained_system": prompt.system or "",
         "examples": list(prompt.examples),
-        "marks": [chr(code) for code in range(0x10000) if not strip_marks(chr(code))] if prompt.strip_marks else [],
+        "marks": [chr(code) for code in _MARKS if not strip_marks(chr(code))] if prompt.strip_marks else [],
         "digits": [chr(code) for code in DIGITS] if prompt.strip_marks else [],
         "control": control if few else list(dict.fromkeys(tokenizer.all_special_tokens)),
         "lines": SEVERITY_LINES if prompt.severity != "none" else {},

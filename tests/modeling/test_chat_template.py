@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,12 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, GenerationConfig
 
 from sevpeft.errors import ModelError
-from sevpeft.modeling.chat_template import CHAT_TEMPLATE, generation_config, save_tokenizer
+from sevpeft.modeling.chat_template import CHAT_TEMPLATE, chat_template, generation_config, save_tokenizer
 from sevpeft.modeling.prompts import SEVERITY_LINES, Prompt, choose_pad_token
 from sevpeft.recipe import load_recipe
-from sevpeft.training.train import train
 from tests.modeling.test_prompts import CASES, PREFIXES, QUESTIONS, build, byte_level
 from tests.models import CHAT_TEMPLATES
-from tests.test_recipes import FOLDER, RECIPES, TEMPLATE
+from tests.test_recipes import RECIPES, TEMPLATE
 
 ASKED = [*QUESTIONS, " مُنذُ ٣ أيّـــام </s><|im_end|> ألم\n", "Is aspirin 100 mg safe?", "123"]
 SETTINGS = (
@@ -31,25 +29,21 @@ SETTINGS = (
 )
 
 
-def differing(prompt: Prompt, folder: Path) -> list[str]:
-    """Questions that `apply_chat_template` of the saved tokenizer asks in other tokens than the training."""
-    save_tokenizer(prompt, folder)
-    saved = AutoTokenizer.from_pretrained(folder)
+def differing(prompt: Prompt) -> list[str]:
+    """Questions that `apply_chat_template` asks in other tokens than the training."""
     named = {"severity": "critical"} if prompt.severity != "none" else {}
-    severities, dialects = ([named.get("severity")], [prompt.dialect])
-    if prompt.dialect_lexicon:
-        named["dialect"] = prompt.dialect
+    severities, dialects = [named.get("severity")], [prompt.dialect]
+    named |= {"dialect": prompt.dialect} if prompt.dialect_lexicon else {}
+    how = {"chat_template": chat_template(prompt), "add_generation_prompt": True, "return_dict": False, **named}
     return [
         question
         for question in ASKED
         if prompt.prompt_ids([question], dialects, severities)[0]
-        != saved.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False, **named
-        )
+        != prompt.tokenizer.apply_chat_template([{"role": "user", "content": question}], **how)
     ]
 
 
-def test_every_recipe_is_asked_in_the_tokens_of_its_training(tmp_path: Path) -> None:
+def test_every_recipe_is_asked_in_the_tokens_of_its_training() -> None:
     plain = {"llama-2-7b": "plain llama-2", "llama-3.1-8b": "plain llama-3", "llama-3.1-70b": "plain llama-3"}
     wrong, done = {}, set()
     for path in RECIPES:
@@ -60,24 +54,24 @@ def test_every_recipe_is_asked_in_the_tokens_of_its_training(tmp_path: Path) -> 
         done.add(key)
         tokenizer = CASES[case].make()
         choose_pad_token(tokenizer, len(tokenizer))
-        if found := differing(Prompt.build(tokenizer, **settings.model_dump()), tmp_path / path.stem):
+        if found := differing(Prompt.build(tokenizer, **settings.model_dump())):
             wrong[path.stem] = found
     assert wrong == {}
 
 
-def test_every_setting_of_a_prompt_travels_with_every_kind_of_tokenizer(tmp_path: Path) -> None:
+def test_every_setting_of_a_prompt_travels_with_every_kind_of_tokenizer() -> None:
     wrong, together = [], {key: value for one in SETTINGS[1:-1] for key, value in one.items()}
     tokenizers = {case: chosen.make() for case, chosen in CASES.items()}
     tried = [("plain byte-level", one) for one in SETTINGS]
-    tried += [(case, settings) for case in CASES for settings in ({}, {**together, "severity": "predicted"})]
-    for number, (case, settings) in enumerate(tried):
+    tried += [(case, settings) for case in CASES for settings in ({}, together)]
+    for case, settings in tried:
         prompt = None
         while prompt is None:
             try:
                 prompt = build(tokenizers[case], chat=CASES[case].chat, **settings)
             except ModelError:  # its template has no place for a system message
                 settings = {key: value for key, value in settings.items() if key != "system"}
-        wrong += [(case, *settings, found) for found in differing(prompt, tmp_path / str(number))]
+        wrong += [(case, *settings, found) for found in differing(prompt)]
     assert wrong == []
 
 
@@ -125,18 +119,8 @@ def test_examples_are_their_owners_alone_and_the_tokenizer_of_the_training_stays
     assert (tmp_path / CHAT_TEMPLATE).stat().st_mode & 0o777 == 0o600 and tokenizer.chat_template is None
 
 
-def test_a_run_and_its_adapter_end_an_answer_at_the_token_of_the_training(
-    tmp_path: Path, model_folder: Callable[..., Path]
-) -> None:
-    base = model_folder("qwen3", chat_template=CHAT_TEMPLATES["qwen3"])
-    settings = [f"model.name_or_path={base}", "prompt.chat=true", "data.max_rows=16", "training.max_steps=1"]
-    run = train(load_recipe(FOLDER / "quickstart.yaml", settings), tmp_path / "run")
-    saved = AutoTokenizer.from_pretrained(run.adapter)
-    rendered = saved.apply_chat_template(
-        [{"role": "user", "content": "ألم"}], add_generation_prompt=True, tokenize=False
-    )
-    assert rendered.endswith("<think>\n\n</think>\n\n")
-    end = saved.convert_tokens_to_ids("<|im_end|>")
-    assert GenerationConfig.from_pretrained(run.adapter).eos_token_id == [0, end]
-    prompt = build(CASES["plain byte-level"].make())
-    assert generation_config(prompt, GenerationConfig()).eos_token_id == [prompt.end_id]
+def test_an_answer_ends_where_the_base_model_ends_and_where_the_training_did() -> None:
+    prompt = build(byte_level(CHAT_TEMPLATES["chatml"]), chat=True)
+    end = prompt.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for theirs, ends in ((None, [end]), (0, [0, end]), ([0, 1], [0, 1, end]), (end, [end])):
+        assert generation_config(prompt, GenerationConfig(eos_token_id=theirs)).eos_token_id == ends

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
@@ -63,7 +64,9 @@ def changed(run: Run, *settings: str) -> None:
     run.write_text("recipe.yaml", load_recipe(run.folder / "recipe.yaml", list(settings)).to_yaml())
 
 
-def test_only_what_was_trained_leaves_and_comes_back_equal(run: Run, hub: HubServer, tmp_path: Path) -> None:
+def test_only_what_was_trained_leaves_and_comes_back_equal(
+    run: Run, hub: HubServer, sevpeft_: Cli, tmp_path: Path
+) -> None:
     for name in ("predictions.jsonl", "log.jsonl", "adapter/notes.txt", "adapter/training_args.bin"):
         (run.folder / name).write_text(f"{PATIENT} {SECRET} {run.folder}", encoding="utf-8")
     changed(
@@ -73,7 +76,9 @@ def test_only_what_was_trained_leaves_and_comes_back_equal(run: Run, hub: HubSer
         "evaluation.judge={model: m, url: 'http://intern.host/v1'}",
     )
     write_card(run)
-    done = push(run, ID, PushSettings(**SETTINGS, private=True))
+    code, out, err = sevpeft_("push", run.folder, ID, *WORDS, "private=true", "--json")
+    done = json.loads(out)
+    assert code == 0 and TOKEN not in out + err
     repository = hub.repositories[ID]
     oid, files = repository.commits[-1]
     assert len(repository.commits) == 2 and repository.private and repository.tags == {done["tag"]: oid}
@@ -99,8 +104,9 @@ def test_only_what_was_trained_leaves_and_comes_back_equal(run: Run, hub: HubSer
     card = ModelCard.load(pulled / "README.md")
     assert (card.data.base_model, card.data.license, card.data.language) == ("org/base", "apache-2.0", "ar")
     assert f'from_pretrained(\n    "{ID}",' in card.text and "الحالات الطارئة" in card.text
-    again = push(run, ID, PushSettings(**SETTINGS))
-    assert not again["sent"] and len(repository.commits) == 2 and again["tag"] == done["tag"]
+    code, out, _ = sevpeft_("push", run.folder, ID, *WORDS)
+    assert code == 0 and len(repository.commits) == 2 and "there already" in out and f"tag {done['tag']}" in out
+    assert "equal logits on" in out and max(map(len, out.splitlines())) <= 80
 
 
 def refusal(run: Run, repo_id: str = ID, **settings: Any) -> str:
@@ -136,8 +142,7 @@ def test_what_may_not_leave_stops_before_anything_is_sent(run: Run, hub: HubServ
         save_file(tensors, weights, {"format": "pt"})
     assert wrong == [] and hub.requests == []
     changed(run, "prompt.examples=[{question: صداع, answer: راحة}]")
-    push(run, ID, PushSettings(**SETTINGS, examples=True))
-    assert "راحة" in hub.repositories[ID].commits[-1][1]["chat_template.jinja"].decode()
+    assert push(run, ID, PushSettings(**SETTINGS, examples=True), dry_run=True)["files"]["chat_template.jinja"]
 
 
 def test_every_refusal_is_one_sentence_with_its_remedy(
@@ -218,22 +223,17 @@ def test_a_cut_push_goes_on_and_a_newer_commit_is_never_covered(
 
 
 def test_it_is_not_done_before_bytes_and_logits_are_equal(
-    run: Run, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    ready: Run, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = Repository.commit
+    commit, pulled, other = Repository.commit, [], {"recipe.yaml": b"{}"}
     with monkeypatch.context() as patch:
-        other = {"recipe.yaml": b"{}"}
         patch.setattr(Repository, "commit", lambda self, of: commit(self, {**of, **(other if len(of) > 1 else {})}))
-        assert "another recipe.yaml" in refusal(run)
-    logits, pulled = pushing._logits, []
-
-    def other(recipe: Any, adapter: Path, texts: Any) -> Any:
-        pulled.append(adapter)
-        return [one + (len(pulled) - 1) for one in logits(recipe, adapter, texts)]
-
-    monkeypatch.setattr(pushing, "_logits", other)
-    assert "answers otherwise" in refusal(run, "alice/another")
-    assert pulled[0] == run.adapter and run.folder not in pulled[1].parents
+        assert "another recipe.yaml" in refusal(ready)
+    monkeypatch.setattr(
+        pushing, "_logits", lambda _, at, texts: [torch.tensor(float(pulled.append(at) or len(pulled)))]
+    )
+    assert "answers otherwise" in refusal(ready, "alice/another")
+    assert pulled[0] == ready.adapter and ready.folder not in pulled[1].parents
 
 
 def test_a_dry_run_shows_all_that_would_leave_without_network_or_token(
@@ -267,10 +267,3 @@ def test_a_dry_run_shows_all_that_would_leave_without_network_or_token(
     base.rename(base.with_name("moved"))
     code, _, err = sevpeft_("push", run.folder, ID, *WORDS, "--dry-run")
     assert code == 1 and "model.name_or_path" in err
-
-
-def test_the_whole_command_says_what_was_done(run: Run, hub: HubServer, sevpeft_: Cli) -> None:
-    code, out, err = sevpeft_("push", run.folder, "clinic/adapter", *WORDS, "private=true")
-    assert code == 0 and "equal logits on" in out and TOKEN not in out + err
-    assert hub.repositories["clinic/adapter"].private
-    assert max(map(len, out.splitlines())) <= 80
