@@ -30,7 +30,8 @@ SHORTER = {
 }
 COLUMNS = ["question", "answer", "severity"]
 SMALL = (
-    "data: {max_rows: 48}\ntraining: {max_steps: 1, max_length: 160, eval_strategy: 'no', use_cpu: true}\n"
+    "about: {license: apache-2.0, base_model: Qwen/Qwen2.5-0.5B}\ndata: {max_rows: 48}\n"
+    "training: {max_steps: 1, max_length: 160, eval_strategy: 'no', use_cpu: true}\n"
     "generation: {max_new_tokens: 2}\nevaluation: {bertscore: false, n_resamples: 100}\n"
 )
 

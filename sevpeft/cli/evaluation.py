@@ -49,6 +49,7 @@ def evaluate(
         from sevpeft.evaluation.evaluate import evaluate as evaluate_run
         from sevpeft.evaluation.judge import JUDGEMENTS
         from sevpeft.evaluation.tables import evaluation_tables
+        from sevpeft.sharing.card import note_figures
 
     if select:
         settings = [word for word in overrides or [] if "=" in word]
@@ -56,6 +57,7 @@ def evaluate(
         print_json(found) if as_json else Screen().print(selection.selection_tables(found))
         return
     content = evaluate_run(Run(run), overrides or [], limit=limit, answers=not nll_only, console=messages)
+    note_figures(Run(run))  # its card shows them
     if as_json:
         print_json(content)
         return

@@ -1,4 +1,4 @@
-"""The verbs chat and merge: a trained adapter in use. Heavy imports stand inside."""
+"""The verbs chat, merge and push: a trained adapter in use. Heavy imports stand inside."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sevpeft.cli.application import AsJson, RunFolder, app, quiet_libraries
+from sevpeft.cli.application import AsJson, RunFolder, Words, app, command_with_keys, quiet_libraries
 from sevpeft.console import output_error
 from sevpeft.errors import UsageError
 
 if TYPE_CHECKING:
-    from sevpeft.sharing.merge import Difference, Merged
+    from sevpeft.sharing.merge import Merged
 
 
 @app.command()
@@ -99,6 +99,51 @@ def merge(
         _show(merged, output)
 
 
+@app.command(cls=command_with_keys("sevpeft.sharing:PushSettings"))
+def push(
+    run: RunFolder,
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as NAME/REPOSITORY", show_default=False)],
+    words: Words = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; nothing is sent.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push a run's adapter to the Hub, pull it again, and compare both in bytes and logits.
+
+    Example: sevpeft push runs/mine NAME/severity-qwen2.5-0.5b private=true --dry-run
+    """
+    from sevpeft.console import Screen, print_json, print_labeled, print_text
+    from sevpeft.recipe import settings_from
+    from sevpeft.runs import Run, check_one_process, check_run
+    from sevpeft.sharing import PushSettings
+
+    check_one_process("push")
+    check_run(run)
+    settings, messages, console = settings_from(PushSettings, words or []), Screen(stderr=True), Screen()
+    with messages.status("Loading the libraries"):
+        quiet_libraries()
+        from sevpeft.sharing.push import push as send
+
+    about = send(Run(run), repo_id, settings, dry_run=dry_run, console=messages)
+    if as_json:
+        print_json(about)
+        return
+    sizes, why = about["files"], about["not_searched_for_data"]
+    lines = [("Files", f"{len(sizes)}, {sum(sizes.values()):,} bytes")]
+    lines += [("", f"{name} ({size:,})") for name, size in sizes.items()]
+    lines += [("Warning", f"The files were not searched for sentences of the data ({why}).")] if why else []
+    if dry_run:
+        print_text(about["card"], end="\n\n")
+        lines += [("Dry run", f"Nothing was sent to {repo_id}; without --dry-run, these files are.")]
+    else:
+        lines += [
+            ("Commit", f"{about['commit'][:12]} ({'sent' if about['sent'] else 'there already'}), tag {about['tag']}")
+        ]
+        lines += [("Checked", f"pulled again: equal bytes, equal logits on {about['answer_tokens']:,} tokens")]
+        lines += [("Page", about["url"])]
+    for label, text in lines:
+        print_labeled(console, label, text)
+
+
 def _show(merged: Merged, output: Path) -> None:
     """Prints the figures; the card holds the commands for vLLM, llama.cpp and Ollama."""
     from sevpeft.console import Screen, print_labeled
@@ -121,16 +166,13 @@ def _show(merged: Merged, output: Path) -> None:
 def _table(merged: Merged) -> object:
     from rich.table import Table
 
-    def cells(found: Difference) -> tuple[str, str, str]:
-        return f"{found.kl:.2g}", f"{found.largest_logit_difference:.2g}", f"{found.equal_next_tokens:.1%}"
-
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     base = f"{merged.bits} bit" if merged.bits else "base"
     table.add_column(f"From {base} + adapter to", style="bold")
     for title in ("KL, nats/token", "largest logit gap", "same next token"):
         table.add_column(title, justify="right")
-    for weights, gap in merged.gaps.items():
-        chosen = "merged" if weights == merged.weights else "not merged"
-        table.add_row(f"{weights} ({chosen})" if merged.bits else "the merged model", *cells(gap))
-    table.add_row("its base alone", *cells(merged.effect))
+    rows = [(f"{name} ({'' if name == merged.weights else 'not '}merged)", gap) for name, gap in merged.gaps.items()]
+    rows = rows if merged.bits else [("the merged model", gap) for _, gap in rows]
+    for name, of in [*rows, ("its base alone", merged.effect)]:
+        table.add_row(name, f"{of.kl:.2g}", f"{of.largest_logit_difference:.2g}", f"{of.equal_next_tokens:.1%}")
     return table

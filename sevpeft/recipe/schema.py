@@ -44,6 +44,8 @@ class AboutSection(Section):
     """Size of the base model, as 0.49B or 135M."""
     license: str | None = None
     """License of the base model, in the words of its page."""
+    base_model: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Hub id of the base model where model.name_or_path is a copy of it in a folder; cards and `push` name it."""
     gated: bool = False
     """Whether access to the base model must be requested on the Hub."""
     vram_gib: float | None = Field(default=None, gt=0)

@@ -27,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sevpeft.console import Screen, print_labeled
@@ -35,6 +35,7 @@ from sevpeft.data.read import load_consultations
 from sevpeft.errors import ModelError, SevpeftError, first_sentence
 from sevpeft.evaluation.arms import check_adapter
 from sevpeft.modeling.adapters import attach_adapter
+from sevpeft.modeling.chat_template import generation_config, save_tokenizer
 from sevpeft.modeling.compat import dequantize_module_weight
 from sevpeft.modeling.loading import Precision, load_config, load_model, resolve_model, resolved_name
 from sevpeft.modeling.prompts import Prompt
@@ -127,8 +128,8 @@ def merge(
         bases = [DEQUANTIZED]
     if base not in ("auto", *bases):
         raise ModelError(f"--base {base} is not there: the run has {' and '.join(bases)} weights; leave it out.")
-    with whole_folder(output, shared=True) as folder:
-        texts, rows = _texts(recipe, prompt)
+    with whole_folder(output, shared=not recipe.prompt.examples) as folder:
+        texts, rows = sample_texts(recipe, prompt)
         print_labeled(console, "Base model", f"{name} ({config.model_type})")
         print_labeled(console, "Compared on", f"{len(texts)} {rows}")
         with console.status("Running base + adapter, as they were trained"):
@@ -263,14 +264,9 @@ def merge_in_place(model: PeftModel) -> tuple[PreTrainedModel, int]:
 def _write_model(model: PreTrainedModel, prompt: Prompt, recipe: Recipe, folder: Path, max_shard_size: str) -> None:
     """Weights, config, generation settings, tokenizer, and the base's own small files."""
     model.config.use_cache = True  # switched off for training; without it generation would be quadratic
-    # The base's other settings are for other prompts, and some published ones contradict themselves.
-    theirs = model.generation_config
-    ends = [] if theirs.eos_token_id is None else np.atleast_1d(theirs.eos_token_id).tolist()
-    ends = [*dict.fromkeys([*ends, prompt.end_id])]
-    pad = prompt.tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(bos_token_id=theirs.bos_token_id, eos_token_id=ends, pad_token_id=pad)
+    model.generation_config = generation_config(prompt, model.generation_config)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    prompt.tokenizer.save_pretrained(folder)
+    save_tokenizer(prompt, folder)
     source = Path(name := resolved_name(recipe))
     if not source.is_dir():
         with suppress(OSError, HfHubHTTPError, LocalEntryNotFoundError):  # offline, and not in the cache
@@ -283,7 +279,7 @@ def _write_model(model: PreTrainedModel, prompt: Prompt, recipe: Recipe, folder:
 # How far apart two models are.
 
 
-def _texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
+def sample_texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
     """Consultations as the model was trained to read them, and what they are.
 
     They are validation rows of the run, or bundled consultations where the run's data cannot be read here.

@@ -23,8 +23,10 @@ from transformers import PrinterCallback
 from sevpeft.console import Screen, print_labeled
 from sevpeft.errors import Interrupted, RunError, first_sentence
 from sevpeft.modeling import adapters
+from sevpeft.modeling.chat_template import generation_config, save_tokenizer
 from sevpeft.modeling.compat import attention_of, requested_engine
 from sevpeft.modeling.loading import load_model, resolved_name, uses_gpu
+from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
@@ -157,7 +159,7 @@ def _train(
             # The figures of the adapter that is saved.
             if trainer.args.load_best_model_at_end or not _validation(trainer, trainer.state.global_step):
                 trainer.evaluate()
-            _save_adapter(trainer, run)
+            _save_adapter(trainer, run, resolved.prompt)
     except BaseException as error:
         if state.is_main_process:
             checkpoints.remove_incomplete(run)
@@ -194,8 +196,8 @@ def _checkpoint(trainer: SeveritySFTTrainer, run: Run, warn: Any) -> str | None:
     return None if (checkpoint := broadcast_object_list([found])[0]) is None else str(checkpoint)
 
 
-def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
-    """Writes the adapter beside its place and moves it there whole."""
+def _save_adapter(trainer: SeveritySFTTrainer, run: Run, prompt: Prompt) -> None:
+    """Writes the adapter, with the prompt of the training, beside its place and moves it there whole."""
     folder = run.unfinished_adapter
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
@@ -205,6 +207,8 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run) -> None:
         if trainer.args.bf16:
             adapters.cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
         adapters.sort_target_modules(folder)
+        save_tokenizer(prompt, folder)
+        generation_config(prompt, trainer.causal_lm().generation_config).save_pretrained(folder)
         shutil.rmtree(run.adapter, ignore_errors=True)
         folder.replace(run.adapter)
     trainer.accelerator.wait_for_everyone()

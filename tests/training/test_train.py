@@ -14,10 +14,11 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, GenerationConfig
 
 from sevpeft.errors import RecipeError, RunError
 from sevpeft.modeling.adapters import attach_adapter
-from sevpeft.modeling.loading import choose_precision, load_model
+from sevpeft.modeling.loading import choose_precision, load_model, resolve_model
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
@@ -70,6 +71,15 @@ def trained(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> tu
     run = train(load_recipe(QUICKSTART, settings), tmp_path_factory.mktemp("trained") / "run", console=screen)
     write_card(run)
     return run, screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_adapter_asks_and_ends_as_it_was_trained(trained: tuple[Run, str]) -> None:
+    run, tokenizer = trained[0], AutoTokenizer.from_pretrained(trained[0].adapter)
+    asked = [{"role": "user", "content": "عندي صداع"}]
+    prompt = resolve_model(load_recipe(run.folder / "recipe.yaml")).prompt
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert ids == prompt.prompt_ids(["عندي صداع"])[0]
+    assert prompt.end_id in GenerationConfig.from_pretrained(run.adapter).eos_token_id
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import openpyxl
 from openpyxl.worksheet.datavalidation import DataValidation
 
 from sevpeft.console import visible
-from sevpeft.data.files import as_text, listed, open_files
+from sevpeft.data.columns import as_text, listed
+from sevpeft.data.files import open_files
 from sevpeft.errors import DataError, RunError, UsageError
 from sevpeft.evaluation import scores as scoring
 from sevpeft.evaluation.arms import ARMS, CE, WEIGHTED

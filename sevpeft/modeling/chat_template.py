@@ -1,0 +1,92 @@
+"""The prompt of a training as the chat template of its tokenizer, so that other programs send the same tokens.
+
+What no template can find out is a variable of it: `severity`, and a question's `dialect` (else `prompt.dialect`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import GenerationConfig
+
+from sevpeft.data.text import DIGITS, strip_marks
+from sevpeft.modeling.prompts import SEVERITY_LINES, Prompt
+from sevpeft.runs import keep_private
+
+CHAT_TEMPLATE = "chat_template.jinja"
+# Gemma's vocabulary has thousands that are reserved and stand in no text.
+_MOST_CONTROL_TOKENS = 300
+_MARKS = (*range(0x900), *range(0x1800, 0x2100), *range(0xFC00, 0xFF00))  # where the blocks of marks lie
+_PROBES = ("عندي صداع", "ألم  في الصدر\nمنذ ٣ أيّام", "Is aspirin safe?")
+
+
+def chat_template(prompt: Prompt) -> str | None:
+    """Jinja template that makes of a question the very tokens of `prompt.prompt_ids`; None where none does."""
+    lines = Path(__file__).with_name(CHAT_TEMPLATE).read_text(encoding="utf-8").splitlines()
+    # After a first token some tokenizers put no blank before the text, which they do at its beginning.
+    for blank in ("", " "):
+        values = {name: json.dumps(value, ensure_ascii=False) for name, value in _variables(prompt, blank).items()}
+        text = "".join([*(f"{{%- set {name} = {value} -%}}" for name, value in values.items()), *lines])
+        text += prompt.tokenizer.get_chat_template() if prompt.chat else ""
+        if all(_gives_the_ids(text, prompt, question) for question in _PROBES):
+            return text
+    return None
+
+
+def save_tokenizer(prompt: Prompt, folder: Path) -> None:
+    """Writes the tokenizer with the prompt of the training as its chat template; without one where none is faithful."""
+    tokenizer = copy.copy(prompt.tokenizer)
+    (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
+    # Never the base model's own, which would be taken for the prompt of the training.
+    tokenizer.chat_template = chat_template(prompt)
+    tokenizer.save_pretrained(folder)
+    if prompt.examples and tokenizer.chat_template:  # they may be rows of the data
+        keep_private(folder / CHAT_TEMPLATE)
+
+
+def generation_config(prompt: Prompt, theirs: GenerationConfig) -> GenerationConfig:
+    """What ends a text of the base model, and an answer of the training; its other settings are for other prompts."""
+    ends = [] if theirs.eos_token_id is None else np.atleast_1d(theirs.eos_token_id).tolist()
+    ends, pad = [*dict.fromkeys([*ends, prompt.end_id])], prompt.tokenizer.pad_token_id
+    return GenerationConfig(bos_token_id=theirs.bos_token_id, eos_token_id=ends, pad_token_id=pad)
+
+
+def _gives_the_ids(template: str, prompt: Prompt, question: str) -> bool:
+    named = {"severity": next(iter(SEVERITY_LINES))} if prompt.severity != "none" else {}
+    named |= {"dialect": prompt.dialect} if prompt.dialect else {}  # else the question's words may decide
+    asked, how = [{"role": "user", "content": question}], {"add_generation_prompt": True, "return_dict": False}
+    with suppress(TemplateError):
+        ids = prompt.tokenizer.apply_chat_template(asked, chat_template=template, **how, **named)
+        return bool(ids == prompt.prompt_ids([question], [named.get("dialect")], [named.get("severity")])[0])
+    return False
+
+
+def _variables(prompt: Prompt, blank: str) -> dict[str, Any]:
+    """What chat_template.jinja reads."""
+    tokenizer, prefixes = prompt.tokenizer, prompt.dialect_prefixes or {}
+    control = sorted(filter(prompt.control.fullmatch, tokenizer.get_vocab()), key=lambda one: (-len(one), one))
+    few = len(control) <= _MOST_CONTROL_TOKENS
+    whole, alone = (tokenizer(_PROBES[0], add_special_tokens=added)["input_ids"] for added in (True, False))
+    # What the tokenizer itself puts before a text; what it puts after one, `prompt_ids` takes away.
+    first = next((n for n in range(len(whole)) if whole[n : n + len(alone)] == alone), 0)
+    cued = (prompt.template, prompt.answer_cue), (prompt.english_template, prompt.english_cue)
+    templates = [(text or prompt.template).replace("{answer_cue}", cue or prompt.answer_cue) for text, cue in cued]
+    return {
+        "single": not prompt.chat,
+        "trained_system": prompt.system or "",
+        "examples": list(prompt.examples),
+        "marks": [chr(code) for code in _MARKS if not strip_marks(chr(code))] if prompt.strip_marks else [],
+        "digits": [chr(code) for code in DIGITS] if prompt.strip_marks else [],
+        "control": control if few else list(dict.fromkeys(tokenizer.all_special_tokens)),
+        "lines": SEVERITY_LINES if prompt.severity != "none" else {},
+        "prefixes": {"": prefixes.get(prompt.dialect or "", ""), **prefixes},
+        "begin": "".join(tokenizer.convert_ids_to_tokens(whole[:first])) + blank,
+        "end": tokenizer.convert_ids_to_tokens(prompt.end_id),
+        "ways": [text.split("{question}") for text in templates],
+    }
