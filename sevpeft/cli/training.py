@@ -10,6 +10,7 @@ import typer
 
 from sevpeft.cli.application import AsJson, Words, app, is_main_process, quiet_libraries
 from sevpeft.errors import ModelError, UsageError
+from sevpeft.runs import write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,26 +60,36 @@ def plan(
         float | None,
         typer.Option(min=1, max=1e5, help="GB of your GPU; exit code 1 if too small.", show_default=False),
     ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Also shows so many training rows of each severity.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Writes these rows (20) as a page.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a recipe would train on and what it needs, without training: data, weights, steps, memory, time.
 
     Example: sevpeft plan recipes/llama-2-7b.yaml data.path=consultations.csv severity.source=rules --vram 12
     """
-    from sevpeft.console import Screen, print_json
+    from sevpeft.console import Screen, print_json, print_text
     from sevpeft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if html and (html.suffix != ".html" or not html.parent.is_dir()):
+        raise UsageError(f"--html={html} must be a file that ends in .html, in a folder that exists.")
     with Screen(stderr=True).status(f"Reading {recipe} and its data"):
         quiet_libraries()
+        from sevpeft.evaluation.report.page import rows_text
         from sevpeft.training.plan import plan as plan_of
+        from sevpeft.training.plan import training_rows
         from sevpeft.training.screen import show_plan
 
         found = plan_of(loaded, vram=vram)
+        shown = training_rows(loaded, rows or 20) if rows or html else []
+    if html:
+        write_atomically(html, rows_text(shown, "rows.html.jinja", **vars(found)))
     if as_json:
-        print_json(found.as_dict())
+        print_json(found.as_dict() | ({"training_rows": shown} if shown else {}))
     else:
         show_plan(found, Screen())
+        print_text(f"Rows: {html} (holds what patients wrote)\n" if html else rows_text(shown), end="")
     if vram is not None and found.fitting is None:
         raise ModelError(
             f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown} The numbers may also "
