@@ -135,7 +135,7 @@ def test_search_finds_arabic_however_it_is_spelled(browser: Any, pages: dict[str
         assert shown(browser) == found, typed
 
 
-def test_training_rows_can_be_read_on_a_phone_and_each_line_runs_its_own_way(browser: Any, tmp_path: Path) -> None:
+def test_training_rows_can_be_read_on_a_phone_from_right_to_left(browser: Any, tmp_path: Path) -> None:
     pieces = [{"text": f"<start>user\nسؤال طويل {ATTACK}\n" + "س" * 300, "tokens": 9, "learned": False}]
     pieces += [{"text": "جواب<end>", "tokens": 2, "learned": True}]
     row = {"row": 7, "severity": "critical", "probabilities": [0.1, 0.2, 0.7], "weight": 1.5, "pieces": pieces}
@@ -153,7 +153,7 @@ def test_training_rows_can_be_read_on_a_phone_and_each_line_runs_its_own_way(bro
     assert browser.get_log("browser") == []
     marks, seen = (browser.find_elements("css selector", name) for name in (".case mark", ".seen"))
     assert [one.text for one in marks] == ["جواب<end>"] and ATTACK.split("<")[-1] in seen[0].text
-    assert seen[0].value_of_css_property("unicode-bidi") == "plaintext"
+    assert seen[0].value_of_css_property("direction") == "rtl", "although its first letters are Latin"
     assert browser.find_element("css selector", ".case s").text == "كلمات"
 
 

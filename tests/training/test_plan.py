@@ -68,7 +68,7 @@ def test_the_training_takes_the_planned_steps_on_the_planned_weights(
 
 def test_the_rows_that_are_shown_are_those_of_the_trainer(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     tokenizer, folder = build_tokenizer(), model_folder()
-    base = [f"model.name_or_path={folder}", "data.max_rows=60", "training.max_length=150", "severity.weights=strong"]
+    base = [f"model.name_or_path={folder}", "data.max_rows=36", "training.max_length=150", "severity.weights=strong"]
     for settings in (["severity.source=rules"], ["training.packing=true", "severity.normalize=mean"]):
         recipe = load_recipe(QUICKSTART, [*base, *settings])
         rows = training_rows(recipe, 3)

@@ -188,7 +188,7 @@ def test_a_training_goes_on_after_samples_as_it_was(tmp_path: Path) -> None:
     model = trainer.causal_lm()
     model.generation_config.temperature, own = 0.3, model.generation_config
     recipe = load_recipe(QUICKSTART, ["training.generate_samples=9", "generation.max_new_tokens=1000"])
-    model.config.max_position_embeddings = 40
+    model.config.max_position_embeddings = 24
     before, samples = torch.get_rng_state(), Samples(trainer, Run(tmp_path), recipe, 0)
     model.train()
     samples.on_evaluate(trainer.args, trainer.state, trainer.control)

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from sevpeft.console import number_text, p_text
 from sevpeft.errors import RunError
 from sevpeft.evaluation.arms import WEIGHTED
-from sevpeft.evaluation.report.cases import UNKNOWN, cases
+from sevpeft.evaluation.report.cases import UNKNOWN, cases, direction
 from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.evaluation.tables import COMPARISON, OPEN_STRATA, metric_label, plain
 from sevpeft.recipe import load_recipe
@@ -66,7 +66,7 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     shown, answered = cases(page["answers"], answers)
     page["samples"] = page.get("samples", {}) if answers else {}
     facts = {"cases": shown, "answered": answered, "scales": _scales(page["scores"]), "open_strata": OPEN_STRATA}
-    facts |= {one.__name__: one for one in (estimate_text, metric_label, number_text, p_text, plain)}
+    facts |= {one.__name__: one for one in (direction, estimate_text, metric_label, number_text, p_text, plain)}
     html = _rendered("page.html.jinja", **page, **facts)
     write_atomically(folder / REPORT, html)
     return Report(folder / REPORT, len(shown) + len(page["samples"]), tuple(page["missing"]))
@@ -74,7 +74,7 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
 
 def rows_text(rows: list[dict[str, Any]], template: str = "rows.txt.jinja", **about: Any) -> str:
     """Rows of `training_rows` for a terminal, where ⟦ and ⟧ stand around what carries loss, or as a page."""
-    return _rendered(template, rows=rows, severities=SEVERITIES, **about)
+    return _rendered(template, rows=rows, severities=SEVERITIES, direction=direction, **about)
 
 
 def _rendered(template: str, **facts: Any) -> str:
