@@ -172,6 +172,9 @@ def test_a_line_of_the_log_has_the_severities_of_its_own_steps_and_none_that_is_
     trainer.train()
     first, second = severity_losses(trainer)
     assert set(first) == set(second) == {"critical"} and first == pytest.approx(second, rel=1e-5)
+    single = make_trainer(tmp_path, make_rows(3), max_steps=3, per_device_train_batch_size=1)
+    single.train()
+    assert sorted(name for line in severity_losses(single) for name in line) == sorted(SEVERITIES)
     plain = make_trainer(tmp_path, rows.remove_columns("token_severity"), max_steps=1)
     plain.train()
     assert severity_losses(plain) == [{}]
