@@ -220,7 +220,7 @@ def _findings() -> Iterator[Finding]:
             text, broken = f"is absent or broken: {first_sentence(error)}", broken or needed
             yield one.name, text, f"pip install --force-reinstall '{one}'", needed
     shown = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
-    yield "Libraries", f"Python {platform.python_version()}, {shown}, and {len(versions)} in all", "", False
+    yield "Versions", f"Python {platform.python_version()}, {shown}, and {len(versions)} in all", "", False
     if broken:
         return  # what follows needs them
 
