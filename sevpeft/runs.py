@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 from sevpeft import __version__
 from sevpeft.errors import DataError, RunError, SevpeftError, UsageError
 
+SAMPLES = "samples.jsonl"  # in a run with training.generate_samples
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
 

@@ -97,6 +97,7 @@ def test_every_file_with_words_or_ids_of_patients_is_its_owners_alone(
         f"model.name_or_path={model_folder()}",
         f"data.path={consultations}",
         "training.max_steps=1",
+        "training.generate_samples=1",
         "training.max_length=256",
         "generation.max_new_tokens=4",
         "evaluation.bertscore=false",
@@ -112,8 +113,8 @@ def test_every_file_with_words_or_ids_of_patients_is_its_owners_alone(
     expected = ("annotated.jsonl", "annotated.csv", "annotated.parquet", "annotated/consultations.parquet")
     expected += ("annotated/rejected.jsonl", "prepared/consultations.parquet", "prepared/rejected.jsonl")
     expected += ("classifier/vocabulary.json", "run/predictions.jsonl", "run/likelihood.jsonl", "run/scores.jsonl")
-    expected += ("run/judgements.jsonl", "run/report.html", "run/minimized.jsonl", "run/review-key.json")
-    expected += ("run/review/review.html",)
+    expected += ("run/judgements.jsonl", "run/samples.jsonl", "run/report.html", "run/minimized.jsonl")
+    expected += ("run/review-key.json", "run/review/review.html")
     assert set(expected) <= found.keys()
     assert {name: mode for name, mode in found.items() if mode != "600"} == {}
     for folder in ("prepared", "annotated", "classifier", "cache/tables"):

@@ -1,19 +1,28 @@
-"""The verbs train, plan and recipes. Heavy imports stand inside, so that --help answers at once."""
+"""The verbs train, plan, recipes and doctor. Heavy imports stand inside, so that --help answers at once."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
 import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sevpeft.cli.application import AsJson, Words, app, is_main_process, quiet_libraries
-from sevpeft.errors import ModelError, UsageError
+from sevpeft.errors import ModelError, UsageError, first_sentence
+from sevpeft.runs import PACKAGES, write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Of `doctor`: name, what was found, the remedy where something is wrong, whether no training can run before.
+Finding = tuple[str, str, str, bool]
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/quickstart.yaml", show_default=False)]
 
 
@@ -59,26 +68,36 @@ def plan(
         float | None,
         typer.Option(min=1, max=1e5, help="GB of your GPU; exit code 1 if too small.", show_default=False),
     ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Also shows so many training rows of each severity.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Writes these rows (20) as a page.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a recipe would train on and what it needs, without training: data, weights, steps, memory, time.
 
     Example: sevpeft plan recipes/llama-2-7b.yaml data.path=consultations.csv severity.source=rules --vram 12
     """
-    from sevpeft.console import Screen, print_json
+    from sevpeft.console import Screen, print_json, print_text
     from sevpeft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if html and (html.suffix != ".html" or not html.parent.is_dir()):
+        raise UsageError(f"--html={html} must be a file that ends in .html, in a folder that exists.")
     with Screen(stderr=True).status(f"Reading {recipe} and its data"):
         quiet_libraries()
+        from sevpeft.evaluation.report.page import rows_text
         from sevpeft.training.plan import plan as plan_of
+        from sevpeft.training.plan import training_rows
         from sevpeft.training.screen import show_plan
 
         found = plan_of(loaded, vram=vram)
+        shown = training_rows(loaded, rows or 20) if rows or html else []
+    if html:
+        write_atomically(html, rows_text(shown, "rows.html.jinja", **vars(found)))
     if as_json:
-        print_json(found.as_dict())
+        print_json(found.as_dict() | ({"training_rows": shown} if shown else {}))
     else:
         show_plan(found, Screen())
+        print_text(f"Rows: {html} (holds what patients wrote)\n" if html else rows_text(shown), end="")
     if vram is not None and found.fitting is None:
         raise ModelError(
             f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown} The numbers may also "
@@ -147,3 +166,103 @@ def recipes_table(recipes: list[dict[str, Any]]) -> Table:
         terms = f"{row['license'] or 'not stated'}{' (gated)' if row['gated'] else ''}"
         table.add_row(Path(row["recipe"]).name, row["parameters"] or "", memory, terms)
     return table
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: libraries, disks, GPU, and the largest recipe that it can train, without any network.
+
+    Each fault comes with the command that mends it. Exit code 1 where no training can run.
+
+    Example: sevpeft doctor
+    """
+    from rich.text import Text
+
+    from sevpeft.console import LABEL_WIDTH, Screen, print_json, print_labeled
+
+    found, keys, console = list[Finding](), ("name", "text", "remedy", "fatal"), Screen()
+    with Screen(stderr=True).status("Looking at this machine"):
+        try:
+            found += _findings()
+        except Exception as error:  # whatever a broken library raises
+            found.append(("The rest", f"cannot be checked: {first_sentence(error)}", "pip install -e .", True))
+    ready = not any(fatal for *_, fatal in found)
+    if as_json:
+        print_json({"ready": ready, "findings": [dict(zip(keys, one, strict=True)) for one in found]})
+        raise typer.Exit(not ready)
+    for name, text, remedy, fatal in found:
+        mark, style = ("✗", "red") if fatal else ("!", "yellow") if remedy else ("✓", "")
+        print_labeled(console, f"{mark} {name}", text, style)
+        if remedy:
+            console.print(Text(f"{'':{LABEL_WIDTH}}{remedy}", style="bold"), soft_wrap=True)
+    console.print("This machine can train." if ready else "No training can run here before ✗ is mended.")
+    raise typer.Exit(not ready)
+
+
+def _findings() -> Iterator[Finding]:
+    """What `doctor` shows. A library may be absent or broken, so each is imported where it is looked at."""
+    from packaging.requirements import Requirement
+
+    with suppress(Exception):  # it imports some of those below
+        quiet_libraries()
+    versions, broken = dict[str, str](), False
+    for one in map(Requirement, importlib.metadata.requires("sevpeft") or ()):
+        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = versions[one.name] = importlib.metadata.version(one.name)
+            if one.name in PACKAGES and not broken:
+                importlib.import_module(one.name)
+            if not one.specifier.contains(version, prereleases=True):
+                yield one.name, f"{version}; tested is {one.specifier}", f"pip install '{one}'", False
+        except Exception as error:
+            needed = one.name != "bitsandbytes"
+            text, broken = f"is absent or broken: {first_sentence(error)}", broken or needed
+            yield one.name, text, f"pip install --force-reinstall '{one}'", needed
+    shown = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
+    yield "Versions", f"Python {platform.python_version()}, {shown}, and {len(versions)} in all", "", False
+    if broken:
+        return  # what follows needs them
+
+    import torch
+    from huggingface_hub import constants, get_token
+
+    from sevpeft.modeling.loading import LARGEST_QUANTIZED_ON_CPU, choose_precision, why_no_gpu
+    from sevpeft.recipe import Recipe, load_recipe
+    from sevpeft.training.resolve import device_memory
+
+    importlib.import_module("sevpeft.training.train")
+    for name, folder, remedy in (
+        ("Disk", ".", "cd FOLDER_ON_ANOTHER_DISK"),
+        ("Hub cache", constants.HF_HUB_CACHE, "export HF_HOME=FOLDER_ON_ANOTHER_DISK"),
+        ("Own cache", os.environ.get("SEVPEFT_CACHE") or "~/.cache/sevpeft", "export SEVPEFT_CACHE=FOLDER"),
+    ):
+        path = Path(folder).expanduser().resolve()
+        place = next(one for one in (path, *path.parents) if one.exists())
+        free, closed = shutil.disk_usage(place).free / 2**30, not os.access(place, os.W_OK)
+        remedy = remedy if closed or free < 10 else ""
+        yield name, f"{path}: {free:.1f} GiB free{', not writable' * closed}", remedy, closed or free < 1
+    yield "Hub login", "yes" if get_token() else "no; models behind a gate need one: hf auth login", "", False
+    text = f"none, so the CPU trains: {why_no_gpu(Recipe())}"
+    if cuda := torch.cuda.is_available():
+        gpu, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+        text = f"{count} × {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
+    unused = not cuda and (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi"))
+    yield "GPU", text, "nvidia-smi && pip install --force-reinstall torch" if unused else "", False
+    yield "Computes in", str(choose_precision(Recipe()).dtype).removeprefix("torch."), "", False
+    try:
+        blocks = importlib.import_module("bitsandbytes.functional")
+        numbers = torch.linspace(-1, 1, 4096, device="cuda" if cuda else "cpu")
+        off = (blocks.dequantize_4bit(*blocks.quantize_4bit(numbers, quant_type="nf4")) - numbers).abs().max()
+        problem = "" if off < 0.2 else f"numbers are off by {off:.2f}"
+    except Exception as failure:
+        problem = first_sentence(failure)
+    text = f"recipes with load_in_4bit cannot run: {problem}" if problem else "bitsandbytes works"
+    yield "4 bit", text, "pip install --force-reinstall bitsandbytes" if problem else "", False
+    folders, gib = (Path("recipes"), Path(__file__).parents[2] / "recipes"), device_memory(Recipe()) / 2**30
+    listed = list_recipes(next(one for one in folders if one.is_dir()), gib * (1.15 if cuda else 1))
+    about = [load_recipe(one["recipe"]).about for one in listed]
+    # On a CPU a larger one takes hours for an epoch.
+    at = max(n for n, one in enumerate(about) if cuda or (one.parameter_count() or 0) < LARGEST_QUANTIZED_ON_CPU)
+    largest = f"up to {listed[at]['recipe']} ({about[at].parameters}) in {gib:.1f} GiB; `sevpeft plan RECIPE` says more"
+    yield "Can train", largest, "", False

@@ -121,3 +121,5 @@ class TrainingSection(_settings_of("training", _TRAINING_DEFAULTS)):  # type: ig
     """Consultations that one optimizer step sees, over all processes; unset, 8, or what the other numbers make."""
     init_adapter: str | None = Field(default=None, min_length=1)
     """Adapter that the training starts from: a run, a folder or a Hub id, with the LoRA settings of this recipe."""
+    generate_samples: int = Field(default=0, ge=0, le=1000)
+    """Validation questions answered at each validation, greedily, into RUN/samples.jsonl and the report; 0, none."""

@@ -1,32 +1,39 @@
-"""Callbacks: progress on the screen and in log.jsonl, signals that end a run after a checkpoint, bad steps."""
+"""Callbacks: progress on the screen and in log.jsonl, cost, samples, signals that end a run, bad steps."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import psutil
 import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sevpeft.console import SECONDS_BETWEEN_LINES, print_labeled
 from sevpeft.errors import Interrupted, RunError, SevpeftError
-from sevpeft.recipe import StoppingSection
-from sevpeft.runs import Run, signal_at_end_of_parent
-from sevpeft.training.compat import pending_loss, uncount_step
+from sevpeft.recipe import Recipe, StoppingSection
+from sevpeft.runs import SAMPLES, Run, json_lines, signal_at_end_of_parent
+from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.training.compat import IGNORED, pending_loss, uncount_step
 from sevpeft.training.data import rows_of
 
 if TYPE_CHECKING:
@@ -34,10 +41,12 @@ if TYPE_CHECKING:
 
 
 class RunProgress(TrainerCallback):
-    """Callback that writes log.jsonl, on the main process, and shows a bar, or a line every 15 seconds.
+    """Callback that writes log.jsonl, on the main process, shows a bar or a line every 15 seconds, and counts the cost.
 
     Args:
         console: where the screen is; quiet on the other processes.
+
+    `counts` are seconds of steps, memory and energy of this process over all starts; `cost` that of all in the end.
     """
 
     def __init__(self, run: Run, console: Console) -> None:
@@ -47,15 +56,25 @@ class RunProgress(TrainerCallback):
         self.bar = Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
         self.text = ""
         self.last_tokens: tuple[float, float] | None = None
+        self.counts, self.cost = {"step_seconds": 0.0}, dict[str, float]()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started = self.last_line = time.monotonic()
+        self.started = self.last_line = self.last_count = time.monotonic()
         self.first_step = state.global_step
         self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, text="")
+        self.energy = energy_counters(args)
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.step_began = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(self.task, completed=state.global_step, text=self.text)
         now = time.monotonic()
+        self.counts["step_seconds"] += now - self.step_began
+        if control.should_save or now - self.last_count > SECONDS_BETWEEN_LINES:  # counters begin again within an hour
+            self._count(args)
         if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = now
             pace = (now - self.started) / (state.global_step - self.first_step)  # seconds a step, since this start
@@ -66,6 +85,19 @@ class RunProgress(TrainerCallback):
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         self.bar.update(self.task, text=f"validating  {self.text}")
 
+    def _count(self, args: TrainingArguments) -> None:
+        before, self.energy, self.last_count = self.energy, energy_counters(args), time.monotonic()
+        for name, now in self.energy.items():  # what began again at 0 says nothing of these seconds
+            self.counts[name] = self.counts.get(name, 0.0) + max(0.0, now - before.get(name, now))
+        name, held = memory_held(args)
+        self.counts[name] = max(self.counts.get(name, 0.0), held)
+
+    def on_train_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        self._count(args)
+        of_all: list[dict[str, float]] = gather_object([self.counts])
+        for name in self.counts if args.process_index == 0 else ():
+            self.cost[name] = round((sum if "watt" in name else max)(of.get(name, 0.0) for of in of_all), 3)
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if state.is_world_process_zero:
             self.run.append_log({"step": state.global_step, "time": round(time.time(), 1), **logs})
@@ -73,10 +105,74 @@ class RunProgress(TrainerCallback):
             now, tokens = time.monotonic(), logs["num_tokens"]
             before, self.last_tokens = self.last_tokens, (now, tokens)
             speed = f"  {(tokens - before[1]) / max(now - before[0], 1e-9):,.0f} tokens/s" if before else ""
-            # The most that the GPU has held, or what this process holds of the computer's memory now.
-            gpu = args.device.type == "cuda"
-            held = torch.cuda.max_memory_allocated(args.device) if gpu else psutil.Process().memory_info().rss
-            self.text = f"loss {logs['loss']:.3f}{speed}  {held / 2**30:.1f} GiB"
+            self.text = f"loss {logs['loss']:.3f}{speed}  {memory_held(args)[1]:.1f} GiB"
+
+
+def memory_held(args: TrainingArguments) -> tuple[str, float]:
+    """Name in metrics.json and GiB: what the GPU, or this process of the computer's memory, has held at most."""
+    if args.device.type == "cuda":
+        return "peak_gpu_gib", torch.cuda.max_memory_allocated(args.device) / 2**30
+    with suppress(ImportError):  # Windows tells the present alone
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return "peak_cpu_gib", most / 2 ** (30 if sys.platform == "darwin" else 20)
+    return "cpu_gib", psutil.Process().memory_info().rss / 2**30
+
+
+def energy_counters(args: TrainingArguments) -> dict[str, float]:
+    """Watt-hours on the counters of the GPU (NVML) and, once a machine, the processors (RAPL), whatever runs there."""
+    found = dict[str, float]()
+    with suppress(OSError, ValueError):  # often readable by root alone
+        for at in Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj") if args.local_process_index == 0 else ():
+            if at.with_name("name").read_text().startswith("package"):
+                found["cpu_watt_hours"] = found.get("cpu_watt_hours", 0.0) + int(at.read_text()) / 3.6e9
+    with suppress(Exception):  # no GPU, no pynvml, or no counter: before Volta, or on a part of a GPU (MIG)
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(args.device).uuid}")
+        found["gpu_watt_hours"] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 3.6e6
+    return found
+
+
+class Samples(TrainerCallback):
+    """Callback that answers the same validation questions at each validation, greedily, one by one, drawing no number.
+
+    RUN/samples.jsonl is for the owner alone. Lines of a step that is validated again after a resume are replaced.
+    """
+
+    def __init__(self, trainer: SeveritySFTTrainer, run: Run, recipe: Recipe, end_id: int) -> None:
+        self.trainer, self.run, self.most, rows = trainer, run, recipe.generation.max_new_tokens, trainer.eval_dataset
+        drawn = np.random.default_rng(0).permutation(len(rows))
+        strata = np.asarray(rows["severity"])[drawn]
+        in_turn = np.lexsort((-strata, pd.Series(strata).groupby(strata).cumcount()))  # critical first
+        self.rows = rows.select(drawn[in_turn][: recipe.training.generate_samples])
+        ends = {"eos_token_id": end_id, "pad_token_id": end_id, "use_cache": True, "do_sample": False, "num_beams": 1}
+        self.config = GenerationConfig(**ends, repetition_penalty=recipe.generation.repetition_penalty)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        # Every process answers, because the others would wait for as long; the first one writes.
+        model, decode, lines = self.trainer.causal_lm(), self.trainer.processing_class.decode, list[dict[str, Any]]()
+        training, own, path = model.training, model.generation_config, self.run.folder / SAMPLES
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        model.eval().generation_config = GenerationConfig()  # its own would fill in what self.config leaves open
+        try:
+            for number, row in enumerate(self.rows):
+                start = next(at for at, label in enumerate(row["labels"]) if label != IGNORED)
+                self.config.max_new_tokens = max(1, min(self.most, context - start))
+                asked = torch.tensor([row["input_ids"][:start]], device=model.device)
+                said = model.generate(asked, attention_mask=torch.ones_like(asked), generation_config=self.config)[0]
+                texts = {"prompt": asked[0], "reference": row["labels"][start:], "prediction": said[start:]}
+                line = {name: decode(ids, skip_special_tokens=True).strip() for name, ids in texts.items()}
+                line |= {"step": state.global_step, "number": number, "severity": [*SEVERITIES, None][row["severity"]]}
+                lines.append({**line, "truncated": int(said[-1]) != self.config.eos_token_id})
+        finally:
+            model.train(training).generation_config = own
+        if state.is_world_process_zero:
+            kept = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+            lines = [one for _, one in json_lines(kept, SAMPLES) if one["step"] < state.global_step] + lines
+            text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines)
+            self.run.write_text(SAMPLES, text, shared=False)
 
 
 # SIGHUP comes when a terminal closes, SIGUSR1 from `sbatch --signal=USR1@120`; Windows has neither.

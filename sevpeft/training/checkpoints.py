@@ -71,7 +71,7 @@ class ExactResume(TrainerCallback):
         self.trainer.parts.most_rows["train"] = saved["most_rows"]
         self._before = saved["totals"]
         for name, callback in self._counting().items():
-            callback.counts.update(saved["callbacks"][name])
+            callback.counts.update(saved["callbacks"].get(name, {}))
         if args.load_best_model_at_end and state.best_global_step:
             # Its path is another one where the run was moved. A damaged one must not end the run.
             best = checkpoint_of(args, state.best_global_step)

@@ -134,6 +134,7 @@ def counted(trainer: SFTTrainer) -> dict[str, Any]:
         "pending_loss": float(trainer._tr_loss),
         "last_logged": trainer._globalstep_last_logged,
         "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
+        "severity_sums": trainer.severity_sums.tolist(),
     }
 
 
@@ -142,6 +143,7 @@ def recount(trainer: SFTTrainer, counts: dict[str, Any]) -> None:
     trainer._total_train_tokens = counts["tokens"]
     trainer._tr_loss.fill_(counts["pending_loss"])
     trainer._globalstep_last_logged = counts["last_logged"]
+    trainer.severity_sums.copy_(torch.tensor(counts.get("severity_sums", 0.0), dtype=torch.float64))
     for name, values in counts["metrics"].items():
         trainer._metrics["train"][name] = list(values)
 
@@ -159,6 +161,7 @@ def logged_loss(trainer: SFTTrainer) -> float:
 def uncount_step(trainer: SFTTrainer, loss_before: torch.Tensor, skipped: int) -> None:
     """Takes a skipped step out of the means of the next line of the log, which names how many were skipped."""
     trainer._tr_loss.copy_(loss_before)
+    trainer.severity_sums.copy_(trainer.sums_before_step)
     trainer._globalstep_last_logged += 1  # the mean is over the steps since
     metrics = trainer._metrics["train"]
     for name, values in list(metrics.items()):
@@ -217,6 +220,7 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
     sort_within_steps: bool
     curriculum: Any
     step_batches: list[dict[str, Any]]
+    severity_sums: torch.Tensor
     _total_train_tokens: int
     _metrics: dict[str, Any]
     _epoch_ended_at = -1
@@ -227,11 +231,12 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
             own = self.curriculum.batches(self.state.global_step)
             epoch_iterator = (batch for _, batch in zip(epoch_iterator, own, strict=True))
         self.step_batches, items = super().get_batch_samples(epoch_iterator, *args, **kwargs)
-        self._tokens_before_step = self._total_train_tokens
+        self._tokens_before_step, self.sums_before_step = self._total_train_tokens, self.severity_sums.clone()
         return self.step_batches, items
 
     def uncount_tokens_of_step(self) -> None:
         self._total_train_tokens = self._tokens_before_step
+        self.severity_sums.copy_(self.sums_before_step)
 
     def count_validation(self, **means: float) -> None:
         self._metrics["eval"].update({name: [mean] for name, mean in means.items()})

@@ -36,6 +36,9 @@ from sevpeft.training.curriculum import MEASURED, difficulty_of
 ROWS_WORTH_A_BAR = 20_000
 # Column of the severity that a row's prompt names.
 PROMPT_SEVERITY = "prompt_severity"
+# Column of training rows: position in SEVERITIES of each token's consultation, -1 where it is not known.
+TOKEN_SEVERITY = "token_severity"
+_TRAINED_ON = ["input_ids", "labels", "token_weights", TOKEN_SEVERITY]
 # From tokens of consultations to names of their rows.
 NameRows = Callable[[Sequence[Sequence[int]]], list[str]]
 
@@ -50,6 +53,7 @@ class Prepared:
     summary: dict[str, Any]
     row_names: NameRows
     difficulty: list[np.ndarray]  # (n,) of the training and of the validation rows, larger for harder ones
+    unpacked: Dataset  # the training rows, each for itself, with severity, source_index and lost_words
 
 
 def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
@@ -78,9 +82,9 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         weights, summary = weigh(recipe, severity, kept)
         weights = weights * np.asarray(encoded["train"][TURN_WEIGHT])
         weights = weights * (settings["global_batch_size"] if recipe.as_published.unnormalized else 1)
-        train = add_token_weights(
-            encoded["train"], weights, recipe.severity.reduction, cache_file=scratch / "weighted.arrow"
-        ).select_columns(["input_ids", "labels", "token_weights"])
+        to = scratch / "weighted.arrow"
+        weighted = add_token_weights(encoded["train"], weights, recipe.severity.reduction, cache_file=to)
+        train = weighted.select_columns(_TRAINED_ON)
         if settings.get("packing"):
             train = pack_rows(train, settings["max_length"], cache_file=scratch / "packed.arrow")
     datasets.disable_progress_bars()
@@ -99,6 +103,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         summary=about,
         row_names=row_names(encoded["train"], splits.train),
         difficulty=difficulty_of(recipe.curriculum, table, severity, places, lengths),
+        unpacked=weighted,
     )
 
 
@@ -231,8 +236,8 @@ def encode_rows(
         published: what of a published loop is done otherwise, in tokens and labels.
 
     Returns:
-        Dataset with input_ids, labels, severity, source_index (row of `rows`) and turn_weight; and what became of the
-        split, lengths in tokens, losses in words of the question.
+        Dataset with input_ids, labels, severity, source_index (row of `rows`), lost_words and turn_weight; and what
+        became of the split, lengths in tokens, losses in words of the question.
 
     Raises:
         DataError: no row is left.
@@ -270,7 +275,7 @@ def encode_rows(
         "longest": int(lengths.max()),
         "answer_tokens": int(counts["answer_length"].sum()),
     }
-    return encoded.remove_columns(list(_COUNTS)), report
+    return encoded.remove_columns("answer_length"), report
 
 
 def _encode_batch(
@@ -305,7 +310,7 @@ def _encode_batch(
 
 
 def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, cache_file: Path) -> Dataset:
-    """Adds `token_weights`, one float per token, zero wherever the label is ignored.
+    """Adds `token_weights`, one float per token, zero wherever the label is ignored, and `TOKEN_SEVERITY`.
 
     With reduction "tokens" every answer token of consultation i carries w_i, and the batch loss is divided by the
     number of answer tokens. With "examples" it carries w_i / L_i, L_i being the length of its answer, and the loss is
@@ -321,13 +326,16 @@ def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, 
     def weigh_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[np.ndarray]]:
         rows = [np.asarray(labels) != IGNORED for labels in batch["labels"]]
         each = weights[indices] / [row.sum() if reduction == "examples" else 1 for row in rows]
-        return {"token_weights": [row * weight for row, weight in zip(rows, each, strict=True)]}
+        strata = batch.get("severity") or [-1] * len(rows)
+        of_tokens = [np.full(len(row), stratum) for row, stratum in zip(rows, strata, strict=True)]
+        return {"token_weights": [row * w for row, w in zip(rows, each, strict=True)], TOKEN_SEVERITY: of_tokens}
 
+    added = {"token_weights": List(Value("float32")), TOKEN_SEVERITY: List(Value("int8"))}
     return encoded.map(
         weigh_batch,
         batched=True,
         with_indices=True,
-        features=Features({**encoded.features, "token_weights": List(Value("float32"))}),
+        features=Features({**encoded.features, **added}),
         cache_file_name=str(cache_file),
         load_from_cache_file=False,
         desc="Weighting",
@@ -364,7 +372,7 @@ def check_weights(dataset: Dataset) -> None:
 def pack_rows(encoded: Dataset, max_length: int, *, cache_file: Path) -> Dataset:
     """Packs rows into blocks of at most `max_length` tokens with TRL's best-fit-decreasing packer."""
     return pack_dataset(
-        encoded.select_columns(["input_ids", "labels", "token_weights"]),
+        encoded.select_columns(_TRAINED_ON),
         seq_length=max_length,
         strategy="bfd",
         map_kwargs={"cache_file_name": str(cache_file), "load_from_cache_file": False, "desc": "Packing"},
@@ -398,17 +406,19 @@ def row_names(encoded: Dataset, rows: Dataset) -> NameRows:
 class SeverityCollator(DataCollatorForLanguageModeling):
     """Collates rows of `input_ids, labels, token_weights` (training) or `input_ids, labels, severity` (validation).
 
-    Returns what TRL's collator returns, and `token_weights` (float32, the shape of `labels`) and `severity` (int64,
-    one number per row) where the rows have them.
+    Returns what TRL's collator returns, and where the rows have them `token_weights` (float32) and `TOKEN_SEVERITY`
+    (int64), both of the shape of `labels`, and `severity` (int64, one number per row).
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         output = super().torch_call(examples)
-        if "token_weights" in examples[0]:
-            rows = [torch.tensor(example["token_weights"], dtype=torch.float32) for example in examples]
-            output["token_weights"] = pad(
+        for name, dtype, filling in (("token_weights", torch.float32, 0.0), (TOKEN_SEVERITY, torch.long, -1)):
+            if name not in examples[0]:
+                continue
+            rows = [torch.tensor(example[name], dtype=dtype) for example in examples]
+            output[name] = pad(
                 [torch.cat(rows)] if self.padding_free else rows,
-                padding_value=0.0,
+                padding_value=filling,
                 padding_side="right",
                 pad_to_multiple_of=self.pad_to_multiple_of,
             )
@@ -419,7 +429,7 @@ class SeverityCollator(DataCollatorForLanguageModeling):
 
 def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The consultations of a batch, padded, padding-free or packed, as the collator takes them."""
-    columns = [name for name in batch if name in ("input_ids", "labels", "token_weights")]
+    columns = [name for name in batch if name in _TRAINED_ON]
     if "attention_mask" in batch:
         masks = enumerate(batch["attention_mask"].bool())
         rows = [{name: batch[name][number][mask].tolist() for name in columns} for number, mask in masks]

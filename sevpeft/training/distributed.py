@@ -65,6 +65,8 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
         "accelerate_configs/multi_gpu.yaml.": deepspeed_requested() and (staged.restart or staged.learning_rates),
         "curriculum.consistency needs the adapter in one piece; write curriculum.consistency=0, or use "
         "accelerate_configs/multi_gpu.yaml.": requested_engine() and staged.kind == "icft" and staged.consistency,
+        "training.generate_samples cannot ask a model that FSDP or ZeRO-3 has divided; leave it out, or use "
+        "accelerate_configs/multi_gpu.yaml.": weights_are_sharded() and recipe.training.generate_samples,
         "training.init_adapter cannot be loaded into weights that ZeRO-3 has divided; use "
         "accelerate_configs/fsdp2.yaml.": zero3() and recipe.training.init_adapter,
     }

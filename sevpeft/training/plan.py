@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from sevpeft.data.columns import TURNS
+from sevpeft.data.read import load_consultations
 from sevpeft.errors import UnknownModelError
 from sevpeft.modeling import memory
 from sevpeft.modeling.loading import resolve_model
 from sevpeft.recipe import Recipe
+from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.severity.source import EVIDENCE, judged, load_source
 from sevpeft.severity.weights import WeightSummary
+from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import lengths_of, load_splits, prepare, source_index, summary_of, weigh
 from sevpeft.training.resolve import is_automatic, memory_plan, resolve_split
 
@@ -116,6 +124,37 @@ def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
     open_steps = recipe.curriculum.kind != "none" and recipe.curriculum.epochs_per_stage is not None
     steps = None if open_steps or (base is None and settings.get("packing")) else steps_of(rows, settings)
     return Plan(recipe, weights, data, steps, unknown, found, memory_unknown, tokens, seconds)
+
+
+def training_rows(recipe: Recipe, most: int) -> list[dict[str, Any]]:
+    """Up to `most` training rows of each severity, critical first, as the trainer sees them.
+
+    `words` are those that the severity was read from, `pieces` the text by whether its tokens carry loss.
+    """
+    base, by, shown, draw = resolve_model(recipe), recipe.severity, list[dict[str, Any]](), np.random.default_rng(0)
+    table, splits, severity = load_splits(recipe)
+    if by.source in ("columns", "weight"):  # `sevpeft annotate` writes its reasons beside them
+        judges = load_consultations(recipe.data, keep=[EVIDENCE]).rows
+    else:
+        judges = judged(table.rows, load_source(by.source, by.classifier, text=by.text))
+    reasons = judges[EVIDENCE] if EVIDENCE in judges.column_names else []
+    with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
+        encoded = prepare(recipe, base.prompt, Path(scratch)).unpacked
+        strata = np.asarray(encoded["severity"])
+        chosen = [at for of in (2, 1, 0, -1) for at in sorted(draw.permutation(np.flatnonzero(strata == of))[:most])]
+        rows = list(encoded.select(chosen))
+    for one in rows:
+        place, pieces = splits.train[one["source_index"]]["source_index"], list[dict[str, Any]]()
+        row, known, lost = table.rows[place], severity is not None and one["severity"] >= 0, one["lost_words"]
+        for learned, of in groupby(zip(one["input_ids"], one["labels"], strict=True), lambda pair: pair[1] != IGNORED):
+            tokens = [token for token, _ in of]
+            pieces.append({"text": base.tokenizer.decode(tokens), "tokens": len(tokens), "learned": learned})
+        cut = row["question"].split()[-lost:] if lost and not row.get(TURNS) else []
+        found = {"row": row["row"], "severity": SEVERITIES[one["severity"]] if known else "unknown"}
+        found |= {"probabilities": severity.probabilities[place].tolist() if severity and known else []}
+        found |= {"words": reasons[place] if place < len(reasons) else None, "weight": max(one["token_weights"])}
+        shown.append({**found, "pieces": pieces, "cut": " ".join(cut), "lost_words": lost})
+    return shown
 
 
 def steps_of(rows: int, settings: dict[str, Any]) -> int:

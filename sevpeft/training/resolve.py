@@ -89,7 +89,8 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     if settings.get("activation_offloading") and not uses_gpu(recipe):
         raise RecipeError("training.activation_offloading needs a GPU, and this run has none; leave it out.")
     del settings["global_batch_size"]  # of `resolve_split`, which has made numbers of it
-    settings.pop("init_adapter", None)  # of `train`
+    for key in ("init_adapter", "generate_samples"):  # of `train`
+        settings.pop(key, None)
     settings.setdefault("use_cpu", not uses_gpu(recipe))
     settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints), disable_tqdm=True)
     settings["padding_free"] = settings["padding_free"] is True  # auto: until the model is measured

@@ -23,6 +23,8 @@ from sevpeft.training.plan import Fitting, Plan
 
 # Of a histogram: a terminal of 80 columns has them beside the labels. And of the bar of an item of the memory.
 HISTOGRAM_WIDTH, BAR_WIDTH = 79 - LABEL_WIDTH, 15
+_COST = {"tokens_per_second": "tokens/s", "peak_gpu_gib": "GiB of the GPU", "peak_cpu_gib": "GiB at most"}
+_COST |= {"gpu_watt_hours": "Wh of the GPU", "cpu_watt_hours": "Wh of the processors"}
 
 
 def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, console: Console) -> None:
@@ -118,6 +120,7 @@ def run_summary(run: Run) -> Group:
     metrics = run.metrics()
     model, weights, training = metrics["model"], metrics["weights"], metrics["training"]
     counts = ", ".join(f"{count:,} {name}" for name, count in reversed(weights["severities"].items()))
+    cost = ", ".join(f"{training[name]:,.1f} {unit}" for name, unit in _COST.items() if name in training)
     bits, effective = f", {model['bits']} bit" if model["bits"] else "", weights["effective_sample_size"]
     facts = Table.grid(padding=0)
     facts.add_column(width=LABEL_WIDTH, style="bold")
@@ -130,7 +133,7 @@ def run_summary(run: Run) -> Group:
         "Severity weights": f"{weights['minimum']:.2f} to {weights['maximum']:.2f}, mean {weights['mean']:.2f}, "
         f"effective sample size {effective:,.0f} ({effective / weights['consultations']:.0%})",
         "Training": f"{training['steps']:,} steps, {training['epochs']:.3g} epochs, "
-        f"{timedelta(seconds=round(training['seconds']))}",
+        f"{timedelta(seconds=round(training['seconds']))}, {cost}",
         "Adapter": str(run.adapter),
     }.items():
         facts.add_row(label, text)

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -31,7 +30,7 @@ from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import checkpoints
-from sevpeft.training.callbacks import RunProgress, SignalHandler, StepGuard, resume_command
+from sevpeft.training.callbacks import RunProgress, Samples, SignalHandler, StepGuard, resume_command
 from sevpeft.training.compat import counted
 from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.data import Prepared, lengths_of, prepare
@@ -141,6 +140,8 @@ def _train(
                     trainer.create_optimizer_and_scheduler(num_training_steps=1)
             guard = StepGuard(trainer, recipe.stopping, signals, rows.row_names)
             trainer.add_callback(guard)
+            if recipe.training.generate_samples:
+                trainer.add_callback(Samples(trainer, run, recipe, resolved.prompt.end_id))
             trainer.remove_callback(PrinterCallback)
             if init_adapter and not resume:
                 adapters.init_adapter(recipe, trainer.model)
@@ -172,7 +173,7 @@ def _train(
             raise Interrupted(f"Interrupted. Resume with: {resume_command(run.folder)}") from error
         raise
     if state.is_main_process:
-        _write_results(trainer, guard, run, checkpoint)
+        _write_results(trainer, guard, progress.cost, run, checkpoint)
 
 
 def _start_processes(recipe: Recipe) -> PartialState:
@@ -251,23 +252,20 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
     run.write_text("recipe.yaml", recipe.to_yaml(), shared=not recipe.prompt.examples)
 
 
-def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, run: Run, checkpoint: str | None) -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        memory = {"peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
-    else:
-        memory = {"resident_gib": round(psutil.Process().memory_info().rss / 2**30, 3)}
+def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, cost: dict, run: Run, checkpoint: str | None) -> None:
     steps, skipped = trainer.state.global_step, guard.counts["nonfinite"]
-    totals = trainer.exact_resume.totals()
+    totals, tokens = trainer.exact_resume.totals(), counted(trainer)["tokens"]
     run.update_metrics(
         training={
             "steps": steps,
             "epochs": trainer.state.epoch,
-            "tokens": counted(trainer)["tokens"],
+            "tokens": tokens,
             "train_loss": totals["loss_sum"] / (steps - skipped),
             "nonfinite_steps": skipped,
             "seconds": totals["seconds"],
             "resumed_from": Path(checkpoint).name if checkpoint else None,
-            **memory,
+            **cost,
+            "tokens_per_second": round(tokens / max(cost["step_seconds"], 1e-9), 1),
         },
         before=_validation(trainer, 0),
         after=_validation(trainer, steps),

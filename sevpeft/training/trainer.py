@@ -30,7 +30,7 @@ from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.checkpoints import ExactResume
 from sevpeft.training.compat import LabeledPositions, TrainerWorkarounds
 from sevpeft.training.curriculum import Curriculum
-from sevpeft.training.data import SeverityCollator, answer_starts, check_weights
+from sevpeft.training.data import TOKEN_SEVERITY, SeverityCollator, answer_starts, check_weights
 from sevpeft.training.distributed import set_up_engine
 from sevpeft.training.oom import SplitOnOom
 
@@ -49,8 +49,8 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
     Args:
         model, args, eval_dataset, processing_class, peft_config, ...: as in SFTTrainer. `eval_dataset` holds
             `input_ids`, `labels` and optionally `severity` (position in SEVERITIES, -1 for unknown).
-        train_dataset: holds `input_ids`, `labels` (-100 on the prompt), `token_weights` (floats, one per token) and,
-            when packed, `seq_lengths`.
+        train_dataset: holds `input_ids`, `labels` (-100 on the prompt), `token_weights` (floats, one per token),
+            optionally `TOKEN_SEVERITY` and, when packed, `seq_lengths`.
         reduction: what the weighted sum of a (global, accumulated) batch is divided by: "tokens", the number of
             answer tokens, as in TRL; or "examples", the number of answers (the weights then carry 1/L_i).
         loraplus: settings of LoRA+ (`loraplus_settings`); none for one learning rate.
@@ -95,6 +95,8 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         if curriculum is not None:  # before it, as it adds to the checkpoint
             curriculum.trainer, kwargs["callbacks"] = self, [curriculum, *kwargs["callbacks"]]
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        # Negative log-likelihood and answer tokens of each severity since the last line of the log, of this process.
+        self.severity_sums = torch.zeros(2, len(SEVERITIES) + 1, dtype=torch.float64, device=args.device)
         # A custom collator is refused by TRL's constructor when padding-free, so it takes the default's place here.
         collator: Any = self.data_collator
         self.data_collator: Any = SeverityCollator(
@@ -117,7 +119,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
     ) -> Any:
         inputs = dict(inputs)
         weights = inputs.pop("token_weights", None)
-        strata = inputs.pop("severity", None)
+        strata, token_strata = inputs.pop("severity", None), inputs.pop(TOKEN_SEVERITY, None)
         training = self.model.training
         if training and weights is None:
             raise WeightError("A training batch arrived without token_weights; the collator was replaced.")
@@ -125,6 +127,9 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         def weighted_model(**kwargs: Any) -> FusedCausalLMOutput:
             outputs = self._labeled_positions(model, kwargs)
             if training:
+                if token_strata is not None:  # added up on the device, which no step waits for
+                    sums = torch.stack([-outputs.log_probs.detach(), outputs.label_mask]).double().flatten(1)
+                    self.severity_sums.index_add_(1, token_strata[:, 1:].flatten() % len(self.severity_sums[0]), sums)
                 drift = self.curriculum.drift(kwargs) if self.curriculum else 0.0
                 return dataclasses.replace(outputs, log_probs=outputs.log_probs * weights[:, 1:] - drift)
             self._add_to_validation(outputs, kwargs, strata)
@@ -138,6 +143,14 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         if self.reduction == "examples":
             batch_samples = [{"labels": answer_starts(batch["labels"])} for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's, and in the lines of training the loss of each severity: nats per answer token, unweighted."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self.severity_sums, "sum").T.tolist()
+            logs |= {f"loss_{name}": nll / count for name, (nll, count) in zip(SEVERITIES, sums, strict=False) if count}
+            self.severity_sums.zero_()
+        super().log(logs, *args, **kwargs)
 
     strata = len(SEVERITIES) + 1  # of validation, with "unknown"; to measure single rows, each of them
 

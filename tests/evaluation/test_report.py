@@ -330,6 +330,30 @@ def test_bars_and_curves_are_drawn_to_scale(tmp_path: Path) -> None:
     assert html.count('<circle cx="') == 3 and '<polyline class="critical" points="0.0,0.0 100.0,' in html
 
 
+def test_training_losses_are_drawn_too_and_those_of_every_run_of_a_comparison(tmp_path: Path) -> None:
+    log = [{"step": step, "loss": 50.0, "loss_critical": 4.0 - step, "loss_neutral": 2.0} for step in (1, 2, 3)]
+    run, comparison = write_run(tmp_path / "run"), write_comparison(tmp_path / "cmp")
+    for folder in (run, comparison / "ce-0"):
+        with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in log)
+    html = write_report(run).path.read_text(encoding="utf-8")
+    assert '<polyline class="critical" points="0.0,0.0 50.0,50.0 100.0,100.0"/>' in html, "the weighted loss is no line"
+    assert "Training loss by step" in Page(html).text and "from 3.00 to 1.00" in html
+    text = Page(write_report(comparison).path.read_text(encoding="utf-8")).text
+    assert "Training loss by step, ce-0" in text and "Validation loss by step, balanced-0" in text
+
+
+def test_answers_during_the_training_are_shown_unless_the_text_of_patients_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", evaluated=False)
+    sample = {"number": 0, "severity": "critical", "prompt": CHEST + ATTACK, "reference": "اذهب", "truncated": True}
+    write_lines(folder / "samples.jsonl", [{**sample, "step": at, "prediction": f"جواب {at}"} for at in (0, 7)])
+    page = report(folder)
+    assert "جواب 0" in page.text and "step 7 cut off جواب 7" in page.text and "Confidential" in page.text
+    assert not page.named("img") and write_report(folder).shown == 1
+    without = write_report(folder, answers=0)
+    assert without.shown == 0 and CHEST not in without.path.read_text(encoding="utf-8")
+
+
 def test_a_comparison_begins_with_its_verdict_and_shows_every_arm(tmp_path: Path) -> None:
     page = report(write_comparison(tmp_path / "cmp"))
     assert page.text.count("balanced lowers it <b>.") == 1

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sevpeft.evaluation.report.page import write_report
+from sevpeft.evaluation.report.page import rows_text, write_report
+from sevpeft.recipe import Recipe
 from tests.evaluation.test_report import ATTACK, line, write_comparison, write_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install selenium)")
@@ -131,6 +133,28 @@ def test_search_finds_arabic_however_it_is_spelled(browser: Any, pages: dict[str
         visit(browser, pages["run"], 1280)
         browser.find_element("id", "search").send_keys(typed)
         assert shown(browser) == found, typed
+
+
+def test_training_rows_can_be_read_on_a_phone_from_right_to_left(browser: Any, tmp_path: Path) -> None:
+    pieces = [{"text": f"<start>user\nسؤال طويل {ATTACK}\n" + "س" * 300, "tokens": 9, "learned": False}]
+    pieces += [{"text": "جواب<end>", "tokens": 2, "learned": True}]
+    row = {"row": 7, "severity": "critical", "probabilities": [0.1, 0.2, 0.7], "weight": 1.5, "pieces": pieces}
+    row |= {"words": "critical: نزيف; other: ورم", "cut": "كلمات", "lost_words": 1}
+    about = {
+        "recipe": Recipe(),
+        "data": {"source": "x.csv", "severity": None},
+        "weights": SimpleNamespace(consultations=1),
+    }
+    (tmp_path / "rows.html").write_text(rows_text([row], "rows.html.jinja", **about), encoding="utf-8")
+    browser.get_log("browser")
+    for width, scheme in product((360, 1280), ("light", "dark")):
+        visit(browser, tmp_path / "rows.html", width, scheme=scheme)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.get_log("browser") == []
+    marks, seen = (browser.find_elements("css selector", name) for name in (".case mark", ".seen"))
+    assert [one.text for one in marks] == ["جواب<end>"] and ATTACK.split("<")[-1] in seen[0].text
+    assert seen[0].value_of_css_property("direction") == "rtl", "although its first letters are Latin"
+    assert browser.find_element("css selector", ".case s").text == "كلمات"
 
 
 def test_arabic_runs_from_right_to_left_in_a_page_that_does_not(browser: Any, pages: dict[str, Path]) -> None:

@@ -79,7 +79,7 @@ def many_rows(count: int = 30) -> Dataset:
 def test_a_row_is_the_prompt_ignored_and_the_answer_labeled(encode: Callable, prompt: Prompt) -> None:
     rows = many_rows()
     encoded, report = encode(rows, None)
-    assert encoded.column_names == ["input_ids", "labels", "severity", "source_index", "turn_weight"]
+    assert encoded.column_names == ["input_ids", "labels", "severity", "source_index", "lost_words", "turn_weight"]
     for row, source in zip(encoded, rows, strict=True):
         asked, answer = prompt.prompt_ids([source["question"]])[0], prompt.answer_ids([source["answer"]])[0]
         assert row["input_ids"] == asked + answer

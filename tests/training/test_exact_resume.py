@@ -25,6 +25,7 @@ from tests.training.test_trainer import (
     losses_of,
     make_rows,
     make_trainer,
+    severity_losses,
 )
 
 STEPS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_accumulation_steps": 2}
@@ -78,6 +79,8 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_of_the_same_step(
     full.train()
     assert full.parts.most_rows["train"] == 1 and all("the same step continues with" in text for text in messages)
     assert losses_of(full) == pytest.approx(losses_of(roomy), rel=1e-5)
+    for line, other in zip(severity_losses(full), severity_losses(roomy), strict=True):
+        assert line and line == pytest.approx(other, rel=1e-5)
     assert_close(adapter_of(full), adapter_of(roomy), 1e-5)
     tokens = [entry["num_tokens"] for entry in full.state.log_history if "loss" in entry]
     assert tokens == [entry["num_tokens"] for entry in roomy.state.log_history if "loss" in entry]

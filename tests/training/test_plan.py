@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import html
 import io
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from sevpeft.data.read import load_consultations
 from sevpeft.errors import ModelError, UnknownModelError
+from sevpeft.evaluation.report.page import rows_text
+from sevpeft.modeling.loading import resolve_model
 from sevpeft.recipe import load_recipe
+from sevpeft.severity.source import EVIDENCE
 from sevpeft.training import plan as module
-from sevpeft.training.plan import plan
+from sevpeft.training.compat import IGNORED
+from sevpeft.training.data import prepare
+from sevpeft.training.plan import plan, training_rows
 from sevpeft.training.screen import show_plan
 from sevpeft.training.train import train
+from tests.models import build_tokenizer
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 
@@ -54,6 +64,71 @@ def test_the_training_takes_the_planned_steps_on_the_planned_weights(
         assert json.loads(json.dumps(found.as_dict()["weights"])) == metrics["weights"]
         assert json.loads(json.dumps(found.data)) == metrics["data"]
         assert found.unknown is None
+
+
+def test_the_rows_that_are_shown_are_those_of_the_trainer(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    tokenizer, folder = build_tokenizer(), model_folder()
+    base = [f"model.name_or_path={folder}", "data.max_rows=36", "training.max_length=150", "severity.weights=strong"]
+    for settings in (["severity.source=rules"], ["training.packing=true", "severity.normalize=mean"]):
+        recipe = load_recipe(QUICKSTART, [*base, *settings])
+        rows = training_rows(recipe, 3)
+        prepared = prepare(recipe, resolve_model(recipe).prompt, tmp_path)
+        trained = {
+            tuple(row["input_ids"]): (row["labels"], row["token_weights"])
+            for block in prepared.train
+            for row in documents(block)
+        }
+        assert [row["severity"] for row in rows][::3] == ["critical", "neutral", "non_critical"]
+        for row in rows:
+            prompt, answer = row["pieces"]
+            text = prompt["text"] + answer["text"]
+            ids = next(ids for ids in trained if tokenizer.decode(ids) == text)
+            labels, weights = trained[ids]
+            assert (prompt["learned"], answer["learned"]) == (False, True)
+            assert answer["tokens"] == sum(label != IGNORED for label in labels)
+            assert prompt["tokens"] + answer["tokens"] == len(ids) and answer["text"].endswith(tokenizer.eos_token)
+            assert row["weight"] == max(weights)
+            if row["lost_words"]:
+                question = prompt["text"].partition(": ")[2].partition("\nالجواب")[0]
+                assert f"{question} {row['cut']}".split() == question_of(row["row"]).split()
+        assert any(row["lost_words"] for row in rows)
+        assert all(row["words"] for row in rows[:3]) == ("severity.source=rules" in settings)
+    text = rows_text(rows)
+    assert text.count("⟦") == text.count("⟧") == 9
+    assert all(f"⟦{row['pieces'][1]['text']}⟧" in text and f"{row['cut']}\n" in text for row in rows)
+    page = rows_text(rows, "rows.html.jinja", **vars(plan(recipe)))
+    assert page.count('<mark class="learned">') == 9 + 1 and "Confidential" in page and "src=" not in page
+    assert all(html.escape(row["pieces"][1]["text"], quote=False) in page for row in rows)
+
+
+def documents(block: dict[str, Any]) -> list[dict[str, Any]]:
+    ends = [*itertools.accumulate(block.get("seq_lengths") or [len(block["input_ids"])])]
+    return [
+        {name: block[name][start:end] for name in ("input_ids", "labels", "token_weights")}
+        for start, end in itertools.pairwise([0, *ends])
+    ]
+
+
+def question_of(row: int) -> str:
+    return str(next(one["question"] for one in load_consultations("builtin:consultations").rows if one["row"] == row))
+
+
+def test_a_row_says_where_its_weight_is_from(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    same = {"answer": "راجع الطوارئ", "severity": "critical", EVIDENCE: "critical: نزيف"}
+    rows = [{"question": f"عندي نزيف شديد منذ {n} ايام", **same} for n in range(20)]
+    data = tmp_path / "annotated.jsonl"
+    data.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    base = [f"model.name_or_path={model_folder()}", f"data.path={data}", "training.max_length=100"]
+    found = training_rows(load_recipe(QUICKSTART, base), 1)
+    names = ("words", "probabilities", "weight")
+    assert [[row[name] for name in names] for row in found] == [[same[EVIDENCE], [0, 0, 1], 1.5]]
+    data.write_text("question,answer\n" + "\n".join(f"سؤال {n} عن شيء,جواب" for n in range(20)), encoding="utf-8")
+    data.rename(tmp_path / "plain.csv")
+    plain = [base[0], f"data.path={tmp_path / 'plain.csv'}", "severity.control=uniform"]
+    (row,) = training_rows(load_recipe(QUICKSTART, plain), 1)
+    assert (row["severity"], row["probabilities"], row["words"], row["weight"]) == ("unknown", [], None, 1.0)
+    with pytest.raises(UnknownModelError, match="nobody/has-this"):
+        training_rows(load_recipe(QUICKSTART, ["model.name_or_path=nobody/has-this"]), 1)
 
 
 def test_without_the_tokenizer_data_and_weights_are_still_planned() -> None:

@@ -17,7 +17,16 @@ from sevpeft.training.checkpoints import checkpoint_damage, files_to_resume
 from sevpeft.training.data import row_names
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.models import build_model
-from tests.training.test_trainer import LAYOUTS, adapter_of, assert_equal, laid_out, losses_of, make_rows, make_trainer
+from tests.training.test_trainer import (
+    LAYOUTS,
+    adapter_of,
+    assert_equal,
+    laid_out,
+    losses_of,
+    make_rows,
+    make_trainer,
+    severity_losses,
+)
 
 POISON = 3  # a token that stands in no row of make_rows
 
@@ -94,6 +103,8 @@ def test_means_are_over_the_steps_that_were_taken(tmp_path: Path) -> None:
         assert trainer.exact_resume.totals()["loss_sum"] == pytest.approx(sum(finite), rel=1e-6)
         assert 1 in [entry.get("nonfinite_steps") for entry in trainer.state.log_history]
     assert math.isfinite(together.state.log_history[0]["entropy"])
+    (of_severities,) = severity_losses(together)
+    assert len(of_severities) == 3 and all(map(math.isfinite, of_severities.values()))
 
 
 def test_after_the_patience_the_training_ends_with_a_checkpoint_of_the_good_adapter(tmp_path: Path) -> None:

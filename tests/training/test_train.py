@@ -6,7 +6,9 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, TrainerControl, TrainerState
 
 from sevpeft.errors import RecipeError, RunError
 from sevpeft.modeling.adapters import attach_adapter
@@ -22,13 +24,14 @@ from sevpeft.modeling.loading import choose_precision, load_model, resolve_model
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
+from sevpeft.training.callbacks import RunProgress, Samples, energy_counters
 from sevpeft.training.checkpoints import as_started
 from sevpeft.training.resolve import is_automatic
 from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.models import SENTENCES, build_model, build_tokenizer
 from tests.training.children import exit_codes, message_of, start, train_in_child
-from tests.training.test_trainer import make_rows, make_trainer
+from tests.training.test_trainer import make_config, make_rows, make_trainer
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 PLAIN = ["training.eval_strategy=no", "training.save_strategy=no"]
@@ -115,6 +118,10 @@ def test_a_run_folder_is_complete_and_says_what_happened(trained: tuple[Run, str
     assert [entry["step"] for entry in log if "eval_loss_critical" in entry] == [0, 2, 4]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert metrics["training"]["train_loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert any("loss_critical" in entry for entry in log)
+    cost = metrics["training"]
+    assert 0 < cost["step_seconds"] < cost["seconds"] and 0 < cost["peak_cpu_gib"] < 1000
+    assert cost["tokens_per_second"] == pytest.approx(cost["tokens"] / cost["step_seconds"], rel=0.01)
     assert AutoPeftModelForCausalLM.from_pretrained(run.adapter)
     assert "4/4" in screen and re.search(r"\d:\d\d:\d\d", screen) and "tokens/s" in screen and "GiB" in screen
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", screen)]
@@ -158,6 +165,78 @@ def test_a_resumed_run_reports_damage_and_ends_with_the_same_bits(
     assert copied.metrics()["training"]["train_loss"] == pytest.approx(
         trained[0].metrics()["training"]["train_loss"], rel=1e-6
     )
+
+
+def test_samples_are_private_change_no_bit_and_come_once_also_after_a_kill(
+    trained: tuple[Run, str], settings: list[str], tmp_path: Path
+) -> None:
+    recipe = load_recipe(QUICKSTART, [*settings, "training.generate_samples=4", "generation.max_new_tokens=3"])
+    run = train(recipe, tmp_path / "run")
+    assert_same_bits(trained[0], run)
+    path = run.folder / "samples.jsonl"
+    text, lines = path.read_text(encoding="utf-8"), [json.loads(line) for line in path.open(encoding="utf-8")]
+    assert path.stat().st_mode & 0o077 == 0
+    assert [(line["step"], line["number"]) for line in lines] == [(step, at) for step in (0, 2, 4) for at in range(4)]
+    assert [line["severity"] for line in lines[:3]] == ["critical", "neutral", "non_critical"]
+    assert len({line["prompt"] for line in lines}) == 4 and all("فريد" in line["reference"] for line in lines)
+    # The last answers are those of the saved adapter.
+    model = attach_adapter(load_model(recipe, choose_precision(recipe)), run.adapter, recipe)
+    prompt = torch.tensor([build_tokenizer()(lines[-1]["prompt"])["input_ids"]])
+    said = model.eval().generate(input_ids=prompt, max_new_tokens=3, do_sample=False)[0, prompt.shape[1] :]
+    assert build_tokenizer().decode(said, skip_special_tokens=True).strip() == lines[-1]["prediction"]
+    # Killed after the answers of step 4, and while a line was written that a reader must not trip over.
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "checkpoint-4")
+    train(recipe, run.folder, resume=True)
+    assert path.read_text(encoding="utf-8") == text
+    assert_same_bits(trained[0], run)
+
+
+def test_a_training_goes_on_after_samples_as_it_was(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_rows(), eval_dataset=make_rows(4, seed=2))
+    model = trainer.causal_lm()
+    model.generation_config.temperature, own = 0.3, model.generation_config
+    recipe = load_recipe(QUICKSTART, ["training.generate_samples=9", "generation.max_new_tokens=1000"])
+    model.config.max_position_embeddings = 24
+    before, samples = torch.get_rng_state(), Samples(trainer, Run(tmp_path), recipe, 0)
+    model.train()
+    samples.on_evaluate(trainer.args, trainer.state, trainer.control)
+    assert model.training and all(part.training for part in model.modules()) and model.generation_config is own
+    assert torch.equal(torch.get_rng_state(), before)
+    lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4, "all rows, where there are fewer than asked for"
+
+
+def test_energy_is_added_up_over_starts_and_no_counter_that_begins_again_takes_any_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, gpu = "cpu_watt_hours", "gpu_watt_hours"
+    readings = iter([{cpu: 9.0}, {cpu: 10.0, gpu: 5.0}, {cpu: 1.0, gpu: 7.0}, {cpu: 1.5, gpu: 7.0}])
+    monkeypatch.setattr("sevpeft.training.callbacks.energy_counters", lambda args: next(readings))
+    progress = RunProgress(Run(tmp_path), Console(quiet=True))
+    progress.counts[cpu] = 100.0  # of an earlier start
+    args, state = make_config(tmp_path), TrainerState()
+    progress.on_train_begin(args, state, TrainerControl())
+    for _ in range(2):
+        progress.on_step_begin()
+        progress.on_step_end(args, state, TrainerControl(should_save=True))
+    progress.on_train_end(args)
+    assert (progress.cost[cpu], progress.cost[gpu]) == (101.5, 2.0)
+
+
+def test_a_machine_that_counts_no_energy_has_none_and_nvml_counts_millijoules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = make_config(tmp_path)
+    assert "gpu_watt_hours" not in energy_counters(args)
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-some-uuid": "handle"}[uuid],
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: {"handle": 7_200_000}[handle],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="some-uuid"))
+    assert energy_counters(args)["gpu_watt_hours"] == 2.0
 
 
 def test_examples_severity_and_drawn_rows_are_those_of_the_start_and_private(
@@ -245,7 +324,8 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, base: list[
         "training.learning_rate=1e-3",
         "data.validation_size=13",
     ]
-    common += ["training.global_batch_size=4"]
+    common += ["training.global_batch_size=4", "training.logging_steps=2"]
+    common += ["training.generate_samples=2", "generation.max_new_tokens=2"]
     two = Run(tmp_path / "two")
     words = [*common, "training.per_device_train_batch_size=2"]
     child = start(train_in_child, QUICKSTART, words, two.folder, None, str(tmp_path / "cache"), processes=2)
@@ -257,6 +337,11 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, base: list[
         assert float((first[name] - second[name]).abs().max()) <= 1e-5, name
     for moment in ("before", "after"):
         assert two.metrics()[moment] == pytest.approx(one.metrics()[moment], rel=1e-5), moment
+    logs = [[json.loads(line) for line in (run.folder / "log.jsonl").open(encoding="utf-8")] for run in (one, two)]
+    losses = [{name: of for line in log for name, of in line.items() if name.startswith("loss_")} for log in logs]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    samples = [(run.folder / "samples.jsonl").read_text(encoding="utf-8") for run in (one, two)]
+    assert samples[0] == samples[1] and len(samples[0].splitlines()) == 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer import utils as trl_utils
 
 from sevpeft.errors import WeightError
+from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.compat import CPU_VOCABULARY_TILE
 from sevpeft.training.data import check_weights
 from sevpeft.training.trainer import SeveritySFTTrainer
@@ -33,7 +34,8 @@ def make_rows(count: int = 16, *, seed: int = 0, ones: bool = False, reduction: 
     def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=generator))
 
-    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "token_weights": [], "severity": []}
+    rows: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "token_weights", "token_severity")}
+    rows["severity"] = []
     for index in range(count):
         prompt = [integer(4, VOCABULARY) for _ in range(integer(3, 21))]
         answer = [integer(4, VOCABULARY) for _ in range(integer(2, 13))]
@@ -43,6 +45,7 @@ def make_rows(count: int = 16, *, seed: int = 0, ones: bool = False, reduction: 
         rows["input_ids"].append(prompt + answer)
         rows["labels"].append([-100] * len(prompt) + answer)
         rows["token_weights"].append([0.0] * len(prompt) + [weight] * len(answer))
+        rows["token_severity"].append([index % 3] * len(rows["labels"][-1]))
         rows["severity"].append(index % 3)
     return Dataset.from_dict(rows)
 
@@ -135,6 +138,46 @@ def formula(model: Any, rows: Dataset, reduction: str) -> float:
                 count += reduction == "tokens"
         count += reduction == "examples"
     return float(total / count)
+
+
+def severity_losses(trainer: Any) -> list[dict[str, float]]:
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{name: line[f"loss_{name}"] for name in SEVERITIES if f"loss_{name}" in line} for line in lines]
+
+
+def test_the_log_has_the_unweighted_loss_of_each_severity_however_a_batch_is_cut(tmp_path: Path) -> None:
+    rows, wrong = make_rows(), list[Any]()
+    ones = rows.map(lambda row: {"token_weights": [float(weight > 0) for weight in row["token_weights"]]})
+    expected = {
+        name: formula(build_model("llama"), ones.filter(lambda row, at=at: row["severity"] == at), "tokens")
+        for at, name in enumerate(SEVERITIES)
+    }
+    for layout, size, accumulation, reduction in (
+        *(("padded", 16, 1, "tokens"), ("padded", 4, 4, "examples")),
+        *(("padding-free", 4, 4, "tokens"), ("packed", 2, 50, "examples")),
+    ):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        options = {**LAYOUTS[layout], **settings, "max_steps": 1, "reduction": reduction}
+        trainer = make_trainer(tmp_path, laid_out(rows, layout), **options)
+        trainer.train()
+        if severity_losses(trainer) != [pytest.approx(expected, rel=1e-4)]:
+            wrong.append((layout, size, reduction, severity_losses(trainer)))
+    assert wrong == []
+
+
+def test_a_line_of_the_log_has_the_severities_of_its_own_steps_and_none_that_is_unknown(tmp_path: Path) -> None:
+    rows = make_rows(8)
+    known = rows.map(lambda row: {"token_severity": [2 if row["severity"] == 2 else -1] * len(row["labels"])})
+    trainer = make_trainer(tmp_path, known, max_steps=4, learning_rate=0.0, logging_steps=2)
+    trainer.train()
+    first, second = severity_losses(trainer)
+    assert set(first) == set(second) == {"critical"} and first == pytest.approx(second, rel=1e-5)
+    single = make_trainer(tmp_path, make_rows(3), max_steps=3, per_device_train_batch_size=1)
+    single.train()
+    assert sorted(name for line in severity_losses(single) for name in line) == sorted(SEVERITIES)
+    plain = make_trainer(tmp_path, rows.remove_columns("token_severity"), max_steps=1)
+    plain.train()
+    assert severity_losses(plain) == [{}]
 
 
 def batch_loss(trainer: SFTTrainer, rows: Dataset) -> torch.Tensor:

@@ -21,11 +21,11 @@ from markupsafe import Markup
 from sevpeft.console import number_text, p_text
 from sevpeft.errors import RunError
 from sevpeft.evaluation.arms import WEIGHTED
-from sevpeft.evaluation.report.cases import UNKNOWN, cases
+from sevpeft.evaluation.report.cases import UNKNOWN, cases, direction
 from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.evaluation.tables import COMPARISON, OPEN_STRATA, metric_label, plain
 from sevpeft.recipe import load_recipe
-from sevpeft.runs import json_lines, write_atomically
+from sevpeft.runs import SAMPLES, json_lines, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -58,30 +58,31 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     """
     folder, page = Path(folder), page_of(Path(folder))
     shown, answered = cases(page["answers"], answers)
-    html = render(
-        "page",
-        **page,
-        review=stored_object(folder / REVIEWED, ("pair", "agreement", "scores", "notes", *_NEEDED)),
-        scales=_scales(page["scores"]),
-        cases=shown,
-        answered=answered,
-        made=time.strftime("%Y-%m-%d %H:%M"),
-        **{one.__name__: one for one in (estimate_text, metric_label, number_text, p_text, plain)},
-        open_strata=OPEN_STRATA,
-        strata=[*reversed(SEVERITIES), UNKNOWN],
-    )
+    page["samples"] = page.get("samples", {}) if answers else {}
+    facts = {"cases": shown, "answered": answered, "scales": _scales(page["scores"]), "open_strata": OPEN_STRATA}
+    facts |= {"review": stored_object(folder / REVIEWED, ("pair", "agreement", "scores", "notes", *_NEEDED))}
+    facts |= {one.__name__: one for one in (direction, estimate_text, metric_label, number_text, p_text, plain)}
+    html = render("page.html.jinja", **page, **facts)
     write_atomically(folder / REPORT, html)
-    return Report(folder / REPORT, len(shown), tuple(page["missing"]))
+    return Report(folder / REPORT, len(shown) + len(page["samples"]), tuple(page["missing"]))
 
 
-def render(name: str, **values: Any) -> str:
-    """The page of a template, with its own style and script, which its policy allows alone."""
+def rows_text(rows: list[dict[str, Any]], template: str = "rows.txt.jinja", **about: Any) -> str:
+    """Rows of `training_rows` for a terminal, where ⟦ and ⟧ stand around what carries loss, or as a page."""
+    return render(template, rows=rows, severities=SEVERITIES, direction=direction, **about)
+
+
+def render(template: str, **facts: Any) -> str:
+    """A filled template; that of a page is escaped, and gets its style and its script, which its policy allows alone."""
+    name = template.partition(".")[0]
+    name = name if (TEMPLATES / f"{name}.js").is_file() else "page"
     script, style = ((TEMPLATES / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    markup = template.endswith(".html.jinja")
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=markup, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     policy = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    values |= {"style": Markup(style), "script": Markup(script), "policy": policy}
-    return environment.get_template(f"{name}.html.jinja").render(values)
+    facts |= {"strata": [*reversed(SEVERITIES), UNKNOWN], "made": time.strftime("%Y-%m-%d %H:%M"), "policy": policy}
+    return environment.get_template(template).render(**facts, style=Markup(style), script=Markup(script))
 
 
 def page_of(folder: Path) -> dict[str, Any]:
@@ -96,8 +97,9 @@ def page_of(folder: Path) -> dict[str, Any]:
 def _run_page(folder: Path) -> dict[str, Any]:
     recipe, metrics = load_recipe(folder / "recipe.yaml"), stored_object(folder / "metrics.json")
     evaluation = stored_object(folder / "evaluation.json", ("scores", "notes", *_NEEDED))
-    by_arm = _answers(folder)
-    missing = []
+    by_arm, missing, samples = _answers(folder), list[str](), dict[int, list[dict[str, Any]]]()
+    for line in stored_lines(folder / SAMPLES):
+        samples.setdefault(line["number"], []).append(line)
     if "after" not in metrics:
         missing.append(f"The training is not finished: sevpeft train RECIPE --output {folder} --resume")
     elif not evaluation:
@@ -116,7 +118,8 @@ def _run_page(folder: Path) -> dict[str, Any]:
         "answers": by_arm,
         "losses": {key: metrics[key] for key in ("before", "after")} if "after" in metrics else {},
         "curriculum": metrics.get("curriculum", {}),
-        "curves": _loss_curves(stored_lines(folder / "log.jsonl")),
+        "curves": _loss_curves(folder),
+        "samples": samples,
         "primary": None,
         "choices": metrics.get("choices"),
         **{name: evaluation.get(name, {}) for name in _NEEDED},
@@ -145,7 +148,7 @@ def _comparison_page(folder: Path) -> dict[str, Any]:
         "scores": content["scores"],
         "answers": by_arm,
         "losses": {},
-        "curves": {},
+        "curves": [one for names in content["runs"].values() for name in names for one in _loss_curves(folder / name)],
         "primary": content["primary"]["metric"],
         **{name: content[name] for name in _NEEDED},
         "facts": {"Comparison": {key: content[key] for key in _ABOUT}, "Environment": environment},
@@ -163,24 +166,30 @@ def _scales(scores: dict[str, Any]) -> dict[str, float]:
     return scales
 
 
-def _loss_curves(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Points of each validation loss in a square of 100 by 100, and the ends of the axes; empty without two points."""
-    curves = {}
-    for name in ("all", *reversed(SEVERITIES)):
-        key = "eval_loss" if name == "all" else f"eval_loss_{name}"
-        # Of a step that a resumed run took twice, the later.
-        points = {entry["step"]: entry[key] for entry in log if isinstance(entry.get(key), int | float)}
-        if len(points) > 1:
-            curves[name] = sorted(points.items())
-    if not curves:
-        return {}
-    steps, losses = zip(*(point for points in curves.values() for point in points), strict=True)
-    first, low, width, height = min(steps), min(losses), max(steps) - min(steps), max(losses) - min(losses) or 1.0
-    lines = {
-        name: " ".join(f"{100 * (x - first) / width:.1f},{100 - 100 * (y - low) / height:.1f}" for x, y in points)
-        for name, points in curves.items()
-    }
-    return {"lines": lines, "first": first, "last": max(steps), "low": low, "high": max(losses)}
+def _loss_curves(folder: Path) -> list[dict[str, Any]]:
+    """Validation and training losses of a run, each as points in a square of 100 by 100, with the ends of the axes."""
+    log, found = stored_lines(folder / "log.jsonl"), list[dict[str, Any]]()
+    for kind, prefix in (("Validation", "eval_loss"), ("Training", "loss")):
+        curves = {}
+        for name in ("all", *reversed(SEVERITIES)):
+            # Of a step that a resumed run took twice, the later.
+            key = prefix if name == "all" else f"{prefix}_{name}"
+            points = {entry["step"]: entry[key] for entry in log if isinstance(entry.get(key), int | float)}
+            if len(points) > 1:
+                curves[name] = sorted(points.items())
+        if kind == "Training" and len(curves) > 1:
+            del curves["all"]  # it is weighted
+        if not curves:
+            continue
+        steps, losses = zip(*(point for points in curves.values() for point in points), strict=True)
+        first, low, width, height = min(steps), min(losses), max(steps) - min(steps), max(losses) - min(losses) or 1.0
+        lines = {
+            name: " ".join(f"{100 * (x - first) / width:.1f},{100 - 100 * (y - low) / height:.1f}" for x, y in points)
+            for name, points in curves.items()
+        }
+        ends = {"first": first, "last": max(steps), "low": low, "high": max(losses)}
+        found.append({"run": folder.name, "kind": kind, "lines": lines, **ends})
+    return found
 
 
 def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:

@@ -67,7 +67,7 @@ def write_review(folder: Path, count: int, arms: str, settings: EvaluationSectio
         rows.append([code, line["question"], line["prediction"], other["prediction"]])
     with whole_folder(folder / SHEET) as partial:
         about = {"rows": rows, "columns": columns, "scales": _SCALES, "how": scoring.REVIEW, "direction": direction}
-        (partial / f"{SHEET}.html").write_text(render("review", **about), encoding="utf-8")
+        (partial / f"{SHEET}.html").write_text(render("review.html.jinja", **about), encoding="utf-8")
         _workbook(rows, columns).save(partial / f"{SHEET}.xlsx")
         write_atomically(folder / KEY, json.dumps({"arms": two, "items": items, "rows": key}, ensure_ascii=False))
     holds = f"{len(rows):,} pairs, as XLSX and HTML; holds what patients wrote"
