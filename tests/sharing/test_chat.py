@@ -177,7 +177,8 @@ def test_a_conversation_on_a_terminal(
 
     monkeypatch.setattr(Chat, "stream", stream)
     run = made_run()
-    typed = ("عندي صداع", "", "/base", "/base y", "/severity", "/severity ضيق تنفس شديد", "توقف", "ومتى؟", "/what", "/reset", "x")
+    typed = ["عندي صداع", "", "/base", "/base y", "/severity", "/severity ضيق تنفس شديد"]
+    typed += ["توقف", "ومتى؟", "/what", "/reset", "x"]
     monkeypatch.setattr("sys.stdin", Keyboard("\n".join(typed)))
     code, out, err = sevpeft_("chat", run.folder)
     first = ("عندي صداع", "جواب عندي صداع")
