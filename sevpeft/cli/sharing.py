@@ -81,11 +81,10 @@ def web(
 
 def _login(host: str, user: str | None) -> tuple[str, str] | None:
     """User and password; UsageError where others could reach the page without."""
-    if user is None and re.fullmatch(r"localhost|127(\.\d+){3}|\[?::1\]?", host):
+    if user is None and re.fullmatch(r"localhost|127(\.\d+){3}", host):
         return None
     if not user or ":" in user or not (password := os.environ.get(PASSWORD)):
-        remedy = f"add --auth USER, a name alone, and set the environment variable {PASSWORD}"
-        raise UsageError(f"A page that others can reach at {host} needs a password; {remedy}.")
+        raise UsageError(f"{host} needs --auth USER, a name alone, and a password in the variable {PASSWORD}.")
     return user, password
 
 

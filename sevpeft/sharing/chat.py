@@ -86,8 +86,7 @@ class Chat:
         for first in range(len(earlier) + 1):
             if not self._context or len(self._prompt_ids(question, earlier[first:])) + most <= self._context:
                 return earlier[first:]
-        count = len(question.split())
-        raise UsageError(f"A question of {count:,} words is too long for {self._context:,} tokens; shorten it.")
+        raise UsageError(f"{len(question.split()):,} words are too long for {self._context:,} tokens; shorten them.")
 
     def stream(self, question: str, earlier: Exchanges = (), *, adapter: bool = True) -> Iterator[str]:
         """The answer so far, whenever it has grown, and at last as a whole; closing the iterator stops the model.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from jinja2 import Template
 
-from sevpeft.errors import SevpeftError, UsageError
+from sevpeft.errors import SevpeftError, UsageError, first_sentence
 from sevpeft.runs import keep_private
 from sevpeft.severity.probabilities import is_answer
 from sevpeft.sharing.chat import Chat
@@ -63,12 +64,13 @@ class Page:
                 save.click(self.save, [comment, turns], [comment, saved], **_PRIVATE)
 
     def launch(self, host: str, port: int | None, login: tuple[str, str] | None) -> str:
-        """Serves the page in threads of its own and returns its address; UsageError where the port is taken."""
+        """Serves the page in threads of its own and returns its address; UsageError where it cannot listen there."""
         where = {"server_name": host, "server_port": port, "auth": login, "head": self._html(part="head")}
         try:
+            socket.create_server((host, port or 0)).close()  # gradio would try a hundred ports, 5 s each
             return str(self.blocks.queue(max_size=MOST_WAITING).launch(**where, **_LOOK)[1])
         except OSError as error:
-            raise UsageError(f"{host} has no free port {port or ''}; choose another --port or --host.") from error
+            raise UsageError(f"{host}: {first_sentence(error)}; choose another --host or --port.") from error
 
     def respond(self, question: str, turns: Turns, request: gr.Request) -> Iterator[tuple[str, str, Turns]]:
         """Question box, bubbles and turns, whenever an answer grows; a question that is refused stays in the box."""

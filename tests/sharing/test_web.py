@@ -205,5 +205,7 @@ def test_a_page_for_others_asks_for_a_password(
     from sevpeft.errors import UsageError
     from sevpeft.sharing.web import Page
 
-    with pytest.raises(UsageError, match="--port"):
-        Page(pages.chat).launch("127.0.0.1", int(pages.url.rstrip("/").rpartition(":")[2]), None)
+    taken = int(pages.url.rstrip("/").rpartition(":")[2])
+    for host, port in (("127.0.0.1", taken), ("192.0.2.1", None), ("::1", None)):
+        with pytest.raises(UsageError, match="--port"):
+            Page(pages.chat).launch(host, port, None)
