@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,6 +18,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from sevpeft.errors import ModelError, RunError, UsageError
@@ -127,7 +128,8 @@ class Chat:
         if prompt.severity == "predicted":
             named = [SEVERITIES[best] for best in self.source.probabilities(asked).argmax(axis=1)]
         if prompt.chat or not earlier:
-            return prompt.prompt_ids([question], severities=named[-1:], earlier=[earlier])[0]
+            with suppress(TemplateError):  # a plain template, exported, knows single questions
+                return prompt.prompt_ids([question], severities=named[-1:], earlier=[earlier])[0]
         first, *others = prompt.prompt_ids(asked, severities=named)
         answers = prompt.answer_ids([answer for _, answer in earlier])
         for answer, ids in zip(answers, others, strict=True):
@@ -153,9 +155,8 @@ def _opened(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path, Prompt]:
     recipe = settings_from(Recipe, [*given, "prompt.chat=true", *overrides])
     base = load_config(recipe)
     check_form(recipe, base)
-    own = recipe.model.model_copy(update={"name_or_path": str(adapter), "revision": None})
-    has_one = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(recipe.model_copy(update={"model": own}), base) if has_one else None
+    own = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(adapter)})})
+    tokenizer = load_tokenizer(own, base) if (adapter / "tokenizer_config.json").is_file() else None
     if tokenizer is None or not tokenizer.chat_template:
         raise ModelError(f"{name} has no tokenizer with the training prompt as chat template; name the run's folder.")
     return recipe, adapter, Prompt.build(tokenizer, **recipe.prompt.model_dump())

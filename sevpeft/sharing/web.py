@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,7 @@ class Page:
                 raise UsageError("أسئلة كثيرة في دقيقة واحدة: انتظر قليلاً ثم أرسل.")
             self._asked.append((host, when))
             for arm, adapter in self.arms.items():
-                answers[arm] = ""
-                yield "", self._html(now), now
-                for answers[arm] in self.chat.stream(question.strip(), earlier, adapter=adapter):
+                for answers[arm] in chain([""], self.chat.stream(question.strip(), earlier, adapter=adapter)):
                     yield "", self._html(now), now
             yield "", self._html(now, done=True), now
         except SevpeftError as error:

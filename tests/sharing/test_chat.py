@@ -135,6 +135,13 @@ def test_an_adapter_alone_answers_as_its_run_does_by_the_template_in_its_tokeniz
     assert (name, more) == ("someone/adapter", []) and not any(
         "bin" in one or "py" in one for one in how["allow_patterns"]
     )
+    # A template that knows single questions, as of a plain prompt: the exchanges stand before, one after the other.
+    many = Chat(alone)
+    single = "{% if messages | length > 2 %}{{ raise_exception('one') }}{% endif %}" + CHAT_TEMPLATES["chatml"]
+    many.prompt.tokenizer.chat_template = single
+    asked_before, now = (many.prompt.prompt_ids([one])[0] for one in ("عندي سعال", "عندي صداع"))
+    expected_ids = [*asked_before, *many.prompt.answer_ids(["اشرب ماء"])[0], *now]
+    assert many._prompt_ids("عندي صداع", [("عندي سعال", "اشرب ماء")]) == expected_ids
     tokenizer.chat_template = None
     shutil.rmtree(alone)
     shutil.copytree(run.adapter, alone)
