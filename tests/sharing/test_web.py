@@ -158,7 +158,13 @@ def test_a_second_tab_waits_and_a_closed_one_ends_its_answer(browser: Any, pages
     assert pages.chat.began.wait(10)
     pages.chat.closed.clear()
     browser.switch_to.window(first)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark})
     ask(browser, pages.url, "سؤال ثان")
+    colors = "return Array.from(document.querySelectorAll(arguments[0]), (of) => getComputedStyle(of).color)"
+    assert {*browser.execute_script(colors, ".not-a-doctor, .not-a-doctor *")} == {"rgb(31, 41, 55)"}, (
+        "dark on yellow, also in a dark page"
+    )
     time.sleep(0.3)
     assert pages.chat.asked[-1][0] == "سؤال أول", "one answer at a time"
     (other,) = {*browser.window_handles} - {first}
