@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-import threading
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,7 +75,10 @@ def web(
 
     page = Page(adapter, compare=compare, comments=comments)
     print_text(f"{page.launch(host, port, login)} (Ctrl-C ends it)")
-    threading.Event().wait()
+    try:
+        adapter.ended.wait()
+    finally:
+        adapter.ended.set()
 
 
 def _login(host: str, user: str | None) -> tuple[str, str] | None:

@@ -153,13 +153,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 def adapter_folder(name: str, setting: str) -> Path:
     """The folder of an adapter, here or after its download; UnknownModelError, which names `setting`."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        look_for_hub()
-        with loading_errors(name, setting=setting):
-            wanted = [SAFETENSORS_WEIGHTS_NAME, "*.json", "*.jinja", "*.txt", "*.model"]  # no code, with its tokenizer
-            folder = Path(snapshot_download(name, allow_patterns=wanted))
-    return folder
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    look_for_hub()
+    with loading_errors(name, setting=setting):  # weights and tokenizer: nothing that can run
+        return Path(snapshot_download(name, allow_patterns=[SAFETENSORS_WEIGHTS_NAME, "*.json", "*.jinja", "*.model"]))
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftModel:

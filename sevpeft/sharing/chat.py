@@ -53,11 +53,12 @@ class Chat:
     """An adapter on its base model, ready to answer, one question at a time.
 
     It is that of a run, of a folder or of a Hub id; KEY=VALUE of generation, model and quantization are replaced.
+    Where `ended` is set, an answer ends with its next token: the process waits for the thread that makes it.
     """
 
     def __init__(self, source: Run | Path | str, overrides: Sequence[str] = ()) -> None:
         recipe, adapter, self.prompt = _opened(str(source.folder if isinstance(source, Run) else source), overrides)
-        self.settings, self._one_at_a_time = recipe.generation, ThreadPoolExecutor(1)
+        self.settings, self._one_at_a_time, self.ended = recipe.generation, ThreadPoolExecutor(1), Event()
         classifier = recipe.severity.classifier
         if recipe.prompt.severity != "predicted" and not Path(classifier or "").expanduser().is_dir():
             classifier = None  # it is not at hand, and no prompt needs it
@@ -74,8 +75,8 @@ class Chat:
             words[match.context if match.discounted else match.level].append(match.words)
         chances = dict(zip(SEVERITIES, self.source.probabilities([question])[0].tolist(), strict=True))
         name = max(SEVERITIES, key=chances.__getitem__)
-        # What is not stated, but denied or past for example, has less evidence than that.
-        flags = {match.category for match in found if match.level == "critical" and match.evidence >= STRENGTH["M"]}
+        # What is denied, past or another's has less evidence than that, whatever its strength.
+        flags = {one.category for one in found if one.level == "critical" and one.evidence >= STRENGTH["M"]}
         notice = EMERGENCY if flags or name == "critical" else ""
         return QuestionSeverity(name, chances, dict(words), notice + _NOT_ALONE * ("suicidal" in flags))
 
@@ -102,7 +103,7 @@ class Chat:
 
         def each_token(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             parts.put(input_ids[0, len(ids) :].tolist())
-            return torch.tensor([stop.is_set()], device=input_ids.device)
+            return torch.tensor([stop.is_set() or self.ended.is_set()], device=input_ids.device)
 
         def answer() -> list[int]:
             each = StoppingCriteriaList([each_token])

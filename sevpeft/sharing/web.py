@@ -36,7 +36,6 @@ _LOOK = {
     **dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server"), False),
 }
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
-Turns = list[dict[str, Any]]  # {question, severity, answers: {arm: text}}
 
 
 class Page:
@@ -73,8 +72,8 @@ class Page:
         except OSError as error:
             raise UsageError(f"{host}: {first_sentence(error)}; choose another --host or --port.") from error
 
-    def respond(self, question: str, turns: Turns, request: gr.Request) -> Iterator[tuple[str, str, Turns]]:
-        """Question box, bubbles and turns, whenever an answer grows; a question that is refused stays in the box."""
+    def respond(self, question: str, turns: list[Any], request: gr.Request) -> Iterator[tuple[str, str, list[Any]]]:
+        """Box, bubbles and turns {question, severity, answers}, as answers grow; what is refused stays in the box."""
         severity, answers = self.chat.severity(question[: 5 * MOST_LETTERS]), dict[str, str]()
         now = [*turns, {"question": question.strip(), "severity": severity, "answers": answers}]
         earlier = [(known["question"], next(iter(known["answers"].values()))) for known in turns]
@@ -95,7 +94,7 @@ class Page:
         except SevpeftError as error:
             yield question, self._html(turns, done=True, problem=str(error), notice=severity.notice), turns
 
-    def save(self, comment: str, turns: Turns) -> tuple[str, str]:
+    def save(self, comment: str, turns: list[Any]) -> tuple[str, str]:
         """Adds a comment to the file, with the last question and its answers; returns its box, and what is said."""
         if not self.comments or not turns or not comment.strip() or len(comment) > MOST_LETTERS:
             return comment, "اسأل أولاً، ثم اكتب تعليقاً قصيراً."

@@ -29,7 +29,7 @@ class Scripted(Chat):
     def __init__(self) -> None:
         self.source = rules()
         self.words, self.asked = threading.Semaphore(0), list[tuple[str, list[Any], bool]]()
-        self.began, self.closed = threading.Event(), threading.Event()
+        self.began, self.closed, self.ended = threading.Event(), threading.Event(), threading.Event()
 
     def stream(self, question: str, earlier: Any = (), *, adapter: bool = True) -> Iterator[str]:
         self.asked.append((question, [*earlier], adapter))
@@ -207,10 +207,33 @@ def test_a_page_for_others_asks_for_a_password(
     for words in ([], ["--host", "localhost"], ["--host", "127.0.0.2"], ["--host", "0.0.0.0", "--auth", "a"]):
         code, _, err = sevpeft_("web", tmp_path, *words)
         assert code == 1 and "runs/NAME-DATE" in err and "secret" not in err, words
-    assert sevpeft_("web", tmp_path, "--comments", tmp_path)[0] == 1
     from sevpeft.errors import UsageError
     from sevpeft.sharing.web import Page
 
+    code, _, err = sevpeft_("web", tmp_path, "--comments", tmp_path)
+    assert code == 1 and "irectory" in err
+    served: list[Any] = []
+    chat = Scripted()
+    chat.ended.set()  # as if Ctrl-C came at once
+    with monkeypatch.context() as patch:
+        patch.setattr("sevpeft.cli.sharing._loaded", lambda *of: served.append(of) or chat)
+        patch.setattr(Page, "launch", lambda self, *of: served.append((len(self.arms), *of)) or "http://here")
+        words = (
+            "web",
+            "run",
+            "generation.seed=1",
+            "--compare",
+            "--comments",
+            "c.jsonl",
+            "--host",
+            "0.0.0.0",
+            "--auth",
+            "a",
+        )
+        code, out, _ = sevpeft_(*words)
+    assert code == 0 and out.startswith("http://here") and "secret" not in out
+    assert served == [("run", ["generation.seed=1"], "web"), (2, "0.0.0.0", None, ("a", "secret"))]
+    assert Path("c.jsonl").stat().st_mode & 0o777 == 0o600
     taken = int(pages.url.rstrip("/").rpartition(":")[2])
     for host, port in (("127.0.0.1", taken), ("192.0.2.1", None), ("::1", None)):
         with pytest.raises(UsageError, match="--port"):
