@@ -64,9 +64,9 @@ def web(
 
     Example: sevpeft web runs/quickstart-20260101-120000 --compare
     """
+    login = _login(host, auth)
     if find_spec("gradio") is None:
         raise SevpeftError('The page needs gradio: run pip install -e ".[web]".')
-    login = _login(host, auth)
     if comments:
         with comments.open("a"):  # where it cannot be written, this says so before anything slow
             keep_private(comments)

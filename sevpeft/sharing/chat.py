@@ -75,8 +75,7 @@ class Chat:
             words[match.context if match.discounted else match.level].append(match.words)
         chances = dict(zip(SEVERITIES, self.source.probabilities([question])[0].tolist(), strict=True))
         name = max(SEVERITIES, key=chances.__getitem__)
-        # What is denied, past or another's has less evidence than that, whatever its strength.
-        flags = {one.category for one in found if one.level == "critical" and one.evidence >= STRENGTH["M"]}
+        flags = {one.category for one in found if one.level == "critical" and one.evidence >= STRENGTH["M"]}  # stated
         notice = EMERGENCY if flags or name == "critical" else ""
         return QuestionSeverity(name, chances, dict(words), notice + _NOT_ALONE * ("suicidal" in flags))
 
@@ -97,6 +96,8 @@ class Chat:
         """
         if not adapter and getattr(self.model.peft_config["default"], "bias", "none") != "none":
             raise UsageError("With lora.bias the base model has changed; compare the two with `sevpeft evaluate`.")
+        if self.ended.is_set():
+            return
         ids = self._prompt_ids(question, self.fitting(question, earlier))
         parts, stop, shown = SimpleQueue[list[int] | None](), Event(), ""
         decode = partial(self.prompt.tokenizer.decode, skip_special_tokens=True)
