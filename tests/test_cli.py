@@ -119,7 +119,9 @@ def test_five_mistakes_are_five_lines(refusal: Callable[..., str], tmp_path: Pat
         (["train", QUICKSTART, "training=1"], "is a whole section"),
         (["train", QUICKSTART, "severity.weights.critical=-1"], "severity.weights.critical: must be"),
         (["recipes"], "There are no recipes in recipes"),
-        (["chat", "x", "--max-new-tokens", "0"], "greater than or equal to 1"),
+        (["chat", "x", "training.max_steps=1"], "changes nothing here"),
+        (["web", "x", "--host", "0.0.0.0"], "SEVPEFT_WEB_PASSWORD"),
+        (["web", "x", "--auth", "user:password"], "a name alone"),
     ],
 )
 def test_a_slip_on_the_command_line_is_one_line_and_exit_code_2(

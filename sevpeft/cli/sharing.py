@@ -1,60 +1,162 @@
-"""The verbs chat, merge and push: a trained adapter in use. Heavy imports stand inside."""
+"""The verbs chat, web, merge and push: a trained adapter in use. Heavy imports stand inside."""
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import shlex
 import sys
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sevpeft.cli.application import AsJson, RunFolder, Words, app, command_with_keys, quiet_libraries
-from sevpeft.console import output_error
-from sevpeft.errors import UsageError
+from sevpeft.console import Screen, output_error, print_json, print_labeled, print_text
+from sevpeft.errors import SevpeftError, UsageError
+from sevpeft.runs import Run, check_one_process, check_run, keep_private
 
 if TYPE_CHECKING:
+    from sevpeft.sharing.chat import Chat, Exchanges
     from sevpeft.sharing.merge import Merged
+
+PASSWORD = "SEVPEFT_WEB_PASSWORD"  # of --auth: all users of a machine see the words of a command line
+_HELP = """\
+This is no doctor: in an emergency call an ambulance. Ctrl-C stops an answer.
+Earlier exchanges are read too, though most trainings had single consultations.
+/base [QUESTION]      the answer of the base model, with the adapter off
+/severity [QUESTION]  its severity, and the words behind it
+/reset                forgets the earlier exchanges"""
+
+RunOrRepo = Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="A run, an adapter's folder or its Hub id")]
 
 
 @app.command()
 def chat(
-    run: RunFolder,
-    question: Annotated[
-        str | None, typer.Option(help="Ask this and leave; else questions are read line by line.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    source: RunOrRepo,
+    overrides: Words = None,
+    question: Annotated[str | None, typer.Option(help="Ask this and leave; else each line is one.")] = None,
 ) -> None:
     """Chat with a trained adapter. Its answers are no medical advice.
 
     Example: sevpeft chat runs/quickstart-20260101-120000 --question "عندي صداع من امبارح"
     """
-    from sevpeft.console import Screen, print_text
-    from sevpeft.runs import Run, check_one_process, check_run
+    adapter = _loaded(source, overrides, "chat")
+    _converse(adapter, sys.stdin.isatty()) if question is None else _answer(adapter, question)
 
-    check_one_process("chat")
-    check_run(run)
-    with Screen(stderr=True).status(f"Loading the adapter of {run}"):
+
+@app.command()
+def web(
+    source: RunOrRepo,
+    overrides: Words = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answers beside.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen at; with --auth one that others reach.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="unset: a free one from 7860 on")] = None,
+    auth: Annotated[str | None, typer.Option(metavar="USER", help=f"Ask for USER and ${PASSWORD}.")] = None,
+    comments: Annotated[Path | None, typer.Option(help="JSONL file for comments; unset, there is no box.")] = None,
+) -> None:
+    """Show a page in Arabic on which a trained adapter answers. Its answers are no medical advice.
+
+    The page fetches nothing from elsewhere. Questions are kept only with a comment, in --comments.
+
+    Example: sevpeft web runs/quickstart-20260101-120000 --compare
+    """
+    login = _login(host, auth)
+    if find_spec("gradio") is None:
+        raise SevpeftError('The page needs gradio: run pip install -e ".[web]".')
+    if comments:
+        with comments.open("a"):  # where it cannot be written, this says so before anything slow
+            keep_private(comments)
+    adapter = _loaded(source, overrides, "web")
+    from sevpeft.sharing.web import Page
+
+    page = Page(adapter, compare=compare, comments=comments)
+    print_text(f"{page.launch(host, port, login)} (Ctrl-C ends it)")
+    try:
+        adapter.ended.wait()
+    finally:
+        adapter.ended.set()
+
+
+def _login(host: str, user: str | None) -> tuple[str, str] | None:
+    """User and password; UsageError where others could reach the page without."""
+    if user is None and re.fullmatch(r"localhost|127(\.\d+){3}", host):
+        return None
+    if not user or ":" in user or not (password := os.environ.get(PASSWORD)):
+        raise UsageError(f"{host} needs --auth USER, a name alone, and a password in the variable {PASSWORD}.")
+    return user, password
+
+
+def _loaded(source: str, overrides: list[str] | None, verb: str) -> Chat:
+    check_one_process(verb)
+    with Screen(stderr=True).status(f"Loading the adapter of {source}"):
         quiet_libraries()
         from sevpeft.sharing.chat import Chat
 
-        adapter = Chat(Run(run))
-    if question is not None:
-        print_text(adapter.answer(question, max_new_tokens))
-        return
-    if sys.stdin.isatty():
-        print_text("Every question stands alone; an empty line leaves. Not medical advice.", stderr=True)
-    while output_error() is None and (line := _read_line()):
-        print_text(adapter.answer(line, max_new_tokens), end="\n\n")
+        return Chat(source, overrides or [])
 
 
-def _read_line() -> str:
-    """A line from the keyboard or a pipe; empty at its end."""
+def _converse(chat: Chat, interactive: bool) -> None:
+    """Answers line by line until the input ends; a question that is refused or stopped changes nothing."""
+    if interactive:
+        print_text(_HELP, stderr=True)
+        with suppress(ImportError):  # absent on Windows
+            importlib.import_module("readline")  # a bare terminal cuts a line after 4,095 bytes: 2,000 Arabic letters
+    earlier: list[tuple[str, str]] = []
+    while output_error() is None and (line := _read_line()) is not None:
+        command, _, rest = line.partition(" ") if interactive and line.startswith("/") else ("", "", line)
+        about = rest.strip() or (earlier[-1][0] if earlier else "")
+        try:
+            if command == "/severity":
+                _show_severity(chat, about)
+            elif command == "/base":
+                _answer(chat, about, earlier if rest else earlier[:-1], adapter=False)
+            elif command:
+                earlier = [] if command == "/reset" else earlier
+                print_text("Forgotten." if command == "/reset" else _HELP, stderr=True)
+            else:
+                earlier += [(line, _answer(chat, line, earlier))] * interactive
+                print_text("")
+        except SevpeftError as error:
+            print_text(str(error), stderr=True)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print_text("\nStopped; the question is not remembered.", stderr=True)
+
+
+def _answer(chat: Chat, question: str, earlier: Exchanges = (), *, adapter: bool = True) -> str:
+    """Prints a notice where there is a red flag, and the answer as it grows; returns the answer."""
+    if notice := chat.severity(question).notice:
+        print_text(f"This may be an emergency: call an ambulance now.\n{notice}", stderr=True)
+    if lost := len(earlier) - len(chat.fitting(question, earlier)):
+        print_text(f"(Left out of what is read: the first {lost} exchanges, for want of room.)", stderr=True)
+    shown = ""
+    for text in chat.stream(question, earlier, adapter=adapter):
+        print_text(text[len(shown) :] if text.startswith(shown) else f"\n{text}", end="")
+        shown = text
+    print_text("")
+    return shown
+
+
+def _show_severity(chat: Chat, question: str) -> None:
+    found, screen = chat.severity(question), Screen()
+    for name, chance in reversed(found.probabilities.items()):
+        print_labeled(screen, name, f"{chance:4.0%} {'█' * round(30 * chance)}", "bold" if name == found.name else "")
+    words = "; ".join(f"{name}: {', '.join(of)}" for name, of in found.words.items())
+    print_labeled(screen, "words", words or "none that the rules know")
+    print_labeled(screen, "by", f"{chat.source.kind}, from the question alone; not validated by clinicians")
+
+
+def _read_line() -> str | None:
+    """A line from the keyboard or a pipe; None at its end."""
     try:
         return input("? " if sys.stdin.isatty() else "").strip()
     except EOFError:
-        return ""
+        return None
 
 
 @app.command()
@@ -80,9 +182,6 @@ def merge(
 
     Example: sevpeft merge runs/quickstart-20260101-120000 merged
     """
-    from sevpeft.console import Screen, print_json
-    from sevpeft.runs import Run, check_run
-
     check_run(run)
     shard_size = max_shard_size.upper()
     if not re.fullmatch("0*[1-9][0-9]*[GMK]B", shard_size):
@@ -111,9 +210,7 @@ def push(
 
     Example: sevpeft push runs/mine NAME/severity-qwen2.5-0.5b private=true --dry-run
     """
-    from sevpeft.console import Screen, print_json, print_labeled, print_text
     from sevpeft.recipe import settings_from
-    from sevpeft.runs import Run, check_one_process, check_run
     from sevpeft.sharing import PushSettings
 
     check_one_process("push")
@@ -146,7 +243,6 @@ def push(
 
 def _show(merged: Merged, output: Path) -> None:
     """Prints the figures; the card holds the commands for vLLM, llama.cpp and Ollama."""
-    from sevpeft.console import Screen, print_labeled
     from sevpeft.sharing.card import distance
 
     console = Screen()

@@ -129,7 +129,7 @@ def generate(
     for batch, answers in _run_batches(
         range(len(rows)),
         list(map(len, prompts)),
-        lambda batch: _answers(model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings),
+        lambda batch: answer_tokens(model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings),
         size=lambda _: size,
         padding=_PADDING * most,
         remedy="lower generation.max_new_tokens",
@@ -201,10 +201,10 @@ def _run_batches(
 
 
 @torch.no_grad()
-def _answers(
-    model: PreTrainedModel, prompt: Prompt, prompts: dict[str, list[int]], settings: GenerationSection
+def answer_tokens(
+    model: PreTrainedModel, prompt: Prompt, prompts: dict[str, list[int]], settings: GenerationSection, **more: Any
 ) -> list[list[int]]:
-    """The tokens of the answers, with the end token where it came; prompts are row id → tokens."""
+    """The tokens of the answers, with the end token where it came; prompts are row id → tokens, `more` for generate."""
     longest = max(map(len, prompts.values()))
     # Padded with a token of the row itself, as a repetition penalty looks at all tokens, the masked ones too.
     padded = [row[:1] * (longest - len(row)) + row for row in prompts.values()]
@@ -220,6 +220,7 @@ def _answers(
         logits_processor=warpers,
         # `SeededDraw` draws, and leaves one token to choose.
         generation_config=_config(prompt.end_id, most, repetition_penalty=settings.repetition_penalty),
+        **more,
     )
     # After its end a row is padded until the last of the batch has ended.
     return [

@@ -151,6 +151,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no readable {ADAPTER_CONFIG}; copy it back, or train again.") from None
 
 
+def adapter_folder(name: str, setting: str) -> Path:
+    """The folder of an adapter, here or after its download; UnknownModelError, which names `setting`."""
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    look_for_hub()
+    with loading_errors(name, setting=setting):  # weights and tokenizer: nothing that can run
+        return Path(snapshot_download(name, allow_patterns=[SAFETENSORS_WEIGHTS_NAME, "*.json", "*.jinja", "*.model"]))
+
+
 def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftModel:
     """The base model, changed in place, with a saved adapter on it, in evaluation mode.
 
@@ -195,11 +204,7 @@ def init_adapter(recipe: Recipe, model: PeftModel | None = None) -> str:
     Raises ModelError where it is no adapter, is damaged, or has other LoRA settings or another base model.
     """
     name = str(recipe.training.init_adapter)
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        look_for_hub()
-        with loading_errors(name, setting="training.init_adapter"):
-            folder = Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, SAFETENSORS_WEIGHTS_NAME]))
+    folder = adapter_folder(name, "training.init_adapter")
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     theirs, ours = ({**LoraConfig().to_dict(), **one} for one in (read_adapter_config(folder), recipe.lora.settings()))
     if differing := [f"lora.{key}={theirs[key]}" for key in _UNSEEN if theirs[key] != ours[key]]:

@@ -1,45 +1,164 @@
-"""Chat with a trained adapter: one question, one answer, with the prompt of the training.
+"""Chat with a trained adapter: answers that stream, with the prompt of the training, for `chat` and `web`.
 
-Every question stands alone, because the adapter was trained on single consultations.
+Severity and red flags are read from the question alone. Earlier exchanges precede a question as the chat template has
+them, or with a plain template as prompts, answers and end tokens of the training.
 """
 
 from __future__ import annotations
 
-import torch
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+from typing import Any, NamedTuple
 
+import torch
+from jinja2.exceptions import TemplateError
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from sevpeft.errors import ModelError, RunError, UsageError
 from sevpeft.evaluation.arms import check_adapter
-from sevpeft.modeling.adapters import attach_adapter
-from sevpeft.modeling.loading import load_for_inference, resolve_model
-from sevpeft.recipe import load_recipe
-from sevpeft.runs import Run
-from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.evaluation.generate import answer_tokens
+from sevpeft.evaluation.safety import rules
+from sevpeft.modeling.adapters import ADAPTER_CONFIG, adapter_folder, attach_adapter, read_adapter_config
+from sevpeft.modeling.loading import check_form, load_config, load_for_inference, load_tokenizer, resolve_model
+from sevpeft.modeling.prompts import Prompt
+from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe.load import settings_from
+from sevpeft.runs import Run, check_run
+from sevpeft.severity.probabilities import SEVERITIES, is_answer
+from sevpeft.severity.rules import STRENGTH
 from sevpeft.severity.source import load_source
+
+EMERGENCY = "قد تكون هذه حالة طارئة: اتصل بالإسعاف أو توجّه إلى أقرب طوارئ الآن، ولا تنتظر جواب هذا البرنامج."
+_NOT_ALONE = " إن كنت تفكر في إيذاء نفسك فلا تبق وحدك: اتصل الآن بالإسعاف أو بشخص تثق به."
+Exchanges = Sequence[tuple[str, str]]  # (question, answer), the earliest first
+
+
+class QuestionSeverity(NamedTuple):
+    """Severity of a question. `words` are what the rules matched, by level, or by the context that discounts them."""
+
+    name: str
+    probabilities: dict[str, float]
+    words: dict[str, list[str]]
+    notice: str  # of an emergency, in Arabic, or ""
 
 
 class Chat:
-    """The adapter of a finished run on its base model, ready to answer; raises RunError or ModelError."""
+    """An adapter on its base model, ready to answer, one question at a time.
 
-    def __init__(self, run: Run) -> None:
-        check_adapter(run)
-        recipe = load_recipe(run.folder / "recipe.yaml")
-        predicted, folder = recipe.prompt.severity == "predicted", recipe.severity.classifier
-        self.classifier = load_source(None, folder, text="question") if predicted else None
-        self.prompt = resolve_model(recipe).prompt
-        self.model = attach_adapter(load_for_inference(recipe), run.adapter, recipe)
+    It is that of a run, of a folder or of a Hub id; KEY=VALUE of generation, model and quantization are replaced.
+    Where `ended` is set, an answer ends with its next token: the process waits for the thread that makes it.
+    """
 
-    @torch.no_grad()
-    def answer(self, question: str, max_new_tokens: int = 128) -> str:
-        """Answer to a question, greedy, of at most `max_new_tokens` tokens."""
-        named = [SEVERITIES[self.classifier.probabilities([question]).argmax()]] if self.classifier else None
-        ids = torch.tensor(self.prompt.prompt_ids([question], severities=named), device=self.model.device)
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=self.prompt.end_id,
-            pad_token_id=self.prompt.tokenizer.pad_token_id,
-        )
-        text: str = self.prompt.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return text.strip()
+    def __init__(self, source: Run | Path | str, overrides: Sequence[str] = ()) -> None:
+        recipe, adapter, self.prompt = _opened(str(source.folder if isinstance(source, Run) else source), overrides)
+        self.settings, self._one_at_a_time, self.ended = recipe.generation, ThreadPoolExecutor(1), Event()
+        classifier = recipe.severity.classifier
+        if recipe.prompt.severity != "predicted" and not Path(classifier or "").expanduser().is_dir():
+            classifier = None  # it is not at hand, and no prompt needs it
+        self.source: Any = load_source(None, classifier, text="question")
+        base = load_for_inference(recipe)
+        base.generation_config = GenerationConfig()  # as in evaluation
+        self._context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        self.model = attach_adapter(base, adapter, recipe)
+
+    def severity(self, question: str) -> QuestionSeverity:
+        """By the run's classifier, or else by rules; a stated red flag of the rules brings the notice either way."""
+        found, words = rules().matches(question), defaultdict[str, list[str]](list)
+        for match in found:
+            words[match.context if match.discounted else match.level].append(match.words)
+        chances = dict(zip(SEVERITIES, self.source.probabilities([question])[0].tolist(), strict=True))
+        name = max(SEVERITIES, key=chances.__getitem__)
+        flags = {one.category for one in found if one.level == "critical" and one.evidence >= STRENGTH["M"]}  # stated
+        notice = EMERGENCY if flags or name == "critical" else ""
+        return QuestionSeverity(name, chances, dict(words), notice + _NOT_ALONE * ("suicidal" in flags))
+
+    def fitting(self, question: str, earlier: Exchanges = ()) -> Exchanges:
+        """The latest exchanges that fit the context with the question and an answer; UsageError where it fits none."""
+        if not is_answer(question):
+            raise UsageError("The question is empty; write it in words.")
+        most = self.settings.max_new_tokens
+        for first in range(len(earlier) + 1):
+            if not self._context or len(self._prompt_ids(question, earlier[first:])) + most <= self._context:
+                return earlier[first:]
+        raise UsageError(f"{len(question.split()):,} words are too long for {self._context:,} tokens; shorten them.")
+
+    def stream(self, question: str, earlier: Exchanges = (), *, adapter: bool = True) -> Iterator[str]:
+        """The answer so far, whenever it has grown, and at last as a whole; closing the iterator stops the model.
+
+        Exchanges that do not fit are left out. Without `adapter` the base model answers.
+        """
+        if not adapter and getattr(self.model.peft_config["default"], "bias", "none") != "none":
+            raise UsageError("With lora.bias the base model has changed; compare the two with `sevpeft evaluate`.")
+        if self.ended.is_set():
+            return
+        ids = self._prompt_ids(question, self.fitting(question, earlier))
+        parts, stop, shown = SimpleQueue[list[int] | None](), Event(), ""
+        decode = partial(self.prompt.tokenizer.decode, skip_special_tokens=True)
+
+        def each_token(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            parts.put(input_ids[0, len(ids) :].tolist())
+            return torch.tensor([stop.is_set() or self.ended.is_set()], device=input_ids.device)
+
+        def answer() -> list[int]:
+            each = StoppingCriteriaList([each_token])
+            with nullcontext() if adapter else self.model.disable_adapter():
+                return answer_tokens(self.model, self.prompt, {"": ids}, self.settings, stopping_criteria=each)[0]
+
+        answering = self._one_at_a_time.submit(answer)
+        answering.add_done_callback(lambda _: parts.put(None))
+        try:
+            while (part := parts.get()) is not None:
+                text = decode(part).strip()
+                if text != shown and text.startswith(shown) and text[-1] != "\ufffd":  # else half a letter
+                    yield (shown := text)
+            yield decode(answering.result()).strip()
+        except torch.OutOfMemoryError as error:
+            raise RunError("The answer does not fit the GPU's memory; ask something shorter.") from error
+        finally:
+            stop.set()
+
+    def _prompt_ids(self, question: str, earlier: Exchanges) -> list[int]:
+        prompt, asked = self.prompt, [*(before for before, _ in earlier), question]
+        named: list[str | None] = [None] * len(asked)
+        if prompt.severity == "predicted":
+            named = [SEVERITIES[best] for best in self.source.probabilities(asked).argmax(axis=1)]
+        if prompt.chat or not earlier:
+            with suppress(TemplateError):  # a plain template, exported, knows single questions
+                return prompt.prompt_ids([question], severities=named[-1:], earlier=[earlier])[0]
+        first, *others = prompt.prompt_ids(asked, severities=named)
+        answers = prompt.answer_ids([answer for _, answer in earlier])
+        for answer, ids in zip(answers, others, strict=True):
+            first += answer + ids[ids[0] == prompt.tokenizer.bos_token_id :]
+        return first
+
+
+def _opened(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path, Prompt]:
+    """Recipe, adapter's folder and prompt of a run; of an adapter alone those that its files say."""
+    folder = Path(name).expanduser()
+    if wrong := [one.split("=")[0] for one in overrides if not re.match("(generation|model|quantization)\\.", one)]:
+        raise UsageError(f"{wrong[0]} changes nothing here; write keys of generation, model and quantization only.")
+    if (folder / "recipe.yaml").is_file():
+        check_adapter(Run(folder))
+        recipe = load_recipe(folder / "recipe.yaml", overrides)
+        return recipe, Run(folder).adapter, resolve_model(recipe).prompt
+    if not (folder / ADAPTER_CONFIG).is_file() and (folder.is_dir() or name.count("/") != 1 or name[0] in "./~"):
+        check_run(folder)  # which says what is wanted
+    adapter = adapter_folder(name, "RUN_OR_REPO")
+    config = read_adapter_config(adapter)
+    names = {"name_or_path": "base_model_name_or_path", "revision": "revision"}
+    given = [f"model.{key}={config[name]}" for key, name in names.items() if config.get(name)]
+    recipe = settings_from(Recipe, [*given, "prompt.chat=true", *overrides])
+    base = load_config(recipe)
+    check_form(recipe, base)
+    own = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(adapter)})})
+    tokenizer = load_tokenizer(own, base) if (adapter / "tokenizer_config.json").is_file() else None
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ModelError(f"{name} has no tokenizer with the training prompt as chat template; name the run's folder.")
+    return recipe, adapter, Prompt.build(tokenizer, **recipe.prompt.model_dump())

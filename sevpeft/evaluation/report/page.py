@@ -73,7 +73,7 @@ def rows_text(rows: list[dict[str, Any]], template: str = "rows.txt.jinja", **ab
 
 
 def render(template: str, **facts: Any) -> str:
-    """A filled template; that of a page is escaped, and gets its style and its script, which its policy allows alone."""
+    """A filled template; a page is escaped, and gets its style and its script, which alone its policy allows."""
     name = template.partition(".")[0]
     name = name if (TEMPLATES / f"{name}.js").is_file() else "page"
     script, style = ((TEMPLATES / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
