@@ -204,6 +204,7 @@ def test_a_page_for_others_asks_for_a_password(
         code, _, err = sevpeft_("web", tmp_path, *words)
         assert code == 2 and password in err, words
     monkeypatch.setenv(password, "secret")
+    assert sevpeft_("web", tmp_path, "--auth", "a:b")[0] == 2
     for words in ([], ["--host", "localhost"], ["--host", "127.0.0.2"], ["--host", "0.0.0.0", "--auth", "a"]):
         code, _, err = sevpeft_("web", tmp_path, *words)
         assert code == 1 and "runs/NAME-DATE" in err and "secret" not in err, words
