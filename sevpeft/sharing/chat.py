@@ -52,8 +52,7 @@ class QuestionSeverity(NamedTuple):
 class Chat:
     """An adapter on its base model, ready to answer, one question at a time.
 
-    It is that of a run, of a folder or of a Hub id; KEY=VALUE of generation, model and quantization are replaced.
-    Where `ended` is set, an answer ends with its next token: the process waits for the thread that makes it.
+    `source` is a run, a folder or a Hub id. Setting `ended` ends an answer, for which the process would wait.
     """
 
     def __init__(self, source: Run | Path | str, overrides: Sequence[str] = ()) -> None:
