@@ -205,6 +205,7 @@ def test_a_training_goes_on_after_samples_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 4, "all rows, where there are fewer than asked for"
+    assert samples.config.max_new_tokens <= 24 - 3, "a prompt and its answer fit the model's positions"
 
 
 def test_energy_is_added_up_over_starts_and_no_counter_that_begins_again_takes_any_away(
