@@ -27,16 +27,14 @@ Cli = Callable[..., tuple[int, str, str]]
 # Shared fixtures that take seconds to make. The tests that use one stay on one worker, so that it is made once.
 _SLOW_TO_MAKE = ("finished_run", "finished", "pages", "trained", "fitted")
 
-# Modules that start processes by tests/training/children.py: several at a time, and some wait for one another.
-_WITH_CHILDREN = ("test_killed", "test_distributed", "test_memory", "test_output", "test_signals", "test_train")
+# Modules whose tests share what the first of them makes: runs of children, or traced memory plans.
+_TOGETHER = ("test_killed", "test_distributed", "test_memory")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     used = [name for name in _SLOW_TO_MAKE if name in getattr(item, "fixturenames", ())]
-    if item.path.stem in _WITH_CHILDREN:
-        item.add_marker(pytest.mark.xdist_group("children"))
-    elif used:
-        group = "finished_run" if used[0] == "finished_run" else item.path.stem
+    if used or item.path.stem in _TOGETHER:
+        group = "finished_run" if "finished_run" in used[:1] else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
 
 
