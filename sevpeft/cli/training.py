@@ -260,7 +260,9 @@ def _findings() -> Iterator[Finding]:
     text = f"recipes with load_in_4bit cannot run: {problem}" if problem else "bitsandbytes works"
     yield "4 bit", text, "pip install --force-reinstall bitsandbytes" if problem else "", False
     folders, gib = (Path("recipes"), Path(__file__).parents[2] / "recipes"), device_memory(Recipe()) / 2**30
-    listed = list_recipes(next(one for one in folders if one.is_dir()), gib * (1.15 if cuda else 1))
+    if not (found := [one for one in folders if one.is_dir()]):
+        return  # installed without the checkout, which has the recipes
+    listed = list_recipes(found[0], gib * (1.15 if cuda else 1))
     about = [load_recipe(one["recipe"]).about for one in listed]
     # On a CPU a larger one takes hours for an epoch.
     at = max(n for n, one in enumerate(about) if cuda or (one.parameter_count() or 0) < LARGEST_QUANTIZED_ON_CPU)
