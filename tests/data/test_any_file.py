@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import openpyxl
 import pytest
 
 from sevpeft.data.columns import CELL_COUNT, NO_CONVERSATION, NOT_TEXT, SEVERAL_TURNS, as_text, map_columns
@@ -18,6 +17,7 @@ from sevpeft.data.text import fold_for_matching, strip_marks
 from sevpeft.errors import DataError, RecipeError
 from sevpeft.evaluation.judge import Rubric
 from sevpeft.recipe import DataSection, TrainingDataSection, load_recipe
+from tests.data.test_read import workbook
 
 Q, A = "عندي صداع شديد", "راجع الطبيب اليوم"
 PAIRS = [(f"{Q} {number}", f"{A} {number}") for number in range(3)]
@@ -31,13 +31,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def read(file: Path, content: Any, **settings: Any) -> Consultations:
     """What is read of a file of this content: text, rows of a workbook's sheets, or what becomes JSON."""
     if isinstance(content, dict) and file.suffix == ".xlsx":
-        book = openpyxl.Workbook()
-        book.remove(book.active)
-        for title, rows in content.items():
-            sheet = book.create_sheet(title)
-            for row in rows:
-                sheet.append(row)
-        book.save(file)
+        workbook(file, content)
     elif file.suffix == ".jsonl" and isinstance(content, list):
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
     else:
