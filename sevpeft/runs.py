@@ -261,7 +261,7 @@ def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str
     for number, line in enumerate(lines, start=1):
         line = line.strip(" \t\r\n\ufeff")
         # Files put one after the other keep their byte order marks, in the middle of a line if it was not ended.
-        for part in re.split("(?<=})\ufeff(?={)", line) if line else ():
+        for part in re.split("(?<=})\ufeff(?={)", line) if "\ufeff" in line else filter(None, [line]):
             try:
                 content = json.loads(part)
             except (ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,13 +216,13 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
     first_rejected = ""
     numbers: dict[int, int] = {}  # hash of an id -> number of its row
     wanted = {*columns.values(), *carried.values(), *["row"] * numbered}
-    begun = (conversation_of(cells, columns) for _, cells in islice(table.read(wanted), 1))
-    loss_on = loss_on if any(messages is not None for messages in begun) else None
+    begun = list(islice(read := table.read(wanted), 1))
+    loss_on = loss_on if any(conversation_of(cells, columns) is not None for _, cells in begun) else None
 
     def consultations() -> Iterator[dict[str, Any]]:
         nonlocal first_rejected
-        read = tqdm(table.read(wanted), visible(f"Reading {label}"), unit=" rows", disable=None, delay=2)
-        for ordinal, (number, cells) in enumerate(read, start=1):
+        shown = tqdm(chain(begun, read), visible(f"Reading {label}"), unit=" rows", disable=None, delay=2)
+        for ordinal, (number, cells) in enumerate(shown, start=1):
             number = cells.pop("row") if numbered else number
             row = canonical_row(cells, columns, table.place(number), carried, loss_on)
             if isinstance(row, dict):

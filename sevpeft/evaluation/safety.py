@@ -140,7 +140,6 @@ def _finding(answer: str, reference: str, question: str, critical: bool) -> Find
 # Triage
 
 
-@cache  # references are read again for each column
 def urgency_of(answer: str) -> int:
     """The most urgent care that the answer sends to without a condition, 0 to 4."""
     return max((one.urgency for one in advice(answer) if one.context == "stated"), default=0)
@@ -225,7 +224,8 @@ rules = cache(Rules.load)
 # Advice
 
 
-def advice(answer: str) -> list[Advice]:
+@cache  # for an answer's findings and its urgency; references are read again for each column
+def advice(answer: str) -> tuple[Advice, ...]:
     """What the answer advises, in the order of its words."""
     text = read(_IF.sub(r"\1اذا", answer))
     found: dict[str, list[_Place]] = {level: [] for level in LEVELS["advice"]}
@@ -263,7 +263,7 @@ def advice(answer: str) -> list[Advice]:
         words = " ".join(text.words[position] for position in positions).replace(POINT, ".")
         context = _context(text, place, found, soon=alone and soonest >= _TODAY)
         advised.append(Advice(place.level, words, context, urgency))
-    return advised
+    return tuple(advised)
 
 
 def _belongs(text: Text, place: _Place, time: _Place) -> bool:

@@ -31,6 +31,7 @@ from sevpeft.evaluation.arms import check_adapter
 from sevpeft.modeling.adapters import ADAPTER_CONFIG, attach_adapter, read_adapter_config
 from sevpeft.modeling.chat_template import CHAT_TEMPLATE, save_tokenizer
 from sevpeft.modeling.loading import load_for_inference, resolve_model, resolved_name
+from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import JUDGE_KEY, Recipe, load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing import PushSettings
@@ -60,7 +61,8 @@ def push(
     recipe = load_recipe(run.folder / "recipe.yaml")
     base, license_ = _checked_terms(recipe, repo_id, settings)
     with console.status("Collecting the files, and looking for what may not leave"):
-        files = _files(run, recipe, repo_id, base, license_)
+        prompt = resolve_model(recipe).prompt
+        files = _files(run, recipe, prompt, repo_id, base, license_)
         unread = check_contents(files, run, recipe)
     about: dict[str, Any] = {"repo_id": repo_id, "base_model": base, "license": license_}
     about["files"] = {name: len(content) for name, content in files.items()}
@@ -75,7 +77,7 @@ def push(
             raise RunError(HUB["refusals"][403].format(repo_id) + f" ({', '.join(mine)}).")
         head, equal = _head(api, repo_id, settings, files)
     with console.status("Running base + adapter"):
-        texts, _ = sample_texts(recipe, resolve_model(recipe).prompt)
+        texts, _ = sample_texts(recipe, prompt)
         expected = _logits(recipe, run.adapter, texts)
     with _hub_errors(repo_id), console.status(f"Sending {len(files)} files to {repo_id}"):
         if head is None:
@@ -118,7 +120,7 @@ def _checked_terms(recipe: Recipe, repo_id: str, settings: PushSettings) -> tupl
     return str(base), str(license_)
 
 
-def _files(run: Run, recipe: Recipe, repo_id: str, base: str, license_: str) -> dict[str, bytes]:
+def _files(run: Run, recipe: Recipe, prompt: Prompt, repo_id: str, base: str, license_: str) -> dict[str, bytes]:
     """Name → content of all that leaves; a card that somebody has edited goes as it is."""
     config, card = read_adapter_config(run.adapter), run.adapter / _CARD
     # The commit that it was trained on, so that a base model that moves on changes nothing.
@@ -127,7 +129,7 @@ def _files(run: Run, recipe: Recipe, repo_id: str, base: str, license_: str) -> 
     rendered = adapter_card(run, repo_id, base, license_)
     text = card.read_text(encoding="utf-8") if card.is_file() and not is_unedited(card) else rendered
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
-        save_tokenizer(resolve_model(recipe).prompt, Path(scratch))
+        save_tokenizer(prompt, Path(scratch))
         files = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
     own = {run.adapter / name for name in (SAFETENSORS_WEIGHTS_NAME, GENERATION_CONFIG_NAME)}
     files |= {path.name: path.read_bytes() for path in own & {*run.adapter.iterdir()}}

@@ -52,7 +52,8 @@ def run(made_run: Callable[..., Run], tmp_path: Path) -> Run:
 @pytest.fixture
 def ready(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run whose files are collected already, and whose logits are given: for what happens between."""
-    made = pushing._files(run, load_recipe(run.folder / "recipe.yaml"), ID, "org/base", "apache-2.0")
+    recipe = load_recipe(run.folder / "recipe.yaml")
+    made = pushing._files(run, recipe, pushing.resolve_model(recipe).prompt, ID, "org/base", "apache-2.0")
     monkeypatch.setattr(pushing, "_files", lambda *_: made)
     monkeypatch.setattr(pushing, "check_contents", lambda *_: None)
     monkeypatch.setattr(pushing, "sample_texts", lambda *_: ([], ""))
