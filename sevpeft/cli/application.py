@@ -43,6 +43,7 @@ app = typer.Typer(
 # Arguments and options that several verbs take.
 Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as data.max_rows=90")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RECIPES = (Path("recipes"), Path(__file__).parents[2] / "recipes")  # here, and of the checkout that runs
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run", show_default=False)]
 
 

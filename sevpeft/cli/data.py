@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
+from sevpeft.cli.application import RECIPES, AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
 from sevpeft.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def prepare(
 
 def _command(verb: str, data: object) -> str:
     """The verb on the quickstart of this folder or of the checkout that runs, with its data."""
-    here = Path("recipes/quickstart.yaml")
-    recipe = next((str(path) for path in (here, Path(__file__).parents[2] / here) if path.is_file()), "RECIPE")
+    recipe = next((str(path) for one in RECIPES if (path := one / "quickstart.yaml").is_file()), "RECIPE")
     return shlex.join(["sevpeft", verb, recipe, f"data.path={data}"])
 
 

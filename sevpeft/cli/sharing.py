@@ -232,9 +232,8 @@ def push(
         print_text(about["card"], end="\n\n")
         lines += [("Dry run", f"Nothing was sent to {repo_id}; without --dry-run, these files are.")]
     else:
-        lines += [
-            ("Commit", f"{about['commit'][:12]} ({'sent' if about['sent'] else 'there already'}), tag {about['tag']}")
-        ]
+        how = "sent" if about["sent"] else "there already"
+        lines += [("Commit", f"{about['commit'][:12]} ({how}), tag {about['tag']}")]
         lines += [("Checked", f"pulled again: equal bytes, equal logits on {about['answer_tokens']:,} tokens")]
         lines += [("Page", about["url"])]
     for label, text in lines:

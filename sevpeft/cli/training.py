@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import AsJson, Words, app, is_main_process, quiet_libraries
+from sevpeft.cli.application import RECIPES, AsJson, Words, app, is_main_process, quiet_libraries
 from sevpeft.errors import ModelError, UsageError, first_sentence
 from sevpeft.runs import PACKAGES, write_atomically
 
@@ -84,20 +84,21 @@ def plan(
         raise UsageError(f"--html={html} must be a file that ends in .html, in a folder that exists.")
     with Screen(stderr=True).status(f"Reading {recipe} and its data"):
         quiet_libraries()
-        from sevpeft.evaluation.report.page import rows_text
         from sevpeft.training.plan import plan as plan_of
         from sevpeft.training.plan import training_rows
         from sevpeft.training.screen import show_plan
 
         found = plan_of(loaded, vram=vram)
         shown = training_rows(loaded, rows or 20) if rows or html else []
+    if rows or html:  # else nobody waits for the report's libraries
+        from sevpeft.evaluation.report.page import rows_text
     if html:
         write_atomically(html, rows_text(shown, "rows.html.jinja", **vars(found)))
     if as_json:
         print_json(found.as_dict() | ({"training_rows": shown} if shown else {}))
     else:
         show_plan(found, Screen())
-        print_text(f"Rows: {html} (holds what patients wrote)\n" if html else rows_text(shown), end="")
+        print_text(f"Rows: {html} (holds what patients wrote)\n" if html else rows_text(shown) if rows else "", end="")
     if vram is not None and found.fitting is None:
         raise ModelError(
             f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown} The numbers may also "
@@ -259,8 +260,8 @@ def _findings() -> Iterator[Finding]:
         problem = first_sentence(failure)
     text = f"recipes with load_in_4bit cannot run: {problem}" if problem else "bitsandbytes works"
     yield "4 bit", text, "pip install --force-reinstall bitsandbytes" if problem else "", False
-    folders, gib = (Path("recipes"), Path(__file__).parents[2] / "recipes"), device_memory(Recipe()) / 2**30
-    if not (found := [one for one in folders if one.is_dir()]):
+    gib = device_memory(Recipe()) / 2**30
+    if not (found := [one for one in RECIPES if one.is_dir()]):
         return  # installed without the checkout, which has the recipes
     listed = list_recipes(found[0], gib * (1.15 if cuda else 1))
     about = [load_recipe(one["recipe"]).about for one in listed]

@@ -136,10 +136,8 @@ def _ratings(path: Path, columns: Mapping[str, tuple[str, str]], codes: Sequence
     whole, some = (int(test(np.isfinite(rated), axis=1).sum()) for test in (np.all, np.any))
     if not some:
         raise DataError(f"{path.name} holds no rating of this review; fill in its own sheet, and run this again.")
-    gone = len(codes) - len(found)
-    notes.append(
-        f"{path.name}: {whole} pairs rated, {some - whole} in part, {len(found) - some} not, {gone} rows gone."
-    )
+    gone, rest = len(codes) - len(found), len(found) - some
+    notes.append(f"{path.name}: {whole} pairs rated, {some - whole} in part, {rest} not, {gone} rows gone.")
     (of_a, of_b), share = np.split(rated[:, 1:], 2, axis=1), rated[:, :1]
     return np.stack([np.hstack([share, of_a]), np.hstack([1 - share, of_b])])
 
