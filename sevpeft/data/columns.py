@@ -107,6 +107,8 @@ def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: s
         settings = " and ".join(f"data.{field}_column" for field in missing)
         rest = [name for name in names if name not in columns.values()]
         remedy = f"set {settings} to one of {listed(rest)}{', or add it' if columns else ''}" if rest else "add it"
+        if len(rest) == len(names) and min(map(len, names), default=0) > 40:
+            remedy = "its first line seems to be a row; write one of names above it, as question,answer"
         if len(names) == 1 and re.search("[ct]sv", label):
             remedy += "; part cells by a comma, semicolon, bar or tab"
         beside = f" beside {listed(columns.values())}" if columns else ""
