@@ -105,8 +105,8 @@ def plan(
 
 @app.command()
 def recipes(
-    place: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="Of others; of --copy, the file")] = None,
-    copy: Annotated[str | None, typer.Option(metavar="NAME", help="Copy it here.", show_default=False)] = None,
+    place: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Others; or what --copy writes")] = None,
+    copy: Annotated[str | None, typer.Option(metavar="NAME", help="Copy it, to edit.", show_default=False)] = None,
     vram: Vram = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
     as_json: AsJson = False,
