@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _SECONDS_FOR_THE_FIRST = 3.0
 # Their result is what they print; that of the others is in files, unless --json asks for it on stdout.
-_PRINTING_VERBS = {"chat", "plan", "recipes"}
+_PRINTING_VERBS = {"chat", "init", "plan", "recipes"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,7 +43,7 @@ app = typer.Typer(
 # Arguments and options that several verbs take.
 Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as data.max_rows=90")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-RECIPES = (Path("recipes"), Path(__file__).parents[2] / "recipes")  # here, and of the checkout that runs
+Vram = Annotated[float | None, typer.Option(min=1, max=1e5, help="GB of the GPU that it is for.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run", show_default=False)]
 
 

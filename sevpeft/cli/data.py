@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import RECIPES, AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
+from sevpeft.cli.application import AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
 from sevpeft.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -75,9 +75,8 @@ def prepare(
 
 
 def _command(verb: str, data: object) -> str:
-    """The verb on the quickstart of this folder or of the checkout that runs, with its data."""
-    recipe = next((str(path) for one in RECIPES if (path := one / "quickstart.yaml").is_file()), "RECIPE")
-    return shlex.join(["sevpeft", verb, recipe, f"data.path={data}"])
+    """The verb on the quickstart, with its data."""
+    return shlex.join(["sevpeft", verb, "quickstart", f"data.path={data}"])
 
 
 def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:

@@ -134,7 +134,7 @@ def compare(
     """
     from sevpeft.console import Screen, print_json
 
-    folder = (output or Path("runs") / f"comparison-{recipe.stem}").expanduser()
+    folder = (output or Path("runs") / f"comparison-{recipe.name.removesuffix('.yaml')}").expanduser()
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -147,9 +149,17 @@ def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesCon
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
     """Configuration of the base model, from a folder, the Hub or `builtin:tiny`; raises ModelError."""
-    if not Path(resolved_name(recipe)).is_dir():
+    folder, name = Path(resolved_name(recipe)), recipe.model.name_or_path
+    if not folder.is_dir():
         look_for_hub()
+    elif (folder / "adapter_config.json").is_file():  # transformers would load base and adapter as if they were one
+        raise ModelError(f"{name} is an adapter; name its base model, and go on with training.init_adapter={name}.")
     config: PretrainedConfig = _from_pretrained(AutoConfig, recipe)
+    # An encoder would load as well, and see the words that it learns to predict.
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")  # with code of its own
+    if encoder or not causal or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is a {config.model_type} model, which continues no text; name a causal model.")
     own = _own_quantization(config)
     # transformers warns, on a screen that is quiet here, and loads bare numbers as if they were weights.
     if own.get("quant_method") is not None and not compat.knows_quantization(own):

@@ -88,6 +88,8 @@ def failed_checks(values: Mapping[str, Any]) -> Iterator[Mistake]:
         given = _section(values, section)
         if name in given and not any(type(given[name]) is type(right) and given[name] == right for right in allowed):
             yield (section, name), why
+    if _section(values, "model").get("name_or_path", "") is None:  # as in base-model.yaml
+        yield ("model", "name_or_path"), "names no model; add model.name_or_path=ID_OR_FOLDER to the command"
     yield from ((("training", key), why) for key, why in _training(_section(values, "training")))
     adapter = _adapter(_section(values, "lora"), _section(values, "quantization"))
     yield from ((("lora", key), why) for key, why in adapter)
