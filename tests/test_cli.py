@@ -450,7 +450,8 @@ def test_a_checkpoint_that_a_kill_cut_off_is_not_resumed_from(
     sevpeft_: Callable[..., tuple[int, str, str]], model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "run")
-    words = ["train", QUICKSTART, f"model.name_or_path={model_folder()}", *SHORT, "--output", str(run.folder)]
+    words = ["train", QUICKSTART, f"model.name_or_path={model_folder()}", *SHORT, "training.save_total_limit=2"]
+    words += ["--output", str(run.folder)]
     assert sevpeft_(*words)[0] == 0
     (run.adapter / "adapter_model.safetensors").unlink()
     (run.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()

@@ -94,6 +94,8 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     settings.setdefault("use_cpu", not uses_gpu(recipe))
     settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints), disable_tqdm=True)
     settings["padding_free"] = settings["padding_free"] is True  # auto: until the model is measured
+    if settings["save_total_limit"] == AUTO:  # while it trains; a finished run needs none
+        settings["save_total_limit"] = 2
     settings["logging_nan_inf_filter"] = False  # it would hide a NaN loss from StepGuard
     # The trainer takes a batch in parts; the library's own search makes the step smaller, and so another training.
     settings["auto_find_batch_size"] = False

@@ -77,6 +77,7 @@ def train(
             resolved = resolve(recipe, run.checkpoints, dtype_before=dtype)
             with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
                 _train(resolved, run, state, console, Path(scratch), resume=resume, more=callbacks)
+        checkpoints.remove_of_finished(run, recipe)
     # A process that exits while gloo's threads live is now and then aborted, after all its work is done.
     state.wait_for_everyone()
     state.destroy_process_group()
