@@ -257,6 +257,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights at all": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "could not be loaded"),
     "cut config": (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "could not be loaded"),
     "other architecture": (lambda folder: (folder / "config.json").write_text("{}"), "could not be loaded"),
+    "ids without a row": (
+        lambda folder: _edit_json(folder / "config.json", lambda config: config.update(vocab_size=300)),
+        "has tokens beyond the 300 rows of the embedding",
+    ),
     "no EOS": (
         lambda folder: _edit_json(folder / "tokenizer_config.json", lambda config: config.pop("eos_token")),
         "has no end-of-sequence token",
