@@ -1,13 +1,14 @@
 """A run folder: what a training leaves behind, written so that a kill at any moment leaves no half file.
 
-RUN/ holds recipe.yaml, environment.json, metrics.json, log.jsonl, adapter/ and checkpoints/. Files are written under a
-temporary name and moved into place; an existing run is continued or refused, never overwritten.
+RUN/ holds recipe.yaml, environment.json, metrics.json, log.jsonl, tokenizer/, adapter/ and checkpoints/. Files are
+written under a temporary name and moved into place; an existing run is continued or refused, never overwritten.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import filecmp
 import functools
 import hashlib
 import importlib.metadata
@@ -54,6 +55,17 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:  # the base model's, as the training found it
+        return self.folder / "tokenizer"
+
+    def link_tokenizer(self, adapter: Path) -> None:
+        """Has the same tokenizer.json in two folders take its room once, where the disk can do that."""
+        with suppress(OSError):
+            if filecmp.cmp(own := self.tokenizer / "tokenizer.json", adapter / own.name, shallow=False):
+                os.link(own, adapter / ".linked")
+                os.replace(adapter / ".linked", adapter / own.name)
 
     @property
     def finished(self) -> bool:

@@ -261,6 +261,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights at all": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "could not be loaded"),
     "cut config": (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "could not be loaded"),
     "other architecture": (lambda folder: (folder / "config.json").write_text("{}"), "could not be loaded"),
+    "ids without a row": (
+        lambda folder: _edit_json(folder / "config.json", lambda config: config.update(vocab_size=300)),
+        "has tokens beyond the 300 rows of the embedding",
+    ),
     "no EOS": (
         lambda folder: _edit_json(folder / "tokenizer_config.json", lambda config: config.pop("eos_token")),
         "has no end-of-sequence token",
@@ -454,7 +458,8 @@ def test_a_checkpoint_that_a_kill_cut_off_is_not_resumed_from(
     sevpeft_: Callable[..., tuple[int, str, str]], model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "run")
-    words = ["train", QUICKSTART, f"model.name_or_path={model_folder()}", *SHORT, "--output", str(run.folder)]
+    words = ["train", QUICKSTART, f"model.name_or_path={model_folder()}", *SHORT, "training.save_total_limit=2"]
+    words += ["--output", str(run.folder)]
     assert sevpeft_(*words)[0] == 0
     (run.adapter / "adapter_model.safetensors").unlink()
     (run.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()

@@ -191,7 +191,7 @@ def compare(
     with screen.status("Comparing"):
         finished = units(to_train, chosen or default_controlled)
         taken = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
-        _check_equal(finished, ("base weights",) if vary else ("base weights", "steps", "rows"))
+        _check_equal(finished, ("base weights",) if vary else ("base weights", "tokenizer", "steps", "rows"))
         tokens, scores = _read_scores(finished)
         scores = {arm: scores[arm] for arm in arms}
         summary = scoring.summarize(
@@ -333,13 +333,14 @@ def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
         metrics = unit.run.metrics()
         found = {
             "base weights": metrics["model"].get("fingerprint"),
+            "tokenizer": metrics["model"].get("prompt"),
             "steps": metrics["training"]["steps"],
             "rows": (metrics["data"]["rows"], metrics["weights"]["consultations"]),
         }
         origin, first = firsts.setdefault(unit.fold, (unit.run.folder, found))
         if unit.arm in (PROMPT, CE_EXTRA):  # the severity may leave a row no room
-            found |= {"steps": first["steps"], "rows": first["rows"]}
-        if differing := [name for name in names if found[name] != first[name]]:
+            found |= {name: first[name] for name in ("tokenizer", "steps", "rows")}
+        if differing := [name for name in names if first[name] and found[name] not in (None, first[name])]:
             others = f"{origin} was (other {', '.join(differing)})"
             raise RunError(f"{unit.run.folder} was not trained as {others}; move the wrong one away, and run again.")
 

@@ -265,8 +265,9 @@ class RowWork:
             "quantization": recipe.quantization.model_dump(),
             "dtype": str(choose_precision(recipe).dtype).removeprefix("torch."),
             "data": {"source": every.source, "rows": len(every), "content": every.content_hash()},
-            # What is off is left out, as in origins that were written before there was a severity in prompts.
-            "prompt": recipe.prompt.model_dump(exclude=None if every.severities else {"severity"}),
+            # What is off is left out, as in origins from before there was a severity in prompts, or a fingerprint.
+            "prompt": recipe.prompt.model_dump(exclude={"date"} if every.severities else {"date", "severity"}),
+            **({"tokens_of_prompt": known} if (known := run.metrics()["model"].get("prompt")) else {}),
             "severities_by": every.severities_by,
             "evaluation_template": recipe.as_published.evaluation_template,
         }
@@ -341,7 +342,7 @@ class RowWork:
         """The base model or, from the first other arm on, the adapter on it, in evaluation mode; and the prompt."""
         with self.console.status(f"Loading {self.recipe.model.name_or_path}"):
             if self._loaded is None:
-                prompt = resolve_model(self.recipe).prompt
+                prompt = resolve_model(self.recipe, self._run).prompt
                 if template := self.recipe.as_published.evaluation_template:
                     prompt = replace(prompt, chat=False, template=template, english_template=None)
                 self._loaded = load_for_inference(self.recipe), prompt

@@ -6,6 +6,7 @@ Only safetensors weights are read and no code from the Hub is run; both are pass
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sevpeft.console import print_text
 from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, loading_errors
 from sevpeft.modeling import compat
@@ -30,6 +32,7 @@ from sevpeft.modeling.packing import set_up_attention
 from sevpeft.modeling.prompts import Prompt, choose_pad_token
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
+from sevpeft.runs import Run
 
 # A model of this size takes about a second for one step on two cores in 4 bit; a larger one takes hours per epoch.
 LARGEST_QUANTIZED_ON_CPU = 1_500_000_000
@@ -54,12 +57,24 @@ class ResolvedModel:
     prompt: Prompt
 
 
-def resolve_model(recipe: Recipe) -> ResolvedModel:
-    """Config, tokenizer and prompt of the recipe's base model, checked; raises ModelError."""
+def resolve_model(recipe: Recipe, run: Run | None = None) -> ResolvedModel:
+    """Config, tokenizer and prompt of the recipe's base model, checked; raises ModelError.
+
+    Where tokenizer or template have changed since a `run` was trained, its copy is used, and standard error says so.
+    """
     config = load_config(recipe)
     check_form(recipe, config)
-    tokenizer = load_tokenizer(recipe, config)
-    return ResolvedModel(recipe, config, tokenizer, Prompt.build(tokenizer, **recipe.prompt.model_dump()))
+    stored = run.metrics().get("model", {}).get("prompt") if run else None
+    changed = f"The tokenizer or chat template of {recipe.model.name_or_path} has changed since the training"
+    for folder in (None, run.tokenizer) if run and stored else (None,):
+        with suppress(ModelError) if stored else nullcontext():
+            tokenizer = load_tokenizer(recipe, config, folder)
+            prompt = Prompt.build(tokenizer, config.get_text_config().vocab_size, **recipe.prompt.model_dump())
+            if stored in (None, prompt.fingerprint()):
+                if folder and os.environ.get("RANK", "0") == "0":
+                    print_text(f"{changed}; the copy in {folder} is used.", stderr=True)
+                return ResolvedModel(recipe, config, tokenizer, prompt)
+    raise ModelError(f"{changed}, or the run's section prompt; bring back what was, in {folder} too.")
 
 
 def uses_gpu(recipe: Recipe) -> bool:
@@ -181,9 +196,10 @@ def check_form(recipe: Recipe, config: PretrainedConfig) -> None:
         raise _quantized_by_others(recipe, f"in another form than the recipe asks for; set {' '.join(other).lower()}")
 
 
-def load_tokenizer(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base model, with a pad token that lies within the vocabulary; raises ModelError."""
-    tokenizer = _from_pretrained(AutoTokenizer, recipe)
+def load_tokenizer(recipe: Recipe, config: PretrainedConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
+    """Tokenizer of the base model, or in a folder, with a pad token within the vocabulary; raises ModelError."""
+    source = recipe.model.model_copy(update={"name_or_path": str(folder)} if folder else {})
+    tokenizer = _from_pretrained(AutoTokenizer, recipe.model_copy(update={"model": source}))
     # transformers makes up an empty one where there are no files.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(f"{recipe.model.name_or_path} has no tokenizer that can be read; add its tokenizer.json.")
@@ -263,8 +279,7 @@ def resolved_name(recipe: Recipe) -> str:
 def _from_pretrained(kind: Any, recipe: Recipe, **arguments: Any) -> Any:
     """Configuration, tokenizer or model of the recipe; raises ModelError where a library raises anything."""
     model = recipe.model
-    if model.revision:
-        arguments["revision"] = model.revision
+    arguments |= {"revision": model.revision} if model.revision else {}
     with loading_errors(
         model.name_or_path,
         setting="model.name_or_path",

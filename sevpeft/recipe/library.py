@@ -29,13 +29,7 @@ AUTO = "auto"
 # Consultations of an optimizer step. As the values below down to max_grad_norm, it is the published one
 # (arXiv 2604.06346, there 1 row × 8 accumulation steps).
 GLOBAL_BATCH_SIZE = 8
-_LORA_DEFAULTS: dict[str, Any] = {
-    "r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.05,
-    "bias": "none",
-    "target_modules": "all-linear",
-}
+_LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "target_modules": "all-linear"}
 _TRAINING_DEFAULTS: dict[str, Any] = {
     "max_length": 512,
     "global_batch_size": None,
@@ -53,7 +47,7 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
-    "save_total_limit": 2,
+    "save_total_limit": AUTO,
     "report_to": "none",
 }
 # Outside these, a training would fail after the model is loaded, or would train nothing.

@@ -224,6 +224,8 @@ class PromptSection(Section):
     """Names the severity: as predicted from the question, or the data's own (gold), which nobody knows when asked."""
     examples: list[PromptExample] | None = None
     """Consultations before every question (few-shot), a list of {question, answer}; they are left out of all splits."""
+    date: str = Field(default="2024-07-26", pattern=r"^[12][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])$")
+    """The day that a chat template is given where it writes today's date; up to the 28th of a month."""
 
     @field_validator("dialect", "dialect_lexicon")
     @classmethod

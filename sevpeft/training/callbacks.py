@@ -37,6 +37,7 @@ from sevpeft.training.compat import IGNORED, pending_loss, uncount_step
 from sevpeft.training.data import rows_of
 
 if TYPE_CHECKING:
+    from sevpeft.training.data import NameRows
     from sevpeft.training.trainer import SeveritySFTTrainer
 
 
@@ -162,10 +163,12 @@ class Samples(TrainerCallback):
                 self.config.max_new_tokens = max(1, min(self.most, context - start))
                 asked = torch.tensor([row["input_ids"][:start]], device=model.device)
                 said = model.generate(asked, attention_mask=torch.ones_like(asked), generation_config=self.config)[0]
-                texts = {"prompt": asked[0], "reference": row["labels"][start:], "prediction": said[start:]}
-                line = {name: decode(ids, skip_special_tokens=True).strip() for name, ids in texts.items()}
+                said, end = said[start:].tolist(), self.config.eos_token_id  # which need not be flagged as special
+                texts = {"prompt": row["input_ids"][:start], "reference": row["labels"][start:], "prediction": said}
+                shown = {name: [one for one in ids if one != end] for name, ids in texts.items()}
+                line = {name: decode(ids, skip_special_tokens=True).strip() for name, ids in shown.items()}
                 line |= {"step": state.global_step, "number": number, "severity": [*SEVERITIES, None][row["severity"]]}
-                lines.append({**line, "truncated": int(said[-1]) != self.config.eos_token_id})
+                lines.append({**line, "truncated": said[-1] != end})
         finally:
             model.train(training).generation_config = own
         if state.is_world_process_zero:
@@ -288,11 +291,7 @@ class StepGuard(TrainerCallback):
     """
 
     def __init__(
-        self,
-        trainer: SeveritySFTTrainer,
-        stopping: StoppingSection,
-        signals: SignalHandler,
-        name_rows: Callable[[Sequence[Sequence[int]]], list[str]],
+        self, trainer: SeveritySFTTrainer, stopping: StoppingSection, signals: SignalHandler, name_rows: NameRows
     ) -> None:
         self.trainer, self.stopping, self.signals, self.name_rows = trainer, stopping, signals, name_rows
         self.counts: dict[str, Any] = {"first": [], "last": [], "diverging": 0, "nonfinite": 0, "nonfinite_in_a_row": 0}

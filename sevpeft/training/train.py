@@ -73,10 +73,10 @@ def train(
         if resume and run.finished:
             console.print(f"The run in {run.folder} is finished; nothing is left to do.", soft_wrap=True)
         else:
-            dtype = run.metrics()["model"]["dtype"] if resume else None
-            resolved = resolve(recipe, run.checkpoints, dtype_before=dtype)
+            resolved = resolve(recipe, run.checkpoints, resumed=run if resume else None)
             with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
                 _train(resolved, run, state, console, Path(scratch), resume=resume, more=callbacks)
+        checkpoints.remove_of_finished(run, recipe)
     # A process that exits while gloo's threads live is now and then aborted, after all its work is done.
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -146,7 +146,7 @@ def _train(
             if init_adapter and not resume:
                 adapters.init_adapter(recipe, trainer.model)
             if state.is_main_process and not resume:
-                _write_origin(run, recipe, rows, trainer)
+                _write_origin(run, resolved, rows, trainer)
         state.wait_for_everyone()
 
         # train, validate, save
@@ -209,16 +209,17 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run, prompt: Prompt) -> None
             adapters.cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
         adapters.sort_target_modules(folder)
         save_tokenizer(prompt, folder)
+        run.link_tokenizer(folder)
         generation_config(prompt, trainer.causal_lm().generation_config).save_pretrained(folder)
         shutil.rmtree(run.adapter, ignore_errors=True)
         folder.replace(run.adapter)
     trainer.accelerator.wait_for_everyone()
 
 
-def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
-    """recipe.yaml, environment.json and the first part of metrics.json."""
+def _write_origin(run: Run, resolved: ResolvedRun, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
+    """recipe.yaml, environment.json, tokenizer/ and the first part of metrics.json."""
+    recipe, arguments = resolved.recipe, trainer.args
     trainable, total = adapters.trainable_parameters(trainer.model)
-    arguments = trainer.args
     run.write_json(
         "environment.json",
         {
@@ -231,12 +232,14 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
         },
     )
     base = trainer.causal_lm()
+    resolved.tokenizer.save_pretrained(run.tokenizer)
     run.update_metrics(
         model={
             "name_or_path": recipe.model.name_or_path,
             "resolved": resolved_name(recipe),
             "commit": adapters.base_commit(recipe),
             "fingerprint": adapters.base_fingerprint(recipe),
+            "prompt": resolved.prompt.fingerprint(),
             "model_type": base.config.model_type,
             "parameters": total - trainable,
             "trainable_parameters": trainable,

@@ -380,8 +380,9 @@ def test_runs_that_were_not_trained_alike_are_not_compared(
         ("training", {"steps": 2}, "steps"),
         ("data", {"rows": {"train": 1}}, "rows"),
         ("model", {"fingerprint": "sha256:0"}, "base weights"),
+        ("model", {"prompt": "sha256:0"}, "tokenizer"),
     ):
-        other = Path(shutil.copytree(finished, tmp_path / section))
+        other = Path(shutil.copytree(finished, tmp_path / name))
         run = Run(other / "balanced-0")
         run.update_metrics(**{section: {**run.metrics()[section], **changed}})
         with pytest.raises(RunError, match=rf"balanced-0 .*ce-0 .*\(other {name}\)"):

@@ -26,7 +26,7 @@ from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
 from sevpeft.training.callbacks import RunProgress, Samples, energy_counters
 from sevpeft.training.checkpoints import as_started
-from sevpeft.training.resolve import is_automatic
+from sevpeft.training.resolve import is_automatic, with_training
 from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.models import SENTENCES, build_model, build_tokenizer
@@ -64,7 +64,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def settings(base: list[str]) -> list[str]:
     """The same with a line of the log each step, checkpoints and validations."""
     steps = [f"training.{kind}_steps=2" for kind in ("save", "eval")] + ["training.logging_steps=1"]
-    return [*base, *steps, "training.save_strategy=steps", "training.eval_strategy=steps"]
+    steps += ["training.save_strategy=steps", "training.eval_strategy=steps", "training.save_total_limit=2"]
+    return [*base, *steps]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,35 @@ def test_a_resumed_run_reports_damage_and_ends_with_the_same_bits(
     assert copied.metrics()["training"]["train_loss"] == pytest.approx(
         trained[0].metrics()["training"]["train_loss"], rel=1e-6
     )
+
+
+def test_a_finished_run_keeps_the_checkpoints_that_were_asked_for_wherever_a_kill_came(
+    trained: tuple[Run, str], copied: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    kept = sorted(path.name for path in trained[0].checkpoints.iterdir())
+    assert kept == ["checkpoint-2", "checkpoint-4"]
+    assert not list(trained[0].checkpoints.rglob("*token*")), "each would be a copy of all words"
+    path, metrics = copied.folder / "recipe.yaml", copied.metrics()
+    path.write_text(load_recipe(path, ["training.save_total_limit=auto"]).to_yaml(), encoding="utf-8")
+    recipe = load_recipe(path)
+    # As a kill leaves it before the figures are written, and another one before the checkpoints are taken away.
+    copied.write_json("metrics.json", {name: of for name, of in metrics.items() if name not in ("training", "after")})
+    assert not copied.finished
+    with monkeypatch.context() as patch:
+        patch.setattr("sevpeft.training.checkpoints.remove_of_finished", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, copied.folder, resume=True)
+    assert sorted(path.name for path in copied.checkpoints.iterdir()) == kept and copied.finished
+    with pytest.raises(RunError, match=r"training\.max_steps \(4 then, 9 now\)"):
+        train(with_training(recipe, max_steps=9), copied.folder, resume=True)
+    screen = Console(file=io.StringIO(), width=200)
+    train(recipe, copied.folder, resume=True, console=screen)
+    assert "is finished" in screen.file.getvalue() and not list(copied.checkpoints.iterdir())  # type: ignore[attr-defined]
+    assert_same_bits(trained[0], copied)
+    assert copied.metrics()["after"] == metrics["after"]
 
 
 def test_samples_are_private_change_no_bit_and_come_once_also_after_a_kill(
@@ -363,6 +393,7 @@ def test_under_autocast_the_adapter_is_written_as_it_was_computed_with(
 
     monkeypatch.setattr(SeveritySFTTrainer, "save_model", keep)
     words = [*base, *SPLIT, *more, "training.eval_strategy=no", "training.max_steps=2", "training.bf16=true"]
+    words.append("training.save_total_limit=1")
     recipe = load_recipe(QUICKSTART, [*words, "training.learning_rate=1e-2"])
     run = train(recipe, tmp_path / "run")
     for name, tensor in weights_of(run).items():
