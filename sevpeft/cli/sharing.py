@@ -139,6 +139,8 @@ def _answer(chat: Chat, question: str, earlier: Exchanges = (), *, adapter: bool
         print_text(text[len(shown) :] if text.startswith(shown) else f"\n{text}", end="")
         shown = text
     print_text("")
+    if not shown:
+        print_text("(The model ended its answer without a word.)", stderr=True)
     return shown
 
 

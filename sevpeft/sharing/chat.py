@@ -142,11 +142,12 @@ def _opened(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path, Prompt]:
     folder = Path(name).expanduser()
     if wrong := [one.split("=")[0] for one in overrides if not re.match("(generation|model|quantization)\\.", one)]:
         raise UsageError(f"{wrong[0]} changes nothing here; write keys of generation, model and quantization only.")
-    if (folder / "recipe.yaml").is_file():
+    alone = (folder / ADAPTER_CONFIG).is_file()  # with a recipe.yaml beside it, where it was pushed
+    if not alone and (folder / "recipe.yaml").is_file():
         check_adapter(Run(folder))
         recipe = load_recipe(folder / "recipe.yaml", overrides)
         return recipe, Run(folder).adapter, resolve_model(recipe, Run(folder)).prompt
-    if not (folder / ADAPTER_CONFIG).is_file() and (folder.is_dir() or name.count("/") != 1 or name[0] in "./~"):
+    if not alone and (folder.is_dir() or name.count("/") != 1 or name[0] in "./~"):
         check_run(folder)  # which says what is wanted
     adapter = adapter_folder(name, "RUN_OR_REPO")
     config = read_adapter_config(adapter)

@@ -126,6 +126,7 @@ def test_an_adapter_alone_answers_as_its_run_does_by_the_template_in_its_tokeniz
     run = made_run(chat_template=CHAT_TEMPLATES["chatml"], prompt={"chat": True}, size=0.5)
     alone, settings = tmp_path / "alone", ["generation.max_new_tokens=8"]
     shutil.copytree(run.adapter, alone)
+    shutil.copyfile(run.folder / "recipe.yaml", alone / "recipe.yaml")  # as it is pushed
     with pytest.raises(ModelError, match="tokenizer"):
         Chat(alone)
     tokenizer = Chat(run).prompt.tokenizer
