@@ -213,10 +213,10 @@ def plain_disk_errors(
 
 def _disk_is_full(error: Exception) -> bool:
     """Also as the libraries say it: safetensors and Arrow in words of their own, torch.save by a wrong position."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # `ulimit -f`
         return True
-    message = str(error)
-    return "No space left" in message or ("inline_container" in message and "pos" in message)
+    full = r"No space left|[Qq]uota exceeded|File too large|os error (28|122|27)\b|inline_container.*\bpos"
+    return re.search(full, str(error), re.DOTALL) is not None
 
 
 def describe_environment() -> dict[str, Any]:
@@ -357,6 +357,14 @@ def signal_at_end_of_parent(number: int) -> None:
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
+def end_launcher() -> None:
+    """Ends `accelerate launch` of one process on Linux, which would print a traceback of its own for a Ctrl-C."""
+    with suppress(OSError):
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+        if b"launch" in words and os.environ.get("WORLD_SIZE", "1") == "1":
+            os.kill(os.getppid(), signal.SIGTERM)
+
+
 _parent: int | None = None
 
 
@@ -372,7 +380,9 @@ def workers_end_with_this_process() -> Iterator[None]:
         _parent = os.getpid()
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # a pool that is broken off lets TimeoutError through
+            raise KeyboardInterrupt from None
         if "abruptly died" in str(error):  # datasets 5.2
             raise RunError("A worker was killed, probably because memory ran out; lower num_proc.") from error
         raise
@@ -385,6 +395,7 @@ def _end_forks_with_parent() -> None:
     def set_signal() -> None:
         if _parent is not None:
             signal_at_end_of_parent(signal.SIGKILL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone speaks, and ends them
             if os.getppid() != _parent:  # it ended before the signal was set
                 os._exit(1)
 

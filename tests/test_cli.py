@@ -582,3 +582,90 @@ def test_a_reader_that_stops_and_a_full_disk_behind_the_pipe_are_taken_calmly(wo
     with open("/dev/full", "w") as full:
         ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1 and "No space left on device" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+# Before the libraries are loaded
+
+
+@pytest.fixture
+def without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loading() -> None:
+        raise AssertionError("torch would be loaded first, which takes ten seconds")
+
+    for module in ("training", "evaluation", "sharing", "data"):
+        monkeypatch.setattr(f"sevpeft.cli.{module}.quiet_libraries", loading)
+
+
+def test_what_needs_no_torch_is_said_before_it_is_loaded(
+    refusal: Callable[..., str], without_libraries: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    csv(tmp_path, "a,b", pairs()).rename(tmp_path / "names.csv")
+    csv(tmp_path, "question,answer", pairs())
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sevpeft.cli.application.find_spec", lambda name: None if "mlflow" in name else True)
+    wrong = []
+    for words, code, said in (
+        (["train", QUICKSTART, "data.path=nothing.csv"], 1, "data.path=nothing.csv: there is no such file"),
+        (["train", QUICKSTART, "data.path=names.csv"], 1, "data.question_column"),
+        (["train", QUICKSTART, "data.path=rows.csv"], 1, "severity.source=rules"),
+        (["train", QUICKSTART, "--output", "full"], 1, "--output"),
+        (["train", QUICKSTART, "training.report_to=mlflow"], 2, "pip install mlflow"),
+        (["train", QUICKSTART, "training.report_to=wandb"], 2, "wandb login"),
+        (["train", QUICKSTART, "model.name_or_path=./nothing"], 1, "model.name_or_path=./nothing"),
+        (["train", QUICKSTART, "training.init_adapter=runs/a/b"], 1, "training.init_adapter=runs/a/b"),
+        (["train", QUICKSTART, "severity.source=linear", "severity.classifier=no"], 1, "severity.classifier"),
+        (["plan", QUICKSTART, "data.path=names.csv"], 1, "data.question_column"),
+        (["compare", QUICKSTART, "data.path=nothing.csv"], 1, "data.path=nothing.csv"),
+        (["compare", "nothing.yaml"], 2, "nothing.yaml"),
+        (["compare", QUICKSTART, "--seeds", "3"], 2, "--seeds 0,1,2"),
+        (["compare", QUICKSTART, "--arms", "ce,balanced"], 2, "add that to --arms"),
+        (["compare", QUICKSTART, "--vary", "training.seed=1,2"], 2, "vary another key"),
+        (["evaluate", "nothing"], 1, "sevpeft train"),
+        (["choices", "nothing", "--tasks", "x"], 1, "sevpeft train"),
+        (["report", "nothing"], 1, "train or compare"),
+        (["chat", "nothing"], 1, "sevpeft train"),
+        (["merge", "nothing", "out"], 1, "sevpeft train"),
+        (["prepare", "nothing.csv", "out"], 1, "data.path=nothing.csv"),
+        (["prepare", "rows.csv", "full"], 1, "full exists already"),
+        (["annotate", "names.csv", "out.jsonl", "method=rules"], 1, "data.question_column"),
+        (["annotate", "rows.csv", "out.jsonl"], 2, "method=rules"),
+        (["classifier", "fit", "nothing.csv", "out"], 1, "data.path=nothing.csv"),
+        (["classifier", "evaluate", "nothing.csv"], 1, "data.path=nothing.csv"),
+        (["translate", "nothing.csv", "out.jsonl", "model=x"], 1, "data.path=nothing.csv"),
+    ):
+        sentence = refusal(*words, code=code)
+        wrong += [] if said in sentence else [(words, sentence)]
+    assert wrong == []
+
+
+def test_an_option_of_another_program_is_answered_with_the_setting(
+    refusal: Callable[..., str], without_libraries: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = []
+    for words, said in (
+        (["--epochs", "3"], "write training.num_train_epochs=3."),
+        (["--lr=1e-4"], "write training.learning_rate=1e-4."),
+        (["--batch-size", "4"], "write training.global_batch_size=4."),
+        (["--max_steps", "5"], "write training.max_steps=5."),
+        (["--model", "a/b"], "write model.name_or_path=a/b."),
+        (["--fp16"], "write training.fp16=VALUE."),
+        (["--output_dir", "x"], "--output"),
+        (["--resume_from_checkpoint", "x"], "use --resume"),
+        (["--nothing"], "take it out"),
+        (["model.name=x"], "model.name: is unknown; write model.name_or_path."),
+        (["lora.alpha=3"], "lora.alpha: is unknown; write lora.lora_alpha."),
+        (["lora.rank=3"], "lora.rank: is unknown; write lora.r."),
+        (["evaluation.model=x"], "evaluation.model: is unknown; write evaluation.bertscore_model."),
+    ):
+        sentence = refusal("train", QUICKSTART, *words, code=2)
+        wrong += [] if said in sentence else [(words, sentence)]
+    assert wrong == []
+
+
+def test_the_version_and_a_short_help_are_there(sevpeft_: Callable[..., tuple[int, str, str]]) -> None:
+    assert sevpeft_("--version")[1].startswith("sevpeft ")
+    assert "Usage" in sevpeft_("train", "-h")[1] and "--install-completion" in sevpeft_("-h")[1]

@@ -19,7 +19,8 @@ from sevpeft.cli.training import list_recipes, recipes_table
 from sevpeft.errors import RecipeError
 from sevpeft.modeling.adapters import lora_config
 from sevpeft.modeling.memory import MemoryPlan, usable
-from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe import Recipe, load_recipe, recipe_schema
+from sevpeft.recipe.load import read_yaml
 from sevpeft.sharing.card import write_card
 from sevpeft.training.compat import CPU_VOCABULARY_TILE
 from sevpeft.training.train import train
@@ -325,3 +326,17 @@ def test_the_list_can_be_cut_to_a_gpu() -> None:
     fitting = {Path(row["recipe"]).stem: row["vram_gib"] for row in list_recipes(FOLDER, 12)}
     assert "llama-3.1-8b" in fitting and "quickstart" in fitting and "qwen3-14b" not in fitting
     assert all((gb or 0) <= 12 for gb in fitting.values())
+
+
+def test_a_recipe_names_the_schema_that_an_editor_checks_it_with() -> None:
+    """After a change of a setting: sevpeft recipes --schema > recipes/recipe.schema.json"""
+    assert json.loads((FOLDER / "recipe.schema.json").read_text(encoding="utf-8")) == recipe_schema()
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(recipe_schema())
+    wrong = []
+    for path in FOLDER.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"^# yaml-language-server: \$schema=(.*)$", text, re.MULTILINE)
+        there = [(path.parent / name).resolve() == (FOLDER / "recipe.schema.json").resolve() for name in named]
+        complete = path.stem == "base-model" or validator.is_valid(read_yaml(text, ""))  # whose model the command names
+        wrong += [] if there == [True] and complete else [path.name]
+    assert wrong == []

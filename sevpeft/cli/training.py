@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import AsJson, Vram, Words, app, is_main_process, quiet_libraries
+from sevpeft.cli.application import AsJson, Vram, Words, app, check_early, is_main_process, quiet_libraries
 from sevpeft.errors import ModelError, UsageError, first_sentence
-from sevpeft.runs import PACKAGES, check_absent, write_atomically
+from sevpeft.runs import PACKAGES, check_absent, check_output, write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,8 +45,11 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     if resume and output is None:
         raise UsageError("--resume needs --output RUN, the folder of the run to continue.")
+    if output and is_main_process():
+        check_output(output.expanduser(), resume=resume)
+    check_early(loaded)
     console = Screen(quiet=not is_main_process())
-    with console.status(f"Reading {recipe} and loading the libraries"):
+    with console.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.sharing.card import write_card
         from sevpeft.training.train import train as train_recipe
@@ -79,11 +82,12 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     if html and (html.suffix != ".html" or not html.parent.is_dir()):
         raise UsageError(f"--html={html} must be a file that ends in .html, in a folder that exists.")
+    check_early(loaded, "plan")
     with Screen(stderr=True).status(f"Reading {recipe} and its data"):
         quiet_libraries()
         from sevpeft.training.plan import plan as plan_of
         from sevpeft.training.plan import training_rows
-        from sevpeft.training.screen import show_plan
+        from sevpeft.training.screen import show_machine, show_plan
 
         found = plan_of(loaded, vram=vram)
         shown = training_rows(loaded, rows or 20) if rows or html else []
@@ -95,6 +99,7 @@ def plan(
         print_json(found.as_dict() | ({"training_rows": shown} if shown else {}))
     else:
         show_plan(found, Screen())
+        show_machine(loaded, Screen())
         print_text(f"Rows: {html} (holds what patients wrote)\n" if html else rows_text(shown) if rows else "", end="")
     if vram is not None and found.fitting is None:
         why = f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown}"
@@ -159,8 +164,8 @@ def recipes_table(recipes: list[dict[str, Any]]) -> Table:
     """The list as a table that fits 80 columns."""
     from rich.table import Column, Table
 
-    names = ("recipe", "size", "GPU", "license")
-    table = Table(*(Column(name, overflow="fold") for name in names), box=None, padding=(0, 2, 0, 0))
+    columns = [Column(name, overflow="fold", no_wrap=name == "recipe") for name in ("recipe", "size", "GPU", "license")]
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for row in recipes:
         memory = f"{row['vram_gib']:g} GB" if row["vram_gib"] else "CPU" if row["parameters"] else "see plan"
         terms = f"{row['license'] or 'not stated'}{' (gated)' if row['gated'] else ''}"

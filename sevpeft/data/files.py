@@ -10,10 +10,12 @@ import bisect
 import codecs
 import contextlib
 import csv
+import glob
 import gzip
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,14 +24,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sevpeft.data.columns import CELL_COUNT, FILE_COLUMN, UNFIT, count_known, listed, map_columns
-from sevpeft.errors import DataError
+from sevpeft.data.columns import CELL_COUNT, FILE_COLUMN, NO_SEVERITY, UNFIT, count_known, listed, map_columns
+from sevpeft.errors import DataError, WeightError
+from sevpeft.recipe import DataSection
 from sevpeft.runs import json_lines, json_problem
 
 Row = tuple[int, dict[str, Any]]
 
+PREPARED_ABOUT = "dataset.json"  # describes a folder that `sevpeft prepare` made
+
 _JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".xlsx", *_JSON, ".parquet")
+_QUICK = 4_000_000  # bytes of files that are read within a second
 # A separator that Excel is declared of in a first line of its own.
 _SEP = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 _MOST_TITLES = 5  # records before the one with the names
@@ -79,6 +85,48 @@ def file_format(path: Path) -> str | None:
     """The suffix that decides how `path` is read (".csv" of "x.csv.gz"), None where none does."""
     suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
     return suffix if suffix in SUFFIXES else None
+
+
+def files_of(given: str, path: Path) -> list[Path]:
+    """The files that a path or a pattern names, or of a folder those that are read; none where it must be a Hub id."""
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        found = [file for file in path.iterdir() if file_format(file) and not file.name.startswith((".", "~$"))]
+    elif glob.has_magic(given):
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    elif file_format(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
+        return []
+    else:  # a pipe or a device is none either: it may never end
+        raise DataError(f"data.path={given}: there is no such file.")
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise DataError(f"data.path={given}: there is no file in this folder or pattern that is read here.")
+    formats = list(dict.fromkeys(file_format(file) or file.suffix for file in files))
+    if len(formats) > 1:  # one may hold the rows of another once more
+        raise DataError(f"data.path={given} names files of several formats: name one, as *{' or *'.join(formats)}.")
+    return files
+
+
+def named(data: DataSection) -> dict[str, str | None]:
+    """Canonical field -> column that the user named."""
+    return {of: getattr(data, f"{of}_column") for of in ("question", "answer", "severity", "id", "dialect", "split")}
+
+
+def check_source(data: DataSection, *, needs_severity: bool = False) -> None:
+    """Raises DataError where files are absent or lack a question or an answer, before any library is loaded.
+
+    Nothing is looked up on the Hub. Large files of formats that are read whole are left to `load_consultations`.
+    """
+    path, chosen = Path(data.path).expanduser(), named(data)
+    if data.path.startswith("builtin:") or (path / PREPARED_ABOUT).is_file():
+        return
+    paths = files_of(data.path, path)
+    if paths and (file_format(paths[0]) in (".csv", ".tsv") or sum(one.stat().st_size for one in paths) < _QUICK):
+        table = open_files(paths, data.encoding, chosen)
+        columns = map_columns(table.names, chosen, table.label) if table.names else {"severity": ""}
+        if needs_severity and not any(re.match("severity|p_", field) for field in columns):
+            raise WeightError(f"{data.path}: {NO_SEVERITY}")
 
 
 def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str, str | None]) -> Table:

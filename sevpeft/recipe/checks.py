@@ -66,6 +66,7 @@ _ROWS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
     ("lora", "alora_invocation_tokens", (None,),
      f"an aLoRA acts after its invocation tokens only, which the prompts lack; {_LEAVE}"),
     ("lora", "use_qalora", (False,), f"PEFT has QA-LoRA for GPTQ only, and would train plain LoRA; {_LEAVE}"),
+    ("lora", "runtime_config arrow_config", (None,), f"PEFT takes no plain values for it; {_LEAVE}"),
     ("lora", "kasa_config monteclora_config", (None,), f"it needs terms of the loss that are not added; {_LEAVE}"),
     ("lora", "corda_config lora_ga_config eva_config", (None,), _PASS),
     ("lora", "loftq_config", (None, {}), _PASS),

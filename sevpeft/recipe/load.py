@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError
 
 from sevpeft.errors import RecipeError
-from sevpeft.recipe.checks import KeyPath, failed_checks
+from sevpeft.recipe.checks import MANAGED, KeyPath, failed_checks
 from sevpeft.recipe.library import LoraSection, TrainingSection
 from sevpeft.recipe.messages import field_at, messages_of
 from sevpeft.recipe.schema import (
@@ -125,7 +125,12 @@ def settings_from(
 
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file, for editors that check and complete YAML."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    sections = {"training": schema["$defs"]["TrainingSection"], "lora": schema["$defs"]["LoraSection"]}
+    for (section, key), (allowed, why) in MANAGED.items():  # what the libraries have and a recipe may not set
+        values: dict[str, Any] = {"enum": [*allowed]} if allowed else {"not": {}}
+        sections[section]["properties"][key] = {"description": why, **values}
+    return schema
 
 
 def _checked(

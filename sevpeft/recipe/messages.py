@@ -14,8 +14,12 @@ from pydantic.fields import FieldInfo
 from sevpeft.recipe.checks import MANAGED, KeyPath, settable
 from sevpeft.recipe.schema import JUDGE_KEY
 
-# Keys of TRL and transformers that were renamed, and where a key of an API belongs.
+# Keys of TRL and transformers that were renamed, what other programs call ours, and where a key of an API belongs.
 _RENAMED = {
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), "training.num_train_epochs"),
+    **dict.fromkeys(("batch_size", "train_batch_size"), "training.global_batch_size"),
+    **{"model_name": "model.name_or_path", "dataset": "data.path", "data_path": "data.path"},
+    **{"lr": "training.learning_rate", "rank": "lora.r", "lora_r": "lora.r", "alpha": "lora.lora_alpha"},
     "max_seq_length": "training.max_length",
     "evaluation_strategy": "training.eval_strategy",
     "warmup_ratio": "training.warmup_steps, where a value below 1 is a share of all steps",
@@ -100,14 +104,17 @@ def unknown_key(path: KeyPath, schema: type[BaseModel]) -> str:
     sections = {name: model for name in schema.model_fields if (model := _model_at((name,), schema))}
     everywhere = [(name, known) for name, model in sections.items() for known in model.model_fields]
     homes = [".".join(home) for home in everywhere if home[1] == key and settable(*home)]
-    if key in _RENAMED:
+    section, here = ".".join(above), _model_at(path[:-1], schema)
+    siblings = [known for known in here.model_fields if settable(section, known)] if here else []
+    longer = [known for known in siblings if f"_{key}_" in f"_{known}_"]
+    if key in _RENAMED and (not section or len(longer) != 1 or _RENAMED[key].startswith(f"{section}.")):
         return f"is unknown; write {_RENAMED[key]}"
+    if len(longer) == 1:
+        return f"is unknown; write {'.'.join((*above, *longer))}"
     if homes:
         return f"is unknown here; write {' or '.join(homes)}"
     if reasons := [MANAGED[name, key][1] for name in sections if (name, key) in MANAGED]:
         return f"is no setting of a recipe: {reasons[0]}"
-    section, here = ".".join(above), _model_at(path[:-1], schema)
-    siblings = [known for known in here.model_fields if settable(section, known)] if here else []
     own = {known: ".".join((*above, known)) for known in siblings}
     others = {known: f"{name}.{known}" for name, known in everywhere if settable(name, known)}
     for names, cutoff in ((own, 0.6), (others, 0.7)):

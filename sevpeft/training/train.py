@@ -36,7 +36,7 @@ from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.data import Prepared, lengths_of, prepare
 from sevpeft.training.distributed import check_adapter_is_complete, check_engine, check_same_processes, engine_of
 from sevpeft.training.resolve import ResolvedRun, loraplus_settings, resolve, settings_errors
-from sevpeft.training.screen import show_batch, show_curriculum, show_data
+from sevpeft.training.screen import show_batch, show_curriculum, show_data, show_machine
 from sevpeft.training.trainer import SeveritySFTTrainer
 
 
@@ -73,7 +73,8 @@ def train(
         if resume and run.finished:
             console.print(f"The run in {run.folder} is finished; nothing is left to do.", soft_wrap=True)
         else:
-            resolved = resolve(recipe, run.checkpoints, resumed=run if resume else None)
+            with console.status("Looking at the base model, and choosing the batch split"):
+                resolved = resolve(recipe, run.checkpoints, resumed=run if resume else None)
             with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
                 _train(resolved, run, state, console, Path(scratch), resume=resume, more=callbacks)
         checkpoints.remove_of_finished(run, recipe)
@@ -88,6 +89,7 @@ def _train(
 ) -> None:
     recipe = resolved.recipe
     print_labeled(console, "Base model", f"{recipe.model.name_or_path} ({resolved.config.model_type})")
+    show_machine(resolved.given, console)  # before the weights are fetched
     init_adapter = recipe.training.init_adapter
     if init_adapter and not resume:
         adapters.init_adapter(recipe)
@@ -95,17 +97,19 @@ def _train(
 
     # data: weighted training rows, validation rows
     remedy = "set TMPDIR to a folder on another disk"
-    with state.main_process_first(), plain_disk_errors(scratch.parent, when_full=remedy, remedy=remedy):
+    disk = plain_disk_errors(scratch.parent, when_full=remedy, remedy=remedy)
+    with state.main_process_first(), disk, console.status("Reading and encoding the data"):
         rows = prepare(recipe, resolved.prompt, scratch)
     if resume:
         checkpoints.check_same_data(rows.summary["fingerprint"], rows.summary["source"], run)
     show_data(rows.summary, rows.weights, recipe, console)
 
     # model: the frozen base, and how its rows are laid out
-    model = load_model(recipe, resolved.precision, state.local_process_index)
-    if resume:
-        adapters.check_base_weights(recipe, run)
-    resolved = resolved.with_layout(model, lengths_of(rows.validation)[0])
+    with console.status("Loading the base model"):
+        model = load_model(recipe, resolved.precision, state.local_process_index)
+        if resume:
+            adapters.check_base_weights(recipe, run)
+        resolved = resolved.with_layout(model, lengths_of(rows.validation)[0])
     recipe = resolved.recipe
     show_batch(recipe, state.num_processes, console)
     curriculum = None

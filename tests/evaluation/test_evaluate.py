@@ -93,6 +93,7 @@ def test_every_row_is_answered_by_both_arms_and_scored_beside_floors(run: Run) -
         "base"
     }
     assert "reference" in scores["referral"] and "reference" not in scores["unsupported_dose"]
+    assert any("no better than with shuffled questions" in note for note in content["notes"]), "after three steps"
     by_row = {(row["column"], row["id"]): row for row in lines(run, "scores.jsonl")}
     likelihoods = {(row["arm"], row["id"]): row for row in lines(run, "likelihood.jsonl")}
     tokens = [likelihoods["adapter", identity]["tokens"] for identity in rows.ids]

@@ -16,6 +16,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, GenerationConfig, TrainerControl, TrainerState
 
 from sevpeft.errors import RecipeError, RunError
@@ -253,6 +254,20 @@ def test_energy_is_added_up_over_starts_and_no_counter_that_begins_again_takes_a
         progress.on_step_end(args, state, TrainerControl(should_save=True))
     progress.on_train_end(args)
     assert (progress.cost[cpu], progress.cost[gpu]) == (101.5, 2.0)
+
+
+def test_a_validation_shows_its_rows_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sevpeft.training.callbacks.SECONDS_BETWEEN_LINES", -1)
+    console = Console(file=io.StringIO(), width=60)
+    progress, loader = RunProgress(Run(tmp_path), console), DataLoader(range(10), batch_size=4)
+    progress.on_train_begin(make_config(tmp_path), TrainerState(), TrainerControl())
+    for _ in range(2):  # validations
+        for _ in loader:
+            progress.on_prediction_step(eval_dataloader=loader)
+        progress.on_evaluate()
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    done = [re.search(r"validating (\d+)/10, 0:0\d:\d\d left", line) for line in lines]
+    assert [int(one[1]) for one in done if one] == [3, 7, 10] * 2
 
 
 def test_a_machine_that_counts_no_energy_has_none_and_nvml_counts_millijoules(
