@@ -11,23 +11,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from sevpeft.recipe.checks import MANAGED, KeyPath, settable
-from sevpeft.recipe.schema import JUDGE_KEY
+from sevpeft.recipe.checks import LIBRARY, MANAGED, KeyPath, settable
 
-# Keys of TRL and transformers that were renamed, what other programs call ours, and where a key of an API belongs.
-_RENAMED = {
-    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), "training.num_train_epochs"),
-    **dict.fromkeys(("batch_size", "train_batch_size"), "training.global_batch_size"),
-    **{"model_name": "model.name_or_path", "dataset": "data.path", "data_path": "data.path"},
-    **{"lr": "training.learning_rate", "rank": "lora.r", "lora_r": "lora.r", "alpha": "lora.lora_alpha"},
-    "max_seq_length": "training.max_length",
-    "evaluation_strategy": "training.eval_strategy",
-    "warmup_ratio": "training.warmup_steps, where a value below 1 is a share of all steps",
-    "group_by_length": "training.train_sampling_strategy: group_by_length",
-    "no_cuda": "training.use_cpu",
-    "torch_dtype": "model.dtype",
-    "api_key": f"it into the environment variable {JUDGE_KEY}",
-}
+_RENAMED: dict[str, str] = LIBRARY["renamed"]
 # pydantic's kind of finding → what is wanted, where its own words are not those of YAML.
 _WANTED = {
     "bool_type": "be true or false",
