@@ -16,25 +16,11 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError
 
 from sevpeft.errors import RecipeError
+from sevpeft.recipe import schema as sections
 from sevpeft.recipe.checks import MANAGED, KeyPath, failed_checks
 from sevpeft.recipe.library import LoraSection, TrainingSection
 from sevpeft.recipe.messages import field_at, messages_of
-from sevpeft.recipe.schema import (
-    SEVERITY_PRESETS,
-    AboutSection,
-    AsPublishedSection,
-    CurriculumSection,
-    EvaluationSection,
-    GenerationSection,
-    ModelSection,
-    PromptSection,
-    QuantizationSection,
-    Section,
-    SeveritySection,
-    SeverityWeights,
-    StoppingSection,
-    TrainingDataSection,
-)
+from sevpeft.recipe.schema import SEVERITY_PRESETS, Section, SeverityWeights
 
 _COMMAND_LINE = "command line"
 # The recipes that come with sevpeft: pip installs them beside its rooms, in the checkout they stand at the top.
@@ -47,19 +33,19 @@ _LONGEST = 200_000
 class Recipe(Section):
     """One training job: base model, adapter, data, prompt, severity weights, training and how it is judged."""
 
-    about: AboutSection = Field(default_factory=AboutSection)
-    model: ModelSection = Field(default_factory=ModelSection)
-    quantization: QuantizationSection = Field(default_factory=QuantizationSection)
+    about: sections.AboutSection = Field(default_factory=sections.AboutSection)
+    model: sections.ModelSection = Field(default_factory=sections.ModelSection)
+    quantization: sections.QuantizationSection = Field(default_factory=sections.QuantizationSection)
     lora: LoraSection = Field(default_factory=LoraSection)
-    data: TrainingDataSection = Field(default_factory=TrainingDataSection)
-    prompt: PromptSection = Field(default_factory=PromptSection)
-    severity: SeveritySection = Field(default_factory=SeveritySection)
-    curriculum: CurriculumSection = Field(default_factory=CurriculumSection)
+    data: sections.TrainingDataSection = Field(default_factory=sections.TrainingDataSection)
+    prompt: sections.PromptSection = Field(default_factory=sections.PromptSection)
+    severity: sections.SeveritySection = Field(default_factory=sections.SeveritySection)
+    curriculum: sections.CurriculumSection = Field(default_factory=sections.CurriculumSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
-    as_published: AsPublishedSection = Field(default_factory=AsPublishedSection)
-    stopping: StoppingSection = Field(default_factory=StoppingSection)
-    generation: GenerationSection = Field(default_factory=GenerationSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    as_published: sections.AsPublishedSection = Field(default_factory=sections.AsPublishedSection)
+    stopping: sections.StoppingSection = Field(default_factory=sections.StoppingSection)
+    generation: sections.GenerationSection = Field(default_factory=sections.GenerationSection)
+    evaluation: sections.EvaluationSection = Field(default_factory=sections.EvaluationSection)
 
     _name: str = PrivateAttr("recipe")
 
