@@ -135,9 +135,7 @@ def check_output(folder: Path, *, resume: bool) -> None:
 def check_run(folder: Path) -> None:
     """Raises RunError when a folder holds no run."""
     if not (folder / "recipe.yaml").is_file():
-        raise RunError(
-            f"There is no run in {folder}; name the folder that `sevpeft train` made, such as runs/NAME-DATE."
-        )
+        raise RunError(f"There is no run in {folder}; name a folder that `sevpeft train` made, as runs/NAME-DATE.")
 
 
 def check_one_process(verb: str) -> None:

@@ -284,10 +284,8 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
             about = store.read_about(folder)
             seen = set(about.get("training", {}).get("fingerprints", []))
             if seen & examples.fingerprints(consultations) and not settings.seen_data:
-                raise DataError(
-                    f"{folder} was fitted on {consultations.source} itself, where it looks better than it is; name "
-                    "other data, read the figures in its README.md, or insist with seen_data=true."
-                )
+                remedy = "name other data, read its README.md, or insist with seen_data=true"
+                raise DataError(f"{folder} was fitted on {consultations.source} itself, which flatters it; {remedy}.")
             evaluations = {"Other data": evaluate_fitted(store.load_classifier(folder), labeled, settings.seed)}
     _show_classifier(about, evaluations, as_json)
 

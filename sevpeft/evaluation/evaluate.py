@@ -167,9 +167,7 @@ def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -
     """Test rows from what `load_splits` gives for a run's recipe; a RunError where it kept none."""
     rows = splits.test
     if len(rows) == 0:
-        raise RunError(
-            "The run kept no rows for the test; train again with data.test_size=0.1, or a split column with test rows."
-        )
+        raise RunError("The run kept no test rows; train again with data.test_size=0.1, or test rows in its column.")
     # Near-duplicates where `sevpeft prepare` found them, else equal questions.
     groups = rows["group"][:] if table.provenance else question_keys(rows)
     columns = ("id", "question", "answer", "dialect", PROMPT_SEVERITY)
@@ -213,10 +211,8 @@ class RowFile:
         except (OSError, ValueError):
             changed = [f"{self.about.name} is missing or damaged"]
         if changed:
-            raise RunError(
-                f"{path} was made from something else: {'; '.join(changed)}. Use the same settings, or move "
-                f"{path.name} away to start anew."
-            )
+            remedy = f"Use the same settings, or move {path.name} away to start anew"
+            raise RunError(f"{path} was made from something else: {'; '.join(changed)}. {remedy}.")
         # Lines that were cut off by a kill or are damaged are taken out, so that they are computed again.
         lines, valid = path.read_bytes().splitlines(keepends=True), []
         for text in lines:

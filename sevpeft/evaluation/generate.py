@@ -118,10 +118,8 @@ def generate(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts, lost = fitting_prompts(rows, prompt, context, [most] * len(rows))
     if not all(prompts):
-        raise ModelError(
-            f"generation.max_new_tokens={most} leaves no room for a question in the {context:,} positions of the "
-            "model; lower it."
-        )
+        room = f"no room for a question in the model's {context:,} positions"
+        raise ModelError(f"generation.max_new_tokens={most} leaves {room}; lower it.")
     (model.get_base_model() if hasattr(model, "get_base_model") else model).generation_config = GenerationConfig()
     if min(size, len(rows)) > 1 and (problem := batching_problem(model, prompt.end_id)):
         size = 1
@@ -193,9 +191,8 @@ def _run_batches(
             continue
         except torch.OutOfMemoryError as error:
             if count == 1:
-                raise RunError(
-                    f"A single row does not fit the GPU's memory; {remedy}. Finished rows are kept."
-                ) from error
+                problem = "A single row does not fit the GPU's memory"
+                raise RunError(f"{problem}; {remedy}. Finished rows are kept.") from error
         share = count / 2 / size(longest)  # out here the exception, which holds the memory, is gone
         torch.cuda.empty_cache()
 

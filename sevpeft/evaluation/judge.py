@@ -144,10 +144,8 @@ class Judge:
         if not key.isascii() or not key.isprintable() or " " in key:
             raise UsageError(f"The environment variable {JUDGE_KEY} holds no key: it has blanks or special letters.")
         if key and parts.scheme == "http" and not self.on_this_machine:
-            raise UsageError(
-                f"The key in {JUDGE_KEY} would be readable on its way to {self.host}; write https in "
-                "evaluation.judge.url, or unset that variable to send none."
-            )
+            remedy = "write https in evaluation.judge.url, or unset the variable"
+            raise UsageError(f"The key in {JUDGE_KEY} would be readable on its way to {self.host}; {remedy}.")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._body: dict[str, Any] = settings.model_dump(include={"model", "max_tokens"})
         self._body |= {"temperature": 0, "response_format": {"type": "json_object"}}
@@ -187,10 +185,8 @@ class Judge:
             done(1)
             unreadable = sum(line["ratings"] is None for line in kept.values())
             if len(kept) >= _ENOUGH and 2 * unreadable > len(kept):
-                raise RunError(
-                    f"{unreadable} of {len(kept)} replies are no verdicts; move {JUDGEMENTS} away and name another "
-                    "judge, or raise evaluation.judge.max_tokens."
-                )
+                remedy = f"move {JUDGEMENTS} away, and name another judge or raise evaluation.judge.max_tokens"
+                raise RunError(f"{unreadable} of {len(kept)} replies are no verdicts; {remedy}.")
 
         if missing:
             console.print(

@@ -199,10 +199,8 @@ def other_references(rows: EvaluationRows, seed: int) -> list[str]:
             order = shuffled[np.argsort(random.permutation(len(distinct))[index[shuffled]], kind="stable")]
             found[part[order]] = part[np.roll(order, -int(sizes.max()))]
         elif len(part) == len(rows):
-            raise DataError(
-                "More than half of the test rows ask the same question, so references cannot be shuffled; take "
-                "duplicates out of the data, with `sevpeft prepare`."
-            )
+            remedy = "take duplicates out with `sevpeft prepare`"
+            raise DataError(f"More than half of the test rows ask the same, so none can be shuffled; {remedy}.")
     return [rows.references[at] for at in found]
 
 

@@ -90,10 +90,8 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
         absent = [key for key, text in expressions.items() if not any(re.fullmatch(text, name) for name in names)]
         if absent:
             existing = weights if names is modules else {".".join(name.split(".")[-2:]) for name in parameters}
-            raise ModelError(
-                f"lora.{setting} names {', '.join(sorted(absent))}, which {kind} does not have; "
-                f"it has {', '.join(sorted(existing))}{', or use all-linear' if setting == 'target_modules' else ''}."
-            )
+            there = ", ".join(sorted(existing)) + ", or use all-linear" * (setting == "target_modules")
+            raise ModelError(f"lora.{setting}: {kind} has no {', '.join(sorted(absent))}; it has {there}.")
     layers, count = config.layers_to_transform, model.config.get_text_config().num_hidden_layers
     numbers = [] if layers is None else [layers] if isinstance(layers, int) else layers
     if beyond := [str(number) for number in numbers if not 0 <= number < count]:

@@ -95,10 +95,9 @@ def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precisi
         raise ModelError(f"training.fp16=true needs a CUDA GPU, and {why_no_gpu(recipe)}; without fp16 a CPU is used.")
     compute = quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else None
     if gpu and not native_bf16 and (bf16 or "bfloat16" in (recipe.model.dtype, compute)):
-        raise ModelError(  # PyTorch would emulate it, many times slower
-            f"{torch.cuda.get_device_name()} does not compute in bfloat16; leave training.bf16, model.dtype and "
-            "quantization.bnb_4bit_compute_dtype out, and float16 is used."
-        )
+        remedy = "leave training.bf16, model.dtype and quantization.bnb_4bit_compute_dtype out: then float16 is used"
+        # PyTorch would emulate it, many times slower.
+        raise ModelError(f"{torch.cuda.get_device_name()} does not compute in bfloat16; {remedy}.")
     wanted = dtype_before if recipe.model.dtype == "auto" and dtype_before else recipe.model.dtype
     if wanted != "auto":
         dtype = getattr(torch, wanted)
@@ -264,10 +263,8 @@ def check_hopeless_start(recipe: Recipe) -> None:
         with compat.on_meta_device():
             parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     if parameters > LARGEST_QUANTIZED_ON_CPU:
-        raise ModelError(
-            f"{recipe.model.name_or_path} has {parameters / 1e9:.1f} billion quantized parameters, so it needs a CUDA "
-            f"GPU, and {why_no_gpu(recipe)}, or try the recipe with model.name_or_path=builtin:tiny."
-        )
+        size = f"{recipe.model.name_or_path} has {parameters / 1e9:.1f} billion quantized parameters"
+        raise ModelError(f"{size} and needs a CUDA GPU: {why_no_gpu(recipe)}, or try model.name_or_path=builtin:tiny.")
 
 
 def resolved_name(recipe: Recipe) -> str:

@@ -107,10 +107,8 @@ class Prompt:
         given = {*prompt._probed([_PROBE])[0], end_id}
         beyond = [one for one, n in vocabulary.items() if n >= size and (n in given or not _MARKER.fullmatch(one))]
         if beyond:
-            raise ModelError(
-                f"{tokenizer.name_or_path} has tokens beyond the {size:,} rows of the embedding, as {beyond[0]!r}; "
-                "copy tokenizer and weights from one place."
-            )
+            problem = f"has tokens beyond the {size:,} rows of the embedding, as {beyond[0]!r}"
+            raise ModelError(f"{tokenizer.name_or_path} {problem}; copy tokenizer and weights from one place.")
         return prompt
 
     def fingerprint(self) -> str:

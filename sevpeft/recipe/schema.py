@@ -403,10 +403,8 @@ class JudgeSection(Section):
         host = r"(\[[0-9a-fA-F:.]+\]|[^\s/@?#:\[\]]+)(:[0-9]{1,5})?"
         if info.field_name == "url" and url and not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?", url):
             # The value is not repeated: it may hold a password.
-            raise ValueError(
-                "must be host and path only, such as http://127.0.0.1:8000/v1; put a key into the environment variable "
-                f"{JUDGE_KEY}"
-            )
+            form = "must be host and path only, such as http://127.0.0.1:8000/v1"
+            raise ValueError(f"{form}; put a key into the environment variable {JUDGE_KEY}")
         return url.rstrip("/") if info.field_name == "url" else url
 
 

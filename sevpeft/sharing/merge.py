@@ -166,10 +166,8 @@ def merge(
             gaps[chosen] = difference(trained, answer_logits(again, texts))
         if gaps[chosen].kl > effect.kl:
             remedy = "" if number_format == "float32" else "merge with --dtype float32, or "
-            raise ModelError(
-                f"Merged in {number_format}, the model is {gaps[chosen].kl:.2g} nats per token from what was trained, "
-                f"and the adapter itself is worth {effect.kl:.2g}; {remedy}use it as an adapter."
-            )
+            far = f"{gaps[chosen].kl:.2g} nats per token from what was trained; the adapter itself is {effect.kl:.2g}"
+            raise ModelError(f"Merged in {number_format}, the model is {far}: {remedy}use it as an adapter.")
         (folder / "Modelfile").write_text(modelfile(prompt, recipe), encoding="utf-8")
         result = Merged(
             base=name,

@@ -310,10 +310,8 @@ class StepGuard(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
         if state.global_step == 0 and not math.isfinite(metrics.get("eval_loss", 0.0)):
-            raise RunError(
-                "The first validation loss is not finite; set model.dtype to bfloat16 or float32, or "
-                "model.attn_implementation=eager, or fetch the model again."
-            )
+            remedy = "set model.dtype=bfloat16 or float32, or model.attn_implementation=eager, or fetch the model again"
+            raise RunError(f"The first validation loss is not finite; {remedy}.")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self._loss_before = pending_loss(self.trainer)
@@ -367,10 +365,9 @@ class StepGuard(TrainerCallback):
             )
             self.signals.saves_next = True
         if patience is not None and counts["diverging"] >= patience:
-            raise RunError(
-                f"The training diverges: for {counts['diverging']} steps its mean loss has been over {ratio:g} times "
-                f"the first ({now:.3f} now, {begin:.3f} then); start another run with a lower training.learning_rate."
-            )
+            far = f"its mean loss has been over {ratio:g} times the first ({now:.3f} now, {begin:.3f} then)"
+            remedy = "start another run with a lower training.learning_rate"
+            raise RunError(f"The training diverges: for {counts['diverging']} steps {far}; {remedy}.")
 
     def _rows_behind(self) -> str:
         """The rows whose own scores are not finite, of all processes; all rows of the step where each alone is fine."""

@@ -218,20 +218,16 @@ def check_same_recipe(recipe: Recipe, run: Run) -> None:
         if stored[section].get(key) != now[section].get(key)
     ]
     if changed:
-        raise RunError(
-            f"The recipe differs from the one that {run.folder} was started with, in {', '.join(changed)}; "
-            "resume with its own recipe.yaml, or start another run."
-        )
+        what = f"The recipe is not that of {run.folder}, in {', '.join(changed)}"
+        raise RunError(f"{what}; resume with its own recipe.yaml, or start another run.")
 
 
 def check_same_data(fingerprint: str, source: str, run: Run) -> None:
     """Raises RunError when the data is not what the run was started with."""
     # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
     if fingerprint != run.environment().get("data_fingerprint") and fingerprint.startswith("sha256:"):
-        raise RunError(
-            f"{source} is not the data that {run.folder} was started with, as its content has changed; bring that "
-            "back, or start another run."
-        )
+        what = f"{source} is not the data that {run.folder} was started with: its content has changed"
+        raise RunError(f"{what}; bring that back, or start another run.")
 
 
 @contextmanager
@@ -246,6 +242,5 @@ def run_lock(folder: Path) -> Iterator[None]:
         with FileLock(cache_folder("locks") / f"{digest}.lock", timeout=0):
             yield
     except Timeout:
-        raise RunError(
-            f"{folder} is being written by another process; wait until it ends, or choose another --output."
-        ) from None
+        problem = f"{folder} is being written by another process"
+        raise RunError(f"{problem}; wait until it ends, or choose another --output.") from None

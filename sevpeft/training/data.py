@@ -258,9 +258,7 @@ def encode_rows(
     known = rows[TURNS] if TURNS in rows.column_names else [None] * len(rows)
     answers = sum(1 for turns in known for _ in trained_turns("", "", turns))
     if len(encoded) == 0:
-        raise DataError(
-            f"None of {len(rows)} consultations fits training.max_length={max_length} with its answer; raise it."
-        )
+        raise DataError(f"None of {len(rows)} answers fits training.max_length={max_length}; raise it.")
     report: dict[str, Any] = {"rows": len(encoded), "refused": answers - len(encoded)}
     if mix is not None:
         drawn, report["mix"] = draw(lengths_of(encoded), np.array(rows[SOURCE])[source_index(encoded)], mix)
@@ -350,10 +348,8 @@ def check_weights(dataset: Dataset) -> None:
     """
     missing = [name for name in ("input_ids", "labels", "token_weights") if name not in dataset.column_names]
     if missing:
-        raise WeightError(
-            f"The training data has no {', '.join(missing)}. Weights are never taken as 1 in silence: give "
-            "token_weights, all ones for plain cross-entropy."
-        )
+        remedy = "give token_weights, all ones for plain cross-entropy"
+        raise WeightError(f"The training data has no {', '.join(missing)}, and no weight is 1 in silence; {remedy}.")
     highest = 0.0
     for table in dataset.select_columns(["token_weights", "labels"]).with_format("arrow").iter(batch_size=2000):
         column, labels = table["token_weights"].combine_chunks(), table["labels"].combine_chunks()

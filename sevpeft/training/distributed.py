@@ -34,10 +34,8 @@ def check_engine(state: PartialState) -> None:
     on_a_cpu = state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
     no_deepspeed = deepspeed_requested() and state.distributed_type is not DistributedType.DEEPSPEED
     if no_deepspeed or (fsdp_requested() and on_a_cpu):
-        raise RunError(
-            f"accelerate launch was asked for {requested_engine()}, but {engine_of(state)} would run, because this run "
-            "is on the CPU; run it where `nvidia-smi` lists GPUs, or use accelerate_configs/cpu_2.yaml."
-        )
+        asked = f"accelerate launch was asked for {requested_engine()}, and {engine_of(state)} would run on the CPU"
+        raise RunError(f"{asked}; run it where `nvidia-smi` lists GPUs, or use accelerate_configs/cpu_2.yaml.")
 
 
 def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
@@ -104,15 +102,11 @@ def check_engine_of_model(accelerator: Accelerator, model: Any) -> None:
     kind = accelerator.distributed_type
     if kind in DDP and not isinstance(model, DistributedDataParallel):
         # accelerate 1.15 skips DDP for a model that evaluate() prepared first (Accelerator.prepare_model).
-        raise RunError(
-            "Several processes would train without exchanging gradients, because evaluate() was called before "
-            "train(); set eval_on_start=True instead."
-        )
+        why = "because evaluate() was called before train(); set eval_on_start=True instead"
+        raise RunError(f"Several processes would train without exchanging gradients, {why}.")
     if fsdp_requested() and not (kind is DistributedType.FSDP and isinstance(model, FSDPModule)):
-        raise RunError(
-            f"accelerate launch was asked for FSDP, but {engine_of(accelerator)} would train the model; "
-            "start it with accelerate_configs/fsdp2.yaml as it is."
-        )
+        asked = f"accelerate launch was asked for FSDP, and {engine_of(accelerator)} would train the model"
+        raise RunError(f"{asked}; start it with accelerate_configs/fsdp2.yaml as it is.")
 
 
 def check_adapter_is_complete(folder: Path, model: torch.nn.Module) -> None:
@@ -127,10 +121,8 @@ def check_adapter_is_complete(folder: Path, model: torch.nn.Module) -> None:
         with safe_open(path, framework="pt") as file:
             sizes = [prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
     if 0 in sizes or sum(sizes) < trained:
-        raise RunError(
-            f"The adapter was written with {sum(sizes):,} of its {trained:,} trained numbers, because its parts were "
-            "not gathered; resume under accelerate_configs/fsdp2.yaml or deepspeed_zero3.yaml as they are."
-        )
+        what = f"The adapter was written with {sum(sizes):,} of its {trained:,} numbers: its parts were not gathered"
+        raise RunError(f"{what}; resume under accelerate_configs/fsdp2.yaml or deepspeed_zero3.yaml as they are.")
 
 
 def engine_of(processes: Accelerator | PartialState) -> str:
@@ -151,7 +143,5 @@ def check_same_processes(accelerator: Accelerator, environment: dict[str, Any]) 
     here = f"{accelerator.num_processes} × {engine_of(accelerator)}"
     there = f"{environment['processes']} × {environment['engine']}"
     if here != there:
-        raise RunError(
-            f"The run was started with {there} and cannot be resumed with {here}; use the same --config_file and "
-            "number of processes, or start another run."
-        )
+        remedy = "use the same --config_file and number of processes, or start another run"
+        raise RunError(f"The run was started with {there} and cannot be resumed with {here}; {remedy}.")

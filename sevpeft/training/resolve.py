@@ -84,9 +84,8 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     """SFTConfig of a recipe, with `checkpoints` as output_dir; raises RecipeError for a value that TRL refuses."""
     settings = copy.deepcopy(recipe.training.settings())  # transformers writes into accelerator_config
     if settings.get("auto_find_batch_size") and PartialState().num_processes > 1:
-        raise RecipeError(
-            "training.auto_find_batch_size works on one process only; lower per_device_train_batch_size instead."
-        )
+        remedy = "lower per_device_train_batch_size instead"
+        raise RecipeError(f"training.auto_find_batch_size works on one process only; {remedy}.")
     if settings.get("activation_offloading") and not uses_gpu(recipe):
         raise RecipeError("training.activation_offloading needs a GPU, and this run has none; leave it out.")
     del settings["global_batch_size"]  # of `resolve_split`, which has made numbers of it
@@ -202,10 +201,9 @@ def resolve_split(
         if each % count == 0 and rows in (AUTO, count) and accumulation in (AUTO, each // count)
     ]
     if total % processes or not counts:
-        raise RecipeError(
-            f"training.global_batch_size={total} is not {rows} rows × {accumulation} accumulation steps × {processes} "
-            f"processes; write {'a multiple' if is_open else f'training.global_batch_size={product}'}."
-        )
+        makes = f"{rows} rows × {accumulation} accumulation steps × {processes} processes"
+        right = "a multiple" if is_open else f"training.global_batch_size={product}"
+        raise RecipeError(f"training.global_batch_size={total} is not {makes}; write {right}.")
     ways = (False, True) if checkpointing == AUTO else (checkpointing,)
     padded = settings.get("padding_free") is False or recipe.model.attn_implementation == "eager"
     length = _MEAN_LENGTH * (settings["max_length"] or 512)

@@ -169,10 +169,9 @@ def _train(
         if state.is_main_process:
             checkpoints.remove_incomplete(run)
         if should_reduce_batch_size(error):
-            raise RunError(
-                "The memory is full; write training.gradient_checkpointing=true, auto_find_batch_size=true or a "
-                f"smaller max_length; `sevpeft plan RECIPE --vram GB` advises. Checkpoints of {run.folder} are kept."
-            ) from error
+            remedy = "write training.gradient_checkpointing=true, auto_find_batch_size=true or a smaller max_length"
+            kept = f"`sevpeft plan RECIPE --vram GB` advises. Checkpoints of {run.folder} are kept"
+            raise RunError(f"The memory is full; {remedy}; {kept}.") from error
         if isinstance(error, KeyboardInterrupt) and (run.folder / "recipe.yaml").exists():
             raise Interrupted(f"Interrupted. Resume with: {resume_command(run.folder)}") from error
         raise
@@ -185,10 +184,8 @@ def _start_processes(recipe: Recipe) -> PartialState:
         # Unless told so, accelerate sets up a single process where it finds no GPU.
         state = PartialState(cpu=not uses_gpu(recipe))
     except (ValueError, ImportError, RuntimeError) as error:
-        raise RunError(
-            f"The processes cannot start ({first_sentence(error)}); use `accelerate launch`, or for one process unset "
-            "what the cluster has set (RANK, WORLD_SIZE, PMI_SIZE …)."
-        ) from error
+        remedy = "use `accelerate launch`, or for one process unset RANK, WORLD_SIZE, PMI_SIZE and their like"
+        raise RunError(f"The processes cannot start ({first_sentence(error)}); {remedy}.") from error
     check_engine(state)
     return state
 
