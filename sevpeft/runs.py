@@ -213,8 +213,8 @@ def _disk_is_full(error: Exception) -> bool:
     """Also as the libraries say it: safetensors and Arrow in words of their own, torch.save by a wrong position."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # `ulimit -f`
         return True
-    full = r"No space left|[Qq]uota exceeded|File too large|os error (28|122|27)\b|inline_container.*\bpos"
-    return re.search(full, str(error), re.DOTALL) is not None
+    says = r"(?s)No space left|[Qq]uota exceeded|File too large|os error (28|122|27)\b|inline_container.*\bpos"
+    return bool(re.search(says, str(error)))
 
 
 def describe_environment() -> dict[str, Any]:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _SECONDS_FOR_THE_FIRST = 3.0
 # Their result is what they print; that of the others is in files, unless --json asks for it on stdout.
 _PRINTING_VERBS = {"chat", "init", "plan", "recipes"}
-_WITH_RECIPE = {"train", "plan", "compare", "evaluate"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -157,7 +156,8 @@ def _message(error: Exception) -> str:
         return str(error)
     message = str(error.format_message()) if isinstance(error, TyperException) else str(error)
     option, verb = getattr(error, "option_name", ""), getattr(getattr(error, "ctx", None), "info_name", None)
-    if option and verb in _WITH_RECIPE and set(getattr(error, "possibilities", None) or ()) <= {"--help"}:
+    with_recipe, near = verb in ("train", "plan", "compare", "evaluate"), getattr(error, "possibilities", None)
+    if option and with_recipe and {*(near or ())} <= {"--help"}:
         return f"No such option: {option}; {_as_setting(option)}."
     return f"{message}{'' if message.endswith(('.', '?')) else '.'} See `sevpeft --help`."
 
@@ -181,7 +181,7 @@ def check_early(recipe: Recipe, verb: str = "train") -> None:
     severity, training = recipe.severity, recipe.training
     by_columns = severity.source == "columns" and severity.control != "uniform" and verb != "compare"
     check_source(recipe.data, needs_severity=by_columns)
-    if verb == "plan":  # it needs neither
+    if verb == "plan":
         return
     folder = severity.classifier and os.path.abspath(os.path.expanduser(severity.classifier))
     named = {"model.name_or_path": recipe.model.name_or_path, "training.init_adapter": training.init_adapter}

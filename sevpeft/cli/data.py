@@ -161,8 +161,8 @@ def annotate(
     from sevpeft.console import Screen, print_json
     from sevpeft.severity.settings import AnnotateSettings
 
-    settings, screen = _settings(AnnotateSettings, words, data, output), Screen(stderr=True)
-    screen.quiet = not is_main_process()
+    settings = _settings(AnnotateSettings, words, data, output)
+    screen = Screen(stderr=True, quiet=not is_main_process())
     with screen.status("Loading the libraries"):
         import datasets
 

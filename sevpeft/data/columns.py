@@ -44,10 +44,6 @@ _ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "doctor"), "assistant
 NOT_TEXT, NO_NUMBER = "a list, an object or bytes in place of text", "a probability or weight that is no number"
 NO_CONVERSATION = "messages that are not of user and assistant in turn, as text, the assistant last"
 SEVERAL_TURNS = "several turns or a weight, which only trainings read"
-NO_SEVERITY = (
-    "The data has no severity column, nor p_non_critical, p_neutral and p_critical: name one with "
-    "data.severity_column=NAME, or take severity.source=rules, or severity.control=uniform to do without."
-)
 BROKEN, CELL_COUNT = "broken characters", "more or fewer cells than the header (quote cells that hold a separator)"
 
 

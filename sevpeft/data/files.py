@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sevpeft.data.columns import CELL_COUNT, FILE_COLUMN, NO_SEVERITY, UNFIT, count_known, listed, map_columns
+from sevpeft.data.columns import CELL_COUNT, FILE_COLUMN, UNFIT, count_known, listed, map_columns
 from sevpeft.errors import DataError, WeightError
 from sevpeft.recipe import DataSection
 from sevpeft.runs import json_lines, json_problem
@@ -114,10 +114,7 @@ def named(data: DataSection) -> dict[str, str | None]:
 
 
 def check_source(data: DataSection, *, needs_severity: bool = False) -> None:
-    """Raises DataError where files are absent or lack a question or an answer, before any library is loaded.
-
-    Nothing is looked up on the Hub. Large files of formats that are read whole are left to `load_consultations`.
-    """
+    """Raises DataError where files are absent or lack a column, without a library, the Hub or a look at large files."""
     path, chosen = Path(data.path).expanduser(), named(data)
     if data.path.startswith("builtin:") or (path / PREPARED_ABOUT).is_file():
         return
@@ -126,7 +123,8 @@ def check_source(data: DataSection, *, needs_severity: bool = False) -> None:
         table = open_files(paths, data.encoding, chosen)
         columns = map_columns(table.names, chosen, table.label) if table.names else {"severity": ""}
         if needs_severity and not any(re.match("severity|p_", field) for field in columns):
-            raise WeightError(f"{data.path}: {NO_SEVERITY}")
+            remedy = "set data.severity_column=NAME, severity.source=rules, or severity.control=uniform to do without"
+            raise WeightError(f"{data.path} has no severity column, nor probabilities: {remedy}.")
 
 
 def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str, str | None]) -> Table:

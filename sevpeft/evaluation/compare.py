@@ -167,9 +167,8 @@ def compare(
     settled = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in todo]
     pace = _Pace(sum(steps_of(*one) for one in settled), screen)
     if todo:
-        which = "; ".join([f"{', '.join(to_train)}, seeds {', '.join(map(str, seeds))}", *equal.values()])
-        how_many = f"{len(todo)} of {len(planned)} to train, about {pace.steps:,} steps in all"
-        print_labeled(screen, "Runs", f"{how_many}: {which}")
+        to_do = f"{len(todo)} of {len(planned)} to train, about {pace.steps:,} steps in all: {', '.join(to_train)}"
+        print_labeled(screen, "Runs", "; ".join([to_do, f"seeds {', '.join(map(str, seeds))}", *equal.values()]))
     critical = rows.strata == SEVERITIES.index(CRITICAL)
     if todo and stratum == CRITICAL:
         spread = _spread(planned) if weighted else None

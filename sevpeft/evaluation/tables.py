@@ -97,7 +97,7 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
         found = content["scores"][stratum]
         alone = content.get("pair", "adapter − base model") if len(differing) > 1 else ""
         means = {at: table("", *headings[at : at + _BESIDE]) for at in range(0, len(headings), _BESIDE)}
-        differences, rows = table(alone, "difference", "p (Holm)", "outcome"), 0
+        differences = table(alone, "difference", "p (Holm)", "outcome")
         for name, by in found["metrics"].items():
             if "pair" not in content and name not in _ON_SCREEN and not name.startswith("judge_"):
                 continue
@@ -108,7 +108,6 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
             cells = [estimate_text(shown[at], about) if at in shown else "" for at in content["columns"]]
             for at, part in means.items():
                 part.add_row(label, *cells[at : at + _BESIDE])
-            rows += 1
             pairs = [(arm, *pair) for arm, of in by.items() for pair in of["against"].items()]
             for arm, reference, one in pairs if name in differing else ():
                 of_pair = estimate_text(one, about, sign=True), p_text(one["p"], one["p_at_most"]), one["outcome"]
@@ -116,7 +115,7 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
         title = f"{plain(stratum).capitalize()}: {found['rows']:,} rows, {found['questions']:,} questions"
         parts += [Text(), Text(title, style="bold"), *means.values(), Text()]
         parts += [differences, Text()] if differences.row_count else []
-        more = len(found["metrics"]) - rows
+        more = len(found["metrics"]) - means[0].row_count
         parts += [Text(f"The report has {more} further scores.", style="dim")] if more else []
     return parts
 
