@@ -82,8 +82,7 @@ def loading_errors(
         setting: where the name is written, such as model.name_or_path. attention: of model.attn_implementation.
         trust_setting: that lets code of the model run; None where none ever runs.
 
-    Raises:
-        UnknownModelError: in one sentence, with the remedy.
+    Raises UnknownModelError: in one sentence, with the remedy.
     """
     try:
         yield

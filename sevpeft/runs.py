@@ -265,8 +265,7 @@ def file_hash(path: Path) -> str:
 def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The object of every line with the line's number, from 1; empty lines are left out.
 
-    Raises:
-        DataError: a line holds none; with its number, and without what it says.
+    Raises DataError: a line holds none; with its number, and without what it says.
     """
     for number, line in enumerate(lines, start=1):
         line = line.strip(" \t\r\n\ufeff")

@@ -42,8 +42,7 @@ class Encoder:
     Args:
         num_layers: the layer whose hidden states are compared, counted from 1; those above it are not loaded.
 
-    Raises:
-        ModelError: no such model or layer, no sound safetensors weights, no tokenizer that pads, or code of its own.
+    Raises ModelError: no such model or layer, no sound safetensors weights, no tokenizer that pads, or code of its own.
     """
 
     def __init__(self, name: str, num_layers: int) -> None:

@@ -165,8 +165,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftM
         folder: of the adapter, in that of its run.
         recipe: that the base model was loaded by.
 
-    Raises:
-        ModelError: the adapter is damaged, incomplete, or was trained on another base model.
+    Raises ModelError: the adapter is damaged, incomplete, or was trained on another base model.
     """
     config = read_adapter_config(folder)
     trained_on = public_name(config.get("base_model_name_or_path") or "a model that it does not name")

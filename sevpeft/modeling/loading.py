@@ -213,8 +213,7 @@ def load_model(recipe: Recipe, precision: Precision | None, device_index: int = 
         precision: None for the weights as they are stored, not quantized.
         device_index: of the CUDA device of this process.
 
-    Raises:
-        ModelError: folder without config or with pickled weights only, id not reachable, weights damaged or missing.
+    Raises ModelError: folder without config or with pickled weights only, id not reachable, weights damaged or missing.
     """
     set_up_attention()
     load_config(recipe)  # for its checks

@@ -68,8 +68,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Relative paths in it stay relative to the working directory.
 
-    Raises:
-        RecipeError: one line for each mistake in the file and the overrides.
+    Raises RecipeError: one line for each mistake in the file and the overrides.
     """
     given, path = str(path), recipe_file(str(path))
     values = read_yaml(text_of(path), given)
@@ -84,8 +83,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_from_values(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """A recipe from plain values, checked like a file; `source` stands where an error names the file.
 
-    Raises:
-        RecipeError: one line for each mistake.
+    Raises RecipeError: one line for each mistake.
     """
     return _checked(Recipe, dict(values), source)
 
@@ -98,8 +96,7 @@ def settings_from(
     Args:
         schema: with sections below it, or not. given: values that have arguments of their own, such as data.path.
 
-    Raises:
-        RecipeError: one line for each mistake.
+    Raises RecipeError: one line for each mistake.
     """
     values: dict[str, Any] = {}
     for key, value in (given or {}).items():
@@ -266,8 +263,7 @@ def write_yaml(values: Any, *, flow: bool = False) -> str:
 def read_yaml(text: str, source: str) -> Any:
     """The values of one YAML document.
 
-    Raises:
-        RecipeError: the text is no YAML, or a key stands twice; with line and column.
+    Raises RecipeError: the text is no YAML, or a key stands twice; with line and column.
     """
     try:
         depth = 0

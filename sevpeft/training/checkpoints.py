@@ -234,8 +234,7 @@ def check_same_data(fingerprint: str, source: str, run: Run) -> None:
 def run_lock(folder: Path) -> Iterator[None]:
     """Holds a run folder, there already or not, for this process.
 
-    Raises:
-        RunError: another training or evaluation on this machine holds it.
+    Raises RunError: another training or evaluation on this machine holds it.
     """
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     try:

@@ -239,8 +239,7 @@ def encode_rows(
         Dataset with input_ids, labels, severity, source_index (row of `rows`), lost_words and turn_weight; and what
         became of the split, lengths in tokens, losses in words of the question.
 
-    Raises:
-        DataError: no row is left.
+    Raises DataError: no row is left.
     """
     strata = np.full(len(rows), -1, dtype=np.int8) if strata is None else strata
     encoded = rows.map(
@@ -343,8 +342,7 @@ def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, 
 def check_weights(dataset: Dataset) -> None:
     """Reads all token weights once, in Arrow, so that a bad one stops the run before its first step.
 
-    Raises:
-        WeightError: weights absent, of another number than the tokens, not finite, negative, or all zero.
+    Raises WeightError: weights absent, of another number than the tokens, not finite, negative, or all zero.
     """
     missing = [name for name in ("input_ids", "labels", "token_weights") if name not in dataset.column_names]
     if missing:

@@ -35,8 +35,7 @@ class SplitOnOom:
         Args:
             undo: takes back what a failure has left; returns the batches that must be taken again before this one.
 
-        Raises:
-            RunError: a single validation row does not fit. RuntimeError: the library's own, in training.
+        Raises RunError: a single validation row does not fit. RuntimeError: the library's own, in training.
         """
         batches = [batch]
         while True:

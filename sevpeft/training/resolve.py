@@ -64,8 +64,7 @@ def resolve(recipe: Recipe, checkpoints: Path, *, resumed: Run | None = None) ->
     Args:
         checkpoints: folder of the trainer's state. resumed: the run that goes on, with its precision and prompt.
 
-    Raises:
-        SevpeftError: a setting that cannot work here.
+    Raises SevpeftError: a setting that cannot work here.
     """
     precision = choose_precision(recipe, resumed.metrics()["model"]["dtype"] if resumed else None)
     split = split_here(recipe)
@@ -186,8 +185,7 @@ def resolve_split(
             the least memory is taken then.
         available: bytes that a training may take of one device. processes: of the launch.
 
-    Raises:
-        RecipeError: the numbers do not make global_batch_size.
+    Raises RecipeError: the numbers do not make global_batch_size.
     """
     settings = recipe.training.settings()
     rows, accumulation, checkpointing = (settings[key] for key in _KEYS)
@@ -233,8 +231,7 @@ def choose_layout(given: Recipe, resolved: Recipe, model: PreTrainedModel, longe
         given: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
         longest: tokens of the longest validation row.
 
-    Raises:
-        ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
+    Raises ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
     """
     training = resolved.training.settings()
     for setting in ("packing", "padding_free"):

@@ -57,8 +57,7 @@ def train(
     Returns:
         The finished run.
 
-    Raises:
-        SevpeftError: in one plain sentence, whatever is refused or fails in a foreseeable way.
+    Raises SevpeftError: in one plain sentence, whatever is refused or fails in a foreseeable way.
     """
     state = _start_processes(recipe)
     console = console if console is not None and state.is_main_process else Screen(quiet=True)

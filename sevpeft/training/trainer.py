@@ -59,8 +59,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         split_on_oom: compute a batch that does not fit in memory in parts, which is the same step; on one process only.
         on_message: gets a label and a sentence for the screen.
 
-    Raises:
-        WeightError: of `check_weights`. ValueError: a setting of `args` that would bypass the weights.
+    Raises WeightError: of `check_weights`. ValueError: a setting of `args` that would bypass the weights.
     """
 
     def __init__(

@@ -53,8 +53,7 @@ def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     Args:
         answers: questions that are shown with their answers; 0 leaves all text of patients out.
 
-    Raises:
-        RunError: the folder holds neither, a file of it is damaged, or it cannot be written.
+    Raises RunError: the folder holds neither, a file of it is damaged, or it cannot be written.
     """
     folder, page = Path(folder), page_of(Path(folder))
     shown, answered = cases(page["answers"], answers)
