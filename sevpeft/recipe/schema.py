@@ -346,10 +346,6 @@ class StoppingSection(Section):
 
     nonfinite_patience: int = Field(default=3, ge=1, le=10**9)
     """Steps in a row whose loss or gradient is NaN or infinite before the training stops; each changes nothing."""
-    divergence_ratio: float = Field(default=1.5, gt=1, le=1e9)
-    """The training diverges while the mean loss of ten steps is so many times that of its first ten."""
-    divergence_patience: int | None = Field(default=50, ge=1, le=10**9)
-    """Steps of divergence in a row before the training stops; null never stops it."""
 
 
 class GenerationSection(Section):

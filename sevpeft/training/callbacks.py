@@ -212,7 +212,6 @@ class SignalHandler(TrainerCallback):
 
     Attributes:
         reason: error that ends the training after the present step, once its checkpoint is written.
-        saves_next: write a checkpoint after the present step.
     """
 
     def __init__(self, run: Path, on_message: Callable[[str], None]) -> None:
@@ -220,7 +219,6 @@ class SignalHandler(TrainerCallback):
         self._received: int | None = None
         self._received_at = 0.0
         self.reason: SevpeftError | None = None
-        self.saves_next = False
         self._handlers: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -245,8 +243,8 @@ class SignalHandler(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._agreed(args):
             self.reason = self.reason or self._interruption()
-        if self.reason is not None or self.saves_next:
-            control.should_save, self.saves_next = True, False
+        if self.reason is not None:
+            control.should_save = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
         if self.reason is not None:
@@ -282,13 +280,12 @@ class SignalHandler(TrainerCallback):
         return Interrupted(f"Stopped by {name}. Resume with: {resume_command(self.run)}", 128 + number)
 
 
-# Steps whose mean loss is looked at, so that one hard batch is no divergence; rows that a message names.
-WINDOW, _MOST_NAMED = 10, 8
+_MOST_NAMED = 8  # rows in a message
 _REMEDY = "look at those rows, then start another run with a lower training.learning_rate, or without training.fp16."
 
 
 class StepGuard(TrainerCallback):
-    """Callback that skips steps whose loss or gradient is not finite, and ends a training that diverges.
+    """Callback that skips steps whose loss or gradient is not finite, and ends a training that has many of them.
 
     One NaN in a gradient would make every number of the adapter NaN. With a float16 GradScaler infinite gradients are
     normal, and the scaler skips them; only the loss counts there.
@@ -299,24 +296,22 @@ class StepGuard(TrainerCallback):
         name_rows: from the tokens of consultations to the names of the rows they came from.
 
     Attributes:
-        counts: the first and the last losses of WINDOW steps, and how many steps were bad; part of each checkpoint.
+        counts: how many steps were bad; part of each checkpoint.
     """
 
     def __init__(
         self, trainer: SeveritySFTTrainer, stopping: StoppingSection, signals: SignalHandler, name_rows: NameRows
     ) -> None:
         self.trainer, self.stopping, self.signals, self.name_rows = trainer, stopping, signals, name_rows
-        self.counts: dict[str, Any] = {"first": [], "last": [], "diverging": 0, "nonfinite": 0, "nonfinite_in_a_row": 0}
+        self.counts = {"nonfinite": 0, "nonfinite_in_a_row": 0}
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
         if state.global_step == 0 and not math.isfinite(metrics.get("eval_loss", 0.0)):
             remedy = "set model.dtype=bfloat16 or float32, or model.attn_implementation=eager, or fetch the model again"
             raise RunError(f"The first validation loss is not finite; {remedy}.")
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._loss_before = pending_loss(self.trainer)
-        if self.trainer.curriculum is not None and self.trainer.curriculum.is_new(state.global_step):
-            self.counts.update(first=[], last=[], diverging=0)  # harder rows are no divergence
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         accelerator, model = self.trainer.accelerator, self.trainer.model
@@ -324,7 +319,6 @@ class StepGuard(TrainerCallback):
         scaled, norm = accelerator.scaler is not None, self.trainer.gradient_norm
         if math.isfinite(loss) and (scaled or norm is None or math.isfinite(float(norm))):  # DeepSpeed may have none
             self.counts["nonfinite_in_a_row"] = 0
-            self._watch(loss)
             return
         self.counts["nonfinite"] += 1
         self.counts["nonfinite_in_a_row"] += 1
@@ -344,30 +338,9 @@ class StepGuard(TrainerCallback):
                 f"checkpoint-{state.global_step + 1} holds the adapter as it was before them; {_REMEDY}"
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.counts["diverging"] > 1:  # what diverges must not push out the checkpoints from before
-            control.should_save = False
-
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == self.counts["nonfinite"]:
             raise RunError(f"None of the {state.global_step:,} steps was finite, so nothing was trained; {_REMEDY}")
-
-    def _watch(self, loss: float) -> None:
-        """Stops a training whose mean loss stays far above that of its first steps."""
-        counts, ratio, patience = self.counts, self.stopping.divergence_ratio, self.stopping.divergence_patience
-        counts["first"] = [*counts["first"], loss][:WINDOW]
-        counts["last"] = [*counts["last"], loss][-WINDOW:]
-        begin, now = (sum(counts[name]) / len(counts[name]) for name in ("first", "last"))
-        counts["diverging"] = counts["diverging"] + 1 if len(counts["last"]) == WINDOW and now > ratio * begin else 0
-        if counts["diverging"] == 1:
-            self.signals.on_message(
-                f"the mean loss of {WINDOW} steps is {now:.3f}, over {ratio:g} times the first; a checkpoint is kept."
-            )
-            self.signals.saves_next = True
-        if patience is not None and counts["diverging"] >= patience:
-            far = f"its mean loss has been over {ratio:g} times the first ({now:.3f} now, {begin:.3f} then)"
-            remedy = "start another run with a lower training.learning_rate"
-            raise RunError(f"The training diverges: for {counts['diverging']} steps {far}; {remedy}.")
 
     def _rows_behind(self) -> str:
         """The rows whose own scores are not finite, of all processes; all rows of the step where each alone is fine."""

@@ -227,11 +227,6 @@ class Curriculum(TrainerCallback):
         """Position of the stage of a step; of the last one after it."""
         return sum(step >= stage.end for stage in self.stages[:-1])
 
-    def is_new(self, step: int) -> bool:
-        """Whether a step has other rows than those before it, with whose losses its own cannot be compared."""
-        growing = self.settings.kind == "competence" and self.competence(step) < 1
-        return growing or step in [stage.begin for stage in self.stages[1:]]
-
     def as_dict(self) -> dict[str, Any]:
         """For metrics.json: the stages, and the loss on the held-out rows of each class after every stage."""
         stages = [(one.name, len(one.pool), one.end - one.begin, one.learning_rate) for one in self.stages]

@@ -18,10 +18,9 @@ from transformers import TrainerCallback
 
 from sevpeft.errors import DataError, ModelError, RecipeError, RunError
 from sevpeft.evaluation.report.page import write_report
-from sevpeft.recipe import CurriculumSection, StoppingSection, load_recipe, recipe_from_values
+from sevpeft.recipe import CurriculumSection, load_recipe, recipe_from_values
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
-from sevpeft.training.callbacks import SignalHandler, StepGuard
 from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.screen import run_summary
 from sevpeft.training.train import train
@@ -184,17 +183,6 @@ def test_a_stage_with_a_new_optimizer_is_a_training_that_begins_with_the_adapter
             parameter.data.copy_(saved[name.replace(".default", "")])
     alone.train()
     assert_equal(adapter_of(alone), adapter_of(whole))
-
-
-def test_the_losses_of_harder_rows_are_no_divergence(tmp_path: Path) -> None:
-    signals = SignalHandler(tmp_path, lambda sentence: None)
-    for settings, new in (({}, [2, 4]), ({"kind": "competence"}, [0, 1, 2])):
-        guard = StepGuard(staged(tmp_path, **settings), StoppingSection(), signals, lambda rows: [])
-        guard.trainer._tr_loss = torch.zeros(())
-        for step in range(6):
-            guard.counts.update(first=[1.0], last=[9.0], diverging=3)
-            guard.on_step_begin(guard.trainer.args, SimpleNamespace(global_step=step))
-            assert (guard.counts["diverging"] == 0) == (guard.counts["last"] == []) == (step in new), (settings, step)
 
 
 class Killed(TrainerCallback):
