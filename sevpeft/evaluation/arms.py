@@ -115,8 +115,7 @@ def parse_vary(text: str, path: Path, overrides: Sequence[str]) -> tuple[str, di
 def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str) -> tuple[Recipe, str]:
     """The recipe of an arm, that of `sevpeft train` with the same settings, and the name of its run.
 
-    Args:
-        controlled: the arm whose weights a control has; its run is called shuffled-balanced-0, others balanced-0.
+    `controlled`: the arm whose weights a control has; its run is called shuffled-balanced-0, others balanced-0.
     """
     given, settings = load_recipe(path, overrides), [f"training.seed={seed}"]
     weights = controlled if arm in CONTROLS else TWINS.get(arm, arm)

@@ -39,8 +39,7 @@ def load_encoder(settings: EvaluationSection) -> tuple[Encoder | None, str | Non
 class Encoder:
     """An encoder (Hub id or folder) in float32, loaded once for all arms and floors.
 
-    Args:
-        num_layers: the layer whose hidden states are compared, counted from 1; those above it are not loaded.
+    `num_layers`: the layer whose hidden states are compared, counted from 1; those above it are not loaded.
 
     Raises ModelError: no such model or layer, no sound safetensors weights, no tokenizer that pads, or code of its own.
     """

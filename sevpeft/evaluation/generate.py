@@ -176,8 +176,7 @@ def _run_batches(
 ) -> Iterator[tuple[list[int], Any]]:
     """Batches of rows, the longest first, with what was computed of them; one too large for the GPU is halved.
 
-    Args:
-        size: most rows of a batch whose longest row has this length; padding: most tokens of it in a batch.
+    `size`: most rows of a batch whose longest row has this length; padding: most tokens of it in a batch.
     """
     order, share = sorted(rows, key=lambda i: -lengths[i]), 1.0
     while order:
@@ -251,8 +250,7 @@ def reference_nll(
 ) -> Iterator[list[dict[str, Any]]]:
     """Negative log-likelihood of every row's reference answer, given its question: the training's validation loss.
 
-    Args:
-        max_length: as in training; a question is shortened to it, an answer never.
+    `max_length`: as in training; a question is shortened to it, an answer never.
 
     Yields:
         Of a batch {id, nll (nats of the answer and the token that ends it), tokens}. Rows whose answer leaves no room

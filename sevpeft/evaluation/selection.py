@@ -42,8 +42,7 @@ def select(
 ) -> dict[str, Any]:
     """Answers what is not answered yet, and chooses by each scorer; returns selection.json, which is in the first run.
 
-    Args:
-        base: the runs' base models are candidates too. overrides, limit: as in `evaluate`.
+    `base`: the runs' base models are candidates too. overrides, limit: as in `evaluate`.
     """
     console = console or Screen(quiet=True)
     folders = [Path(run.folder if isinstance(run, Run) else run).expanduser() for run in runs]

@@ -85,8 +85,7 @@ def uses_gpu(recipe: Recipe) -> bool:
 def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precision:
     """Number formats for this recipe on this machine: by capability, so that the same command gives the same adapter.
 
-    Args:
-        dtype_before: of the run that is resumed, where the recipe leaves it open.
+    `dtype_before`: of the run that is resumed, where the recipe leaves it open.
     """
     settings, quantization, gpu = recipe.training.settings(), recipe.quantization, uses_gpu(recipe)
     bf16, fp16 = settings.get("bf16"), settings.get("fp16")

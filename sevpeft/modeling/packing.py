@@ -30,8 +30,7 @@ _documents_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def documents_stay_apart(model: PreTrainedModel, length: int = 24) -> tuple[bool, str]:
     """Whether two packed documents are scored as if each were alone, and why not.
 
-    Args:
-        length: tokens of the document; its neighbors have four times as many, so that its positions are far apart.
+    `length`: tokens of the document; its neighbors have four times as many, so that its positions are far apart.
     """
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)

@@ -289,8 +289,7 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -
 
     EOS is safe because labels and attention mask are written explicitly and never derived from the pad id.
 
-    Args:
-        vocabulary_size: rows of the embedding; a token beyond them would be a crash on a GPU.
+    `vocabulary_size`: rows of the embedding; a token beyond them would be a crash on a GPU.
     """
     reserved = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
     # Asked of the vocabulary itself: `convert_tokens_to_ids` gives the id of <unk> for a token that is not there.

@@ -93,8 +93,7 @@ def settings_from(
 ) -> _Settings:
     """Settings of a verb that takes no recipe, from KEY=VALUE words, checked like those of a recipe.
 
-    Args:
-        schema: with sections below it, or not. given: values that have arguments of their own, such as data.path.
+    `schema`: with sections below it, or not. `given`: values that have arguments of their own, such as data.path.
 
     Raises RecipeError: one line for each mistake.
     """

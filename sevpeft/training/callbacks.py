@@ -44,8 +44,7 @@ if TYPE_CHECKING:
 class RunProgress(TrainerCallback):
     """Callback that writes log.jsonl, on the main process, shows a bar or a line every 15 seconds, and counts the cost.
 
-    Args:
-        console: where the screen is; quiet on the other processes.
+    `console`: where the screen is; quiet on the other processes.
 
     `counts` are seconds of steps, memory and energy of this process over all starts; `cost` that of all in the end.
     """
@@ -207,8 +206,7 @@ class SignalHandler(TrainerCallback):
     Ctrl-C, a spot instance that is taken away and a Slurm job that runs out of time all come some seconds before the
     end. Several processes agree on the step.
 
-    Args:
-        run: folder, for the command that resumes it. on_message: called with a sentence for the screen.
+    `run`: folder, for the command that resumes it. `on_message`: called with a sentence for the screen.
 
     Attributes:
         reason: error that ends the training after the present step, once its checkpoint is written.

@@ -136,8 +136,7 @@ def seal(checkpoint: Path) -> None:
 def checkpoint_damage(checkpoint: Path, required: Sequence[str]) -> str | None:
     """What is wrong with a checkpoint, in words that end a sentence; None where it is as it was written.
 
-    Args:
-        required: names that its manifest has to list (`files_to_resume`).
+    `required`: names that its manifest has to list (`files_to_resume`).
     """
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -161,8 +160,7 @@ def resume_checkpoint(run: Run, required: Sequence[str], on_message: Callable[[s
     Newer ones are reported and removed, because the training writes them anew, under the same names. log.jsonl is cut
     back to what was in it when that checkpoint was written, since the rest happens again.
 
-    Args:
-        required: files that a checkpoint must hold.
+    `required`: files that a checkpoint must hold.
     """
     found, lines = None, 0
     for checkpoint in sorted(_checkpoints(run), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):

@@ -46,8 +46,7 @@ class LabeledPositions:
     hook hands it one row of the labeled positions. Upstream: https://github.com/huggingface/trl/issues/7063 (the same
     for all devices is planned).
 
-    Args:
-        model: the causal language model without its adapter's wrapper.
+    `model`: the causal language model without its adapter's wrapper.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

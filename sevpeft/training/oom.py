@@ -32,8 +32,7 @@ class SplitOnOom:
     def compute(self, kind: str, batch: Batch, take: Callable[[Batch], Any], undo: Callable[[], list[Batch]]) -> list:
         """Results of `take` on the parts of a batch that fit; their losses have the same sum.
 
-        Args:
-            undo: takes back what a failure has left; returns the batches that must be taken again before this one.
+        `undo`: takes back what a failure has left; returns the batches that must be taken again before this one.
 
         Raises RunError: a single validation row does not fit. RuntimeError: the library's own, in training.
         """

@@ -94,8 +94,7 @@ class Fitting:
 def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
     """Everything that is known before training.
 
-    Args:
-        vram: GB of the GPU that the memory is compared with.
+    `vram`: GB of the GPU that the memory is compared with.
 
     Raises SevpeftError: whatever `train` would refuse about the data, the severity, the prompt or the adapter.
     """
@@ -178,8 +177,7 @@ def steps_of(rows: int, settings: dict[str, Any]) -> int:
 def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, memory.MemoryPlan]:
     """What the recipe needs on a GPU, and on which GPUs it fits; raises ModelError as `memory.MemoryPlan` does.
 
-    Args:
-        vram: GB of a GPU to judge; the batch split is chosen for it, or else for the GPU that the recipe names.
+    `vram`: GB of a GPU to judge; the batch split is chosen for it, or else for the GPU that the recipe names.
     """
     smallest, origin = memory_plan(recipe)  # of all splits of a step, where the recipe leaves it open
     gb = vram or recipe.about.vram_gib or 24  # GB

@@ -61,8 +61,7 @@ class ResolvedRun(ResolvedModel):
 def resolve(recipe: Recipe, checkpoints: Path, *, resumed: Run | None = None) -> ResolvedRun:
     """Resolves a recipe for a training on this machine.
 
-    Args:
-        checkpoints: folder of the trainer's state. resumed: the run that goes on, with its precision and prompt.
+    `checkpoints`: folder of the trainer's state. `resumed`: the run that goes on, with its precision and prompt.
 
     Raises SevpeftError: a setting that cannot work here.
     """

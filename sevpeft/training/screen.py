@@ -35,8 +35,7 @@ _COST |= {"gpu_watt_hours": "Wh of the GPU", "cpu_watt_hours": "Wh of the proces
 def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, console: Console) -> None:
     """Prints what is trained on, what was lost on the way, and what the severity weights amount to.
 
-    Args:
-        summary: as `Prepared.summary`; `encoding` may be empty when no tokenizer was at hand.
+    `summary`: as `Prepared.summary`; `encoding` may be empty when no tokenizer was at hand.
     """
 
     def warn(label: str, text: str) -> None:

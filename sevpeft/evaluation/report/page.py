@@ -50,8 +50,7 @@ class Report:
 def write_report(folder: Path | str, *, answers: int = 120) -> Report:
     """Writes report.html into a run or comparison folder, for its owner alone.
 
-    Args:
-        answers: questions that are shown with their answers; 0 leaves all text of patients out.
+    `answers`: questions that are shown with their answers; 0 leaves all text of patients out.
 
     Raises RunError: the folder holds neither, a file of it is damaged, or it cannot be written.
     """
