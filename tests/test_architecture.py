@@ -31,8 +31,9 @@ FLOORS = (
     ("cli", "__main__"),
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "sklearn", "bert_score"}
-# Of a module, of a room, and of what stood on 2026-11-28 altogether. A new room raises the last one by its own budget.
-MOST_LINES, MOST_IN_A_ROOM, MOST_MODULES, MOST_ALTOGETHER = 500, 12, 82, 17_820
+# Of a module, of a room, and altogether, with every room that was planned on 2026-11-28: nothing more may come without
+# something that goes.
+MOST_LINES, MOST_IN_A_ROOM, MOST_MODULES, MOST_ALTOGETHER = 500, 12, 83, 18_000
 
 
 def room_of(name: str) -> str:

@@ -75,10 +75,8 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
     kind, modules = model.config.model_type, dict(model.named_modules())
     weights = {name.rsplit(".", 1)[-1] for name, part in modules.items() if hasattr(part, "weight")}
     parameters = dict(model.named_parameters())
-    for setting in (
-        *("target_modules", "modules_to_save", "exclude_modules"),
-        *("rank_pattern", "alpha_pattern", "target_parameters"),
-    ):
+    named = "target_modules modules_to_save exclude_modules rank_pattern alpha_pattern target_parameters"
+    for setting in named.split():
         wanted = getattr(config, setting)
         if not wanted or wanted == "all-linear":
             continue
@@ -96,12 +94,6 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
     numbers = [] if layers is None else [layers] if isinstance(layers, int) else layers
     if beyond := [str(number) for number in numbers if not 0 <= number < count]:
         raise ModelError(f"lora.layers_to_transform names {', '.join(beyond)}; {kind} has layers 0 to {count - 1}.")
-
-
-def trainable_parameters(model: PeftModel) -> tuple[int, int]:
-    """(trainable, all) parameters, counting a 4-bit weight as the numbers it stands for."""
-    trainable, total = model.get_nb_trainable_parameters()
-    return int(trainable), int(total)
 
 
 def cast_trained(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> None:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -34,10 +34,8 @@ from sevpeft.recipe import Recipe, StoppingSection
 from sevpeft.runs import SAMPLES, Run, end_launcher, json_lines, signal_at_end_of_parent
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.compat import IGNORED, pending_loss, uncount_step
-from sevpeft.training.data import rows_of
 
 if TYPE_CHECKING:
-    from sevpeft.training.data import NameRows
     from sevpeft.training.trainer import SeveritySFTTrainer
 
 
@@ -278,8 +276,7 @@ class SignalHandler(TrainerCallback):
         return Interrupted(f"Stopped by {name}. Resume with: {resume_command(self.run)}", 128 + number)
 
 
-_MOST_NAMED = 8  # rows in a message
-_REMEDY = "look at those rows, then start another run with a lower training.learning_rate, or without training.fp16."
+_REMEDY = "start another run with a lower training.learning_rate, or without training.fp16."
 
 
 class StepGuard(TrainerCallback):
@@ -291,16 +288,13 @@ class StepGuard(TrainerCallback):
     Args:
         trainer: it is added to, after `signals`, which end the training with a checkpoint.
         stopping: when to give up; as in a recipe.
-        name_rows: from the tokens of consultations to the names of the rows they came from.
 
     Attributes:
         counts: how many steps were bad; part of each checkpoint.
     """
 
-    def __init__(
-        self, trainer: SeveritySFTTrainer, stopping: StoppingSection, signals: SignalHandler, name_rows: NameRows
-    ) -> None:
-        self.trainer, self.stopping, self.signals, self.name_rows = trainer, stopping, signals, name_rows
+    def __init__(self, trainer: SeveritySFTTrainer, stopping: StoppingSection, signals: SignalHandler) -> None:
+        self.trainer, self.stopping, self.signals = trainer, stopping, signals
         self.counts = {"nonfinite": 0, "nonfinite_in_a_row": 0}
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
@@ -322,38 +316,18 @@ class StepGuard(TrainerCallback):
         self.counts["nonfinite_in_a_row"] += 1
         uncount_step(self.trainer, self._loss_before, self.counts["nonfinite"])
         what = f"{'gradient' if math.isfinite(loss) else 'loss'} of step {state.global_step + 1:,}"
-        rows = self._rows_behind()
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             # Its engine has taken the step already.
-            raise RunError(f"The {what} is not finite, on {rows}; {_REMEDY}")
+            raise RunError(f"The {what} is not finite; {_REMEDY}")
         if not scaled:  # a GradScaler leaves the step out itself, and lowers its scale
             for parameter in model.parameters():
                 parameter.grad = None
-        self.signals.on_message(f"the {what} is not finite, on {rows}; the step is skipped.")
+        self.signals.on_message(f"the {what} is not finite; the step is skipped.")
         if self.counts["nonfinite_in_a_row"] >= self.stopping.nonfinite_patience:
-            self.signals.reason = RunError(
-                f"The {what} is not finite, as in {self.counts['nonfinite_in_a_row']} steps in a row, on {rows}. "
-                f"checkpoint-{state.global_step + 1} holds the adapter as it was before them; {_REMEDY}"
-            )
+            kept = f"checkpoint-{state.global_step + 1} holds the adapter as it was before them; {_REMEDY}"
+            in_a_row = self.counts["nonfinite_in_a_row"]
+            self.signals.reason = RunError(f"The {what} is not finite, as in {in_a_row} steps in a row. {kept}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == self.counts["nonfinite"]:
             raise RunError(f"None of the {state.global_step:,} steps was finite, so nothing was trained; {_REMEDY}")
-
-    def _rows_behind(self) -> str:
-        """The rows whose own scores are not finite, of all processes; all rows of the step where each alone is fine."""
-        documents = [row["input_ids"] for batch in self.trainer.step_batches for row in rows_of(batch)]
-        # Where the model is in parts, all processes would have to take part in every forward.
-        whole = self.trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        guilty = [document for document in documents if whole and not self._is_finite(document)]
-        found: list[Any] = gather_object([(self.name_rows(guilty), [] if guilty else self.name_rows(documents))])
-        names = [name for bad, _ in found for name in bad] or [name for _, every in found for name in every]
-        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-        return ", ".join(names[:_MOST_NAMED]) + more
-
-    def _is_finite(self, document: Sequence[int]) -> bool:
-        """Whether the model, as it is now, gives finite scores on a consultation alone."""
-        ids = torch.tensor([document], device=self.trainer.args.device)
-        with torch.no_grad(), self.trainer.compute_loss_context_manager():
-            output = self.trainer.causal_lm().base_model(input_ids=ids, use_cache=False)
-        return bool(torch.isfinite(output.last_hidden_state).all())

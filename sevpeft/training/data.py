@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,7 @@ from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from sevpeft.data.columns import FILE_COLUMN, TURNS, trained_turns
+from sevpeft.data.columns import TURNS, trained_turns
 from sevpeft.data.mix import SOURCE, draw, with_sources
 from sevpeft.data.read import PREPARED_ABOUT, Consultations, load_consultations
 from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split_rows, without_questions
@@ -39,19 +38,16 @@ PROMPT_SEVERITY = "prompt_severity"
 # Column of training rows: position in SEVERITIES of each token's consultation, -1 where it is not known.
 TOKEN_SEVERITY = "token_severity"
 _TRAINED_ON = ["input_ids", "labels", "token_weights", TOKEN_SEVERITY]
-# From tokens of consultations to names of their rows.
-NameRows = Callable[[Sequence[Sequence[int]]], list[str]]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows ready for `SeveritySFTTrainer`, the counts of how they came about, and what the training rows are called."""
+    """Rows ready for `SeveritySFTTrainer`, and the counts of how they came about."""
 
     train: Dataset
     validation: Dataset
     weights: WeightSummary
     summary: dict[str, Any]
-    row_names: NameRows
     difficulty: list[np.ndarray]  # (n,) of the training and of the validation rows, larger for harder ones
     unpacked: Dataset  # the training rows, each for itself, with severity, source_index and lost_words
 
@@ -101,7 +97,6 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         validation=held_out.select_columns(["input_ids", "labels", "severity"]),
         weights=summary,
         summary=about,
-        row_names=row_names(encoded["train"], splits.train),
         difficulty=difficulty_of(recipe.curriculum, table, severity, places, lengths),
         unpacked=weighted,
     )
@@ -371,26 +366,6 @@ def pack_rows(encoded: Dataset, max_length: int, *, cache_file: Path) -> Dataset
         strategy="bfd",
         map_kwargs={"cache_file_name": str(cache_file), "load_from_cache_file": False, "desc": "Packing"},
     )
-
-
-def row_names(encoded: Dataset, rows: Dataset) -> NameRows:
-    """Names rows by their number in the data, never by what they say.
-
-    Args:
-        encoded: `input_ids` and `source_index`, the position in `rows`, of each training row.
-        rows: the split that was encoded, with `row`, its number in the input, and `file` where there are several.
-    """
-
-    def names(documents: Sequence[Sequence[int]]) -> list[str]:
-        """Of the rows with exactly these tokens, in the order of the data; equal rows are all named."""
-        wanted = {tuple(document) for document in documents}
-        fits = np.isin(lengths_of(encoded), [len(document) for document in wanted])
-        fitting = encoded.select(np.flatnonzero(fits))
-        named = (rows[row["source_index"]] for row in fitting if tuple(row["input_ids"]) in wanted)
-        places = ((row["row"], row.get(FILE_COLUMN) or row.get(SOURCE)) for row in named)
-        return [f"row {number}{f' of {place}' if place else ''}" for number, place in places]
-
-    return names
 
 
 # Batches.

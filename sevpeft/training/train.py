@@ -141,7 +141,7 @@ def _train(
                 )
                 if requested_engine() is None:  # so that a wrong setting of theirs fails here
                     trainer.create_optimizer_and_scheduler(num_training_steps=1)
-            guard = StepGuard(trainer, recipe.stopping, signals, rows.row_names)
+            guard = StepGuard(trainer, recipe.stopping, signals)
             trainer.add_callback(guard)
             if recipe.training.generate_samples:
                 trainer.add_callback(Samples(trainer, run, recipe, resolved.prompt.end_id))
@@ -219,7 +219,7 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run, prompt: Prompt) -> None
 def _write_origin(run: Run, resolved: ResolvedRun, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
     """recipe.yaml, environment.json, tokenizer/ and the first part of metrics.json."""
     recipe, arguments = resolved.recipe, trainer.args
-    trainable, total = adapters.trainable_parameters(trainer.model)
+    trainable, total = trainer.model.get_nb_trainable_parameters()  # of 4 bit, the numbers that a weight stands for
     run.write_json(
         "environment.json",
         {

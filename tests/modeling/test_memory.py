@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from sevpeft.errors import ModelError, UnknownModelError
 from sevpeft.modeling import compat, memory
-from sevpeft.modeling.adapters import lora_config, trainable_parameters
+from sevpeft.modeling.adapters import lora_config
 from sevpeft.modeling.compat import LiveBytes
 from sevpeft.modeling.memory import (
     GIB,
@@ -102,7 +102,7 @@ def test_the_adapter_is_counted_as_peft_makes_it() -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(plan.config)
             adapted = get_peft_model(model, lora_config(recipe, model))
-        trainable, total = trainable_parameters(adapted)
+        trainable, total = adapted.get_nb_trainable_parameters()
         assert (plan.parameters.trainable, plan.parameters.base) == (trainable, total - trainable), lora
         assert sum(plan.parameters.targets.values()) == len(adapted.targeted_module_names), lora
         items = plan.budget().items

@@ -37,7 +37,6 @@ from sevpeft.training.data import (
     load_splits,
     pack_rows,
     prepare,
-    row_names,
     rows_of,
     summary_of,
 )
@@ -405,18 +404,7 @@ def test_oversampling_draws_as_many_rows_by_their_weight_and_weighs_them_alike(p
         assert counts[name] == pytest.approx(weight * before[name] / total * len(drawn.train), abs=8), name
 
 
-# Names of rows, and prepared folders
-
-
-def test_a_row_has_the_number_that_it_has_in_the_data_and_not_among_the_training_rows() -> None:
-    ids = [[1, 2, 3], [4, 5], [1, 2, 3]]
-    encoded = Dataset.from_dict({"input_ids": ids, "source_index": [3, 1, 0], "labels": ids})
-    names = row_names(encoded, Dataset.from_dict({"row": [70, 80, 90, 100], "question": ["سر"] * 4}))
-    assert names([[4, 5]]) == ["row 80"]
-    assert names([[1, 2, 3]]) == ["row 100", "row 70"], "equal rows are all named"
-    assert names([[4, 5, 6], []]) == []
-    several = Dataset.from_dict({"row": [1, 2, 1, 2], "file": ["a.csv", "a.csv", "b.csv", "b.csv"]})
-    assert row_names(encoded, several)([[4, 5]]) == ["row 2 of a.csv"], "where there are several files"
+# Prepared folders
 
 
 def conversations(path: Path, **data: Any) -> Recipe:

@@ -109,20 +109,13 @@ def fit_transformer(
             progress(f"step {state.global_step} of {state.max_steps}")
 
     compute = {"bf16": precision is torch.bfloat16, "fp16": precision is torch.float16, "use_cpu": device.type == "cpu"}
+    fixed = {"train_sampling_strategy": "group_by_length", "weight_decay": 0.01, "warmup_steps": 0.1}
+    chosen = settings.model_dump(exclude={"name_or_path", "max_length"})
     quiet = {"save_strategy": "no", "logging_nan_inf_filter": False, "disable_tqdm": True, "report_to": "none"}
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         trainer = transformers.Trainer(
             model=model,
-            args=transformers.TrainingArguments(
-                output_dir=scratch,
-                seed=seed,
-                train_sampling_strategy="group_by_length",
-                weight_decay=0.01,
-                warmup_steps=0.1,
-                **settings.model_dump(exclude={"name_or_path", "max_length"}),
-                **compute,
-                **quiet,
-            ),
+            args=transformers.TrainingArguments(output_dir=scratch, seed=seed, **fixed, **chosen, **compute, **quiet),
             train_dataset=rows,
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
             compute_loss_func=weighted_loss(examples.labels),
