@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# bitsandbytes compiles functions as it is imported, which loads TorchInductor for three seconds; none is used here.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 

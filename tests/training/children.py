@@ -57,17 +57,36 @@ def message_of(process: Any, cache: Path) -> str:
 
 
 def look_up_once() -> None:
-    """Libraries compile the template of a card at each saving, and look in each trainer whether PEFT is installed."""
+    """What libraries compile, load or hash anew at each saving, in each trainer, report and data set."""
+    import httpcore2
     import jinja2
     import typer.main
     from accelerate.utils import imports
+    from datasets.fingerprint import Hasher
+
+    from sevpeft.severity.rules import Rules
 
     for place, name in (
-        (jinja2.Environment, "compile"),
+        (httpcore2, "default_ssl_context"),
         (imports, "_is_package_available"),
         (typer.main, "get_command"),
     ):
         setattr(place, name, functools.cache(getattr(place, name)))
+    compiled, loaded, hashed = jinja2.Environment.compile, Rules.load, Hasher.hash
+    codes: dict[Any, Any] = {}
+    rules = functools.cache(lambda: loaded())
+    of_word = functools.cache(hashed)
+
+    def code_of(self: Any, source: Any, *names: Any, **more: Any) -> Any:
+        set_up = (self.autoescape, self.trim_blocks, self.lstrip_blocks, *self.filters, *self.extensions, *self.globals)
+        key = (source, names, *more.items(), type(self), *set_up)
+        if key not in codes:
+            codes[key] = compiled(self, source, *names, **more)
+        return codes[key]
+
+    jinja2.Environment.compile = code_of  # type: ignore[method-assign]
+    Rules.load = staticmethod(lambda path=None: loaded(path) if path else rules())  # type: ignore[assignment,method-assign]
+    Hasher.hash = staticmethod(lambda value: (of_word if type(value) is str else hashed)(value))
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
