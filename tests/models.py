@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,6 +131,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         extra_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
+
+
+def save_model(folder: Path, architecture: str, chat_template: str | None = None) -> Path:
+    """Writes a model and its tokenizer, as a user would have them; returns the folder."""
+    build_model(architecture).save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @functools.cache

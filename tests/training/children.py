@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("fork")
+CONTEXT = multiprocessing.get_context("fork")
 _WRITING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
@@ -37,7 +37,7 @@ def start(
         several = {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
         environment = {name: str(value) for name, value in several.items()} if processes > 1 else {}
         environment |= variables or {}
-        process = _CONTEXT.Process(target=_run, args=(function, arguments, environment))
+        process = CONTEXT.Process(target=_run, args=(function, arguments, environment))
         process.start()
         started.append(process)
     return started
@@ -89,15 +89,21 @@ def look_up_once() -> None:
     Hasher.hash = staticmethod(lambda value: (of_word if type(value) is str else hashed)(value))
 
 
+def forget_processes() -> None:
+    """Of trainings in the tests' process, after a fork."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     import torch
-    from accelerate.state import AcceleratorState, GradientState
 
     from sevpeft.cli.application import quiet_libraries
     from sevpeft.errors import SevpeftError
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # of trainings in the tests' process
-    GradientState._reset_state()
+    forget_processes()
     quiet_libraries()
     os.environ.update(environment, SEVPEFT_CACHE=arguments[-1])
     torch.set_num_threads(1)
