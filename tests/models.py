@@ -152,7 +152,8 @@ def _drawn_model(architecture: str, seed: int, vocab_size: int) -> tuple[torch.n
         settings |= tokens
     config = transformers.AutoConfig.for_model(architecture, **settings)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).eval(), torch.get_rng_state()
+    with torch.device("cpu"):  # also where the first who asks for it makes models without numbers
+        return AutoModelForCausalLM.from_config(config).eval(), torch.get_rng_state()
 
 
 def build_model(architecture: str, seed: int = 0, vocab_size: int = VOCABULARY) -> torch.nn.Module:

@@ -64,12 +64,14 @@ def look_up_once() -> None:
     from accelerate.utils import imports
     from datasets.fingerprint import Hasher
 
+    from sevpeft import runs
     from sevpeft.severity.rules import Rules
 
     for place, name in (
         (httpcore2, "default_ssl_context"),
         (imports, "_is_package_available"),
         (typer.main, "get_command"),
+        (runs, "_commit"),
     ):
         setattr(place, name, functools.cache(getattr(place, name)))
     compiled, loaded, hashed = jinja2.Environment.compile, Rules.load, Hasher.hash
