@@ -159,7 +159,7 @@ def annotate(
         from sevpeft.severity.annotate import annotate as annotate_rows
         from sevpeft.severity.settings import AnnotateSettings
 
-        quiet_libraries()
+        quiet_libraries(models=False)
     if screen.is_terminal and not screen.quiet:
         datasets.enable_progress_bars()
     done = annotate_rows(settings_from(AnnotateSettings, words or (), {"data.path": data}), output)
@@ -290,7 +290,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
     from sevpeft.console import Screen
 
     with Screen(stderr=True).status("Loading the libraries") as status:
-        quiet_libraries()
+        quiet_libraries(models=False)
         yield lambda message: status.update(f"Severity classifier: {message}")
 
 
