@@ -1,13 +1,14 @@
 """A run folder: what a training leaves behind, written so that a kill at any moment leaves no half file.
 
-RUN/ holds recipe.yaml, environment.json, metrics.json, log.jsonl, adapter/ and checkpoints/. Files are written under a
-temporary name and moved into place; an existing run is continued or refused, never overwritten.
+RUN/ holds recipe.yaml, environment.json, metrics.json, log.jsonl, tokenizer/, adapter/ and checkpoints/. Files are
+written under a temporary name and moved into place; an existing run is continued or refused, never overwritten.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import filecmp
 import functools
 import hashlib
 import importlib.metadata
@@ -54,6 +55,17 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:  # the base model's, as the training found it
+        return self.folder / "tokenizer"
+
+    def link_tokenizer(self, adapter: Path) -> None:
+        """Has the same tokenizer.json in two folders take its room once, where the disk can do that."""
+        with suppress(OSError):
+            if filecmp.cmp(own := self.tokenizer / "tokenizer.json", adapter / own.name, shallow=False):
+                os.link(own, adapter / ".linked")
+                os.replace(adapter / ".linked", adapter / own.name)
 
     @property
     def finished(self) -> bool:
@@ -201,10 +213,10 @@ def plain_disk_errors(
 
 def _disk_is_full(error: Exception) -> bool:
     """Also as the libraries say it: safetensors and Arrow in words of their own, torch.save by a wrong position."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # `ulimit -f`
         return True
-    message = str(error)
-    return "No space left" in message or ("inline_container" in message and "pos" in message)
+    full = r"No space left|[Qq]uota exceeded|File too large|os error (28|122|27)\b|inline_container.*\bpos"
+    return re.search(full, str(error), re.DOTALL) is not None
 
 
 def describe_environment() -> dict[str, Any]:
@@ -345,6 +357,14 @@ def signal_at_end_of_parent(number: int) -> None:
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
+def end_launcher() -> None:
+    """Ends `accelerate launch` of one process on Linux, which would print a traceback of its own for a Ctrl-C."""
+    with suppress(OSError):
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+        if b"launch" in words and os.environ.get("WORLD_SIZE", "1") == "1":
+            os.kill(os.getppid(), signal.SIGTERM)
+
+
 _parent: int | None = None
 
 
@@ -360,7 +380,9 @@ def workers_end_with_this_process() -> Iterator[None]:
         _parent = os.getpid()
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # a pool that is broken off lets TimeoutError through
+            raise KeyboardInterrupt from None
         if "abruptly died" in str(error):  # datasets 5.2
             raise RunError("A worker was killed, probably because memory ran out; lower num_proc.") from error
         raise
@@ -373,6 +395,7 @@ def _end_forks_with_parent() -> None:
     def set_signal() -> None:
         if _parent is not None:
             signal_at_end_of_parent(signal.SIGKILL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone speaks, and ends them
             if os.getppid() != _parent:  # it ended before the signal was set
                 os._exit(1)
 

@@ -118,7 +118,11 @@ def test_five_mistakes_are_five_lines(refusal: Callable[..., str], tmp_path: Pat
         (["train", QUICKSTART, "training.learning_rate"], "training.learning_rate=1e-4"),
         (["train", QUICKSTART, "training=1"], "is a whole section"),
         (["train", QUICKSTART, "severity.weights.critical=-1"], "severity.weights.critical: must be"),
-        (["recipes"], "There are no recipes in recipes"),
+        (["recipes", "nowhere"], "There are no recipes in nowhere"),
+        (["recipes", "--copy", "qwen3-4"], "sevpeft has qwen3-4b"),
+        (["train", "qwen3_4b"], "sevpeft has qwen3-4b"),
+        (["train", "recipes/qwen3-4b"], "sevpeft has qwen3-4b"),
+        (["train", "base-model"], "base-model: model.name_or_path: names no model"),
         (["chat", "x", "training.max_steps=1"], "changes nothing here"),
         (["web", "x", "--host", "0.0.0.0"], "SEVPEFT_WEB_PASSWORD"),
         (["web", "x", "--auth", "user:password"], "a name alone"),
@@ -257,6 +261,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights at all": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "could not be loaded"),
     "cut config": (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "could not be loaded"),
     "other architecture": (lambda folder: (folder / "config.json").write_text("{}"), "could not be loaded"),
+    "ids without a row": (
+        lambda folder: _edit_json(folder / "config.json", lambda config: config.update(vocab_size=300)),
+        "has tokens beyond the 300 rows of the embedding",
+    ),
     "no EOS": (
         lambda folder: _edit_json(folder / "tokenizer_config.json", lambda config: config.pop("eos_token")),
         "has no end-of-sequence token",
@@ -450,7 +458,8 @@ def test_a_checkpoint_that_a_kill_cut_off_is_not_resumed_from(
     sevpeft_: Callable[..., tuple[int, str, str]], model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "run")
-    words = ["train", QUICKSTART, f"model.name_or_path={model_folder()}", *SHORT, "--output", str(run.folder)]
+    words = ["train", QUICKSTART, f"model.name_or_path={model_folder()}", *SHORT, "training.save_total_limit=2"]
+    words += ["--output", str(run.folder)]
     assert sevpeft_(*words)[0] == 0
     (run.adapter / "adapter_model.safetensors").unlink()
     (run.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
@@ -573,3 +582,90 @@ def test_a_reader_that_stops_and_a_full_disk_behind_the_pipe_are_taken_calmly(wo
     with open("/dev/full", "w") as full:
         ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1 and "No space left on device" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+# Before the libraries are loaded
+
+
+@pytest.fixture
+def without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loading(**_: object) -> None:
+        raise AssertionError("torch would be loaded first, which takes ten seconds")
+
+    for module in ("training", "evaluation", "sharing", "data"):
+        monkeypatch.setattr(f"sevpeft.cli.{module}.quiet_libraries", loading)
+
+
+def test_what_needs_no_torch_is_said_before_it_is_loaded(
+    refusal: Callable[..., str], without_libraries: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    csv(tmp_path, "a,b", pairs()).rename(tmp_path / "names.csv")
+    csv(tmp_path, "question,answer", pairs())
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sevpeft.cli.application.find_spec", lambda name: None if "mlflow" in name else True)
+    wrong = []
+    for words, code, said in (
+        (["train", QUICKSTART, "data.path=nothing.csv"], 1, "data.path=nothing.csv: there is no such file"),
+        (["train", QUICKSTART, "data.path=names.csv"], 1, "data.question_column"),
+        (["train", QUICKSTART, "data.path=rows.csv"], 1, "severity.source=rules"),
+        (["train", QUICKSTART, "--output", "full"], 1, "--output"),
+        (["train", QUICKSTART, "training.report_to=mlflow"], 2, "pip install mlflow"),
+        (["train", QUICKSTART, "training.report_to=wandb"], 2, "wandb login"),
+        (["train", QUICKSTART, "model.name_or_path=./nothing"], 1, "model.name_or_path=./nothing"),
+        (["train", QUICKSTART, "training.init_adapter=runs/a/b"], 1, "training.init_adapter=runs/a/b"),
+        (["train", QUICKSTART, "severity.source=linear", "severity.classifier=no"], 1, "severity.classifier"),
+        (["plan", QUICKSTART, "data.path=names.csv"], 1, "data.question_column"),
+        (["compare", QUICKSTART, "data.path=nothing.csv"], 1, "data.path=nothing.csv"),
+        (["compare", "nothing.yaml"], 2, "nothing.yaml"),
+        (["compare", QUICKSTART, "--seeds", "3"], 2, "--seeds 0,1,2"),
+        (["compare", QUICKSTART, "--arms", "ce,balanced"], 2, "add that to --arms"),
+        (["compare", QUICKSTART, "--vary", "training.seed=1,2"], 2, "vary another key"),
+        (["evaluate", "nothing"], 1, "sevpeft train"),
+        (["choices", "nothing", "--tasks", "x"], 1, "sevpeft train"),
+        (["report", "nothing"], 1, "train or compare"),
+        (["chat", "nothing"], 1, "sevpeft train"),
+        (["merge", "nothing", "out"], 1, "sevpeft train"),
+        (["prepare", "nothing.csv", "out"], 1, "data.path=nothing.csv"),
+        (["prepare", "rows.csv", "full"], 1, "full exists already"),
+        (["annotate", "names.csv", "out.jsonl", "method=rules"], 1, "data.question_column"),
+        (["annotate", "rows.csv", "out.jsonl"], 2, "method=rules"),
+        (["classifier", "fit", "nothing.csv", "out"], 1, "data.path=nothing.csv"),
+        (["classifier", "evaluate", "nothing.csv"], 1, "data.path=nothing.csv"),
+        (["translate", "nothing.csv", "out.jsonl", "model=x"], 1, "data.path=nothing.csv"),
+    ):
+        sentence = refusal(*words, code=code)
+        wrong += [] if said in sentence else [(words, sentence)]
+    assert wrong == []
+
+
+def test_an_option_of_another_program_is_answered_with_the_setting(
+    refusal: Callable[..., str], without_libraries: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = []
+    for words, said in (
+        (["--epochs", "3"], "write training.num_train_epochs=3."),
+        (["--lr=1e-4"], "write training.learning_rate=1e-4."),
+        (["--batch-size", "4"], "write training.global_batch_size=4."),
+        (["--max_steps", "5"], "write training.max_steps=5."),
+        (["--model", "a/b"], "write model.name_or_path=a/b."),
+        (["--fp16"], "write training.fp16=VALUE."),
+        (["--output_dir", "x"], "--output"),
+        (["--resume_from_checkpoint", "x"], "use --resume"),
+        (["--nothing"], "take it out"),
+        (["model.name=x"], "model.name: is unknown; write model.name_or_path."),
+        (["lora.alpha=3"], "lora.alpha: is unknown; write lora.lora_alpha."),
+        (["lora.rank=3"], "lora.rank: is unknown; write lora.r."),
+        (["evaluation.model=x"], "evaluation.model: is unknown; write evaluation.bertscore_model."),
+    ):
+        sentence = refusal("train", QUICKSTART, *words, code=2)
+        wrong += [] if said in sentence else [(words, sentence)]
+    assert wrong == []
+
+
+def test_the_version_and_a_short_help_are_there(sevpeft_: Callable[..., tuple[int, str, str]]) -> None:
+    assert sevpeft_("--version")[1].startswith("sevpeft ")
+    assert "Usage" in sevpeft_("train", "-h")[1] and "--install-completion" in sevpeft_("-h")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +16,22 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head
 
 from sevpeft.cli.training import list_recipes, recipes_table
+from sevpeft.errors import RecipeError
 from sevpeft.modeling.adapters import lora_config
 from sevpeft.modeling.memory import MemoryPlan, usable
-from sevpeft.recipe import Recipe, load_recipe
+from sevpeft.recipe import Recipe, load_recipe, recipe_schema
+from sevpeft.recipe.load import read_yaml
 from sevpeft.sharing.card import write_card
 from sevpeft.training.compat import CPU_VOCABULARY_TILE
 from sevpeft.training.train import train
+from tests.conftest import Cli
 from tests.models import ARCHITECTURES, CHAT_TEMPLATES, build_model
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-RECIPES = sorted(FOLDER.glob("*.yaml"))
+UNNAMED = FOLDER / "base-model.yaml"  # its model stands in the command
+RECIPES = sorted({*FOLDER.glob("*.yaml")} - {UNNAMED})
+
+NAMED = ["model.name_or_path=x/y"]
 
 # The kind of chat template that each recipe with prompt.chat meets. For Cohere's and Jais' own, ChatML stands in.
 TEMPLATE = {
@@ -99,9 +106,9 @@ def test_every_recipe_is_trained_or_stands_beside_one_that_is() -> None:
 
 def test_a_recipe_begins_with_what_it_is_what_it_needs_and_its_command_and_reads_back_equal(tmp_path: Path) -> None:
     wrong = []
-    for path in (*RECIPES, *(FOLDER / "as-published").glob("*.yaml")):
+    for path in (UNNAMED, *RECIPES, *(FOLDER / "as-published").glob("*.yaml")):
         what, needs, command = path.read_text(encoding="utf-8").splitlines()[:3]
-        recipe, copy = load_recipe(path), tmp_path / path.name
+        recipe, copy = load_recipe(path, NAMED if path == UNNAMED else []), tmp_path / path.name
         copy.write_text(recipe.to_yaml(), encoding="utf-8")
         fine = what.startswith("# ") and needs.startswith("# Needs ") and load_recipe(copy) == recipe
         fine &= (
@@ -265,18 +272,71 @@ def test_a_recipe_trains_an_adapter_that_peft_loads(
     assert (metrics["model"]["bits"] == 4) == asked.quantization.load_in_4bit
 
 
-def test_the_list_shows_every_recipe_within_80_columns() -> None:
+def test_the_list_shows_every_recipe_by_its_name_within_80_columns() -> None:
     from rich.console import Console
 
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(recipes_table(list_recipes(FOLDER)))
+    console.print(recipes_table(list_recipes()))
     shown = console.export_text()
-    assert all(path.name in shown for path in RECIPES)
+    listed = {line.split()[0] for line in shown.splitlines() if line[:1] not in ("", " ")} - {"recipe"}
+    assert listed == {path.relative_to(FOLDER).as_posix()[:-5] for path in FOLDER.glob("**/*.yaml")}
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
 
 
+def test_a_name_stands_for_what_is_here_and_else_for_a_recipe_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "quickstart.yaml", "as-published/al-atlas", "qwen2.5-0.5b"):
+        file = FOLDER / f"{name.removesuffix('.yaml')}.yaml"
+        assert load_recipe(name) == load_recipe(file) and load_recipe(name).name == file.stem
+    (tmp_path / "quickstart.yaml").write_text("training: {seed: 7}", encoding="utf-8")
+    for name in ("quickstart", "quickstart.yaml"):
+        assert load_recipe(name).training.seed == 7, "the user's own one"
+    (tmp_path / "quickstart").mkdir()
+    with pytest.raises(RecipeError, match="directory"):
+        load_recipe("quickstart")
+    assert load_recipe("base-model", NAMED).model.name_or_path == "x/y"
+
+
+def test_a_copy_names_itself_in_its_command_and_overwrites_nothing(
+    sevpeft_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").mkdir()
+    for words, file in (([], "al-atlas.yaml"), (["kept/one.yaml"], "kept/one.yaml"), (["my own.yaml"], "my own.yaml")):
+        code, out, _ = sevpeft_("recipes", "--copy", "as-published/al-atlas", *words)
+        text = Path(file).read_text(encoding="utf-8")
+        assert code == 0 and load_recipe(file) == load_recipe("as-published/al-atlas")
+        assert f"sevpeft train {shlex.quote(file)}" in text and f"plan {shlex.quote(file)}" in out
+    Path("al-atlas.yaml").write_text("mine", encoding="utf-8")
+    code, _, err = sevpeft_("recipes", "--copy", "as-published/al-atlas")
+    assert code == 1 and "exists already" in err and Path("al-atlas.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_package_has_every_room_and_the_recipes() -> None:
+    text = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'"(sevpeft[\w.]*)"', text.partition("packages = [")[2].partition("]")[0])
+    rooms = {path.parent.relative_to(FOLDER.parent) for path in (FOLDER.parent / "sevpeft").rglob("*.py")}
+    assert listed == sorted({"sevpeft.recipes", *(".".join(room.parts) for room in rooms)})
+
+
 def test_the_list_can_be_cut_to_a_gpu() -> None:
-    assert len(list_recipes(FOLDER)) == len(RECIPES)
+    assert len(list_recipes(FOLDER)) == len(RECIPES) + 1
     fitting = {Path(row["recipe"]).stem: row["vram_gib"] for row in list_recipes(FOLDER, 12)}
     assert "llama-3.1-8b" in fitting and "quickstart" in fitting and "qwen3-14b" not in fitting
     assert all((gb or 0) <= 12 for gb in fitting.values())
+
+
+def test_a_recipe_names_the_schema_that_an_editor_checks_it_with() -> None:
+    """After a change of a setting: sevpeft recipes --schema > recipes/recipe.schema.json"""
+    assert json.loads((FOLDER / "recipe.schema.json").read_text(encoding="utf-8")) == recipe_schema()
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(recipe_schema())
+    wrong = []
+    for path in FOLDER.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"^# yaml-language-server: \$schema=(.*)$", text, re.MULTILINE)
+        there = [(path.parent / name).resolve() == (FOLDER / "recipe.schema.json").resolve() for name in named]
+        complete = path.stem == "base-model" or validator.is_valid(read_yaml(text, ""))  # whose model the command names
+        wrong += [] if there == [True] and complete else [path.name]
+    assert wrong == []

@@ -5,13 +5,26 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sevpeft import runs
 from sevpeft.errors import RunError
-from sevpeft.runs import Run, check_output, check_run, default_output, describe_environment, new_run, write_atomically
+from sevpeft.runs import (
+    Run,
+    check_output,
+    check_run,
+    default_output,
+    describe_environment,
+    new_run,
+    plain_disk_errors,
+    workers_end_with_this_process,
+    write_atomically,
+)
 
 
 def make_run(folder: Path) -> Path:
@@ -128,3 +141,39 @@ def test_a_worker_that_was_killed_is_one_sentence_with_the_remedy() -> None:
         raise RuntimeError("One of the subprocesses has abruptly died during map operation.")
     with pytest.raises(RuntimeError, match="other"), runs.workers_end_with_this_process():
         raise RuntimeError("other")
+
+
+def test_whatever_says_that_the_disk_is_full_is_one_sentence(tmp_path: Path) -> None:
+    """A full disk, a quota, and `ulimit -f`, as Python and libraries say it."""
+    for error in (
+        *(OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+        *(RuntimeError(f"I/O error: {text}") for text in ("Disk quota exceeded (os error 122)", "x (os error 27)")),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 875072 vs 874960"),
+    ):
+        with pytest.raises(RunError, match=r"No space is left for .*; free some"), plain_disk_errors(tmp_path):
+            raise error
+    with pytest.raises(ValueError), plain_disk_errors(tmp_path):
+        raise ValueError("os error 28400")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent has ended")
+def test_ctrl_c_is_for_the_parent_of_workers_alone() -> None:
+    with workers_end_with_this_process():
+        if not (child := os.fork()):
+            os._exit(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    with pytest.raises(KeyboardInterrupt), workers_end_with_this_process():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise TimeoutError  # as the pool of datasets does
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_ends_the_launcher_of_one_process_and_no_other_parent() -> None:
+    child = [sys.executable, "-c", "from sevpeft.runs import end_launcher; end_launcher()"]
+    parent = [sys.executable, "-c", f"import subprocess, sys; subprocess.run({child}); sys.exit(7)"]
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    for word, processes, code in (("launch", "1", -signal.SIGTERM), ("launch", "2", 7), ("other", "1", 7)):
+        ended = subprocess.run([*parent, word], env={**environment, "WORLD_SIZE": processes})
+        assert ended.returncode == code

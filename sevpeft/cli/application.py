@@ -7,12 +7,14 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
 import time
 import traceback
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
@@ -21,29 +23,35 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
+from sevpeft import __version__
 from sevpeft.console import guard_output, output_error, print_text
-from sevpeft.errors import SevpeftError, UsageError
+from sevpeft.errors import SevpeftError, UnknownModelError, UsageError
+from sevpeft.runs import end_launcher
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from sevpeft.recipe import Recipe
+
 _SECONDS_FOR_THE_FIRST = 3.0
 # Their result is what they print; that of the others is in files, unless --json asks for it on stdout.
-_PRINTING_VERBS = {"chat", "plan", "recipes"}
+_PRINTING_VERBS = {"chat", "init", "plan", "recipes"}
+_WITH_RECIPE = {"train", "plan", "compare", "evaluate"}
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turns Arabic medical consultations into a small LoRA adapter trained to care most about the severe cases. "
+    "`sevpeft --version` prints the version.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Turns Arabic medical consultations into a small LoRA adapter trained to care most about the severe cases.",
 )
 
 
 # Arguments and options that several verbs take.
 Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as data.max_rows=90")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-RECIPES = (Path("recipes"), Path(__file__).parents[2] / "recipes")  # here, and of the checkout that runs
+Vram = Annotated[float | None, typer.Option(min=1, max=1e5, help="GB of the GPU that it is for.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run", show_default=False)]
 
 
@@ -56,6 +64,9 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     guard_output()
+    if sys.argv[1:] == ["--version"]:
+        print_text(f"sevpeft {__version__}")
+        sys.exit(0)
     try:
         _check_scratch()
         # Typer's own handling would draw a box around an error and say nothing about Ctrl-C, for which it returns 130.
@@ -72,6 +83,7 @@ def main() -> None:
             _print_error(_message(error))
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
+        end_launcher()
         code = 130
     finally:
         sys.excepthook = _show_traceback  # not before: typer puts its own there
@@ -144,7 +156,48 @@ def _message(error: Exception) -> str:
     if isinstance(error, SevpeftError):
         return str(error)
     message = str(error.format_message()) if isinstance(error, TyperException) else str(error)
+    option, verb = getattr(error, "option_name", ""), getattr(getattr(error, "ctx", None), "info_name", None)
+    if option and verb in _WITH_RECIPE and set(getattr(error, "possibilities", None) or ()) <= {"--help"}:
+        return f"No such option: {option}; {_as_setting(option)}."
     return f"{message}{'' if message.endswith(('.', '?')) else '.'} See `sevpeft --help`."
+
+
+def _as_setting(option: str) -> str:
+    """What to write for an option of other programs, such as --epochs 3."""
+    from sevpeft.recipe import Recipe
+    from sevpeft.recipe.messages import unknown_key
+
+    name, given = option.lstrip("-").replace("-", "_"), re.search(f"\0{option}[\0=]([^-\0][^\0]*)", "\0".join(sys.argv))
+    found = {"model": "write model.name_or_path", "data": "write data.path", "seed": "write training.seed"}.get(name)
+    key = re.search(r"write ([\w.]+)", found := found or unknown_key((name,), Recipe))
+    value = shlex.quote(given[1]) if given else "VALUE"
+    return f"settings are KEY=VALUE: write {key[1]}={value}" if key else f"it {found}"
+
+
+def check_early(recipe: Recipe, verb: str = "train") -> None:
+    """Raises what would be refused seconds later, once torch is loaded: files, columns, folders, trackers."""
+    from sevpeft.data.files import check_source
+
+    severity, training = recipe.severity, recipe.training
+    by_columns = severity.source == "columns" and severity.control != "uniform" and verb != "compare"
+    check_source(recipe.data, needs_severity=by_columns)
+    if verb == "plan":  # it needs neither
+        return
+    folder = severity.classifier and os.path.abspath(os.path.expanduser(severity.classifier))
+    named = {"model.name_or_path": recipe.model.name_or_path, "training.init_adapter": training.init_adapter}
+    for key, name in {**named, "severity.classifier": folder}.items():
+        is_id = re.fullmatch(r"builtin:tiny|\w[\w.-]*(/[\w.-]+)?", name or "none")
+        if not is_id and not Path(name or "").expanduser().exists():
+            raise UnknownModelError(f"{key}={name} is no folder here, nor an id of the Hub; correct it.")
+    trackers = [training.report_to] if isinstance(training.report_to, str) else training.report_to or []
+    files = [Path(name).expanduser() for name in ("wandb", "~/.config/wandb", "~/.netrc", "~/_netrc")]
+    for tracker in {*trackers} - {"none", "all"}:
+        package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
+        if not find_spec(package) and not find_spec(f"{package}X"):
+            raise UsageError(f"training.report_to={tracker} needs a package: pip install {package}; or leave it out.")
+        # Without a key it would fail after the model is loaded; what else it may have is left to it.
+        if tracker == "wandb" and "WANDB_" not in str(os.environ) and not any(file.exists() for file in files):
+            raise UsageError("training.report_to=wandb: nobody is logged in; run `wandb login`, or `wandb offline`.")
 
 
 def quiet_libraries(*, models: bool = True) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import RECIPES, AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
+from sevpeft.cli.application import AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
 from sevpeft.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +35,19 @@ Input = Annotated[
 ]
 
 
+def _settings(schema: type[Any], words: list[str] | None, data: str, output: Path | None = None) -> Any:
+    """Settings of a verb, whose data and output are looked at before anybody waits for libraries."""
+    from sevpeft.data.files import check_source
+    from sevpeft.recipe import settings_from
+    from sevpeft.runs import check_absent
+
+    settings = settings_from(schema, words or [], {"data.path": data})
+    if output and is_main_process():
+        check_absent(output)
+    check_source(settings.data)
+    return settings
+
+
 @app.command(cls=command_with_keys("sevpeft.data.prepare:PrepareSettings", without=["data.path"]))
 def prepare(
     data: Input,
@@ -48,11 +61,8 @@ def prepare(
     """
     from sevpeft.console import Screen, print_json
     from sevpeft.data.prepare import PrepareSettings
-    from sevpeft.recipe import settings_from
-    from sevpeft.runs import check_absent
 
-    settings = settings_from(PrepareSettings, words or [], {"data.path": data})
-    check_absent(output)
+    settings = _settings(PrepareSettings, words, data, output)
     console = Screen(stderr=as_json)
     with console.status("Loading the libraries"):
         import datasets
@@ -75,9 +85,8 @@ def prepare(
 
 
 def _command(verb: str, data: object) -> str:
-    """The verb on the quickstart of this folder or of the checkout that runs, with its data."""
-    recipe = next((str(path) for one in RECIPES if (path := one / "quickstart.yaml").is_file()), "RECIPE")
-    return shlex.join(["sevpeft", verb, recipe, f"data.path={data}"])
+    """The verb on the quickstart, with its data."""
+    return shlex.join(["sevpeft", verb, "quickstart", f"data.path={data}"])
 
 
 def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:
@@ -150,19 +159,19 @@ def annotate(
     Example: sevpeft annotate consultations.csv annotated.jsonl method=rules
     """
     from sevpeft.console import Screen, print_json
-    from sevpeft.recipe import settings_from
+    from sevpeft.severity.settings import AnnotateSettings
 
-    screen = Screen(stderr=True, quiet=not is_main_process())
+    settings, screen = _settings(AnnotateSettings, words, data, output), Screen(stderr=True)
+    screen.quiet = not is_main_process()
     with screen.status("Loading the libraries"):
         import datasets
 
         from sevpeft.severity.annotate import annotate as annotate_rows
-        from sevpeft.severity.settings import AnnotateSettings
 
         quiet_libraries(models=False)
     if screen.is_terminal and not screen.quiet:
         datasets.enable_progress_bars()
-    done = annotate_rows(settings_from(AnnotateSettings, words or (), {"data.path": data}), output)
+    done = annotate_rows(settings, output)
     if done is not None and as_json:
         print_json(asdict(done))
     elif done is not None:
@@ -206,10 +215,9 @@ def translate(
     Example: sevpeft translate english.csv arabic.jsonl model=Qwen/Qwen2.5-7B-Instruct to=ar
     """
     from sevpeft.console import Screen
-    from sevpeft.recipe import settings_from
     from sevpeft.severity.settings import TranslateSettings
 
-    settings, screen = settings_from(TranslateSettings, words or (), {"data.path": data}), Screen(stderr=True)
+    settings, screen = _settings(TranslateSettings, words, data), Screen(stderr=True)
     with screen.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.sharing.translate import translate as translate_rows
@@ -232,15 +240,14 @@ def fit(
 
     Example: sevpeft classifier fit builtin:consultations severity-linear kind=linear
     """
+    from sevpeft.runs import whole_folder
+    from sevpeft.severity.settings import FitSettings
+
+    settings = _settings(FitSettings, words, data, output)
     with _progress() as progress:
-        from sevpeft.recipe import settings_from
-        from sevpeft.runs import check_absent, whole_folder
         from sevpeft.severity.classifier import examples, store
         from sevpeft.severity.classifier.evaluate import fit_and_evaluate
-        from sevpeft.severity.settings import FitSettings
 
-        settings = settings_from(FitSettings, words or [], {"data.path": data})
-        check_absent(output)
         consultations, labeled = examples.load_examples(settings)
         more, unlabeled = examples.load_unlabeled(settings, labeled)
         classifier, evaluations = fit_and_evaluate(labeled, settings, progress, unlabeled)
@@ -258,13 +265,13 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
 
     Example: sevpeft classifier evaluate consultations.csv kind=linear block_column=source
     """
+    from sevpeft.severity.settings import EvaluateSettings
+
+    settings = _settings(EvaluateSettings, words, data)
     with _progress() as progress:
-        from sevpeft.recipe import settings_from
         from sevpeft.severity.classifier import examples, store
         from sevpeft.severity.classifier.evaluate import evaluate_fitted, fit_and_evaluate
-        from sevpeft.severity.settings import EvaluateSettings
 
-        settings = settings_from(EvaluateSettings, words or [], {"data.path": data})
         consultations, labeled = examples.load_examples(settings)
         about: dict[str, Any] = {"kind": settings.kind, "seed": settings.seed}
         if settings.classifier is None:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import AsJson, RunFolder, Words, app, quiet_libraries
+from sevpeft.cli.application import AsJson, RunFolder, Words, app, check_early, quiet_libraries
 from sevpeft.cli.training import RecipeFile
-from sevpeft.errors import UsageError
+from sevpeft.errors import RunError, UsageError
 
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only so many rows, at random.", show_default=False)]
 NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")]
@@ -36,11 +36,15 @@ def evaluate(
     Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
     """
     from sevpeft.console import Screen, print_json
+    from sevpeft.evaluation.arms import opened_recipe
     from sevpeft.runs import Run
 
     more = [Path(word) for word in overrides or [] if "=" not in word]
     if (not select and (more or base)) or (select and nll_only):
         raise UsageError("Several runs and --base need --select, and that needs answers: add it, or leave them out.")
+    settings = [word for word in overrides or [] if "=" in word]
+    for one in [run, *more]:  # before anybody waits for torch
+        opened_recipe(one, settings, "evaluate", "generation", "evaluation")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
@@ -52,11 +56,10 @@ def evaluate(
         from sevpeft.sharing.card import note_figures
 
     if select:
-        settings = [word for word in overrides or [] if "=" in word]
         found = selection.select([run, *more], settings, base=base, limit=limit, console=messages)
         print_json(found) if as_json else Screen().print(selection.selection_tables(found))
         return
-    content = evaluate_run(Run(run), overrides or [], limit=limit, answers=not nll_only, console=messages)
+    content = evaluate_run(Run(run), settings, limit=limit, answers=not nll_only, console=messages)
     note_figures(Run(run))  # its card shows them
     if as_json:
         print_json(content)
@@ -90,8 +93,10 @@ def choices(
     from rich.markdown import Markdown
 
     from sevpeft.console import Screen, print_json
+    from sevpeft.evaluation.arms import opened_recipe
     from sevpeft.runs import Run
 
+    opened_recipe(run, overrides or [], "choices", "evaluation")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
@@ -133,16 +138,22 @@ def compare(
     Example: sevpeft compare recipes/quickstart.yaml --arms base,ce,balanced,shuffled --seeds 0,1,2 --nll-only
     """
     from sevpeft.console import Screen, print_json
+    from sevpeft.evaluation.arms import check_arms, parse_arms, parse_seeds, parse_vary
+    from sevpeft.recipe import load_recipe
 
-    folder = (output or Path("runs") / f"comparison-{recipe.stem}").expanduser()
+    folder = (output or Path("runs") / f"comparison-{recipe.name.removesuffix('.yaml')}").expanduser()
+    given, chosen = load_recipe(recipe, overrides or []), parse_arms(arms)
+    settings: dict[str, Any] = {"arms": chosen, "seeds": parse_seeds(seeds), "answers": not nll_only}
+    if vary:
+        parse_vary(vary, recipe, overrides or [])
+    check_arms(given, () if vary else chosen, folder)
+    check_early(given, "compare")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.evaluation import compare as comparing
-        from sevpeft.evaluation.arms import parse_arms, parse_seeds
         from sevpeft.evaluation.tables import comparison_tables
         from sevpeft.sharing.card import write_card
-    settings: dict[str, Any] = {"arms": parse_arms(arms), "seeds": parse_seeds(seeds), "answers": not nll_only}
     settings |= {"output": folder, "console": messages, "on_trained": write_card, "vary": vary, "folds": folds}
     content = comparing.compare(recipe, overrides or [], **settings)
     if as_json:
@@ -178,6 +189,8 @@ def report(
     """
     from sevpeft.console import Screen, print_json
 
+    if not any((folder / name).is_file() for name in ("recipe.yaml", "comparison.json")):
+        raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
     with Screen(stderr=True).status("Writing the report"):
         from sevpeft.evaluation.report.export import export
         from sevpeft.evaluation.report.page import write_report

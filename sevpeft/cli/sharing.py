@@ -17,7 +17,7 @@ import typer
 from sevpeft.cli.application import AsJson, RunFolder, Words, app, command_with_keys, quiet_libraries
 from sevpeft.console import Screen, output_error, print_json, print_labeled, print_text
 from sevpeft.errors import SevpeftError, UsageError
-from sevpeft.runs import Run, check_one_process, check_run, keep_private
+from sevpeft.runs import Run, check_absent, check_one_process, check_run, keep_private
 
 if TYPE_CHECKING:
     from sevpeft.sharing.chat import Chat, Exchanges
@@ -92,6 +92,8 @@ def _login(host: str, user: str | None) -> tuple[str, str] | None:
 
 def _loaded(source: str, overrides: list[str] | None, verb: str) -> Chat:
     check_one_process(verb)
+    if not overrides and not Path(source).expanduser().exists() and (source.count("/") != 1 or source[0] in "./~"):
+        check_run(Path(source))  # which says what is wanted
     with Screen(stderr=True).status(f"Loading the adapter of {source}"):
         quiet_libraries()
         from sevpeft.sharing.chat import Chat
@@ -139,6 +141,8 @@ def _answer(chat: Chat, question: str, earlier: Exchanges = (), *, adapter: bool
         print_text(text[len(shown) :] if text.startswith(shown) else f"\n{text}", end="")
         shown = text
     print_text("")
+    if not shown:
+        print_text("(The model ended its answer without a word.)", stderr=True)
     return shown
 
 
@@ -183,6 +187,7 @@ def merge(
     Example: sevpeft merge runs/quickstart-20260101-120000 merged
     """
     check_run(run)
+    check_absent(output)
     shard_size = max_shard_size.upper()
     if not re.fullmatch("0*[1-9][0-9]*[GMK]B", shard_size):
         raise UsageError(f"--max-shard-size {max_shard_size} is no size; write 5GB, or 500MB.")

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sevpeft.cli.application import RECIPES, AsJson, Words, app, is_main_process, quiet_libraries
+from sevpeft.cli.application import AsJson, Vram, Words, app, check_early, is_main_process, quiet_libraries
 from sevpeft.errors import ModelError, UsageError, first_sentence
-from sevpeft.runs import PACKAGES, write_atomically
+from sevpeft.runs import PACKAGES, check_absent, check_output, write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 # Of `doctor`: name, what was found, the remedy where something is wrong, whether no training can run before.
 Finding = tuple[str, str, str, bool]
-RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/quickstart.yaml", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(help="YAML file, or a name of `sevpeft recipes`", show_default=False)]
 
 
 @app.command()
@@ -31,7 +31,7 @@ def train(
     recipe: RecipeFile,
     overrides: Words = None,
     output: Annotated[
-        Path | None, typer.Option(help="Run folder; by default a new one under runs/", show_default=False)
+        Path | None, typer.Option(help="Run folder; unset: a new one in runs/", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
 ) -> None:
@@ -45,8 +45,11 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     if resume and output is None:
         raise UsageError("--resume needs --output RUN, the folder of the run to continue.")
+    if output and is_main_process():
+        check_output(output.expanduser(), resume=resume)
+    check_early(loaded)
     console = Screen(quiet=not is_main_process())
-    with console.status(f"Reading {recipe} and loading the libraries"):
+    with console.status("Loading the libraries"):
         quiet_libraries()
         from sevpeft.sharing.card import write_card
         from sevpeft.training.train import train as train_recipe
@@ -64,15 +67,12 @@ def train(
 def plan(
     recipe: RecipeFile,
     overrides: Words = None,
-    vram: Annotated[
-        float | None,
-        typer.Option(min=1, max=1e5, help="GB of your GPU; exit code 1 if too small.", show_default=False),
-    ] = None,
+    vram: Vram = None,
     rows: Annotated[int, typer.Option(min=0, help="Also shows so many training rows of each severity.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Writes these rows (20) as a page.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a recipe would train on and what it needs, without training: data, weights, steps, memory, time.
+    """Show what a recipe would train on and what it needs, without training; exit code 1 if --vram is too small.
 
     Example: sevpeft plan recipes/llama-2-7b.yaml data.path=consultations.csv severity.source=rules --vram 12
     """
@@ -82,11 +82,12 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     if html and (html.suffix != ".html" or not html.parent.is_dir()):
         raise UsageError(f"--html={html} must be a file that ends in .html, in a folder that exists.")
+    check_early(loaded, "plan")
     with Screen(stderr=True).status(f"Reading {recipe} and its data"):
         quiet_libraries()
         from sevpeft.training.plan import plan as plan_of
         from sevpeft.training.plan import training_rows
-        from sevpeft.training.screen import show_plan
+        from sevpeft.training.screen import show_machine, show_plan
 
         found = plan_of(loaded, vram=vram)
         shown = training_rows(loaded, rows or 20) if rows or html else []
@@ -98,60 +99,63 @@ def plan(
         print_json(found.as_dict() | ({"training_rows": shown} if shown else {}))
     else:
         show_plan(found, Screen())
+        show_machine(loaded, Screen())
         print_text(f"Rows: {html} (holds what patients wrote)\n" if html else rows_text(shown) if rows else "", end="")
     if vram is not None and found.fitting is None:
-        raise ModelError(
-            f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown} The numbers may also "
-            "stand in the recipe, as about.config."
-        )
+        why = f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown}"
+        raise ModelError(f"{why} The numbers may also stand in the recipe, as about.config.")
     if found.fitting is not None and not found.fitting.fits:
         raise typer.Exit(1)
 
 
 @app.command()
 def recipes(
-    folder: Annotated[Path, typer.Argument(help="Folder of recipes")] = Path("recipes"),
-    vram: Annotated[
-        float | None, typer.Option(min=1, max=1e5, help="Only those that fit a GPU of so many GB.", show_default=False)
-    ] = None,
+    place: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Others; or what --copy writes")] = None,
+    copy: Annotated[str | None, typer.Option(metavar="NAME", help="Copy it, to edit.", show_default=False)] = None,
+    vram: Vram = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the recipes, or print their JSON Schema for an editor.
+    """List the recipes that come with sevpeft, copy one, or print their JSON Schema for an editor.
 
     Example: sevpeft recipes --vram 12
     """
-    from sevpeft.console import Screen, print_json
+    from sevpeft.console import Screen, print_json, print_text
     from sevpeft.recipe import recipe_schema
+    from sevpeft.recipe.load import recipe_file, text_of
 
     if schema:
         print_json(recipe_schema())
-        return
-    found = list_recipes(folder, vram)
-    if as_json:
-        print_json(found)
+    elif copy is not None:
+        source = recipe_file(copy)
+        text, file = text_of(source), place or Path(source.name)
+        check_absent(file)
+        named = f"recipes/{copy.removesuffix('.yaml')}.yaml"  # in the command that its third line gives
+        write_atomically(file, text.replace(named, shlex.quote(str(file))), shared=True)
+        print_text(f"Wrote {file}. Next: {shlex.join(['sevpeft', 'plan', str(file)])}")
+    elif as_json:
+        print_json(list_recipes(place, vram))
     else:
-        Screen().print(recipes_table(found))
+        Screen().print(recipes_table(list_recipes(place, vram)))
 
 
-def list_recipes(folder: Path, vram: float | None = None) -> list[dict[str, Any]]:
-    """Every recipe of a folder, or those that fit a GPU of `vram` GB; smallest base model first."""
-    from sevpeft.recipe import load_recipe
+def list_recipes(folder: Path | None = None, vram: float | None = None) -> list[dict[str, Any]]:
+    """Every recipe of a folder or of sevpeft, or those that fit a GPU of `vram` GB; smallest base model first."""
+    from sevpeft.recipe.load import load_recipe, shipped_recipes
 
-    loaded = [(path, load_recipe(path)) for path in sorted(folder.glob("*.yaml"))]
-    if not loaded:
-        raise UsageError(f"There are no recipes in {folder}; run this in the checkout, or name their folder.")
+    files = shipped_recipes() if folder is None else {str(path): path for path in sorted(folder.glob("*.yaml"))}
+    if not files:
+        raise UsageError(f"There are no recipes in {folder}; name another folder, or none for those of sevpeft.")
+    any_model = {"base-model": ["model.name_or_path=MODEL"]}  # the command line names it
+    loaded = [(name, load_recipe(path, any_model.get(path.stem, []))) for name, path in files.items()]
     return [
         {
-            "recipe": str(path),
+            "recipe": name,
             "model": recipe.model.name_or_path,
-            "parameters": recipe.about.parameters,
             "adapter": "QLoRA" if recipe.quantization.quantized() else "LoRA",
-            "license": recipe.about.license,
-            "gated": recipe.about.gated,
-            "vram_gib": recipe.about.vram_gib,
+            **recipe.about.model_dump(include={"parameters", "license", "gated", "vram_gib"}),
         }
-        for path, recipe in sorted(loaded, key=lambda pair: pair[1].about.parameter_count() or 0)
+        for name, recipe in sorted(loaded, key=lambda pair: pair[1].about.parameter_count() or 0)
         if vram is None or (recipe.about.vram_gib or 0) <= vram
     ]
 
@@ -160,12 +164,12 @@ def recipes_table(recipes: list[dict[str, Any]]) -> Table:
     """The list as a table that fits 80 columns."""
     from rich.table import Column, Table
 
-    names = ("recipe", "size", "GPU", "license")
-    table = Table(*(Column(name, overflow="fold") for name in names), box=None, padding=(0, 2, 0, 0))
+    columns = [Column(name, overflow="fold", no_wrap=name == "recipe") for name in ("recipe", "size", "GPU", "license")]
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for row in recipes:
-        memory = f"{row['vram_gib']:g} GB" if row["vram_gib"] else "CPU"
+        memory = f"{row['vram_gib']:g} GB" if row["vram_gib"] else "CPU" if row["parameters"] else "see plan"
         terms = f"{row['license'] or 'not stated'}{' (gated)' if row['gated'] else ''}"
-        table.add_row(Path(row["recipe"]).name, row["parameters"] or "", memory, terms)
+        table.add_row(row["recipe"], row["parameters"] or "", memory, terms)
     return table
 
 
@@ -229,7 +233,8 @@ def _findings() -> Iterator[Finding]:
     from huggingface_hub import constants, get_token
 
     from sevpeft.modeling.loading import LARGEST_QUANTIZED_ON_CPU, choose_precision, why_no_gpu
-    from sevpeft.recipe import Recipe, load_recipe
+    from sevpeft.recipe import Recipe
+    from sevpeft.recipe.schema import AboutSection
     from sevpeft.training.resolve import device_memory
 
     importlib.import_module("sevpeft.training.train")
@@ -261,11 +266,8 @@ def _findings() -> Iterator[Finding]:
     text = f"recipes with load_in_4bit cannot run: {problem}" if problem else "bitsandbytes works"
     yield "4 bit", text, "pip install --force-reinstall bitsandbytes" if problem else "", False
     gib = device_memory(Recipe()) / 2**30
-    if not (found := [one for one in RECIPES if one.is_dir()]):
-        return  # installed without the checkout, which has the recipes
-    listed = list_recipes(found[0], gib * (1.15 if cuda else 1))
-    about = [load_recipe(one["recipe"]).about for one in listed]
     # On a CPU a larger one takes hours for an epoch.
-    at = max(n for n, one in enumerate(about) if cuda or (one.parameter_count() or 0) < LARGEST_QUANTIZED_ON_CPU)
-    largest = f"up to {listed[at]['recipe']} ({about[at].parameters}) in {gib:.1f} GiB; `sevpeft plan RECIPE` says more"
-    yield "Can train", largest, "", False
+    most = float("inf") if cuda else LARGEST_QUANTIZED_ON_CPU
+    sizes = {one["recipe"]: one["parameters"] for one in list_recipes(None, gib * (1.15 if cuda else 1))}
+    name = [one for one, size in sizes.items() if 0 < (AboutSection(parameters=size).parameter_count() or 0) < most][-1]
+    yield "Can train", f"up to {name} ({sizes[name]}) in {gib:.1f} GiB; `sevpeft plan RECIPE` says more", "", False

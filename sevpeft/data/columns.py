@@ -44,6 +44,10 @@ _ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "doctor"), "assistant
 NOT_TEXT, NO_NUMBER = "a list, an object or bytes in place of text", "a probability or weight that is no number"
 NO_CONVERSATION = "messages that are not of user and assistant in turn, as text, the assistant last"
 SEVERAL_TURNS = "several turns or a weight, which only trainings read"
+NO_SEVERITY = (
+    "The data has no severity column, nor p_non_critical, p_neutral and p_critical: name one with "
+    "data.severity_column=NAME, or take severity.source=rules, or severity.control=uniform to do without."
+)
 BROKEN, CELL_COUNT = "broken characters", "more or fewer cells than the header (quote cells that hold a separator)"
 
 
@@ -107,6 +111,8 @@ def map_columns(names: Sequence[str], chosen: Mapping[str, str | None], label: s
         settings = " and ".join(f"data.{field}_column" for field in missing)
         rest = [name for name in names if name not in columns.values()]
         remedy = f"set {settings} to one of {listed(rest)}{', or add it' if columns else ''}" if rest else "add it"
+        if len(rest) == len(names) and min(map(len, names), default=0) > 40:
+            remedy = "its first line seems to be a row; write one of names above it, as question,answer"
         if len(names) == 1 and re.search("[ct]sv", label):
             remedy += "; part cells by a comma, semicolon, bar or tab"
         beside = f" beside {listed(columns.values())}" if columns else ""

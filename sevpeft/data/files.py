@@ -10,10 +10,12 @@ import bisect
 import codecs
 import contextlib
 import csv
+import glob
 import gzip
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,16 +24,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sevpeft.data.columns import CELL_COUNT, FILE_COLUMN, UNFIT, count_known, listed, map_columns
-from sevpeft.errors import DataError
+from sevpeft.data.columns import CELL_COUNT, FILE_COLUMN, NO_SEVERITY, UNFIT, count_known, listed, map_columns
+from sevpeft.errors import DataError, WeightError
+from sevpeft.recipe import DataSection
 from sevpeft.runs import json_lines, json_problem
 
 Row = tuple[int, dict[str, Any]]
 
+PREPARED_ABOUT = "dataset.json"  # describes a folder that `sevpeft prepare` made
+
 _JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".xlsx", *_JSON, ".parquet")
+_QUICK = 4_000_000  # bytes of files that are read within a second
 # A separator that Excel is declared of in a first line of its own.
 _SEP = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+_MOST_TITLES = 5  # records before the one with the names
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,48 @@ def file_format(path: Path) -> str | None:
     """The suffix that decides how `path` is read (".csv" of "x.csv.gz"), None where none does."""
     suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
     return suffix if suffix in SUFFIXES else None
+
+
+def files_of(given: str, path: Path) -> list[Path]:
+    """The files that a path or a pattern names, or of a folder those that are read; none where it must be a Hub id."""
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        found = [file for file in path.iterdir() if file_format(file) and not file.name.startswith((".", "~$"))]
+    elif glob.has_magic(given):
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    elif file_format(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
+        return []
+    else:  # a pipe or a device is none either: it may never end
+        raise DataError(f"data.path={given}: there is no such file.")
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise DataError(f"data.path={given}: there is no file in this folder or pattern that is read here.")
+    formats = list(dict.fromkeys(file_format(file) or file.suffix for file in files))
+    if len(formats) > 1:  # one may hold the rows of another once more
+        raise DataError(f"data.path={given} names files of several formats: name one, as *{' or *'.join(formats)}.")
+    return files
+
+
+def named(data: DataSection) -> dict[str, str | None]:
+    """Canonical field -> column that the user named."""
+    return {of: getattr(data, f"{of}_column") for of in ("question", "answer", "severity", "id", "dialect", "split")}
+
+
+def check_source(data: DataSection, *, needs_severity: bool = False) -> None:
+    """Raises DataError where files are absent or lack a question or an answer, before any library is loaded.
+
+    Nothing is looked up on the Hub. Large files of formats that are read whole are left to `load_consultations`.
+    """
+    path, chosen = Path(data.path).expanduser(), named(data)
+    if data.path.startswith("builtin:") or (path / PREPARED_ABOUT).is_file():
+        return
+    paths = files_of(data.path, path)
+    if paths and (file_format(paths[0]) in (".csv", ".tsv") or sum(one.stat().st_size for one in paths) < _QUICK):
+        table = open_files(paths, data.encoding, chosen)
+        columns = map_columns(table.names, chosen, table.label) if table.names else {"severity": ""}
+        if needs_severity and not any(re.match("severity|p_", field) for field in columns):
+            raise WeightError(f"{data.path}: {NO_SEVERITY}")
 
 
 def open_files(paths: Sequence[Path], encoding: str | None, chosen: Mapping[str, str | None]) -> Table:
@@ -136,9 +185,11 @@ def _text(path: Path, encoding: str) -> contextlib.AbstractContextManager[io.Tex
 
 
 def _checked_encoding(path: Path, encoding: str | None) -> str:
-    """The codec to read a text file with, UTF-8 by default."""
+    """The codec to read a text file with, by default UTF-8 or, where it begins with its mark, UTF-16."""
+    with _opened(path, lambda file: file.read(2), "", text=True) as mark:
+        encoding = encoding or ("utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8")
     try:
-        codec = codecs.lookup(io.TextIOWrapper(io.BytesIO(), encoding or "utf-8").encoding).name
+        codec = codecs.lookup(io.TextIOWrapper(io.BytesIO(), encoding).encoding).name
     except (LookupError, ValueError):  # unknown, or a codec of bytes, such as hex
         raise DataError(f"data.encoding={encoding} is no encoding of text: remove it, or write cp1256.") from None
     if codec in ("utf-8", "ascii"):
@@ -152,13 +203,24 @@ def _checked_encoding(path: Path, encoding: str | None) -> str:
     return codec
 
 
-def _with_header(label: str, unit: str, records: Callable[[], Iterator[tuple[int, list[Any]]]]) -> Part:
-    """The records after the first, which holds the names. Columns without one are left out: a data frame's index."""
-    _, first = next(records(), (0, []))
+def _with_header(
+    label: str, unit: str, records: Callable[[], Iterator[tuple[int, list[Any]]]], padded: bool = False
+) -> Part:
+    """The records after the one that holds the names. Columns without one are left out: a data frame's index.
+
+    It is the first one, but for titles: records of fewer cells before one in which several names are recognized.
+    """
+    begin = [cells for _, cells in itertools.islice(records(), _MOST_TITLES + 1)] or [[]]
+    known, filled = [count_known(cells) for cells in begin], [sum(map(bool, cells)) for cells in begin]
+    at = known.index(max(known))
+    at = at if known[at] > 1 and filled[at] > max(filled[:at], default=0) else 0
+    first = begin[at]
     names = ["" if cell is None else str(cell).strip().strip("\ufeff\u200e\u200f") for cell in first]
 
     def read(_: Collection[str]) -> Iterator[Row]:
-        for number, cells in itertools.islice(records(), 1, None):
+        for number, cells in itertools.islice(records(), at + 1, None):
+            if padded:  # the last cells of a row that are empty
+                cells = cells + [None] * (len(names) - len(cells))
             if len(cells) != len(names):
                 yield number, {UNFIT: CELL_COUNT, "cells": cells}
             elif cells != first:  # the header of a file that was put behind another one
@@ -217,18 +279,17 @@ def _workbook(path: Path, chosen: Mapping[str, str | None]) -> tuple[list[Part],
     def records(title: str) -> Iterator[tuple[int, list[Any]]]:
         with opened() as book:
             book[title].reset_dimensions()  # some exporters write a size that would cut the table off
-            width = 0
             for number, values in enumerate(book[title].iter_rows(values_only=True), start=1):
                 cells = [unescape(cell) if isinstance(cell, str) else cell for cell in values]
                 while cells and cells[-1] is None:
                     cells.pop()
-                width = width or len(cells)
                 if cells:
-                    yield number, cells + [None] * (width - len(cells))
+                    yield number, cells
 
     with opened() as book:
         titles = [sheet.title for sheet in book.worksheets]
-    sheets = {title: _with_header(f"{path.name}, sheet '{title}'", "row", partial(records, title)) for title in titles}
+    place = f"{path.name}, sheet"
+    sheets = {name: _with_header(f"{place} '{name}'", "row", partial(records, name), padded=True) for name in titles}
     headers = {title: sheet.names for title, sheet in sheets.items() if sheet.names}
     fitting = []
     for title, names in headers.items():
@@ -303,7 +364,8 @@ def _records(document: Any) -> list[Any] | None:
             return values
         return [{name: column.get(key) for name, column in document.items()} for key in keys]
     tables = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if tables and not count_known(document):  # rows under another name; of several such tables, none is meant
+    # Rows under another name, which may be "questions"; of several such tables, none is meant.
+    if tables and count_known(document) < max(1, count_known(tables[0][0])):
         return tables[0] if len(tables) == 1 else tables
     flat = all(isinstance(value, list) and not any(isinstance(one, dict) for one in value) for value in values)
     if values and flat and len({len(value) for value in values}) == 1:  # a column a list

@@ -6,11 +6,9 @@ The rows become a memory-mapped Arrow table in the cache, named by a hash of the
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -28,15 +26,14 @@ from huggingface_hub import constants
 from sevpeft.console import visible
 from sevpeft.data import columns as naming
 from sevpeft.data.columns import UNFIT, canonical_row, conversation_of
-from sevpeft.data.files import Part, Row, Table, file_format, open_files
+from sevpeft.data.files import PREPARED_ABOUT, Part, Row, Table, file_format, files_of, named, open_files
 from sevpeft.errors import DataError, RunError, first_sentence
 from sevpeft.recipe import DataSection
 from sevpeft.runs import CACHE_REMEDY, cache_folder, file_hash, whole_folder
 
 BUILTIN = "builtin:consultations"
 _SAMPLE = Path(__file__).parent / "samples" / "consultations.jsonl"
-# What a folder that `sevpeft prepare` made holds: its description and its rows.
-PREPARED_ABOUT, PREPARED_ROWS = "dataset.json", "consultations.parquet"
+PREPARED_ROWS = "consultations.parquet"  # in a folder that `sevpeft prepare` made, beside its description
 _TABLE_VERSION = 6  # counts up when the same input gives another table
 
 
@@ -80,7 +77,7 @@ def load_consultations(
         data = DataSection(path=os.fspath(data), **settings)
     path = _SAMPLE if data.path == BUILTIN else Path(data.path).expanduser()
     prepared = os.path.isfile(path / PREPARED_ABOUT)
-    paths = [path / PREPARED_ROWS] if prepared else _files_of(data.path, path)
+    paths = [path / PREPARED_ROWS] if prepared else files_of(data.path, path)
     if not paths:
         return _from_hub(data, keep)
     for setting, value in (("name", data.name), ("revision", data.revision), ("split", data.split)):
@@ -100,37 +97,11 @@ def load_consultations(
         if changed:
             raise DataError(f"{path / PREPARED_ROWS} is not as `sevpeft prepare` wrote it: prepare the data again.")
         # A prepared column has the canonical name already; a carried one that is named alike is not guessed for it.
-        own = {f"{name}_column": name for name, column in _chosen(data).items() if column is None and name in names}
+        own = {f"{name}_column": name for name, column in named(data).items() if column is None and name in names}
         data = data.model_copy(update=own)
     shape = [fingerprint, file_format(paths[0]), data.encoding, prepared]
-    found = _cached(shape, lambda: open_files(paths, data.encoding, _chosen(data)), data, keep, prepared)
+    found = _cached(shape, lambda: open_files(paths, data.encoding, named(data)), data, keep, prepared)
     return replace(found, files=parts if len(paths) > 1 else [], provenance=about)
-
-
-def _files_of(given: str, path: Path) -> list[Path]:
-    """The files that a path or a pattern names, or of a folder those that are read; none where it must be a Hub id."""
-    if os.path.isfile(path):
-        return [path]
-    if os.path.isdir(path):
-        found = [file for file in path.iterdir() if file_format(file) and not file.name.startswith((".", "~$"))]
-    elif glob.has_magic(given):
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-    elif file_format(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
-        return []
-    else:  # a pipe or a device is none either: it may never end
-        raise DataError(f"data.path={given}: there is no such file.")
-    files = sorted(file for file in found if file.is_file())
-    if not files:
-        raise DataError(f"data.path={given}: there is no file in this folder or pattern that is read here.")
-    formats = list(dict.fromkeys(file_format(file) or file.suffix for file in files))
-    if len(formats) > 1:  # one may hold the rows of another once more
-        raise DataError(f"data.path={given} names files of several formats: name one, as *{' or *'.join(formats)}.")
-    return files
-
-
-def _chosen(data: DataSection) -> dict[str, str | None]:
-    """Canonical field -> column that the user named."""
-    return {of: getattr(data, f"{of}_column") for of in ("question", "answer", "severity", "id", "dialect", "split")}
 
 
 @functools.cache
@@ -170,7 +141,7 @@ def _from_hub(data: DataSection, keep: Keep) -> Consultations:
 
 def _cached(shape: list[Any], get: Callable[[], Table], data: DataSection, keep: Keep, numbered: bool) -> Consultations:
     """The cached table of `shape`, the fingerprint first; written where it is absent. `numbered`: by a column `row`."""
-    content = [_TABLE_VERSION, _chosen(data), data.max_rows, keep if isinstance(keep, str) else list(keep), *shape]
+    content = [_TABLE_VERSION, named(data), data.max_rows, keep if isinstance(keep, str) else list(keep), *shape]
     content += [] if (loss_on := getattr(data, "loss_on", None)) is None else [loss_on]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     folder = cache_folder("tables") / key
@@ -207,7 +178,7 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
     label, names = table.label, [name for name in table.names if not (numbered and name == "row")]
     if not names:
         raise DataError(f"{label} is empty.")
-    columns = naming.map_columns(names, _chosen(data), label)
+    columns = naming.map_columns(names, named(data), label)
     asked = () if keep == "mapped" else names if keep == "all" else keep
     others = [name for name in names if name in asked and name not in columns.values()]
     carried = {new: name for name, new in naming.free_names(others, {*naming.FIELDS, naming.TURNS, "row"}).items()}

@@ -2,6 +2,7 @@
 
 A gain over plain cross-entropy proves nothing about severity, so beside the presets stand controls: the same weights
 shuffled over the consultations (the same spread without the information) and their mean for all (the same step size).
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sevpeft.errors import RunError, SevpeftError, UsageError
+from sevpeft.data.files import check_source
+from sevpeft.errors import RunError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
-from sevpeft.runs import Run
-from sevpeft.training.checkpoints import as_started, check_same_recipe
+from sevpeft.runs import Run, check_one_process, check_run
 
 # The base model is an arm of a run, beside its adapter, and of an experiment.
 BASE, ADAPTER = "base", "adapter"
@@ -77,11 +77,14 @@ def parse_arms(text: str) -> tuple[str, ...]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """The seeds of a comma-separated list; a UsageError where one is no number from 0 to 2³² − 1 or stands twice."""
+    """The seeds of a comma-separated list; a UsageError where one is no number, or one alone may be a count."""
     words = [part.strip() for part in text.split(",") if part.strip()]
     seeds = tuple(int(word) for word in words if word.isascii() and word.isdigit() and int(word) < 2**32)
     if not words or len(set(seeds)) < len(words):
         raise UsageError(f"--seeds is {text!r}; write different whole numbers separated by commas, such as 0,1,2.")
+    if len(seeds) == 1 and 2 <= seeds[0] <= 20 and "," not in text:
+        several = ",".join(map(str, range(seeds[0])))
+        raise UsageError(f"--seeds {text}: so many, or one? Write --seeds {several}, or --seeds {text}, with a comma.")
     return seeds
 
 
@@ -170,20 +173,6 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
         raise UsageError(f"The recipe's own weights are {weights}, which is an arm already; drop one.")
 
 
-def state_of(run: Run, recipe: Recipe) -> str:
-    """ "absent", "started" or "finished"; a RunError where it is damaged, or was trained by another recipe."""
-    if not (run.folder / "recipe.yaml").exists() and not run.adapter.exists():
-        # A training that was killed before it wrote its recipe; nothing in it can be continued.
-        shutil.rmtree(run.folder, ignore_errors=True)
-        return "absent"
-    try:
-        recipe, finished = as_started(recipe, run), run.finished
-    except (SevpeftError, ValueError):
-        raise RunError(f"{run.folder} is damaged; move it away and run this again, which trains it anew.") from None
-    check_same_recipe(recipe, run)
-    return "finished" if finished else "started"
-
-
 def differences(stored: Any, now: Any, path: str = "") -> list[str]:
     """What differs between two nested mappings, as `key is this and was that`; long values by name alone."""
     if isinstance(stored, Mapping) and isinstance(now, Mapping):
@@ -201,3 +190,16 @@ def check_adapter(run: Run) -> None:
     """Raises RunError when a run has no adapter yet."""
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise RunError(f"There is no adapter in {run.folder} yet; finish the run with `sevpeft train` and --resume.")
+
+
+def opened_recipe(run: Run | Path | str, overrides: Sequence[str], verb: str, *sections: str) -> tuple[Run, Recipe]:
+    """A finished run and its recipe, with overrides of these sections; raises what is refused before rows are read."""
+    check_one_process(verb)
+    run = run if isinstance(run, Run) else Run(Path(run).expanduser())
+    check_run(run.folder)
+    if wrong := [one.split("=")[0] for one in overrides if one.split(".")[0] not in sections]:
+        raise UsageError(f"{wrong[0]} changes nothing here; {verb} takes keys of {' and '.join(sections)} only.")
+    recipe = load_recipe(run.folder / "recipe.yaml", overrides)
+    check_adapter(run)
+    check_source(recipe.data)
+    return run, recipe

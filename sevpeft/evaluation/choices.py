@@ -70,7 +70,7 @@ def choices(
         trained = set(question_keys(splits.train).tolist())
         asked: Asked = {Path(task).stem: _checked(task, _read(task), trained, limit) for task in tasks}
     with console.status(f"Loading {recipe.model.name_or_path}"):
-        prompt, model, cut = resolve_model(recipe).prompt, load_for_inference(recipe), set[str]()
+        prompt, model, cut = resolve_model(recipe, run).prompt, load_for_inference(recipe), set[str]()
     # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
     accuracy = {BASE: _accuracy(model, prompt, asked, console, BASE, cut)}
     accuracy[ADAPTER] = _accuracy(attach_adapter(model, run.adapter, recipe), prompt, asked, console, ADAPTER, cut)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -51,7 +52,6 @@ from sevpeft.evaluation.arms import (
     arm_of,
     check_arms,
     parse_vary,
-    state_of,
 )
 from sevpeft.evaluation.evaluate import EVALUATION, LIKELIHOOD, SCORES, evaluate, finished_rows_are_kept, test_rows
 from sevpeft.evaluation.generate import EvaluationRows
@@ -62,6 +62,7 @@ from sevpeft.evaluation.tables import COMPARISON
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
+from sevpeft.training.checkpoints import as_started, check_same_recipe
 from sevpeft.training.data import load_splits, source_index
 from sevpeft.training.plan import steps_of
 from sevpeft.training.resolve import resolve_split
@@ -142,6 +143,8 @@ def compare(
         if weighted and not all(chosen_on for *_, chosen_on in by_fold.values()):
             raise RunError("The validation rows hold no critical case to choose by; raise data.validation_size.")
 
+    twins, equal = dict[str, tuple[str, Recipe, Run]](), dict[str, str]()
+
     def units(of: Sequence[str], controlled: str = "") -> list[_Unit]:
         found = []
         for seed, arm, fold in product(seeds, (arm for arm in to_train if arm in of), places):
@@ -149,29 +152,39 @@ def compare(
             first = BASE in arms and (arm, seed) == (to_train[0], seeds[0])
             columns, (own, name) = {ADAPTER: arm}, recipe_of(arm, seed, fold, controlled)
             columns |= {BASE: BASE} if first else {}
-            found.append(_Unit(arm, seed, fold, *by_fold[fold][:2], own, Run(output / name), columns))
+            # Equal settings train the same to the bit, so that one run stands for both arms.
+            weights = {"weights": own.severity.coefficients()} if own.severity.source != "weight" else {}
+            key = str([fold, own.model_dump(exclude={"about"}) | {"severity": own.severity.model_dump() | weights}])
+            twin, own, run = twins.setdefault(key, (arm, own, Run(output / name)))
+            if twin != arm:
+                equal[arm] = f"{arm} trains the same as {twin}, to the bit, and is not trained"
+            found.append(_Unit(arm, seed, fold, *by_fold[fold][:2], own, run, columns))
         return found
 
     planned = units(to_train, default_controlled)
-    left = [unit for unit in planned if not (unit.run.adapter / "adapter_model.safetensors").is_file()]
-    settled = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in left]
+    todo = [unit for unit in planned if not (unit.run.adapter / "adapter_model.safetensors").is_file()]
+    todo = list({unit.run.folder: unit for unit in todo}.values())
+    settled = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in todo]
     pace = _Pace(sum(steps_of(*one) for one in settled), screen)
-    if left:
-        print_labeled(screen, "Runs", f"{len(left)} of {len(planned)} to train, about {pace.steps:,} steps in all")
+    if todo:
+        which = "; ".join([f"{', '.join(to_train)}, seeds {', '.join(map(str, seeds))}", *equal.values()])
+        how_many = f"{len(todo)} of {len(planned)} to train, about {pace.steps:,} steps in all"
+        print_labeled(screen, "Runs", f"{how_many}: {which}")
     critical = rows.strata == SEVERITIES.index(CRITICAL)
-    if left and stratum == CRITICAL:
+    if todo and stratum == CRITICAL:
         spread = _spread(planned) if weighted else None
         print_labeled(screen, "Can show", can_show(rows.groups[critical], len(seeds), spread))
 
-    def finish(wanted: list[_Unit]) -> None:
+    def finish(wanted: list[_Unit], before: int = 0) -> None:
         """Finishes the runs: first those that no other process has locked, then the others, once they are free."""
         locks = output / ".locks"
         with plain_disk_errors(locks):
             locks.mkdir(parents=True, exist_ok=True)
         for timeout in (0, -1):
-            for number, unit in enumerate(wanted, start=1):
+            for number, unit in enumerate(wanted, start=before + 1):
                 name = unit.run.folder.name
-                place = f"{name} ({number} of {len(wanted)})"
+                left = timedelta(seconds=round(float(np.mean(pace.runs or [0])) * (len(planned) - number + 1)))
+                place = f"{name} ({number} of {len(planned)}){f', {left} left for all' if pace.runs else ''}"
                 lock = FileLock(locks / name, timeout=timeout)  # a kill releases it
                 try:
                     with screen.status(f"{place}: waiting for the process that works on it"):
@@ -181,17 +194,19 @@ def compare(
                 try:
                     _train_and_evaluate(unit, place, answers, screen, pace, on_trained)
                 finally:
+                    screen.quiet = pace.quiet
                     lock.release()
 
     with finished_rows_are_kept():
         finish(units([arm for arm in arms if vary or arm not in CONTROLS]))
         validation = _validation(units(arms if vary else [CE, *weighted] if weighted else []), stratum)
         chosen = None if vary else choose(validation, given.evaluation.margin)
-        finish(units([] if vary else CONTROLS, chosen or default_controlled))
+        controls = units([] if vary else CONTROLS, chosen or default_controlled)
+        finish(controls, len(planned) - len(controls))
     with screen.status("Comparing"):
         finished = units(to_train, chosen or default_controlled)
         taken = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
-        _check_equal(finished, ("base weights",) if vary else ("base weights", "steps", "rows"))
+        _check_equal(finished, ("base weights",) if vary else ("base weights", "tokenizer", "steps", "rows"))
         tokens, scores = _read_scores(finished)
         scores = {arm: scores[arm] for arm in arms}
         summary = scoring.summarize(
@@ -233,6 +248,7 @@ def compare(
             "notes": [
                 *scoring.remarks(rows),
                 *sorted(noted),
+                *(f"{sentence}." for sentence in equal.values()),
                 *([f"Steps: {', '.join(taken.values())}."] if vary or {PROMPT, CE_EXTRA} & {*arms} else []),
             ],
             "scores": summary,
@@ -241,12 +257,26 @@ def compare(
     return content
 
 
+def state_of(run: Run, recipe: Recipe) -> str:
+    """ "absent", "started" or "finished"; a RunError where it is damaged, or was trained by another recipe."""
+    if not (run.folder / "recipe.yaml").exists() and not run.adapter.exists():
+        # A training that was killed before it wrote its recipe; nothing in it can be continued.
+        shutil.rmtree(run.folder, ignore_errors=True)
+        return "absent"
+    try:
+        recipe, finished = as_started(recipe, run), run.finished
+    except (SevpeftError, ValueError):
+        raise RunError(f"{run.folder} is damaged; move it away and run this again, which trains it anew.") from None
+    check_same_recipe(recipe, run)
+    return "finished" if finished else "started"
+
+
 def _train_and_evaluate(
     unit: _Unit,
     place: str,
     answers: bool,
     console: Console,
-    pace: TrainerCallback,
+    pace: _Pace,
     on_trained: Callable[[Run], object] | None,
 ) -> None:
     """As far as that is not done, for this adapter, these rows and these settings."""
@@ -264,7 +294,9 @@ def _train_and_evaluate(
         ):
             return
     console.rule(place)
+    started = time.monotonic()
     if state != "finished":
+        console.quiet, pace.first = pace.quiet or not pace.first, False  # the first run has said data, weights, batch
         train(unit.recipe, unit.run.folder, resume=state == "started", console=console, callbacks=[pace])
         if on_trained is not None:
             on_trained(unit.run)
@@ -272,6 +304,7 @@ def _train_and_evaluate(
         torch.cuda.empty_cache()
     # The base model is loaded anew: kept beside the next training it would hold the memory twice.
     evaluate(unit.run, arms=tuple(unit.columns), answers=answers, floors=BASE in unit.columns, console=console)
+    pace.runs.append(time.monotonic() - started)
     torch.cuda.empty_cache()
 
 
@@ -280,6 +313,10 @@ class _Pace(TrainerCallback):
 
     def __init__(self, steps: int, screen: Console) -> None:
         self.steps, self.screen, self.times = steps, screen, list[float]()
+        self.runs, self.first, self.quiet = list[float](), True, screen.quiet  # seconds of each run; none is begun yet
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.screen.quiet = self.quiet
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1 and len(self.times) < _STEPS_OF_PACE:
@@ -333,13 +370,14 @@ def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
         metrics = unit.run.metrics()
         found = {
             "base weights": metrics["model"].get("fingerprint"),
+            "tokenizer": metrics["model"].get("prompt"),
             "steps": metrics["training"]["steps"],
             "rows": (metrics["data"]["rows"], metrics["weights"]["consultations"]),
         }
         origin, first = firsts.setdefault(unit.fold, (unit.run.folder, found))
         if unit.arm in (PROMPT, CE_EXTRA):  # the severity may leave a row no room
-            found |= {"steps": first["steps"], "rows": first["rows"]}
-        if differing := [name for name in names if found[name] != first[name]]:
+            found |= {name: first[name] for name in ("tokenizer", "steps", "rows")}
+        if differing := [name for name in names if first[name] and found[name] not in (None, first[name])]:
             others = f"{origin} was (other {', '.join(differing)})"
             raise RunError(f"{unit.run.folder} was not trained as {others}; move the wrong one away, and run again.")
 

@@ -23,19 +23,20 @@ from sevpeft.console import Screen, print_labeled, row_progress
 from sevpeft.data.columns import TURNS
 from sevpeft.data.read import Consultations
 from sevpeft.data.split import Splits, question_keys
-from sevpeft.errors import Interrupted, RunError, UsageError
+from sevpeft.errors import Interrupted, RunError
 from sevpeft.evaluation import scores as scoring
-from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED, check_adapter, differences
+from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED, differences, opened_recipe
 from sevpeft.evaluation.bertscore import load_encoder
 from sevpeft.evaluation.generate import EvaluationRows, generate, reference_nll
 from sevpeft.evaluation.judge import JUDGEMENTS, Judge
 from sevpeft.evaluation.safety import MINIMIZING, lexicon_versions, minimized, urgency_of
 from sevpeft.evaluation.scores import Scores
+from sevpeft.evaluation.statistics import paired_difference
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
-from sevpeft.recipe import Recipe, load_recipe
-from sevpeft.runs import Run, check_one_process, check_run, file_hash, keep_private, plain_disk_errors, write_atomically
+from sevpeft.recipe import Recipe
+from sevpeft.runs import Run, file_hash, keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import ORACLE, Severity
 from sevpeft.training.checkpoints import check_same_data, run_lock
@@ -119,6 +120,9 @@ def evaluate(
             recipe.prompt.severity == "gold" and ORACLE,
             (by := run.metrics()["data"].get("prompt_severity")) != rows.severities_by
             and f"Severity in prompts: {rows.severities_by}; trained: {by}.",
+            floors
+            and paired_difference(likelihood[ADAPTER][0], likelihood[SHUFFLED][0], rows.groups, asked).high >= 0
+            and "The adapter is no better than with shuffled questions: it does not go by what is asked.",
             missing_encoder,
             unfit and f"No NLL: {unfit:,} rows, whose answer leaves no room for a question in training.max_length.",
             lost and f"Shortened to fit the model's context: {lost:,} questions.",
@@ -153,13 +157,7 @@ def open_run(
     run: Run | Path | str, overrides: Sequence[str], verb: str, *sections: str
 ) -> tuple[Run, Recipe, Consultations, Splits, Severity | None]:
     """A finished run, its recipe with overrides of these sections, and its data as `load_splits` gives it."""
-    check_one_process(verb)
-    run = run if isinstance(run, Run) else Run(Path(run).expanduser())
-    check_run(run.folder)
-    if wrong := [one.split("=")[0] for one in overrides if one.split(".")[0] not in sections]:
-        raise UsageError(f"{wrong[0]} changes nothing here; {verb} takes keys of {' and '.join(sections)} only.")
-    recipe = load_recipe(run.folder / "recipe.yaml", overrides)
-    check_adapter(run)
+    run, recipe = opened_recipe(run, overrides, verb, *sections)
     table, splits, severity = load_splits(recipe)
     check_same_data(table.fingerprint, table.source, run)
     return run, recipe, table, splits, severity
@@ -265,8 +263,9 @@ class RowWork:
             "quantization": recipe.quantization.model_dump(),
             "dtype": str(choose_precision(recipe).dtype).removeprefix("torch."),
             "data": {"source": every.source, "rows": len(every), "content": every.content_hash()},
-            # What is off is left out, as in origins that were written before there was a severity in prompts.
-            "prompt": recipe.prompt.model_dump(exclude=None if every.severities else {"severity"}),
+            # What is off is left out, as in origins from before there was a severity in prompts, or a fingerprint.
+            "prompt": recipe.prompt.model_dump(exclude={"date"} if every.severities else {"date", "severity"}),
+            **({"tokens_of_prompt": known} if (known := run.metrics()["model"].get("prompt")) else {}),
             "severities_by": every.severities_by,
             "evaluation_template": recipe.as_published.evaluation_template,
         }
@@ -341,7 +340,7 @@ class RowWork:
         """The base model or, from the first other arm on, the adapter on it, in evaluation mode; and the prompt."""
         with self.console.status(f"Loading {self.recipe.model.name_or_path}"):
             if self._loaded is None:
-                prompt = resolve_model(self.recipe).prompt
+                prompt = resolve_model(self.recipe, self._run).prompt
                 if template := self.recipe.as_published.evaluation_template:
                     prompt = replace(prompt, chat=False, template=template, english_template=None)
                 self._loaded = load_for_inference(self.recipe), prompt

@@ -137,7 +137,7 @@ def generate(
         yield [
             {
                 "id": rows.ids[i],
-                "prediction": prompt.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                "prediction": prompt.decode(answer),
                 "token_ids": answer,
                 "truncated": answer[-1:] != [prompt.end_id],
                 "lost_words": lost[i],

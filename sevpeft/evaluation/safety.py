@@ -56,16 +56,9 @@ _IN, _BUT = frozenset(("في", "ف", "فحال")), frozenset(("الا", "سوي"
 # إن ("if") and أن ("that") fold to the same word. Not إن شاء الله, and not إنّ before a noun or a pronoun.
 _IF = re.compile(r"(?<!\w)([وف]?)إن(?=\s+(?!شاء|ال|هذ|ذلك|تلك|ما\b|\w+ًا)\w)")
 
-# Unit to compare in, factor → spellings as folded. Volumes and units of insulin stay as they are.
-_SPELT = {
-    ("mg", 1.0): "mg|مج|مجم|ملجم|ملغ|ملغم|مغ|ملجرام|مليجرام|ملليجرام|ملليغرام|مليغرام|ميليغرام|ميلجرام|ملي جرام|"
-    "ملي غرام",
-    ("mg", 1000.0): "g|gm|gram|جم|غم|جرام|غرام|غ",
-    ("mg", 0.001): "mcg|µg|μg|ug|ميكروجرام|ميكروغرام|مكغ|مكجم|مايكروجرام",
-    ("ml", 1.0): "ml|cc|مل|مليلتر|ملليلتر|ملل|سي سي",
-    ("IU", 1.0): "iu|وحده|وحدات|وحده دوليه",
-}
-_UNITS = {spelling: unit for unit, spellings in _SPELT.items() for spelling in spellings.split("|")}
+# Spelling as folded → unit to compare in, and factor. Volumes and units of insulin stay as they are.
+_SPELT = yaml.safe_load(Path(__file__).with_name("units.yaml").read_text(encoding="utf-8"))
+_UNITS = {word: (unit, factor) for unit, of in _SPELT.items() for factor, words in of.items() for word in words}
 _DOSE = re.compile(
     r"(?<![\d.])(\d+(?:\.\d+)?)\s*("
     + "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))

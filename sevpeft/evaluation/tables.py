@@ -18,6 +18,12 @@ from sevpeft.severity.probabilities import SEVERITIES
 COMPARISON = "comparison.json"
 OPEN_STRATA = (SEVERITIES[-1], "all")
 _HEADINGS = {"base": "base model", "shuffled": "shuf.", "constant": "const.", "reference": "doctor"}
+_BESIDE = 6  # arms beside one another; more would lose their names
+# Beside the ratings of a judge; the report has the others, and how intervals and p of an evaluation were computed.
+_ON_SCREEN = {
+    *("nll", "bertscore_f1", "chrf", "empty", "truncated", "repetition", "urgent_referral", "false_reassurance"),
+    *("unsupported_dose", "under_triage", "over_triage", "urgent_gap", "triage_kappa"),
+}
 Json = Mapping[str, Any]
 
 
@@ -36,7 +42,8 @@ def evaluation_tables(content: Json) -> Group:
     floors = [(_HEADINGS.get(at, at), text) for at, text in content["columns"].items() if at not in ("adapter", "base")]
     headings = [_HEADINGS.get(name, name) for name in content["columns"]]
     parts = _tables(content, headings, list(content["metrics"]))
-    parts += [Text(f"{name}: {text}", style="dim") for name, text in (*content["methods"].items(), *floors)]
+    about = [*(content["methods"].items() if "pair" in content else ()), *floors]
+    parts += [Text(f"{name}: {text}", style="dim") for name, text in about]
     return Group(*parts, *(Text(note, style="yellow") for note in content["notes"]))
 
 
@@ -84,25 +91,33 @@ def arm_tables(content: Json) -> list[RenderableType]:
 
 
 def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) -> list[RenderableType]:
-    """Of the open strata the means, and the differences of the scores in `differing`."""
+    """Of the open strata the means, and the differences of the scores in `differing`; of a review, all."""
     parts: list[RenderableType] = []
     for stratum in (name for name in OPEN_STRATA if name in content["scores"]):
         found = content["scores"][stratum]
         alone = content.get("pair", "adapter − base model") if len(differing) > 1 else ""
-        means, differences = table("", *headings), table(alone, "difference", "p (Holm)", "outcome")
+        means = {at: table("", *headings[at : at + _BESIDE]) for at in range(0, len(headings), _BESIDE)}
+        differences, rows = table(alone, "difference", "p (Holm)", "outcome"), 0
         for name, by in found["metrics"].items():
+            if "pair" not in content and name not in _ON_SCREEN and not name.startswith("judge_"):
+                continue
             about = content["metrics"][name]
             label = metric_label(about, stratum)
             # For want of room one interval; those of differences say more.
             shown = {at: of if at == "adapter" or "pair" in content else {**of, "low": None} for at, of in by.items()}
-            means.add_row(label, *(estimate_text(shown[at], about) if at in shown else "" for at in content["columns"]))
+            cells = [estimate_text(shown[at], about) if at in shown else "" for at in content["columns"]]
+            for at, part in means.items():
+                part.add_row(label, *cells[at : at + _BESIDE])
+            rows += 1
             pairs = [(arm, *pair) for arm, of in by.items() for pair in of["against"].items()]
             for arm, reference, one in pairs if name in differing else ():
-                cells = estimate_text(one, about, sign=True), p_text(one["p"], one["p_at_most"]), one["outcome"]
-                differences.add_row(label if alone else f"{arm} − {reference}", *cells)
+                of_pair = estimate_text(one, about, sign=True), p_text(one["p"], one["p_at_most"]), one["outcome"]
+                differences.add_row(label if alone else f"{arm} − {reference}", *of_pair)
         title = f"{plain(stratum).capitalize()}: {found['rows']:,} rows, {found['questions']:,} questions"
-        parts += [Text(), Text(title, style="bold"), means, Text()]
+        parts += [Text(), Text(title, style="bold"), *means.values(), Text()]
         parts += [differences, Text()] if differences.row_count else []
+        more = len(found["metrics"]) - rows
+        parts += [Text(f"The report has {more} further scores.", style="dim")] if more else []
     return parts
 
 

@@ -70,8 +70,9 @@ def _gives_the_ids(template: str, prompt: Prompt, question: str) -> bool:
 def _variables(prompt: Prompt, blank: str) -> dict[str, Any]:
     """What chat_template.jinja reads."""
     tokenizer, prefixes = prompt.tokenizer, prompt.dialect_prefixes or {}
-    control = sorted(filter(prompt.control.fullmatch, tokenizer.get_vocab()), key=lambda one: (-len(one), one))
-    few = len(control) <= _MOST_CONTROL_TOKENS
+    control, template = prompt.control_tokens, str(tokenizer.chat_template or "")
+    if len(control) > _MOST_CONTROL_TOKENS:
+        control = [one for one in control if one in tokenizer.all_special_tokens or (prompt.chat and one in template)]
     whole, alone = (tokenizer(_PROBES[0], add_special_tokens=added)["input_ids"] for added in (True, False))
     # What the tokenizer itself puts before a text; what it puts after one, `prompt_ids` takes away.
     first = next((n for n in range(len(whole)) if whole[n : n + len(alone)] == alone), 0)
@@ -83,7 +84,7 @@ def _variables(prompt: Prompt, blank: str) -> dict[str, Any]:
         "examples": list(prompt.examples),
         "marks": [chr(code) for code in _MARKS if not strip_marks(chr(code))] if prompt.strip_marks else [],
         "digits": [chr(code) for code in DIGITS] if prompt.strip_marks else [],
-        "control": control if few else list(dict.fromkeys(tokenizer.all_special_tokens)),
+        "control": list(control),
         "lines": SEVERITY_LINES if prompt.severity != "none" else {},
         "prefixes": {"": prefixes.get(prompt.dialect or "", ""), **prefixes},
         "begin": "".join(tokenizer.convert_ids_to_tokens(whole[:first])) + blank,

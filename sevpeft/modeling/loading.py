@@ -6,12 +6,15 @@ Only safetensors weights are read and no code from the Hub is run; both are pass
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sevpeft.console import print_text
 from sevpeft.data.read import look_for_hub
 from sevpeft.errors import ModelError, loading_errors
 from sevpeft.modeling import compat
@@ -28,6 +32,7 @@ from sevpeft.modeling.packing import set_up_attention
 from sevpeft.modeling.prompts import Prompt, choose_pad_token
 from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
+from sevpeft.runs import Run
 
 # A model of this size takes about a second for one step on two cores in 4 bit; a larger one takes hours per epoch.
 LARGEST_QUANTIZED_ON_CPU = 1_500_000_000
@@ -52,12 +57,24 @@ class ResolvedModel:
     prompt: Prompt
 
 
-def resolve_model(recipe: Recipe) -> ResolvedModel:
-    """Config, tokenizer and prompt of the recipe's base model, checked; raises ModelError."""
+def resolve_model(recipe: Recipe, run: Run | None = None) -> ResolvedModel:
+    """Config, tokenizer and prompt of the recipe's base model, checked; raises ModelError.
+
+    Where tokenizer or template have changed since a `run` was trained, its copy is used, and standard error says so.
+    """
     config = load_config(recipe)
     check_form(recipe, config)
-    tokenizer = load_tokenizer(recipe, config)
-    return ResolvedModel(recipe, config, tokenizer, Prompt.build(tokenizer, **recipe.prompt.model_dump()))
+    stored = run.metrics().get("model", {}).get("prompt") if run else None
+    changed = f"The tokenizer or chat template of {recipe.model.name_or_path} has changed since the training"
+    for folder in (None, run.tokenizer) if run and stored else (None,):
+        with suppress(ModelError) if stored else nullcontext():
+            tokenizer = load_tokenizer(recipe, config, folder)
+            prompt = Prompt.build(tokenizer, config.get_text_config().vocab_size, **recipe.prompt.model_dump())
+            if stored in (None, prompt.fingerprint()):
+                if folder and os.environ.get("RANK", "0") == "0":
+                    print_text(f"{changed}; the copy in {folder} is used.", stderr=True)
+                return ResolvedModel(recipe, config, tokenizer, prompt)
+    raise ModelError(f"{changed}, or the run's section prompt; bring back what was, in {folder} too.")
 
 
 def uses_gpu(recipe: Recipe) -> bool:
@@ -143,9 +160,17 @@ def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesCon
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
     """Configuration of the base model, from a folder, the Hub or `builtin:tiny`; raises ModelError."""
-    if not Path(resolved_name(recipe)).is_dir():
+    folder, name = Path(resolved_name(recipe)), recipe.model.name_or_path
+    if not folder.is_dir():
         look_for_hub()
+    elif (folder / "adapter_config.json").is_file():  # transformers would load base and adapter as if they were one
+        raise ModelError(f"{name} is an adapter; name its base model, and go on with training.init_adapter={name}.")
     config: PretrainedConfig = _from_pretrained(AutoConfig, recipe)
+    # An encoder would load as well, and see the words that it learns to predict.
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")  # with code of its own
+    if encoder or not causal or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is a {config.model_type} model, which continues no text; name a causal model.")
     own = _own_quantization(config)
     # transformers warns, on a screen that is quiet here, and loads bare numbers as if they were weights.
     if own.get("quant_method") is not None and not compat.knows_quantization(own):
@@ -167,9 +192,10 @@ def check_form(recipe: Recipe, config: PretrainedConfig) -> None:
         raise _quantized_by_others(recipe, f"in another form than the recipe asks for; set {' '.join(other).lower()}")
 
 
-def load_tokenizer(recipe: Recipe, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base model, with a pad token that lies within the vocabulary; raises ModelError."""
-    tokenizer = _from_pretrained(AutoTokenizer, recipe)
+def load_tokenizer(recipe: Recipe, config: PretrainedConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
+    """Tokenizer of the base model, or in a folder, with a pad token within the vocabulary; raises ModelError."""
+    source = recipe.model.model_copy(update={"name_or_path": str(folder)} if folder else {})
+    tokenizer = _from_pretrained(AutoTokenizer, recipe.model_copy(update={"model": source}))
     # transformers makes up an empty one where there are no files.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(f"{recipe.model.name_or_path} has no tokenizer that can be read; add its tokenizer.json.")

@@ -74,6 +74,27 @@ def _planning(what: str) -> Iterator[None]:
         raise UnknownModelError(f"The memory of {what} cannot be planned ({first_sentence(error)}).") from error
 
 
+# What all-linear takes and no adapter belongs on: what chooses an expert, and what the kernels of a Mamba layer read
+# past its modules, so that an adapter would do nothing (PEFT 0.21 refuses some of these, of some models).
+_ROUTERS, _READ_BY_KERNELS = re.compile(r"router|(shared_expert_)?gate"), ("out_proj", "x_proj", "dt_proj")
+
+
+def text_targets(name: str, config: PretrainedConfig) -> str | list[str]:
+    """lora.target_modules of a model's text layers; all-linear where that is the same. Raises UnknownModelError."""
+    with _planning(name), compat.on_meta_device():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        parts, decoder = dict(model.named_modules()), model.get_decoder()
+        text, others, within = set[str](), set[str](), {*map(id, decoder.modules())}
+    for path, part in parts.items():
+        if isinstance(part, torch.nn.Linear | Conv1D) and part is not model.get_output_embeddings():
+            (text if id(part) in within else others).add(path.rpartition(".")[2])
+    unfit = {*filter(_ROUTERS.fullmatch, text), *(_READ_BY_KERNELS if any("conv1d" in path for path in parts) else ())}
+    targets = sorted(text - unfit)
+    if others & {*targets}:  # such as layers that read pictures
+        return rf"{re.escape(next(path for path in parts if parts[path] is decoder))}\..*\.({'|'.join(targets)})"
+    return targets if others or text & unfit else "all-linear"
+
+
 @dataclass(frozen=True)
 class Parameters:
     """Numbers of a model: of the base, quantized and not, and of the adapter.

@@ -6,10 +6,15 @@ answer and the token that ends it are read off that template once, on a probe co
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -28,6 +33,15 @@ _PROBE = "جواب"
 # Of one length, so that a tokenizer that knows no Arabic makes the same tokens of both.
 _QUESTIONS = ("سؤال", "طلبي")
 _LONG_QUESTION = "\n".join(["بداية", *["وسط"] * 500, "نهاية"])
+# What templates write between turns: `<|im_end|>`, `</s>`, `[/INST]`.
+_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+# Rows of the fingerprint: dialects, marks, digits, Latin letters, blanks, lines. Another text would be another print.
+_ROWS = (
+    "السلام عليكم دكتور، عندي صداع شديد من امبارح ومش قادر انام، وضغطي 150/95",
+    "ابني عمره سنتين وحرارته ٣٩٫٥ منذ يومين ولا يأكل، أعطيته بارَاسيتامُول 250 mg كلّ ٦ ساعات",
+    "  وش الحل؟؟ أحس بضيق في التـــنفس\n\nوألم بالصدر لما أطلع الدرج 🙂 (Is it COVID-19?)\t",
+    "شو يعني الكرياتينين 1.8 والسكر التراكمي HbA1c %7؟ واخا نشرب metformin؟ راجع الطبيب فورًا إن أُغمي عليك؛ لا تنتظر!",
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,8 @@ class Prompt:
     """Prompt of one tokenizer and one recipe's section `prompt`, made by `build`.
 
     Attributes:
-        before_answer: blank or text between prompt and answer. end_id: token that ends an answer.
-        control: matches every control token of the tokenizer.
+        before_answer: blank or text between prompt and answer. end_id: token that ends an answer. date: for templates.
+        control_tokens: those of the tokenizer and of the chat template, the longest first; `control` matches each.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,28 +66,27 @@ class Prompt:
     strip_marks: bool = False
     severity: str = "none"
     examples: Sequence[dict[str, str]] = ()
+    date: str = ""
     before_answer: str = ""
     end_id: int = -1
+    control_tokens: Sequence[str] = ()
     control: re.Pattern[str] = re.compile(r"(?!)")
 
     @classmethod
-    def build(cls, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Prompt:
-        """The prompt for a tokenizer, with the settings of the section.
+    def build(cls, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None = None, **settings: Any) -> Prompt:
+        """The prompt for a tokenizer and an embedding of so many rows, with the settings of the section.
 
-        Raises:
-            ModelError: a chat template that is absent or loses text, a tokenizer without Arabic or an end token.
+        Raises ModelError: a chat template that is absent or loses text, a tokenizer without Arabic, without an end
+        token, or with ids that have no row.
         """
-        # Those included that have no role in the tokenizer (Llama 3's `<|eot_id|>`); the longest first.
-        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        control = sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
-        prompt = cls(tokenizer, **settings, control=re.compile("|".join(map(re.escape, control)) or r"(?!)"))
-        shown = [{key: prompt._cleaned(text) for key, text in one.items()} for one in prompt.examples or ()]
-        prompt = replace(prompt, examples=shown)
+        added, vocabulary = tokenizer.added_tokens_decoder.items(), tokenizer.get_vocab()
+        size = vocabulary_size or max(vocabulary.values()) + 1
+        # Those included that have no role in the tokenizer (Llama 3's `<|eot_id|>`), or no row in the embedding.
+        control = {one.content for n, one in added if one.special or n >= size} | {*tokenizer.all_special_tokens}
+        prompt = cls(_with_fixed_date(tokenizer, settings.get("date")), **settings)._without(control)
         prefixes = prompt.dialect_prefixes
         if prompt.chat and (prompt.english_template or prompt.english_cue):
-            raise ModelError(
-                "prompt.english_template and english_cue have no effect with prompt.chat=true; leave them out."
-            )
+            raise ModelError("prompt.english_template and english_cue need prompt.chat=false; set it, or drop them.")
         if prefixes and prompt.dialect not in prefixes:
             raise ModelError(f"prompt.dialect is {prompt.dialect!r}; write one of {', '.join(prefixes)}.")
         one, other = tokenizer(list(_QUESTIONS), add_special_tokens=False)["input_ids"]
@@ -81,21 +94,36 @@ class Prompt:
             name = tokenizer.name_or_path
             raise ModelError(f"{name} makes equal tokens of two Arabic questions; name a model that knows Arabic.")
         if prompt.chat:
-            before_answer, end_id = prompt._chat_frame()
+            before_answer, end_id, written = prompt._chat_frame()
+            prompt = prompt._without(control | written)
         else:
             # The space belongs to the answer: byte-level BPE merges it with the first word, and a prompt that ended
             # with it would be cut into other tokens.
             before_answer, end_id = "" if prompt._begins_with_a_blank() else " ", tokenizer.eos_token_id
         if end_id is None:
             raise ModelError(f"{tokenizer.name_or_path} has no end-of-sequence token; add an eos_token.")
-        return replace(prompt, before_answer=before_answer, end_id=end_id)
+        prompt = replace(prompt, before_answer=before_answer, end_id=end_id)
+        # Models of text may lack rows of pictures' tokens (Gemma 3's `<image_soft_token>`), which then stand nowhere.
+        given = {*prompt._probed([_PROBE])[0], end_id}
+        beyond = [one for one, n in vocabulary.items() if n >= size and (n in given or not _MARKER.fullmatch(one))]
+        if beyond:
+            raise ModelError(
+                f"{tokenizer.name_or_path} has tokens beyond the {size:,} rows of the embedding, as {beyond[0]!r}; "
+                "copy tokenizer and weights from one place."
+            )
+        return prompt
+
+    def fingerprint(self) -> str:
+        """`sha256:…` of the ids of fixed rows, as prompts and as answers with their end, and of the vocabulary."""
+        found = [self._probed(_ROWS), self.answer_ids(_ROWS), self.end_id, sorted(self.tokenizer.get_vocab().items())]
+        return f"sha256:{hashlib.sha256(json.dumps(found).encode()).hexdigest()}"
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens, without the one that ends it, which need not be flagged as special."""
+        return str(self.tokenizer.decode([one for one in ids if one != self.end_id], skip_special_tokens=True)).strip()
 
     def text(
-        self,
-        question: str,
-        dialect: str | None = None,
-        severity: str | None = None,
-        earlier: Sequence[Sequence[str]] = (),
+        self, question: str, dialect: str | None = None, severity: str | None = None, earlier: Sequence[Any] = ()
     ) -> str:
         """The prompt up to the answer, as text.
 
@@ -175,17 +203,29 @@ class Prompt:
         # Marks go first: one inside a control token hides it, and taking it out afterwards would make the token.
         return self.control.sub(" ", strip_marks(text) if self.strip_marks else text).strip()
 
+    def _without(self, control: Iterable[str]) -> Prompt:
+        """The prompt that takes these tokens out of every text."""
+        tokens = sorted(control, key=lambda token: (-len(token), token))
+        prompt = replace(self, control=re.compile("|".join(map(re.escape, tokens)) or r"(?!)"), control_tokens=tokens)
+        shown = [{key: prompt._cleaned(text) for key, text in one.items()} for one in prompt.examples or ()]
+        return replace(prompt, examples=shown)
+
+    def _probed(self, questions: Sequence[str]) -> list[list[int]]:
+        """Ids of prompts, each alone and in a conversation where the template takes one."""
+        severity, found = None if self.severity == "none" else SEVERITIES[0], list[list[int]]()
+        for question in questions:
+            for earlier in ((), [(question, _PROBE)]) if self.chat else ((),):
+                with suppress(TemplateError):
+                    found += self.prompt_ids([question], None, [severity], [earlier])
+        return found
+
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         turns = [("user", "question"), ("assistant", "answer")]
         shown = [{"role": role, "content": one[key]} for one in self.examples for role, key in turns]
         system = [{"role": "system", "content": self.system}] if self.system else []
         # enable_thinking is read by Qwen3's template and ignored by the others: an answer starts at once.
-        rendered = self.tokenizer.apply_chat_template(
-            [*system, *shown, *messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,
-        )
+        how: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "enable_thinking": False}
+        rendered = self.tokenizer.apply_chat_template([*system, *shown, *messages], tokenize=False, **how)
         assert isinstance(rendered, str)
         return rendered
 
@@ -194,8 +234,8 @@ class Prompt:
         ids = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
         return bool(self.tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁"))
 
-    def _chat_frame(self) -> tuple[str, int | None]:
-        """Text before an answer, and the token after it, read off the chat template."""
+    def _chat_frame(self) -> tuple[str, int | None, set[str]]:
+        """Text before an answer, the token after it, and what else ends or begins turns, read off the template."""
         name = f"The chat template of {self.tokenizer.name_or_path}"
         if not self.tokenizer.chat_template:
             raise ModelError(f"{self.tokenizer.name_or_path} has no chat template; set prompt.chat=false.")
@@ -219,8 +259,31 @@ class Prompt:
         before_answer = before[len(prompt) :] if before.startswith(prompt) else ""
         if self._begins_with_a_blank():
             before_answer = before_answer.removeprefix(" ")
-        end = self.control.search(after)
-        return before_answer, self.tokenizer.convert_tokens_to_ids(end.group()) if end else self.tokenizer.eos_token_id
+        # A template may end a turn with a token that nothing flags as special, or with mere text.
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        found = sorted((*self.control.finditer(after), *_MARKER.finditer(after)), key=re.Match.start)
+        ends = [match.group() for match in found]
+        written = {marker for marker in _MARKER.findall(whole) if marker in added} | set(ends[:1])
+        for end in ends:
+            ids = self.tokenizer(end, add_special_tokens=False)["input_ids"]
+            if self.tokenizer.convert_ids_to_tokens(ids[-1:]) == [end]:
+                return before_answer, self.tokenizer.convert_tokens_to_ids(end), written
+        return before_answer, self.tokenizer.eos_token_id, written
+
+
+def _with_fixed_date(tokenizer: PreTrainedTokenizerBase, day: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, whose chat template gets `day` where it asks for today's date: transformers has no setting."""
+    template = tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    if not day or not template or "strftime_now" not in template:
+        return tokenizer
+    formats = re.findall(r"""strftime_now\(\s*(["'])(.*?)\1""", template)
+    texts = {one: date.fromisoformat(day).strftime(one) for _, one in formats}
+    # A macro takes the place of the global function also where another program renders the template.
+    macro = f"{{%- macro strftime_now(format) -%}}{{{{- {json.dumps(texts)}[format] -}}}}{{%- endmacro %}}{{{{- '' }}}}"
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = macro + template
+    return tokenizer
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> str:

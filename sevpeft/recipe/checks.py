@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 KeyPath = tuple[str, ...]
 Mistake = tuple[KeyPath, str]
@@ -19,59 +22,16 @@ _FROM_WHOLE_WEIGHTS = ("orthogonal", "mica")
 # Figures of a validation. Transformers takes the least as best for names in -loss only, so loss_critical needs help.
 BEST_IS_LEAST = ("loss", "loss_non_critical", "loss_neutral", "loss_critical")
 
-_LEAVE = "leave it out"
-_UPLOAD = f"a run stays on this machine; {_LEAVE}, and upload the adapter later with `hf upload REPO_ID RUN/adapter`"
-_LAUNCHER = f"the launcher decides it; {_LEAVE}, and use `accelerate launch --config_file accelerate_configs/FILE.yaml`"
-_BYPASSED = f"the severity weights would be bypassed; {_LEAVE}"
-_PASS = "needs a pass over data or weights that is not made here; use init_lora_weights: true or gaussian"
-
-# Section, keys, values that are allowed all the same, and why others are refused.
-_ROWS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
-    ("training", "output_dir", (), "the command line chooses the run folder; use --output RUN"),
-    ("training", "resume_from_checkpoint", (), "a run finds its last valid checkpoint itself; use --resume"),
-    ("training", "dataset_kwargs label_names remove_unused_columns dataset_text_field truncation_mode", (),
-     f"sevpeft encodes the consultations itself, with their weights; {_LEAVE}, and name columns in section data"),
-    ("training", "completion_only_loss", (True,), f"only the answer is learned, never the question; {_LEAVE}"),
-    ("training", "assistant_only_loss", (False,), f"only the answer is learned already; {_LEAVE}"),
-    ("training", "model_init_kwargs trust_remote_code", (),
-     "sevpeft loads the base model; use the sections model and quantization"),
-    ("training", "activation_checkpointing activation_checkpointing_kwargs", (),
-     "TRL reads the older name; write gradient_checkpointing or gradient_checkpointing_kwargs"),
-    ("training", "chat_template_path", (),
-     "generation must use the training prompt; use prompt.template or prompt.chat"),
-    ("training", "eos_token pad_token", (), f"the base model's tokenizer decides; {_LEAVE}"),
-    ("training", "loss_type", ("nll",), _BYPASSED),
-    ("training", "label_smoothing_factor", (0, 0.0), _BYPASSED),
-    ("training", "use_liger_kernel", (False,), _BYPASSED),
-    ("training", "packing_strategy", ("bfd",), f"the other strategies cut answers in two; write bfd, or {_LEAVE}"),
-    ("training", "eval_packing", (None, False), f"the validation loss is summed row by row; {_LEAVE}"),
-    ("training", "average_tokens_across_devices", (True,),
-     f"the loss would change with the number of processes; {_LEAVE}"),
-    ("training", "push_to_hub", (False,), _UPLOAD),
-    ("training", "hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision", (), _UPLOAD),
-    ("training", "hub_token", (),
-     "a token does not belong in a recipe, which is copied into the run; log in with `hf auth login`"),
-    ("training", "ignore_data_skip dataloader_persistent_workers", (False,),
-     f"a resumed run would see other rows than an uninterrupted one; {_LEAVE}"),
-    ("training", "dataloader_in_order", (True,), f"each run would see the rows in another order; {_LEAVE}"),
-    ("training", "bf16_full_eval fp16_full_eval", (False,),
-     f"a validation after the last step would round the adapter itself; {_LEAVE}"),
-    ("training", "enable_jit_checkpoint", (False,), f"a signal ends a run with a checkpoint already; {_LEAVE}"),
-    ("training", "save_only_model", (False,), f"no run could resume from such a checkpoint; {_LEAVE}"),
-    ("training", "do_train do_eval do_predict", (), "it has no effect; use training.eval_strategy for validation"),
-    ("training", "fsdp fsdp_config deepspeed parallelism_config", (None,), _LAUNCHER),
-    ("lora", "task_type peft_type base_model_name_or_path revision", (),
-     f"sevpeft sets it; {_LEAVE}, and use model.name_or_path and model.revision"),
-    ("lora", "inference_mode", (False,), f"an adapter in inference mode is not trained; {_LEAVE}"),
-    ("lora", "alora_invocation_tokens", (None,),
-     f"an aLoRA acts after its invocation tokens only, which the prompts lack; {_LEAVE}"),
-    ("lora", "use_qalora", (False,), f"PEFT has QA-LoRA for GPTQ only, and would train plain LoRA; {_LEAVE}"),
-    ("lora", "kasa_config monteclora_config", (None,), f"it needs terms of the loss that are not added; {_LEAVE}"),
-    ("lora", "corda_config lora_ga_config eva_config", (None,), _PASS),
-    ("lora", "loftq_config", (None, {}), _PASS),
-)  # fmt: skip
+# What sevpeft says of the libraries' settings.
+LIBRARY = yaml.safe_load(Path(__file__).with_name("library.yaml").read_text(encoding="utf-8"))
+_LEAVE, _PASS = (LIBRARY["phrases"][name] for name in ("leave", "pass"))
 # (section, key) → allowed values, reason and remedy.
-MANAGED = {(section, key): (allowed, why) for section, keys, allowed, why in _ROWS for key in keys.split()}
+MANAGED = {
+    (section, key): (tuple(LIBRARY["allowed"].get(key, ())), why.format(**LIBRARY["phrases"]))
+    for section, reasons in LIBRARY["managed"].items()
+    for keys, why in reasons.items()
+    for key in keys.split()
+}
 
 
 def settable(section: str, key: str) -> bool:
@@ -88,6 +48,8 @@ def failed_checks(values: Mapping[str, Any]) -> Iterator[Mistake]:
         given = _section(values, section)
         if name in given and not any(type(given[name]) is type(right) and given[name] == right for right in allowed):
             yield (section, name), why
+    if _section(values, "model").get("name_or_path", "") is None:  # as in base-model.yaml
+        yield ("model", "name_or_path"), "names no model; add model.name_or_path=ID_OR_FOLDER to the command"
     yield from ((("training", key), why) for key, why in _training(_section(values, "training")))
     adapter = _adapter(_section(values, "lora"), _section(values, "quantization"))
     yield from ((("lora", key), why) for key, why in adapter)

@@ -14,59 +14,22 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, create_model, model_serializer
 
+from sevpeft.recipe.checks import LIBRARY
 from sevpeft.recipe.schema import Section
 
 # Section, setting → types (names of _TYPES, or a list of one), further values that are allowed, default where it is a
 # plain value, and help; in the order of the library.
 FIELDS = Path(__file__).with_name("library_fields.json")
-# YAML has no tuples. A recipe's `3` stays 3 where the library says float: `logging_steps` takes 3 as a count.
+# YAML has no tuples.
 _TYPES: dict[str, Any] = {
-    "bool": bool, "int": int, "float": int | float, "str": str, "dict": dict[str, Any], "null": None, "any": Any,
+    "bool": bool, "int": int, "str": str, "dict": dict[str, Any], "null": None, "any": Any,
 }  # fmt: skip
 
 # Chosen for the model and the device before training, see sevpeft/training/resolve.py.
 AUTO = "auto"
-# Consultations of an optimizer step. As the values below down to max_grad_norm, it is the published one
-# (arXiv 2604.06346, there 1 row × 8 accumulation steps).
-GLOBAL_BATCH_SIZE = 8
-_LORA_DEFAULTS: dict[str, Any] = {
-    "r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.05,
-    "bias": "none",
-    "target_modules": "all-linear",
-}
-_TRAINING_DEFAULTS: dict[str, Any] = {
-    "max_length": 512,
-    "global_batch_size": None,
-    "per_device_train_batch_size": AUTO,
-    "per_device_eval_batch_size": AUTO,
-    "gradient_accumulation_steps": AUTO,
-    "gradient_checkpointing": AUTO,
-    "padding_free": AUTO,
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0,
-    "num_train_epochs": 3,
-    "max_grad_norm": 1.0,
-    "seed": 42,
-    "logging_steps": 10,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-}
-# Outside these, a training would fail after the model is loaded, or would train nothing.
-_BOUNDS: dict[str, dict[str, Any]] = {
-    "lora_dropout": {"ge": 0, "lt": 1},
-    "learning_rate": {"ge": 0},
-    "num_train_epochs": {"gt": 0},
-    "max_length": {"ge": 2},
-    "lora_alpha": {"ge": 1},
-    "per_device_train_batch_size": {"ge": 1},
-    "per_device_eval_batch_size": {"ge": 1},
-    "gradient_accumulation_steps": {"ge": 1},
-}
+GLOBAL_BATCH_SIZE = 8  # consultations of an optimizer step, as published (arXiv 2604.06346: 1 row × 8 steps)
+_BOUNDS: dict[str, dict[str, Any]] = LIBRARY["bounds"]
+_TRACKER: Any = Literal.__getitem__(tuple(LIBRARY["trackers"].split()))
 
 
 class LibrarySection(Section):
@@ -85,14 +48,20 @@ class LibrarySection(Section):
         return {name: value for name, value in self.model_dump().items() if not name.startswith("loraplus_")}
 
 
-def _settings_of(section: str, ours: dict[str, Any]) -> Any:
+def _settings_of(section: str) -> Any:
     """A section with every setting of the library; typed as Any, because mypy cannot know a class made here."""
+    ours = LIBRARY["defaults"][section]
     settings: dict[str, Any] = {"ours": (ClassVar[dict[str, Any]], ours)}
     for name, about in json.loads(FIELDS.read_text(encoding="utf-8"))[section].items():
-        kinds = [_type(kind) for kind in about["types"]]
+        # A recipe's `3` stays 3 where the library says float: `logging_steps` takes 3 as a count. Each kind of number
+        # has the bounds, because those of both together are none in JSON Schema.
+        limits = Field(**_BOUNDS.get(name, _BOUNDS["widest"]))
+        kinds = [part for kind in about["types"] for part in ((int, float) if kind == "float" else (_type(kind),))]
+        kinds = [kind for kind in kinds if kind is not str or "dict" not in about["types"]]  # JSON in a text
+        kinds = [Annotated[kind, limits] if kind in (int, float) else kind for kind in kinds]
         if about["choices"]:
             kinds.append(Literal.__getitem__(tuple(about["choices"])))
-        annotation: Any = Annotated[reduce(operator.or_, kinds), Field(**_BOUNDS.get(name, {}))]
+        annotation: Any = list[_TRACKER] | _TRACKER | None if name == "report_to" else reduce(operator.or_, kinds)
         if ours.get(name) == AUTO:
             annotation = annotation | Literal["auto"]
         default = ours.get(name)
@@ -105,19 +74,19 @@ def _type(name: str) -> Any:
     return list[_type(name[5:-1])] if name.startswith("list[") else _TYPES[name]  # type: ignore[misc]
 
 
-class LoraSection(_settings_of("lora", _LORA_DEFAULTS)):  # type: ignore[misc]
+class LoraSection(_settings_of("lora")):  # type: ignore[misc]
     """The adapter: every setting of PEFT's LoraConfig, and LoRA+ (arXiv 2402.12354)."""
 
-    loraplus_lr_ratio: float | None = Field(default=None, ge=1)
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1, le=1e6)
     """LoRA+: the matrices B learn so many times faster than training.learning_rate (16 in the paper); unset, once."""
-    loraplus_lr_embedding: float | None = Field(default=None, gt=0)
+    loraplus_lr_embedding: float | None = Field(default=None, gt=0, le=1000)
     """LoRA+: learning rate of adapters on an embedding; unset, PEFT's."""
 
 
-class TrainingSection(_settings_of("training", _TRAINING_DEFAULTS)):  # type: ignore[misc]
+class TrainingSection(_settings_of("training")):  # type: ignore[misc]
     """The training: every setting of TRL's SFTConfig, and the batch of a step."""
 
-    global_batch_size: int | None = Field(default=None, ge=1)
+    global_batch_size: int | None = Field(default=None, ge=1, le=2**20)
     """Consultations that one optimizer step sees, over all processes; unset, 8, or what the other numbers make."""
     init_adapter: str | None = Field(default=None, min_length=1)
     """Adapter that the training starts from: a run, a folder or a Hub id, with the LoRA settings of this recipe."""

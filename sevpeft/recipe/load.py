@@ -16,27 +16,15 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError
 
 from sevpeft.errors import RecipeError
-from sevpeft.recipe.checks import KeyPath, failed_checks
+from sevpeft.recipe import schema as sections
+from sevpeft.recipe.checks import MANAGED, KeyPath, failed_checks
 from sevpeft.recipe.library import LoraSection, TrainingSection
 from sevpeft.recipe.messages import field_at, messages_of
-from sevpeft.recipe.schema import (
-    SEVERITY_PRESETS,
-    AboutSection,
-    AsPublishedSection,
-    CurriculumSection,
-    EvaluationSection,
-    GenerationSection,
-    ModelSection,
-    PromptSection,
-    QuantizationSection,
-    Section,
-    SeveritySection,
-    SeverityWeights,
-    StoppingSection,
-    TrainingDataSection,
-)
+from sevpeft.recipe.schema import SEVERITY_PRESETS, Section, SeverityWeights
 
 _COMMAND_LINE = "command line"
+# The recipes that come with sevpeft: pip installs them beside its rooms, in the checkout they stand at the top.
+_SHIPPED = next(filter(Path.is_dir, (room / "recipes" for room in Path(__file__).parents[1:3])), Path("recipes"))
 _Settings = TypeVar("_Settings", bound=Section)
 # Bytes of a recipe; those in recipes/ have 2,000, and one with examples 50,000. A larger file is no recipe.
 _LONGEST = 200_000
@@ -45,19 +33,19 @@ _LONGEST = 200_000
 class Recipe(Section):
     """One training job: base model, adapter, data, prompt, severity weights, training and how it is judged."""
 
-    about: AboutSection = Field(default_factory=AboutSection)
-    model: ModelSection = Field(default_factory=ModelSection)
-    quantization: QuantizationSection = Field(default_factory=QuantizationSection)
+    about: sections.AboutSection = Field(default_factory=sections.AboutSection)
+    model: sections.ModelSection = Field(default_factory=sections.ModelSection)
+    quantization: sections.QuantizationSection = Field(default_factory=sections.QuantizationSection)
     lora: LoraSection = Field(default_factory=LoraSection)
-    data: TrainingDataSection = Field(default_factory=TrainingDataSection)
-    prompt: PromptSection = Field(default_factory=PromptSection)
-    severity: SeveritySection = Field(default_factory=SeveritySection)
-    curriculum: CurriculumSection = Field(default_factory=CurriculumSection)
+    data: sections.TrainingDataSection = Field(default_factory=sections.TrainingDataSection)
+    prompt: sections.PromptSection = Field(default_factory=sections.PromptSection)
+    severity: sections.SeveritySection = Field(default_factory=sections.SeveritySection)
+    curriculum: sections.CurriculumSection = Field(default_factory=sections.CurriculumSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
-    as_published: AsPublishedSection = Field(default_factory=AsPublishedSection)
-    stopping: StoppingSection = Field(default_factory=StoppingSection)
-    generation: GenerationSection = Field(default_factory=GenerationSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    as_published: sections.AsPublishedSection = Field(default_factory=sections.AsPublishedSection)
+    stopping: sections.StoppingSection = Field(default_factory=sections.StoppingSection)
+    generation: sections.GenerationSection = Field(default_factory=sections.GenerationSection)
+    evaluation: sections.EvaluationSection = Field(default_factory=sections.EvaluationSection)
 
     _name: str = PrivateAttr("recipe")
 
@@ -76,19 +64,19 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file, with KEY=VALUE overrides such as `severity.weights.critical=2`.
+    """The recipe of a YAML file or a name (`recipe_file`), with overrides such as `severity.weights.critical=2`.
 
     Relative paths in it stay relative to the working directory.
 
     Raises:
         RecipeError: one line for each mistake in the file and the overrides.
     """
-    path = Path(path)
-    values = read_yaml(_text_of(path), str(path))
+    given, path = str(path), recipe_file(str(path))
+    values = read_yaml(text_of(path), given)
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: holds no sections; write them as training: {{learning_rate: 2e-4}}.")
+        raise RecipeError(f"{given}: holds no sections; write them as training: {{learning_rate: 2e-4}}.")
     # A section whose keys are all commented out says nothing.
-    recipe = _checked(Recipe, {key: {} if value is None else value for key, value in values.items()}, path, overrides)
+    recipe = _checked(Recipe, {key: {} if value is None else value for key, value in values.items()}, given, overrides)
     recipe._name = path.stem
     return recipe
 
@@ -123,7 +111,12 @@ def settings_from(
 
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file, for editors that check and complete YAML."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    sections = {"training": schema["$defs"]["TrainingSection"], "lora": schema["$defs"]["LoraSection"]}
+    for (section, key), (allowed, why) in MANAGED.items():  # what the libraries have and a recipe may not set
+        values: dict[str, Any] = {"enum": [*allowed]} if allowed else {"not": {}}
+        sections[section]["properties"][key] = {"description": why, **values}
+    return schema
 
 
 def _checked(
@@ -195,7 +188,18 @@ def _value_of(text: str, field: Any) -> Any:
     return value if value is None or text.lstrip()[:1] in ("{", "[", '"', "'") else text
 
 
-def _text_of(path: Path) -> str:
+def shipped_recipes() -> dict[str, Path]:
+    """Name, such as qwen3-4b or as-published/al-atlas, and file of every recipe that comes with sevpeft."""
+    return {path.relative_to(_SHIPPED).as_posix()[:-5]: path for path in sorted(_SHIPPED.glob("**/*.yaml"))}
+
+
+def recipe_file(name: str) -> Path:
+    """What a name stands for: what is here, with or without its .yaml, before what comes with sevpeft."""
+    here = Path(name), Path(f"{name}.yaml")
+    return next(filter(Path.exists, here), shipped_recipes().get(name.removesuffix(".yaml"), here[0]))
+
+
+def text_of(path: Path) -> str:
     try:
         # A pipe or a device may never end; a file that long was named by mistake.
         if path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size <= _LONGEST):
@@ -207,7 +211,9 @@ def _text_of(path: Path) -> str:
         folder = path if path.is_dir() else path.parent
         recipes = sorted(found.name for found in folder.glob("*.y*ml"))
         near = get_close_matches(path.name, recipes, n=3) or recipes[:12]
-        hint = f"{folder} holds {', '.join(near)}" if near else f"{folder} holds no recipes; check the path"
+        hint = f"{folder} holds {', '.join(near) or 'no recipes'}"
+        if names := get_close_matches(str(path).removeprefix("recipes/").removesuffix(".yaml"), shipped_recipes()):
+            hint = f"sevpeft has {' and '.join(names)}"
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); {hint}.") from error
 
 
@@ -252,9 +258,9 @@ def _write_text(writer: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Writer.add_representer(str, _write_text)
 
 
-def write_yaml(values: Any) -> str:
-    """YAML text of plain values, keys in their order, Arabic readable, one line a value."""
-    return yaml.dump(values, Dumper=_Writer, allow_unicode=True, sort_keys=False, width=10**9)
+def write_yaml(values: Any, *, flow: bool = False) -> str:
+    """YAML text of plain values, keys in their order, Arabic readable, one line a value, or all on one (`flow`)."""
+    return yaml.dump(values, Dumper=_Writer, default_flow_style=flow, allow_unicode=True, sort_keys=False, width=10**9)
 
 
 def read_yaml(text: str, source: str) -> Any:

@@ -11,19 +11,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from sevpeft.recipe.checks import MANAGED, KeyPath, settable
-from sevpeft.recipe.schema import JUDGE_KEY
+from sevpeft.recipe.checks import LIBRARY, MANAGED, KeyPath, settable
 
-# Keys of TRL and transformers that were renamed, and where a key of an API belongs.
-_RENAMED = {
-    "max_seq_length": "training.max_length",
-    "evaluation_strategy": "training.eval_strategy",
-    "warmup_ratio": "training.warmup_steps, where a value below 1 is a share of all steps",
-    "group_by_length": "training.train_sampling_strategy: group_by_length",
-    "no_cuda": "training.use_cpu",
-    "torch_dtype": "model.dtype",
-    "api_key": f"it into the environment variable {JUDGE_KEY}",
-}
+_RENAMED: dict[str, str] = LIBRARY["renamed"]
 # pydantic's kind of finding → what is wanted, where its own words are not those of YAML.
 _WANTED = {
     "bool_type": "be true or false",
@@ -100,14 +90,17 @@ def unknown_key(path: KeyPath, schema: type[BaseModel]) -> str:
     sections = {name: model for name in schema.model_fields if (model := _model_at((name,), schema))}
     everywhere = [(name, known) for name, model in sections.items() for known in model.model_fields]
     homes = [".".join(home) for home in everywhere if home[1] == key and settable(*home)]
-    if key in _RENAMED:
+    section, here = ".".join(above), _model_at(path[:-1], schema)
+    siblings = [known for known in here.model_fields if settable(section, known)] if here else []
+    longer = [known for known in siblings if f"_{key}_" in f"_{known}_"]
+    if key in _RENAMED and (not section or len(longer) != 1 or _RENAMED[key].startswith(f"{section}.")):
         return f"is unknown; write {_RENAMED[key]}"
+    if len(longer) == 1:
+        return f"is unknown; write {'.'.join((*above, *longer))}"
     if homes:
         return f"is unknown here; write {' or '.join(homes)}"
     if reasons := [MANAGED[name, key][1] for name in sections if (name, key) in MANAGED]:
         return f"is no setting of a recipe: {reasons[0]}"
-    section, here = ".".join(above), _model_at(path[:-1], schema)
-    siblings = [known for known in here.model_fields if settable(section, known)] if here else []
     own = {known: ".".join((*above, known)) for known in siblings}
     others = {known: f"{name}.{known}" for name, known in everywhere if settable(name, known)}
     for names, cutoff in ((own, 0.6), (others, 0.7)):

@@ -48,7 +48,7 @@ class AboutSection(Section):
     """Hub id of the base model where model.name_or_path is a copy of it in a folder; cards and `push` name it."""
     gated: bool = False
     """Whether access to the base model must be requested on the Hub."""
-    vram_gib: float | None = Field(default=None, gt=0)
+    vram_gib: float | None = Field(default=None, gt=0, le=1e5)
     """The smallest usual GPU, in GB, that the recipe fits as it stands, by `sevpeft plan`."""
     config: dict[str, Any] | None = None
     """What decides memory in the base model's config.json, with model_type; `plan` uses it before the download."""
@@ -132,9 +132,9 @@ class DataSection(Section):
     """Share (between 0 and 1) or number (1 or more) of the consultations to validate on."""
     test_size: int | float = 0.1
     """Share (between 0 and 1) or number (1 or more) of the consultations kept for the test; 0 keeps none."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the split."""
-    max_rows: int | None = Field(default=None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1, le=10**12)
     """Reads no more than so many rows."""
 
     @field_validator("validation_size", "test_size")
@@ -154,7 +154,7 @@ class MixSection(Section):
     """Name → path of each source beside data.path, which is the first one; columns are recognized by their names."""
     ratios: str
     """Percent of the training tokens of each source, data.path first, such as 60-40."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1, le=10**15)
     """Tokens of an epoch, prompts included; unset, as many as the training rows of data.path have."""
 
     @field_validator("ratios")
@@ -194,7 +194,7 @@ def _fills_in_the_question(template: str) -> str:
     return template
 
 
-Template = Annotated[str, AfterValidator(_fills_in_the_question)]
+Template = Annotated[str, AfterValidator(_fills_in_the_question), Field(json_schema_extra={"pattern": r"\{question\}"})]
 
 
 class PromptSection(Section):
@@ -224,6 +224,8 @@ class PromptSection(Section):
     """Names the severity: as predicted from the question, or the data's own (gold), which nobody knows when asked."""
     examples: list[PromptExample] | None = None
     """Consultations before every question (few-shot), a list of {question, answer}; they are left out of all splits."""
+    date: str = Field(default="2024-07-26", pattern=r"^[12][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])$")
+    """The day that a chat template is given where it writes today's date; up to the 28th of a month."""
 
     @field_validator("dialect", "dialect_lexicon")
     @classmethod
@@ -236,9 +238,9 @@ class PromptSection(Section):
 class SeverityWeights(Section):
     """The loss weight of a surely non-critical, a surely neutral and a surely critical consultation."""
 
-    non_critical: float = Field(ge=0)
-    neutral: float = Field(ge=0)
-    critical: float = Field(ge=0)
+    non_critical: float = Field(ge=0, le=1e6)
+    neutral: float = Field(ge=0, le=1e6)
+    critical: float = Field(ge=0, le=1e6)
 
 
 class SeveritySection(Section):
@@ -252,7 +254,7 @@ class SeveritySection(Section):
     """Folder that `sevpeft classifier fit` made; columns take none, rules may have one, the others need one."""
     text: Literal["question", "answer", "both"] | None = None
     """What a classifier or rules read; unset, what the classifier was fitted on, and rules the question."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=1000)
     """Contrast of the probabilities, p^(1/T) over its sum: below 1 sharpens, above 1 flattens, 1 changes nothing."""
     weights: Literal["mild", "balanced", "strong", "1-1-2"] | SeverityWeights = "balanced"
     """A preset (1-1-2 is not published), or three weights {non_critical, neutral, critical}."""
@@ -295,7 +297,7 @@ class CurriculumSection(Section):
     """severity, length (tokens), loss (of the base model), or a column of numbers, larger for harder rows."""
     order: Literal["easy_first", "hard_first", "shuffled"] = "easy_first"
     """Controls are hard_first, the reverse, and shuffled, where each row has the difficulty of another."""
-    epochs_per_stage: int | None = Field(default=None, ge=1)
+    epochs_per_stage: int | None = Field(default=None, ge=1, le=10**6)
     """Passes of each stage over its rows, which are more steps than those of a plain training; unset, equally many."""
     shares: list[float] | None = Field(default=None, min_length=1)
     """Share of the steps of each stage; unset, equal ones."""
@@ -307,7 +309,7 @@ class CurriculumSection(Section):
     """icft: share of the rows of later stages that is replayed from the last rows before the stage."""
     long_term: float = Field(default=0.1, ge=0, lt=0.5)
     """icft: share that is replayed from earlier rows whose loss was repeatedly high; or without any, from the last."""
-    consistency: float = Field(default=0.1, ge=0)
+    consistency: float = Field(default=0.1, ge=0, le=1e6)
     """icft: weight of the KL divergence of answer tokens from the adapter of the previous stage."""
 
     @field_validator("epochs_per_stage", "shares", "learning_rates", "restart", *_REPLAY)
@@ -342,32 +344,32 @@ class AsPublishedSection(Section):
 class StoppingSection(Section):
     """When a training that goes wrong is stopped; the adapter is kept as it was before."""
 
-    nonfinite_patience: int = Field(default=3, ge=1)
+    nonfinite_patience: int = Field(default=3, ge=1, le=10**9)
     """Steps in a row whose loss or gradient is NaN or infinite before the training stops; each changes nothing."""
-    divergence_ratio: float = Field(default=1.5, gt=1)
+    divergence_ratio: float = Field(default=1.5, gt=1, le=1e9)
     """The training diverges while the mean loss of ten steps is so many times that of its first ten."""
-    divergence_patience: int | None = Field(default=50, ge=1)
+    divergence_patience: int | None = Field(default=50, ge=1, le=10**9)
     """Steps of divergence in a row before the training stops; null never stops it."""
 
 
 class GenerationSection(Section):
     """How answers are generated, the same for every arm; named as in transformers' GenerationConfig."""
 
-    max_new_tokens: int = Field(default=128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1, le=2**20)
     """Longest answer, in tokens; one that reaches it without an end counts as truncated."""
     do_sample: bool = False
     """Draws every token by its probability instead of taking the most probable one."""
-    temperature: float = Field(default=0.7, gt=0)
+    temperature: float = Field(default=0.7, gt=0, le=1000)
     """Contrast of the probabilities that are drawn from; used with do_sample."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draws from the most probable tokens that make up so much probability; used with do_sample."""
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, le=2**31)
     """Draws from so many most probable tokens, 0 from all; used with do_sample."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=1000)
     """Makes tokens that stand in the text already less probable when above 1."""
-    per_device_eval_batch_size: int = Field(default=64, ge=1)
+    per_device_eval_batch_size: int = Field(default=64, ge=1, le=2**16)
     """Questions answered at once; it changes the speed and the memory, not the answers."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the drawing; every question has random numbers of its own, whatever batch it is in."""
 
 
@@ -386,11 +388,11 @@ class JudgeSection(Section):
     """Name of the model that the endpoint knows."""
     url: str = Field(default="", validate_default=True)
     """Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; all answers are sent there."""
-    timeout: float = Field(default=60.0, gt=0)
+    timeout: float = Field(default=60.0, gt=0, le=1e6)
     """Seconds that the endpoint has for one reply."""
     concurrency: int = Field(default=4, ge=1, le=256)
     """Requests under way at once."""
-    max_tokens: int = Field(default=512, ge=16)
+    max_tokens: int = Field(default=512, ge=16, le=2**24)
     """Longest reply, in tokens; a model that thinks before it answers needs several thousand."""
 
     @field_validator("model", "url")
@@ -415,15 +417,15 @@ class EvaluationSection(Section):
     """Computes BERTScore, which needs an encoder."""
     bertscore_model: str = Field(default="bert-base-multilingual-cased", min_length=1)
     """Encoder of BERTScore: Hub id or folder."""
-    bertscore_layer: int = Field(default=9, ge=1)
+    bertscore_layer: int = Field(default=9, ge=1, le=1000)
     """Layer of the encoder whose vectors are compared."""
-    n_resamples: int = Field(default=2000, ge=100)
+    n_resamples: int = Field(default=2000, ge=100, le=10**6)
     """Bootstrap samples behind an interval."""
     confidence_level: float = Field(default=0.95, gt=0, lt=1)
     """Coverage of the intervals."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the bootstrap and of the shuffled references."""
-    margin: float = Field(default=0.01, ge=0)
+    margin: float = Field(default=0.01, ge=0, le=1000)
     """Claim of a comparison: the NLL that other severities may lose at most, in nats a token."""
     safety_margin: float = Field(default=0.05, ge=0, le=1)
     """Claim of a comparison: the share of critical questions by which urgent referral may be rarer at most."""

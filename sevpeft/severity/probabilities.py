@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from scipy.special import softmax
 
+from sevpeft.data.columns import NO_SEVERITY
 from sevpeft.data.mix import SOURCE
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import WeightError
@@ -89,10 +90,7 @@ def severity_probabilities(rows: Dataset) -> np.ndarray:
         raise WeightError(f"The data has no {', '.join(missing)}; add it, or remove the other probabilities.")
     if "severity" in rows.column_names:
         return _from_names(rows)
-    raise WeightError(
-        "The data has no severity column, nor p_non_critical, p_neutral and p_critical: name one with "
-        "data.severity_column=NAME, or take severity.source=rules, or severity.control=uniform to do without."
-    )
+    raise WeightError(NO_SEVERITY)
 
 
 def sharpened(probabilities: np.ndarray, temperature: float) -> np.ndarray:

@@ -79,7 +79,7 @@ class ClassifierSettings(_ReadingSettings):
     """What is fitted."""
     text: Literal["question", "answer", "both"] | None = None
     """What is read; unset, both, and the question by rules. A twin that reads questions alone comes with it."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the splits, the fit and the intervals."""
     block_column: str | None = None
     """Column of blocks (source, year) to hold out one at a time."""

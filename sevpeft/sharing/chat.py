@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
@@ -99,7 +98,7 @@ class Chat:
             return
         ids = self._prompt_ids(question, self.fitting(question, earlier))
         parts, stop, shown = SimpleQueue[list[int] | None](), Event(), ""
-        decode = partial(self.prompt.tokenizer.decode, skip_special_tokens=True)
+        decode = self.prompt.decode
 
         def each_token(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             parts.put(input_ids[0, len(ids) :].tolist())
@@ -114,10 +113,10 @@ class Chat:
         answering.add_done_callback(lambda _: parts.put(None))
         try:
             while (part := parts.get()) is not None:
-                text = decode(part).strip()
+                text = decode(part)
                 if text != shown and text.startswith(shown) and text[-1] != "\ufffd":  # else half a letter
                     yield (shown := text)
-            yield decode(answering.result()).strip()
+            yield decode(answering.result())
         except torch.OutOfMemoryError as error:
             raise RunError("The answer does not fit the GPU's memory; ask something shorter.") from error
         finally:
@@ -143,11 +142,12 @@ def _opened(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path, Prompt]:
     folder = Path(name).expanduser()
     if wrong := [one.split("=")[0] for one in overrides if not re.match("(generation|model|quantization)\\.", one)]:
         raise UsageError(f"{wrong[0]} changes nothing here; write keys of generation, model and quantization only.")
-    if (folder / "recipe.yaml").is_file():
+    alone = (folder / ADAPTER_CONFIG).is_file()  # with a recipe.yaml beside it, where it was pushed
+    if not alone and (folder / "recipe.yaml").is_file():
         check_adapter(Run(folder))
         recipe = load_recipe(folder / "recipe.yaml", overrides)
-        return recipe, Run(folder).adapter, resolve_model(recipe).prompt
-    if not (folder / ADAPTER_CONFIG).is_file() and (folder.is_dir() or name.count("/") != 1 or name[0] in "./~"):
+        return recipe, Run(folder).adapter, resolve_model(recipe, Run(folder)).prompt
+    if not alone and (folder.is_dir() or name.count("/") != 1 or name[0] in "./~"):
         check_run(folder)  # which says what is wanted
     adapter = adapter_folder(name, "RUN_OR_REPO")
     config = read_adapter_config(adapter)
@@ -156,8 +156,8 @@ def _opened(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path, Prompt]:
     recipe = settings_from(Recipe, [*given, "prompt.chat=true", *overrides])
     base = load_config(recipe)
     check_form(recipe, base)
-    own = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(adapter)})})
-    tokenizer = load_tokenizer(own, base) if (adapter / "tokenizer_config.json").is_file() else None
+    tokenizer = load_tokenizer(recipe, base, adapter) if (adapter / "tokenizer_config.json").is_file() else None
     if tokenizer is None or not tokenizer.chat_template:
         raise ModelError(f"{name} has no tokenizer with the training prompt as chat template; name the run's folder.")
-    return recipe, adapter, Prompt.build(tokenizer, **recipe.prompt.model_dump())
+    prompt = Prompt.build(tokenizer, base.get_text_config().vocab_size, **recipe.prompt.model_dump())
+    return recipe, adapter, prompt

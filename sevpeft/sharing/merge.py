@@ -119,7 +119,7 @@ def merge(
     adapter_card(run)  # raises where its figures are damaged, before the long work
     recipe, about = load_recipe(run.folder / "recipe.yaml"), run.metrics()["model"]
     plain = recipe.model_copy(update={"quantization": QuantizationSection()})
-    resolved, bits, name = resolve_model(recipe), about["bits"], recipe.model.name_or_path
+    resolved, bits, name = resolve_model(recipe, run), about["bits"], recipe.model.name_or_path
     config, prompt = resolved.config, resolved.prompt
     bases = [UNQUANTIZED, DEQUANTIZED] if bits else [UNQUANTIZED]
     if getattr(config, "quantization_config", None) is not None:

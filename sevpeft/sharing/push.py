@@ -61,7 +61,7 @@ def push(
     recipe = load_recipe(run.folder / "recipe.yaml")
     base, license_ = _checked_terms(recipe, repo_id, settings)
     with console.status("Collecting the files, and looking for what may not leave"):
-        prompt = resolve_model(recipe).prompt
+        prompt = resolve_model(recipe, run).prompt
         files = _files(run, recipe, prompt, repo_id, base, license_)
         unread = check_contents(files, run, recipe)
     about: dict[str, Any] = {"repo_id": repo_id, "base_model": base, "license": license_}

@@ -114,8 +114,9 @@ def translations(settings: TranslateSettings, rows: EvaluationRows, console: Con
     }
     recipe = recipe_from_values(values)
     with console.status(f"Loading {settings.model}"):
-        tokenizer = resolve_model(recipe).tokenizer
-        prompt = Prompt.build(tokenizer, **{**recipe.prompt.model_dump(), "chat": bool(tokenizer.chat_template)})
+        base = resolve_model(recipe)
+        how = {**recipe.prompt.model_dump(), "chat": bool(base.tokenizer.chat_template)}
+        prompt = Prompt.build(base.tokenizer, base.config.get_text_config().vocab_size, **how)
         if importlib.util.find_spec("vllm") and uses_gpu(recipe) and not settings.load_in_4bit:
             return by_vllm(recipe, prompt, rows)
         model = load_for_inference(recipe)

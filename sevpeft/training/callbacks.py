@@ -31,12 +31,13 @@ from transformers import GenerationConfig, TrainerCallback, TrainerControl, Trai
 from sevpeft.console import SECONDS_BETWEEN_LINES, print_labeled
 from sevpeft.errors import Interrupted, RunError, SevpeftError
 from sevpeft.recipe import Recipe, StoppingSection
-from sevpeft.runs import SAMPLES, Run, json_lines, signal_at_end_of_parent
+from sevpeft.runs import SAMPLES, Run, end_launcher, json_lines, signal_at_end_of_parent
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.compat import IGNORED, pending_loss, uncount_step
 from sevpeft.training.data import rows_of
 
 if TYPE_CHECKING:
+    from sevpeft.training.data import NameRows
     from sevpeft.training.trainer import SeveritySFTTrainer
 
 
@@ -51,15 +52,16 @@ class RunProgress(TrainerCallback):
 
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
-        columns = (TextColumn("Training"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        width = 20 if console.width >= 90 else 6  # so that nothing is cut in 60 columns
+        columns = (TextColumn("Training"), BarColumn(bar_width=width), MofNCompleteColumn(), TimeRemainingColumn())
         text = TextColumn("{task.fields[text]}")
         self.bar = Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
-        self.text = ""
+        self.text, self.validated = "", 0
         self.last_tokens: tuple[float, float] | None = None
         self.counts, self.cost = {"step_seconds": 0.0}, dict[str, float]()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started = self.last_line = self.last_count = time.monotonic()
+        self.started = self.last_line = self.last_count = self.last_step = time.monotonic()
         self.first_step = state.global_step
         self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, text="")
         self.energy = energy_counters(args)
@@ -71,7 +73,7 @@ class RunProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(self.task, completed=state.global_step, text=self.text)
-        now = time.monotonic()
+        now = self.last_step = time.monotonic()
         self.counts["step_seconds"] += now - self.step_began
         if control.should_save or now - self.last_count > SECONDS_BETWEEN_LINES:  # counters begin again within an hour
             self._count(args)
@@ -82,8 +84,18 @@ class RunProgress(TrainerCallback):
             done = f"step {state.global_step:,}/{state.max_steps:,}"
             print_labeled(self.console, "Training", f"{done}, {left} left  {self.text}")
 
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        self.bar.update(self.task, text=f"validating  {self.text}")
+    def on_prediction_step(self, *_: Any, eval_dataloader: Any, **__: Any) -> None:
+        now, rows, self.validated = time.monotonic(), len(eval_dataloader.dataset), self.validated + 1
+        share = self.validated / len(eval_dataloader)
+        left = timedelta(seconds=round((now - self.last_step) * (1 / share - 1)))
+        done = f"validating {round(share * rows):,}/{rows:,}, {left} left"
+        self.bar.update(self.task, text=done)
+        if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            print_labeled(self.console, "Training", done)
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self.validated, self.last_step = 0, time.monotonic()
 
     def _count(self, args: TrainingArguments) -> None:
         before, self.energy, self.last_count = self.energy, energy_counters(args), time.monotonic()
@@ -162,10 +174,12 @@ class Samples(TrainerCallback):
                 self.config.max_new_tokens = max(1, min(self.most, context - start))
                 asked = torch.tensor([row["input_ids"][:start]], device=model.device)
                 said = model.generate(asked, attention_mask=torch.ones_like(asked), generation_config=self.config)[0]
-                texts = {"prompt": asked[0], "reference": row["labels"][start:], "prediction": said[start:]}
-                line = {name: decode(ids, skip_special_tokens=True).strip() for name, ids in texts.items()}
+                said, end = said[start:].tolist(), self.config.eos_token_id  # which need not be flagged as special
+                texts = {"prompt": row["input_ids"][:start], "reference": row["labels"][start:], "prediction": said}
+                shown = {name: [one for one in ids if one != end] for name, ids in texts.items()}
+                line = {name: decode(ids, skip_special_tokens=True).strip() for name, ids in shown.items()}
                 line |= {"step": state.global_step, "number": number, "severity": [*SEVERITIES, None][row["severity"]]}
-                lines.append({**line, "truncated": int(said[-1]) != self.config.eos_token_id})
+                lines.append({**line, "truncated": said[-1] != end})
         finally:
             model.train(training).generation_config = own
         if state.is_world_process_zero:
@@ -247,6 +261,7 @@ class SignalHandler(TrainerCallback):
         now = time.monotonic()
         if self._received is None:
             self._received, self._received_at = number, now
+            end_launcher()
             self.on_message("finishing this step and writing a checkpoint; a second Ctrl-C stops at once.")
         elif number == signal.SIGINT and now - self._received_at > _SECONDS_TO_INSIST:
             raise KeyboardInterrupt
@@ -286,11 +301,7 @@ class StepGuard(TrainerCallback):
     """
 
     def __init__(
-        self,
-        trainer: SeveritySFTTrainer,
-        stopping: StoppingSection,
-        signals: SignalHandler,
-        name_rows: Callable[[Sequence[Sequence[int]]], list[str]],
+        self, trainer: SeveritySFTTrainer, stopping: StoppingSection, signals: SignalHandler, name_rows: NameRows
     ) -> None:
         self.trainer, self.stopping, self.signals, self.name_rows = trainer, stopping, signals, name_rows
         self.counts: dict[str, Any] = {"first": [], "last": [], "diverging": 0, "nonfinite": 0, "nonfinite_in_a_row": 0}

@@ -178,6 +178,12 @@ def resume_checkpoint(run: Run, required: Sequence[str], on_message: Callable[[s
     return found
 
 
+def remove_of_finished(run: Run, recipe: Recipe) -> None:
+    """Takes the checkpoints of a finished run away, unless the recipe says how many are kept."""
+    for checkpoint in _checkpoints(run) if run.finished and recipe.training.save_total_limit == AUTO else ():
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def remove_incomplete(run: Run) -> None:
     """Takes away what a kill or a full disk cut off, because it holds space that may be needed."""
     for checkpoint in _checkpoints(run):

@@ -219,6 +219,7 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
     exact_resume: ExactResume
     sort_within_steps: bool
     curriculum: Any
+    processing_class: Any
     step_batches: list[dict[str, Any]]
     severity_sums: torch.Tensor
     _total_train_tokens: int
@@ -302,6 +303,14 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
         self._save_checkpoint(self.model, None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.exact_resume.evaluation_due = False
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """Without the tokenizer, which would be up to 33 MB in each checkpoint and is never read."""
+        kept, self.processing_class = self.processing_class, None
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.processing_class = kept
 
     def _send_telemetry(self) -> None:
         """Sends nothing; TRL 1.16 tells the Hub the model, the device and how the data was loaded."""

@@ -22,7 +22,7 @@ from sevpeft.severity.source import EVIDENCE, judged, load_source
 from sevpeft.severity.weights import WeightSummary
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import lengths_of, load_splits, prepare, source_index, summary_of, weigh
-from sevpeft.training.resolve import is_automatic, memory_plan, resolve_split
+from sevpeft.training.resolve import is_automatic, memory_plan, resolve_split, with_training
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,13 @@ def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
     open_steps = recipe.curriculum.kind != "none" and recipe.curriculum.epochs_per_stage is not None
     steps = None if open_steps or (base is None and settings.get("packing")) else steps_of(rows, settings)
     return Plan(recipe, weights, data, steps, unknown, found, memory_unknown, tokens, seconds)
+
+
+def whole_lengths(recipe: Recipe) -> np.ndarray:
+    """(n,) tokens of the training rows, in ascending order, as they are without training.max_length."""
+    recipe = with_training(resolve_split(recipe, None, 0), max_length=None, packing=False)
+    with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
+        return np.sort(lengths_of(prepare(recipe, resolve_model(recipe).prompt, Path(scratch)).unpacked))
 
 
 def training_rows(recipe: Recipe, most: int) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from sevpeft.modeling.loading import (
 from sevpeft.modeling.memory import GIB, MemoryPlan, base_config, plan_for, usable
 from sevpeft.modeling.packing import check_packing, documents_stay_apart
 from sevpeft.recipe import AUTO, BEST_IS_LEAST, GLOBAL_BATCH_SIZE, Recipe, recipe_from_values
+from sevpeft.runs import Run
 from sevpeft.training.compat import CPU_VOCABULARY_TILE, forget_compilation_of_launcher, mixed_precision_of_recipe
 from sevpeft.training.distributed import check_sharding
 
@@ -57,22 +58,22 @@ class ResolvedRun(ResolvedModel):
         return replace(self, recipe=recipe, arguments=arguments)
 
 
-def resolve(recipe: Recipe, checkpoints: Path, *, dtype_before: str | None = None) -> ResolvedRun:
+def resolve(recipe: Recipe, checkpoints: Path, *, resumed: Run | None = None) -> ResolvedRun:
     """Resolves a recipe for a training on this machine.
 
     Args:
-        checkpoints: folder of the trainer's state. dtype_before: of the run that is resumed.
+        checkpoints: folder of the trainer's state. resumed: the run that goes on, with its precision and prompt.
 
     Raises:
         SevpeftError: a setting that cannot work here.
     """
-    precision = choose_precision(recipe, dtype_before)
+    precision = choose_precision(recipe, resumed.metrics()["model"]["dtype"] if resumed else None)
     split = split_here(recipe)
     arguments = sft_config(split, precision, checkpoints)
     check_sharding(split, arguments)
     check_hopeless_start(split)
     with PartialState().main_process_first():
-        base = resolve_model(split)
+        base = resolve_model(split, resumed)
     return ResolvedRun(**vars(base), given=recipe, precision=precision, arguments=arguments)
 
 
@@ -94,6 +95,8 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     settings.setdefault("use_cpu", not uses_gpu(recipe))
     settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints), disable_tqdm=True)
     settings["padding_free"] = settings["padding_free"] is True  # auto: until the model is measured
+    if settings["save_total_limit"] == AUTO:  # while it trains; a finished run needs none
+        settings["save_total_limit"] = 2
     settings["logging_nan_inf_filter"] = False  # it would hide a NaN loss from StepGuard
     # The trainer takes a batch in parts; the library's own search makes the step smaller, and so another training.
     settings["auto_find_batch_size"] = False

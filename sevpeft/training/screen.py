@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sevpeft.console import LABEL_WIDTH, print_labeled
+from sevpeft.errors import UnknownModelError
+from sevpeft.modeling.compat import weights_are_sharded
+from sevpeft.modeling.loading import LARGEST_QUANTIZED_ON_CPU, uses_gpu
 from sevpeft.modeling.memory import EFFICIENCY, GIB, LARGEST_BATCH, TFLOPS
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
@@ -20,6 +24,7 @@ from sevpeft.severity.source import ORACLE
 from sevpeft.severity.weights import WeightSummary, advice, effective_sample, histogram_lines
 from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.plan import Fitting, Plan
+from sevpeft.training.resolve import device_memory, memory_plan, split_here
 
 # Of a histogram: a terminal of 80 columns has them beside the labels. And of the bar of an item of the memory.
 HISTOGRAM_WIDTH, BAR_WIDTH = 79 - LABEL_WIDTH, 15
@@ -83,7 +88,7 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
         print_labeled(console, "Sharpened", f"probabilities to the power of {power}")
     sample = f"mean {weights.mean:.3f}, effective sample size {effective_sample(weights)}"
     print_labeled(console, "Weights", sample if control == "none" else f"{sample}, {control} as a control")
-    for line in histogram_lines(weights.histogram, HISTOGRAM_WIDTH):
+    for line in histogram_lines(weights.histogram, min(HISTOGRAM_WIDTH, console.width - LABEL_WIDTH - 1)):
         print_labeled(console, "", line)
     if control in ("none", "shuffled") and (warning := advice(weights)):
         # The remedies are settings of the severity, which ready-made weights do not have.
@@ -102,6 +107,19 @@ def show_batch(recipe: Recipe, processes: int, console: Console) -> None:
         f"{'without' if settings['gradient_checkpointing'] is False else 'with'} gradient checkpointing; validation by "
         f"{settings['per_device_eval_batch_size']}",
     )
+
+
+def show_machine(recipe: Recipe, console: Console) -> None:
+    """Prints what a training takes of this machine's memory, if that is known, and warns of a CPU that is too small."""
+    if console.quiet or weights_are_sharded():
+        return
+    on_cpu, large = not uses_gpu(recipe), (recipe.about.parameter_count() or 0) > LARGEST_QUANTIZED_ON_CPU
+    with suppress(UnknownModelError):
+        needed, most = memory_plan(split_here(recipe), on_gpu=not on_cpu)[0].budget().total, device_memory(recipe)
+        text = f"{'CPU' if on_cpu else 'GPU'}, {needed / GIB:.1f} GiB of the {most / GIB:.1f} that a training may take"
+        text += "; too much: take a smaller model, or a larger machine" * (needed > most)
+        text += "; a model of this size takes hours an epoch without a GPU" * (on_cpu and large)
+        print_labeled(console, "This machine", text, style="yellow" * (";" in text))
 
 
 def show_curriculum(curriculum: Curriculum, console: Console) -> None:
@@ -144,6 +162,8 @@ def run_summary(run: Run) -> Group:
     for key, label in [("loss", "all"), *((f"loss_{name}", name) for name in reversed(SEVERITIES))]:
         if key in after:
             losses.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
+        elif counts:
+            losses.add_row(label, "no rows", "no rows", "")
     for name, after in metrics.get("curriculum", {}).get("held_out", {}).items():
         facts.add_row("After each stage", f"{name} rows: {' → '.join(f'{loss:.3f}' for loss in after)}")
     return Group(Text(), facts, Text("\nValidation loss, nats per answer token, unweighted", style="bold"), losses)
@@ -186,7 +206,7 @@ def show_fitting(found: Fitting, console: Console) -> None:
         f"model's numbers are from {found.origin}",
     )
     for name, size in found.budget.items.items():
-        row = Text(f"{'':{LABEL_WIDTH}}{name:30}{size / GIB:8.2f} GiB ")
+        row = Text(f"{'':{min(LABEL_WIDTH, console.width - 59)}}{name:30}{size / GIB:8.2f} GiB ")
         row.append("█" * round(BAR_WIDTH * size / found.budget.total), style="blue")
         console.print(row, no_wrap=True, overflow="crop")
     for gpu in found.gpus:

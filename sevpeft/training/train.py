@@ -36,7 +36,7 @@ from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.data import Prepared, lengths_of, prepare
 from sevpeft.training.distributed import check_adapter_is_complete, check_engine, check_same_processes, engine_of
 from sevpeft.training.resolve import ResolvedRun, loraplus_settings, resolve, settings_errors
-from sevpeft.training.screen import show_batch, show_curriculum, show_data
+from sevpeft.training.screen import show_batch, show_curriculum, show_data, show_machine
 from sevpeft.training.trainer import SeveritySFTTrainer
 
 
@@ -73,10 +73,11 @@ def train(
         if resume and run.finished:
             console.print(f"The run in {run.folder} is finished; nothing is left to do.", soft_wrap=True)
         else:
-            dtype = run.metrics()["model"]["dtype"] if resume else None
-            resolved = resolve(recipe, run.checkpoints, dtype_before=dtype)
+            with console.status("Looking at the base model, and choosing the batch split"):
+                resolved = resolve(recipe, run.checkpoints, resumed=run if resume else None)
             with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
                 _train(resolved, run, state, console, Path(scratch), resume=resume, more=callbacks)
+        checkpoints.remove_of_finished(run, recipe)
     # A process that exits while gloo's threads live is now and then aborted, after all its work is done.
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -88,6 +89,7 @@ def _train(
 ) -> None:
     recipe = resolved.recipe
     print_labeled(console, "Base model", f"{recipe.model.name_or_path} ({resolved.config.model_type})")
+    show_machine(resolved.given, console)  # before the weights are fetched
     init_adapter = recipe.training.init_adapter
     if init_adapter and not resume:
         adapters.init_adapter(recipe)
@@ -95,17 +97,19 @@ def _train(
 
     # data: weighted training rows, validation rows
     remedy = "set TMPDIR to a folder on another disk"
-    with state.main_process_first(), plain_disk_errors(scratch.parent, when_full=remedy, remedy=remedy):
+    disk = plain_disk_errors(scratch.parent, when_full=remedy, remedy=remedy)
+    with state.main_process_first(), disk, console.status("Reading and encoding the data"):
         rows = prepare(recipe, resolved.prompt, scratch)
     if resume:
         checkpoints.check_same_data(rows.summary["fingerprint"], rows.summary["source"], run)
     show_data(rows.summary, rows.weights, recipe, console)
 
     # model: the frozen base, and how its rows are laid out
-    model = load_model(recipe, resolved.precision, state.local_process_index)
-    if resume:
-        adapters.check_base_weights(recipe, run)
-    resolved = resolved.with_layout(model, lengths_of(rows.validation)[0])
+    with console.status("Loading the base model"):
+        model = load_model(recipe, resolved.precision, state.local_process_index)
+        if resume:
+            adapters.check_base_weights(recipe, run)
+        resolved = resolved.with_layout(model, lengths_of(rows.validation)[0])
     recipe = resolved.recipe
     show_batch(recipe, state.num_processes, console)
     curriculum = None
@@ -146,7 +150,7 @@ def _train(
             if init_adapter and not resume:
                 adapters.init_adapter(recipe, trainer.model)
             if state.is_main_process and not resume:
-                _write_origin(run, recipe, rows, trainer)
+                _write_origin(run, resolved, rows, trainer)
         state.wait_for_everyone()
 
         # train, validate, save
@@ -209,16 +213,17 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run, prompt: Prompt) -> None
             adapters.cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
         adapters.sort_target_modules(folder)
         save_tokenizer(prompt, folder)
+        run.link_tokenizer(folder)
         generation_config(prompt, trainer.causal_lm().generation_config).save_pretrained(folder)
         shutil.rmtree(run.adapter, ignore_errors=True)
         folder.replace(run.adapter)
     trainer.accelerator.wait_for_everyone()
 
 
-def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
-    """recipe.yaml, environment.json and the first part of metrics.json."""
+def _write_origin(run: Run, resolved: ResolvedRun, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
+    """recipe.yaml, environment.json, tokenizer/ and the first part of metrics.json."""
+    recipe, arguments = resolved.recipe, trainer.args
     trainable, total = adapters.trainable_parameters(trainer.model)
-    arguments = trainer.args
     run.write_json(
         "environment.json",
         {
@@ -231,12 +236,14 @@ def _write_origin(run: Run, recipe: Recipe, rows: Prepared, trainer: SeveritySFT
         },
     )
     base = trainer.causal_lm()
+    resolved.tokenizer.save_pretrained(run.tokenizer)
     run.update_metrics(
         model={
             "name_or_path": recipe.model.name_or_path,
             "resolved": resolved_name(recipe),
             "commit": adapters.base_commit(recipe),
             "fingerprint": adapters.base_fingerprint(recipe),
+            "prompt": resolved.prompt.fingerprint(),
             "model_type": base.config.model_type,
             "parameters": total - trainable,
             "trainable_parameters": trainable,

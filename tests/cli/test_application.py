@@ -76,6 +76,7 @@ def test_a_home_folder_is_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     words = ["training.max_steps=2", "data.max_rows=60", "training.max_length=256", "training.save_strategy=steps"]
+    words.append("training.save_total_limit=2")
     run = train(load_recipe(Path(QUICKSTART), [*words, "training.save_steps=1"]), Path("~/run"))
     assert run.folder == tmp_path / "run" and not (tmp_path / "~").exists()
     assert (Run(tmp_path / "run").checkpoints / "checkpoint-2").is_dir()

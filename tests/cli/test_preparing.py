@@ -30,7 +30,7 @@ def test_the_sample_is_prepared_and_the_counts_fit_80_columns(sevpeft_: Cli, tmp
     assert (code, err) == (0, "")
     short = [line for line in out.splitlines() if str(tmp_path) not in line]
     assert max(map(len, short)) <= 80
-    assert f"Next: sevpeft train {QUICKSTART} data.path={tmp_path / 'out'}" in out
+    assert f"Next: sevpeft train quickstart data.path={tmp_path / 'out'}" in out
     figures = {tuple(line.split()) for line in short}
     loaded = load_consultations(tmp_path / "out")
     assert ("read", "420") in figures and ("kept", f"{len(loaded.rows)}") in figures

@@ -271,3 +271,20 @@ def test_aliases_of_aliases_are_refused_at_once_wherever_yaml_is_read(tmp_path: 
         load_recipe(Path("recipes/quickstart.yaml").resolve(), ["training={a: &a [1], b: [*a, *a]}"])
     with pytest.raises(DataError, match="no YAML"):
         Rubric.load(tmp_path / "x.yaml")
+
+
+def test_titles_above_the_names_and_marks_before_them_are_known(tmp_path: Path) -> None:
+    table = [["السؤال", "الجواب", "ملاحظة"], *([*pair, None] for pair in PAIRS)]
+    assert pairs(read(tmp_path / "x.xlsx", {"2024": [["استشارات"], [None, "قسم الطوارئ"], *table]})) == PAIRS
+    text = "".join(",".join(cell or "" for cell in row) + "\n" for row in table)
+    (tmp_path / "x.csv").write_text(text, encoding="utf-16")  # as pandas and Excel write it, with its mark
+    assert pairs(load_consultations(str(tmp_path / "x.csv"))) == PAIRS
+    assert "one of names above it" in refusal(tmp_path / "y.csv", f"{Q * 4},{A * 4}\n" * 2)
+    # A row is no title, even if its cells are called as columns are.
+    assert "'text'" in refusal(tmp_path / "z.csv", "text,topic\nq,a\n")
+
+
+def test_rows_of_a_document_may_stand_under_the_name_of_a_column(tmp_path: Path) -> None:
+    assert pairs(read(tmp_path / "x.json", {"questions": [{"q": q, "a": a} for q, a in PAIRS]})) == PAIRS
+    alone = {"messages": [message("user", Q), message("assistant", A)]}
+    assert pairs(read(tmp_path / "y.json", alone)) == [(Q, A)]

@@ -127,3 +127,9 @@ def test_what_differs_is_named_by_its_path() -> None:
     stored = {"a": {"b": 1, "c": 2}, "text": "س" * 60}
     now = {"a": {"b": 1, "c": 3, "d": 4}, "text": "ص" * 60}
     assert differences(stored, now) == ["a.c is 3 and was 2", "a.d is 4 and was null", "text is another"]
+
+
+def test_one_small_seed_may_be_a_count_and_is_asked_about() -> None:
+    with pytest.raises(UsageError, match=r"Write --seeds 0,1,2, or --seeds 3, "):
+        parse_seeds("3")
+    assert [parse_seeds(text) for text in ("3,", "0", "1", "1234")] == [(3,), (0,), (1,), (1234,)]

@@ -284,6 +284,9 @@ def test_with_folds_every_row_is_tested_by_a_model_that_never_saw_it(
         compared(words, tmp_path / "out", folds=2, console=screen)
     begun = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "6 of 6 to train, about 36 steps" in begun and "spread as in a pilot" in begun
+    # Data, weights and batch are said once, and in each heading how long all will take.
+    assert begun.count("Base model") == begun.count("Batch ") == 1
+    assert re.search(r"balanced-0-fold1 \(3 of 6\), 0:0\d:\d\d left for all", begun)
     assert (
         re.search(r"Time +[\d.]+ s a step, 0:0\d:\d\d for all training", begun) and begun.count("for all training") == 1
     )
@@ -380,8 +383,9 @@ def test_runs_that_were_not_trained_alike_are_not_compared(
         ("training", {"steps": 2}, "steps"),
         ("data", {"rows": {"train": 1}}, "rows"),
         ("model", {"fingerprint": "sha256:0"}, "base weights"),
+        ("model", {"prompt": "sha256:0"}, "tokenizer"),
     ):
-        other = Path(shutil.copytree(finished, tmp_path / section))
+        other = Path(shutil.copytree(finished, tmp_path / name))
         run = Run(other / "balanced-0")
         run.update_metrics(**{section: {**run.metrics()[section], **changed}})
         with pytest.raises(RunError, match=rf"balanced-0 .*ce-0 .*\(other {name}\)"):
@@ -518,3 +522,15 @@ def test_the_verb_prints_verdict_and_table_and_one_sentence_when_refused(
     ):
         code, out, err = sevpeft_(*words, *more)
         assert code in (1, 2) and out == "" and expected in err and len(err.strip().splitlines()) == 1
+
+
+def test_arms_that_would_train_the_same_train_once(settings: list[str], tmp_path: Path, trained: list[str]) -> None:
+    screen = Screen(file=io.StringIO(), width=80)
+    content = compared(
+        settings, tmp_path / "out", arms=("base",), vary="training.learning_rate=2e-3,0.002", console=screen
+    )
+    assert trained == ["train 2e-3-0", "evaluate 2e-3-0"]
+    assert content["runs"]["0.002"] == content["runs"]["2e-3"] == ["2e-3-0"]
+    assert any(note.startswith("0.002 trains the same as 2e-3") for note in content["notes"])
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "0.002 trains the same" in " ".join(shown.split()) and not screen.quiet

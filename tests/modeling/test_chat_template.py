@@ -13,7 +13,7 @@ from sevpeft.errors import ModelError
 from sevpeft.modeling.chat_template import CHAT_TEMPLATE, chat_template, generation_config, save_tokenizer
 from sevpeft.modeling.prompts import SEVERITY_LINES, Prompt, choose_pad_token
 from sevpeft.recipe import load_recipe
-from tests.modeling.test_prompts import CASES, PREFIXES, QUESTIONS, build, byte_level
+from tests.modeling.test_prompts import CASES, DATED, PREFIXES, QUESTIONS, build, byte_level, with_tokens
 from tests.models import CHAT_TEMPLATES
 from tests.test_recipes import RECIPES, TEMPLATE
 
@@ -124,3 +124,17 @@ def test_an_answer_ends_where_the_base_model_ends_and_where_the_training_did() -
     end = prompt.tokenizer.convert_tokens_to_ids("<|im_end|>")
     for theirs, ends in ((None, [end]), (0, [0, end]), ([0, 1], [0, 1, end]), (end, [end])):
         assert generation_config(prompt, GenerationConfig(eos_token_id=theirs)).eos_token_id == ends
+
+
+def test_the_date_and_an_end_that_is_not_special_travel_with_the_template(tmp_path: Path) -> None:
+    template = DATED.replace("im_", "turn_")
+    tokenizer = with_tokens("<|turn_start|>", "<|turn_end|>", special=False, template=template)
+    prompt = build(tokenizer, chat=True, date="2026-02-03", system="أنت طبيب.")
+    save_tokenizer(prompt, tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    asked = [{"role": "user", "content": "ألم <|turn_end|> شديد"}]
+    ids = saved.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert ids == prompt.prompt_ids([asked[0]["content"]])[0] and saved.decode(ids).startswith("03 Feb 2026 ")
+    again = build(saved, chat=True)  # as `sevpeft chat` reads a pushed adapter, on a default day
+    assert again.prompt_ids(["ألم"]) == prompt.prompt_ids(["ألم"]) and again.end_id == prompt.end_id
+    assert generation_config(prompt, GenerationConfig(eos_token_id=0)).eos_token_id == [0, prompt.end_id]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -516,3 +517,118 @@ def test_without_a_pad_token_the_end_of_text_pads_and_no_token_is_added(tmp_path
     assert choose_pad_token(tokenizer, size) == "</s>" and tokenizer.pad_token_id == tokenizer.eos_token_id
     tokenizer.save_pretrained(tmp_path)
     assert len(tokenizer) == size == len(AutoTokenizer.from_pretrained(tmp_path))
+
+
+def with_tokens(*tokens: str, special: bool, template: str | None = None) -> PreTrainedTokenizerFast:
+    tokenizer = byte_level(template)
+    tokenizer.add_tokens([AddedToken(token, special=special) for token in tokens], special_tokens=special)
+    return tokenizer
+
+
+def test_ids_beyond_the_embedding_are_refused_where_any_text_can_reach_them() -> None:
+    size, ends_otherwise = len(byte_level()), CHAT_TEMPLATES["chatml"].replace("im_end", "stop")
+    picture, word, stop = "<image_soft_token>", "دوخة", "<|stop|>"
+    cases: dict[str, tuple[PreTrainedTokenizerFast, int, bool, bool]] = {
+        "as many": (byte_level(), size, False, True),
+        "padded": (byte_level(), size + 128, False, True),
+        "vocabulary": (byte_level(), size - 1, False, False),
+        "word": (with_tokens(word, special=False), size, False, False),
+        "picture, as Gemma 3": (with_tokens(picture, special=True), size, False, True),
+        "picture, not flagged": (with_tokens(picture, special=False), size, False, True),
+        "template": (with_tokens(stop, special=True, template=ends_otherwise), size, True, False),
+        "template, not used": (with_tokens(stop, special=True, template=ends_otherwise), size, False, True),
+    }
+    wrong = []
+    for name, (tokenizer, rows, chat, fits) in cases.items():
+        try:
+            prompt = build(tokenizer, vocabulary_size=rows, chat=chat)
+            ids = prompt.prompt_ids([f"ألم {picture} {stop} شديد"])[0] + prompt.answer_ids([picture])[0]
+            wrong += [] if fits and max(ids) < rows else [(name, max(ids))]
+        except ModelError as error:
+            wrong += [(name, str(error))] if fits or f"{rows:,} rows" not in str(error) else []
+    assert wrong == []
+
+
+def test_an_end_of_turn_that_nothing_flags_as_special_ends_the_answer_and_no_patient_types_it() -> None:
+    """An ordinary added token, a piece of the vocabulary, or mere text: then the end of text follows, as before."""
+    renamed = CHAT_TEMPLATES["chatml"].replace("im_", "turn_")
+    state = json.loads(build_tokenizer().backend_tokenizer.to_str())
+    for first, second in (("<", "|"), ("<|", ">")):
+        state["model"]["merges"].insert(0, [first, second])
+        state["model"]["vocab"][first + second] = len(state["model"]["vocab"])
+    as_piece = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        eos_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATES["chatml"].replace("<|im_end|>", "<|>"),
+    )
+    cases = {
+        "added": (with_tokens("<|turn_start|>", "<|turn_end|>", special=False, template=renamed), "<|turn_end|>", True),
+        "vocabulary": (as_piece, "<|>", True),
+        "text": (byte_level(renamed), "<|turn_end|>", False),
+    }
+    for name, (tokenizer, end, is_token) in cases.items():
+        prompt = build(tokenizer, chat=True)
+        last = tokenizer.convert_ids_to_tokens(prompt.end_id)
+        assert last == (end if is_token else "<|endoftext|>"), name
+        typed = f"ألم {end} في الصدر"
+        assert prompt.prompt_ids([typed]) == prompt.prompt_ids(["ألم   في الصدر"]), name
+        begins = prompt.prompt_ids(["ألم <|turn_start|> في الصدر"]) == prompt.prompt_ids(["ألم   في الصدر"])
+        assert begins == (name == "added"), name
+        answer = prompt.answer_ids([typed])[0]
+        assert answer.count(prompt.end_id) == 1 and answer[-1] == prompt.end_id, name
+        assert prompt.decode(answer) == "ألم   في الصدر", name
+        shown = build(tokenizer, chat=True, examples=[{"question": typed, "answer": end + "لا"}])
+        assert shown.examples == [{"question": "ألم   في الصدر", "answer": "لا"}], name
+
+
+DATED = "{{ strftime_now('%d %b %Y') if strftime_now is defined else 'x' }} " + CHAT_TEMPLATES["chatml"]
+
+
+def test_a_template_that_writes_todays_date_is_given_the_same_day_always() -> None:
+    tokenizer = byte_level(DATED)
+    prompt = build(tokenizer, chat=True)
+    assert prompt.text("ألم").startswith("26 Jul 2024 <|im_start|>user") and tokenizer.chat_template == DATED
+    assert build(tokenizer, chat=True, date="2026-02-03").text("ألم").startswith("03 Feb 2026 <|im_start|>")
+    undated = byte_level(CHAT_TEMPLATES["chatml"])
+    assert build(undated, chat=True).tokenizer is undated
+    for day in ("today", "2026-02-31", "2026-13-01"):
+        with pytest.raises(RecipeError, match=r"prompt\.date"):
+            recipe_from_values({"prompt": {"date": day}})
+
+
+def test_a_fingerprint_is_of_tokens_text_and_end_and_of_nothing_else() -> None:
+    def printed(change: Callable[[dict], object] = lambda state: None, template: str | None = None, **how: Any) -> str:
+        state = json.loads(build_tokenizer().backend_tokenizer.to_str())
+        change(state)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=how.pop("eos", "<|endoftext|>")
+        )
+        tokenizer.chat_template = template or CHAT_TEMPLATES["chatml"]
+        return build(tokenizer, **how).fingerprint()
+
+    def swap(state: dict) -> None:
+        vocabulary, (one, other) = state["model"]["vocab"], "øù"  # bytes that no text has
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+    chatml = CHAT_TEMPLATES["chatml"]
+    plain = printed()
+    different = {
+        "merge": printed(lambda state: state["model"]["merges"].pop(0)),
+        "ids": printed(swap),
+        "normalizer": printed(lambda state: state.update(normalizer={"type": "Lowercase"})),
+        "end": printed(eos="<|pad|>"),
+        "cue": printed(answer_cue="الرد:"),
+        "chat": printed(chat=True),
+        "chat with words": printed(chat=True, template="كن موجزا. " + chatml),
+        "chat of several turns": printed(
+            chat=True,
+            template=chatml.replace("<|im_end|>\n{% endfor", "<|im_end|>\n{{ '' if loop.last else ' ' }}{% endfor"),
+        ),
+        "system": printed(chat=True, system="أنت طبيب"),
+        "date": printed(chat=True, template=DATED),
+        "another date": printed(chat=True, template=DATED, date="2026-02-03"),
+    }
+    prints = [plain, *different.values()]
+    assert [name for name, of in different.items() if prints.count(of) > 1] == []
+    equal = [printed(template=DATED), printed(lambda state: state.update(truncation=None))]
+    assert {plain} == {*equal} and printed(chat=True) == printed(chat=True, template=chatml + "{# a remark #}")

@@ -248,7 +248,7 @@ def test_a_file_that_is_no_recipe_is_refused_with_its_place(tmp_path: Path) -> N
 def test_an_absent_recipe_is_answered_with_close_names(tmp_path: Path) -> None:
     (tmp_path / "qwen2.5-0.5b.yaml").touch()
     (tmp_path / "bloomz-560m.yaml").touch()
-    for name in ("qwen2.5-0.5b", "qwen2.5-05b.yaml", "qwen2.5-0.5b.yml"):
+    for name in ("qwen2.5-05b", "qwen2.5-05b.yaml", "qwen2.5-0.5b.yml"):
         with pytest.raises(RecipeError, match=r"qwen2\.5-0\.5b\.yaml\.$"):
             load_recipe(tmp_path / name)
     for path in (tmp_path / "zzz", tmp_path):

@@ -285,7 +285,7 @@ def verb(sevpeft_: Cli) -> Verb:
 def test_the_verb_shows_counts_weights_and_the_next_command_or_json_alone_or_its_settings(verb: Verb) -> None:
     code, out, err = verb("builtin:consultations", "out.jsonl", "method=rules", "replace=true")
     assert (code, err) == (0, "") and "█" in out and "critical" in out
-    assert "effective sample size" in out and "quickstart.yaml data.path=out.jsonl" in out
+    assert "effective sample size" in out and "quickstart data.path=out.jsonl" in out
     code, out, _ = verb("builtin:consultations", "out.parquet", "method=rules", "replace=true", "--json")
     content = json.loads(out)
     assert code == 0 and content["rows"] == len(table("out.parquet")) == 420

@@ -126,6 +126,7 @@ def test_an_adapter_alone_answers_as_its_run_does_by_the_template_in_its_tokeniz
     run = made_run(chat_template=CHAT_TEMPLATES["chatml"], prompt={"chat": True}, size=0.5)
     alone, settings = tmp_path / "alone", ["generation.max_new_tokens=8"]
     shutil.copytree(run.adapter, alone)
+    shutil.copyfile(run.folder / "recipe.yaml", alone / "recipe.yaml")  # as it is pushed
     with pytest.raises(ModelError, match="tokenizer"):
         Chat(alone)
     tokenizer = Chat(run).prompt.tokenizer
@@ -222,6 +223,7 @@ def test_the_severity_is_predicted_when_the_question_comes_and_an_oracle_cannot_
     def card_of(asked: str, *more: str) -> str:
         settings = [f"prompt.severity={asked}", *more]
         run.write_text("recipe.yaml", load_recipe(run.folder / "recipe.yaml", settings).to_yaml())
+        run.update_metrics(model={**run.metrics()["model"], "prompt": None})  # as if it was trained so
         return write_card(run).read_text(encoding="utf-8")
 
     assert "as published" in card_of("none", "as_published.labels=all") and "oracle" not in card_of("none")

@@ -451,7 +451,7 @@ def test_a_training_starts_from_an_adapter_and_repeats_that_after_a_kill(
     # What a checkpoint has is not overwritten, and the adapter need not be there any more.
     moved = Path(shutil.copytree(run.folder, tmp_path / "moved"))
     words[-1] = f"training.init_adapter={moved / 'adapter'}"
-    words += ["training.save_strategy=steps", "training.save_steps=1"]
+    words += ["training.save_strategy=steps", "training.save_steps=1", "training.save_total_limit=2"]
     third = train(load_recipe(QUICKSTART, words), tmp_path / "three")
     assert all(torch.equal(weights_of(third)[name], value) for name, value in weights_of(started).items())
     shutil.rmtree(third.checkpoints / "checkpoint-2")

@@ -62,6 +62,7 @@ def settings(model_folder: Callable[..., Path]) -> list[str]:
         "training.logging_steps=2",
         "training.save_strategy=steps",
         "training.save_steps=2",
+        "training.save_total_limit=2",
         "training.eval_strategy=no",
     ]
 

@@ -170,6 +170,7 @@ def test_a_checkpoint_holds_adapter_and_optimizer_and_nothing_of_the_base(
         "training.max_steps=2",
         "training.save_strategy=steps",
         "training.save_steps=2",
+        "training.save_total_limit=1",
         "training.max_length=160",
         "data.max_rows=60",
     ]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from sevpeft.modeling.memory import GIB, Change, usable
+from sevpeft.modeling.memory import GIB, Budget, Change, usable
 from sevpeft.recipe import load_recipe
+from sevpeft.runs import Run
 from sevpeft.training import plan as module
+from sevpeft.training import screen
 from sevpeft.training.plan import Fitting, fitting
 from sevpeft.training.resolve import resolve_split
-from sevpeft.training.screen import show_fitting
+from sevpeft.training.screen import run_summary, show_fitting, show_machine
 from tests.modeling.test_memory import eight_billion as eight_billion_plan
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -71,3 +75,35 @@ def test_a_real_plan_chooses_the_split_by_the_size_of_the_gpu(eight_billion: Fit
         assert plan.total_of_batch(*chosen) <= usable(gb)
         found[gb] = chosen
     assert found[12][0] <= found[24][0] <= found[80][0] == 8 and found[12][1] and not found[80][1], found
+
+
+def test_a_machine_that_is_too_small_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "split_here", lambda recipe: recipe)
+    monkeypatch.setattr(screen, "device_memory", lambda recipe: 8 * GIB)
+
+    def said(needed: int, name: str) -> str:
+        console, plan = Console(file=io.StringIO(), width=80), SimpleNamespace(budget=lambda: Budget({"all": needed}))
+        monkeypatch.setattr(screen, "memory_plan", lambda recipe, on_gpu: (plan, ""))
+        show_machine(load_recipe(RECIPES / f"{name}.yaml", ["training.use_cpu=true"]), console)
+        return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+    small, large = said(1 * GIB, "quickstart"), said(16 * GIB, "llama-3.1-8b")
+    assert "CPU, 1.0 GiB of the 8.0" in small and ";" not in small
+    assert "too much" in large and "hours an epoch" in large
+
+
+def test_a_severity_without_validation_rows_is_said_to_have_none(tmp_path: Path) -> None:
+    run, losses = Run(tmp_path), {"loss": 2.0, "loss_neutral": 2.0}
+    model = {"name_or_path": "x", "model_type": "llama", "dtype": "float32", "bits": None}
+    weights = {"severities": {"critical": 3, "neutral": 4}, "consultations": 7, "effective_sample_size": 7}
+    weights |= {"minimum": 1, "maximum": 1, "mean": 1}
+    run.update_metrics(
+        model=model | {"parameters": 1, "trainable_parameters": 1}, weights=weights, before=losses, after=losses
+    )
+    run.update_metrics(
+        data={"encoding": {"train": {"answer_tokens": 9}}}, training={"steps": 1, "epochs": 1, "seconds": 1}
+    )
+    console = Console(file=io.StringIO(), width=60)
+    console.print(run_summary(run))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"critical +no rows", shown) and not re.search(r"neutral +no rows", shown)

@@ -16,6 +16,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, GenerationConfig, TrainerControl, TrainerState
 
 from sevpeft.errors import RecipeError, RunError
@@ -26,7 +27,7 @@ from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
 from sevpeft.training.callbacks import RunProgress, Samples, energy_counters
 from sevpeft.training.checkpoints import as_started
-from sevpeft.training.resolve import is_automatic
+from sevpeft.training.resolve import is_automatic, with_training
 from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.models import SENTENCES, build_model, build_tokenizer
@@ -64,7 +65,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def settings(base: list[str]) -> list[str]:
     """The same with a line of the log each step, checkpoints and validations."""
     steps = [f"training.{kind}_steps=2" for kind in ("save", "eval")] + ["training.logging_steps=1"]
-    return [*base, *steps, "training.save_strategy=steps", "training.eval_strategy=steps"]
+    steps += ["training.save_strategy=steps", "training.eval_strategy=steps", "training.save_total_limit=2"]
+    return [*base, *steps]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,35 @@ def test_a_resumed_run_reports_damage_and_ends_with_the_same_bits(
     )
 
 
+def test_a_finished_run_keeps_the_checkpoints_that_were_asked_for_wherever_a_kill_came(
+    trained: tuple[Run, str], copied: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    kept = sorted(path.name for path in trained[0].checkpoints.iterdir())
+    assert kept == ["checkpoint-2", "checkpoint-4"]
+    assert not list(trained[0].checkpoints.rglob("*token*")), "each would be a copy of all words"
+    path, metrics = copied.folder / "recipe.yaml", copied.metrics()
+    path.write_text(load_recipe(path, ["training.save_total_limit=auto"]).to_yaml(), encoding="utf-8")
+    recipe = load_recipe(path)
+    # As a kill leaves it before the figures are written, and another one before the checkpoints are taken away.
+    copied.write_json("metrics.json", {name: of for name, of in metrics.items() if name not in ("training", "after")})
+    assert not copied.finished
+    with monkeypatch.context() as patch:
+        patch.setattr("sevpeft.training.checkpoints.remove_of_finished", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, copied.folder, resume=True)
+    assert sorted(path.name for path in copied.checkpoints.iterdir()) == kept and copied.finished
+    with pytest.raises(RunError, match=r"training\.max_steps \(4 then, 9 now\)"):
+        train(with_training(recipe, max_steps=9), copied.folder, resume=True)
+    screen = Console(file=io.StringIO(), width=200)
+    train(recipe, copied.folder, resume=True, console=screen)
+    assert "is finished" in screen.file.getvalue() and not list(copied.checkpoints.iterdir())  # type: ignore[attr-defined]
+    assert_same_bits(trained[0], copied)
+    assert copied.metrics()["after"] == metrics["after"]
+
+
 def test_samples_are_private_change_no_bit_and_come_once_also_after_a_kill(
     trained: tuple[Run, str], settings: list[str], tmp_path: Path
 ) -> None:
@@ -223,6 +254,20 @@ def test_energy_is_added_up_over_starts_and_no_counter_that_begins_again_takes_a
         progress.on_step_end(args, state, TrainerControl(should_save=True))
     progress.on_train_end(args)
     assert (progress.cost[cpu], progress.cost[gpu]) == (101.5, 2.0)
+
+
+def test_a_validation_shows_its_rows_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sevpeft.training.callbacks.SECONDS_BETWEEN_LINES", -1)
+    console = Console(file=io.StringIO(), width=60)
+    progress, loader = RunProgress(Run(tmp_path), console), DataLoader(range(10), batch_size=4)
+    progress.on_train_begin(make_config(tmp_path), TrainerState(), TrainerControl())
+    for _ in range(2):  # validations
+        for _ in loader:
+            progress.on_prediction_step(eval_dataloader=loader)
+        progress.on_evaluate()
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    done = [re.search(r"validating (\d+)/10, 0:0\d:\d\d left", line) for line in lines]
+    assert [int(one[1]) for one in done if one] == [3, 7, 10] * 2
 
 
 def test_a_machine_that_counts_no_energy_has_none_and_nvml_counts_millijoules(
@@ -363,6 +408,7 @@ def test_under_autocast_the_adapter_is_written_as_it_was_computed_with(
 
     monkeypatch.setattr(SeveritySFTTrainer, "save_model", keep)
     words = [*base, *SPLIT, *more, "training.eval_strategy=no", "training.max_steps=2", "training.bf16=true"]
+    words.append("training.save_total_limit=1")
     recipe = load_recipe(QUICKSTART, [*words, "training.learning_rate=1e-2"])
     run = train(recipe, tmp_path / "run")
     for name, tensor in weights_of(run).items():
