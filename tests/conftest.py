@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# bitsandbytes compiles functions as it is imported, which loads TorchInductor for three seconds; none is used here.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 
@@ -147,14 +149,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Callable[..., Path]:
     """Makes a folder with a small model of an architecture and its tokenizer, as a user would have it."""
-    from tests.models import build_model, build_tokenizer
+    from tests.models import save_model
 
     def make(architecture: str = "llama", chat_template: str | None = None) -> Path:
-        folder = tmp_path / f"tiny-{architecture}"
-        build_model(architecture).save_pretrained(folder)
-        tokenizer = build_tokenizer()
-        tokenizer.chat_template = chat_template
-        tokenizer.save_pretrained(folder)
-        return folder
+        return save_model(tmp_path / f"tiny-{architecture}", architecture, chat_template)
 
     return make

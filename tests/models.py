@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,6 +133,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_model(folder: Path, architecture: str, chat_template: str | None = None) -> Path:
+    """Writes a model and its tokenizer, as a user would have them; returns the folder."""
+    build_model(architecture).save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @functools.cache
 def _drawn_model(architecture: str, seed: int, vocab_size: int) -> tuple[torch.nn.Module, torch.Tensor]:
     settings: dict[str, Any] = dict(ARCHITECTURES[architecture])
@@ -142,7 +152,8 @@ def _drawn_model(architecture: str, seed: int, vocab_size: int) -> tuple[torch.n
         settings |= tokens
     config = transformers.AutoConfig.for_model(architecture, **settings)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).eval(), torch.get_rng_state()
+    with torch.device("cpu"):  # also where the first who asks for it makes models without numbers
+        return AutoModelForCausalLM.from_config(config).eval(), torch.get_rng_state()
 
 
 def build_model(architecture: str, seed: int = 0, vocab_size: int = VOCABULARY) -> torch.nn.Module:

@@ -589,7 +589,7 @@ def test_a_reader_that_stops_and_a_full_disk_behind_the_pipe_are_taken_calmly(wo
 
 @pytest.fixture
 def without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loading() -> None:
+    def loading(**_: object) -> None:
         raise AssertionError("torch would be loaded first, which takes ten seconds")
 
     for module in ("training", "evaluation", "sharing", "data"):

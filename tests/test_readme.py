@@ -62,7 +62,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             writer.writerows(
                 {**json.loads(line), "source": index % 3}
                 for index, line in enumerate(
-                    lines[:120:2] if name == "labeled.csv" else lines[120:140] if name == "forum.csv" else lines[:120]
+                    lines[:120:4] if name == "labeled.csv" else lines[120:140] if name == "forum.csv" else lines[:120]
                 )
             )
     asked = {"question": "Which organ pumps blood?", "options": ["the heart", "the liver"], "answer_index": 0}

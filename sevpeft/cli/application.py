@@ -200,8 +200,8 @@ def check_early(recipe: Recipe, verb: str = "train") -> None:
             raise UsageError("training.report_to=wandb: nobody is logged in; run `wandb login`, or `wandb offline`.")
 
 
-def quiet_libraries() -> None:
-    """Hides warnings and progress bars of the libraries; their errors are still shown."""
+def quiet_libraries(*, models: bool = True) -> None:
+    """Hides warnings and progress bars of the libraries; their errors are still shown. models: load PyTorch first."""
     import logging
     import warnings
 
@@ -211,6 +211,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
 
+    if models:
+        import sevpeft.modeling  # noqa: F401 (which loads bitsandbytes faster than PEFT does)
     import datasets
     import huggingface_hub
     import transformers

@@ -168,7 +168,7 @@ def annotate(
 
         from sevpeft.severity.annotate import annotate as annotate_rows
 
-        quiet_libraries()
+        quiet_libraries(models=False)
     if screen.is_terminal and not screen.quiet:
         datasets.enable_progress_bars()
     done = annotate_rows(settings, output)
@@ -295,7 +295,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
     from sevpeft.console import Screen
 
     with Screen(stderr=True).status("Loading the libraries") as status:
-        quiet_libraries()
+        quiet_libraries(models=False)
         yield lambda message: status.update(f"Severity classifier: {message}")
 
 

@@ -14,7 +14,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from bert_score.utils import bert_cos_score_idf
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -75,6 +74,8 @@ class Encoder:
 
         A row whose prediction or reference is empty, or holds invisible marks alone, scores 0.
         """
+        from bert_score.utils import bert_cos_score_idf  # which loads matplotlib
+
         scores, pairs = np.zeros((3, len(predictions))), list(zip(predictions, references, strict=True))
         tokens = partial(self._tokenizer, add_special_tokens=False)
         filled = [i for i, pair in enumerate(pairs) if all(tokens(text.strip())["input_ids"] for text in pair)]

@@ -108,7 +108,7 @@ def move_shapes_to_cpu(model: torch.nn.Module, fake: FakeTensorMode) -> None:
         for name, one in tensors.items():
             if one is not None:
                 kind = {"requires_grad": one.requires_grad, "_is_param": isinstance(one, torch.nn.Parameter)}
-                tensors[name] = FakeTensor(fake, one.data, "cpu", **kind)  # type: ignore[assignment]
+                tensors[name] = FakeTensor(fake, one.data, "cpu", **kind)
 
 
 class LiveBytes(TorchDispatchMode):

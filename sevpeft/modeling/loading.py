@@ -102,10 +102,8 @@ def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precisi
         dtype = getattr(torch, wanted)
     elif bf16 or fp16:
         dtype = torch.bfloat16 if bf16 else torch.float16
-    elif gpu:
-        dtype = torch.bfloat16 if native_bf16 else torch.float16
     else:
-        dtype = dtype_of_cpu()
+        dtype = (torch.bfloat16 if native_bf16 else torch.float16) if gpu else dtype_of_cpu()
     if bf16 is None and fp16 is None:
         bf16, fp16 = dtype == torch.bfloat16, gpu and dtype == torch.float16
     return Precision(dtype, bf16=bool(bf16), fp16=bool(fp16))
@@ -136,10 +134,8 @@ def why_no_gpu(recipe: Recipe) -> str:
 def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesConfig | None:
     """bitsandbytes settings of the recipe, with `auto` resolved; None when nothing is quantized."""
     settings = recipe.quantization
-    if settings.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
     if not settings.load_in_4bit:
-        return None
+        return BitsAndBytesConfig(load_in_8bit=True) if settings.load_in_8bit else None
     compute = settings.bnb_4bit_compute_dtype
     storage: str = settings.bnb_4bit_quant_storage
     if compat.weights_are_sharded():
@@ -245,10 +241,8 @@ def load_model(recipe: Recipe, precision: Precision | None, device_index: int = 
 
 def load_for_inference(recipe: Recipe) -> PreTrainedModel:
     """The base model as it was trained on, in evaluation mode, on the device of this process."""
-    model = load_model(recipe, choose_precision(recipe))
-    if uses_gpu(recipe) and not recipe.quantization.quantized():
-        model = model.to("cuda")
-    return model.eval()
+    model = load_model(recipe, choose_precision(recipe)).eval()
+    return model.to("cuda") if uses_gpu(recipe) and not recipe.quantization.quantized() else model
 
 
 def check_hopeless_start(recipe: Recipe) -> None:
@@ -273,15 +267,9 @@ def resolved_name(recipe: Recipe) -> str:
 
 def _from_pretrained(kind: Any, recipe: Recipe, **arguments: Any) -> Any:
     """Configuration, tokenizer or model of the recipe; raises ModelError where a library raises anything."""
-    model = recipe.model
+    model, keys = recipe.model, {"setting": "model.name_or_path", "trust_setting": "model.trust_remote_code"}
     arguments |= {"revision": model.revision} if model.revision else {}
-    with loading_errors(
-        model.name_or_path,
-        setting="model.name_or_path",
-        revision=model.revision,
-        attention=model.attn_implementation,
-        trust_setting="model.trust_remote_code",
-    ):
+    with loading_errors(model.name_or_path, revision=model.revision, attention=model.attn_implementation, **keys):
         return kind.from_pretrained(resolved_name(recipe), trust_remote_code=model.trust_remote_code, **arguments)
 
 

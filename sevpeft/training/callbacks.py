@@ -213,10 +213,9 @@ class SignalHandler(TrainerCallback):
     def __init__(self, run: Path, on_message: Callable[[str], None]) -> None:
         self.run, self.on_message = run, on_message
         self._received: int | None = None
-        self._received_at = 0.0
         self.reason: SevpeftError | None = None
         self._handlers: dict[int, Any] = {}
-        self._process = os.getpid()
+        self._received_at, self.saves_next, self._process = 0.0, False, os.getpid()
 
     def __enter__(self) -> SignalHandler:
         # Python hands signals to the main thread only; a program that trains in another has to see to them itself.

@@ -27,7 +27,8 @@ _LARGE = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, vocab
 _MODELS: dict[str, dict[str, Any]] = {
     "llama": dict(model_type="llama", intermediate_size=1408, num_key_value_heads=4),
     "llama-small": dict(
-        model_type="llama", intermediate_size=704, num_key_value_heads=4, hidden_size=256, num_hidden_layers=6
+        **dict(model_type="llama", intermediate_size=704, num_key_value_heads=4),
+        **dict(hidden_size=256, num_hidden_layers=3, vocab_size=8000),
     ),
     "gpt2": dict(model_type="gpt2", n_positions=1024, bos_token_id=0, eos_token_id=0),
     "gemma2": dict(model_type="gemma2", intermediate_size=1408, num_key_value_heads=4, head_dim=64),
@@ -53,7 +54,7 @@ CASES: dict[str, tuple[str, int, int, list[str]]] = {
         ["quantization.load_in_4bit=true", "lora.use_dora=true", "training.gradient_checkpointing=false"],
     ),
     "llama-4bit-dora-checkpointing": ("llama", 8, 256, ["quantization.load_in_4bit=true", "lora.use_dora=true"]),
-    "llama-small": ("llama-small", 4, 128, ["training.gradient_checkpointing=false"]),
+    "llama-small": ("llama-small", 4, 96, ["training.gradient_checkpointing=false"]),
     "gpt2-plain": ("gpt2", 8, 256, ["training.gradient_checkpointing=false"]),
     "gpt2-checkpointing": ("gpt2", 8, 256, []),
     "gemma2-plain": ("gemma2", 4, 256, ["training.gradient_checkpointing=false"]),

@@ -10,7 +10,7 @@ import pytest
 
 from sevpeft.runs import Run
 from tests.conftest import Cli
-from tests.sharing.conftest import made_run  # noqa: F401 (a fixture)
+from tests.sharing.conftest import _made, made_run  # noqa: F401 (fixtures)
 
 
 def test_the_figures_and_the_commands_are_shown(

@@ -177,7 +177,7 @@ def test_a_kill_leaves_no_folder_and_no_process_and_the_next_run_clears_up(sevpe
     workers: list[psutil.Process] = []
     begun = time.monotonic()
     while len(workers) < 3 and killed.poll() is None and time.monotonic() - begun < 60:
-        time.sleep(0.01)
+        time.sleep(0.05)
         workers = killed.children()
     time.sleep(0.2)
     killed.kill()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sevpeft.evaluation import generate
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.train import train
@@ -32,6 +35,23 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "evaluation.n_resamples=100",
     ]
     return train(load_recipe(QUICKSTART, settings), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _batching_measured_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of models that differ in their weights alone; what is measured is test_generate.py's."""
+    measure, known = generate.batching_problem, dict[Any, str]()
+
+    def measure_once(model: Any, end_id: int) -> str:
+        key = (type(model), str(model.config), model.dtype, end_id)
+        if key not in known:
+            known[key] = measure(model, end_id)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem != "test_generate":
+            patch.setattr(generate, "batching_problem", measure_once)
+        yield
 
 
 @pytest.fixture

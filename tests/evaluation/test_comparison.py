@@ -6,6 +6,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,11 @@ class Found:
     def against(self, reference: str, arm: str = "balanced", stratum: str = CRITICAL, metric: str = "nll") -> Any:
         return self.scores[stratum]["metrics"][metric][arm]["against"][reference]
 
-    @property
+    @cached_property
     def claim(self) -> dict[str, Any]:
         return claim_of(self.evidence, "balanced")
 
-    @property
+    @cached_property
     def verdict(self) -> str:
         return verdict_of(self.claim, self.seeds)[0]
 

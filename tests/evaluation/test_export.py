@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sevpeft.errors import RunError
+from sevpeft.evaluation.report import export as module
 from sevpeft.evaluation.report.export import export
 from tests.evaluation.test_report import write_comparison, write_run
 
@@ -25,11 +26,18 @@ def comparison(tmp_path: Path) -> Path:
     return write_comparison(tmp_path / "cmp")
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which take a second to draw."""
+    monkeypatch.setattr(module, "_draw", lambda *_: [])
+
+
 def table(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_tables_hold_what_was_compared_with_every_seed(comparison: Path, tmp_path: Path) -> None:
     export(comparison, csv=tmp_path / "out")
     tables = {path.stem: table(path) for path in (tmp_path / "out").glob("*.csv")}
@@ -53,6 +61,7 @@ def test_tables_hold_what_was_compared_with_every_seed(comparison: Path, tmp_pat
     ]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_tables_for_latex_say_in_the_caption_how_they_came(comparison: Path, tmp_path: Path) -> None:
     export(comparison, latex=tmp_path / "out")
     tables = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "out").glob("*.tex")}
@@ -105,6 +114,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(comparison: Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cmp", "run", "there"]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_verb_says_where_the_export_is_and_refuses_a_folder_that_exists(
     comparison: Path, tmp_path: Path, sevpeft_: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
+from pathlib import Path
 
+import bitsandbytes.backends.default.ops
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as hf_deepspeed
 
+import sevpeft.modeling
 from sevpeft.modeling import compat
 from tests.models import build_model
 
@@ -62,6 +67,25 @@ def test_bitsandbytes_still_repacks_unless_the_switch_is_off() -> None:
     module.support_avx512bf16_for_cpu = True
     compat.disable_cpu_avx512_repack(torch.nn.Sequential(module))
     assert module.support_avx512bf16_for_cpu is False
+
+
+def test_what_bitsandbytes_has_compiled_is_compiled_when_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "torch.compile(" in inspect.getsource(bitsandbytes.backends.default.ops)
+    options_of: list[dict[str, bool]] = []
+
+    def compiled(function: object, **options: bool) -> object:
+        options_of.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    (tmp_path / "bitsandbytes.py").write_text("import torch\nsize = torch.compile(abs, dynamic=False)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.reload(sevpeft.modeling)
+    assert options_of == [] and torch.compile is compiled
+    assert sys.modules["bitsandbytes"].size(-2) == 2 and options_of == [{"dynamic": False}]
 
 
 def test_the_lm_head_of_trl_has_its_tiles() -> None:

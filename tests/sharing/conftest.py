@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from peft import get_peft_model
 
 from sevpeft.modeling.adapters import lora_config, sort_target_modules
 from sevpeft.modeling.loading import Precision, load_model
-from sevpeft.recipe import recipe_from_values
+from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.runs import Run
 from sevpeft.sharing import merge
+from tests.models import save_model
 
 FLOAT32 = Precision(torch.float32, bf16=False, fp16=False)
 # gemma3's vision tower and what PEFT cannot adapt of a Mamba are left alone, as in the recipes.
@@ -50,20 +53,35 @@ def _few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "CONSULTATIONS", 4)
 
 
-@pytest.fixture
-def made_run(tmp_path: Path, model_folder: Callable[..., Path]) -> Callable[..., Run]:
-    """Makes a finished run on a small model; every trainable weight is moved by about `size`."""
+@pytest.fixture(autouse=True, scope="module")
+def _rows_once() -> Iterator[None]:
+    """Of the bundled consultations: each merging would read and split them anew."""
+    load, known = merge.load_splits, dict[str, Any]()
 
-    def make(
-        architecture: str = "llama",
-        size: float = 0.05,
-        name: str = "run",
-        chat_template: str | None = None,
-        **sections: Any,
-    ) -> Run:
-        folder = model_folder(architecture, chat_template)
+    def load_once(recipe: Recipe) -> Any:
+        if recipe.data.path != "builtin:consultations":
+            return load(recipe)
+        key = recipe.data.model_dump_json() + recipe.severity.model_dump_json() + recipe.prompt.model_dump_json()
+        if key not in known:
+            known[key] = load(recipe)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "load_splits", load_once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder with a base model and a finished run on it, made once for each of the arguments."""
+
+    @functools.cache
+    def make(architecture: str, size: float, chat_template: str | None, sections_as_json: str) -> Path:
+        place, sections = tmp_path_factory.mktemp("made"), json.loads(sections_as_json)
+        folder = save_model(place / f"tiny-{architecture}", architecture, chat_template)
         lora = {"r": 4, "lora_alpha": 8} | TARGETS.get(architecture, {}) | sections.pop("lora", {})
-        values = {"model": {"name_or_path": str(folder)}, "lora": lora, **sections}
+        short = {"max_length": 160}  # rows of some 400 tokens by the small tokenizer
+        values = {"model": {"name_or_path": str(folder)}, "lora": lora, "training": short, **sections}
         recipe = recipe_from_values(values)
         base = load_model(recipe, FLOAT32)
         torch.manual_seed(7)
@@ -72,7 +90,7 @@ def made_run(tmp_path: Path, model_folder: Callable[..., Path]) -> Callable[...,
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * size)
-        run = Run(tmp_path / name)
+        run = Run(place / "run")
         run.folder.mkdir()
         model.save_pretrained(run.adapter)
         sort_target_modules(run.adapter)
@@ -92,6 +110,29 @@ def made_run(tmp_path: Path, model_folder: Callable[..., Path]) -> Callable[...,
             "commit": None,
         }
         run.write_json("environment.json", told)
+        return place
+
+    return make
+
+
+@pytest.fixture
+def made_run(tmp_path: Path, _made: Callable[..., Path]) -> Callable[..., Run]:
+    """Makes a finished run on a small model; every trainable weight is moved by about `size`."""
+
+    def make(
+        architecture: str = "llama",
+        size: float = 0.05,
+        name: str = "run",
+        chat_template: str | None = None,
+        **sections: Any,
+    ) -> Run:
+        place = _made(architecture, size, chat_template, json.dumps(sections))
+        model, run = f"tiny-{architecture}", Run(tmp_path / name)
+        shutil.copytree(place / model, tmp_path / model, dirs_exist_ok=True)
+        shutil.copytree(place / "run", run.folder)
+        for path in (run.folder / "recipe.yaml", run.folder / "metrics.json", run.adapter / "adapter_config.json"):
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(str(place / model), str(tmp_path / model)), encoding="utf-8")
         return run
 
     return make

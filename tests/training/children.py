@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("fork")
+CONTEXT = multiprocessing.get_context("fork")
 _WRITING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
@@ -37,7 +37,7 @@ def start(
         several = {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
         environment = {name: str(value) for name, value in several.items()} if processes > 1 else {}
         environment |= variables or {}
-        process = _CONTEXT.Process(target=_run, args=(function, arguments, environment))
+        process = CONTEXT.Process(target=_run, args=(function, arguments, environment))
         process.start()
         started.append(process)
     return started
@@ -57,28 +57,55 @@ def message_of(process: Any, cache: Path) -> str:
 
 
 def look_up_once() -> None:
-    """Libraries compile the template of a card at each saving, and look in each trainer whether PEFT is installed."""
+    """What libraries compile, load or hash anew at each saving, in each trainer, report and data set."""
+    import httpcore2
     import jinja2
     import typer.main
     from accelerate.utils import imports
+    from datasets.fingerprint import Hasher
+
+    from sevpeft import runs
+    from sevpeft.severity.rules import Rules
 
     for place, name in (
-        (jinja2.Environment, "compile"),
+        (httpcore2, "default_ssl_context"),
         (imports, "_is_package_available"),
         (typer.main, "get_command"),
+        (runs, "_commit"),
     ):
         setattr(place, name, functools.cache(getattr(place, name)))
+    compiled, loaded, hashed = jinja2.Environment.compile, Rules.load, Hasher.hash
+    codes: dict[Any, Any] = {}
+    rules = functools.cache(lambda: loaded())
+    of_word = functools.cache(hashed)
+
+    def code_of(self: Any, source: Any, *names: Any, **more: Any) -> Any:
+        set_up = (self.autoescape, self.trim_blocks, self.lstrip_blocks, *self.filters, *self.extensions, *self.globals)
+        key = (source, names, *more.items(), type(self), *set_up)
+        if key not in codes:
+            codes[key] = compiled(self, source, *names, **more)
+        return codes[key]
+
+    jinja2.Environment.compile = code_of  # type: ignore[method-assign]
+    Rules.load = staticmethod(lambda path=None: loaded(path) if path else rules())  # type: ignore[assignment,method-assign]
+    Hasher.hash = staticmethod(lambda value: (of_word if type(value) is str else hashed)(value))
+
+
+def forget_processes() -> None:
+    """Of trainings in the tests' process, after a fork."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     import torch
-    from accelerate.state import AcceleratorState, GradientState
 
     from sevpeft.cli.application import quiet_libraries
     from sevpeft.errors import SevpeftError
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # of trainings in the tests' process
-    GradientState._reset_state()
+    forget_processes()
     quiet_libraries()
     os.environ.update(environment, SEVPEFT_CACHE=arguments[-1])
     torch.set_num_threads(1)
