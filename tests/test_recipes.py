@@ -308,6 +308,7 @@ def test_a_copy_names_itself_in_its_command_and_overwrites_nothing(
         code, out, _ = sevpeft_("recipes", "--copy", "as-published/al-atlas", *words)
         text = Path(file).read_text(encoding="utf-8")
         assert code == 0 and load_recipe(file) == load_recipe("as-published/al-atlas")
+        assert Path(re.search(r"\$schema=(.*)", text)[1]).is_file()  # type: ignore[index]
         assert f"sevpeft train {shlex.quote(file)}" in text and f"plan {shlex.quote(file)}" in out
     Path("al-atlas.yaml").write_text("mine", encoding="utf-8")
     code, _, err = sevpeft_("recipes", "--copy", "as-published/al-atlas")

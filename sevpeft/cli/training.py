@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -128,15 +129,14 @@ def recipes(
         print_json(recipe_schema())
     elif copy is not None:
         source = recipe_file(copy)
-        text, file = text_of(source), place or Path(source.name)
-        check_absent(file)
+        check_absent(file := place or Path(source.name))
+        text = re.sub(r"(?<=schema=)\S+", lambda found: str((source.parent / found[0]).resolve()), text_of(source))
         named = f"recipes/{copy.removesuffix('.yaml')}.yaml"  # in the command that its third line gives
         write_atomically(file, text.replace(named, shlex.quote(str(file))), shared=True)
         print_text(f"Wrote {file}. Next: {shlex.join(['sevpeft', 'plan', str(file)])}")
-    elif as_json:
-        print_json(list_recipes(place, vram))
     else:
-        Screen().print(recipes_table(list_recipes(place, vram)))
+        found = list_recipes(place, vram)
+        print_json(found) if as_json else Screen().print(recipes_table(found))
 
 
 def list_recipes(folder: Path | None = None, vram: float | None = None) -> list[dict[str, Any]]:

@@ -102,7 +102,11 @@ def test_names_that_match_nothing_are_refused_beside_those_there_are() -> None:
     ):
         more = {"lora_dropout": 0.0} if setting == "target_parameters" else {}
         text = refusal(build_model("llama"), **{setting: wanted}, **more)
-        assert text.startswith(f"lora.{setting} names {absent}, ") and "down_proj" in text.split("it has")[1], text
+        assert (
+            text.startswith(f"lora.{setting}: ")
+            and f" has no {absent}; " in text
+            and "down_proj" in text.split("it has")[1]
+        ), text
     for layers in ([1, 9], 2):
         text = refusal(build_model("llama"), target_modules=["q_proj"], layers_to_transform=layers)
         assert text.startswith("lora.layers_to_transform names ") and "0 to 1" in text
