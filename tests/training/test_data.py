@@ -139,7 +139,7 @@ def test_a_short_question_is_kept_whole_or_the_row_is_refused(encode: Callable, 
     exact = len(prompt.prompt_ids([question])[0] + prompt.answer_ids([answer])[0])
     encoded, report = encode(table([question], [answer]), exact)
     assert len(encoded["input_ids"][0]) == exact and report["lost_words"] == 0
-    with pytest.raises(DataError, match=rf"None of 1 answers fits training\.max_length={exact - 1} "):
+    with pytest.raises(DataError, match=rf"None of 1 answers fits training\.max_length={exact - 1};"):
         encode(table([question], [answer]), exact - 1)
 
 
