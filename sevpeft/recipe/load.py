@@ -207,7 +207,7 @@ def text_of(path: Path) -> str:
         folder = path if path.is_dir() else path.parent
         recipes = sorted(found.name for found in folder.glob("*.y*ml"))
         near = get_close_matches(path.name, recipes, n=3) or recipes[:12]
-        hint = f"{folder} holds {', '.join(near) or 'no recipes'}"
+        hint = f"{folder} holds {', '.join(near)}" if near else "`sevpeft recipes` lists what there is"
         if names := get_close_matches(str(path).removeprefix("recipes/").removesuffix(".yaml"), shipped_recipes()):
             hint = f"sevpeft has {' and '.join(names)}"
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); {hint}.") from error

@@ -254,7 +254,7 @@ def test_an_absent_recipe_is_answered_with_close_names(tmp_path: Path) -> None:
     for path in (tmp_path / "zzz", tmp_path):
         with pytest.raises(RecipeError, match=r"bloomz-560m\.yaml, qwen2\.5-0\.5b\.yaml\.$"):
             load_recipe(path)
-    with pytest.raises(RecipeError, match="no recipes"):
+    with pytest.raises(RecipeError, match="sevpeft recipes"):
         load_recipe(tmp_path / "no" / "x.yaml")
 
 

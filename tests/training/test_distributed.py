@@ -137,7 +137,7 @@ def test_a_launch_for_fsdp_that_would_become_ddp_is_an_error(tmp_path: Path) -> 
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "false"}
     processes = start(train_in_child, QUICKSTART, [], run, None, str(tmp_path), processes=2, variables=asked)
     assert exit_codes(processes) == [1, 1]
-    assert "asked for FSDP, but DDP" in message_of(processes[0], tmp_path)
+    assert "asked for FSDP, and DDP" in message_of(processes[0], tmp_path)
     assert not run.exists()
 
 
@@ -189,10 +189,10 @@ def test_another_engine_than_asked_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     for variable, kind, message in (
         (None, kinds.NO, ""),
         (None, kinds.MULTI_GPU, ""),
-        ("ACCELERATE_USE_FSDP", kinds.MULTI_CPU, "asked for FSDP, but DDP"),
-        ("ACCELERATE_USE_FSDP", kinds.NO, "asked for FSDP, but one process"),
+        ("ACCELERATE_USE_FSDP", kinds.MULTI_CPU, "asked for FSDP, and DDP"),
+        ("ACCELERATE_USE_FSDP", kinds.NO, "asked for FSDP, and one process"),
         ("ACCELERATE_USE_FSDP", kinds.MULTI_GPU, ""),
-        ("ACCELERATE_USE_DEEPSPEED", kinds.MULTI_GPU, "asked for DeepSpeed, but DDP"),
+        ("ACCELERATE_USE_DEEPSPEED", kinds.MULTI_GPU, "asked for DeepSpeed, and DDP"),
         ("ACCELERATE_USE_DEEPSPEED", kinds.DEEPSPEED, ""),
     ):
         with monkeypatch.context() as patch:
@@ -237,7 +237,7 @@ def test_what_one_process_does_is_refused_to_several(
 ) -> None:
     (tmp_path / "adapter").mkdir()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["sevpeft", verb, str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["sevpeft", verb, "quickstart" if verb == "compare" else str(tmp_path)])
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 2
@@ -288,7 +288,7 @@ def test_log_probabilities_are_not_rounded_by_fsdp(fsdp: pytest.MonkeyPatch) -> 
 
 
 def test_a_model_that_is_not_in_fsdps_hands_takes_no_step(fsdp: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunError, match="asked for FSDP, but one process would train"):
+    with pytest.raises(RunError, match="asked for FSDP, and one process would train"):
         check_engine_of_model(Accelerator(cpu=True), adapted())
 
 
