@@ -2,7 +2,6 @@
 
 A gain over plain cross-entropy proves nothing about severity, so beside the presets stand controls: the same weights
 shuffled over the consultations (the same spread without the information) and their mean for all (the same step size).
-Nothing here imports torch.
 """
 
 from __future__ import annotations

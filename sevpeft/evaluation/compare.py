@@ -223,7 +223,8 @@ def compare(
         if chosen and stratum == CRITICAL:
             claim = claim_of(evidence, chosen)
             verdict, power = verdict_of(claim, len(seeds))
-        noted = {note for one in finished for note in one.run.read_json(EVALUATION)["notes"]}
+        all_notes = ((one.run.folder.name, note) for one in finished for note in one.run.read_json(EVALUATION)["notes"])
+        noted = {note.replace("The adapter", f"The adapter of {name}") for name, note in all_notes}
         noted -= {note for one in finished for note in scoring.remarks(one.rows)}  # of a fold's few rows
         content = {
             "model": given.model.name_or_path,
