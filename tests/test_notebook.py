@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def run_kernel(arguments: list[str], variables: dict[str, str], folder: str) -> 
     os.chdir(folder)
     asyncio._set_running_loop(None)  # that of the client, which the fork has taken along
     asyncio.set_event_loop(asyncio.new_event_loop())
+    sys.modules.pop("matplotlib.pyplot", None)  # another test may have drawn with another backend
     matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"  # read as it is imported
     IPKernelApp.launch_instance(argv=arguments)
 

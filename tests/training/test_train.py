@@ -125,7 +125,8 @@ def test_a_run_folder_is_complete_and_says_what_happened(trained: tuple[Run, str
     assert 0 < cost["step_seconds"] < cost["seconds"] and 0 < cost["peak_cpu_gib"] < 1000
     assert cost["tokens_per_second"] == pytest.approx(cost["tokens"] / cost["step_seconds"], rel=0.01)
     assert AutoPeftModelForCausalLM.from_pretrained(run.adapter)
-    assert "4/4" in screen and re.search(r"\d:\d\d:\d\d", screen) and "tokens/s" in screen and "GiB" in screen
+    # A fast validation may write over the speed before it is painted.
+    assert "4/4" in screen and re.search(r"\d:\d\d:\d\d", screen) and re.search(r"tokens/s.*GiB|validating", screen)
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", screen)]
     assert max(map(len, lines)) <= 80
 
