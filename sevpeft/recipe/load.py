@@ -108,10 +108,10 @@ def settings_from(
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file, for editors that check and complete YAML."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-    sections = {"training": schema["$defs"]["TrainingSection"], "lora": schema["$defs"]["LoraSection"]}
+    managed = {"training": schema["$defs"]["TrainingSection"], "lora": schema["$defs"]["LoraSection"]}
     for (section, key), (allowed, why) in MANAGED.items():  # what the libraries have and a recipe may not set
         values: dict[str, Any] = {"enum": [*allowed]} if allowed else {"not": {}}
-        sections[section]["properties"][key] = {"description": why, **values}
+        managed[section]["properties"][key] = {"description": why, **values}
     return schema
 
 

@@ -215,7 +215,7 @@ class SignalHandler(TrainerCallback):
         self._received: int | None = None
         self.reason: SevpeftError | None = None
         self._handlers: dict[int, Any] = {}
-        self._received_at, self.saves_next, self._process = 0.0, False, os.getpid()
+        self._received_at, self._process = 0.0, os.getpid()
 
     def __enter__(self) -> SignalHandler:
         # Python hands signals to the main thread only; a program that trains in another has to see to them itself.
