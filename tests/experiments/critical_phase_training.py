@@ -81,11 +81,15 @@ class Batches(TrainerCallback):
         self.replayed, self.strength, self.before = replayed, strength, before
 
     def batches(self, step: int) -> Iterator[dict[str, Any]]:
-        self.rows, batch = self.order[step], []
-        for row in self.rows.tolist():
-            weights = (np.asarray(self.tokens[row]["labels"]) != IGNORED) * self.weights[row]
-            batch.append({**self.tokens[row], "token_weights": weights.tolist()})
-        yield self.trainer.data_collator(batch)
+        longest_first = sorted(self.order[step], key=lambda row: -len(self.tokens[row]["labels"]))
+        parts = self.trainer.args.gradient_accumulation_steps
+        assert self.replayed is None or parts == 1, "drift knows the rows of the last part only"
+        for rows in np.split(np.array(longest_first), parts):
+            self.rows, batch = rows, []
+            for row in rows.tolist():
+                weights = (np.asarray(self.tokens[row]["labels"]) != IGNORED) * self.weights[row]
+                batch.append({**self.tokens[row], "token_weights": weights.tolist()})
+            yield self.trainer.data_collator(batch)
 
     def drift(self, inputs: dict[str, Any]) -> Any:
         if self.replayed is None:
