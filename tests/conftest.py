@@ -70,6 +70,7 @@ def _quiet_and_repeatable() -> None:
     from tests.training.children import look_up_once
 
     torch.set_num_threads(1)
+    torch.cpu.get_capabilities = dict  # float32 on whatever processor, in children too
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     look_up_once()

@@ -144,7 +144,7 @@ class MemoryPlan:
     def __init__(self, recipe: Recipe, config: PretrainedConfig, *, on_gpu: bool, vocabulary_tile: int) -> None:
         self.config, self.on_gpu, self.vocabulary_tile = config, on_gpu, vocabulary_tile
         dtype, attention = recipe.model.dtype, recipe.model.attn_implementation
-        self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if on_gpu else dtype_of_cpu()
+        self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if on_gpu else dtype_of_cpu(recipe)
         self._fake, self._trace = compat.FakeTensorMode(allow_non_fake_inputs=True), cache(self._run)
         with _planning(recipe.model.name_or_path):
             with compat.on_meta_device():

@@ -292,12 +292,14 @@ def precision(training: dict[str, Any], dtype: str = "auto", **sections: Any) ->
 def test_a_cpu_computes_in_bfloat16_only_where_it_multiplies_matrices_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bfloat16 = Precision(torch.bfloat16, bf16=True, fp16=False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": False, "avx2": True})
     assert precision({}) == FLOAT32
     assert precision({}, "bfloat16") == precision({"bf16": True}) == bfloat16
     assert "training.fp16=true needs a CUDA GPU" in refusal(lambda: precision({"fp16": True}))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert precision({}) == bfloat16 and precision({}, "float32") == FLOAT32
+    for able in ("amx_bf16", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {able: True})
+        assert precision({}) == bfloat16 and precision({}, "float32") == FLOAT32
+        assert choose_precision(recipe_for("builtin:tiny")) == FLOAT32, "the toy is the same everywhere"
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert precision({}) == FLOAT32
 

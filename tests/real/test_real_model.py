@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sevpeft.modeling.loading import dtype_of_cpu
+from sevpeft.modeling.loading import choose_precision
 from sevpeft.modeling.packing import documents_stay_apart
+from sevpeft.recipe import recipe_from_values
 
 MODEL = os.environ.get("SEVPEFT_REAL_MODEL", "")
 if not Path(MODEL).is_dir() or not MODEL:
@@ -37,7 +38,8 @@ FORMATS = {
     "bfloat16": ("model.dtype=bfloat16", "quantization.load_in_4bit=false"),
     "4 bit": ("model.dtype=float32", "quantization.load_in_4bit=true"),
 }
-if not torch.cuda.is_available() and dtype_of_cpu() != torch.bfloat16:
+BFLOAT16 = choose_precision(recipe_from_values({"model": {"name_or_path": MODEL}})).dtype == torch.bfloat16
+if not BFLOAT16:
     del FORMATS["bfloat16"]
 RECIPE = [
     *("recipes/qwen2.5-0.5b.yaml", f"model.name_or_path={MODEL}", "data.path=builtin:consultations"),
