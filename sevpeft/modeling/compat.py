@@ -17,7 +17,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.quantizers import AutoHfQuantizer
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
@@ -97,6 +97,15 @@ def disable_cpu_avx512_repack(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (not an attribute of nn.Module)
+
+
+def copy_last_states(model: PreTrainedModel) -> None:
+    """Keeps PyTorch (2.13) from copying a frozen head once for each row on a CPU: 10 GB for 31 rows of Gemma-3-270M.
+
+    `matmul` does not see that the last states of prompts, a slice of (B, 1, H), are one matrix.
+    https://github.com/pytorch/pytorch/issues/186148
+    """
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
 # A training step without numbers, for the memory plan.

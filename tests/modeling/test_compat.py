@@ -6,6 +6,7 @@ import importlib
 import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes.backends.default.ops
 import pytest
@@ -86,6 +87,20 @@ def test_what_bitsandbytes_has_compiled_is_compiled_when_it_is_called(
     importlib.reload(sevpeft.modeling)
     assert options_of == [] and torch.compile is compiled
     assert sys.modules["bitsandbytes"].size(-2) == 2 and options_of == [{"dynamic": False}]
+
+
+def test_a_frozen_head_is_not_copied_for_each_row() -> None:
+    head, states = torch.nn.Linear(8, 32, bias=False).requires_grad_(False), torch.randn(3, 5, 8)[:, -1:]
+    model = SimpleNamespace(get_output_embeddings=lambda: head)
+
+    def copies() -> bool:
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            head(states)
+        return "aten::bmm" in {event.name for event in profile.events()}
+
+    assert copies()  # else PyTorch folds by itself, and the hook is of no more use
+    compat.copy_last_states(model)
+    assert not copies()
 
 
 def test_the_lm_head_of_trl_has_its_tiles() -> None:
