@@ -202,11 +202,8 @@ def check_early(recipe: Recipe, verb: str = "train") -> None:
 
 def quiet_libraries(*, models: bool = True) -> None:
     """Hides warnings and progress bars of the libraries; their errors are still shown. models: load PyTorch first."""
-    import logging
     import warnings
 
-    # Set before the import of bitsandbytes, which logs while it is imported.
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")

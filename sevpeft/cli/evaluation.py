@@ -10,7 +10,7 @@ import typer
 
 from sevpeft.cli.application import AsJson, RunFolder, Words, app, check_early, quiet_libraries
 from sevpeft.cli.training import RecipeFile
-from sevpeft.errors import RunError, UsageError
+from sevpeft.errors import UsageError
 
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only so many rows, at random.", show_default=False)]
 NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")]
@@ -64,16 +64,14 @@ def evaluate(
     if as_json:
         print_json(content)
         return
+    texts = {"Answers": PREDICTIONS} if not nll_only else {}
+    texts |= {"To questions played down": MINIMIZED} if "minimized_change" in content["metrics"] else {}
+    texts |= {"Verdicts": JUDGEMENTS} if "judge" in content else {}
+    lines = [f"{label}: {run / name} (holds what patients wrote)" for label, name in texts.items()]
     console = Screen()
     console.print(evaluation_tables(content))
-    console.print(f"Scores: {run / EVALUATION}", soft_wrap=True)
-    if not nll_only:
-        console.print(f"Answers: {run / PREDICTIONS} (holds what patients wrote)", soft_wrap=True)
-    if "minimized_change" in content["metrics"]:
-        console.print(f"To questions played down: {run / MINIMIZED} (holds what patients wrote)", soft_wrap=True)
-    if "judge" in content:
-        console.print(f"Verdicts: {run / JUDGEMENTS}", soft_wrap=True)
-    console.print(f"Next: sevpeft report {shlex.quote(str(run))}", soft_wrap=True)
+    for line in (f"Scores: {run / EVALUATION}", *lines, f"Next: sevpeft report {shlex.quote(str(run))}"):
+        console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -189,18 +187,18 @@ def report(
     """
     from sevpeft.console import Screen, print_json
 
-    if not any((folder / name).is_file() for name in ("recipe.yaml", "comparison.json")):
-        raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
     with Screen(stderr=True).status("Writing the report"):
         from sevpeft.evaluation.report.export import export
         from sevpeft.evaluation.report.page import write_report
-        from sevpeft.evaluation.report.review import read_review, settings_of, write_review
         from sevpeft.evaluation.tables import evaluation_tables
 
-        settings = settings_of(folder, overrides or []) if review or overrides else None
-        notes = export(folder, csv=csv, latex=latex) if csv or latex else []
-        notes += write_review(folder, review, arms, settings) if review and settings else []
-        ratings = read_review(folder, settings) if settings and not review else None
+        notes, ratings = export(folder, csv=csv, latex=latex) if csv or latex else [], None
+        if review or overrides:
+            from sevpeft.evaluation.report.review import read_review, settings_of, write_review
+
+            settings = settings_of(folder, overrides or [])
+            notes += write_review(folder, review, arms, settings) if review else []
+            ratings = None if review else read_review(folder, settings)
         written = write_report(folder, answers=answers)
     if as_json:
         result = {"report": str(written.path), "questions": written.shown, "missing": list(written.missing)}

@@ -25,12 +25,12 @@ from rich.console import Console
 from sevpeft.console import Screen, row_progress
 from sevpeft.data.read import look_for_hub
 from sevpeft.data.split import question_key, question_keys
-from sevpeft.data.text import fold_for_matching
+from sevpeft.data.text import ARABIC, fold_for_matching
 from sevpeft.errors import DataError, SevpeftError, UsageError, first_sentence
 from sevpeft.evaluation.arms import ADAPTER, BASE
 from sevpeft.evaluation.evaluate import open_run
 from sevpeft.evaluation.generate import NLL_LOGITS, NLL_PADDING, NLL_TOKENS
-from sevpeft.evaluation.scores import ARABIC, methods
+from sevpeft.evaluation.scores import methods
 from sevpeft.evaluation.statistics import compare_family, interval, paired_difference
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import load_for_inference, resolve_model

@@ -6,7 +6,6 @@ What each score means stands in metrics.yaml. None means anything alone: an unre
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
-from sevpeft.data.text import fold_for_matching
+from sevpeft.data.text import ARABIC, fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.evaluation import statistics
 from sevpeft.evaluation.arms import CONSTANT, SHUFFLED
@@ -50,7 +49,6 @@ PRIMARY, SAFE = "nll", "urgent_referral"  # the scores of the claim
 # Candidates for the constant answer and answers that they are tried on; more changes it little and takes its square.
 _CANDIDATES = 60
 # Arabic, its supplements and presentation forms.
-ARABIC = re.compile("[\u0600-\u06ff\u0750-\u077f\u0870-\u08ff\ufb50-\ufdff\ufe70-\ufeff]")
 
 
 def _meaning(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Base models: loading, adapters, prompts, and what their attention can do."""
 
+import logging
 from contextlib import suppress
 
 import torch
@@ -8,6 +9,7 @@ import torch
 # are compiled when they are called. No issue was found.
 compiled = torch.compile
 torch.compile = lambda function, **options: lambda *values: compiled(function, **options)(*values)
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns as it is imported
 with suppress(Exception):  # PEFT will say what
     import bitsandbytes  # noqa: F401
 torch.compile = compiled

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from itertools import chain, groupby, islice, zip_longest
 from typing import Any
 
+from sevpeft.data.text import ARABIC
 from sevpeft.evaluation.safety import rules, safety_findings
-from sevpeft.evaluation.scores import ARABIC
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.rules import Match
 from sevpeft.severity.words import read
