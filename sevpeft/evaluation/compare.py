@@ -377,7 +377,7 @@ def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
         origin, first = firsts.setdefault(unit.fold, (unit.run.folder, found))
         if unit.arm in (PROMPT, CE_EXTRA):  # the severity may leave a row no room
             found |= {name: first[name] for name in ("tokenizer", "steps", "rows")}
-        if differing := [name for name in names if first[name] and found[name] not in (None, first[name])]:
+        if differing := [name for name in names if found[name] != first[name]]:
             others = f"{origin} was (other {', '.join(differing)})"
             raise RunError(f"{unit.run.folder} was not trained as {others}; move the wrong one away, and run again.")
 
