@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import filecmp
 import functools
 import hashlib
 import importlib.metadata
@@ -59,13 +58,6 @@ class Run:
     @property
     def tokenizer(self) -> Path:  # the base model's, as the training found it
         return self.folder / "tokenizer"
-
-    def link_tokenizer(self, adapter: Path) -> None:
-        """Has the same tokenizer.json in two folders take its room once, where the disk can do that."""
-        with suppress(OSError):
-            if filecmp.cmp(own := self.tokenizer / "tokenizer.json", adapter / own.name, shallow=False):
-                os.link(own, adapter / ".linked")
-                os.replace(adapter / ".linked", adapter / own.name)
 
     @property
     def finished(self) -> bool:

@@ -36,6 +36,7 @@ from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.compat import IGNORED, pending_loss, uncount_step
 
 if TYPE_CHECKING:
+    from sevpeft.modeling.prompts import Prompt
     from sevpeft.training.trainer import SeveritySFTTrainer
 
 
@@ -150,18 +151,19 @@ class Samples(TrainerCallback):
     RUN/samples.jsonl is for the owner alone. Lines of a step that is validated again after a resume are replaced.
     """
 
-    def __init__(self, trainer: SeveritySFTTrainer, run: Run, recipe: Recipe, end_id: int) -> None:
-        self.trainer, self.run, self.most, rows = trainer, run, recipe.generation.max_new_tokens, trainer.eval_dataset
+    def __init__(self, trainer: SeveritySFTTrainer, run: Run, recipe: Recipe, prompt: Prompt) -> None:
+        self.trainer, self.run, self.prompt, rows = trainer, run, prompt, trainer.eval_dataset
+        self.most, end = recipe.generation.max_new_tokens, prompt.end_id
         drawn = np.random.default_rng(0).permutation(len(rows))
         strata = np.asarray(rows["severity"])[drawn]
         in_turn = np.lexsort((-strata, pd.Series(strata).groupby(strata).cumcount()))  # critical first
         self.rows = rows.select(drawn[in_turn][: recipe.training.generate_samples])
-        ends = {"eos_token_id": end_id, "pad_token_id": end_id, "use_cache": True, "do_sample": False, "num_beams": 1}
+        ends = {"eos_token_id": end, "pad_token_id": end, "use_cache": True, "do_sample": False, "num_beams": 1}
         self.config = GenerationConfig(**ends, repetition_penalty=recipe.generation.repetition_penalty)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         # Every process answers, because the others would wait for as long; the first one writes.
-        model, decode, lines = self.trainer.causal_lm(), self.trainer.processing_class.decode, list[dict[str, Any]]()
+        model, lines = self.trainer.causal_lm(), list[dict[str, Any]]()
         training, own, path = model.training, model.generation_config, self.run.folder / SAMPLES
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         model.eval().generation_config = GenerationConfig()  # its own would fill in what self.config leaves open
@@ -171,12 +173,11 @@ class Samples(TrainerCallback):
                 self.config.max_new_tokens = max(1, min(self.most, context - start))
                 asked = torch.tensor([row["input_ids"][:start]], device=model.device)
                 said = model.generate(asked, attention_mask=torch.ones_like(asked), generation_config=self.config)[0]
-                said, end = said[start:].tolist(), self.config.eos_token_id  # which need not be flagged as special
+                said = said[start:].tolist()
                 texts = {"prompt": row["input_ids"][:start], "reference": row["labels"][start:], "prediction": said}
-                shown = {name: [one for one in ids if one != end] for name, ids in texts.items()}
-                line = {name: decode(ids, skip_special_tokens=True).strip() for name, ids in shown.items()}
+                line: dict[str, Any] = {name: self.prompt.decode(ids) for name, ids in texts.items()}
                 line |= {"step": state.global_step, "number": number, "severity": [*SEVERITIES, None][row["severity"]]}
-                lines.append({**line, "truncated": said[-1] != end})
+                lines.append({**line, "truncated": said[-1] != self.prompt.end_id})
         finally:
             model.train(training).generation_config = own
         if state.is_world_process_zero:

@@ -144,7 +144,7 @@ def _train(
             guard = StepGuard(trainer, recipe.stopping, signals)
             trainer.add_callback(guard)
             if recipe.training.generate_samples:
-                trainer.add_callback(Samples(trainer, run, recipe, resolved.prompt.end_id))
+                trainer.add_callback(Samples(trainer, run, recipe, resolved.prompt))
             trainer.remove_callback(PrinterCallback)
             if init_adapter and not resume:
                 adapters.init_adapter(recipe, trainer.model)
@@ -209,7 +209,6 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run, prompt: Prompt) -> None
             adapters.cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
         adapters.sort_target_modules(folder)
         save_tokenizer(prompt, folder)
-        run.link_tokenizer(folder)
         generation_config(prompt, trainer.causal_lm().generation_config).save_pretrained(folder)
         shutil.rmtree(run.adapter, ignore_errors=True)
         folder.replace(run.adapter)

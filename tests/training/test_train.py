@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, GenerationConfig, TrainerControl, Traine
 from sevpeft.errors import RecipeError, RunError
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_model, resolve_model
+from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
@@ -230,7 +231,8 @@ def test_a_training_goes_on_after_samples_as_it_was(tmp_path: Path) -> None:
     model.generation_config.temperature, own = 0.3, model.generation_config
     recipe = load_recipe(QUICKSTART, ["training.generate_samples=9", "generation.max_new_tokens=1000"])
     model.config.max_position_embeddings = 24
-    before, samples = torch.get_rng_state(), Samples(trainer, Run(tmp_path), recipe, 0)
+    before, prompt = torch.get_rng_state(), Prompt.build(build_tokenizer(), **recipe.prompt.model_dump())
+    samples = Samples(trainer, Run(tmp_path), recipe, prompt)
     model.train()
     samples.on_evaluate(trainer.args, trainer.state, trainer.control)
     assert model.training and all(part.training for part in model.modules()) and model.generation_config is own
