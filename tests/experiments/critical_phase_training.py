@@ -157,7 +157,8 @@ class Part:
         # One base with two adapters: that which is trained, and one of twice the rank for what lies between two.
         torch.manual_seed(self.seed)
         base = load_model(self.recipe, self.precision).to("cuda" if on_gpu else "cpu")
-        keep_upper_layers(base, encoded["input_ids"], kept, self.tokenizer.pad_token_id)
+        states = self.result.with_name(f"{self.part}-states-{len(rows)}.safetensors")
+        keep_upper_layers(base, encoded["input_ids"], kept, self.tokenizer.pad_token_id, states)
         config = lora_config(self.recipe, base)
         self.model = get_peft_model(base, copy.deepcopy(config))
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha

@@ -5,9 +5,12 @@ Where only the upper layers have an adapter, the lower ones give the same states
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 
@@ -32,20 +35,32 @@ class KnownStates(torch.nn.Module):
 
 
 @torch.no_grad()
-def keep_upper_layers(model: PreTrainedModel, rows: Iterable[Sequence[int]], count: int, pad: int) -> None:
-    """Leaves the last `count` layers of a causal language model, for these rows of token ids alone."""
-    text, states = model.base_model, dict[tuple[int, ...], torch.Tensor]()
+def keep_upper_layers(
+    model: PreTrainedModel, rows: Iterable[Sequence[int]], count: int, pad: int, kept: Path | None = None
+) -> None:
+    """Leaves the last `count` layers of a causal language model, for these rows of token ids alone.
+
+    `kept`: a safetensors file that has the states of these very rows, or gets them.
+    """
+    text, states, rows = model.base_model, dict[tuple[int, ...], torch.Tensor](), [*dict.fromkeys(map(tuple, rows))]
     cut = len(text.layers) - count
+    if kept and kept.exists():
+        found = load_file(kept)
+        states = {ids: found[f"{number:06}"] for number, ids in enumerate(rows)}
     captured: list[torch.Tensor] = []
     hook = text.layers[cut].register_forward_pre_hook(
         lambda module, args, kwargs: captured.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     model.eval()
     for ids in rows:
-        if tuple(ids) not in states:
-            text(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
-            states[tuple(ids)] = captured.pop()[0].cpu()
+        if ids not in states:
+            text(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+            states[ids] = captured.pop()[0].cpu()
     hook.remove()
+    if kept and not kept.exists():
+        partial = kept.with_name(f"{kept.name}.{os.getpid()}")
+        save_file({f"{number:06}": states[ids].contiguous() for number, ids in enumerate(rows)}, partial)
+        partial.replace(kept)  # two processes may both have made it
     text.layers = text.layers[cut:]
     text.embed_tokens = KnownStates(states, pad)
     config = model.config.get_text_config()
