@@ -207,7 +207,6 @@ def quiet_libraries(*, models: bool = True) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-
     if models:
         import sevpeft.modeling  # noqa: F401 (which loads bitsandbytes faster than PEFT does)
     import datasets

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bitsandbytes.backends.cpu.ops
 import bitsandbytes.backends.default.ops
 import pytest
 import torch
@@ -87,6 +88,21 @@ def test_what_bitsandbytes_has_compiled_is_compiled_when_it_is_called(
     importlib.reload(sevpeft.modeling)
     assert options_of == [] and torch.compile is compiled
     assert sys.modules["bitsandbytes"].size(-2) == 2 and options_of == [{"dynamic": False}]
+
+
+def test_bitsandbytes_finds_no_code_of_the_hub_as_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "from kernels import get_kernel" in inspect.getsource(bitsandbytes.backends.cpu.ops)
+    for name in ("bitsandbytes", "kernels"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text("import kernels" if name == "bitsandbytes" else "")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.reload(sevpeft.modeling)
+    assert "bitsandbytes" not in sys.modules and "kernels" not in sys.modules
+    own = importlib.import_module("kernels")
+    importlib.reload(sevpeft.modeling)
+    assert "bitsandbytes" not in sys.modules and sys.modules["kernels"] is own
 
 
 def test_a_frozen_head_is_not_copied_for_each_row() -> None:
