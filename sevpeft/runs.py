@@ -48,10 +48,6 @@ class Run:
         return self.folder / "adapter"
 
     @property
-    def unfinished_adapter(self) -> Path:
-        return self.folder / ".adapter.unfinished"
-
-    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
@@ -65,9 +61,6 @@ class Run:
 
     def metrics(self) -> dict[str, Any]:
         return self.read_json("metrics.json")
-
-    def environment(self) -> dict[str, Any]:
-        return self.read_json("environment.json")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Contents of a JSON file; empty while there is none."""

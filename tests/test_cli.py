@@ -448,7 +448,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_leaves_a_run_that_re
     assert code == 1
     assert err.startswith(f"No space is left for {run.folder}; free some, then go on with --resume")
     assert [path.name for path in run.checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert not run.adapter.exists() and not run.unfinished_adapter.exists()
+    assert not run.adapter.exists() and not (run.folder / ".adapter.unfinished").exists()
     code, _, err = sevpeft_(*words, "--resume")
     assert (code, err) == (0, "") and run.finished
     assert run.metrics()["training"]["resumed_from"] == "checkpoint-2"

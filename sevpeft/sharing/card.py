@@ -170,9 +170,9 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, license_: str
     if not merged:
         about["eval_results"] = _results(metrics, (hub_data or ["private"])[0], more)
     facts = {**metrics, **more, "base": base, "license": license_, "notice": terms.get("notice"), "recipe": recipe}
-    facts |= {"environment": run.environment(), "recipe_text": public_recipe(recipe), "severities": SEVERITIES}
+    facts |= {"environment": run.read_json("environment.json"), "recipe_text": public_recipe(recipe)}
     facts |= {"distance": distance, "choices_text": choices_text, "estimate_text": estimate_text, "oracle": ORACLE}
-    facts["severity_lines"] = [line.strip() for line in SEVERITY_LINES.values()]
+    facts |= {"severities": SEVERITIES, "severity_lines": [line.strip() for line in SEVERITY_LINES.values()]}
     facts |= {f"about_{part}": _rendered(f"{part}.md.jinja", facts) for part in ("run", "limits")}
     card = ModelCard.from_template(ModelCardData(**about), template_path=str(_TEMPLATES / template), **facts)
     return _signed(str(card).rstrip() + "\n")

@@ -29,6 +29,7 @@ from sevpeft.training.resolve import CHOSEN_WITH, with_training
 if TYPE_CHECKING:
     from sevpeft.training.trainer import SeveritySFTTrainer
 
+UNFINISHED_ADAPTER = ".adapter.unfinished"
 MANIFEST = "manifest.json"
 
 
@@ -187,7 +188,7 @@ def remove_incomplete(run: Run) -> None:
     for checkpoint in _checkpoints(run):
         if not (checkpoint / MANIFEST).is_file():
             shutil.rmtree(checkpoint, ignore_errors=True)
-    shutil.rmtree(run.unfinished_adapter, ignore_errors=True)
+    shutil.rmtree(run.folder / UNFINISHED_ADAPTER, ignore_errors=True)
 
 
 def _checkpoints(run: Run) -> list[Path]:
@@ -223,7 +224,7 @@ def check_same_recipe(recipe: Recipe, run: Run) -> None:
 def check_same_data(fingerprint: str, source: str, run: Run) -> None:
     """Raises RunError when the data is not what the run was started with."""
     # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
-    if fingerprint != run.environment().get("data_fingerprint") and fingerprint.startswith("sha256:"):
+    if fingerprint != run.read_json("environment.json").get("data_fingerprint") and fingerprint.startswith("sha256:"):
         what = f"{source} is not the data that {run.folder} was started with: its content has changed"
         raise RunError(f"{what}; bring that back, or start another run.")
 

@@ -191,7 +191,7 @@ def _start_processes(recipe: Recipe) -> PartialState:
 
 def _checkpoint(trainer: SeveritySFTTrainer, run: Run, warn: Any) -> str | None:
     """Path of the newest valid checkpoint, the same on all processes; None starts anew."""
-    check_same_processes(trainer.accelerator, run.environment())
+    check_same_processes(trainer.accelerator, run.read_json("environment.json"))
     required = checkpoints.files_to_resume(trainer.accelerator)
     found = checkpoints.resume_checkpoint(run, required, warn) if trainer.is_world_process_zero() else None
     return None if (checkpoint := broadcast_object_list([found])[0]) is None else str(checkpoint)
@@ -199,7 +199,7 @@ def _checkpoint(trainer: SeveritySFTTrainer, run: Run, warn: Any) -> str | None:
 
 def _save_adapter(trainer: SeveritySFTTrainer, run: Run, prompt: Prompt) -> None:
     """Writes the adapter, with the prompt of the training, beside its place and moves it there whole."""
-    folder = run.unfinished_adapter
+    folder = run.folder / checkpoints.UNFINISHED_ADAPTER
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         check_adapter_is_complete(folder, trainer.model)

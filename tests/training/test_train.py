@@ -107,7 +107,7 @@ def test_a_run_folder_is_complete_and_says_what_happened(trained: tuple[Run, str
     run, screen = trained
     stored = load_recipe(run.folder / "recipe.yaml")
     assert not is_automatic(stored) and as_started(load_recipe(QUICKSTART, settings), run) == stored
-    environment, metrics = run.environment(), run.metrics()
+    environment, metrics = run.read_json("environment.json"), run.metrics()
     assert environment["versions"]["trl"] and environment["seed"] == 42 and environment["processes"] == 1
     assert environment["data_fingerprint"].startswith("sha256:")
     assert set(metrics) == {"model", "data", "weights", "training", "before", "after"}
@@ -380,7 +380,7 @@ def test_two_processes_train_the_same_adapter_as_one(tmp_path: Path, base: list[
     child = start(train_in_child, QUICKSTART, words, two.folder, None, str(tmp_path / "cache"), processes=2)
     one = train(load_recipe(QUICKSTART, [*common, "training.per_device_train_batch_size=4"]), tmp_path / "one")
     assert exit_codes(child) == [0, 0]
-    assert two.environment()["processes"] == 2
+    assert two.read_json("environment.json")["processes"] == 2
     first, second = weights_of(one), weights_of(two)
     for name in first:
         assert float((first[name] - second[name]).abs().max()) <= 1e-5, name
