@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import Template
 
+from sevpeft.data.text import ARABIC
 from sevpeft.errors import SevpeftError, UsageError, first_sentence
 from sevpeft.runs import keep_private
 from sevpeft.severity.probabilities import is_answer
@@ -92,7 +93,8 @@ class Page:
                     yield "", self._html(now), now
             yield "", self._html(now, done=True), now
         except SevpeftError as error:
-            yield question, self._html(turns, done=True, problem=str(error), notice=severity.notice), turns
+            problem = str(error) if ARABIC.search(str(error)) else f"تعذّر الجواب؛ جرّب سؤالاً أقصر. ({error})"
+            yield question, self._html(turns, done=True, problem=problem, notice=severity.notice), turns
 
     def save(self, comment: str, turns: list[Any]) -> tuple[str, str]:
         """Adds a comment to the file, with the last question and its answers; returns its box, and what is said."""

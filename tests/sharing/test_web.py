@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -177,7 +178,10 @@ def test_a_second_tab_waits_and_a_closed_one_ends_its_answer(browser: Any, pages
     assert until(lambda: texts(browser, ".answer .bubble")) == ["راجع"]
 
 
-def test_what_cannot_be_asked_stays_in_the_box_with_a_plain_sentence(pages: Any) -> None:
+def test_what_cannot_be_asked_stays_in_the_box_with_a_plain_sentence(
+    pages: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sevpeft.errors import UsageError
     from sevpeft.sharing.web import A_MINUTE, MOST_LETTERS
 
     def said(question: str, host: str = "10.0.0.1") -> tuple[str, str]:
@@ -189,6 +193,10 @@ def test_what_cannot_be_asked_stays_in_the_box_with_a_plain_sentence(pages: Any)
     for question, word in (("  ", "فارغ"), ("؟!", "فارغ"), (long, "طويل")):
         box, html = said(question)
         assert box == question and word in html and ("emergency" in html) == (question == long), word
+    with monkeypatch.context() as context:  # what the model itself refuses, in English
+        context.setattr(pages.chat, "stream", Mock(side_effect=UsageError("900 words are too long.")))
+        box, html = said("عندي زكام", "10.0.0.3")
+        assert box == "عندي زكام" and "أقصر" in html and "900 words" in html
     assert all(said("عندي زكام")[0] == "" for _ in range(A_MINUTE))
     assert "انتظر" in said("عندي زكام")[1] and said("عندي زكام", "10.0.0.2")[0] == ""
     assert pages.page.save("تعليق", [])[0] == "تعليق" and pages.page.save(" ", [{}])[0] == " "
