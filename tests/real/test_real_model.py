@@ -4,8 +4,8 @@
 
 FOLDER holds a transformers model with its tokenizer, such as Gemma-3-270M. Its weights round as weights do: with random
 ones, two harmless batch shapes give the same bits and no guard that is too strict would show. The rows are the bundled
-consultations. About ten minutes on two cores. Training in bfloat16 is left out on a processor without AMX, which takes
-minutes for one step.
+consultations. About ten minutes on two cores. Training in bfloat16 is left out on a processor without AMX or
+AVX512-BF16, which takes minutes for one step.
 """
 
 from __future__ import annotations
