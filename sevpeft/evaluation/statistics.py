@@ -237,7 +237,7 @@ def _permutation_p(by_group: Floats, seed: int) -> tuple[float, bool]:
         rng=np.random.default_rng(seed),
     )
     p = float(tested.pvalue)
-    return p, 2.0 ** len(differing) > PERMUTATIONS and p <= 2 / (PERMUTATIONS + 1)
+    return p, 2 ** len(differing) > PERMUTATIONS and p <= 2 / (PERMUTATIONS + 1)
 
 
 def compare_family(differences: Mapping[Any, Estimate], better: Callable[[Any], Direction]) -> dict[Any, Any]:

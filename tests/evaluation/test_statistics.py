@@ -328,5 +328,6 @@ def test_a_p_that_the_number_of_permutations_limits_is_an_upper_bound() -> None:
     assert [found[name]["p_at_most"] for name in ("one", "two", "three")] == [True, True, False]
     expected = {(0.0004, True): "at most .001", (0.0004, False): "< .001", (0.0121, True): "at most .013"}
     assert {key: p_text(*key) for key in expected} == expected
-    clear = paired_difference([np.arange(40.0) + 3], [np.arange(40.0)], np.arange(40))
-    assert clear.p_at_most and clear.p == pytest.approx(2 / (PERMUTATIONS + 1))
+    for questions in (40, 1100):  # 2.0 ** 1024 would be an error
+        clear = paired_difference([np.arange(questions) + 3.0], [np.arange(questions) * 1.0], np.arange(questions))
+        assert clear.p_at_most and clear.p == pytest.approx(2 / (PERMUTATIONS + 1))

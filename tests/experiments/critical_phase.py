@@ -144,7 +144,10 @@ class Results:
         """(seeds, rows) of a point: of its arm where the router sends a question there, else of CE."""
         found = self.nll[point.arm, point.interpolation]
         labels = "gold" if point.arm.labels == "none" else point.arm.labels
-        return found if point.share == 1 else np.where(self.routed[labels, point.share], found, self.nll[CE.arm, 1.0])
+        if point.share == 1:
+            return found
+        absent = np.isnan(found).all(axis=1, keepdims=True)  # seeds that were not trained are not CE
+        return np.where(self.routed[labels, point.share] | absent, found, self.nll[CE.arm, 1.0])
 
     def difference(self, point: Point, other: Point, severity: str, weighting: str, level: float = 0.95) -> Estimate:
         """point − other on the rows of a severity; groups are questions, seeds a random factor."""
