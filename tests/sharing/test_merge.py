@@ -240,7 +240,11 @@ def test_the_cards_and_the_run_say_what_the_unquantized_base_means(made_run: Mad
     assert card.read_text(encoding="utf-8") == "mine"
 
 
-def test_the_python_of_the_card_loads_the_model_that_was_trained(made_run: MadeRun) -> None:
+def test_the_python_of_the_card_loads_the_model_that_was_trained(
+    made_run: MadeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where it is there, bitsandbytes' own kernel refuses matrices as small as the toy's.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     for name, quantization in {"plain": {}, "four": {"load_in_4bit": True}, "eight": {"load_in_8bit": True}}.items():
         run = made_run("llama", name=name, quantization=quantization)
         code = write_card(run).read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
