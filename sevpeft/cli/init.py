@@ -11,8 +11,6 @@ import typer
 from sevpeft.cli.application import Vram, Words, app, quiet_libraries
 from sevpeft.console import Screen, print_text
 from sevpeft.errors import ModelError, UnknownModelError
-from sevpeft.recipe import Recipe, load_recipe, settings_from
-from sevpeft.recipe.load import read_yaml, shipped_recipes, write_yaml
 
 # The share of the training rows that max_length leaves as they are; it is a multiple of so many tokens.
 _SHARE, _STEP, _SHORTEST = 0.99, 64, 128
@@ -47,6 +45,8 @@ def recipe_text(chosen: dict[str, Any], words: list[str], vram: float | None) ->
     from sevpeft.data.read import load_consultations
     from sevpeft.modeling.loading import choose_precision, load_config, load_tokenizer, uses_gpu
     from sevpeft.modeling.memory import GIB, text_targets, usable
+    from sevpeft.recipe import Recipe, load_recipe, settings_from
+    from sevpeft.recipe.load import read_yaml, shipped_recipes, write_yaml
     from sevpeft.severity.probabilities import has_severity
     from sevpeft.training.plan import fitting, plan, whole_lengths
     from sevpeft.training.resolve import device_memory, memory_plan, split_here
