@@ -255,7 +255,7 @@ def compare_family(differences: Mapping[Any, Estimate], better: Callable[[Any], 
     limited = [p for p, found in zip(corrected, differences.values(), strict=True) if found.p_at_most]
     compared = {}
     for (key, found), p in zip(differences.items(), corrected, strict=True):
-        hopeless = not np.isfinite(p) or 2 / min(2.0**found.groups, PERMUTATIONS + 1) * family >= ALPHA
+        hopeless = not np.isfinite(p) or 2 / min(2**found.groups, PERMUTATIONS + 1) * family >= ALPHA
         test = (found.standard_error, found.degrees_of_freedom, ALPHA / max(family, 1) / 2)
         least = np.nan if hopeless else detectable(*test)
         outcome, good = "too few questions" if hopeless else "not distinguishable", better(key)

@@ -331,3 +331,4 @@ def test_a_p_that_the_number_of_permutations_limits_is_an_upper_bound() -> None:
     for questions in (40, 1100):  # 2.0 ** 1024 would be an error
         clear = paired_difference([np.arange(questions) + 3.0], [np.arange(questions) * 1.0], np.arange(questions))
         assert clear.p_at_most and clear.p == pytest.approx(2 / (PERMUTATIONS + 1))
+        assert compare_family({"one": clear}, lambda key: "higher")["one"]["p"] == pytest.approx(2 / (PERMUTATIONS + 1))
