@@ -73,18 +73,15 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_as_one_process(run: Path, settings: list[str], engine: str) -> None:
     one = train(load_recipe(QUICKSTART, [*settings, "training.per_device_train_batch_size=2"]), run.parent / "one")
-    several = Run(run)
-    assert (several.read_json("environment.json")["processes"], several.read_json("environment.json")["engine"]) == (
-        2,
-        engine,
-    )
+    environment = Run(run).read_json("environment.json")
+    assert (environment["processes"], environment["engine"]) == (2, engine)
     first, second = weights_of(one.folder), weights_of(run)
     assert {name: tensor.shape for name, tensor in first.items()} == {n: tensor.shape for n, tensor in second.items()}
     for name in first:
         assert float((first[name] - second[name]).abs().max()) <= SAME_WEIGHT, name
     assert any(bool(first[name].any()) for name in first if "lora_B" in name)
     for moment in ("before", "after"):
-        assert several.metrics()[moment] == pytest.approx(one.metrics()[moment], rel=SAME_LOSS)
+        assert Run(run).metrics()[moment] == pytest.approx(one.metrics()[moment], rel=SAME_LOSS)
 
 
 def variables_of(config: str) -> dict[str, str]:
