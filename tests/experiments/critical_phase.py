@@ -62,7 +62,10 @@ class Point(NamedTuple):
 
 
 def arms_of(settings: dict[str, Any], part: str, chosen: dict[str, Any] | None) -> list[Arm]:
-    """The arms of one seed and fold: the exploration has the grid, the final what was chosen, and all controls."""
+    """The arms of one seed and fold: the exploration has the grid, the final what was chosen, and all controls.
+
+    Where the settings name no kind of phase, fixed weights and their shuffled twins are all there is.
+    """
     points = {*itertools.product(settings["kinds"], settings["rate"], settings["length"])}
     if chosen:
         points = {(one["kind"], one["rate"], one["length"]) for one in (chosen["primary"], *chosen["secondary"])}
@@ -73,8 +76,9 @@ def arms_of(settings: dict[str, Any], part: str, chosen: dict[str, Any] | None) 
     extra = sorted({Arm("ce_extra", "none", *point) for _, *point in after})
     permuted = [arm._replace(labels="permuted") for arm in gold if final or arm.kind == "phase"]
     arms = [Arm("base"), Arm("ce"), *gold, *extra, *permuted]
+    if final or not settings["kinds"]:
+        arms += [Arm(name, labels) for name in names for labels in ("gold", "permuted")]
     if final:
-        arms += [Arm(name, labels) for labels in ("gold", "permuted") for name in names]
         arms += [arm._replace(labels="predicted") for arm in gold] + [Arm(name, "predicted") for name in names]
     # As long as a whole training each, so they come last.
     return [*arms, *late, *(arm._replace(labels="permuted") for arm in late if final)]
@@ -274,7 +278,8 @@ def settings_of(path: Path) -> dict[str, Any]:
         return whole | {name: merged(whole.get(name), value) for name, value in other.items()}
 
     whole, other = (yaml.safe_load(one.read_text(encoding="utf-8")) for one in (SETTINGS, path))
-    return dict(merged(whole, other))
+    found = dict(merged(whole, other))
+    return {**found, "weights": {name: ratio for name, ratio in found["weights"].items() if ratio}}
 
 
 def main(words: list[str] | None = None) -> None:
