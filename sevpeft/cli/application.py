@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from sevpeft.recipe import Recipe
 
-_SECONDS_FOR_THE_FIRST = 3.0
-# Their result is what they print; that of the others is in files, unless --json asks for it on stdout.
+_SECONDS_FOR_FIRST_PROCESS = 3.0
+# The result of these verbs is their output; other verbs write files, and print the result with --json.
 _PRINTING_VERBS = {"chat", "init", "plan", "recipes"}
 
 app = typer.Typer(
@@ -43,23 +43,23 @@ app = typer.Typer(
     help="Turns Arabic medical consultations into a small LoRA adapter trained to care most about the severe cases. "
     "`sevpeft --version` prints the version.",
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 
 # Arguments and options that several verbs take.
 Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as data.max_rows=90")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Vram = Annotated[float | None, typer.Option(min=1, max=1e5, help="GB of the GPU that it is for.", show_default=False)]
+Vram = Annotated[float | None, typer.Option(min=1, max=1e5, help="Memory of the target GPU in GB.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run", show_default=False)]
 
 
 def main() -> None:
     """Runs the command line; an error is one plain sentence, and SEVPEFT_DEBUG=1 shows its traceback."""
-    # Read when huggingface_hub is imported; several libraries tell it what they are used for.
+    # huggingface_hub reads this at import; several libraries report their use through it.
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    # How long libgomp's threads turn in circles before they sleep, where the user says nothing. Its own 300,000 make
-    # generation beside another busy program 2.8 times slower, and no faster alone (Gemma-3-270M, 2 cores).
+    # Spins of a waiting OpenMP thread before it sleeps. libgomp's default of 300,000 makes generation 2.8 times slower
+    # beside another busy program, and no faster alone (Gemma-3-270M, 2 cores).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     guard_output()
@@ -68,24 +68,24 @@ def main() -> None:
         sys.exit(0)
     try:
         _check_scratch()
-        # Typer's own handling would draw a box around an error and say nothing about Ctrl-C, for which it returns 130.
+        # Typer's own handling draws a box around errors, and returns 130 for Ctrl-C without a message.
         code = app(standalone_mode=False)
         lost = output_error()
-        if lost is not None and lost.errno != errno.EPIPE:  # whoever closes a pipe, as `head` does, knows it
+        if lost is not None and lost.errno != errno.EPIPE:  # a closed pipe is no error: `head` closes it
             _print_error(f"The output is incomplete: {lost.strerror}.")
         if lost is not None and ("--json" in sys.argv or set(sys.argv[1:2]) & _PRINTING_VERBS):
             code = code or 1
     except (SevpeftError, TyperException, OSError) as error:
         if os.environ.get("SEVPEFT_DEBUG"):
             raise
-        if str(error):  # without a verb, typer has shown the help already and has nothing to add
+        if str(error):  # empty without a verb, where typer has printed the help
             _print_error(_message(error))
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         end_launcher()
         code = 130
     finally:
-        sys.excepthook = _show_traceback  # not before: typer puts its own there
+        sys.excepthook = _show_traceback  # last, because typer sets its own
     if code == 130:
         _print_error("Interrupted.")
     sys.exit(code if isinstance(code, int) else 0)
@@ -95,8 +95,8 @@ def keys_help(schema: type[BaseModel], *, without: Collection[str] = (), above: 
     """The keys of a settings class as help text: values, default and the first sentence of each docstring.
 
     Args:
-        without: keys that an argument of the verb gives, such as data.path, or that it does not use. above: path of
-            the section that `schema` is, with its dot.
+        without: keys that an argument of the verb sets, such as data.path, or that the verb does not use.
+        above: prefix of the keys, such as "data.".
     """
     entries = []
     for name, field in schema.model_fields.items():
@@ -115,7 +115,7 @@ def keys_help(schema: type[BaseModel], *, without: Collection[str] = (), above: 
 
 
 def _values(kind: Any) -> str:
-    """What may be written for a type: true|false, one of the choices of a Literal, TEXT."""
+    """The values that a type accepts, for help: true|false, the choices of a Literal, TEXT."""
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     if get_origin(kind) is Annotated:
@@ -145,7 +145,7 @@ def command_with_keys(settings: str, *, without: Collection[str] = ()) -> type[T
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python does, but through `print_text`: its last line may quote data of others."""
+    """Prints a traceback through `print_text`, which escapes control characters: its last line may quote data."""
     print_text("".join(traceback.format_exception(kind, error, trace)), stderr=True, end="")
 
 
@@ -163,7 +163,7 @@ def _message(error: Exception) -> str:
 
 
 def _as_setting(option: str) -> str:
-    """What to write for an option of other programs, such as --epochs 3."""
+    """The setting for an option that other programs have, such as --epochs 3."""
     from sevpeft.recipe import Recipe
     from sevpeft.recipe.messages import unknown_key
 
@@ -175,7 +175,7 @@ def _as_setting(option: str) -> str:
 
 
 def check_early(recipe: Recipe, verb: str = "train") -> None:
-    """Raises what would be refused seconds later, once torch is loaded: files, columns, folders, trackers."""
+    """Checks files, columns, folders and trackers before torch is loaded, which takes seconds."""
     from sevpeft.data.files import check_source
 
     severity, training = recipe.severity, recipe.training
@@ -188,16 +188,16 @@ def check_early(recipe: Recipe, verb: str = "train") -> None:
     for key, name in {**named, "severity.classifier": folder}.items():
         is_id = re.fullmatch(r"builtin:tiny|\w[\w.-]*(/[\w.-]+)?", name or "none")
         if not is_id and not Path(name or "").expanduser().exists():
-            raise UnknownModelError(f"{key}={name} is no folder here, nor an id of the Hub; correct it.")
+            raise UnknownModelError(f"{key}={name} is neither a folder nor a Hub id; correct it.")
     trackers = [training.report_to] if isinstance(training.report_to, str) else training.report_to or []
     files = [Path(name).expanduser() for name in ("wandb", "~/.config/wandb", "~/.netrc", "~/_netrc")]
     for tracker in {*trackers} - {"none", "all"}:
         package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(tracker, tracker)
         if not find_spec(package) and not find_spec(f"{package}X"):
             raise UsageError(f"training.report_to={tracker} needs a package: pip install {package}; or leave it out.")
-        # Without a key it would fail after the model is loaded; what else it may have is left to it.
+        # wandb itself would fail after the model is loaded. Other ways to log in are left to it.
         if tracker == "wandb" and "WANDB_" not in str(os.environ) and not any(file.exists() for file in files):
-            raise UsageError("training.report_to=wandb: nobody is logged in; run `wandb login`, or `wandb offline`.")
+            raise UsageError("training.report_to=wandb: no login was found; run `wandb login`, or `wandb offline`.")
 
 
 def quiet_libraries(*, models: bool = True) -> None:
@@ -208,7 +208,7 @@ def quiet_libraries(*, models: bool = True) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
     if models:
-        import sevpeft.modeling  # noqa: F401 (which loads bitsandbytes faster than PEFT does)
+        import sevpeft.modeling  # noqa: F401 (loads bitsandbytes faster than PEFT does)
     import datasets
     import huggingface_hub
     import transformers
@@ -216,15 +216,15 @@ def quiet_libraries(*, models: bool = True) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # It repeats each failed request five times and logs every try.
+    # It retries a failed request five times and logs each.
     huggingface_hub.logging.set_verbosity_error()
 
 
 def _check_scratch() -> None:
-    """Python would take another folder in silence, and patients' text would lie there for the length of a run."""
+    """Refuses a TMPDIR that is absent: Python would silently write patients' text to another folder."""
     folder = os.environ.get("TMPDIR")
     if folder and not os.path.isdir(folder):
-        raise UsageError(f"TMPDIR={folder} is no folder; make it, or unset TMPDIR.")
+        raise UsageError(f"TMPDIR={folder} is not a folder; create it, or unset TMPDIR.")
 
 
 def is_main_process() -> bool:
@@ -233,7 +233,7 @@ def is_main_process() -> bool:
 
 def _print_error(message: str) -> None:
     if not is_main_process():
-        # An error of all processes is printed by the first; the launcher then ends the others before they repeat it.
-        time.sleep(_SECONDS_FOR_THE_FIRST)
+        # The launcher ends all processes after the first error, so an error of all is printed once.
+        time.sleep(_SECONDS_FOR_FIRST_PROCESS)
         message = f"Process {os.environ['RANK']}: {message}"
     print_text(message, stderr=True)

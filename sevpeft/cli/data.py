@@ -1,4 +1,4 @@
-"""The verbs prepare, annotate, translate, classifier fit and classifier evaluate. Heavy imports stand inside."""
+"""The verbs prepare, annotate, translate and classifier. Heavy imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or evaluate one.")
 app.add_typer(classifier_verbs, name="classifier")
 
-# Keys of `data` that an argument gives, and those of a recipe's split, which these verbs do not make.
+# Keys of `data` that an argument sets, or that only concern the split, which these verbs do not make.
 _NO_SPLIT = ("data.path", "data.validation_size", "data.test_size", "data.seed")
 _SETTINGS = "sevpeft.severity.settings"
 
@@ -36,7 +36,7 @@ Input = Annotated[
 
 
 def _settings(schema: type[Any], words: list[str] | None, data: str, output: Path | None = None) -> Any:
-    """Settings of a verb, whose data and output are looked at before anybody waits for libraries."""
+    """Settings of a verb; data and output are checked before the libraries are loaded."""
     from sevpeft.data.files import check_source
     from sevpeft.recipe import settings_from
     from sevpeft.runs import check_absent
@@ -51,11 +51,11 @@ def _settings(schema: type[Any], words: list[str] | None, data: str, output: Pat
 @app.command(cls=command_with_keys("sevpeft.data.prepare:PrepareSettings", without=["data.path"]))
 def prepare(
     data: Input,
-    output: Annotated[Path, typer.Argument(help="Folder to make; it must not exist", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="New folder", show_default=False)],
     words: Words = None,
     as_json: AsJson = False,
 ) -> None:
-    """Clean, mask, deduplicate and split consultations; nothing is lost, and all is counted.
+    """Clean, mask, deduplicate and split consultations; rejected rows are kept, and every change is counted.
 
     Example: sevpeft prepare consultations.csv data/prepared split_by=year cleaning.emoji=remove
     """
@@ -85,12 +85,12 @@ def prepare(
 
 
 def _command(verb: str, data: object) -> str:
-    """The verb on the quickstart, with its data."""
+    """A verb with the quickstart recipe and other data."""
     return shlex.join(["sevpeft", verb, "quickstart", f"data.path={data}"])
 
 
 def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:
-    """The command to go on with: train, or annotate where a row has no severity that a training knows."""
+    """The next command: train, or annotate where a row lacks a known severity."""
     from sevpeft.data.columns import PROBABILITIES, listed
     from sevpeft.severity.probabilities import is_severity
 
@@ -98,8 +98,8 @@ def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:
     whole = set(PROBABILITIES) <= columns.keys()
     unknown = [] if whole else [name for name in found if name != "none" and not is_severity(name)]
     if unknown:
-        held = f"Column {listed([columns['severity']])} holds {listed(unknown[:3])}, which no training knows"
-        yield f"Warning: {held}: write non_critical, neutral, critical (غير حرج, متوسط, حرج), or judge anew."
+        held = f"Column {listed([columns['severity']])} holds {listed(unknown[:3])}, which is not a known severity"
+        yield f"Warning: {held}: write non_critical, neutral, critical (غير حرج, متوسط, حرج), or annotate again."
     if found and not unknown and "none" not in found:
         yield f"Next: {_command('train', output)}"
         return
@@ -109,7 +109,7 @@ def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:
 
 
 def _tables(about: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What was done, in a few lines that fit a screen."""
+    """Counts of rows, columns and splits, for one screen."""
     from rich.table import Table
 
     from sevpeft.data.columns import listed
@@ -154,7 +154,7 @@ def annotate(
 ) -> None:
     """Add the severity of every row: p_non_critical, p_neutral, p_critical, the likeliest one, and what judged it.
 
-    The same command goes on after a kill. Under `accelerate launch` the processes share the work.
+    After an interruption, the same command continues. Under `accelerate launch` the processes share the work.
 
     Example: sevpeft annotate consultations.csv annotated.jsonl method=rules
     """
@@ -208,9 +208,9 @@ def translate(
     output: Annotated[Path, typer.Argument(help="New file (.jsonl, .csv, .tsv, .parquet)")],
     words: Words = None,
 ) -> None:
-    """Translate questions and answers with an instruction model, by vLLM where it is installed.
+    """Translate questions and answers with an instruction model, with vLLM where it is installed.
 
-    Rows that fail a check go to NAME.rejected.jsonl. The same command goes on after a kill.
+    Rows that fail a check go to NAME.rejected.jsonl. After an interruption, the same command continues.
 
     Example: sevpeft translate english.csv arabic.jsonl model=Qwen/Qwen2.5-7B-Instruct to=ar
     """
@@ -230,13 +230,13 @@ def translate(
 @classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:FitSettings", without=_NO_SPLIT))
 def fit(
     data: Input,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the classifier; must not exist")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder for the classifier")],
     words: Words = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a severity classifier, calibrate it, evaluate it on rows of its own and write it with its report.
+    """Fit a severity classifier, calibrate it, evaluate it on held-out rows and write it with its report.
 
-    Labels often depend on the place in the file: with block_column=NAME it is also evaluated by holding out blocks.
+    Labels often change within a file: block_column=NAME also evaluates it on held-out blocks.
 
     Example: sevpeft classifier fit builtin:consultations severity-linear kind=linear
     """
@@ -261,7 +261,7 @@ def fit(
 
 @classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:EvaluateSettings", without=_NO_SPLIT))
 def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
-    """Evaluate a fitted classifier on other data, or a way of fitting by cross-validation, beside baselines.
+    """Evaluate a fitted classifier on other data, or cross-validate one kind of it, beside baselines.
 
     Example: sevpeft classifier evaluate consultations.csv kind=linear block_column=source
     """
@@ -279,13 +279,13 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
             _, evaluations = fit_and_evaluate(labeled, settings, progress, unlabeled)
         else:
             if unused := settings.model_fields_set & {"kind", "text", "unlabeled", "folds", "lexicon", "encoder"}:
-                raise UsageError(f"classifier= is evaluated as it was fitted; leave out {', '.join(sorted(unused))}.")
+                raise UsageError(f"classifier= is evaluated as fitted; leave out {', '.join(sorted(unused))}.")
             folder = Path(settings.classifier).expanduser()
             about = store.read_about(folder)
             seen = set(about.get("training", {}).get("fingerprints", []))
             if seen & examples.fingerprints(consultations) and not settings.seen_data:
-                remedy = "name other data, read its README.md, or insist with seen_data=true"
-                raise DataError(f"{folder} was fitted on {consultations.source} itself, which flatters it; {remedy}.")
+                remedy = "which makes it look better; name other data, read its README.md, or add seen_data=true"
+                raise DataError(f"{folder} was fitted on {consultations.source} itself, {remedy}.")
             evaluations = {"Other data": evaluate_fitted(store.load_classifier(folder), labeled, settings.seed)}
     _show_classifier(about, evaluations, as_json)
 

@@ -1,4 +1,4 @@
-"""The verbs evaluate, choices, compare and report: what a training has changed. Heavy imports stand inside."""
+"""The verbs evaluate, choices, compare and report. Heavy imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sevpeft.cli.application import AsJson, RunFolder, Words, app, check_early, 
 from sevpeft.cli.training import RecipeFile
 from sevpeft.errors import UsageError
 
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only so many rows, at random.", show_default=False)]
-NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references; generates nothing.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Number of random rows.", show_default=False)]
+NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references, no answers.")]
 
 
 @app.command()
@@ -22,16 +22,16 @@ def evaluate(
     overrides: Words = None,
     limit: Limit = None,
     nll_only: NllOnly = False,
-    select: Annotated[bool, typer.Option("--select", help="Choose one answer of RUN and further RUNs.")] = False,
-    base: Annotated[bool, typer.Option("--base", help="With --select: also of their base models.")] = False,
+    select: Annotated[bool, typer.Option("--select", help="Choose one answer among RUN and further RUNs.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="With --select: their base models answer too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a run's test questions, with the adapter and without it, and score the answers.
 
-    An interrupted evaluation goes on where it stopped: run the same command again. Answers are sent nowhere, unless
-    evaluation.judge.url and evaluation.judge.model name a language model that is to rate them.
+    After an interruption, the same command continues. Answers are sent nowhere, unless evaluation.judge.url and
+    evaluation.judge.model name a language model to rate them.
 
-    With --select several runs answer, and one answer to each question is chosen: sevpeft evaluate A B C --select.
+    With --select several runs answer, and one answer is chosen for each question: sevpeft evaluate A B C --select.
 
     Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
     """
@@ -43,7 +43,7 @@ def evaluate(
     if (not select and (more or base)) or (select and nll_only):
         raise UsageError("Several runs and --base need --select, and that needs answers: add it, or leave them out.")
     settings = [word for word in overrides or [] if "=" in word]
-    for one in [run, *more]:  # before anybody waits for torch
+    for one in [run, *more]:  # checked before torch is loaded, which takes seconds
         opened_recipe(one, settings, "evaluate", "generation", "evaluation")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
@@ -60,18 +60,17 @@ def evaluate(
         print_json(found) if as_json else Screen().print(selection.selection_tables(found))
         return
     content = evaluate_run(Run(run), settings, limit=limit, answers=not nll_only, console=messages)
-    note_figures(Run(run))  # its card shows them
+    note_figures(Run(run))  # for its model card
     if as_json:
         print_json(content)
         return
     texts = {"Answers": PREDICTIONS} if not nll_only else {}
     texts |= {"To questions played down": MINIMIZED} if "minimized_change" in content["metrics"] else {}
     texts |= {"Verdicts": JUDGEMENTS} if "judge" in content else {}
-    lines = [f"{label}: {run / name} (holds what patients wrote)" for label, name in texts.items()]
-    console = Screen()
-    console.print(evaluation_tables(content))
-    for line in (f"Scores: {run / EVALUATION}", *lines, f"Next: sevpeft report {shlex.quote(str(run))}"):
-        console.print(line, soft_wrap=True)
+    lines = [f"{label}: {run / name} (contains patients' text)" for label, name in texts.items()]
+    lines = [f"Scores: {run / EVALUATION}", *lines, f"Next: sevpeft report {shlex.quote(str(run))}"]
+    Screen().print(evaluation_tables(content))
+    Screen().print("\n".join(lines), soft_wrap=True)
 
 
 @app.command()
@@ -82,9 +81,9 @@ def choices(
     limit: Limit = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a run's base model and its adapter multiple choice: what has fine-tuning made the model forget?
+    """Test a run's base model and adapter on multiple-choice questions: what did fine-tuning make the model forget?
 
-    A file has lines of question, options, answer_index and perhaps context. Report and model card show the result.
+    A file has lines of question, options, answer_index and optionally context. Report and model card show the result.
 
     Example: sevpeft choices runs/quickstart-20260101-120000 --tasks questions.jsonl,mmlu_medical_ar --limit 200
     """
@@ -98,10 +97,10 @@ def choices(
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
-        from sevpeft.evaluation.choices import choices as ask
+        from sevpeft.evaluation.choices import choices as measure_choices
         from sevpeft.sharing.card import choices_text, note_figures
 
-    figures = ask(Run(run), tasks.split(","), overrides or [], limit=limit, console=messages)
+    figures = measure_choices(Run(run), tasks.split(","), overrides or [], limit=limit, console=messages)
     note_figures(Run(run), choices=figures)
     print_json(figures) if as_json else Screen().print(Markdown(choices_text(figures)))
 
@@ -118,20 +117,20 @@ def compare(
         str | None, typer.Option(help="KEY=VALUE,VALUE… (the arms, beside base), or ladder.", show_default=False)
     ] = None,
     seeds: Annotated[str, typer.Option(help="Training seeds; the split stays as data.seed sets it.")] = "0,1,2",
-    folds: Annotated[int | None, typer.Option(help="Tests all rows, in so many parts.", show_default=False)] = None,
+    folds: Annotated[int | None, typer.Option(help="Test all rows by cross-validation.", show_default=False)] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs; by default runs/comparison-NAME", show_default=False)
     ] = None,
     nll_only: NllOnly = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a recipe with several severity weights and controls, and test whether critical cases gain at no price.
+    """Train a recipe with several severity weights and controls, and test whether critical cases gain at no cost.
 
-    Finished work is kept: the same command continues where it stopped. Started once on each GPU
-    (CUDA_VISIBLE_DEVICES=0, CUDA_VISIBLE_DEVICES=1, …) with the same --output, the commands share the runs.
+    The same command continues where it stopped. Started on each GPU with the same --output
+    (CUDA_VISIBLE_DEVICES=0, CUDA_VISIBLE_DEVICES=1, …), the commands share the runs.
 
-    --vary compares values of any setting instead, such as training.learning_rate=1e-4,2e-4, with the first of them.
-    --vary ladder starts at plain training and adds, one by one, what a recipe of recipes/as-published does otherwise.
+    --vary compares values of any setting with the first, such as training.learning_rate=1e-4,2e-4.
+    --vary ladder starts at plain training and adds the differences of recipes/as-published one by one.
 
     Example: sevpeft compare recipes/quickstart.yaml --arms base,ce,balanced,shuffled --seeds 0,1,2 --nll-only
     """
@@ -157,31 +156,28 @@ def compare(
     if as_json:
         print_json(content)
         return
-    console = Screen()
-    console.print(comparison_tables(content))
-    console.print(f"Comparison: {folder / comparing.COMPARISON}", soft_wrap=True)
-    console.print(f"Next: sevpeft report {shlex.quote(str(folder))}", soft_wrap=True)
+    lines = [f"Comparison: {folder / comparing.COMPARISON}", f"Next: sevpeft report {shlex.quote(str(folder))}"]
+    Screen().print(comparison_tables(content))
+    Screen().print("\n".join(lines), soft_wrap=True)
 
 
 @app.command()
 def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder that train or compare made", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of train or compare", show_default=False)],
     overrides: Words = None,
     answers: Annotated[
-        int, typer.Option("--answers", min=0, help="Questions shown with their answers; 0 leaves patients' text out.")
+        int, typer.Option("--answers", min=0, help="Number of questions shown with answers; 0 shows no patients' text.")
     ] = 120,
-    csv: Annotated[Path | None, typer.Option(help="New folder: tables and figures.", show_default=False)] = None,
-    latex: Annotated[Path | None, typer.Option(help="The same, the tables for LaTeX.", show_default=False)] = None,
-    review: Annotated[int | None, typer.Option(min=1, help="Also a blinded sheet of so many pairs to rate.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="New folder for tables and figures.", show_default=False)] = None,
+    latex: Annotated[Path | None, typer.Option(help="The same, with tables for LaTeX.", show_default=False)] = None,
+    review: Annotated[int | None, typer.Option(min=1, help="Also a blinded sheet of this many pairs.")] = None,
     arms: Annotated[str, typer.Option(help="The two arms of the sheet, as ce,balanced.", show_default=False)] = "",
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML file: verdict, plots, tables, and the answers side by side.
 
-    It needs no network and holds what patients wrote: keep it where the data may be. evaluation.judge.file=FILE reads
-    a sheet of --review that people have filled in.
+    It needs no network. It contains patients' text: keep it where the data may be. evaluation.judge.file=FILE reads a
+    sheet of --review that people have filled in.
 
     Example: sevpeft report runs/quickstart-20260101-120000
     """
@@ -206,8 +202,7 @@ def report(
         return
     if ratings:
         Screen().print(evaluation_tables(ratings))
-    for line in written.missing:
-        Screen().print(line, style="yellow", soft_wrap=True)
-    holds = f"holds what patients wrote, {written.shown:,} questions" if written.shown else "holds no text of patients"
-    for line in (f"Report: {written.path} ({holds})", *notes):
-        Screen().print(line, soft_wrap=True)
+    if written.missing:
+        Screen().print("\n".join(written.missing), style="yellow", soft_wrap=True)
+    holds = f"contains patients' text, {written.shown:,} questions" if written.shown else "contains no patients' text"
+    Screen().print("\n".join([f"Report: {written.path} ({holds})", *notes]), soft_wrap=True)

@@ -12,7 +12,7 @@ from sevpeft.cli.application import Vram, Words, app, quiet_libraries
 from sevpeft.console import Screen, print_text
 from sevpeft.errors import ModelError, UnknownModelError
 
-# The share of the training rows that max_length leaves as they are; it is a multiple of so many tokens.
+# Share of the training rows that max_length leaves whole; its multiple and its minimum in tokens.
 _SHARE, _STEP, _SHORTEST = 0.99, 64, 128
 _TEMPLATE, _SCHEMA = Path(__file__).with_name("recipe.yaml.jinja"), Path("recipe.schema.json")
 
@@ -24,7 +24,7 @@ def init(
     overrides: Words = None,
     vram: Vram = None,
 ) -> None:
-    """Write a commented recipe for a model and its data to stdout: for a GPU of --vram GB, or else for this machine.
+    """Write a commented recipe for a model and its data to stdout: for a GPU of --vram GB, or for this machine.
 
     Example: sevpeft init --model Qwen/Qwen3-4B --data consultations.csv --vram 12 > mine.yaml
     """
@@ -35,9 +35,13 @@ def init(
 
 
 def recipe_text(chosen: dict[str, Any], words: list[str], vram: float | None) -> str:
-    """A recipe as YAML with its reasons: settings by path, what is chosen beside, and the user's words (KEY=VALUE).
+    """A recipe as YAML with a comment for each choice.
 
-    Raises SevpeftError: whatever `plan` would refuse, or that the model does not fit.
+    Args:
+        chosen: settings by key, such as model.name_or_path. words: the user's KEY=VALUE, which win.
+        vram: GB of the GPU; None: this machine.
+
+    Raises SevpeftError: the model does not fit, or `plan` refuses the recipe.
     """
     import torch
     from jinja2 import StrictUndefined, Template
@@ -54,7 +58,7 @@ def recipe_text(chosen: dict[str, Any], words: list[str], vram: float | None) ->
     named, saved, size, needed = {word.partition("=")[0].strip() for word in words}, dict[str, str](), 0, 0
 
     def choose(settings: dict[str, Any]) -> Recipe:
-        """The recipe with these settings as well, but where a word names another value."""
+        """Adds settings to the recipe, unless the user set them."""
         chosen.update({path: value for path, value in settings.items() if path not in named})
         return settings_from(Recipe, words, chosen)
 
@@ -74,7 +78,7 @@ def recipe_text(chosen: dict[str, Any], words: list[str], vram: float | None) ->
         recipe = choose({"lora.target_modules": text_targets(recipe.model.name_or_path, config)})
         if gb:
             recipe = choose({"about.vram_gib": float(f"{gb:.4g}")})
-            for change in fitting(recipe, gb)[0].changes:  # what saves memory, least harm first
+            for change in fitting(recipe, gb)[0].changes:  # memory savings, least harm first
                 for path, _, value in (word.partition("=") for word in change.settings):
                     recipe = choose({path: read_yaml(value, "")})
                     saved |= {path: f"so that it fits: {change.effect}"} if path in chosen else {}
@@ -84,8 +88,8 @@ def recipe_text(chosen: dict[str, Any], words: list[str], vram: float | None) ->
         Screen(stderr=True).print(f"Note: whether it fits is not known: {error}", soft_wrap=True)
     if needed > room:
         much = f"{needed / GIB:.1f} GiB at {recipe.training.max_length} tokens, and {place} has {room / GIB:.1f}"
-        raise ModelError(f"The model needs {much} to give; name a smaller one, or with --vram the GB of another GPU.")
-    # As the recipes that come with sevpeft have them for that size: the toy's, or those of all others.
+        raise ModelError(f"The model needs {much}; name a smaller one, or the GB of another GPU with --vram.")
+    # As in the shipped recipes: the toy's learning rate and epochs, or those of all real models.
     like = load_recipe(shipped_recipes()["quickstart"]).training if 0 < size < 1e7 else Recipe().training
     recipe = choose({"training.learning_rate": like.learning_rate, "training.num_train_epochs": like.num_train_epochs})
     checked, dtype = plan(recipe, vram=gb), str(choose_precision(recipe).dtype).removeprefix("torch.")

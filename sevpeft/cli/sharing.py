@@ -1,4 +1,4 @@
-"""The verbs chat, web, merge and push: a trained adapter in use. Heavy imports stand inside."""
+"""The verbs chat, web, merge and push. Heavy imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from sevpeft.sharing.chat import Chat, Exchanges
     from sevpeft.sharing.merge import Merged
 
-PASSWORD = "SEVPEFT_WEB_PASSWORD"  # of --auth: all users of a machine see the words of a command line
+PASSWORD = "SEVPEFT_WEB_PASSWORD"  # for --auth; other users of the machine can read command lines
 _HELP = """\
-This is no doctor: in an emergency call an ambulance. Ctrl-C stops an answer.
-Earlier exchanges are read too, though most trainings had single consultations.
-/base [QUESTION]      the answer of the base model, with the adapter off
-/severity [QUESTION]  its severity, and the words behind it
-/reset                forgets the earlier exchanges"""
+This is not a doctor: in an emergency call an ambulance. Ctrl-C stops an answer.
+The model reads earlier exchanges too, although most trainings use single ones.
+/base [QUESTION]      answer with the base model, without the adapter
+/severity [QUESTION]  show the severity, and the words that decide it
+/reset                forget the earlier exchanges"""
 
 RunOrRepo = Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="A run, an adapter's folder or its Hub id")]
 
@@ -38,9 +38,9 @@ RunOrRepo = Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="A run, an
 def chat(
     source: RunOrRepo,
     overrides: Words = None,
-    question: Annotated[str | None, typer.Option(help="Ask this and leave; else each line is one.")] = None,
+    question: Annotated[str | None, typer.Option(help="Answer this and exit; default: one a line.")] = None,
 ) -> None:
-    """Chat with a trained adapter. Its answers are no medical advice.
+    """Chat with a trained adapter. Its answers are not medical advice.
 
     Example: sevpeft chat runs/quickstart-20260101-120000 --question "عندي صداع من امبارح"
     """
@@ -52,15 +52,15 @@ def chat(
 def web(
     source: RunOrRepo,
     overrides: Words = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answers beside.")] = False,
-    host: Annotated[str, typer.Option(help="Address to listen at; with --auth one that others reach.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="unset: a free one from 7860 on")] = None,
-    auth: Annotated[str | None, typer.Option(metavar="USER", help=f"Ask for USER and ${PASSWORD}.")] = None,
-    comments: Annotated[Path | None, typer.Option(help="JSONL file for comments; unset, there is no box.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answers too.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; a public one needs --auth.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free port from 7860")] = None,
+    auth: Annotated[str | None, typer.Option(metavar="USER", help=f"Login as USER with ${PASSWORD}.")] = None,
+    comments: Annotated[Path | None, typer.Option(help="JSONL file that a comment box writes to.")] = None,
 ) -> None:
-    """Show a page in Arabic on which a trained adapter answers. Its answers are no medical advice.
+    """Serve a page in Arabic on which a trained adapter answers. Its answers are not medical advice.
 
-    The page fetches nothing from elsewhere. Questions are kept only with a comment, in --comments.
+    The page loads nothing from the network. Questions are stored only with a comment, in --comments.
 
     Example: sevpeft web runs/quickstart-20260101-120000 --compare
     """
@@ -68,13 +68,13 @@ def web(
     if find_spec("gradio") is None:
         raise SevpeftError('The page needs gradio: run pip install -e ".[web]".')
     if comments:
-        with comments.open("a"):  # where it cannot be written, this says so before anything slow
+        with comments.open("a"):  # fails before the model is loaded where it cannot be written
             keep_private(comments)
     adapter = _loaded(source, overrides, "web")
     from sevpeft.sharing.web import Page
 
     page = Page(adapter, compare=compare, comments=comments)
-    print_text(f"{page.launch(host, port, login)} (Ctrl-C ends it)")
+    print_text(f"{page.launch(host, port, login)} (stop with Ctrl-C)")
     try:
         adapter.ended.wait()
     finally:
@@ -82,11 +82,11 @@ def web(
 
 
 def _login(host: str, user: str | None) -> tuple[str, str] | None:
-    """User and password; UsageError where others could reach the page without."""
+    """User and password; UsageError for a public address without them."""
     if user is None and re.fullmatch(r"localhost|127(\.\d+){3}", host):
         return None
     if not user or ":" in user or not (password := os.environ.get(PASSWORD)):
-        raise UsageError(f"{host} needs --auth USER, a name alone, and a password in the variable {PASSWORD}.")
+        raise UsageError(f"{host} needs --auth USER (without a colon), and a password in the variable {PASSWORD}.")
     return user, password
 
 
@@ -102,11 +102,12 @@ def _loaded(source: str, overrides: list[str] | None, verb: str) -> Chat:
 
 
 def _converse(chat: Chat, interactive: bool) -> None:
-    """Answers line by line until the input ends; a question that is refused or stopped changes nothing."""
+    """Answers line by line until the input ends; a question that fails or is stopped is not remembered."""
     if interactive:
         print_text(_HELP, stderr=True)
         with suppress(ImportError):  # absent on Windows
-            importlib.import_module("readline")  # a bare terminal cuts a line after 4,095 bytes: 2,000 Arabic letters
+            # Without it a terminal cuts a line after 4,095 bytes, which are 2,000 Arabic letters.
+            importlib.import_module("readline")
     earlier: list[tuple[str, str]] = []
     while output_error() is None and (line := _read_line()) is not None:
         command, _, rest = line.partition(" ") if interactive and line.startswith("/") else ("", "", line)
@@ -118,7 +119,7 @@ def _converse(chat: Chat, interactive: bool) -> None:
                 _answer(chat, about, earlier if rest else earlier[:-1], adapter=False)
             elif command:
                 earlier = [] if command == "/reset" else earlier
-                print_text("Forgotten." if command == "/reset" else _HELP, stderr=True)
+                print_text("The earlier exchanges are forgotten." if command == "/reset" else _HELP, stderr=True)
             else:
                 earlier += [(line, _answer(chat, line, earlier))] * interactive
                 print_text("")
@@ -131,18 +132,18 @@ def _converse(chat: Chat, interactive: bool) -> None:
 
 
 def _answer(chat: Chat, question: str, earlier: Exchanges = (), *, adapter: bool = True) -> str:
-    """Prints a notice where there is a red flag, and the answer as it grows; returns the answer."""
+    """Prints a notice if there is a red flag, and streams the answer; returns it."""
     if notice := chat.severity(question).notice:
         print_text(f"This may be an emergency: call an ambulance now.\n{notice}", stderr=True)
     if lost := len(earlier) - len(chat.fitting(question, earlier)):
-        print_text(f"(Left out of what is read: the first {lost} exchanges, for want of room.)", stderr=True)
+        print_text(f"(The first {lost} exchanges no longer fit and are not read.)", stderr=True)
     shown = ""
     for text in chat.stream(question, earlier, adapter=adapter):
         print_text(text[len(shown) :] if text.startswith(shown) else f"\n{text}", end="")
         shown = text
     print_text("")
     if not shown:
-        print_text("(The model ended its answer without a word.)", stderr=True)
+        print_text("(The answer is empty.)", stderr=True)
     return shown
 
 
@@ -151,12 +152,12 @@ def _show_severity(chat: Chat, question: str) -> None:
     for name, chance in reversed(found.probabilities.items()):
         print_labeled(screen, name, f"{chance:4.0%} {'█' * round(30 * chance)}", "bold" if name == found.name else "")
     words = "; ".join(f"{name}: {', '.join(of)}" for name, of in found.words.items())
-    print_labeled(screen, "words", words or "none that the rules know")
+    print_labeled(screen, "words", words or "no known words")
     print_labeled(screen, "by", f"{chat.source.kind}, from the question alone; not validated by clinicians")
 
 
 def _read_line() -> str | None:
-    """A line from the keyboard or a pipe; None at its end."""
+    """A line of stdin; None at its end."""
     try:
         return input("? " if sys.stdin.isatty() else "").strip()
     except EOFError:
@@ -166,7 +167,7 @@ def _read_line() -> str | None:
 @app.command()
 def merge(
     run: RunFolder,
-    output: Annotated[Path, typer.Argument(help="Folder for the merged model, a new one", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="New folder for the merged model", show_default=False)],
     base: Annotated[
         Literal["auto", "unquantized", "dequantized"],
         typer.Option("--base", help="Weights to merge a 4- or 8-bit run into; auto: the nearer ones."),
@@ -178,11 +179,11 @@ def merge(
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, as 5GB.")] = "5GB",
     as_json: AsJson = False,
 ) -> None:
-    """Merge a run's adapter into its base model, for programs that read no adapters.
+    """Merge a run's adapter into its base model, for programs that cannot load adapters.
 
     A run in 4 or 8 bit is merged into the unquantized base and into the dequantized
-    one that it was trained on; both are measured, and the nearer one is written.
-    A model that is farther from what was trained than the base alone is not kept.
+    one; both are compared with the trained model, and the nearer one is written.
+    A result that is farther from it than the base model alone is refused.
 
     Example: sevpeft merge runs/quickstart-20260101-120000 merged
     """
@@ -190,7 +191,7 @@ def merge(
     check_absent(output)
     shard_size = max_shard_size.upper()
     if not re.fullmatch("0*[1-9][0-9]*[GMK]B", shard_size):
-        raise UsageError(f"--max-shard-size {max_shard_size} is no size; write 5GB, or 500MB.")
+        raise UsageError(f"--max-shard-size {max_shard_size} is not a size; write 5GB, or 500MB.")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
@@ -208,10 +209,10 @@ def push(
     run: RunFolder,
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as NAME/REPOSITORY", show_default=False)],
     words: Words = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; nothing is sent.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Push a run's adapter to the Hub, pull it again, and compare both in bytes and logits.
+    """Push a run's adapter to the Hub, pull it again, and compare bytes and logits.
 
     Example: sevpeft push runs/mine NAME/severity-qwen2.5-0.5b private=true --dry-run
     """
@@ -237,7 +238,7 @@ def push(
         print_text(about["card"], end="\n\n")
         lines += [("Dry run", f"Nothing was sent to {repo_id}; without --dry-run, these files are.")]
     else:
-        how = "sent" if about["sent"] else "there already"
+        how = "sent" if about["sent"] else "unchanged"
         lines += [("Commit", f"{about['commit'][:12]} ({how}), tag {about['tag']}")]
         lines += [("Checked", f"pulled again: equal bytes, equal logits on {about['answer_tokens']:,} tokens")]
         lines += [("Page", about["url"])]
@@ -246,7 +247,7 @@ def push(
 
 
 def _show(merged: Merged, output: Path) -> None:
-    """Prints the figures; the card holds the commands for vLLM, llama.cpp and Ollama."""
+    """Prints the figures; the commands for vLLM, llama.cpp and Ollama are in the card."""
     from sevpeft.sharing.card import distance
 
     console = Screen()

@@ -1,4 +1,4 @@
-"""The verbs train, plan, recipes and doctor. Heavy imports stand inside, so that --help answers at once."""
+"""The verbs train, plan, recipes and doctor. Heavy imports are inside the functions, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sevpeft.runs import PACKAGES, check_absent, check_output, write_atomically
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Of `doctor`: name, what was found, the remedy where something is wrong, whether no training can run before.
+# A line of `doctor`: name, text, command that mends a fault (or ""), whether the fault prevents training.
 Finding = tuple[str, str, str, bool]
 RecipeFile = Annotated[Path, typer.Argument(help="YAML file, or a name of `sevpeft recipes`", show_default=False)]
 
@@ -32,7 +32,7 @@ def train(
     recipe: RecipeFile,
     overrides: Words = None,
     output: Annotated[
-        Path | None, typer.Option(help="Run folder; unset: a new one in runs/", show_default=False)
+        Path | None, typer.Option(help="Run folder; default: a new one in runs/", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
 ) -> None:
@@ -69,11 +69,11 @@ def plan(
     recipe: RecipeFile,
     overrides: Words = None,
     vram: Vram = None,
-    rows: Annotated[int, typer.Option(min=0, help="Also shows so many training rows of each severity.")] = 0,
-    html: Annotated[Path | None, typer.Option(help="Writes these rows (20) as a page.", show_default=False)] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Also show this many training rows of each severity.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write the rows (20) as a page.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a recipe would train on and what it needs, without training; exit code 1 if --vram is too small.
+    """Show a recipe's data, weights and memory without training; exit code 1 if it does not fit --vram.
 
     Example: sevpeft plan recipes/llama-2-7b.yaml data.path=consultations.csv severity.source=rules --vram 12
     """
@@ -92,7 +92,7 @@ def plan(
 
         found = plan_of(loaded, vram=vram)
         shown = training_rows(loaded, rows or 20) if rows or html else []
-    if rows or html:  # else nobody waits for the report's libraries
+    if rows or html:  # the report's libraries take time to load
         from sevpeft.evaluation.report.page import rows_text
     if html:
         write_atomically(html, rows_text(shown, "rows.html.jinja", **vars(found)))
@@ -101,7 +101,7 @@ def plan(
     else:
         show_plan(found, Screen())
         show_machine(loaded, Screen())
-        print_text(f"Rows: {html} (holds what patients wrote)\n" if html else rows_text(shown) if rows else "", end="")
+        print_text(f"Rows: {html} (contains patients' text)\n" if html else rows_text(shown) if rows else "", end="")
     if vram is not None and found.fitting is None:
         why = f"Whether it fits in {vram:g} GB is not known: {found.memory_unknown}"
         raise ModelError(f"{why} The numbers may also stand in the recipe, as about.config.")
@@ -111,13 +111,13 @@ def plan(
 
 @app.command()
 def recipes(
-    place: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Others; or what --copy writes")] = None,
+    place: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Of recipes; with --copy the new file")] = None,
     copy: Annotated[str | None, typer.Option(metavar="NAME", help="Copy it, to edit.", show_default=False)] = None,
     vram: Vram = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the recipes that come with sevpeft, copy one, or print their JSON Schema for an editor.
+    """List the shipped recipes, copy one, or print the JSON Schema of a recipe for an editor.
 
     Example: sevpeft recipes --vram 12
     """
@@ -131,7 +131,7 @@ def recipes(
         source = recipe_file(copy)
         check_absent(file := place or Path(source.name))
         text = re.sub(r"(?<=schema=)\S+", lambda found: str((source.parent / found[0]).resolve()), text_of(source))
-        named = f"recipes/{copy.removesuffix('.yaml')}.yaml"  # in the command that its third line gives
+        named = f"recipes/{copy.removesuffix('.yaml')}.yaml"  # in the command of its third line
         write_atomically(file, text.replace(named, shlex.quote(str(file))), shared=True)
         print_text(f"Wrote {file}. Next: {shlex.join(['sevpeft', 'plan', str(file)])}")
     else:
@@ -140,13 +140,13 @@ def recipes(
 
 
 def list_recipes(folder: Path | None = None, vram: float | None = None) -> list[dict[str, Any]]:
-    """Every recipe of a folder or of sevpeft, or those that fit a GPU of `vram` GB; smallest base model first."""
+    """The recipes of a folder (default: the shipped ones) that fit a GPU of `vram` GB; smallest base model first."""
     from sevpeft.recipe.load import load_recipe, shipped_recipes
 
     files = shipped_recipes() if folder is None else {str(path): path for path in sorted(folder.glob("*.yaml"))}
     if not files:
-        raise UsageError(f"There are no recipes in {folder}; name another folder, or none for those of sevpeft.")
-    any_model = {"base-model": ["model.name_or_path=MODEL"]}  # the command line names it
+        raise UsageError(f"There are no recipes in {folder}; name another folder, or none for the shipped ones.")
+    any_model = {"base-model": ["model.name_or_path=MODEL"]}  # this recipe leaves the model to the command line
     loaded = [(name, load_recipe(path, any_model.get(path.stem, []))) for name, path in files.items()]
     return [
         {
@@ -177,7 +177,7 @@ def recipes_table(recipes: list[dict[str, Any]]) -> Table:
 def doctor(as_json: AsJson = False) -> None:
     """Check this machine: libraries, disks, GPU, and the largest recipe that it can train, without any network.
 
-    Each fault comes with the command that mends it. Exit code 1 where no training can run.
+    Each fault is shown with the command that mends it. Exit code 1 where no training can run.
 
     Example: sevpeft doctor
     """
@@ -189,8 +189,8 @@ def doctor(as_json: AsJson = False) -> None:
     with Screen(stderr=True).status("Looking at this machine"):
         try:
             found += _findings()
-        except Exception as error:  # whatever a broken library raises
-            found.append(("The rest", f"cannot be checked: {first_sentence(error)}", "pip install -e .", True))
+        except Exception as error:  # a broken library may raise anything
+            found.append(("Other checks", f"failed: {first_sentence(error)}", "pip install -e .", True))
     ready = not any(fatal for *_, fatal in found)
     if as_json:
         print_json({"ready": ready, "findings": [dict(zip(keys, one, strict=True)) for one in found]})
@@ -205,10 +205,10 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def _findings() -> Iterator[Finding]:
-    """What `doctor` shows. A library may be absent or broken, so each is imported where it is looked at."""
+    """The lines of `doctor`. A library may be absent or broken, so each is imported where it is checked."""
     from packaging.requirements import Requirement
 
-    with suppress(Exception):  # it imports some of those below
+    with suppress(Exception):  # it imports some of the libraries that are checked below
         quiet_libraries()
     versions, broken = dict[str, str](), False
     for one in map(Requirement, importlib.metadata.requires("sevpeft") or ()):
@@ -227,7 +227,7 @@ def _findings() -> Iterator[Finding]:
     shown = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
     yield "Versions", f"Python {platform.python_version()}, {shown}, and {len(versions)} in all", "", False
     if broken:
-        return  # what follows needs them
+        return  # the checks below need these libraries
 
     import torch
     from huggingface_hub import constants, get_token
