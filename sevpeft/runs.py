@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -308,7 +309,7 @@ def whole_folder(
     with plain_disk_errors(output, when_full=when_full, remedy=remedy):
         check_absent(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        for abandoned in output.parent.glob(f".{output.name}.*/{_LOCK}"):
+        for abandoned in output.parent.glob(f".{glob.escape(output.name)}.*/{_LOCK}"):
             with suppress(Timeout, OSError), FileLock(abandoned, timeout=0):
                 shutil.rmtree(abandoned.parent, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))

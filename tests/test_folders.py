@@ -70,6 +70,14 @@ def test_what_a_kill_left_is_taken_away_the_next_time_and_what_is_being_built_is
         assert not being_built.exists()
 
 
+def test_what_a_kill_left_is_taken_away_whatever_the_name_of_the_output(tmp_path: Path) -> None:
+    left = tmp_path / ".run[1].abcd"
+    left.mkdir()
+    (left / ".building").touch()
+    with whole_folder(tmp_path / "run[1]"):
+        assert not left.exists()
+
+
 def test_json_lines_are_numbered_and_what_is_none_is_named_without_its_words() -> None:
     assert list(json_lines(['{"a": 1}\r\n', "\n", '\ufeff{"b": 2}'], "x")) == [(1, {"a": 1}), (3, {"b": 2})]
     for line, reason in (("{secret", "not valid JSON"), ("[secret]", "not valid JSON"), ("[1]", "not a JSON object")):
