@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,9 @@ class Run:
         """Cuts log.jsonl back to so many lines."""
         path = self.folder / "log.jsonl"
         if path.exists():
-            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
-            write_atomically(path, "".join(kept), shared=True)
+            with path.open(encoding="utf-8") as log:  # str.splitlines would also split at U+2028 inside a text
+                kept = "".join(islice(log, lines))
+            write_atomically(path, kept, shared=True)
 
 
 def default_output(recipe_name: str) -> Path:
@@ -219,11 +221,14 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that sevpeft is imported from, with a mark when it was changed; None outside git."""
+    """Commit of the checkout that sevpeft is imported from, with a mark when it was changed; None if it is installed."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():  # in a virtual environment, git would describe the repository around it
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
+            cwd=checkout,
             capture_output=True,
             text=True,
             timeout=10,
