@@ -333,7 +333,7 @@ def _other_files(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        (_a_file, "is a file"),
+        (_a_file, "--output"),
         (_other_files, "is not empty"),
         (lambda folder: _a_file(folder) / "run", "Not a directory"),
         (lambda folder: folder / ("x" * 300), "File name too long"),
