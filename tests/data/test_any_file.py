@@ -133,7 +133,7 @@ def test_columns_are_known_by_usual_names_and_a_likelier_name_comes_first() -> N
 def test_what_is_missing_is_said_where_there_is_a_question_alone(tmp_path: Path) -> None:
     row = {"prompt": [message("user", Q)], "prompt_id": "1", "rubrics": [{"criterion": "x", "points": 5}]}
     assert "no answer column beside 'prompt'" in (text := refusal(tmp_path / "x.jsonl", [row])) and "or add it" in text
-    assert "part cells" in refusal(tmp_path / "x.csv", f"question~answer\n{Q}~{A}\n")
+    assert "semicolon" in refusal(tmp_path / "x.csv", f"question~answer\n{Q}~{A}\n")
 
 
 def test_a_table_as_pandas_writes_it_is_read_in_every_orient(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_titles_above_the_names_and_marks_before_them_are_known(tmp_path: Path) 
     text = "".join(",".join(cell or "" for cell in row) + "\n" for row in table)
     (tmp_path / "x.csv").write_text(text, encoding="utf-16")  # as pandas and Excel write it, with its mark
     assert pairs(load_consultations(str(tmp_path / "x.csv"))) == PAIRS
-    assert "one of names above it" in refusal(tmp_path / "y.csv", f"{Q * 4},{A * 4}\n" * 2)
+    assert "question,answer" in refusal(tmp_path / "y.csv", f"{Q * 4},{A * 4}\n" * 2)
     # A row is no title, even if its cells are called as columns are.
     assert "'text'" in refusal(tmp_path / "z.csv", "text,topic\nq,a\n")
 
