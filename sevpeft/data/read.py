@@ -34,7 +34,7 @@ from sevpeft.runs import CACHE_REMEDY, cache_folder, file_hash, whole_folder
 BUILTIN = "builtin:consultations"
 _SAMPLE = Path(__file__).parent / "samples" / "consultations.jsonl"
 PREPARED_ROWS = "consultations.parquet"  # in a folder that `sevpeft prepare` made, beside its description
-_TABLE_VERSION = 6  # counts up when the same input gives another table
+_TABLE_VERSION = 7  # counts up when the same input gives another table
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,12 @@ def _write(folder: Path, table: Table, data: DataSection, keep: Keep, numbered: 
     first_rejected = ""
     numbers: dict[int, int] = {}  # hash of an id -> number of its row
     wanted = {*columns.values(), *carried.values(), *["row"] * numbered}
-    begun = list(islice(read := table.read(wanted), 1))
-    loss_on = loss_on if any(conversation_of(cells, columns) is not None for _, cells in begun) else None
+    begun = list(islice(read := table.read(wanted), 1000))
+    loss_on = (
+        loss_on
+        if any(conversation_of(cells, columns) is not None for _, cells in begun if UNFIT not in cells)
+        else None
+    )
 
     def consultations() -> Iterator[dict[str, Any]]:
         nonlocal first_rejected

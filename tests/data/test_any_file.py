@@ -113,6 +113,10 @@ def test_several_turns_of_trls_form_are_read_by_a_training(tmp_path: Path) -> No
     for loss_on in ("last", "all"):  # answers in the prompt are context, as in TRL
         rows = load_consultations(TrainingDataSection(path=str(tmp_path / "x.jsonl"), loss_on=loss_on)).rows
         assert json.loads(rows["turns"][0]) == [["س1", "ج1", 0.0], ["س2", "ج2", 1.0]] and rows["turns"][1] == ""
+    # Also behind rows that do not show what the columns hold.
+    read(tmp_path / "y.jsonl", [{"prompt": None, "completion": None}, {"prompt": Q, "completion": A}, several])
+    found = load_consultations(TrainingDataSection(path=str(tmp_path / "y.jsonl")))
+    assert found.rejected == {"empty question": 1} and [bool(turns) for turns in found.rows["turns"]] == [False, True]
     read(tmp_path / "x.csv", f"question,answer\n{Q},{A}\n")
     assert "turns" not in load_consultations(TrainingDataSection(path=str(tmp_path / "x.csv"))).rows.column_names
 
