@@ -118,7 +118,7 @@ def _prepare(
     chosen = draw_sides(groups.keys[first], settings.data, strata=strata, given=given)
     crossed = crossing(chosen, groups.numbers[first])
     for side in set(chosen.tolist()) - set(chosen[~crossed].tolist()):
-        raise DataError(f"All {SIDES[side]} rows have a near-duplicate on another side: split another way, by split_by or resplit=true.")
+        raise DataError(f"All {SIDES[side]} rows have a near-duplicate on another side: set split_by or resplit=true.")
     reasons[stay[crossed]] = "crosses_split"
     sides, group_of = np.full(len(reasons), -1, np.int8), np.full(len(reasons), -1, np.int64)
     sides[stay[~crossed]], group_of[left] = chosen[~crossed], groups.numbers
