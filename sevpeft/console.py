@@ -103,9 +103,6 @@ class Screen(Console):
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(text), **options)
-
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         # All output passes here, also tables, bars and `Text`. `control` segments are the console's own commands.
         for segment in super().render(renderable, options):

@@ -111,9 +111,7 @@ def check_output(folder: Path, *, resume: bool) -> None:
             raise RunError(f"{folder} holds a run already; continue it with --resume, or choose another --output.")
         if not resume and folder.exists() and any(folder.iterdir()):
             raise RunError(f"{folder} exists and is not empty; choose an --output folder that does not exist yet.")
-        parent = folder
-        while not parent.exists():
-            parent = parent.parent
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
         # Permissions are not enough: for root, a read-only disk and /proc look writable.
         os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".sevpeft-"))
 
@@ -143,14 +141,10 @@ def new_run(run: Run) -> Iterator[None]:
         raise
 
 
-def keep_private(path: Path) -> None:
-    """Makes a file, or a folder with its content, readable by its owner only. For text of patients."""
-    for folder, _, files in os.walk(path):
-        os.chmod(folder, 0o700)
-        for name in files:
-            os.chmod(os.path.join(folder, name), 0o600)
-    if not path.is_dir():
-        os.chmod(path, 0o600)
+def keep_private(path: Path, umask: int = 0o077) -> None:
+    """Sets the modes of a file, or a folder with its content: by default for the owner only, for text of patients."""
+    for part in (path, *path.rglob("*")):
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~umask)
 
 
 def write_atomically(path: Path, text: str, *, shared: bool = False) -> None:
@@ -324,11 +318,7 @@ def whole_folder(
                 yield partial
                 check_absent(output)
                 (partial / _LOCK).unlink()
-                if shared:
-                    for path in (partial, *partial.rglob("*")):
-                        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-                else:
-                    keep_private(partial)
+                keep_private(partial, _umask() if shared else 0o077)
                 partial.rename(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

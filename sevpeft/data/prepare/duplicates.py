@@ -46,12 +46,13 @@ def duplicate_groups(questions: Iterable[str], *, threshold: float, seed: int) -
         if threshold < 1 and keys[-1] not in seen:
             seen.add(keys[-1])
             sets.append(shingles(folded))
-    numbers, first = _numbered(key := np.array(keys, np.uint64))
-    component = np.arange(len(first))
+    key = np.array(keys, np.uint64)
+    numbers = _numbered(key)
+    component = np.arange(numbers.max() + 1)
     if threshold < 1:
         component = _components(np.concatenate(sets), np.cumsum([0, *map(len, sets)]), threshold, seed)
-    groups, leading = _numbered(component[numbers])
-    smallest = np.full(len(leading), np.iinfo(np.uint64).max, np.uint64)
+    groups = _numbered(component[numbers])
+    smallest = np.full(groups.max() + 1, np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest, groups, key)
     return Groups(groups, numbers, smallest[groups])
 
@@ -80,11 +81,10 @@ def shingles(folded: str) -> NDArray[np.int32]:
     return np.unique((hashed >> np.uint64(33)).astype(np.int32))
 
 
-def _numbered(values: NDArray[Any]) -> tuple[Ints, Ints]:
-    """The number of every value in order of first appearance, and the first position of each number."""
+def _numbered(values: NDArray[Any]) -> Ints:
+    """The number of every value in order of first appearance."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    return np.argsort(order)[inverse], first[order]
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def _components(members: NDArray[np.int32], begins: Ints, threshold: float, seed: int) -> Ints:

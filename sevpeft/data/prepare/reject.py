@@ -19,9 +19,10 @@ def _is_empty(question: str, answer: str) -> bool:
 
 
 def _is_short(question: str, answer: str) -> bool:
-    # An answer of 200 characters has more than two words: counting is not necessary.
-    text = PATTERNS["a_mask"].sub(" ", without_greetings(answer)) if len(answer) < 200 else ""
-    return len(answer) < 200 and len(PATTERNS["word"].findall(text)) <= 2
+    if len(answer) >= 200:  # it has more than two words
+        return False
+    text = PATTERNS["a_mask"].sub(" ", without_greetings(answer))
+    return len(PATTERNS["word"].findall(text)) <= 2
 
 
 def _is_the_same(question: str, answer: str) -> bool:
