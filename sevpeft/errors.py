@@ -129,4 +129,4 @@ def _problem(
         return f"does not work with model.attn_implementation={attention} here ({short}); set eager, or remove it"
     if not folder.exists() and isinstance(error, OSError):
         return f"is not a folder and could not be fetched from the Hub; check {setting} and the connection"
-    return f"could not be loaded ({short}); download or copy it again, or name another model"
+    return f"could not be loaded ({short}); fetch or copy it again, or name another model"

@@ -125,7 +125,7 @@ def check_run(folder: Path) -> None:
 def check_one_process(verb: str) -> None:
     """Raises UsageError if a launcher started several processes: all would write the same files."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(f"{verb} runs as one process; start `sevpeft {verb}` without a launcher.")
+        raise UsageError(f"{verb} runs as one process; start `sevpeft {verb}` itself, without a launcher.")
 
 
 @contextmanager
