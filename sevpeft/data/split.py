@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sevpeft.data.columns import listed
-from sevpeft.data.text import fold_for_matching
+from sevpeft.data.text import DIGITS, fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.recipe import DataSection
 
@@ -213,9 +213,9 @@ def hold_out(cells: Sequence[str], column: str, data: DataSection) -> tuple[Side
 
 def _in_order(values: list[str]) -> list[Any] | None:
     """A sort key for each value if all are numbers or all begin with a date, else None."""
-    if all(re.match(r"\d{4}-\d{2}(-\d{2}|$)", value) for value in values):
-        return values
+    plain = [value.translate(DIGITS).replace("٫", ".") for value in values]
+    if all(re.match(r"\d{4}-\d{2}(-\d{2}|$)", value) for value in plain):
+        return plain
     # A Decimal is exact; a float would merge ids of twenty digits. No exponent: 1e999999999 would fill the memory.
-    plain = [value.replace("٫", ".") for value in values]
     numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", value) for value in plain)
     return [Decimal(value) for value in plain] if numbers else None
