@@ -31,7 +31,8 @@ from sevpeft.runs import json_lines, json_problem
 
 Row = tuple[int, dict[str, Any]]
 
-PREPARED_ABOUT = "dataset.json"  # describes a folder that `sevpeft prepare` made
+# Description and rows in a folder that `sevpeft prepare` made.
+PREPARED_ABOUT, PREPARED_ROWS = "dataset.json", "consultations.parquet"
 
 _JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".xlsx", *_JSON, ".parquet")
@@ -108,6 +109,11 @@ def files_of(given: str, path: Path) -> list[Path]:
     return files
 
 
+def is_prepared(path: Path) -> bool:
+    """Whether `path` is a folder that `sevpeft prepare` made."""
+    return os.path.isfile(path / PREPARED_ABOUT) and os.path.isfile(path / PREPARED_ROWS)
+
+
 def named(data: DataSection) -> dict[str, str | None]:
     """Canonical field -> column that the user named, or None."""
     fields = ("question", "answer", "severity", "id", "dialect", "split")
@@ -117,7 +123,7 @@ def named(data: DataSection) -> dict[str, str | None]:
 def check_source(data: DataSection, *, needs_severity: bool = False) -> None:
     """Raises DataError if files are missing or lack a column. Loads no heavy library and reads no large file or Hub."""
     path, chosen = Path(data.path).expanduser(), named(data)
-    if data.path.startswith("builtin:") or (path / PREPARED_ABOUT).is_file():
+    if data.path.startswith("builtin:") or is_prepared(path):
         return
     paths = files_of(data.path, path)
     if paths and (file_format(paths[0]) in (".csv", ".tsv") or sum(file.stat().st_size for file in paths) < _QUICK):

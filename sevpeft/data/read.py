@@ -25,15 +25,15 @@ from huggingface_hub import constants
 
 from sevpeft.console import visible
 from sevpeft.data import columns as naming
+from sevpeft.data import files
 from sevpeft.data.columns import UNFIT, canonical_row, conversation_of
-from sevpeft.data.files import PREPARED_ABOUT, Part, Row, Table, file_format, files_of, named, open_files
+from sevpeft.data.files import PREPARED_ABOUT, PREPARED_ROWS, Part, Row, Table, is_prepared, named, open_files
 from sevpeft.errors import DataError, RunError, first_sentence
 from sevpeft.recipe import DataSection
 from sevpeft.runs import CACHE_REMEDY, cache_folder, file_hash, whole_folder
 
 BUILTIN = "builtin:consultations"
 _SAMPLE = Path(__file__).parent / "samples" / "consultations.jsonl"
-PREPARED_ROWS = "consultations.parquet"  # in a folder that `sevpeft prepare` made, beside its description
 _TABLE_VERSION = 7  # raise it when the same input gives another table
 
 
@@ -76,8 +76,8 @@ def load_consultations(
     if not isinstance(data, DataSection):
         data = DataSection(path=os.fspath(data), **settings)
     path = _SAMPLE if data.path == BUILTIN else Path(data.path).expanduser()
-    prepared = os.path.isfile(path / PREPARED_ABOUT)
-    paths = [path / PREPARED_ROWS] if prepared else files_of(data.path, path)
+    prepared = is_prepared(path)
+    paths = [path / PREPARED_ROWS] if prepared else files.files_of(data.path, path)
     if not paths:
         return _from_hub(data, keep)
     for setting, value in (("name", data.name), ("revision", data.revision), ("split", data.split)):
@@ -99,7 +99,7 @@ def load_consultations(
         # Prepared columns have canonical names; a carried column with a similar name must not be guessed for one.
         own = {f"{name}_column": name for name, column in named(data).items() if column is None and name in names}
         data = data.model_copy(update=own)
-    shape = [fingerprint, file_format(paths[0]), data.encoding, prepared]
+    shape = [fingerprint, files.file_format(paths[0]), data.encoding, prepared]
     table = _cached(shape, lambda: open_files(paths, data.encoding, named(data)), data, keep, prepared)
     return replace(table, files=parts if len(paths) > 1 else [], provenance=about)
 

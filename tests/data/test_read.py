@@ -428,6 +428,11 @@ def test_a_description_that_is_none_is_refused(prepared: Path) -> None:
     assert "data.revision=main chooses" in refusal(prepared, revision="main")
 
 
+def test_data_may_be_called_as_the_description_of_a_prepared_folder(tmp_path: Path) -> None:
+    csv_file(tmp_path, json.dumps([{"question": "q", "answer": "a"}]), name="dataset.json")
+    assert load_consultations(tmp_path).rows["question"][:] == ["q"]
+
+
 # Several files
 
 
