@@ -1,4 +1,4 @@
-"""A folder of results appears whole or not at all, and JSON lines are read with their numbers."""
+"""A result folder appears as a whole or not at all, and JSON lines are read with their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder: nothing overwritten, nothing half-written, and a plain sentence when the disk refuses."""
+"""Run folders: nothing is overwritten or written in part, and disk errors are plain sentences."""
 
 from __future__ import annotations
 
@@ -137,9 +137,9 @@ def test_a_run_that_fails_after_its_recipe_is_kept(tmp_path: Path) -> None:
 def test_the_environment_names_versions_and_no_person_or_machine() -> None:
     environment = describe_environment()
     assert all(environment["versions"][package] != "not installed" for package in runs.PACKAGES)
-    said = json.dumps(environment)
-    assert os.uname().nodename not in said
-    assert str(Path.home()) not in said
+    text = json.dumps(environment)
+    assert os.uname().nodename not in text
+    assert str(Path.home()) not in text
 
 
 def test_the_commit_is_that_of_sevpeft_and_not_of_a_repository_around_it(

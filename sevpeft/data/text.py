@@ -34,8 +34,8 @@ def space_words(text: str) -> str:
 def fold_for_matching(text: str) -> str:
     """Lower-case words with single spaces, for comparison only; no model sees this form.
 
-    Steps: remove invisible and bidi marks, NFKC, remove tashkeel and tatweel, map hamza carriers and teh marbuta to
-    plain letters and Arabic-Indic digits to ASCII, lower case, replace all but letters and digits with one space.
+    Steps: remove invisible and bidi marks, apply NFKC, remove tashkeel and tatweel. Map hamza carriers and teh marbuta
+    to plain letters, Arabic-Indic digits to ASCII, and letters to lower case. Replace all other characters by a space.
     """
     text = unicodedata.normalize("NFKC", _BEFORE_NORMALIZING.sub("", space_words(text)))
     return _NOT_WORD.sub(" ", _MARKS.sub("", text).translate(_FOLD).lower()).strip()

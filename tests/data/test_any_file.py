@@ -1,4 +1,4 @@
-"""Files as people have them are read as they are; a row that does not fit goes to rejected.jsonl, and nobody else's."""
+"""Users' files in all published formats are read; a row that does not fit goes to rejected.jsonl."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def message(who: str, text: object) -> dict[str, object]:
 
 def test_every_published_form_of_one_exchange_is_read(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "عندي صداع"}, {"type": "text", "text": "شديد"}]
-    asked, answered, system = message("user", Q), message("assistant", A), message("system", "طبيب")
+    question_message, answer_message, system = message("user", Q), message("assistant", A), message("system", "طبيب")
     share_gpt = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
     forms: dict[str, tuple[dict[str, Any], str]] = {
-        "messages": ({"messages": [system, asked, answered]}, Q),
+        "messages": ({"messages": [system, question_message, answer_message]}, Q),
         "parts": (
             {"messages": [message("user", parts), message("assistant", [parts[0] | {"text": A}])]},
             Q.replace(" ش", "\nش"),
@@ -68,9 +68,9 @@ def test_every_published_form_of_one_exchange_is_read(tmp_path: Path) -> None:
         "ShareGPT": ({"conversations": share_gpt, "system": "طبيب"}, Q),
         "ShareGPT, other roles": ({"conversation": [{"from": "user", "value": Q}, {"from": "model", "value": A}]}, Q),
         "text of JSON": ({"dialogue": json.dumps([message("patient", Q), message("doctor", A)])}, Q),
-        "TRL": ({"prompt": [system, asked], "completion": [answered]}, Q),
-        "TRL, half of it": ({"prompt": [asked], "completion": A}, Q),
-        "TRL, other half": ({"prompt": Q, "completion": [answered]}, Q),
+        "TRL": ({"prompt": [system, question_message], "completion": [answer_message]}, Q),
+        "TRL, half of it": ({"prompt": [question_message], "completion": A}, Q),
+        "TRL, other half": ({"prompt": Q, "completion": [answer_message]}, Q),
         "Alpaca": ({"instruction": Q, "input": "عمري أربعون", "output": A}, f"{Q}\nعمري أربعون"),
         "Alpaca without input": ({"instruction": Q, "input": "", "output": A}, Q),
         "Alpaca without instruction": ({"instruction": None, "input": Q, "output": A}, Q),

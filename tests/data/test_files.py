@@ -1,4 +1,4 @@
-"""Every format gives the same rows, and a damaged file is refused with the place where it went wrong."""
+"""Every format gives the same rows, and a damaged file is refused with its line or row."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def numbered(file: Path, encoding: str | None = None) -> list[tuple[int, dict[st
 
 
 def refusal(file: Path, content: bytes | str | None = None, encoding: str | None = None) -> str:
-    """What is said of a file, of this content; never what a row says."""
+    """The error message for a file with this content; it must not quote a row."""
     if content is not None:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError) as refused:
@@ -77,7 +77,7 @@ def refusal(file: Path, content: bytes | str | None = None, encoding: str | None
 def wrong(tmp_path: Path, rows: list[tuple[str, bytes | str, str]]) -> list[tuple[str, str]]:
     """The refusals that lack what they should say, of rows of name, content and that."""
     found = [(part, refusal(tmp_path / name, content)) for name, content, part in rows]
-    return [(part, said) for part, said in found if part not in said]
+    return [(part, message) for part, message in found if part not in message]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "xlsx", "json", "jsonl", "ndjson", "parquet"])
