@@ -71,16 +71,11 @@ def loading_errors(
     attention: str | None = None,
     trust_setting: str | None = None,
 ) -> Iterator[None]:
-    """Translates an error of transformers, tokenizers, safetensors or the Hub while a model or tokenizer loads.
+    """Translates errors of transformers, tokenizers, safetensors and the Hub while a model or tokenizer loads.
 
-    Args:
-        name: Hub id or folder, as the user wrote it.
-        setting: the setting that holds the name, such as model.name_or_path.
-        revision: revision on the Hub.
-        attention: value of model.attn_implementation.
-        trust_setting: the setting that allows code of the model to run; None if such code never runs.
-
-    Raises UnknownModelError: one sentence with the remedy.
+    `name` is the Hub id or folder as the user wrote it, in the setting `setting`, such as model.name_or_path. `revision`
+    is that of the Hub, `attention` the value of model.attn_implementation. `trust_setting` is the setting that allows
+    code of the model to run, None if such code never runs. Raises UnknownModelError: one sentence with the remedy.
     """
     try:
         yield

@@ -57,8 +57,9 @@ def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]], neede
     compiled, quick = [(re.compile(pattern), replacement) for pattern, replacement in pairs], re.compile(needed)
 
     def step(text: str) -> str:
-        for pattern, replacement in compiled if quick.search(text) else ():
-            text = pattern.sub(replacement, text)
+        if quick.search(text):
+            for pattern, replacement in compiled:
+                text = pattern.sub(replacement, text)
         return text
 
     return step
