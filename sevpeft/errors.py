@@ -73,7 +73,7 @@ def loading_errors(
 ) -> Iterator[None]:
     """Translates errors of transformers, tokenizers, safetensors and the Hub while a model or tokenizer loads.
 
-    `name` is the Hub id or folder as the user wrote it, in the setting `setting`, such as model.name_or_path. `revision`
+    `name` is the Hub id or folder as the user wrote it in `setting`, such as model.name_or_path. `revision`
     is that of the Hub, `attention` the value of model.attn_implementation. `trust_setting` is the setting that allows
     code of the model to run, None if such code never runs. Raises UnknownModelError: one sentence with the remedy.
     """
