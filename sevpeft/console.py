@@ -1,7 +1,7 @@
-"""Terminal output: one console for all verbs, which escapes control characters and survives a closed pipe.
+"""Terminal output: the console of all verbs. It escapes control characters and survives a closed pipe.
 
-File names, keys of recipes, rows and answers of models are data of others. Unescaped, they could clear the screen,
-change its title or reverse a line; and square brackets in a path are no markup.
+File names, recipe keys, rows and model answers come from others. Unescaped, they could clear the screen, change its
+title or reverse a line. Square brackets in them are not markup.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-# Width of the labels of `print_labeled`, and seconds between two lines of progress where no bar can be drawn.
+# Width of the labels of `print_labeled`, and seconds between two progress lines in a log.
 LABEL_WIDTH = 18
 SECONDS_BETWEEN_LINES = 15.0
-# C0 without tab and line end, DEL, C1, separators of lines, and what turns the direction of the text that follows.
-# The marks U+200E, U+200F and U+061C stay: Arabic is written with them.
+# C0 except tab and line end, DEL, C1, line separators, and characters that change the text direction.
+# The marks U+200E, U+200F and U+061C stay: Arabic text uses them.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f]|\r(?!\n)")
 
 
 def visible(text: str) -> str:
-    """The text with control characters as JSON escapes, such as \\u001b; JSON stays the same JSON."""
-    return _CONTROL.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    """The text with control characters as JSON escapes, such as \\u001b; the value of a JSON text does not change."""
+    return _CONTROL.sub(lambda control: json.dumps(control[0])[1:-1], text)
 
 
 def print_text(text: str, *, stderr: bool = False, end: str = "\n") -> None:
-    """Prints lines as they are, never wrapped, for answers, errors and what other programs read."""
+    """Prints lines without wrapping: answers, errors and output for other programs."""
     print(visible(text), end=end, file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
 def print_json(content: Any) -> None:
-    """Prints what --json asks for."""
+    """Prints the output of --json."""
     print_text(json.dumps(content, ensure_ascii=False, indent=2))
 
 
 class ResilientOutput(io.FileIO):
-    """Standard output or error that never fails: work must not be lost because a terminal or a pipe is gone.
+    """Standard output or error whose writes never fail: a closed terminal or pipe must not end the work.
 
     Attributes:
-        error: the first error of a write; each later write is tried, as a disk may have space again.
+        error: the first write error. Later writes are still tried, because a full disk may have space again.
     """
 
     error: OSError | None = None
@@ -63,7 +63,7 @@ class ResilientOutput(io.FileIO):
         try:
             while left:
                 written = super().write(left)
-                if written is None:  # a terminal that another program has set to non-blocking
+                if written is None:  # another program has set the terminal to non-blocking
                     select.select([], [self], [])
                 left = left[written or 0 :]
         except OSError as error:
@@ -72,9 +72,9 @@ class ResilientOutput(io.FileIO):
 
 
 def guard_output() -> None:
-    """Puts `ResilientOutput` under stdout and stderr; what was closed from the start becomes /dev/null.
+    """Puts `ResilientOutput` under stdout and stderr, and opens /dev/null for a stream that was closed at the start.
 
-    Else the next file that is opened would take the number of the closed one, and libraries would write into it.
+    Otherwise the next opened file would get the number of the closed stream, and libraries would write into it.
     """
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
@@ -84,7 +84,7 @@ def guard_output() -> None:
             guarded = io.TextIOWrapper(
                 ResilientOutput(stream.fileno(), "w", closefd=False),
                 encoding=stream.encoding,
-                errors="replace",  # a screen that is not UTF-8 gets a question mark for each bar
+                errors="replace",  # a terminal without UTF-8 shows question marks in place of bars
                 line_buffering=stream.line_buffering,
                 write_through=stream.write_through,
             )
@@ -92,42 +92,29 @@ def guard_output() -> None:
 
 
 def output_error() -> OSError | None:
-    """The first error of writing to stdout; None where everything was written."""
+    """The first write error of stdout, or None."""
     sys.stdout.flush()
     return getattr(getattr(sys.stdout, "buffer", None), "error", None)
 
 
 class Screen(Console):
-    """A console on which text is text: styles come from `rich.text.Text` and `style=`, never from markup."""
+    """A console without markup: styles come from `rich.text.Text` and `style=`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
-    def render_str(self, text: str, **how: Any) -> Text:
-        return super().render_str(visible(text), **how)
-
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        # All output passes here, also that of tables, bars and `Text`; the console's own commands are `control`.
+        # All output passes here, also tables, bars and `Text`. `control` segments are the console's own commands.
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
-    def status(self, status: RenderableType, **how: Any) -> Status:
-        return _PlainStatus(_plain(status), console=self, **how)
-
-
-class _PlainStatus(Status):
-    """rich reads markup in a status whatever its console says."""
-
-    def update(self, status: RenderableType | None = None, **how: Any) -> None:
-        super().update(_plain(status), **how)
-
-
-def _plain(status: Any) -> Any:
-    return Text(visible(status)) if isinstance(status, str) else status
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        # rich reads markup in the string of a status, whatever the setting of its console.
+        return super().status(Text(visible(status)) if isinstance(status, str) else status, **options)
 
 
 def print_labeled(console: Console, label: str, text: str, style: str = "") -> None:
-    """Prints `label  text`, the text in a column of its own, so that a long line stays readable in 80 columns."""
+    """Prints `label  text` in two columns, so that long text stays readable on 80 columns."""
     line = Table.grid(padding=0)
     line.add_column(width=LABEL_WIDTH, style="bold")
     line.add_column(overflow="fold", style=style)
@@ -137,9 +124,9 @@ def print_labeled(console: Console, label: str, text: str, style: str = "") -> N
 
 @contextmanager
 def row_progress(console: Console, label: str, rows: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many rows are done; yields a function that gets the number of rows after every batch.
+    """Shows the number of finished rows; yields a function to call with the number of rows of each batch.
 
-    A terminal gets one line that is rewritten, a log a line every 15 seconds, and both the speed at the end.
+    A terminal shows a bar, a log one line every 15 seconds. Both show the speed at the end.
     """
     started = last_line = time.monotonic()
     done = 0
@@ -161,7 +148,7 @@ def row_progress(console: Console, label: str, rows: int) -> Iterator[Callable[[
 
 
 def number_text(value: float | None, figures: int = 3, *, sign: bool = False) -> str:
-    """So many figures, at most: 5.11, 61.2, 100, with a true minus; a dash for None and NaN."""
+    """The number with at most `figures` digits, such as 5.11, 61.2, 100, with a true minus; a dash for None and NaN."""
     if value is None or not math.isfinite(value):
         return "–"
     text = ""
@@ -173,7 +160,7 @@ def number_text(value: float | None, figures: int = 3, *, sign: bool = False) ->
 
 
 def p_text(p: float | None, at_most: bool = False) -> str:
-    """`.012`, `at most .010`, `< .001`, and a dash where there is none."""
+    """A p value as `.012`, `at most .010` or `< .001`; a dash for None and NaN."""
     if p is None or not math.isfinite(p):
         return "–"
     if p < 0.001:

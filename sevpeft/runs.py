@@ -1,7 +1,7 @@
-"""A run folder: what a training leaves behind, written so that a kill at any moment leaves no half file.
+"""Run folders, atomic writes and the processes of a run. A kill at any moment leaves no partial file.
 
 RUN/ holds recipe.yaml, environment.json, metrics.json, log.jsonl, tokenizer/, adapter/ and checkpoints/. Files are
-written under a temporary name and moved into place; an existing run is continued or refused, never overwritten.
+written under a temporary name and moved into place. An existing run is resumed or refused, never overwritten.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -25,6 +26,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
-    def tokenizer(self) -> Path:  # the base model's, as the training found it
+    def tokenizer(self) -> Path:  # of the base model, as it was when the training started
         return self.folder / "tokenizer"
 
     @property
@@ -63,7 +65,7 @@ class Run:
         return self.read_json("metrics.json")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Contents of a JSON file; empty while there is none."""
+        """Content of a JSON file; empty if the file does not exist."""
         path = self.folder / name
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
@@ -77,7 +79,7 @@ class Run:
         self.write_json("metrics.json", {**self.metrics(), **parts})
 
     def append_log(self, entry: dict[str, Any]) -> None:
-        """Adds one line to log.jsonl and hands it to the operating system; what is not finite becomes null."""
+        """Appends one line to log.jsonl; numbers that are not finite become null."""
         valid = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in entry.items()
@@ -86,52 +88,49 @@ class Run:
             log.write(json.dumps(valid, ensure_ascii=False, allow_nan=False) + "\n")
 
     def keep_log(self, lines: int) -> None:
-        """Cuts log.jsonl back to so many lines."""
+        """Cuts log.jsonl back to its first `lines` lines."""
         path = self.folder / "log.jsonl"
         if path.exists():
-            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
-            write_atomically(path, "".join(kept), shared=True)
+            with path.open(encoding="utf-8") as log:  # str.splitlines would also split at U+2028 inside a text
+                kept = "".join(islice(log, lines))
+            write_atomically(path, kept, shared=True)
 
 
 def default_output(recipe_name: str) -> Path:
-    """runs/NAME-DATE-TIME: a new folder for every start, so that the README's command can be repeated."""
+    """runs/NAME-DATE-TIME: a new folder for each start, so that the same command can run again."""
     return Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_output(folder: Path, *, resume: bool) -> None:
-    """Raises RunError for an output folder that cannot be used, before anything slow happens."""
+    """Raises RunError if the output folder cannot be used. Called before anything slow."""
     with plain_disk_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise RunError(f"{folder} is a file; give --output a folder that does not exist yet.")
         is_run = (folder / "recipe.yaml").exists()
         if resume and not is_run:
-            raise RunError(f"There is no run in {folder} to resume; leave --resume out to start one.")
+            raise RunError(f"There is no run in {folder} to resume; start one without --resume.")
         if not resume and is_run:
             raise RunError(f"{folder} holds a run already; continue it with --resume, or choose another --output.")
         if not resume and folder.exists() and any(folder.iterdir()):
             raise RunError(f"{folder} exists and is not empty; choose an --output folder that does not exist yet.")
-        parent = folder
-        while not parent.exists():
-            parent = parent.parent
-        # Rights do not say it: for root everything is writable, a read-only disk and /proc included.
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
+        # Permissions are not enough: for root, a read-only disk and /proc look writable.
         os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".sevpeft-"))
 
 
 def check_run(folder: Path) -> None:
-    """Raises RunError when a folder holds no run."""
+    """Raises RunError if the folder holds no run."""
     if not (folder / "recipe.yaml").is_file():
-        raise RunError(f"There is no run in {folder}; name a folder that `sevpeft train` made, as runs/NAME-DATE.")
+        raise RunError(f"There is no run in {folder}; name a folder that `sevpeft train` made, such as runs/NAME-DATE.")
 
 
 def check_one_process(verb: str) -> None:
-    """Raises UsageError where a launcher started several processes, which would all write the same files."""
+    """Raises UsageError if a launcher started several processes: all would write the same files."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(f"{verb} runs as one process; start `sevpeft {verb}` itself, without a launcher.")
 
 
 @contextmanager
 def new_run(run: Run) -> Iterator[None]:
-    """Makes the folder of a run, and takes it away again when the run fails before it has a recipe to resume from."""
+    """Makes the folder of a run. Removes it if the run fails before recipe.yaml is written, as it cannot be resumed."""
     with plain_disk_errors(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -142,21 +141,17 @@ def new_run(run: Run) -> Iterator[None]:
         raise
 
 
-def keep_private(path: Path) -> None:
-    """Leaves a file, or a folder and all in it, to its owner alone, whatever the umask: for what patients wrote."""
-    for folder, _, files in os.walk(path):
-        os.chmod(folder, 0o700)
-        for name in files:
-            os.chmod(os.path.join(folder, name), 0o600)
-    if not path.is_dir():
-        os.chmod(path, 0o600)
+def keep_private(path: Path, umask: int = 0o077) -> None:
+    """Sets the modes of a file, or a folder with its content: by default for the owner only, for text of patients."""
+    for part in (path, *path.rglob("*")):
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~umask)
 
 
 def write_atomically(path: Path, text: str, *, shared: bool = False) -> None:
-    """Writes a text file under a temporary name beside its place and moves it there.
+    """Writes a text file under a temporary name in the same folder, then moves it into place.
 
-    Its owner alone may read it, also while it is half written, unless it is `shared`: settings, figures and cards that
-    hold nothing of patients and go with an adapter.
+    Only its owner may read it, at any moment. `shared` files get the permissions of the umask: settings, figures and
+    cards, which hold no text of patients.
     """
     with plain_disk_errors(path, when_full="free some, then run this again"):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -177,11 +172,11 @@ def write_atomically(path: Path, text: str, *, shared: bool = False) -> None:
 def plain_disk_errors(
     path: Path,
     *,
-    when_full: str = "free some, then go on with --resume, or in a comparison with the same command (finished "
+    when_full: str = "free some, then go on with --resume, or for a comparison with the same command (finished "
     "checkpoints are kept)",
     remedy: str = "choose another --output",
 ) -> Iterator[None]:
-    """Turns a full disk, a missing permission or a path that cannot be into one sentence."""
+    """Translates a full disk, a missing permission or an invalid path into a RunError of one sentence."""
     try:
         yield
     except SevpeftError:
@@ -195,18 +190,19 @@ def plain_disk_errors(
 
 
 def _disk_is_full(error: Exception) -> bool:
-    """Also as the libraries say it: safetensors and Arrow in words of their own, torch.save by a wrong position."""
+    """Whether an error of Python or a library means a full disk, an exceeded quota or file size limit."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # `ulimit -f`
         return True
-    says = r"(?s)No space left|[Qq]uota exceeded|File too large|os error (28|122|27)\b|inline_container.*\bpos"
-    return bool(re.search(says, str(error)))
+    # safetensors and Arrow have their own error classes; torch.save reports a wrong file position.
+    pattern = r"(?s)No space left|[Qq]uota exceeded|File too large|os error (28|122|27)\b|inline_container.*\bpos"
+    return bool(re.search(pattern, str(error)))
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, platform and commit, for environment.json. No user name, host name or path: a card may quote it."""
+    """Versions, platform and commit for environment.json. No user name, host name or path, because cards quote it."""
     versions = dict.fromkeys(PACKAGES, "not installed")
     for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):  # a training in float32 needs no bitsandbytes
+        with suppress(importlib.metadata.PackageNotFoundError):  # training in float32 needs no bitsandbytes
             versions[package] = importlib.metadata.version(package)
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -218,11 +214,14 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that sevpeft is imported from, with a mark when it was changed; None outside git."""
+    """Commit of the checkout that sevpeft is imported from, with "-dirty" after a change; None if it is installed."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():  # in a virtual environment, git would describe the repository around it
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
+            cwd=checkout,
             capture_output=True,
             text=True,
             timeout=10,
@@ -248,25 +247,26 @@ def file_hash(path: Path) -> str:
 
 
 def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The object of every line with the line's number, from 1; empty lines are left out.
+    """Yields (line number from 1, JSON object) of each line that is not empty.
 
-    Raises DataError: a line holds none; with its number, and without what it says.
+    Raises DataError if a line holds no JSON object. The message gives the line's number and quotes nothing.
     """
     for number, line in enumerate(lines, start=1):
         line = line.strip(" \t\r\n\ufeff")
-        # Files put one after the other keep their byte order marks, in the middle of a line if it was not ended.
-        for part in re.split("(?<=})\ufeff(?={)", line) if "\ufeff" in line else filter(None, [line]):
+        # Concatenated files keep their byte order marks, in the middle of a line if the last line had no end.
+        parts = re.split("(?<=})\ufeff(?={)", line) if "\ufeff" in line else [line]
+        for part in filter(None, parts):
             try:
                 content = json.loads(part)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{label}, line {number} {json_problem(error)}.") from None
             if not isinstance(content, dict):
-                raise DataError(f"{label}, line {number} is not a JSON object with named values.")
+                raise DataError(f"{label}, line {number} is not a JSON object.")
             yield number, content
 
 
 def json_problem(error: ValueError | RecursionError) -> str:
-    """Why Python's parser refused a text, as the end of a sentence; it never quotes the text."""
+    """Why the JSON parser refused a text, as the end of a sentence that does not quote it."""
     if isinstance(error, RecursionError):
         return "nests lists or objects too deep: flatten them"
     if isinstance(error, json.JSONDecodeError):
@@ -275,7 +275,7 @@ def json_problem(error: ValueError | RecursionError) -> str:
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder `kind` under SEVPEFT_CACHE (~/.cache/sevpeft), made for its owner alone: it holds patients' text."""
+    """The folder `kind` in SEVPEFT_CACHE (~/.cache/sevpeft). Only its owner may read it: it holds text of patients."""
     folder = Path(os.environ.get("SEVPEFT_CACHE") or "~/.cache/sevpeft").expanduser() / kind
     with plain_disk_errors(folder, **CACHE_REMEDY):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -298,17 +298,18 @@ def whole_folder(
     when_full: str = "free some, then run this again",
     remedy: str = "choose another OUTPUT",
 ) -> Iterator[Path]:
-    """A new folder, mode 0700, which becomes `output` when the block ends without an error.
+    """Yields a new hidden folder beside `output`, which is renamed to `output` if the block succeeds.
 
-    It is built beside its place under a hidden name. A failure takes it away. What a kill leaves behind is taken away
-    when the same folder is made the next time: whoever builds one holds a lock on it. One that holds nothing of
-    patients is `shared`, as the umask says. RunError: `output` exists, or the disk refuses.
+    An error removes the folder. The next call for the same `output` removes what a killed process left: a process
+    holds a lock while it builds. The mode is 0700, or that of the umask for a `shared` folder without text of patients.
+
+    Raises RunError if `output` exists or cannot be written.
     """
     output = Path(os.path.abspath(output))
     with plain_disk_errors(output, when_full=when_full, remedy=remedy):
         check_absent(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        for abandoned in output.parent.glob(f".{output.name}.*/{_LOCK}"):
+        for abandoned in output.parent.glob(f".{glob.escape(output.name)}.*/{_LOCK}"):
             with suppress(Timeout, OSError), FileLock(abandoned, timeout=0):
                 shutil.rmtree(abandoned.parent, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
@@ -317,30 +318,26 @@ def whole_folder(
                 yield partial
                 check_absent(output)
                 (partial / _LOCK).unlink()
-                if shared:
-                    for path in (partial, *partial.rglob("*")):
-                        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-                else:
-                    keep_private(partial)
+                keep_private(partial, _umask() if shared else 0o077)
                 partial.rename(output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_absent(output: Path) -> None:
-    """Raises RunError where something stands at `output`: nothing is overwritten."""
+    """Raises RunError if `output` exists: nothing is overwritten."""
     if os.path.lexists(output):
         raise RunError(f"{output} exists already; choose an OUTPUT that does not exist yet, or remove it first.")
 
 
 def signal_at_end_of_parent(number: int) -> None:
-    """Has Linux send this process a signal when its parent ends; 0 for none."""
+    """Asks Linux to send this process the signal `number` when its parent ends; 0 for no signal."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 def end_launcher() -> None:
-    """Ends `accelerate launch` of one process on Linux, which would print a traceback of its own for a Ctrl-C."""
+    """Ends `accelerate launch` of one process on Linux; it would print its own traceback after Ctrl-C."""
     with suppress(OSError):
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
         if b"launch" in words and os.environ.get("WORLD_SIZE", "1") == "1":
@@ -352,9 +349,9 @@ _parent: int | None = None
 
 @contextmanager
 def workers_end_with_this_process() -> Iterator[None]:
-    """Every process that is forked in this block is killed when this one ends (on Linux).
+    """On Linux, kills the processes that were forked in this block when this process ends.
 
-    A pool whose parent is killed waits for work for ever, with patients' text and the lock on a half-built folder.
+    Otherwise a pool whose parent was killed waits forever, with text of patients and the lock of a partial folder.
     """
     global _parent
     if sys.platform == "linux":
@@ -363,7 +360,7 @@ def workers_end_with_this_process() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # a pool that is broken off lets TimeoutError through
+        if isinstance(error.__context__, KeyboardInterrupt):  # an interrupted pool raises TimeoutError
             raise KeyboardInterrupt from None
         if "abruptly died" in str(error):  # datasets 5.2
             raise RunError("A worker was killed, probably because memory ran out; lower num_proc.") from error
@@ -377,8 +374,8 @@ def _end_forks_with_parent() -> None:
     def set_signal() -> None:
         if _parent is not None:
             signal_at_end_of_parent(signal.SIGKILL)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone speaks, and ends them
-            if os.getppid() != _parent:  # it ended before the signal was set
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; only the parent handles it
+            if os.getppid() != _parent:  # the parent ended before the signal was set
                 os._exit(1)
 
     os.register_at_fork(after_in_child=set_signal)

@@ -153,12 +153,12 @@ PROBABILITIES = "question,answer,p_non_critical,p_neutral,p_critical"
         (PROBABILITIES, pairs(".5", ".5", ".5"), "do not sum to 1"),
         (PROBABILITIES, pairs("-.5", ".5", "1"), "negative"),
         (PROBABILITIES, [*pairs(".2", ".5", ".3"), *pairs(".2", ".5", "", count=1)], "Row 42: a severity probability"),
-        (PROBABILITIES, pairs(".2", ".5", QUESTION), "no number; see rows.csv, line 2"),
+        (PROBABILITIES, pairs(".2", ".5", QUESTION), "see rows.csv, line 2"),
         ("question,answer,p_critical", pairs("1"), "no p_non_critical, p_neutral"),
         ("question,answer,severity", [*pairs("حرج"), *pairs(QUESTION, count=1)], "Row 42"),
         ("question,answer,severity", [*pairs("critical"), *pairs("", count=1)], "Row 42"),
         ("question,answer,severity", pairs("حرج", count=2), "data.validation_size"),
-        ("question,answer,severity", [f"{QUESTION},{ANSWER} {i},حرج" for i in range(40)], "other questions"),
+        ("question,answer,severity", [f"{QUESTION},{ANSWER} {i},حرج" for i in range(40)], "data.test_size"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused_with_its_place_and_without_its_words(
@@ -188,10 +188,10 @@ def test_data_that_cannot_be_trained_on_is_refused_with_its_place_and_without_it
             "cut.csv.gz",
             # Without the time, because the bytes are part of the test's name on every worker.
             gzip.compress("\n".join(pairs("حرج")).encode(), mtime=0)[:60],
-            "no gzip data, or breaks off",
+            "download it again",
         ),
         ("windows.csv", "\n".join(["question,answer", *pairs()]).encode("cp1256"), "set data.encoding=cp1256"),
-        ("rows.pdf", b"%PDF", "has no suffix that is read here"),
+        ("rows.pdf", b"%PDF", ".csv, .tsv, .xlsx"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_with_the_remedy(
@@ -256,7 +256,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "is a folder without config.json"),
     "pickle": (_only_pickle, "no *.safetensors weights"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no *.safetensors weights"),
-    "no tokenizer": (_no_tokenizer, "has no tokenizer that can be read"),
+    "no tokenizer": (_no_tokenizer, "tokenizer.json"),
     "cut weights": (_cut, "could not be loaded"),
     "no weights at all": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "could not be loaded"),
     "cut config": (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "could not be loaded"),
@@ -333,7 +333,7 @@ def _other_files(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        (_a_file, "is a file"),
+        (_a_file, "--output"),
         (_other_files, "is not empty"),
         (lambda folder: _a_file(folder) / "run", "Not a directory"),
         (lambda folder: folder / ("x" * 300), "File name too long"),

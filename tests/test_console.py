@@ -1,4 +1,4 @@
-"""Data of others is shown on a terminal and never sent to it; what is JSON stays JSON."""
+"""Control characters in data are shown on a terminal and never sent to it; JSON keeps its value."""
 
 from __future__ import annotations
 
@@ -62,7 +62,6 @@ def _table(cell: str | Text) -> Table:
 
 def _status(screen: Screen, text: str) -> None:
     with screen.status(text) as status:
-        status.update(text)
         screen.print(status)
 
 
@@ -101,15 +100,15 @@ def test_refusals_and_tracebacks_of_the_command_are_escaped(sevpeft_: Cli) -> No
         ["\x9b2J"],
         ["report", "\x1b]0;x\x07"],
     ):
-        code, _, said = sevpeft_(*arguments)
-        assert code in (1, 2) and said and not sent(said), said
+        code, _, message = sevpeft_(*arguments)
+        assert code in (1, 2) and message and not sent(message), message
     run = subprocess.run(
         [sys.executable, "-m", "sevpeft", "train", "\x1b[2J.yaml"],
         capture_output=True,
         env={"PYTHONPATH": str(Path(__file__).parent.parent), "SEVPEFT_DEBUG": "1", "PYTHONUTF8": "1"},
     )
-    said = run.stderr.decode()
-    assert run.returncode == 1 and "Traceback" in said and not sent(said), said
+    message = run.stderr.decode()
+    assert run.returncode == 1 and "Traceback" in message and not sent(message), message
 
 
 def test_numbers_and_p_have_one_form() -> None:

@@ -1,4 +1,4 @@
-"""A folder of results appears whole or not at all, and JSON lines are read with their numbers."""
+"""A result folder appears as a whole or not at all, and JSON lines are read with their numbers."""
 
 from __future__ import annotations
 
@@ -68,6 +68,14 @@ def test_what_a_kill_left_is_taken_away_the_next_time_and_what_is_being_built_is
     (tmp_path / "out").rmdir()
     with whole_folder(tmp_path / "out"):
         assert not being_built.exists()
+
+
+def test_what_a_kill_left_is_taken_away_whatever_the_name_of_the_output(tmp_path: Path) -> None:
+    left = tmp_path / ".run[1].abcd"
+    left.mkdir()
+    (left / ".building").touch()
+    with whole_folder(tmp_path / "run[1]"):
+        assert not left.exists()
 
 
 def test_json_lines_are_numbered_and_what_is_none_is_named_without_its_words() -> None:

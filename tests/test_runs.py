@@ -1,8 +1,9 @@
-"""The run folder: nothing overwritten, nothing half-written, and a plain sentence when the disk refuses."""
+"""Run folders: nothing is overwritten or written in part, and disk errors are plain sentences."""
 
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import signal
@@ -57,7 +58,7 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.write_text("x")
-    with pytest.raises(RunError, match="is a file"):
+    with pytest.raises(RunError, match="--output"):
         check_output(path, resume=False)
 
 
@@ -108,6 +109,15 @@ def test_the_log_is_one_json_object_a_line(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
+def test_the_log_is_cut_back_to_whole_lines(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for step in (1, 2, 3):
+        run.append_log({"step": step, "note": "a\u2028b\x85c"})
+    run.keep_log(2)
+    with (tmp_path / "log.jsonl").open(encoding="utf-8") as lines:
+        assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
 def test_a_run_that_fails_before_its_recipe_leaves_no_folder(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     with pytest.raises(RuntimeError), new_run(run):
@@ -127,9 +137,23 @@ def test_a_run_that_fails_after_its_recipe_is_kept(tmp_path: Path) -> None:
 def test_the_environment_names_versions_and_no_person_or_machine() -> None:
     environment = describe_environment()
     assert all(environment["versions"][package] != "not installed" for package in runs.PACKAGES)
-    said = json.dumps(environment)
-    assert os.uname().nodename not in said
-    assert str(Path.home()) not in said
+    text = json.dumps(environment)
+    assert os.uname().nodename not in text
+    assert str(Path.home()) not in text
+
+
+def test_the_commit_is_that_of_sevpeft_and_not_of_a_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    author = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+    installed = tmp_path / ".venv" / "lib" / "sevpeft"
+    for package, known in ((tmp_path / "sevpeft", True), (installed, False)):
+        package.mkdir(parents=True)
+        monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+        commit = inspect.unwrap(runs._commit)()  # the tests keep what it found
+        assert (commit is not None) is known
 
 
 def test_the_default_output_is_named_after_the_recipe() -> None:

@@ -1,1 +1,1 @@
-"""Rows with a question and an answer, from files, Hub data sets and the bundled sample."""
+"""Reads, splits, mixes and prepares rows of questions and answers."""

@@ -1,4 +1,4 @@
-"""Several sources of training rows, in shares of a budget of tokens that stays the same whatever the shares are."""
+"""Mixes several sources of training rows by shares of one token budget, which is the same for all shares."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sevpeft.data.split import TRAIN, given_sides
 from sevpeft.errors import DataError
 from sevpeft.recipe import TrainingDataSection
 
-FIRST = "data.path"  # what the first source is called; the others have their names in `data.mix.sources`
-SOURCE = "mix_source"  # column that says of which source a row is, "" of the first; people's files have a `source`
+FIRST = "data.path"  # name of the first source; `data.mix.sources` names the others
+SOURCE = "mix_source"  # column with the source of a row, "" for the first; users' files may have a column `source`
 
 
 def with_sources(table: Consultations, data: TrainingDataSection, keep: Keep) -> Consultations:
-    """The table of `data.path` with the rows of the further sources behind its own; without a mix as it is.
+    """The table of `data.path` with the rows of the other sources appended; unchanged without a mix.
 
-    Of a source with a split column only the train rows are taken. A DataError names the source that is wrong.
+    A source with a split column gives its train rows only. Raises DataError with the name of the source at fault.
     """
     if data.mix is None:
         return table
@@ -30,19 +30,19 @@ def with_sources(table: Consultations, data: TrainingDataSection, keep: Keep) ->
     for name, path in data.mix.sources.items():
         own = TrainingDataSection(path=path, max_rows=data.max_rows, loss_on=data.loss_on)
         try:
-            found = load_consultations(own, keep=keep)
-            sides = given_sides(found.rows, own)
+            source = load_consultations(own, keep=keep)
+            sides = given_sides(source.rows, own)
         except DataError as error:
             raise DataError(f"data.mix.sources.{name}: {error}") from None
-        rows = found.rows if sides is None else found.rows.select(np.flatnonzero(sides == TRAIN))
-        tables.append(found)
+        rows = source.rows if sides is None else source.rows.select(np.flatnonzero(sides == TRAIN))
+        tables.append(source)
         parts.append(rows.add_column(SOURCE, [name] * len(rows)))
     return replace(
         table,
         rows=datasets.concatenate_datasets(parts),
-        rejected=dict(sum((Counter(one.rejected) for one in tables), Counter[str]())),
-        # Sorted, so that one of the Hub, which holds times, comes first.
-        fingerprint="+".join(sorted(one.fingerprint for one in tables)),
+        rejected=dict(sum((Counter(each.rejected) for each in tables), Counter[str]())),
+        # Sorted: the fingerprint of a Hub data set, which holds times, comes first.
+        fingerprint="+".join(sorted(each.fingerprint for each in tables)),
         source=f"{table.source} mixed with {', '.join(data.mix.sources)}",
     )
 
@@ -50,11 +50,11 @@ def with_sources(table: Consultations, data: TrainingDataSection, keep: Keep) ->
 def draw(
     lengths: NDArray[np.int32], source: NDArray[np.str_], data: TrainingDataSection
 ) -> tuple[NDArray[np.int64], dict[str, Any]]:
-    """Positions of the rows to train on, ascending, with repetitions; and share, rows and tokens of each source.
+    """Positions of the rows to train on, ascending and maybe repeated, and the share, rows and tokens of each source.
 
-    A source's rows come in a seeded order until its share of the tokens is met as nearly as whole rows can; one that
-    is too small begins anew. So a larger share holds the rows of a smaller one. `lengths` (n,) are tokens of prompt and
-    answer, `source` (n,) names.
+    Rows of a source are taken in a seeded order until they are closest to its share of the tokens. A source that is too
+    small is repeated. A larger share contains the rows of a smaller one. `lengths` (n,): tokens of prompt and answer;
+    `source` (n,): names.
     """
     assert data.mix is not None
     budget = data.mix.tokens or int(lengths[source == ""].sum())
@@ -67,7 +67,7 @@ def draw(
         times, rest = divmod(share * budget, sums[-1]) if sums[-1] else (0, 0)
         part = np.concatenate([np.repeat(own, int(times)), order[: np.abs(sums - rest).argmin()]])
         if share and not len(part):
-            raise DataError(f"data.mix finds no row of {name} that fits its share; bring others, or raise mix.tokens.")
+            raise DataError(f"No row of {name} fits its share of data.mix; add shorter rows, or raise data.mix.tokens.")
         drawn.append(part)
         tokens, distinct = int(lengths[part].sum()), len(np.unique(part))
         counts[name] = {"share": share, "rows": len(part), "distinct_rows": distinct, "tokens": tokens}

@@ -18,7 +18,7 @@ from trl.trainer.utils import pad
 
 from sevpeft.data.columns import TURNS, trained_turns
 from sevpeft.data.mix import SOURCE, draw, with_sources
-from sevpeft.data.read import PREPARED_ABOUT, Consultations, load_consultations
+from sevpeft.data.read import Consultations, is_prepared, load_consultations
 from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split_rows, without_questions
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, WeightError
@@ -105,7 +105,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
 def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
     """The table, its parts, and the severity of its rows: None where there is none, for plain cross-entropy."""
     data, weighting = recipe.data, recipe.severity
-    keep = ["group"] if (Path(data.path).expanduser() / PREPARED_ABOUT).is_file() else []
+    keep = ["group"] if is_prepared(Path(data.path).expanduser()) else []
     keep += [weighting.weight_column] if weighting.source == "weight" else []
     keep += {recipe.curriculum.difficulty} - MEASURED
     own = load_consultations(data, keep=keep or "mapped")

@@ -1,4 +1,4 @@
-"""Files as people have them are read as they are; a row that does not fit goes to rejected.jsonl, and nobody else's."""
+"""Users' files in all published formats are read; a row that does not fit goes to rejected.jsonl."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def message(who: str, text: object) -> dict[str, object]:
 
 def test_every_published_form_of_one_exchange_is_read(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "عندي صداع"}, {"type": "text", "text": "شديد"}]
-    asked, answered, system = message("user", Q), message("assistant", A), message("system", "طبيب")
+    question_message, answer_message, system = message("user", Q), message("assistant", A), message("system", "طبيب")
     share_gpt = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
     forms: dict[str, tuple[dict[str, Any], str]] = {
-        "messages": ({"messages": [system, asked, answered]}, Q),
+        "messages": ({"messages": [system, question_message, answer_message]}, Q),
         "parts": (
             {"messages": [message("user", parts), message("assistant", [parts[0] | {"text": A}])]},
             Q.replace(" ش", "\nش"),
@@ -68,9 +68,9 @@ def test_every_published_form_of_one_exchange_is_read(tmp_path: Path) -> None:
         "ShareGPT": ({"conversations": share_gpt, "system": "طبيب"}, Q),
         "ShareGPT, other roles": ({"conversation": [{"from": "user", "value": Q}, {"from": "model", "value": A}]}, Q),
         "text of JSON": ({"dialogue": json.dumps([message("patient", Q), message("doctor", A)])}, Q),
-        "TRL": ({"prompt": [system, asked], "completion": [answered]}, Q),
-        "TRL, half of it": ({"prompt": [asked], "completion": A}, Q),
-        "TRL, other half": ({"prompt": Q, "completion": [answered]}, Q),
+        "TRL": ({"prompt": [system, question_message], "completion": [answer_message]}, Q),
+        "TRL, half of it": ({"prompt": [question_message], "completion": A}, Q),
+        "TRL, other half": ({"prompt": Q, "completion": [answer_message]}, Q),
         "Alpaca": ({"instruction": Q, "input": "عمري أربعون", "output": A}, f"{Q}\nعمري أربعون"),
         "Alpaca without input": ({"instruction": Q, "input": "", "output": A}, Q),
         "Alpaca without instruction": ({"instruction": None, "input": Q, "output": A}, Q),
@@ -113,6 +113,10 @@ def test_several_turns_of_trls_form_are_read_by_a_training(tmp_path: Path) -> No
     for loss_on in ("last", "all"):  # answers in the prompt are context, as in TRL
         rows = load_consultations(TrainingDataSection(path=str(tmp_path / "x.jsonl"), loss_on=loss_on)).rows
         assert json.loads(rows["turns"][0]) == [["س1", "ج1", 0.0], ["س2", "ج2", 1.0]] and rows["turns"][1] == ""
+    # Also behind rows that do not show what the columns hold.
+    read(tmp_path / "y.jsonl", [{"prompt": None, "completion": None}, {"prompt": Q, "completion": A}, several])
+    found = load_consultations(TrainingDataSection(path=str(tmp_path / "y.jsonl")))
+    assert found.rejected == {"empty question": 1} and [bool(turns) for turns in found.rows["turns"]] == [False, True]
     read(tmp_path / "x.csv", f"question,answer\n{Q},{A}\n")
     assert "turns" not in load_consultations(TrainingDataSection(path=str(tmp_path / "x.csv"))).rows.column_names
 
@@ -133,7 +137,7 @@ def test_columns_are_known_by_usual_names_and_a_likelier_name_comes_first() -> N
 def test_what_is_missing_is_said_where_there_is_a_question_alone(tmp_path: Path) -> None:
     row = {"prompt": [message("user", Q)], "prompt_id": "1", "rubrics": [{"criterion": "x", "points": 5}]}
     assert "no answer column beside 'prompt'" in (text := refusal(tmp_path / "x.jsonl", [row])) and "or add it" in text
-    assert "part cells" in refusal(tmp_path / "x.csv", f"question~answer\n{Q}~{A}\n")
+    assert "semicolon" in refusal(tmp_path / "x.csv", f"question~answer\n{Q}~{A}\n")
 
 
 def test_a_table_as_pandas_writes_it_is_read_in_every_orient(tmp_path: Path) -> None:
@@ -279,7 +283,7 @@ def test_titles_above_the_names_and_marks_before_them_are_known(tmp_path: Path) 
     text = "".join(",".join(cell or "" for cell in row) + "\n" for row in table)
     (tmp_path / "x.csv").write_text(text, encoding="utf-16")  # as pandas and Excel write it, with its mark
     assert pairs(load_consultations(str(tmp_path / "x.csv"))) == PAIRS
-    assert "one of names above it" in refusal(tmp_path / "y.csv", f"{Q * 4},{A * 4}\n" * 2)
+    assert "question,answer" in refusal(tmp_path / "y.csv", f"{Q * 4},{A * 4}\n" * 2)
     # A row is no title, even if its cells are called as columns are.
     assert "'text'" in refusal(tmp_path / "z.csv", "text,topic\nq,a\n")
 

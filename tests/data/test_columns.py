@@ -1,4 +1,4 @@
-"""Columns are recognized by the names that public sets use, and nothing is guessed where two could be meant."""
+"""Columns are recognized by the names of public data sets; an ambiguous column is refused."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ def test_any_other_conversation_is_no_row() -> None:
 def turns(*exchanges: tuple[Any, ...]) -> list[dict[str, Any]]:
     """Messages of (question, answer) or (question, answer, weight)."""
     found: list[dict[str, Any]] = []
-    for asked, answered, *weight in exchanges:
-        found.append({"role": "user", "content": asked})
-        found.append({"role": "assistant", "content": answered, **({"weight": weight[0]} if weight else {})})
+    for question, answer, *weight in exchanges:
+        found.append({"role": "user", "content": question})
+        found.append({"role": "assistant", "content": answer, **({"weight": weight[0]} if weight else {})})
     return found
 
 

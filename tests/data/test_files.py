@@ -1,4 +1,4 @@
-"""Every format gives the same rows, and a damaged file is refused with the place where it went wrong."""
+"""Every format gives the same rows, and a damaged file is refused with its line or row."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def numbered(file: Path, encoding: str | None = None) -> list[tuple[int, dict[st
 
 
 def refusal(file: Path, content: bytes | str | None = None, encoding: str | None = None) -> str:
-    """What is said of a file, of this content; never what a row says."""
+    """The error message for a file with this content; it must not quote a row."""
     if content is not None:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError) as refused:
@@ -77,7 +77,7 @@ def refusal(file: Path, content: bytes | str | None = None, encoding: str | None
 def wrong(tmp_path: Path, rows: list[tuple[str, bytes | str, str]]) -> list[tuple[str, str]]:
     """The refusals that lack what they should say, of rows of name, content and that."""
     found = [(part, refusal(tmp_path / name, content)) for name, content, part in rows]
-    return [(part, said) for part, said in found if part not in said]
+    return [(part, message) for part, message in found if part not in message]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "xlsx", "json", "jsonl", "ndjson", "parquet"])
@@ -175,7 +175,7 @@ def test_a_damaged_file_is_refused_with_its_line_or_row(tmp_path: Path) -> None:
         ("x.json", f"[{good}, {good[:5]}\0{good[5:]}]", "line 1 is not valid JSON"),
         ("x.json", f'{{"data": [{good}], "more": ', "is not valid JSON"),
         *((f"x.{suffix}", b"\n", "is damaged") for suffix in ("xlsx", "parquet")),
-        ("x.csv.gz", "q,a\n1,2\n", "is no gzip data"),
+        ("x.csv.gz", "q,a\n1,2\n", "download it again"),
         ("x.xlsx", b"PK\x03\x04" + b"x" * 500, "no workbook"),
         ("x.xlsx", b"\xd0\xcf\x11\xe0" + b"\0" * 600, "has a password"),
         ("x.docx", "x", ".csv, .tsv, .xlsx, .json, .jsonl, .ndjson, .parquet"),
@@ -188,7 +188,7 @@ def test_files_that_are_cut_off_or_changed_are_refused(tmp_path: Path) -> None:
     for suffix in ("csv", "json", "jsonl", "xlsx", "parquet"):
         file = write(tmp_path / f"x.{suffix}.gz", noise)
         content = file.read_bytes()
-        assert "breaks off" in refusal(file, content[:-200])
+        assert "download it again" in refusal(file, content[:-200])
         assert "gzip" in refusal(file, content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
     content = write(tmp_path / "x.xlsx").read_bytes()
     assert "is damaged" in refusal(tmp_path / "x.xlsx", content[:-300])

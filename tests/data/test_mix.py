@@ -1,4 +1,4 @@
-"""A mix has one budget of tokens whatever its shares are, and no row of any source asks what is held out."""
+"""A mix has the same token budget for all shares, and trains on no held-out question."""
 
 from __future__ import annotations
 

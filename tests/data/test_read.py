@@ -1,4 +1,4 @@
-"""A path becomes rows with canonical columns, kept on disk for their owner, and never served from a stale table."""
+"""A path becomes rows with canonical columns, cached for the owner only and never from a stale table."""
 
 from __future__ import annotations
 
@@ -198,8 +198,8 @@ def test_two_sheets_of_consultations_under_different_columns_are_refused_unless_
     tmp_path: Path,
 ) -> None:
     file = workbook(tmp_path / "x.xlsx", {"A": [QA, ["q1", "a"]], "B": [["body", *QA], ["q2", "t", "a"]]})
-    said = refusal(file)
-    assert "'A', 'B'" in said and "rename" in said
+    message = refusal(file)
+    assert "'A', 'B'" in message and "rename" in message
     assert load_consultations(file, question_column="body").rows["question"][:] == ["q2"]
 
 
@@ -210,8 +210,8 @@ def test_a_row_of_a_later_sheet_is_named_with_its_sheet(tmp_path: Path) -> None:
     workbook(tmp_path / "many" / "a.xlsx", pages)
     again = {"C": [names, ["3", "q", "a"]], "D": [names, ["4", "q", "a"], ["2", "q", "a"]]}
     workbook(tmp_path / "many" / "b{}.xlsx", again)
-    said = refusal(tmp_path / "many")
-    assert "a.xlsx, sheet 'B', row 2 and b{}.xlsx, sheet 'D', row 3" in said
+    message = refusal(tmp_path / "many")
+    assert "a.xlsx, sheet 'B', row 2 and b{}.xlsx, sheet 'D', row 3" in message
     pages["B"].append(["3", "q", "a", "more"])
     assert load_consultations(workbook(tmp_path / "x.xlsx", pages)).rejected == {CELL_COUNT: 1}
 
@@ -236,15 +236,15 @@ def test_a_column_that_only_late_rows_of_json_have_is_not_lost(tmp_path: Path) -
 
 def test_duplicate_ids_are_refused_with_their_rows(tmp_path: Path) -> None:
     file = csv_file(tmp_path, "id,question,answer", "u1,q,a", "u2,q,a", "u1,q,a")
-    said = refusal(file)
-    assert "x.csv, line 2 and x.csv, line 4" in said and "data.id_column=row" in said and "u1" not in said
+    message = refusal(file)
+    assert "x.csv, line 2 and x.csv, line 4" in message and "data.id_column=row" in message and "u1" not in message
     assert load_consultations(file, id_column="row").rows["id"][1] == "row-0000002"
 
 
 def test_errors_name_the_row_and_quote_nothing(tmp_path: Path) -> None:
-    said = refusal(jsonl_file(tmp_path, {"question": "q", "answer": ""}, {"question": {"سر": 1}, "answer": "a"}))
-    assert "1 with empty answer, 1 with a list, an object" in said and "see x.jsonl, line 1" in said
-    assert "سر" not in said
+    message = refusal(jsonl_file(tmp_path, {"question": "q", "answer": ""}, {"question": {"سر": 1}, "answer": "a"}))
+    assert "1 with empty answer, 1 with a list, an object" in message and "see x.jsonl, line 1" in message
+    assert "سر" not in message
 
 
 def test_a_file_without_consultations_is_refused(tmp_path: Path) -> None:
@@ -416,15 +416,21 @@ def test_a_prepared_folder_carries_its_groups_and_its_own_names(prepared: Path) 
 def test_a_prepared_folder_that_was_changed_is_refused(prepared: Path) -> None:
     with (prepared / "consultations.parquet").open("ab") as file:
         file.write(b"x")
-    assert "is not as `sevpeft prepare` wrote it" in refusal(prepared)
+    assert "prepare the data again" in refusal(prepared)
 
 
 def test_a_description_that_is_none_is_refused(prepared: Path) -> None:
     for text in ("{", "[]", "{}", '{"fingerprint": "sha256:0"}'):
         (prepared / "dataset.json").write_text(text, encoding="utf-8")
-        assert "dataset.json is none that `sevpeft prepare` wrote" in refusal(prepared)
+        message = refusal(prepared)
+        assert "dataset.json" in message and "prepare the data again" in message
     (prepared / "dataset.json").write_text('{"fingerprint": "x", "columns": []}', encoding="utf-8")
     assert "data.revision=main chooses" in refusal(prepared, revision="main")
+
+
+def test_data_may_be_called_as_the_description_of_a_prepared_folder(tmp_path: Path) -> None:
+    csv_file(tmp_path, json.dumps([{"question": "q", "answer": "a"}]), name="dataset.json")
+    assert load_consultations(tmp_path).rows["question"][:] == ["q"]
 
 
 # Several files

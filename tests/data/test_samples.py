@@ -1,4 +1,4 @@
-"""The bundled consultations are what their card says: balanced, apart, clean, and safe in every critical answer."""
+"""The bundled consultations match their card: balanced, distinct, clean and safe in critical answers."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_severities_are_equally_frequent_in_every_specialty() -> None:
 
 
 def test_five_dialects_are_there_as_the_card_counts_them() -> None:
-    told = re.search(r"^\| dialect \| of the question: (.*) \|$", CARD, re.M)[1]
-    assert counts("dialect") == {name: int(count) for name, count in (part.split() for part in told.split(", "))}
+    listed = re.search(r"^\| dialect \| of the question: (.*) \|$", CARD, re.M)[1]
+    assert counts("dialect") == {name: int(count) for name, count in (part.split() for part in listed.split(", "))}
     assert len(counts("dialect")) == 5 and min(counts("dialect").values()) >= 60
     for severity in ("non_critical", "neutral", "critical"):
         assert len({row["dialect"] for row in ROWS if row["severity"] == severity}) == 5
@@ -88,8 +88,8 @@ def test_no_question_is_nearly_that_of_another_split() -> None:
 @pytest.mark.parametrize("column", TEXTS)
 def test_lengths_are_those_of_the_card(column: str) -> None:
     lengths = [len(row[column].split()) for row in ROWS]
-    told = re.search(rf"^\| {column} \| .*?(\d+) to (\d+) words \(median (\d+)\)", CARD, re.M)
-    assert [min(lengths), max(lengths), median(lengths)] == [int(number) for number in told.groups()]
+    listed = re.search(rf"^\| {column} \| .*?(\d+) to (\d+) words \(median (\d+)\)", CARD, re.M)
+    assert [min(lengths), max(lengths), median(lengths)] == [int(number) for number in listed.groups()]
 
 
 @pytest.mark.parametrize("column", TEXTS)

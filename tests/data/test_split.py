@@ -1,4 +1,4 @@
-"""Every question stands on one side, in every stratum's proportion, and the same rows are split the same everywhere."""
+"""Every question is on one side, strata are proportional, and the split is reproducible."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def questions(part: datasets.Dataset) -> set[str]:
 
 
 def test_sizes_are_fractions_or_numbers_of_rows() -> None:
-    for asked, expected in (((0.1, 0.2), (140, 20, 40)), ((7, 13), (180, 7, 13)), ((0.001, 0), (199, 1, 0))):
-        splits = split(many(200), *asked)
+    for requested, expected in (((0.1, 0.2), (140, 20, 40)), ((7, 13), (180, 7, 13)), ((0.001, 0), (199, 1, 0))):
+        splits = split(many(200), *requested)
         assert sizes(splits) == expected
         assert (splits.by, splits.leaks) == ("random", 0)
 
@@ -197,6 +197,7 @@ def test_the_newest_values_are_the_test_and_those_before_them_the_validation() -
         ["2019-05", "2021-01", "2020-12"],
         ["2019-05-01T10:00:00Z", "2021-01-31T00:00:00+03:00", "2020-12-01 10:00"],
         ["٢٠١٩", "٢٠٢١", "٢٠٢٠"],
+        ["٢٠١٩-٠٥", "2021-01", "٢٠٢٠-١٢"],
         ["-3.5", "0", "-1"],
     ):
         assert sides(dates, 1, 1) == "-tv", dates
@@ -245,9 +246,9 @@ def test_a_column_that_cannot_be_held_out_is_refused() -> None:
 
 
 def test_each_fold_is_the_test_once_with_every_stratum_and_no_question_in_two() -> None:
-    asked = [f"سؤال رقم {number % 90}" for number in range(120)]  # thirty are asked twice
+    texts = [f"سؤال رقم {number % 90}" for number in range(120)]  # thirty occur twice
     strata = [number % 90 % 3 for number in range(120)]
-    data = rows(asked, ["test"] * 60 + [None] * 60)  # which says nothing of folds
+    data = rows(texts, ["test"] * 60 + [None] * 60)  # a split column, which folds ignore
     tests = []
     for number in (1, 2, 3):
         splits = split_rows(data, section(), strata=strata, fold=f"{number}/3")

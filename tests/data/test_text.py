@@ -1,4 +1,4 @@
-"""The folded form makes words that are written differently equal, and keeps different ones apart."""
+"""Folding makes different spellings of a word equal and keeps different words apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes a folder to train on of gathered consultations. Here are its settings, whose docstrings are the --help."""
+"""Settings of `sevpeft prepare`; their docstrings are its --help."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from sevpeft.recipe import DataSection, Section
 
 
 class Cleaning(Section):
-    """One switch a step, in the order of the steps. The defaults keep the meaning."""
+    """One switch per step, in the order of the steps. The defaults keep the meaning."""
 
     mojibake: bool = True
-    """Repair text that was decoded with the wrong code page ("Ø§Ù„Ù…", "ط§ظ„ظ…", "ÇáÓáÇã")."""
+    """Repair text that was decoded with a wrong code page ("Ø§Ù„Ù…", "ط§ظ„ظ…", "ÇáÓáÇã")."""
     html: bool = True
-    """Take out HTML tags and comments, break lines at <br> and paragraphs, decode entities; `x < 5` stays."""
+    """Remove HTML tags and comments, break lines at <br> and paragraphs, decode entities; `x < 5` stays."""
     unicode: bool = True
     """Compose letters and marks (NFC) and turn Arabic presentation forms into letters."""
     invisible: bool = True
-    """Take out zero-width (between words: a space), bidirectional and control characters; joiners of emoji stay."""
+    """Remove zero-width (between words: a space), bidirectional and control characters; joiners of emoji stay."""
     tatweel: bool = True
-    """Take out elongation inside words; where it stands alone it becomes the dash that it was typed for."""
+    """Remove elongation inside words; where it was typed as a dash, it becomes one."""
     tashkeel: bool = False
-    """Take out vowel marks. Off: they tell حَمل from حِمل, and prompts for models without them strip them anyway."""
+    """Remove vowel marks. Off: they distinguish حَمل from حِمل, and prompts for models without marks remove them."""
     digits: bool = True
-    """Write Arabic-Indic digits, their decimal and thousands separators and per cent sign as ASCII."""
+    """Write Arabic-Indic digits, their decimal and thousands separators and percent sign as ASCII."""
     repeated_letters: bool = True
-    """Shorten three and more of one letter: long vowels inside a word to one, other letters to two; never digits."""
+    """Shorten a letter that is repeated three times or more: inner long vowels to one, others to two; never digits."""
     repeated_punctuation: bool = True
-    """Shorten "؟؟؟؟" to "؟"; four and more dots to two, as only three say that a text was cut; "+++" stays."""
+    """Shorten "؟؟؟؟" to "؟" and four or more dots to two, as three mark a text that was cut; "+++" stays."""
     emoji: Literal["keep", "remove", "name"] = "keep"
     """Keep emoji, remove them, or write their Arabic names."""
     greetings: bool = True
-    """Take greetings off the beginning and thanks off the end, unless nothing else would be left."""
+    """Remove greetings at the beginning and thanks at the end, unless nothing else would be left."""
     whitespace: bool = True
-    """One space between words, at most one empty line between paragraphs, nothing at the ends."""
+    """Keep one space between words, at most one empty line between paragraphs, none at the ends."""
 
 
 class Masking(Section):
-    """The kinds of personal data that give way to a mask, in the order in which they are looked for."""
+    """The kinds of personal data to mask, in the order of the search."""
 
     email: bool = True
     """Mask e-mail addresses."""
     link: bool = True
     """Mask links."""
     national_id: bool = True
-    """Mask national ids, known by their form, check digit or the words before them."""
+    """Mask national ids by their form, check digit or the words before them."""
     phone: bool = True
-    """Mask phone numbers that a number plan of the region has, or that are written as international ones."""
+    """Mask phone numbers of the region's number plans, and numbers in international form."""
     name: bool = True
     """Mask names after a title; the title stays."""
 
@@ -59,20 +59,20 @@ Reason = Literal[
 
 
 class PrepareSettings(Section):
-    """What is done to the consultations; `data` says where they come from, and the sizes and seed of the split."""
+    """Settings of `sevpeft prepare`; `data` has the input, and the sizes and seed of the split."""
 
     data: DataSection = Field(default_factory=DataSection)
     cleaning: Cleaning = Field(default_factory=Cleaning)
     masking: Masking = Field(default_factory=Masking)
     allow: list[Reason] = Field(default_factory=list)
-    """Reasons for which no row is rejected, as [truncated, absent_picture]."""
+    """Reasons that do not reject a row, such as [truncated, absent_picture]."""
     near_duplicates: float = Field(default=0.7, ge=0.5, le=1)
-    """Jaccard similarity of two questions from which on they are near-duplicates; 1 for equal ones only."""
+    """Minimum Jaccard similarity of near-duplicate questions; 1 for equal questions only."""
     drop_duplicates: Literal["none", "exact", "near"] = "exact"
-    """Keep the first of equal consultations (exact), of near-duplicate questions (near), or all (none)."""
+    """Keep the first of equal consultations (exact), the first of near-duplicate questions (near), or all (none)."""
     split_by: str | None = None
-    """Column whose values are held out whole, the newest of numbers and dates; unset, as the rows say, or at random."""
+    """Column whose values are held out whole, the newest of numbers and dates; unset, by a column split or random."""
     resplit: bool = False
-    """Split anew although the rows say train, validation or test themselves."""
+    """Make a new split even if the input has a column split."""
     num_proc: int | None = Field(default=None, ge=1)
-    """Processes that clean and compare; unset, one a core. The result is the same for any number."""
+    """Processes that clean and compare; unset, one per core. The result does not depend on it."""

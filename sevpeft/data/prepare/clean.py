@@ -1,6 +1,6 @@
-"""Cleans a text of what only the keyboard, the web page or a broken encoding put there.
+"""Cleans texts of artifacts of keyboards, web pages and wrong encodings.
 
-Nothing is folded: hamza, teh marbuta and alef maqsura stay as they were written, as a reader needs them.
+Spelling stays: hamza, teh marbuta and alef maqsura are not folded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache, reduce
+from functools import lru_cache
 from pathlib import Path
 
 import emoji as emoji_names
@@ -23,22 +23,21 @@ from sevpeft.data.text import DIGITS, INVISIBLE, TASHKEEL, TATWEEL, space_words
 _FILE = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 WORDS: dict[str, frozenset[str]] = {name: frozenset(words.split()) for name, words in _FILE["words"].items()}
 
-
-PATTERNS: dict[str, re.Pattern[str]] = {}  # a list matches where any of it does; <fragments> are filled in
-for _name, _written in _FILE["patterns"].items():
-    _joined = _written if isinstance(_written, str) else "|".join(_written)
-    for _fragment, _meaning in _FILE["fragments"].items():
-        _joined = _joined.replace(f"<{_fragment}>", _meaning)
+PATTERNS: dict[str, re.Pattern[str]] = {}  # a list becomes alternatives; <NAME> stands for a fragment
+for _name, _pattern in _FILE["patterns"].items():
+    _joined = _pattern if isinstance(_pattern, str) else "|".join(_pattern)
+    for _fragment, _content in _FILE["fragments"].items():
+        _joined = _joined.replace(f"<{_fragment}>", _content)
     PATTERNS[_name] = re.compile(_joined)
 
 
 def clean(text: str, switches: Cleaning) -> tuple[str, tuple[str, ...]]:
-    """The text cleaned, and the names of the switches that changed it, in order; cleaning again changes nothing."""
+    """The cleaned text and the names of the switches that changed it, in order. Cleaning again changes nothing."""
     steps = _steps(switches)
     changed: set[str] = set()
     before = None
-    # One step can make work for another: an entity hides a tag, an invisible mark parts repeated letters. Texts get
-    # shorter with each such round, so there is a last one.
+    # One step may enable another: an entity hides a tag, an invisible mark separates repeated letters. The loop ends,
+    # because each round makes the text shorter.
     while before != text:
         before = text
         for name, step in steps:
@@ -54,29 +53,36 @@ def _steps(switches: Cleaning) -> list[tuple[str, Callable[[str], str]]]:
 
 
 def _substituted(*pairs: tuple[str, str | Callable[[re.Match[str]], str]], needed: str = "") -> Callable[[str], str]:
-    """A step of pairs of a pattern and what takes its place; where `needed` is not found, neither is any (faster)."""
-    compiled, any_ = [(re.compile(pattern), by) for pattern, by in pairs], re.compile(needed)
-    return lambda text: reduce(lambda out, pair: pair[0].sub(pair[1], out), compiled if any_.search(text) else (), text)
+    """A step that applies (pattern, replacement) pairs in order, if `needed`, which is faster, matches the text."""
+    compiled, quick = [(re.compile(pattern), replacement) for pattern, replacement in pairs], re.compile(needed)
+
+    def step(text: str) -> str:
+        if quick.search(text):
+            for pattern, replacement in compiled:
+                text = pattern.sub(replacement, text)
+        return text
+
+    return step
 
 
-# ftfy knows what UTF-8 looks like in the western code pages. Arabic forums have two accidents more: UTF-8 that was read
-# as Windows-1256 ("ط§ظ„ظ…"), and Windows-1256 that was read as Windows-1252 ("ÇáÓáÇã"). The second has no UTF-8 in it:
-# only a text whose letters are mostly accented is taken for it, as no French or German one is.
-# What each accident leaves; a text that has none of it is not looked at further.
+# ftfy recognizes UTF-8 that was read in a western code page. Arabic forums have two more errors: UTF-8 read as
+# Windows-1256 ("ط§ظ„ظ…"), and Windows-1256 read as Windows-1252 ("ÇáÓáÇã"). The second leaves no trace of UTF-8: it is
+# assumed if most letters are accented, which no French or German text has.
+# Each error leaves such characters; a text without them is not examined.
 _SUSPECT = r"[\u0080-\u00FF\u0152-\u0192\u02C6-\u02DC\u2018-\u2122]"
 _ARABIC = re.compile(r"[\u0620-\u064A]")
 _MAYBE_BROKEN = re.compile(_SUSPECT)
-# What is left of Arabic in UTF-8 that was read in a western code page and then cut or changed.
+# Rests of Arabic UTF-8 that was read in a western code page and then cut or changed.
 _REMAINS = re.compile(f"(?:[ØÙ]{_SUSPECT}){{2}}")
-# Bytes D8 to DB begin an Arabic letter in UTF-8, bytes 80 to BF end it; in Windows-1256 the latter are no letters that
-# Arabic words have.
+# In UTF-8, bytes D8 to DB begin an Arabic letter and bytes 80 to BF end it. In Windows-1256, bytes 80 to BF are no
+# letters of Arabic words.
 _TRAILING = re.escape(bytes(range(0x80, 0xC0)).decode("cp1256"))
 _UTF8_AS_1256 = re.compile(f"(?:[طظعغ][{_TRAILING}])+")
 _SURELY_UTF8_AS_1256 = re.compile(f"(?:[طظ][{_TRAILING}]){{3}}")
 
 
 def repaired(text: str) -> str:
-    """The text as it was meant, or as it is where nothing is broken or nothing can be done."""
+    """The text with the right encoding; unchanged if it is not broken or cannot be repaired."""
     if not _MAYBE_BROKEN.search(text):
         return text
     if badness.is_bad(text):
@@ -90,9 +96,11 @@ def repaired(text: str) -> str:
 
 
 def is_damaged(text: str) -> bool:
-    """Whether letters of `text` are lost, or are there in a code page that `repaired` could not make out."""
-    if PATTERNS["lost"].search(text) or not _MAYBE_BROKEN.search(text):
-        return PATTERNS["lost"].search(text) is not None
+    """Whether letters of `text` are lost, or in a code page that `repaired` cannot recognize."""
+    if PATTERNS["lost"].search(text):
+        return True
+    if not _MAYBE_BROKEN.search(text):
+        return False
     remains = _SURELY_UTF8_AS_1256.search(text) or _REMAINS.search(text)
     return bool(remains or _mostly_accented(text) or badness.is_bad(text))
 
@@ -118,7 +126,7 @@ def _in_place_of(tag: re.Match[str]) -> str:
 
 def _plain_letters(text: str) -> str:
     def plain(form: re.Match[str]) -> str:
-        # An isolated mark decomposes into a space and the mark, which would part the word.
+        # An isolated mark decomposes into a space and the mark, which would split the word.
         return unicodedata.normalize("NFKC", form[0]).strip() or " "
 
     return unicodedata.normalize("NFC", re.sub(r"[\uFB50-\uFDFF\uFE70-\uFEFC]", plain, text))
@@ -136,7 +144,7 @@ _PICTURE = r"[\u2600-\u27BF\u2B00-\u2BFF\uFE0F\U0001F000-\U0001FAFF]"
 
 
 def _without_emoji(text: str, name: Callable[[str, dict[str, str]], str] | str = " ") -> str:
-    return emoji_names.replace_emoji(re.sub("([0-9#*])\ufe0f?\u20e3", r"\1", text), name)  # a dose stays: "1️⃣ حبة"
+    return emoji_names.replace_emoji(re.sub("([0-9#*])\ufe0f?\u20e3", r"\1", text), name)  # doses stay: "1️⃣ حبة"
 
 
 def _named_emoji(text: str) -> str:
@@ -144,7 +152,7 @@ def _named_emoji(text: str) -> str:
     return _without_emoji(text, lambda _, about: f" {(about.get('ar') or about['en']).strip(':').replace('_', ' ')} ")
 
 
-# What may stand between a greeting and the text, and belongs to neither; a minus sign or a bracket may be the text's.
+# Characters between a greeting and the text that belong to neither; a minus sign or bracket may belong to the text.
 _BETWEEN = r"[\s،,.:؛;!…~*]"
 _OPENING = re.compile(rf"(?:{_BETWEEN}*(?:{PATTERNS['greetings'].pattern})(?![\w]){_BETWEEN}*)+", re.IGNORECASE)
 _CLOSING = re.compile(rf"(?:(?<![\w])(?:{PATTERNS['thanks'].pattern}){_BETWEEN}*)+\Z", re.IGNORECASE)
@@ -152,10 +160,10 @@ _THANKING = re.compile(r"شكر|جزا|تحيات|بارك|thank", re.IGNORECASE
 
 
 def without_greetings(text: str) -> str:
-    """The text without greetings at its beginning and thanks at its end; all of it if it is nothing else."""
+    """The text without greetings at its beginning and thanks at its end; unchanged if nothing else is left."""
     opening = _OPENING.match(text)
     start, end = opening.end() if opening else 0, len(text)
-    # Thanks stand in the last 120 letters, and no more than 30 before the word that gives them away.
+    # Thanks are in the last 120 characters and begin at most 30 before their keyword.
     thanks = _THANKING.search(text, max(start, end - 120))
     closing = _CLOSING.search(text, max(start, thanks.start() - 30)) if thanks else None
     rest = text[start : closing.start()].rstrip(" \t\n\r،,؛;:-") if closing else text[start:]
@@ -170,7 +178,7 @@ _STEPS: dict[str, Callable[[str], str]] = {
     "html": _substituted(
         (r"(?i)&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,30});|&nbsp\b", lambda entity: html.unescape(entity[0])),
         (r"(?is)<!--(?:(?!<!--).)*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>(?:(?!<\1\b).)*?</\1\s*>", " "),
-        # Only what is named like a tag is one: "Hb<12" and "العمر > 60" are readings.
+        # Only known tag names count: "Hb<12" and "العمر > 60" are readings.
         (rf"(?i)</?({'|'.join(sorted(WORDS['html_tags']))})(?:\s[^<>]*|/)?>", _in_place_of),
     ),
     "unicode": _plain_letters,
@@ -180,8 +188,8 @@ _STEPS: dict[str, Callable[[str], str]] = {
     "digits": _substituted(
         ("[٠-٩۰-۹]+(?:[٫٬][٠-٩۰-۹]+)*٪?|(?<=[0-9])٪", lambda number: number[0].translate(_EASTERN_SIGNS))
     ),
-    # Three equal letters are no spelling of any word but a handful (تتتبع), which two leave readable. A doubled vowel
-    # may begin one, as and-words do (ووجع).
+    # Hardly any word has three equal letters in a row (تتتبع), and two leave it readable. A word may begin with a
+    # doubled vowel, after "and" (ووجع).
     "repeated_letters": _substituted(
         (r"(?<=[^\W\d_])([اوىيآ])\1{2,}", r"\1"),
         (r"([\u0620-\u064A\u066E-\u06D3])\1{2,}|([a-z])\2{3,}|([\u064B-\u0652])\3+", r"\1\1\2\2\3"),

@@ -1,7 +1,7 @@
-"""Masks what identifies a person: phone numbers, e-mails, links, national ids, and names after a title.
+"""Masks personal data: phone numbers, e-mails, links, national ids and names after a title.
 
-The first four are checked by form, check digits, dates and the number plans of `phonenumbers`. Names have no form: they
-are looked for after titles. What is masked is gone for good, so doubt leaves the text alone; it is no anonymization.
+The first four are checked by form, check digits, dates and the number plans of `phonenumbers`; names are found after
+titles only. A mask cannot be undone, so doubtful text stays. This is not anonymization.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import phonenumbers
 from sevpeft.data.prepare.clean import PATTERNS, WORDS
 from sevpeft.data.text import DIGITS, fold_for_matching
 
-# Kind of find → what stands in its place, in the order in which they are looked for.
+# Kind → mask, in the order of the search.
 MASKS = {"email": "[بريد]", "link": "[رابط]", "national_id": "[هوية]", "phone": "[هاتف]", "name": "[اسم]"}
 
 _Span = tuple[int, int]
-_BEFORE_A_NUMBER = 40  # letters in which the words stand that say what a number is
+_BEFORE_A_NUMBER = 40  # characters before a number that may describe it
 _CODES = tuple(str(phonenumbers.country_code_for_region(region)) for region in WORDS["regions"])
 _MOST_WORDS = 3
 _folded = lru_cache(maxsize=1 << 16)(fold_for_matching)
 
 
 def mask(text: str, kinds: Collection[str] = tuple(MASKS)) -> tuple[str, dict[str, int]]:
-    """The text with the finds of `kinds` masked, and how many there were of each kind that was found.
+    """The text with the personal data of `kinds` masked, and the number of masks of each kind.
 
-    Masking again finds nothing, and never cuts a mask: none holds a digit, a dot or a word outside its brackets.
+    Masking again changes nothing: a mask has no digit, no dot and no word outside its brackets.
     """
     counts = Counter[str]()
     before = None
-    # What a mask takes away may have stood in the way of another find: a letter before a number, a link after a link.
+    # A mask may uncover another find: a letter before a number, a link after a link.
     while before != text:
         before = text
         for kind, (needed, find) in _FINDERS.items():
@@ -47,7 +47,7 @@ def mask(text: str, kinds: Collection[str] = tuple(MASKS)) -> tuple[str, dict[st
 
 def _links(text: str) -> Iterator[_Span]:
     for match in PATTERNS["link"].finditer(text):
-        # The sentence's own punctuation is not the link's.
+        # Punctuation at the end belongs to the sentence.
         yield match.start(), match.start() + len(match[0].rstrip(".,;:!?'"))
 
 
@@ -83,7 +83,7 @@ def _phones(text: str) -> Iterator[_Span]:
             begin, after = groups[first]
             before = plain[begin - 1 : begin]
             plus = first == 0 and run[0][0] == "+"
-            # The longest number that begins with this group of digits; a year or a single digit begins none.
+            # Search the longest number from this group of digits on; a year or single digit begins none.
             alone = re.fullmatch(r"(?:19|20)\d\d", plain[begin:after]) or (after - begin == 1 and not plus)
             longest = 0 if before and before in "-–‑" else 1 if alone else 7
             for last in range(min(len(groups), first + longest) - 1, first - 1, -1):
@@ -97,8 +97,8 @@ def _phones(text: str) -> Iterator[_Span]:
 
 @lru_cache(maxsize=4096)
 def _is_phone(digits: str, plus: bool, named: bool) -> bool:
-    """Whether a number plan has `digits`: abroad's after + or 00, a country's own after 0, any other only where the
-    words before it speak of a telephone."""
+    """Whether `digits` are valid in a number plan: international after + or 00, national after 0, any other only if
+    `named` by words about telephones before it."""
     if plus or digits.startswith("00"):
         return _is_valid(f"+{digits if plus else digits[2:]}")
     if len(digits) >= 11 and digits.startswith(_CODES) and _is_valid(f"+{digits}"):
@@ -117,7 +117,7 @@ def _is_valid(number: str, region: str | None = None) -> bool:
 def _names(text: str) -> Iterator[_Span]:
     masked = 0
     for title in PATTERNS["title"].finditer(text):
-        # Nothing between the title and what follows: "دابراهيم".
+        # No space between title and name: "دابراهيم".
         after = "glued" if title[0][-1] in "در" else title.lastgroup or ""
         if title.start() < masked:
             continue
@@ -127,7 +127,7 @@ def _names(text: str) -> Iterator[_Span]:
 
 
 def _words(text: str, start: int, form: re.Pattern[str]) -> list[tuple[str, int]]:
-    """The next words up to a sign or a line's end, each with where it ends; one more than a compound name needs."""
+    """The next words and their ends, up to a sign or the end of the line, one more than the longest name has."""
     words: list[tuple[str, int]] = []
     while len(words) <= 2 * _MOST_WORDS and (match := form.match(text, words[-1][1] if words else start)):
         words.append((match[1], match.end()))
@@ -135,23 +135,23 @@ def _words(text: str, start: int, form: re.Pattern[str]) -> list[tuple[str, int]
 
 
 def _end_of_arabic_name(text: str, start: int, after: str) -> int | None:
-    found = _words(text, start, PATTERNS["arabic_word"])
-    words = [_folded(word) for word, _ in found] + [""]
+    matches = _words(text, start, PATTERNS["arabic_word"])
+    words = [_folded(word) for word, _ in matches] + [""]
     position = parts = 0
-    while position < len(found) and parts < _MOST_WORDS:
-        ends = PATTERNS["end_of_words"].match(text, found[position][1]) is not None
+    while position < len(matches) and parts < _MOST_WORDS:
+        ends = PATTERNS["end_of_words"].match(text, matches[position][1]) is not None
         width = _width_of_name(words[position], words[position + 1], ends, after, parts > 0)
         if not width:
             break
         position, parts = position + width, parts + 1
-    return found[position - 1][1] if position else None
+    return matches[position - 1][1] if position else None
 
 
 def _width_of_name(word: str, following: str, ends: bool, after: str, begun: bool) -> int:
-    """How many words from `word` on are one part of a name: 0 for none, 2 for عبد الله, بهاء الدين, بن علي.
+    """Number of words from `word` on that are one part of a name: 0, 1, or 2 for عبد الله, بهاء الدين, بن علي.
 
-    `ends`: a sign or the end comes next. `after`: a "strong", "weak" or "glued" title, or "own" (my name is).
-    `begun`: a part of the name stands before `word`.
+    `ends`: a sign or the end follows. `after`: a "strong", "weak" or "glued" title, or "own" (my name is).
+    `begun`: `word` follows another part of the name.
     """
     known, ambiguous, named = word in WORDS["given"], word in WORDS["ambiguous"], following in WORDS["given"]
     if (word == "عبد" and following.startswith("ال")) or (following == "الله" and word in WORDS["of_god"]):
@@ -177,7 +177,7 @@ def _width_of_name(word: str, following: str, ends: bool, after: str, begun: boo
 
 
 def _is_family(word: str) -> bool:
-    """Whether a word after a given name is its family name, by the list or its look: after a place or a tribe."""
+    """Whether a word after a given name is a family name: in the list, or formed like one of a place or tribe."""
     looks = word not in WORDS["never"] and PATTERNS["of_a_place"].fullmatch(word) is not None
     return looks or word in WORDS["family"]
 
@@ -194,7 +194,7 @@ def _end_of_latin_name(text: str, start: int, after: str) -> int | None:
     return stop
 
 
-# In the order of MASKS: a pattern without which there is no find, and what finds all.
+# In the order of MASKS: a quick pattern that every find needs, and the search.
 _FINDERS: dict[str, tuple[str, Callable[[str], Iterator[_Span]]]] = {
     "email": ("email", lambda text: (match.span() for match in PATTERNS["email"].finditer(text))),
     "link": ("maybe_link", _links),

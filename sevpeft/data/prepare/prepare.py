@@ -1,7 +1,7 @@
-"""Makes a folder to train on, of consultations as they were gathered, and counts all that was done to them.
+"""Prepares raw consultations for training, and counts all changes.
 
-The way of a row: clean → mask → reject → duplicates → split → write. Rows go through memory-mapped Arrow; in memory are
-numbers. The folder appears whole or not at all, and no row is lost: it is kept or, with its reason, in rejected.jsonl.
+Steps: clean → mask → reject → duplicates → split → write. Texts stay in memory-mapped Arrow tables; only numbers are in
+memory. The folder appears as a whole or not at all. Every row is kept, or written to rejected.jsonl with its reason.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.runs import check_absent, file_hash, whole_folder, workers_end_with_this_process
 
-# Reasons of the reader, which come before there is any text to judge.
+# Reasons of the reader -> reasons in rejected.jsonl.
 _UNREADABLE = {
     **{"empty question": "empty", "empty answer": "empty", naming.BROKEN: "encoding_damage"},
     **{naming.NOT_TEXT: "not_text", naming.NO_NUMBER: "not_a_number", naming.NO_CONVERSATION: "no_conversation"},
@@ -45,15 +45,15 @@ _UNREADABLE = {
 }
 _OF_INPUT = ("source", "fingerprint", "columns", "carried", "provenance", "files")
 _SMALL = 2_000  # rows below which starting processes takes longer than the work
-# Texts cleaned and masked; "" or why the row goes; a hash of the folded answer; what changed the row and was masked
+# Cleaned and masked texts; "" or the reason to reject; hash of the folded answer; steps and masks that changed the row.
 _TEXT, _NUMBER = datasets.Value("string"), datasets.Value("int64")
 _REFINED = datasets.Features(question=_TEXT, answer=_TEXT, reason=_TEXT, answer_key=_NUMBER, steps=datasets.List(_TEXT))
 
 
 def prepare(settings: PrepareSettings, output: Path) -> dict[str, Any]:
-    """Writes the folder `output`, which must not exist; returns what its dataset.json says.
+    """Writes the folder `output`, which must not exist; returns the content of its dataset.json.
 
-    Raises DataError where the rows cannot be read or split as asked, or none is left; RunError where writing fails.
+    Raises DataError if the rows cannot be read or split, or none is left; RunError if the folder cannot be written.
     """
     check_absent(output)
     table = load_consultations(settings.data, keep="all")
@@ -62,22 +62,22 @@ def prepare(settings: PrepareSettings, output: Path) -> dict[str, Any]:
         about = _prepare(table, settings, column, folder, Path(scratch))
         about["warnings"] = _warnings(about)
         (folder / PREPARED_ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        # The card quotes no row, no path and no name: it is the first to be shared.
+        # The card quotes no row and no path, because it is shared first.
         source, template = about["input"]["source"], str(Path(__file__).with_name("card.md"))
-        source = source if source.endswith(" on the Hub") else PurePath(source).name  # without somebody's folders
+        source = source if source.endswith(" on the Hub") else PurePath(source).name  # without the user's folders
         card = DatasetCard.from_template(DatasetCardData(), template, **about, source=source, sides=SIDES)
         (folder / "README.md").write_text(visible(str(card)), encoding="utf-8")
     return about
 
 
-def _column(table: Consultations, wanted: str) -> str:
-    """The column of `table.rows` that the user's `wanted` means: the input's name first, then ours."""
+def _column(table: Consultations, requested: str) -> str:
+    """The column of `table.rows` with the `requested` name in the input, or else in the table."""
     own = {column: name for name, column in (table.columns | table.carried).items()}
-    name = own.get(wanted, wanted)
+    name = own.get(requested, requested)
     if name not in table.rows.column_names:
-        raise DataError(f"There is no column '{wanted}' to split by: there are {listed([*own, 'row'])}.")
+        raise DataError(f"There is no column '{requested}' to split by: there are {listed([*own, 'row'])}.")
     if name in ("question", "answer", "id"):
-        raise DataError(f"Column '{wanted}' is the {name}: split by one that says when or where a row comes from.")
+        raise DataError(f"Column '{requested}' is the {name}: split by a column with the time or source of each row.")
     return name
 
 
@@ -89,17 +89,17 @@ def _prepare(
     reasons = np.array(refined["reason"][:], object)
     left = np.flatnonzero(reasons == "")
     if not len(left):
-        found = Counter(reasons.tolist())
-        hint = next((f"; allow=[{name}] would keep some" for name in found if name != "empty"), "")
-        counts = ", ".join(f"{count} {name}" for name, count in found.items())
-        raise DataError(f"None of {len(reasons)} rows is left ({counts}){hint}.")
+        counts = Counter(reasons.tolist())
+        hint = next((f"; allow=[{name}] would keep some" for name in counts if name != "empty"), "")
+        listing = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise DataError(f"None of {len(reasons)} rows is left ({listing}){hint}.")
     batches = refined.select_columns(["question"]).select(left).iter(batch_size=1000)
     questions = (question for batch in batches for question in batch["question"])
     groups = duplicate_groups(questions, threshold=settings.near_duplicates, seed=settings.data.seed)
     codes, names = _labels(rows)
     in_input = np.array(rows["row"][:])[left]
     conflicts = _write_conflicts(folder / "conflicts.jsonl", in_input, groups.numbers, codes[left], names)
-    # Two rows whose severities differ are no repetition: which of them is right, nobody has said.
+    # Rows with different severities are not exact duplicates: neither is known to be the right one.
     present = [name for name in PROBABILITIES if name in rows.column_names]
     written = [np.array(rows[name][:], np.float64).view(np.int64) for name in present]
     exact = [groups.questions, *(of_rows[left] for of_rows in (np.array(refined["answer_key"][:]), codes, *written))]
@@ -118,7 +118,7 @@ def _prepare(
     chosen = draw_sides(groups.keys[first], settings.data, strata=strata, given=given)
     crossed = crossing(chosen, groups.numbers[first])
     for side in set(chosen.tolist()) - set(chosen[~crossed].tolist()):
-        raise DataError(f"All {SIDES[side]} rows have a near-duplicate on another side: split another way.")
+        raise DataError(f"All {SIDES[side]} rows have a near-duplicate on another side: set split_by or resplit=true.")
     reasons[stay[crossed]] = "crosses_split"
     sides, group_of = np.full(len(reasons), -1, np.int8), np.full(len(reasons), -1, np.int64)
     sides[stay[~crossed]], group_of[left] = chosen[~crossed], groups.numbers
@@ -183,18 +183,18 @@ def _refine(batch: dict[str, list[str]], settings: PrepareSettings) -> dict[str,
         texts, steps = [], list[str]()
         for text in pair:
             text, switches = clean(text, settings.cleaning)
-            text, found = mask(text, masks)
+            text, counts = mask(text, masks)
             texts.append(text)
-            steps += [*switches, *Counter(found).elements()]
+            steps += [*switches, *Counter(counts).elements()]
         reason = reject(texts[0], texts[1], settings.allow) or ""
         done.append((*texts, reason, question_key(fold_for_matching(texts[1]), 0) - 2**63, steps))
     return {name: list(column) for name, column in zip(_REFINED, zip(*done, strict=True), strict=True)}
 
 
 def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
-    """The severity that the rows name, or else the likeliest by their three probabilities, as codes (n,), -1 for none.
+    """Codes (n,) of the severity column, or of the likeliest of three probabilities, -1 for none, and their names.
 
-    And the names as first written; None where so many or so long ones may be somebody's words.
+    The names are as first written, or None if they are so many or so long that they may be text of patients.
     """
     if "severity" in rows.column_names:
         written = [(cell or "").strip() for cell in rows["severity"][:]]
@@ -214,7 +214,7 @@ def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
 
 
 def _write_kept(file: Path, rows: datasets.Dataset, refined: datasets.Dataset, sides: Sides, groups: Ints) -> list[str]:
-    """Writes the rows whose side (n,) is not -1, with `group` (n,) and `split`; returns the names of the columns."""
+    """Writes the rows whose side (n,) is not -1, with `group` (n,) and `split`; returns the column names."""
     ours = ("id", "question", "answer", "row")
     new = free_names([name for name in rows.column_names if name not in ours], {"group", "split"})
     others = rows.select_columns(["id", *new, "row"]).rename_columns(new)
@@ -226,7 +226,7 @@ def _write_kept(file: Path, rows: datasets.Dataset, refined: datasets.Dataset, s
 
 
 def _write_rejected(file: Path, table: Consultations, reasons: NDArray[np.object_]) -> Counter[str]:
-    """Writes every row that has a reason (n,), and those that the reader rejected, under their own names, in order."""
+    """Writes the rows with a reason (n,) and those that the reader rejected, in order, with the input's names."""
     counts = Counter[str]()
     own = table.columns | table.carried
     if table.columns["question"] == table.columns["answer"] or own.pop(naming.INPUT, ""):
@@ -237,29 +237,29 @@ def _write_rejected(file: Path, table: Consultations, reasons: NDArray[np.object
         {"row": row["row"], "reason": reasons[index]} | {new: row[name] for name, new in names.items()}
         for index, row in zip(out, table.rows.select(out), strict=True)
     )
-    # Half an emoji has no place in UTF-8; with a backslash it is JSON's own way to write it.
+    # Half of an emoji cannot be written in UTF-8; the escape with a backslash is valid JSON.
     with (
         table.rejected_rows.open(encoding="utf-8") as unreadable,
         file.open("w", encoding="utf-8", errors="backslashreplace") as lines,
     ):
-        read = (row | {"reason": _UNREADABLE[row["reason"]]} for row in map(json.loads, unreadable))
-        for row in heapq.merge(read, rejected, key=itemgetter("row")):
+        by_reader = (row | {"reason": _UNREADABLE[row["reason"]]} for row in map(json.loads, unreadable))
+        for row in heapq.merge(by_reader, rejected, key=itemgetter("row")):
             counts[row["reason"]] += 1
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return counts
 
 
 def _write_conflicts(file: Path, rows: Ints, groups: Ints, codes: Ints, names: list[str] | None) -> int:
-    """Writes and counts the groups whose rows (m,) have several labels; without `names` they may be a patient's."""
-    found = conflicting_groups(groups, codes)
+    """Writes and counts the groups whose rows (m,) have several labels; without labels if `names` is None."""
+    conflicts = conflicting_groups(groups, codes)
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     with file.open("w", encoding="utf-8") as lines:
-        for group in found.tolist():
+        for group in conflicts.tolist():
             entry: dict[str, Any] = {"group": group, "rows": rows[members[group]].tolist()}
             if names is not None:
                 entry["severities"] = [names[code] if code >= 0 else "" for code in codes[members[group]]]
             lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    return len(found)
+    return len(conflicts)
 
 
 def _warnings(about: Mapping[str, Any]) -> list[str]:
@@ -268,19 +268,19 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
     unlabeled, held = sum(splits["severity"].get("none", {}).values()), splits.get("held_out", {})
     chained, empty = largest > max(50, 0.01 * rows["kept"]), held.get("rows_without_value")
     carved = held.get("validation_from_train")
-    found = [
+    checks = [
         (2 * rows["kept"] < rows["read"], f"Only {rows['kept']} of {rows['read']} rows are left."),
         (conflicts, f"{conflicts} groups of near-duplicates have several severities, listed in conflicts.jsonl."),
         (chained, f"The largest group of near-duplicates, maybe a chain, has {largest} rows: try near_duplicates=0.8."),
-        (crossed, f"{crossed} rows were taken out because a near-duplicate stands on a stricter side of the split."),
-        (carved, "Too few values to hold out a validation: it was drawn from the training rows."),
+        (crossed, f"{crossed} rows were removed because a near-duplicate is in the validation or test."),
+        (carved, "There are too few values to hold out a validation: it was drawn from the training rows."),
         (empty, f"{empty} rows have no value to hold out by; they are trained on."),
-        (not splits["labeled"], "The severity column has too many different values for labels: it stratifies nothing."),
+        (not splits["labeled"], "The severity column has too many different values for labels: no strata were made."),
         (unlabeled, f"{unlabeled} of the kept rows have no severity."),
     ]
     for reason, count in rows["rejected"].items():
-        found.append((10 * count > rows["read"], f"{count} of {rows['read']} rows are {reason}: see rejected.jsonl."))
+        checks.append((10 * count > rows["read"], f"{count} of {rows['read']} rows are {reason}: see rejected.jsonl."))
     for name, counts in splits["severity"].items():
         absent = [side for side, count in counts.items() if not count and splits["rows"][side]]
-        found.append((absent and name != "none", f"No row of severity {name} is in {' and '.join(absent)}."))
-    return [sentence for holds, sentence in found if holds]
+        checks.append((absent and name != "none", f"No row of severity {name} is in {' and '.join(absent)}."))
+    return [message for applies, message in checks if applies]

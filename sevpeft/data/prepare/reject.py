@@ -1,7 +1,4 @@
-"""Finds out why nothing can be learned from a cleaned question and answer, if there is a reason.
-
-In doubt a row is kept, but for answers to a picture that the model will never see.
-"""
+"""Rejects cleaned rows that a model cannot learn from. Doubtful rows are kept, unless the question shows a picture."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ from sevpeft.data.text import fold_for_matching
 
 
 def reject(question: str, answer: str, allowed: Collection[str] = ()) -> str | None:
-    """The first of `REASONS` that holds and is not `allowed`; None where the row may stay."""
-    return next((name for name, holds in REASONS.items() if name not in allowed and holds(question, answer)), None)
+    """The first of `REASONS` that applies and is not `allowed`; None if the row is kept."""
+    return next((name for name, applies in REASONS.items() if name not in allowed and applies(question, answer)), None)
 
 
 def _is_empty(question: str, answer: str) -> bool:
@@ -22,17 +19,18 @@ def _is_empty(question: str, answer: str) -> bool:
 
 
 def _is_short(question: str, answer: str) -> bool:
-    # Whoever has many characters has more than two words: only short answers are worth counting.
-    text = PATTERNS["a_mask"].sub(" ", without_greetings(answer)) if len(answer) < 200 else ""
-    return len(answer) < 200 and len(PATTERNS["word"].findall(text)) <= 2
+    if len(answer) >= 200:  # it has more than two words
+        return False
+    text = PATTERNS["a_mask"].sub(" ", without_greetings(answer))
+    return len(PATTERNS["word"].findall(text)) <= 2
 
 
 def _is_the_same(question: str, answer: str) -> bool:
-    # Folding takes time, and texts of very different length are not the same.
+    # Folding is slow, and texts of very different lengths are not the same.
     if min(len(question), len(answer)) < 0.6 * max(len(question), len(answer)):
         return False
-    one, other = sorted((fold_for_matching(question), fold_for_matching(answer)), key=len)
-    return one in other and len(one) >= 0.8 * len(other)  # a fifth more is no answer
+    short, long = sorted((fold_for_matching(question), fold_for_matching(answer)), key=len)
+    return short in long and len(short) >= 0.8 * len(long)  # a fifth more text is not an answer
 
 
 def _is_foreign(question: str, answer: str) -> bool:
@@ -47,7 +45,7 @@ def _arabic_share(text: str) -> float:
 
 
 def _lists_names(text: str) -> bool:
-    """Whether Latin words are a prescription or a list of tests: no sentence, and not long."""
+    """Whether Latin words are a prescription or a list of tests: short, and not a sentence."""
     words = re.findall(r"[a-z0-9]*[a-z][a-z0-9]*", text.lower())
     sentence = sum(word in WORDS["sentence_words"] for word in words)
     return not PATTERNS["other_script"].search(text) and len(words) <= 40 and sentence <= 1 + 0.1 * len(words)
@@ -58,8 +56,8 @@ def _is_persian_or_urdu(text: str) -> bool:
     return sum(word in WORDS["persian_or_urdu"] for word in words) > 0.1 * len(words)
 
 
-# Public sets cut a text at a length and put three dots right after its last word. Who types dots does so between
-# phrases as well, puts a space before them, or types another number of them, of which `clean` leaves two.
+# Public data sets cut texts and put three dots right after the last word. People type dots between phrases, too, or
+# after a space, or in another number, which `clean` shortens to two.
 def _is_cut(text: str) -> bool:
     end = re.search(r"[^\W_](?:\.\.\.|…)\Z", text)
     return len(text) >= 60 and end is not None and not re.search(r"\.\.|…", text[:-4])
@@ -67,14 +65,14 @@ def _is_cut(text: str) -> bool:
 
 def _points_to_a_picture(question: str, answer: str) -> bool:
     picture, sheet = PATTERNS["maybe_picture"].search(question), PATTERNS["maybe_sheet"].search(question)
-    # Who writes the readings down asks about them, not about the sheet. An age and a few days are no readings.
+    # A question with the readings in it does not need the sheet. An age and a few days are not readings.
     if sheet and len(PATTERNS["number"].findall(question)) >= 4:
         sheet = None
     folded = fold_for_matching(question) if picture or sheet else ""
     return bool((picture and PATTERNS["pictures"].search(folded)) or (sheet and PATTERNS["sheets"].search(folded)))
 
 
-# In the order in which they are looked for; card.md says what each means.
+# In the order of the checks; card.md explains each.
 REASONS: dict[str, Callable[[str, str], bool]] = {
     "encoding_damage": lambda question, answer: is_damaged(question) or is_damaged(answer),
     "empty": _is_empty,

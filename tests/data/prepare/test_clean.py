@@ -1,4 +1,4 @@
-"""Cleaning takes away noise and nothing else, each switch its own, and a second time it changes nothing."""
+"""Cleaning removes noise only, each switch by itself, and a second pass changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same question in other words is found, other questions are left alone, whatever the order."""
+"""Near-duplicate questions are grouped, other questions are not, in any order of the rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What identifies a person is masked, and no dose, reading, date, specialty or verb is taken for it."""
+"""Personal data is masked; doses, readings, dates, specialties and verbs are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes in comes out, kept or rejected with a reason; nothing crosses the split; and it is the same every time."""
+"""Every row is kept or rejected with a reason, no question crosses the split, and results are reproducible."""
 
 from __future__ import annotations
 

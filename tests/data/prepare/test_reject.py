@@ -1,4 +1,4 @@
-"""Rows that cannot teach are rejected for the right reason, and those that look like them are kept."""
+"""Unusable rows are rejected for the right reason, and similar usable rows are kept."""
 
 from __future__ import annotations
 
