@@ -202,7 +202,9 @@ def hold_out(cells: Sequence[str], column: str, data: DataSection) -> tuple[Side
     for side, name in enumerate(SIDES):
         own = [str(values[index]) for index in order if of_value[index] == side]
         in_short = ordered and len(own) > 1 and max(len(own[0]), len(own[-1])) <= 40
-        held[name] = f"{own[0]} to {own[-1]} ({len(own)} values)" if in_short else listed(own) or "none"
+        # Many different values may be names or patient numbers, which the data card must not hold.
+        shown = listed(own) or "none" if len(filled) <= 20 else f"{len(own)} values"
+        held[name] = f"{own[0]} to {own[-1]} ({len(own)} values)" if in_short else shown
     return sides, {
         "ordered": ordered,
         "values": held,

@@ -219,6 +219,8 @@ def test_words_are_drawn_by_the_seed_and_no_value_is_on_two_sides() -> None:
     assert not about["ordered"] and Counter(found) == {"-": 280, "v": 40, "t": 80}
     assert len(set(zip(sources, found, strict=True))) == 20
     assert sides(sources, 0.1, 0.2) == found != sides(sources, 0.1, 0.2, seed=1)
+    # So many values may be names of people.
+    assert held([f"patient {number}" for number in range(40)])[1]["values"]["test"] == "4 values"
 
 
 def test_of_two_values_one_is_held_out_and_train_always_keeps_one() -> None:

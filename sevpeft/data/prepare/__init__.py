@@ -69,7 +69,7 @@ class PrepareSettings(Section):
     near_duplicates: float = Field(default=0.7, ge=0.5, le=1)
     """Minimum Jaccard similarity of near-duplicate questions; 1 for equal questions only."""
     drop_duplicates: Literal["none", "exact", "near"] = "exact"
-    """Keep the first of equal consultations (exact), the first of near-duplicate questions (near), or all (none)."""
+    """Keep one of equal consultations (exact), one of near-duplicate questions (near), or all (none)."""
     split_by: str | None = None
     """Column whose values are held out whole, the newest of numbers and dates; unset, by a column split or random."""
     resplit: bool = False

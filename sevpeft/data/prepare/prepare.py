@@ -104,16 +104,19 @@ def _prepare(
     written = [np.array(rows[name][:], np.float64).view(np.int64) for name in present]
     exact = [groups.questions, *(of_rows[left] for of_rows in (np.array(refined["answer_key"][:]), codes, *written))]
     same = {"none": [left], "near": [groups.numbers], "exact": exact}[settings.drop_duplicates]
-    first = np.sort(np.unique(np.stack(same, axis=1), axis=0, return_index=True)[1])
+    given = None if column or settings.resplit else given_sides(rows.select(left), settings.data)
+    # Of equal rows the one on the strictest side stays, so that a given test keeps its rows.
+    order = np.arange(len(left)) if given is None else np.argsort(-given, kind="stable")
+    first = np.sort(order[np.unique(np.stack(same, axis=1)[order], axis=0, return_index=True)[1]])
     reasons[np.delete(left, first)] = "near_duplicate" if settings.drop_duplicates == "near" else "duplicate"
     stay = left[first]
-    given, splits = None, dict[str, Any](by="random")
+    splits = dict[str, Any](by="random")
     if column is not None:
         cells = [as_text(cell, column, "") for cell in rows.select(stay)[column]]
         given, held = hold_out(cells, str(settings.split_by), settings.data)
         splits = {"by": f"column {settings.split_by}", "held_out": held}
-    elif not settings.resplit and (given := given_sides(rows.select(stay), settings.data)) is not None:
-        splits = {"by": "column split"}
+    elif given is not None:
+        given, splits = given[first], {"by": "column split"}
     strata = None if names is None else codes[stay]
     chosen = draw_sides(groups.keys[first], settings.data, strata=strata, given=given)
     crossed = crossing(chosen, groups.numbers[first])

@@ -130,6 +130,11 @@ def test_the_rows_own_split_is_kept_and_what_would_cross_it_leaves_train(prepare
     assert about["splits"]["by"] == "column split" and groups_across(kept) == 0
     assert [(row["row"], row["reason"], row["split"]) for row in rejected] == [(2, "crosses_split", "train")]
     assert about["splits"]["rows"] == {"train": 35, "validation": 4, "test": 20}
+    # Of two equal rows the one in the test stays, although it comes later.
+    again = [rows[0] | {"split": "train"}, *rows]
+    about, kept, rejected = prepared(again, name="again")
+    assert about["splits"]["rows"]["test"] == 20 and kept[0]["row"] == 2
+    assert [(row["row"], row["reason"]) for row in rejected] == [(1, "duplicate"), (3, "crosses_split")]
     about, kept, _ = prepared(rows, name="resplit", data={"split_column": "split"}, resplit=True)
     assert about["splits"]["by"] == "random" and about["splits"]["rows"]["test"] == 6
     assert kept[0]["original_split"] == "test"
