@@ -265,11 +265,14 @@ class SeveritySection(Section):
     control: Literal["none", "shuffled", "constant", "uniform", "oversampled"] = "none"
     """Control arm: weights shuffled over the rows, their mean for all, 1 for all, or 1 with rows drawn by weight."""
 
-    @field_validator("weight_column", "classifier", "text")
+    @field_validator("weight_column", "classifier", "text", "weights")
     @classmethod
-    def _belongs_to_the_source(cls, name: str | None, info: ValidationInfo) -> str | None:
+    def _belongs_to_the_source(cls, name: Any, info: ValidationInfo) -> Any:
         source = info.data.get("source")
-        if info.field_name == "weight_column":
+        if info.field_name == "weights":
+            if source == "weight" and name != "balanced":
+                raise ValueError("has no effect with severity.source=weight; leave it out")
+        elif info.field_name == "weight_column":
             if name != "weight" and source not in (None, "weight"):
                 raise ValueError("has no effect without severity.source=weight; add that, or leave it out")
         elif source in ("columns", "weight") and name:
@@ -289,7 +292,7 @@ _REPLAY = ("short_term", "long_term", "consistency")
 
 
 class CurriculumSection(Section):
-    """Order of the training rows: random, or in stages. There are three, or one per item of shares or learning_rates."""
+    """Order of the training rows: random, or in stages (three, or one per item of shares or learning_rates)."""
 
     kind: Literal["none", "cumulative", "disjoint", "competence", "icft"] = "none"
     """cumulative: stages add harder rows; disjoint: each has its own; icft: with replay; competence: growing share."""
