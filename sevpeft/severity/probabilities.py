@@ -41,9 +41,10 @@ class SeverityClassifier(Protocol):
 
     kind: str
     version: str
+    reads: Reads
 
-    def probabilities(self, questions: list[str], /) -> np.ndarray:
-        """(n, 3), each row summing to one, in the order of `SEVERITIES`."""
+    def explained(self, questions: list[str], /) -> tuple[np.ndarray, list[str] | None]:
+        """Probabilities (n, 3), each row summing to one, in the order of `SEVERITIES`, and reasons (n,) or None."""
 
 
 def is_severity(name: str) -> bool:

@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from sevpeft.severity.lexicon import PACKAGE_LEXICON, Matcher, load_lexicon
-from sevpeft.severity.probabilities import SEVERITIES, Passage
+from sevpeft.severity.probabilities import SEVERITIES, Passage, Reads
 from sevpeft.severity.words import POINT, REMEMBERED, WORD_LISTS, Text, read
 
 # Increase when a change of matching, contexts, cues or constants changes the probabilities with the same lexicon.
@@ -70,6 +70,7 @@ class Rules:
     """A severity classifier without training; its reasons are the expressions of a lexicon."""
 
     kind = "rules"
+    reads: Reads = "question"
 
     def __init__(self, path: Path) -> None:
         self._path = path

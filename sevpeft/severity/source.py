@@ -76,8 +76,8 @@ def severity_of(
         loaded = load_source(source, classifier, text=text)
         check_answers(rows, text or "question")
         origin["version"] = loaded.version
-        if (reads := getattr(loaded, "reads", "question")) != "question":
-            origin["text"] = reads
+        if loaded.reads != "question":
+            origin["text"] = loaded.reads
         rows = judged(rows, loaded)
     return Severity(sharpened(severity_probabilities(rows), temperature), origin)
 
@@ -113,7 +113,7 @@ def load_source(
         raise WeightError(f"{folder} has a {loaded.kind} classifier, not {kind}; write {loaded.kind}.")
     if text not in (None, "question", loaded.reads):
         raise WeightError(f"{folder} was fitted with text={loaded.reads}; fit it with text={text}, or leave text out.")
-    return loaded.twin if text == "question" != loaded.reads else loaded
+    return loaded.twin if text == "question" and loaded.reads != "question" else loaded
 
 
 def judged(
@@ -124,8 +124,8 @@ def judged(
     Each part of the rows is cached by its content and the classifier's version, so a killed run resumes at the next
     part. With several processes, process `rank` classifies every `processes`-th part and returns only these rows.
     """
-    reads = getattr(classifier, "reads", "question")
-    texts = rows.select_columns(["question", *["answer"] * (reads != "question")]).with_format("arrow")
+    columns = ["question"] if classifier.reads == "question" else ["question", "answer"]
+    texts = rows.select_columns(columns).with_format("arrow")
     # Rules run in Python on one core, so they get worker processes, unless a launch has several already.
     forking = classifier.kind == "rules" and processes == 1 and sys.platform == "linux"
     cores = len(os.sched_getaffinity(0)) if forking else 1
@@ -148,10 +148,8 @@ _classifiers: dict[str, Any] = {}
 
 
 def _classify_batch(batch: pa.Table, version: str) -> pa.Table:
-    classifier, texts = _classifiers[version], [column.to_pylist() for column in batch.columns]
     # Probabilities and evidence in one call, because both need the matches, which take most of the time.
-    explained = getattr(classifier, "explained", None)
-    probabilities, evidence = explained(*texts) if explained else (classifier.probabilities(*texts), None)
+    probabilities, evidence = _classifiers[version].explained(*(column.to_pylist() for column in batch.columns))
     columns = {name: pa.array(column) for name, column in zip(PROBABILITY_COLUMNS, probabilities.T, strict=True)}
     if evidence is not None:
         columns[EVIDENCE] = pa.array(evidence, pa.string())

@@ -13,7 +13,7 @@ import pytest
 from sevpeft.data.read import load_consultations
 from sevpeft.errors import WeightError
 from sevpeft.severity import source
-from sevpeft.severity.probabilities import severity_probabilities, sharpened
+from sevpeft.severity.probabilities import Reads, severity_probabilities, sharpened
 from sevpeft.severity.rules import Rules
 from sevpeft.severity.source import EVIDENCE, judged, severity_of
 
@@ -21,8 +21,13 @@ from sevpeft.severity.source import EVIDENCE, judged, severity_of
 class Judge:
     """Knows one thing: how long a question is."""
 
+    reads: Reads = "question"
+
     def __init__(self, kind: str = "linear", version: str = "1") -> None:
         self.kind, self.version, self.asked = kind, version, 0
+
+    def explained(self, questions: Sequence[str]) -> tuple[np.ndarray, None]:
+        return self.probabilities(questions), None
 
     def probabilities(self, questions: Sequence[str]) -> np.ndarray:
         self.asked += len(questions)

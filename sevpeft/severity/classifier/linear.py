@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_matrix, hstack
+from scipy.special import softmax
 
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
@@ -60,22 +63,16 @@ class LinearClassifier:
 
     def probabilities(self, passages: Sequence[Passage]) -> np.ndarray:
         """(n, 3), each row summing to one; a text without a known n-gram gets the softmax of the intercept."""
-        from scipy.special import softmax
-
         return np.asarray(softmax(self.logits(passages), axis=1)) if len(passages) else np.empty((0, len(SEVERITIES)))
 
     def save(self, folder: Path) -> None:
         """Writes its two files into a folder."""
-        from safetensors.numpy import save_file
-
         save_file({"idf": self.idf, "coef": self.coef, "intercept": self.intercept}, folder / ARRAYS)
         (folder / VOCABULARY).write_text(json.dumps(self.vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> LinearClassifier:
         """Reads the files of `save`; the caller compares the version, which covers every bit."""
-        from safetensors.numpy import load_file
-
         vocabulary = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
         return cls(vocabulary, **load_file(folder / ARRAYS))
 
@@ -87,7 +84,6 @@ def fit_linear(
 
     For a classifier of both, the logits of the `student` are added, scaled to the same spread on the `unlabeled` rows.
     """
-    from scipy.sparse import csr_matrix, hstack
     from sklearn.linear_model import LogisticRegression
 
     # One row per question, so that a word of a single question (such as a name) is never stored.
@@ -152,8 +148,6 @@ def _fitted(passages: Sequence[Passage], known: Sequence[Any] = ()) -> tuple[lis
 
 def _columns(blocks: Sequence[Any], passages: Sequence[Passage]) -> Any:
     """Sparse features (n, features); ValueError if the passages have other parts than the blocks."""
-    from scipy.sparse import hstack
-
     return hstack([block.transform(part) for block, part in zip(blocks, parts_of(passages), strict=True)]).tocsr()
 
 

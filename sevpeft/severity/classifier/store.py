@@ -89,11 +89,13 @@ def _load(folder: Path, about: dict[str, Any]) -> Calibrated:
 
 
 def _source(kind: str, folder: Path) -> Any:
-    if kind == "transformer":
-        from sevpeft.severity.classifier.transformer import TransformerClassifier
+    if kind == "rules":
+        return Rules.load(folder / LEXICON)
+    if kind == "linear":
+        return LinearClassifier.load(folder)
+    from sevpeft.severity.classifier.transformer import TransformerClassifier
 
-        return TransformerClassifier.load(folder)
-    return {"rules": lambda: Rules.load(folder / LEXICON), "linear": lambda: LinearClassifier.load(folder)}[kind]()
+    return TransformerClassifier.load(folder)
 
 
 def read_about(folder: Path) -> dict[str, Any]:

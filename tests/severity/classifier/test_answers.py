@@ -79,7 +79,7 @@ def test_a_question_without_an_answer_is_never_read_by_what_has_read_answers(bot
             bare.probabilities(rows.questions, answers)
     with pytest.raises(ValueError, match="zip"):
         both.sources[0].probabilities(rows.questions)
-    with pytest.raises(DataError, match="name the folder that it lies in"):
+    with pytest.raises(DataError, match="name the folder"):
         load_classifier(folder / "both")
 
 
