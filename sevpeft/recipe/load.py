@@ -64,11 +64,9 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a YAML file, or the recipe of a name (`recipe_file`); overrides are like `severity.weights.critical=2`.
+    """Reads a YAML file, or the recipe of a name (`recipe_file`), with overrides like `severity.weights.critical=2`.
 
-    Relative paths in a recipe are relative to the working directory.
-
-    Raises RecipeError: one line for each mistake in the file and the overrides.
+    Relative paths in it are relative to the working directory. Raises RecipeError, with one line for each mistake.
     """
     name, path = str(path), recipe_file(str(path))
     values = read_yaml(text_of(path), name)
@@ -88,11 +86,9 @@ def recipe_from_values(values: Mapping[str, Any], source: str = "recipe") -> Rec
 def settings_from(
     schema: type[_Settings], overrides: Sequence[str], arguments: Mapping[str, Any] | None = None
 ) -> _Settings:
-    """Settings of a command that takes no recipe, from KEY=VALUE words, with the checks of a recipe.
+    """Settings of a command without a recipe, from KEY=VALUE words; raises RecipeError as `load_recipe` does.
 
     `arguments`: values that have a command-line argument of their own, such as data.path.
-
-    Raises RecipeError: one line for each mistake.
     """
     values: dict[str, Any] = {}
     for key, value in (arguments or {}).items():

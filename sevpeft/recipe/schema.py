@@ -1,7 +1,4 @@
-"""The recipe sections of sevpeft: each setting with its type, default and meaning.
-
-The sections `lora` and `training` are in library.py.
-"""
+"""The recipe sections of sevpeft; `lora` and `training`, with the libraries' settings, are in library.py."""
 
 from __future__ import annotations
 

@@ -53,12 +53,11 @@ class Pattern(NamedTuple):
 # Files
 
 
-def load_lexicon(path: Path | None = None, levels: tuple[str, ...] = SEVERITIES) -> tuple[tuple[Pattern, ...], str]:
-    """Patterns of a lexicon (by default the package's) in the order of the file, and the SHA-256 of its bytes.
+def load_lexicon(path: Path, levels: tuple[str, ...] = SEVERITIES) -> tuple[tuple[Pattern, ...], str]:
+    """Patterns of a lexicon in the order of the file, and the SHA-256 of its bytes.
 
     `levels` are the allowed levels. Raises DataError if the file cannot be read, or with every line that has a mistake.
     """
-    path = path or PACKAGE_LEXICON
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")

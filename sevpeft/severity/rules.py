@@ -12,8 +12,7 @@ No probability is ever 0 or 1, and one more stated red flag never lowers p_criti
 
 The context of an expression: it is stated, or denied ("لا أعاني من ضيق تنفس"), past ("كان عندي نزيف من سنة وخف"),
 about another person ("والدي توفي بجلطة") or a question ("هل ممكن يسبب جلطة؟"). The rules look for cues
-(lexicons/words_ar.tsv) among the words around it. In doubt the expression counts as stated, because a missed emergency
-costs more than a false alarm.
+(lexicons/words_ar.tsv) in the words around it. In doubt it is stated: a missed emergency costs more than a false alarm.
 """
 
 from __future__ import annotations

@@ -65,10 +65,7 @@ def fit_calibration(sources: Sequence[np.ndarray], labels: np.ndarray) -> Calibr
 
 
 class Calibrated:
-    """Sources and their calibration, as one classifier of questions, answers or both.
-
-    A classifier that reads answers has a `twin` that reads only questions, for rows without an answer.
-    """
+    """Sources and their calibration as one classifier; its `twin`, if any, is for rows without an answer."""
 
     def __init__(
         self, sources: Sequence[Any], calibration: Calibration, reads: Reads = "question", twin: Any = None
@@ -99,14 +96,12 @@ class Calibrated:
         return probabilities, reasons
 
     def _explained(self, passages: Sequence[Passage]) -> tuple[np.ndarray, list[str] | None]:
-        results, reasons = [], None
-        for source in self.sources:
-            if source.kind == "rules":
-                probabilities, reasons = source.explained(passages)
-            else:
-                probabilities = source.probabilities(passages)
-            results.append(probabilities)
-        return self.calibration.apply(*results), reasons
+        reasons, (first, *others) = None, self.sources
+        if first.kind == "rules":
+            probabilities, reasons = first.explained(passages)
+        else:
+            probabilities = first.probabilities(passages)
+        return self.calibration.apply(probabilities, *(other.probabilities(passages) for other in others)), reasons
 
     def probabilities(self, questions: Sequence[str], answers: Sequence[str | None] | None = None) -> np.ndarray:
         """(n, 3), each row summing to one, in the order of `SEVERITIES`."""

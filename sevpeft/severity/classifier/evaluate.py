@@ -104,10 +104,7 @@ def evaluate_folds(
     seed: int = 0,
     progress: Progress = lambda message: None,
 ) -> tuple[Metrics, Calibrated]:
-    """Fits on the training rows of every fold; returns an evaluation of all test rows, and the last classifier.
-
-    If the classifier reads answers, its question-only twin is fitted and evaluated too.
-    """
+    """Fits (the twin too) on the training rows of every fold; returns an evaluation, and the last classifier."""
     from sklearn.dummy import DummyClassifier
     from sklearn.tree import DecisionTreeClassifier
 

@@ -2,9 +2,8 @@
 
 FOLDER/ has classifier.json (kind, version, labels by name, calibration, training), the files of its kind
 (linear.safetensors and vocabulary.json, lexicon.tsv, transformer/), metrics.json and the card README.md. The card has
-no row, path or name of a person. The version is a hash of everything that decides the probabilities, so it also detects
-damage. The files in FOLDER/ are those of the question-only classifier, which older versions of sevpeft can read; if it
-is a twin, both/ or answer/ has the classifier that reads answers.
+no row, path or name of a person. The version is a hash of all that decides the probabilities, so it detects damage too.
+FOLDER/ itself has the question-only classifier. If that is a twin, both/ or answer/ has the one that reads answers.
 """
 
 from __future__ import annotations
