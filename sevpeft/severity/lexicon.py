@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.words import LEXICONS, POINT, REMEMBERED, WORD_LISTS, Text, parts_of
+from sevpeft.severity.words import LEXICONS, POINT, REMEMBERED, WORD_LISTS, Text, split_word
 
 PACKAGE_LEXICON = LEXICONS / "severity_ar.tsv"
 COLUMNS = ("term", "level", "category", "dialect", "strength", "note")
@@ -135,7 +135,7 @@ def _word(written: str) -> Word:
         return number
     kind = {"=": "exact", "+": "verb"}.get(written[:1], "plain")
     bare = written if kind == "plain" else written[1:]
-    words = [part for word in fold_for_matching(bare).split() for part in parts_of(word)]
+    words = [part for word in fold_for_matching(bare).split() for part in split_word(word)]
     if len(words) != 1 or words[0].isdigit() or re.search(r"[=+@.]", bare):
         raise ValueError(f"'{written}' is read as '{' '.join(words)}', not as one word (a number is a range: 39..39)")
     return Word(kind, words[0])

@@ -70,10 +70,10 @@ def _folded(written: str) -> tuple[str, ...]:
         lambda end: f" {_ASKING if set(end[0]) & set('?؟') else _STOP} ", _DECIMAL.sub(POINT, written)
     )
     folded = fold_for_matching(_CLAUSE_END.sub(f" {_COMMA} ", marked))
-    return tuple(part for word in folded.split() for part in parts_of(word))
+    return tuple(part for word in folded.split() for part in split_word(word))
 
 
-def parts_of(word: str) -> tuple[str, ...]:
+def split_word(word: str) -> tuple[str, ...]:
     """A folded word without repeated letters; the negation around a verb is split off as a word."""
     word = _REPEATED.sub(r"\1", word)
     wrapped = _WRAPPED_NEGATION.fullmatch(word) if word.endswith("ش") and word not in WORD_LISTS["unwrapped"] else None
