@@ -20,7 +20,7 @@ from sevpeft.recipe import SEVERITY_PRESETS
 from sevpeft.runs import check_absent, file_hash, keep_private, plain_disk_errors, whole_folder
 from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, check_answers, severity_probabilities
 from sevpeft.severity.settings import AnnotateSettings
-from sevpeft.severity.source import EVIDENCE, judged, load_source
+from sevpeft.severity.source import EVIDENCE, classify_rows, load_source
 from sevpeft.severity.weights import WeightSummary, severity_weights
 
 METHOD, VERSION = "severity_method", "severity_version"
@@ -60,14 +60,14 @@ def annotate(settings: AnnotateSettings, output: Path) -> Annotation | None:
     if processes > 1:
         from torch import distributed
 
-        judged(consultations.rows, classifier, rank=rank, processes=processes)
+        classify_rows(consultations.rows, classifier, rank=rank, processes=processes)
         # gloo also on GPUs, because the processes only wait for each other. One may be much slower than the others.
         distributed.init_process_group("gloo", timeout=timedelta(days=7))
         distributed.barrier()
         distributed.destroy_process_group()  # otherwise its threads sometimes abort a process at exit
         if rank:
             return None
-    classified = judged(consultations.rows, classifier)  # from the cache, after several processes
+    classified = classify_rows(consultations.rows, classifier)  # from the cache, after several processes
     probabilities = severity_probabilities(classified)
     likeliest = probabilities.argmax(axis=1)
     columns = {name: pa.array(column) for name, column in zip(PROBABILITY_COLUMNS, probabilities.T, strict=True)}

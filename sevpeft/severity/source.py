@@ -78,7 +78,7 @@ def severity_of(
         origin["version"] = loaded.version
         if loaded.reads != "question":
             origin["text"] = loaded.reads
-        rows = judged(rows, loaded)
+        rows = classify_rows(rows, loaded)
     return Severity(sharpened(severity_probabilities(rows), temperature), origin)
 
 
@@ -90,7 +90,7 @@ def prompt_severity(rows: datasets.Dataset, kind: str, classifier: str | None) -
     origin = {"source": kind}
     if kind == "predicted":
         loaded = load_source(None, classifier, text="question")
-        rows, origin = judged(rows, loaded), {"source": loaded.kind, "version": loaded.version}
+        rows, origin = classify_rows(rows, loaded), {"source": loaded.kind, "version": loaded.version}
     elif not has_severity(rows):
         raise WeightError("The data has no severity for prompt.severity=gold; set prompt.severity=predicted.")
     return np.array(SEVERITIES)[severity_probabilities(rows).argmax(axis=1)].tolist(), origin
@@ -116,7 +116,7 @@ def load_source(
     return loaded.twin if text == "question" and loaded.reads != "question" else loaded
 
 
-def judged(
+def classify_rows(
     rows: datasets.Dataset, classifier: SeverityClassifier, *, rank: int = 0, processes: int = 1
 ) -> datasets.Dataset:
     """The probability columns of every row, and `EVIDENCE` if the classifier gives its reasons.
