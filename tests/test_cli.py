@@ -108,7 +108,7 @@ def test_five_mistakes_are_five_lines(refusal: Callable[..., str], tmp_path: Pat
     ("words", "said"),
     [
         (["train", "nope.yaml"], "nope.yaml: cannot be read"),
-        (["train", "nowhere/nope.yaml"], "`sevpeft recipes` lists what there is"),
+        (["train", "nowhere/nope.yaml"], "`sevpeft recipes` lists"),
         (["train"], "Missing argument 'recipe'"),
         (["trian"], "Did you mean 'train'?"),
         (["train", QUICKSTART, "--ouput", "x"], "--output"),
