@@ -28,6 +28,9 @@ from sevpeft.severity.probabilities import (
 )
 from sevpeft.severity.settings import ClassifierSettings
 
+# Characters of the name of a block. A longer value is text, maybe of a patient.
+LONGEST_BLOCK = 80
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -149,7 +152,11 @@ def labeled_examples(consultations: Consultations, block_column: str | None = No
     if column not in rows.column_names:
         present = listed(sorted(table_names))
         raise DataError(f"{source} has no column '{block_column}' for block_column; it has {present}.")
-    return replace(examples, blocks=np.array(["" if value is None else str(value) for value in rows[column]]))
+    names = ["" if value is None else str(value) for value in rows[column]]
+    if column in ("question", "answer") or max(map(len, names)) > LONGEST_BLOCK:
+        reason = f"Column '{block_column}' of {source} has text, not names of blocks, which the report would show"
+        raise DataError(f"{reason}; name another block_column.")
+    return replace(examples, blocks=np.array(names))
 
 
 def fingerprints(consultations: Consultations) -> set[str]:
