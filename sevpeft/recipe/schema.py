@@ -159,7 +159,8 @@ class MixSection(Section):
     def _sum_to_a_hundred(cls, ratios: str, info: ValidationInfo) -> str:
         parts = ratios.split("-")
         count = len(info.data.get("sources", parts[1:])) + 1
-        if len(parts) != count or not abs(sum(map(float, parts)) - 100) < 1e-6:  # also refuses NaN
+        are_numbers = all(re.fullmatch(r"\d*\.?\d+", part) for part in parts)
+        if len(parts) != count or not are_numbers or abs(sum(map(float, parts)) - 100) > 1e-6:
             raise ValueError(f"must be {count} percentages with sum 100, data.path first, as in 60-40, not {ratios}")
         return ratios
 
