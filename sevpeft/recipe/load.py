@@ -101,10 +101,9 @@ def settings_from(
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file, for editors that validate and complete YAML."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-    managed = {"training": schema["$defs"]["TrainingSection"], "lora": schema["$defs"]["LoraSection"]}
     for (section, key), (allowed, why) in MANAGED.items():  # the libraries' settings that a recipe cannot set
         values: dict[str, Any] = {"enum": [*allowed]} if allowed else {"not": {}}
-        managed[section]["properties"][key] = {"description": why, **values}
+        schema["$defs"][f"{section.title()}Section"]["properties"][key] = {"description": why, **values}
     return schema
 
 

@@ -78,10 +78,7 @@ def has_severity(rows: Dataset) -> bool:
 
 
 def severity_probabilities(rows: Dataset) -> np.ndarray:
-    """Severity probabilities of every row: (n, 3), float64, each row summing to one, in the order of `SEVERITIES`.
-
-    Raises WeightError, with row numbers but no text, if a column or a severity is missing.
-    """
+    """Severity probabilities (n, 3) of every row, each summing to one; WeightError if a column or value is missing."""
     missing = [name for name in PROBABILITY_COLUMNS if name not in rows.column_names]
     if not missing:
         return _from_columns(rows)

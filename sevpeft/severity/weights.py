@@ -141,9 +141,7 @@ def effective_sample(summary: WeightSummary) -> str:
 def advice(summary: WeightSummary) -> str | None:
     """A warning with a remedy for weights with no effect, or with too much of it on few rows; None for good weights."""
     if summary.coefficient_of_variation < SMALL_SPREAD:
-        spread = (
-            f"The weights, {summary.minimum:.4g} to {summary.maximum:.4g}, are too close together to have an effect"
-        )
+        spread = f"The weights, {summary.minimum:.4g} to {summary.maximum:.4g}, are too close together to matter"
         return f"{spread}: run sevpeft classifier fit, or set severity.temperature=0.5 or severity.weights=strong."
     if summary.effective_sample_size < SMALL_SAMPLE * summary.consultations:
         few = f"The effective sample size is {effective_sample(summary)}: a few consultations dominate the training"

@@ -80,10 +80,7 @@ class Calibrated:
     def explained(
         self, questions: Sequence[str], answers: Sequence[str | None] | None = None
     ) -> tuple[np.ndarray, list[str] | None]:
-        """Probabilities (n, 3) and the reasons (n,) of the rules, or None without rules.
-
-        Only this method decides whether the twin classifies a row. Without a twin, a missing answer is a WeightError.
-        """
+        """Probabilities (n, 3) and reasons (n,) of the rules, or None; the twin classifies rows without an answer."""
         answered = [is_answer(answer) for answer in answers or [None] * len(questions)]
         if self.reads == "question" or self.twin is None or all(answered):
             return self._explained(passages_of(self.reads, questions, answers))

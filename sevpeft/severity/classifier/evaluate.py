@@ -76,10 +76,7 @@ def evaluate_fitted(classifier: Calibrated, examples: Examples, seed: int = 0) -
 
 
 def unlabeled_curve(examples: Examples, unlabeled: Examples, seed: int, progress: Progress) -> list[dict[str, float]]:
-    """AUC of critical from the question, with none, a quarter, half and all of the unlabeled rows, before calibration.
-
-    It is cross-validated on the labeled rows; the teacher of a fold has not seen the fold's test rows.
-    """
+    """AUC of critical from the question by number of unlabeled rows; cross-validated, without calibration."""
     counts = sorted({0, len(unlabeled) // 4, len(unlabeled) // 2, len(unlabeled)})
     results = {count: np.empty((len(examples), len(SEVERITIES))) for count in counts}
     questions = replace(examples, reads="question")

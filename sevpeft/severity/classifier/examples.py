@@ -94,9 +94,7 @@ def load_examples(settings: ClassifierSettings) -> tuple[Consultations, Examples
 def check_questions(rows: Dataset, source: str) -> None:
     """Raises DataError if most questions contain their answers, which a question-only classifier must not read."""
     if sum(a.strip() in q for q, a in zip(rows["question"], rows["answer"], strict=True)) > len(rows) / 2:
-        raise DataError(
-            f"Most questions of {source} contain their answers; set data.question_column to another column."
-        )
+        raise DataError(f"Most questions of {source} contain their answers; name another data.question_column.")
 
 
 def load_unlabeled(settings: ClassifierSettings, labeled: Examples) -> tuple[list[Consultations], Examples | None]:
