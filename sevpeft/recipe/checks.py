@@ -40,7 +40,7 @@ def settable(section: str, key: str) -> bool:
 
 
 def failed_checks(values: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Yields key path and "reason; remedy" of each mistake in plain values, of which others may have wrong types."""
+    """Yields the key path and "reason; remedy" of each mistake; values of other keys may have a wrong type."""
     for (section, name), (allowed, why) in MANAGED.items():
         settings = _section(values, section)
         if name in settings and not any(type(settings[name]) is type(ok) and settings[name] == ok for ok in allowed):

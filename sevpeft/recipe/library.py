@@ -17,8 +17,8 @@ from pydantic import Field, create_model, model_serializer
 from sevpeft.recipe.checks import LIBRARY
 from sevpeft.recipe.schema import Section
 
-# Section, setting → types (names in _TYPES, or a list of one), other allowed values, default if it is a plain value,
-# and help; in the library's order.
+# Section, setting → types (names in _TYPES), other allowed values, default if it is a plain value, and help; in the
+# library's order.
 FIELDS = Path(__file__).with_name("library_fields.json")
 # YAML has no tuples.
 _TYPES: dict[str, Any] = {
