@@ -269,6 +269,6 @@ def read_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        hint = " (quote text that has ': ' or begins with {, [, *, & or !)"
+        hint = " (put text that has ': ' or begins with {, [, *, & or ! in quotes)"
         hint = "" if "is given twice" in problem else hint
         raise RecipeError(f"{source}: {where}{problem}; correct it{hint}.") from error
