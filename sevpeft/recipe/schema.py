@@ -161,7 +161,7 @@ class MixSection(Section):
         count = len(info.data.get("sources", parts[1:])) + 1
         are_numbers = all(re.fullmatch(r"\d*\.?\d+", part) for part in parts)
         if len(parts) != count or not are_numbers or abs(sum(map(float, parts)) - 100) > 1e-6:
-            raise ValueError(f"must be {count} percentages with sum 100, data.path first, as in 60-40, not {ratios}")
+            raise ValueError(f"must be {count} percentages that sum to 100, data.path first, as in 60-40, not {ratios}")
         return ratios
 
 
@@ -325,7 +325,7 @@ class CurriculumSection(Section):
             stages = 3 if others.get("difficulty") == "severity" else len(others.get("shares") or value)
             is_share = name == "shares"
             if len(value) != stages or min(value) <= 0 or (is_share and abs(sum(value) - 1) > 1e-6):
-                raise ValueError(f"must be {stages} numbers above 0{', with sum 1' * is_share}, not {value}")
+                raise ValueError(f"must be {stages} numbers above 0{' that sum to 1' * is_share}, not {value}")
         return value
 
 
