@@ -12,7 +12,6 @@ from sevpeft.recipe.schema import (
     DataSection,
     EvaluationSection,
     JudgeSection,
-    ModelSection,
     QuantizationSection,
     Section,
     SeverityWeights,

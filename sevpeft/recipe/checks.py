@@ -1,6 +1,6 @@
-"""Settings that the libraries' types allow, but that would silently change, bypass or lose a training.
+"""Checks for settings that the libraries accept, but that would silently change, bypass or lose a training.
 
-Each has its reason and what to write instead. What TRL, PEFT or transformers refuse clearly themselves is left to them.
+Each message has the reason and a remedy. Settings that TRL, PEFT or transformers refuse clearly have no check here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import yaml
 KeyPath = tuple[str, ...]
 Mistake = tuple[KeyPath, str]
 
-# Starts of an adapter that move a part of the base weights into it, or that need a pass over data or weights.
-CHANGING_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "eva")
-# Starts that PEFT's constructor computes, but not with quantized base weights.
-_FROM_WHOLE_WEIGHTS = ("orthogonal", "mica")
-# Figures of a validation. Transformers takes the least as best for names in -loss only, so loss_critical needs help.
+# Values of init_lora_weights that move part of the base weights into the adapter, or need a pass over data or weights.
+_CHANGE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "eva")
+# Values that PEFT's constructor computes, but not from quantized base weights.
+_FROM_UNQUANTIZED = ("orthogonal", "mica")
+# Validation metrics for which lower is better. Transformers knows this only for names that end in "loss".
 BEST_IS_LEAST = ("loss", "loss_non_critical", "loss_neutral", "loss_critical")
 
-# What sevpeft says of the libraries' settings.
+# Defaults, bounds and messages for the libraries' settings.
 LIBRARY = yaml.safe_load(Path(__file__).with_name("library.yaml").read_text(encoding="utf-8"))
 _LEAVE, _PASS = (LIBRARY["phrases"][name] for name in ("leave", "pass"))
 # (section, key) → allowed values, reason and remedy.
@@ -35,21 +35,18 @@ MANAGED = {
 
 
 def settable(section: str, key: str) -> bool:
-    """Whether a recipe may hold the key at all, with whatever value."""
+    """Whether a recipe may contain the key, with at least one value."""
     return (section, key) not in MANAGED or bool(MANAGED[section, key][0])
 
 
 def failed_checks(values: Mapping[str, Any]) -> Iterator[Mistake]:
-    """What is wrong with the plain values of a recipe: the key's path, and "reason; remedy".
-
-    It reads plain values, so that it reports also where other values have the wrong type.
-    """
+    """Yields the key path and "reason; remedy" of each mistake; values of other keys may have a wrong type."""
     for (section, name), (allowed, why) in MANAGED.items():
-        given = _section(values, section)
-        if name in given and not any(type(given[name]) is type(right) and given[name] == right for right in allowed):
+        settings = _section(values, section)
+        if name in settings and not any(type(settings[name]) is type(ok) and settings[name] == ok for ok in allowed):
             yield (section, name), why
     if _section(values, "model").get("name_or_path", "") is None:  # as in base-model.yaml
-        yield ("model", "name_or_path"), "names no model; add model.name_or_path=ID_OR_FOLDER to the command"
+        yield ("model", "name_or_path"), "is null; add model.name_or_path=ID_OR_FOLDER to the command"
     yield from ((("training", key), why) for key, why in _training(_section(values, "training")))
     adapter = _adapter(_section(values, "lora"), _section(values, "quantization"))
     yield from ((("lora", key), why) for key, why in adapter)
@@ -67,52 +64,52 @@ def _training(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if type(steps) is int and steps < 1 and steps != -1:
         yield "max_steps", f"must be at least 1, or -1 for whole epochs, not {steps}"
     if "num_steps" in _section(_section(training, "accelerator_config"), "gradient_accumulation_kwargs"):
-        yield "accelerator_config", "num_steps changes the batch; write gradient_accumulation_steps instead"
+        yield "accelerator_config", "num_steps would change the batch size; write gradient_accumulation_steps instead"
     if _section(training, "gradient_checkpointing_kwargs").get("preserve_rng_state", True) is not True:
-        yield "gradient_checkpointing_kwargs", f"without preserve_rng_state gradients are wrong; {_LEAVE}"
+        yield "gradient_checkpointing_kwargs", f"gradients are wrong without preserve_rng_state; {_LEAVE}"
     if training.get("packing") is True and training.get("max_length", 0) is None:
-        yield "max_length", "is null, and packing fills rows up to a length; write one, such as 512"
+        yield "max_length", "is null, but packing needs a row length; write one, such as 512"
     metric = training.get("metric_for_best_model")
     name = str(metric).removeprefix("eval_")
-    most = name == "mean_token_accuracy"
-    if metric is not None and not most and name not in BEST_IS_LEAST:
-        # Transformers notices after the first validation.
+    higher_is_better = name == "mean_token_accuracy"
+    if metric is not None and not higher_is_better and name not in BEST_IS_LEAST:
+        # Transformers refuses it only after the first validation.
         known = ", ".join((*BEST_IS_LEAST, "mean_token_accuracy"))
-        yield "metric_for_best_model", f"{metric!r} is no figure of the validation; write one of {known}"
-    elif metric is not None and training.get("greater_is_better") is (not most):
+        yield "metric_for_best_model", f"{metric!r} is not a validation metric; write one of {known}"
+    elif metric is not None and training.get("greater_is_better") is (not higher_is_better):
         yield "greater_is_better", f"would keep the worst checkpoint by {metric}; {_LEAVE}"
-    waits = training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
-    if waits and most and _section(training, "lr_scheduler_kwargs").get("mode") != "max":
-        yield "lr_scheduler_kwargs", f"the learning rate would fall while {metric} rises; write mode: max there"
+    on_plateau = training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    if on_plateau and higher_is_better and _section(training, "lr_scheduler_kwargs").get("mode") != "max":
+        yield "lr_scheduler_kwargs", f"the learning rate would fall while {metric} improves; add mode: max"
 
 
 def _adapter(lora: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    eight = quantization.get("load_in_8bit") is True
-    start = lora.get("init_lora_weights")
-    if isinstance(start, str) and start != "gaussian":
-        if start.lower().startswith(CHANGING_THE_BASE):
-            yield "init_lora_weights", f"{start} changes the base model or {_PASS}"
-        elif start not in _FROM_WHOLE_WEIGHTS:
-            yield "init_lora_weights", f"{start!r} is unknown; write true or gaussian"
-        elif eight or quantization.get("load_in_4bit") is True:
-            yield "init_lora_weights", f"{start} needs an unquantized base model; write true or gaussian"
+    in_8bit = quantization.get("load_in_8bit") is True
+    method = lora.get("init_lora_weights")
+    if isinstance(method, str) and method != "gaussian":
+        if method.lower().startswith(_CHANGE_BASE):
+            yield "init_lora_weights", f"{method} changes the base model or {_PASS}"
+        elif method not in _FROM_UNQUANTIZED:
+            yield "init_lora_weights", f"{method!r} is unknown; write true or gaussian"
+        elif in_8bit or quantization.get("load_in_4bit") is True:
+            yield "init_lora_weights", f"{method} needs an unquantized base model; write true or gaussian"
     for key in ("use_dora", "layer_replication"):
-        if eight and lora.get(key):
+        if in_8bit and lora.get(key):
             yield key, f"fails on an 8-bit base model; use quantization.load_in_4bit, or {_LEAVE}"
     if lora.get("loraplus_lr_embedding") is not None and lora.get("loraplus_lr_ratio") is None:
-        yield "loraplus_lr_embedding", f"has no effect without loraplus_lr_ratio; write that too, or {_LEAVE}"
+        yield "loraplus_lr_embedding", f"has no effect without loraplus_lr_ratio; add that, or {_LEAVE}"
     targets, excluded = lora.get("target_modules"), lora.get("exclude_modules")
     names = targets if isinstance(targets, list) else []
     try:
-        # PEFT matches a text as a regular expression with the whole name, a list with the ends of names.
+        # PEFT matches text as a regular expression against the whole name, and a list against the ends of names.
         if isinstance(targets, str) and re.fullmatch(targets, "lm_head"):
             names = ["lm_head"]
     except re.error as error:
-        yield "target_modules", f"is no regular expression ({error.msg}); write module names or all-linear"
+        yield "target_modules", f"is not a valid regular expression ({error.msg}); write module names or all-linear"
     head = any(str(name).split(".")[-1] == "lm_head" for name in names)
     if head and "lm_head" not in (excluded if isinstance(excluded, list) else [excluded]):
-        # TRL computes the loss from that weight directly, past the adapter.
-        yield "target_modules", "names lm_head, where an adapter would not be trained; take lm_head out"
+        # TRL computes the loss from the base weight of lm_head, so an adapter there gets no gradient.
+        yield "target_modules", "names lm_head, where an adapter would not be trained; remove lm_head"
 
 
 def _curriculum(values: Mapping[str, Any]) -> Iterator[Mistake]:
@@ -123,13 +120,13 @@ def _curriculum(values: Mapping[str, Any]) -> Iterator[Mistake]:
     if kind == "none":
         return
     if training.get("train_sampling_strategy", "random") != "random":
-        yield ("training", "train_sampling_strategy"), f"the curriculum orders the rows; {_LEAVE}"
+        yield ("training", "train_sampling_strategy"), f"the curriculum decides the order of rows; {_LEAVE}"
     if training.get("packing") is True:
-        yield ("training", "packing"), f"a block would mix rows of several stages; {_LEAVE}: padding_free is as fast"
+        yield ("training", "packing"), f"a packed row would mix several stages; {_LEAVE}, as padding_free is as fast"
     if curriculum.get("epochs_per_stage") is not None and training.get("max_steps", -1) != -1:
-        yield ("training", "max_steps"), f"curriculum.epochs_per_stage gives the number of steps; {_LEAVE}"
-    by_stage = curriculum.get("restart") or curriculum.get("learning_rates")
-    if schedule in ("reduce_lr_on_plateau", "greedy") and by_stage:
+        yield ("training", "max_steps"), f"curriculum.epochs_per_stage sets the number of steps; {_LEAVE}"
+    per_stage = curriculum.get("restart") or curriculum.get("learning_rates")
+    if schedule in ("reduce_lr_on_plateau", "greedy") and per_stage:
         yield ("training", "lr_scheduler_type"), "follows the loss, not the stages; write linear, cosine or constant"
     if kind == "icft" and curriculum.get("consistency") != 0 and severity.get("reduction") == "examples":
         yield ("severity", "reduction"), "the consistency term counts tokens; write curriculum.consistency: 0"
@@ -138,14 +135,14 @@ def _curriculum(values: Mapping[str, Any]) -> Iterator[Mistake]:
 def _as_published(published: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Mistake]:
     training, mixed = _section(values, "training"), _section(values, "data").get("mix")
     by_length = _section(values, "curriculum").get("difficulty") == "length"
-    on = {key for key, value in published.items() if value not in (False, None, "answer")} - {"evaluation_template"}
+    active = {key for key, value in published.items() if value not in (False, None, "answer")} - {"evaluation_template"}
     padded = published.get("labels") == "all"
     for wrong, path, why in (
-        (on and training.get("packing") is True, "training.packing", "the published loops pack nothing"),
-        (padded and training.get("max_length", 0) is None, "training.max_length", "rows are padded to it"),
-        (padded and "no_end_token" in on, "as_published.no_end_token", "the padding is that token"),
-        (padded and by_length, "curriculum.difficulty", "padding makes lengths equal"),
-        (padded and mixed, "data.mix", "its ratios would count padding"),
+        (active and training.get("packing") is True, "training.packing", "the published loops do not pack"),
+        (padded and training.get("max_length", 0) is None, "training.max_length", "rows are padded to this length"),
+        (padded and "no_end_token" in active, "as_published.no_end_token", "the end token is the padding"),
+        (padded and by_length, "curriculum.difficulty", "padding makes all lengths equal"),
+        (padded and mixed, "data.mix", "the ratios would count padding"),
     ):
         if wrong:
-            yield tuple(path.split(".")), f"does not go with section as_published: {why}; {_LEAVE}"
+            yield tuple(path.split(".")), f"does not work with section as_published: {why}; {_LEAVE}"

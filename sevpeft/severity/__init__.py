@@ -1,1 +1,1 @@
-"""From rows to severity probabilities, and from probabilities to one weight per consultation."""
+"""Severity probabilities of consultations, and one loss weight per consultation from them."""

@@ -1,8 +1,8 @@
-"""Lexicons of expressions: reads their files, and finds where their expressions stand in a question.
+"""Reads lexicon files and finds their expressions in a question.
 
-lexicons/README.md documents the files. One error lists every line with a mistake: whoever adds a red flag has to see
-that it counts. Arabic glues particles, articles and pronouns to its words, so that five hundred patterns would be
-millions of surface forms: prefixes and suffixes are taken off the words of a question instead.
+lexicons/README.md documents the files. One error lists every line with a mistake, so that no red flag is lost. Arabic
+attaches particles, articles and pronouns to its words, so five hundred patterns have millions of surface forms.
+Therefore the matcher removes prefixes and suffixes from the words of a question.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.words import LEXICONS, POINT, REMEMBERED, WORD_LISTS, Text, parts_of
+from sevpeft.severity.words import LEXICONS, POINT, REMEMBERED, WORD_LISTS, Text, split_word
 
 PACKAGE_LEXICON = LEXICONS / "severity_ar.tsv"
 COLUMNS = ("term", "level", "category", "dialect", "strength", "note")
@@ -30,35 +30,34 @@ _NUMBER = re.compile(rf"\d+(?:{POINT}\d+)?")
 
 
 class Word(NamedTuple):
-    """One way in which one word of a pattern may be written."""
+    """One spelling of one word of a pattern."""
 
     kind: str  # "plain" (proclitics and suffixes allowed), "verb" (persons and tenses too), "exact", or "number"
     form: str = ""  # folded; empty for a number
-    low: float = 0.0  # bounds of a number, both included
+    low: float = 0.0  # bounds of a number, inclusive
     high: float = 0.0
 
 
 class Pattern(NamedTuple):
-    """One row of a lexicon: what has to stand one after the other, and what that speaks for."""
+    """One row of a lexicon: a sequence of words, and the level and category that it is evidence for."""
 
     term: str
     level: str
     category: str
     strength: str
     line: int
-    slots: tuple[frozenset[Word], ...]  # for each word of the pattern the ways to write it
-    gaps: tuple[int, ...]  # most words between one slot and the next; one number fewer than slots
+    slots: tuple[frozenset[Word], ...]  # the spellings of each word of the pattern
+    gaps: tuple[int, ...]  # maximum words between a slot and the next; one number fewer than slots
 
 
 # Files
 
 
-def load_lexicon(path: Path | None = None, levels: tuple[str, ...] = SEVERITIES) -> tuple[tuple[Pattern, ...], str]:
-    """Patterns of a lexicon (the package's own by default) in the order of the file, and the SHA-256 of its bytes.
+def load_lexicon(path: Path, levels: tuple[str, ...] = SEVERITIES) -> tuple[tuple[Pattern, ...], str]:
+    """Patterns of a lexicon in the order of the file, and the SHA-256 of its bytes.
 
-    Its expressions speak for the `levels`. Raises DataError where the file cannot be read, or with each mistaken line.
+    `levels` are the allowed levels. Raises DataError if the file cannot be read, or with every line that has a mistake.
     """
-    path = path or PACKAGE_LEXICON
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
@@ -73,21 +72,21 @@ def load_lexicon(path: Path | None = None, levels: tuple[str, ...] = SEVERITIES)
         try:
             if has_header:
                 pattern = _pattern(line, number, groups, levels)
-                # Written differently and the same after folding, two would count twice, or disagree.
+                # Two terms that are the same after folding would count twice, or contradict each other.
                 first = patterns.setdefault((pattern.slots, pattern.gaps), pattern)
                 if first is not pattern:
                     raise ValueError(f"the term is the same as in line {first.line} once spellings are folded")
             elif line.startswith("@"):
-                found = _GROUP.fullmatch(line.strip())
-                if not found or found[1] in groups:
-                    raise ValueError("a group is written once, as @name = word|word|…, without blanks in the words")
-                # Known before its words are read: a mistake in them is named here, and not again where it is used.
-                groups[found[1]] = frozenset()
-                groups[found[1]] = _words(found[2], groups)
+                group = _GROUP.fullmatch(line.strip())
+                if not group or group[1] in groups:
+                    raise ValueError("a group is defined once, as @name = word|word|…, without blanks in the words")
+                # Defined before its words are read, so that a mistake in them is not reported again at each use.
+                groups[group[1]] = frozenset()
+                groups[group[1]] = _words(group[2], groups)
             else:
                 has_header = True
                 if tuple(line.split("\t")) != COLUMNS:
-                    raise ValueError(f"the columns must be {', '.join(COLUMNS)}, in this order, parted by tabs")
+                    raise ValueError(f"the columns must be {', '.join(COLUMNS)}, in this order, separated by tabs")
         except ValueError as mistake:
             mistakes.append(f"  line {number}: {mistake}")
     if not patterns or mistakes:
@@ -106,10 +105,10 @@ def _pattern(line: str, number: int, groups: dict[str, frozenset[Word]], levels:
             raise ValueError(f"the {column} '{value}' is not one of {', '.join(choices)}")
     parts = term.split()
     if not _TERM.fullmatch(" ".join(parts)):
-        raise ValueError("a term is words, with a gap (~, or ~1 to ~9) only between two of them")
+        raise ValueError("a term is words, with a gap (~, or ~1 to ~9) only between two words")
     slots = tuple(_words(part, groups) for part in parts if part[0] != "~")
     if all(slots) and all(word.kind == "number" for word in frozenset().union(*slots)):
-        raise ValueError("a term of numbers alone would match ages and dates; add a word")
+        raise ValueError("a term with numbers only would match ages and dates; add a word")
     before = [0 if part[0] != "~" else int(part[1:] or 3) for part in parts]
     gaps = tuple(gap for gap, part in zip(before, parts[1:], strict=False) if part[0] != "~")
     return Pattern(term, level, category, strength, number, slots, gaps)
@@ -136,7 +135,7 @@ def _word(written: str) -> Word:
         return number
     kind = {"=": "exact", "+": "verb"}.get(written[:1], "plain")
     bare = written if kind == "plain" else written[1:]
-    words = [part for word in fold_for_matching(bare).split() for part in parts_of(word)]
+    words = [part for word in fold_for_matching(bare).split() for part in split_word(word)]
     if len(words) != 1 or words[0].isdigit() or re.search(r"[=+@.]", bare):
         raise ValueError(f"'{written}' is read as '{' '.join(words)}', not as one word (a number is a range: 39..39)")
     return Word(kind, words[0])
@@ -146,19 +145,19 @@ def _word(written: str) -> Word:
 
 
 def _prefixes(*particles: str) -> frozenset[str]:
-    """Nothing and the particles, each alone and after a conjunction."""
+    """The empty prefix and the particles, each alone and after a conjunction."""
     return frozenset(conjunction + particle for conjunction in ("", "و", "ف") for particle in ("", *particles))
 
 
 _NOUN_PREFIXES = _prefixes(*WORD_LISTS["particle"])
 _VERB_PREFIXES = _prefixes(*WORD_LISTS["tense"], *(to + person for to in ("", "ل") for person in WORD_LISTS["person"]))
-# Kind of a form → what a word may carry before it and after it.
+# Kind of a form → allowed prefixes and suffixes.
 _AFFIXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "exact": (frozenset([""]), frozenset([""])),
-    # A word of two letters is inside many others: دم in كدمه, حي in حيه.
+    # A word of two letters is part of many others: دم in كدمه, حي in حيه.
     "short": (_prefixes(*WORD_LISTS["short_particle"]), frozenset([""])),
     "plain": (_NOUN_PREFIXES, frozenset(["", *WORD_LISTS["pronoun"], *WORD_LISTS["noun_ending"]])),
-    # Teh marbuta opens before a pronoun and gives way to the plural, ات and what follows: حراره, حرارته, حرارات.
+    # Teh marbuta becomes ت before a pronoun, and the plural ات replaces it: حراره, حرارته, حرارات.
     "tied": (_NOUN_PREFIXES, frozenset(WORD_LISTS["pronoun"])),
     "plural": (_NOUN_PREFIXES, frozenset()),
     "verb": (_VERB_PREFIXES, frozenset(["", *WORD_LISTS["verb_ending"]])),
@@ -169,16 +168,16 @@ _LONGEST_PREFIX, _LONGEST_SUFFIX = (
 _UNITS = frozenset(WORD_LISTS["unit"])
 _AGES = tuple(conjunction + age for conjunction in ("", "و") for age in WORD_LISTS["age"])
 
-# Slots still to be found in one direction, the nearest first: its number, and the most words before it.
+# Slots to find in one direction, the nearest first: slot number and maximum words before it.
 _Path = tuple[tuple[int, int], ...]
-# A pattern that is looked for at the word of one slot, the other slots that it needs, and the ways to its ends.
+# A pattern that is searched from its anchor slot: its number, its other slots, and the paths to its start and end.
 _Anchored = tuple[int, frozenset[int], _Path, _Path]
-# The slots that a word fills, and the patterns that are looked for at it.
+# The slots that a word matches, and the patterns with their anchor at this word.
 _Known = tuple[frozenset[int], tuple[_Anchored, ...]]
 
 
 class Matcher:
-    """The patterns of a lexicon, turned round so that a question's words lead to them."""
+    """An index from words to the patterns of a lexicon."""
 
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._forms: dict[str, list[tuple[str, int]]] = defaultdict(list)
@@ -189,16 +188,16 @@ class Matcher:
         for number, pattern in enumerate(patterns):
             slots: list[int] = []
             for slot, gap in zip(pattern.slots, (*pattern.gaps, None), strict=True):
-                # `1..28 يوم` names its unit; `سكر ~ 20..50` must not be met by "سكر من 20 سنة".
+                # `1..28 يوم` names its unit; `سكر ~ 20..50` must not match "سكر من 20 سنة".
                 key = (slot, gap == 0 and any(word.kind == "number" for word in slot))
                 if key not in numbers:
                     numbers[key] = len(numbers)
                     for word in slot:
                         self._register(word, numbers[key], unit_named=gap == 0)
                 slots.append(numbers[key])
-            # A pattern is looked for where its rarest word stands, not at every "الم" or "ما".
-            commonest = [max(sharing[word] for word in slot) for slot in pattern.slots]
-            anchor = commonest.index(min(commonest))
+            # The search for a pattern starts at its rarest word, not at every "الم" or "ما".
+            frequencies = [max(sharing[word] for word in slot) for slot in pattern.slots]
+            anchor = frequencies.index(min(frequencies))
             before = tuple(zip(slots[:anchor], pattern.gaps[:anchor], strict=True))[::-1]
             after = tuple(zip(slots[anchor + 1 :], pattern.gaps[anchor:], strict=True))
             others = frozenset(slots[:anchor] + slots[anchor + 1 :])
@@ -215,7 +214,8 @@ class Matcher:
             self._forms[word.form[:-1] + "ت"].append(("tied", slot))
             self._forms[word.form[:-1]].append(("plural", slot))
 
-    def _find(self, word: str, is_reading: bool = True) -> _Known:  # of a number: whether an instrument may show it
+    def _find(self, word: str, is_reading: bool = True) -> _Known:
+        """The slots and patterns of a word; `is_reading`: a number may be the reading of an instrument."""
         slots = set()
         if _NUMBER.fullmatch(word):
             value = float(word.replace(POINT, "."))
@@ -228,32 +228,32 @@ class Matcher:
                         plural = kind == "plural" and word.startswith("ات", end)
                         if word[:start] in prefixes and (plural or word[end:] in suffixes):
                             slots.add(slot)
-        return frozenset(slots), tuple(one for slot in sorted(slots) for one in self._anchored.get(slot, ()))
+        return frozenset(slots), tuple(item for slot in sorted(slots) for item in self._anchored.get(slot, ()))
 
     def occurrences(self, text: Text) -> list[tuple[int, tuple[int, ...]]]:
-        """(number of a pattern, ascending positions of its slots) for each place of its rarest word where it stands."""
+        """(pattern number, ascending positions of its slots) of each match, at most one per place of its anchor."""
         words = text.words
         known = list(map(self._known, words))
         for at, word in enumerate(words):
-            # A number that counts a unit or follows a word for age is no reading of an instrument.
+            # A number before a unit or after a word for age is not the reading of an instrument.
             if word[0].isdecimal() and (
                 not _UNITS.isdisjoint(words[at + 1 : at + 2]) or (at and words[at - 1].startswith(_AGES))
             ):
                 known[at] = self._known(word, False)
         present = frozenset().union(*[slots for slots, _ in known])
-        found: list[tuple[int, tuple[int, ...]]] = []
+        matches: list[tuple[int, tuple[int, ...]]] = []
         for position, (_, anchored) in enumerate(known):
             for pattern, others, before, after in anchored:
                 if others <= present:
-                    back = _follow(before, position, -1, known, text.sentences)
-                    onwards = None if back is None else _follow(after, position, 1, known, text.sentences)
-                    if back is not None and onwards is not None:
-                        found.append((pattern, (*back[::-1], position, *onwards)))
-        return found
+                    left = _follow(before, position, -1, known, text.sentences)
+                    right = None if left is None else _follow(after, position, 1, known, text.sentences)
+                    if left is not None and right is not None:
+                        matches.append((pattern, (*left[::-1], position, *right)))
+        return matches
 
 
 def _follow(path: _Path, position: int, step: int, known: list[_Known], sentences: list[int]) -> tuple[int, ...] | None:
-    """Positions of the slots of a path that begins beside `position`; None where it breaks off."""
+    """Positions of the slots of a path from `position` on; None if a slot is not found."""
     if not path:
         return ()
     slot, gap = path[0]

@@ -1,7 +1,7 @@
-"""Severity probabilities of a question by the expressions in it, and these expressions as the reason.
+"""Computes severity probabilities of a question from a lexicon's expressions in it, which are also the reasons.
 
-A match counts by the strength of its row and by its context; of each category only the strongest match counts. With E
-the sum over the categories of a level, and what is worse taking room from what is milder,
+The evidence of a match depends on the strength of its row and on its context. Only the strongest match of each category
+counts. E is the sum over the categories of a level, and evidence of worse levels reduces that of milder ones:
 
     e_critical = E_critical,  e_neutral = E_neutral / (1 + e_critical),
     e_non_critical = E_non_critical / (1 + e_critical + E_neutral)
@@ -11,8 +11,8 @@ No probability is ever 0 or 1, and one more stated red flag never lowers p_criti
 `classifier fit` calibrates these probabilities on labels.
 
 The context of an expression: it is stated, or denied ("لا أعاني من ضيق تنفس"), past ("كان عندي نزيف من سنة وخف"),
-another's ("والدي توفي بجلطة") or a question ("هل ممكن يسبب جلطة؟"). Its rules look for cues (lexicons/words_ar.tsv)
-among the words around it. In doubt the expression counts: to miss an emergency costs more than the reverse.
+about another person ("والدي توفي بجلطة") or a question ("هل ممكن يسبب جلطة؟"). The rules look for cues
+(lexicons/words_ar.tsv) in the words around it. In doubt it is stated: a missed emergency costs more than a false alarm.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from sevpeft.severity.lexicon import PACKAGE_LEXICON, Matcher, load_lexicon
-from sevpeft.severity.probabilities import SEVERITIES, Passage
+from sevpeft.severity.probabilities import SEVERITIES, Passage, Reads
 from sevpeft.severity.words import POINT, REMEMBERED, WORD_LISTS, Text, read
 
-# To be raised when matching, context (its cues too) or the constants below change what the same lexicon gives.
+# Increase when a change of matching, contexts, cues or constants changes the probabilities with the same lexicon.
 CODE_VERSION = 4
 LEXICON = "lexicon.tsv"
 
 Context = Literal["stated", "negated", "other", "past", "hypothetical", "asked"]
-# Evidence of one stated match. H: enough by itself; M: needs company; L: a hint.
+# Evidence of one stated match. H: enough alone; M: needs other matches; L: a hint.
 STRENGTH = {"H": 4.0, "M": 1.2, "L": 0.5}
-# Share of its evidence that a match keeps in each context.
+# Factor on the evidence of a match in each context.
 COUNTS: dict[Context, float] = dict(stated=1.0, past=0.25, hypothetical=0.15, other=0.1, asked=0.0, negated=0.0)
-# Probabilities in the order of `SEVERITIES` when nothing matched, and how steeply the odds rise with the evidence.
+# Probabilities without a match, and the powers of the evidence, in the order of `SEVERITIES`.
 PRIOR, POWER = (0.43, 0.39, 0.18), (1.0, 1.0, 1.7)
-# How far a denial reaches: "ما عندي لا حرارة ولا كحة ولا ضيق نفس" and the like.
+# Maximum words that a denial covers, as in "ما عندي لا حرارة ولا كحة ولا ضيق نفس".
 _DENIAL_REACH = 6
 _WORST_FIRST = {name: rank for rank, name in enumerate(reversed(SEVERITIES))}
 
 
 class Match(NamedTuple):
-    """An expression of the lexicon that stands in a question. Matches sort by level (worst first), place and row."""
+    """An expression of the lexicon in a question. Matches sort by level (worst first), position and row."""
 
     rank: int
     positions: tuple[int, ...]  # of its words in the question, from 0
@@ -57,18 +57,19 @@ class Match(NamedTuple):
     level: str
     category: str
     context: Context
-    evidence: float  # strength of the row, times what the context leaves of it
-    words: str  # as the question writes them, folded; words in a gap are left out
+    evidence: float  # strength of the row times the factor of the context
+    words: str  # the folded words of the question, without those in gaps
 
     @property
-    def discounted(self) -> bool:  # it counts less, or not at all, because of what stands around it
+    def discounted(self) -> bool:  # its context lowers its evidence
         return self.context != "stated"
 
 
 class Rules:
-    """A severity classifier that needs no training and shows its reasons: the expressions of a lexicon."""
+    """A severity classifier without training; its reasons are the expressions of a lexicon."""
 
     kind = "rules"
+    reads: Reads = "question"
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -78,57 +79,57 @@ class Rules:
 
     @classmethod
     def load(cls, path: Path | str | None = None) -> Rules:
-        """Rules of a lexicon file, the package's own by default; raises DataError as `load_lexicon` does."""
+        """Rules with a lexicon file, by default the package's; raises DataError as `load_lexicon` does."""
         return cls(Path(path or PACKAGE_LEXICON).expanduser())
 
     def save(self, folder: Path) -> None:
         shutil.copyfile(self._path, folder / LEXICON)
 
     def matches(self, question: str) -> list[Match]:
-        """The expressions in the question, the worst level first, then in the order of its words.
+        """The expressions in the question, the worst level first, then by position.
 
-        Of one pattern the occurrence that counts most is given, of several that count the same the first. A match
-        whose words all belong to a stated match of a worse level is left out: "حرارة" in "حرارة ٤٠".
+        Each pattern gives its first occurrence with the highest evidence. A match is dropped if all its words belong to
+        a stated match of a worse level: "حرارة" in "حرارة ٤٠".
         """
         text = read(question)
         occurrences = self._matcher.occurrences(text)
         rules = ContextRules(text) if occurrences else None
         best: dict[int, Match] = {}
         for number, positions in occurrences:
-            known = best.get(number)
-            if rules is None or (known and known.context == "stated"):
+            previous = best.get(number)
+            if rules is None or (previous and previous.context == "stated"):
                 continue
             _, level, category, strength, line, *_ = self._patterns[number]
             context = rules.context(positions, category, critical=level == "critical")
-            if known is None or COUNTS[context] > COUNTS[known.context]:
+            if previous is None or COUNTS[context] > COUNTS[previous.context]:
                 words = " ".join([text.words[position] for position in positions]).replace(POINT, ".")
                 evidence = STRENGTH[strength] * COUNTS[context]
                 best[number] = Match(_WORST_FIRST[level], positions, line, level, category, context, evidence, words)
-        found = sorted(best.values())
-        stated = {at: match.rank for match in reversed(found) if not match.discounted for at in match.positions}
-        return [one for one in found if any(stated.get(at, one.rank) >= one.rank for at in one.positions)]
+        matches = sorted(best.values())
+        stated = {at: match.rank for match in reversed(matches) if not match.discounted for at in match.positions}
+        return [one for one in matches if any(stated.get(at, one.rank) >= one.rank for at in one.positions)]
 
     def explained(self, passages: Sequence[Passage]) -> tuple[np.ndarray, list[str]]:
-        """Probabilities (n, 3), and for each passage the reasons ("critical: ضيق تنفس; negated: نزيف"), or ""."""
+        """Probabilities (n, 3) and reasons (n,), such as "critical: ضيق تنفس; negated: نزيف", or "" without a match."""
         matches = [self.matches(text if isinstance(text, str) else "\n".join(text)) for text in passages]
         evidence = np.array(list(map(_by_level, matches)), dtype=np.float64).reshape(-1, len(SEVERITIES))
         return probabilities_of(evidence), list(map(_reasons, matches))
 
     def probabilities(self, passages: Sequence[Passage]) -> np.ndarray:
-        """(n, 3), float64, in the order of `SEVERITIES`; rows sum to one, none is zero."""
+        """(n, 3), float64, in the order of `SEVERITIES`; rows sum to one, and no value is zero."""
         return self.explained(passages)[0]
 
 
 def probabilities_of(evidence: np.ndarray) -> np.ndarray:
-    """Probabilities (n, 3) of evidence (n, 3) per level, not negative, by the formula above."""
+    """Probabilities (n, 3) from non-negative evidence (n, 3) per level, by the formula at the top of the module."""
     mild, moderate, critical = evidence.T
-    counted = np.stack([mild / (1 + critical + moderate), moderate / (1 + critical), critical], axis=1)
-    odds: np.ndarray = np.array(PRIOR) * (1 + counted) ** np.array(POWER)
+    reduced = np.stack([mild / (1 + critical + moderate), moderate / (1 + critical), critical], axis=1)
+    odds: np.ndarray = np.array(PRIOR) * (1 + reduced) ** np.array(POWER)
     return odds / odds.sum(axis=1, keepdims=True)
 
 
 def _by_level(matches: Sequence[Match]) -> list[float]:
-    """Evidence for each of `SEVERITIES`: of every category its strongest match."""
+    """Evidence for each of `SEVERITIES`: the sum of the strongest match of every category."""
     strongest: dict[tuple[str, str], float] = {}
     for match in matches:
         key = (match.level, match.category)
@@ -146,15 +147,15 @@ def _reasons(matches: Sequence[Match]) -> str:
 
 # Context
 
-# Sets of cues are bits, because sets take twice as long.
-_BITS: dict[str, int] = {}  # of each cue
-_CUES: dict[str, int] = defaultdict(int)  # of each word
+# A set of cues is a bit mask, because Python sets take twice as long.
+_BITS: dict[str, int] = {}  # cue → its bit
+_CUES: dict[str, int] = defaultdict(int)  # word → bits of its cues
 for _name, _words in WORD_LISTS.items():
     if _name.startswith("cue:"):
         _bit = _BITS.setdefault(_name[4:].rstrip("+"), 1 << len(_BITS))
         for _word in _words:
             for _form in (_word, "و" + _word, "ف" + _word) if _name.endswith("+") else (_word,):
-                # "ولا" is a cue of its own, and not "and no".
+                # "ولا" is a separate cue, not "and no".
                 if _form != "ولا" or _form in _words:
                     _CUES[_form] |= _bit
 
@@ -166,7 +167,7 @@ def _bits(cues: str) -> int:
 
 @lru_cache(REMEMBERED)
 def _cues_of(word: str) -> int:
-    """The cues of a word. Joined spellings ("ماعندي", "لايوجد") deny as the parted ones do."""
+    """Bits of the cues of a word. Joined spellings ("ماعندي", "لايوجد") deny like separate ones."""
     cues = _CUES.get(word, 0)
     if word.endswith("ش") and len(word) > 3:  # ما كاينش, ما نخممش: the end of a negation around the verb
         cues |= _CUES.get(word[:-1], 0)
@@ -186,17 +187,17 @@ class ContextRules:
     def __init__(self, text: Text) -> None:
         self._words, self._sentences, self._clauses, self._asking = text
         self._cues = list(map(_cues_of, text.words))
-        # What looks for a cue goes through these alone: most words are none.
+        # Searches for a cue use only these positions, because most words have no cue.
         self._cued = [(position, cues) for position, cues in enumerate(self._cues) if cues]
         self._any = reduce(or_, {cues for _, cues in self._cued}, 0)
         self._denials = self._find_denials()
 
     def context(self, positions: Sequence[int], category: str, *, critical: bool) -> Context:
-        """Whether an expression, by the positions of its words, is stated, and if not, why not."""
+        """The context of the expression with words at these positions."""
         first, last = positions[0], positions[-1]
         if self._denials and self._negated(positions):
             return "negated"
-        # "صعوبة في بلع الدواء", "لازم اخد شريط": nothing was swallowed.
+        # "صعوبة في بلع الدواء", "لازم اخد شريط": the patient did not swallow anything.
         if category == "poisoning_bites" and self._is(first - 1 - self._is(first - 1, "into"), "hard"):
             return "asked"
         if category != "pregnancy" and self._has("died family kin") and self._other(first, last):
@@ -204,10 +205,10 @@ class ContextRules:
         past = self._has("recovered was before event formerly gone_year")
         if past and (self._is_over(first, last) or self._dated(first, last)):
             return "past"
-        # Whoever asks whether there is danger has not said that there is.
+        # A question about danger does not state danger.
         if category == "danger" and self._asks_for_danger(first, last):
             return "asked"
-        # Thoughts of suicide are often told as a fear or a possibility; they count all the same.
+        # Thoughts of suicide are often expressed as a fear or a possibility, so they always count in full.
         doubtful = self._has("fear cause be") and self._possible(first)
         if critical and self._has("whether choice"):
             doubtful = doubtful or self._asks_whether(first, last)
@@ -222,26 +223,26 @@ class ContextRules:
         return 0 <= position < len(self._cues) and bool(self._cues[position] & _bits(cues))
 
     def _near(self, first: int, last: int, cues: str, within: tuple[int, int] | None = None) -> list[int]:
-        """Positions from `first` to `last`, those outside `within` left out, with one of the cues."""
+        """Positions from `first` to `last`, and inside `within`, of words with one of the cues."""
         if not self._any & (bits := _bits(cues)):
             return []
         if within:
             first, last = max(first, within[0]), min(last, within[1])
-        return [position for position, found in self._cued if found & bits and first <= position <= last]
+        return [position for position, cues_at in self._cued if cues_at & bits and first <= position <= last]
 
     # Negation
 
     def _find_denials(self) -> list[tuple[int, int, int]]:
-        """(position, first position denied, last position denied) of every word that denies."""
-        found: list[tuple[int, int, int]] = []
+        """(position, first denied position, last denied position) of every word that denies."""
+        denials: list[tuple[int, int, int]] = []
         words = ["", *self._words, ""]
         for position in self._near(0, len(self._words), "not nor without except"):
             before, word, after = words[position : position + 3]
             wide = self._is(position, "without") or (word == "غير" and self._is(position - 1, "since"))
             denies = wide or self._is(position, "not")
             if self._is(position, "nor"):
-                denies = self._means_nor(position, [denial for denial, _, _ in found])
-            # "كل ما"; "ماشي على الطريق"; "عمري ما شفت زيه": never before, but now.
+                denies = self._means_nor(position, [denial for denial, _, _ in denials])
+            # No denials: "كل ما" (every time), "ماشي على الطريق" (walking), "عمري ما شفت زيه" (never before, but now).
             every_time = word in ("ما", "وما") and self._is(position - 1, "when")
             walks = word == "ماشي" and after.startswith("ع")
             if not denies or every_time or walks or before.startswith(("عمر", "وعمر")):
@@ -251,28 +252,28 @@ class ContextRules:
                 wide = wide or self._is(start, "has feels")
                 start += 1
             if wide or not self._is(position + 1, "what"):
-                found.append((position, position + 1, self._reach(position, start) if wide else start))
-        return found
+                denials.append((position, position + 1, self._reach(position, start) if wide else start))
+        return denials
 
     def _means_nor(self, position: int, denials: Sequence[int]) -> bool:
-        """Whether "ولا" denies: it is "nor" after a denial, and "or" in a question."""
+        """Whether "ولا" denies: it means "nor" after a denial, and "or" in a question."""
         sentence = _extent(self._sentences, position)
         if (denials and denials[-1] >= sentence[0]) or self._is(position + 1, "has feels"):
             return True
-        # "عندي كتلة ولا ألم فيها" without a denial before; not "هل هي كتلة ولا ألم فيها؟".
+        # It denies in "عندي كتلة ولا ألم فيها", but not in the question "هل هي كتلة ولا ألم فيها؟".
         inside = self._is(position + 1, "sign") and self._near(position + 2, position + 3, "inside", sentence)
         having = inside and self._near(sentence[0], position - 1, "has feels")
         return bool(having) and not self._near(*sentence, "asks")
 
     def _reach(self, denial: int, start: int) -> int:
-        """The last word that a denial denies, from `start` on: up to a comma, "but" or the next word of having."""
+        """Position of the last denied word: the denial ends at a comma, "but" or the next word of having."""
         end = min(denial + 1 + _DENIAL_REACH, len(self._words))
         for position in range(start, end):
             parted = self._clauses[position] != self._clauses[denial] and not self._is(position, "or")
             if parted or self._is(position, "but") or (position > start and self._is(position, "has feels")):
                 return max(start, position - 1)
             if self._is(position, "all"):
-                # "مفيش امراض مزمنه" denies what it names and no complaint that follows without a comma.
+                # "مفيش امراض مزمنه" denies only this phrase, not a complaint after it without a comma.
                 return position + 1
         return max(start, end - 1)
 
@@ -287,23 +288,23 @@ class ContextRules:
             # In "ما عم يطلع ولا نقطة بول" the denial is the complaint.
             if inside and not any(self._is(position, "not nor without except") for position in positions):
                 return True
-            # "ضيق نفس ما عندي", "نزيف لا يوجد": the denial comes last and nothing follows it.
+            # "ضيق نفس ما عندي", "نزيف لا يوجد": the denial is the end of the clause.
             if denial == last + 1 and (self._is(denial + 1, "has") or self._is(denial, "without")):
                 after, clause = denial + 1, self._clauses[last]
                 while self._is(after, "has filler"):
                     after += 1
                 if self._clauses[denial] == clause and self._clauses[after : after + 1] != [clause]:
                     return True
-        # "لا حرارة او كحة": the second thing of a list whose first is denied.
+        # "لا حرارة او كحة": the second item of a list whose first item is denied.
         listed = first > 0 and self._words[first - 1] == "او"
         return listed and any(start <= first - 2 <= end for _, start, end in self._denials)
 
-    # Somebody else, another time, no fact
+    # Another person, another time, not a fact
 
     def _other(self, first: int, last: int) -> bool:
         sentence, clause = _extent(self._sentences, first), _extent(self._clauses, first)
         kin = self._near(first - 6, first - 1, "kin", sentence)
-        # A parent, a partner or a child who has this is the patient; an aunt or a friend who had it is a worry.
+        # A parent, partner or child with this is the patient. An aunt or friend who had it is only a reason to worry.
         remote = any(self._is(position, "remote") for position in kin) and not self._near(*clause, "now")
         return bool(
             self._near(first - 5, first - 1, "died", sentence)
@@ -313,7 +314,7 @@ class ContextRules:
         )
 
     def _had(self, begin: int, first: int) -> bool:
-        """Whether "كان عندي", "كان في" stand before the expression; "كنت ماشي", "كنت في الشغل" only set the scene."""
+        """Whether "كان عندي" or "كان في" is before the expression; "كنت ماشي" and "كنت في الشغل" do not count."""
         return any(
             (position + 1 == first or self._is(position + 1, "has feels"))
             and self._words[position : position + 2] != ["كنت", "في"]
@@ -321,26 +322,26 @@ class ContextRules:
         )
 
     def _is_over(self, first: int, last: int) -> bool:
-        """Whether the patient recovered or it went, and has not come back: "تعافيت من الجلطة", "كان عندي نزيف وخف"."""
+        """Whether it is over and has not come back: "تعافيت من الجلطة", "كان عندي نزيف وخف"."""
         sentence = _extent(self._sentences, first)
         recovered = self._near(first - 3, last + 8, "recovered", sentence)
-        # "ضيق تنفس بعد ما تعافيت" began after it.
+        # "ضيق تنفس بعد ما تعافيت" began after the recovery.
         ends = [[position for position in recovered if position < first or not self._is(position - 1, "after")]]
         went = self._near(last + 1, last + 8, "went", sentence)
         if went and self._had(sentence[0], first):
-            # "خف نص ساعة", "راح المستشفى" are no end of it.
+            # "خف نص ساعة" (better for half an hour) and "راح المستشفى" (went to hospital) do not end it.
             ends.append([position for position in went if not self._is(position + 1, "not_gone")])
-        return any(found and not self._near(found[-1], found[-1] + 4, "again", sentence) for found in ends)
+        return any(end and not self._near(end[-1], end[-1] + 4, "again", sentence) for end in ends)
 
     def _dated(self, first: int, last: int) -> bool:
-        """Whether its clause tells of another time: "قبل سنتين", "العام الماضي", "من سنتين عملت"."""
+        """Whether its clause has a past date: "قبل سنتين", "العام الماضي", "من سنتين عملت"."""
         begin, end = clause = _extent(self._clauses, first)
-        # "قبل سنتين عملت عملية وعندي ضيق تنفس": the operation is past.
+        # "قبل سنتين عملت عملية وعندي ضيق تنفس": only the operation is past.
         having = self._near(begin, first - 1, "has feels")
         another = any(self._words[position][0] == "و" and not self._is(position, "was") for position in having)
         if another or self._near(begin, end, "now"):
             return False
-        # What was since two years may last until today, but for an event.
+        # A complaint "since two years" may continue today, but an event is past.
         events = [position for position in self._near(begin, end, "event") if position < last]
         for position in self._near(begin, end, "formerly gone_year since before"):
             formerly = self._is(position, "formerly") and not self._is(position - 1, "since")
@@ -352,7 +353,7 @@ class ContextRules:
         return False
 
     def _possible(self, first: int) -> bool:
-        """Whether it is feared, a possibility or to be prevented: "خايف من الجلطة", "هل ممكن تكون جلطة"."""
+        """Whether it is a fear, a possibility or to be prevented: "خايف من الجلطة", "هل ممكن تكون جلطة"."""
         clause = _extent(self._clauses, first)
         fears, being = self._near(first - 5, first - 1, "fear", clause), self._near(first - 3, first - 1, "be", clause)
         return bool(
@@ -366,11 +367,11 @@ class ContextRules:
         clause = _extent(self._clauses, first)
         asking = self._near(first - 4, first - 1, "whether", clause) + self._near(first - 3, first - 1, "if", clause)
         before, after = self._near(first - 3, first - 1, "choice", clause), self._near(last + 1, last + 3, "choice")
-        # A question mark asks for the last words before it, not for the whole sentence.
+        # A question mark applies to the last words before it, not to the whole sentence.
         _, closing = _extent(self._sentences, last)
         short = closing == last or (closing <= last + 2 and self._is(last + 1, "onto"))
         return (
-            # "لو سمحت حالته خطيره", "ممكن حد يرد" ask for something else.
+            # "لو سمحت حالته خطيره", "ممكن حد يرد" are polite phrases, not questions about danger.
             any(not self._is(position + 1, "polite") for position in asking)
             or (clause[0] < first and self._is(first - 1, "degree"))
             or any(first - position < 3 or self._is(position - 1, "plain") for position in before)
@@ -381,13 +382,13 @@ class ContextRules:
         )
 
     def _asks_whether(self, first: int, last: int) -> bool:
-        """Whether it is all that is asked: "هل هذه جلطة", "عندي جلطة ولا لا", "هل ده شد عضلي ولا جلطة"."""
+        """Whether it is the whole question: "هل هذه جلطة", "عندي جلطة ولا لا", "هل ده شد عضلي ولا جلطة"."""
         begin, end = _extent(self._clauses, last)
         chosen = self._is(last + 1, "choice")
         if chosen and self._is(last + 2, "plain"):
             return True
         before = first - 1 - self._is(first - 1, "this has feels")
-        # One more word may name its kind: "هل عندي ذبحة صدرية"; in "هل هذا النزيف طبيعي" it is there.
+        # One more word may be its kind: "هل عندي ذبحة صدرية". But "هل هذا النزيف طبيعي" states the bleeding.
         kind = before == first - 2 and last + 1 == end and not self._is(end, "plain")
         if last != end and not chosen and (not kind or self._words[first].startswith("ال")):
             return False
@@ -398,6 +399,6 @@ class ContextRules:
 
 
 def _extent(numbers: Sequence[int], position: int) -> tuple[int, int]:
-    """First and last position of the clause or sentence of a word, given the number of each word's."""
+    """First and last position of the clause or sentence of a word, from the clause or sentence numbers of all words."""
     number = numbers[position]
     return bisect_left(numbers, number), bisect_right(numbers, number) - 1

@@ -1,4 +1,4 @@
-"""Settings of `sevpeft annotate`, `translate`, `classifier fit` and `classifier evaluate`, given as KEY=VALUE."""
+"""KEY=VALUE settings of `sevpeft annotate`, `translate`, `classifier fit` and `classifier evaluate`."""
 
 from __future__ import annotations
 
@@ -17,78 +17,78 @@ class _ReadingSettings(Section):
     @classmethod
     def _is_not_split(cls, data: DataSection) -> DataSection:
         if unused := sorted({"validation_size", "test_size", "seed"} & data.model_fields_set):
-            raise ValueError(f"{', '.join(unused)}: splits the rows of a recipe, and no rows here; leave it out")
+            raise ValueError(f"{', '.join(unused)}: has no effect, as this command does not split rows; leave it out")
         return data
 
 
 class AnnotateSettings(_ReadingSettings):
-    """What is annotated, and by what."""
+    """Settings of `sevpeft annotate`."""
 
     method: Literal["rules", "linear", "rules+linear", "transformer"] | None = None
-    """Kind of the classifier; unset, that of `classifier`."""
+    """Kind of the classifier; unset, the kind of `classifier`."""
     classifier: str | None = None
-    """Folder that `sevpeft classifier fit` made; rules work without one."""
+    """Folder from `sevpeft classifier fit`; optional for rules."""
     lexicon: str | None = None
-    """Lexicon file of the rules, if not the package's own."""
+    """Lexicon file of the rules; unset, the package's lexicon."""
     text: Literal["question", "answer", "both"] | None = None
-    """What is read; unset, what the classifier was fitted on, and the question where there is no answer."""
+    """Text to read; unset, as the classifier was fitted, or the question if a row has no answer."""
     replace: bool = False
-    """Annotate rows that have severity already; what people gave is kept as severity_given."""
+    """Annotate rows that have severity already; labels by people are kept as severity_given."""
 
     @model_validator(mode="after")
     def _has_one_classifier(self) -> AnnotateSettings:
         if self.classifier is None and self.method != "rules":
-            raise ValueError("needs method=rules, or classifier=FOLDER (made by `sevpeft classifier fit DATA FOLDER`)")
+            raise ValueError("needs method=rules, or classifier=FOLDER (from `sevpeft classifier fit DATA FOLDER`)")
         if self.classifier is not None and self.lexicon is not None:
-            raise ValueError("has lexicon and classifier, which has a lexicon of its own; remove one")
+            raise ValueError("has lexicon and classifier, but a classifier has its own lexicon; remove one")
         return self
 
 
 class TranslateSettings(_ReadingSettings):
-    """What is translated, by which model, and which of its translations are kept."""
+    """Settings of `sevpeft translate`."""
 
     model: str = ""
-    """Instruction model, which must be named: a Hub id or a folder."""
+    """Instruction model, required: a Hub id or a folder."""
     to: Literal["ar", "en"] = "ar"
     """Language of the translation."""
     load_in_4bit: bool = False
-    """The model in 4 bits (NF4), by transformers even where vLLM is installed."""
+    """The model in 4 bits (NF4), with transformers even if vLLM is installed."""
     max_new_tokens: int = Field(default=1024, ge=1)
-    """Longest translation of a question or an answer, in tokens."""
+    """Maximum length of a translated question or answer, in tokens."""
 
 
 class EncoderSection(Section):
-    """How the encoder of kind=transformer is fine-tuned."""
+    """Fine-tuning of the encoder of kind=transformer."""
 
     name_or_path: str = "CAMeL-Lab/bert-base-arabic-camelbert-mix"
     """Hub id or folder of the encoder."""
     num_train_epochs: float = Field(default=4, gt=0)
-    """Epochs of kind=transformer."""
+    """Training epochs."""
     learning_rate: float = Field(default=2e-5, gt=0)
-    """Learning rate of kind=transformer."""
+    """Learning rate."""
     per_device_train_batch_size: int = Field(default=16, ge=1)
-    """Questions of a training step."""
+    """Questions per training step and device."""
     max_length: int = Field(default=256, ge=1)
-    """Tokens of a question; the end of a longer one is not read."""
+    """Maximum tokens of a question; longer ones are truncated."""
 
 
 class ClassifierSettings(_ReadingSettings):
-    """What both verbs of `sevpeft classifier` take."""
+    """Settings of both `sevpeft classifier` commands."""
 
     kind: Literal["linear", "transformer", "rules", "rules+linear"] = "linear"
-    """What is fitted."""
+    """Kind of the classifier."""
     text: Literal["question", "answer", "both"] | None = None
-    """What is read; unset, both, and the question by rules. A twin that reads questions alone comes with it."""
+    """Text to read; unset, both, or the question for rules. A question-only twin is always fitted too."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the splits, the fit and the intervals."""
     block_column: str | None = None
     """Column of blocks (source, year) to hold out one at a time."""
     lexicon: str | None = None
-    """Lexicon of the rules; null is the package's."""
+    """Lexicon of the rules; unset, the package's lexicon."""
     encoder: EncoderSection = Field(default_factory=EncoderSection)
     """The encoder of kind=transformer."""
     unlabeled: str | None = None
-    """Consultations without labels, of which the question-only twin learns what the classifier of both says of them."""
+    """Consultations without labels; the question-only twin learns the scores that the classifier of both gives them."""
 
     @field_validator("lexicon", "encoder", "unlabeled")
     @classmethod
@@ -99,12 +99,12 @@ class ClassifierSettings(_ReadingSettings):
             also = " and kind=rules+linear" if part != "transformer" else ""
             raise ValueError(f"is for kind={part}{also} only; leave it out")
         if value and name == "unlabeled" and info.data.get("text") in ("question", "answer"):
-            raise ValueError("needs text=both, which says how severe they are; leave text out")
+            raise ValueError("needs text=both, because that classifier labels the rows; leave text out")
         return value
 
     @property
     def reads(self) -> Literal["question", "answer", "both"]:
-        """`text`, or its default."""
+        """`text`, or the default of the kind."""
         return self.text or ("question" if self.kind == "rules" else "both")
 
 
@@ -112,15 +112,15 @@ class FitSettings(ClassifierSettings):
     """Settings of `sevpeft classifier fit`."""
 
     test_size: float = Field(default=0.2, ge=0.05, le=0.5)
-    """Share of the questions to evaluate on."""
+    """Share of the questions to evaluate on, rounded to 1/2, 1/3, 1/4 and so on."""
 
 
 class EvaluateSettings(ClassifierSettings):
     """Settings of `sevpeft classifier evaluate`."""
 
     classifier: str | None = None
-    """Folder of a fitted classifier to evaluate; null evaluates a way of fitting by cross-validation."""
+    """Folder of a fitted classifier to evaluate; unset, these settings are evaluated by cross-validation."""
     folds: int = Field(default=5, ge=2, le=20)
     """Random folds of the cross-validation."""
     seen_data: bool = False
-    """Evaluates a classifier on the data that it was fitted on all the same."""
+    """Allow evaluation on the data that the classifier was fitted on."""

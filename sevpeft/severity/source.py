@@ -1,4 +1,4 @@
-"""Where the severity of rows comes from: their columns, or a classifier that reads their questions."""
+"""Gives every row its severity probabilities: from columns of the data, or from a classifier."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from sevpeft.severity.probabilities import (
 from sevpeft.severity.weights import ready_weights
 
 EVIDENCE = "severity_evidence"
-ORACLE = "prompt.severity=gold is an oracle: prompts hold the true severity, which nobody knows when a patient asks."
+ORACLE = "prompt.severity=gold is an oracle: prompts have the true severity, which is unknown when a patient asks."
 
-# Rows after which the result is saved: about a minute of a transformer on two cores, a few seconds of anything else.
+# Rows per cached part: about a minute of a transformer on two cores, or a few seconds of any other classifier.
 _ROWS_OF_PART, _MOST_ROWS = {"transformer": 1024}, 50_000
-# With fewer rows for each, starting processes takes longer than what they do.
+# With fewer rows per process, its start takes longer than its work.
 _ROWS_OF_PROCESS = 2_000
 
 
 @dataclass(frozen=True)
 class Severity:
-    """Probabilities (n, 3) of the rows, and where they come from: source, version and temperature.
+    """Probabilities (n, 3) of the rows and their origin: source, version and temperature.
 
-    With ready-made `weights` (n,) the probabilities are for strata alone, and NaN where the data has none.
+    With ready-made `weights` (n,) the probabilities only give the strata, and are NaN if the data has none.
     """
 
     probabilities: np.ndarray
@@ -48,7 +48,7 @@ class Severity:
 
     @property
     def strata(self) -> np.ndarray:
-        """(n,) the most probable severity of every row, as its position in `SEVERITIES`; -1 where it is not known."""
+        """(n,) position in `SEVERITIES` of the most probable severity of every row; -1 if unknown."""
         known = np.isfinite(self.probabilities).all(axis=1)
         return np.where(known, self.probabilities.argmax(axis=1), -1)
 
@@ -62,11 +62,11 @@ def severity_of(
     weight_column: str = "weight",
     text: Reads | None = None,
 ) -> Severity:
-    """Severity probabilities of every row, as the recipe's section `severity` asks for them.
+    """Severity of every row; the arguments are those of the recipe's section `severity`.
 
-    `source` is "columns" (those of `severity_probabilities`) or the kind of a classifier, which reads the `text`;
-    `classifier` its folder, None for "rules" without calibration; `temperature` that of `sharpened`, applied last.
-    With "weight" the weights are those of `weight_column`, and severity columns, if there are any, give the strata.
+    `source` is "columns" (see `severity_probabilities`), "weight", or the kind of a classifier that reads the `text`.
+    `classifier` is its folder, or None for "rules" without calibration. `temperature` (see `sharpened`) comes last.
+    With "weight" the weights are in `weight_column`, and severity columns, if there are any, give the strata.
     """
     origin: dict[str, Any] = {"source": source, "temperature": temperature}
     if source == "weight":
@@ -76,21 +76,21 @@ def severity_of(
         loaded = load_source(source, classifier, text=text)
         check_answers(rows, text or "question")
         origin["version"] = loaded.version
-        if (reads := getattr(loaded, "reads", "question")) != "question":
-            origin["text"] = reads
-        rows = judged(rows, loaded)
+        if loaded.reads != "question":
+            origin["text"] = loaded.reads
+        rows = classify_rows(rows, loaded)
     return Severity(sharpened(severity_probabilities(rows), temperature), origin)
 
 
-def prompt_severity(rows: datasets.Dataset, asked: str, classifier: str | None) -> tuple[list[str], dict[str, Any]]:
-    """Severities (n,) that prompts name, where `prompt.severity` is "predicted" or "gold", and where they come from.
+def prompt_severity(rows: datasets.Dataset, kind: str, classifier: str | None) -> tuple[list[str], dict[str, Any]]:
+    """Severities (n,) for the prompts and their origin; `kind` is prompt.severity, "predicted" or "gold".
 
-    Predicted reads the question alone, as it can be done when a patient asks: by `severity.classifier`, else by rules.
+    "predicted" reads only the question, as at inference: with `severity.classifier`, or with rules.
     """
-    origin = {"source": asked}
-    if asked == "predicted":
-        reader = load_source(None, classifier, text="question")
-        rows, origin = judged(rows, reader), {"source": reader.kind, "version": reader.version}
+    origin = {"source": kind}
+    if kind == "predicted":
+        loaded = load_source(None, classifier, text="question")
+        rows, origin = classify_rows(rows, loaded), {"source": loaded.kind, "version": loaded.version}
     elif not has_severity(rows):
         raise WeightError("The data has no severity for prompt.severity=gold; set prompt.severity=predicted.")
     return np.array(SEVERITIES)[severity_probabilities(rows).argmax(axis=1)].tolist(), origin
@@ -99,7 +99,7 @@ def prompt_severity(rows: datasets.Dataset, asked: str, classifier: str | None) 
 def load_source(
     kind: str | None, folder: str | None, lexicon: str | None = None, text: Reads | None = None
 ) -> SeverityClassifier:
-    """The classifier in a folder, or the rules of a lexicon, to read `text`; WeightError for another kind or text."""
+    """Loads a classifier from a folder, or rules with a lexicon; WeightError if its kind or text differs."""
     if folder is None:
         from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
         from sevpeft.severity.rules import Rules
@@ -110,48 +110,46 @@ def load_source(
 
     loaded = load_classifier(Path(folder).expanduser())
     if kind not in (None, loaded.kind):
-        raise WeightError(f"{folder} holds a {loaded.kind} classifier, not {kind}; write {loaded.kind}.")
+        raise WeightError(f"{folder} has a {loaded.kind} classifier, not {kind}; write {loaded.kind}.")
     if text not in (None, "question", loaded.reads):
         raise WeightError(f"{folder} was fitted with text={loaded.reads}; fit it with text={text}, or leave text out.")
-    return loaded.twin if text == "question" != loaded.reads else loaded
+    return loaded.twin if text == "question" and loaded.reads != "question" else loaded
 
 
-def judged(
+def classify_rows(
     rows: datasets.Dataset, classifier: SeverityClassifier, *, rank: int = 0, processes: int = 1
 ) -> datasets.Dataset:
-    """The probability columns of every row, and `EVIDENCE` where the classifier gives its reasons.
+    """The probability columns of every row, and `EVIDENCE` if the classifier gives its reasons.
 
-    Each part of the rows is cached by their content and the classifier's version: a killed run goes on with the next
-    part. Under a launch, process number `rank` judges every `processes`-th part and returns only these.
+    Each part of the rows is cached by its content and the classifier's version, so a killed run resumes at the next
+    part. With several processes, process `rank` classifies every `processes`-th part and returns only these rows.
     """
-    reads = getattr(classifier, "reads", "question")
-    texts = rows.select_columns(["question", *["answer"] * (reads != "question")]).with_format("arrow")
-    # Rules are Python that one core runs; the others have threads of their own. A launch has its processes already.
+    columns = ["question"] if classifier.reads == "question" else ["question", "answer"]
+    texts = rows.select_columns(columns).with_format("arrow")
+    # Rules run in Python on one core, so they get worker processes, unless a launch has several already.
     forking = classifier.kind == "rules" and processes == 1 and sys.platform == "linux"
     cores = len(os.sched_getaffinity(0)) if forking else 1
     parts = -(-len(rows) // _ROWS_OF_PART.get(classifier.kind, _MOST_ROWS))
     _classifiers[classifier.version] = classifier
-    settings, found = {"fn_kwargs": {"version": classifier.version}, "batched": True, "batch_size": 1024}, []
+    settings, results = {"fn_kwargs": {"version": classifier.version}, "batched": True, "batch_size": 1024}, []
     with workers_end_with_this_process():
         for number in range(rank, parts, processes):
             part = texts.shard(parts, number, contiguous=True)
             workers = min(cores, len(part) // _ROWS_OF_PROCESS)
             label = f"Severity by {classifier.kind}, part {number + 1} of {parts}"
-            found.append(part.map(_judge_batch, desc=label, num_proc=workers if workers > 1 else None, **settings))
+            results.append(part.map(_classify_batch, desc=label, num_proc=workers if workers > 1 else None, **settings))
     _classifiers.clear()
-    return datasets.concatenate_datasets(found).with_format(None) if found else texts.select([])
+    return datasets.concatenate_datasets(results).with_format(None) if results else texts.select([])
 
 
-# Version → classifier, where the forked workers of `map` find it. As an argument it would be pickled, and all its
-# weights would go into the key of the cache.
+# Version → classifier, for the forked workers of `map`. As an argument it would be pickled, and all its weights would
+# go into the cache key.
 _classifiers: dict[str, Any] = {}
 
 
-def _judge_batch(batch: pa.Table, version: str) -> pa.Table:
-    classifier, texts = _classifiers[version], [column.to_pylist() for column in batch.columns]
-    # Both at once, because finding the matches is what takes the time.
-    explained = getattr(classifier, "explained", None)
-    probabilities, evidence = explained(*texts) if explained else (classifier.probabilities(*texts), None)
+def _classify_batch(batch: pa.Table, version: str) -> pa.Table:
+    # Probabilities and evidence in one call, because both need the matches, which take most of the time.
+    probabilities, evidence = _classifiers[version].explained(*(column.to_pylist() for column in batch.columns))
     columns = {name: pa.array(column) for name, column in zip(PROBABILITY_COLUMNS, probabilities.T, strict=True)}
     if evidence is not None:
         columns[EVIDENCE] = pa.array(evidence, pa.string())

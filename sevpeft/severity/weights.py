@@ -1,7 +1,7 @@
-"""One loss weight (n,) per consultation from severity probabilities (n, 3), and what a set of weights amounts to.
+"""Computes one loss weight (n,) per consultation from severity probabilities (n, 3), and summarizes the weights.
 
-The weight is w = α·p_non_critical + β·p_neutral + γ·p_critical (arXiv 2604.06346, eq. 2). As controls, the same weights
-shuffled have the same spread without the information, and a constant of the same mean has the same step size.
+The weight is w = α·p_non_critical + β·p_neutral + γ·p_critical (arXiv 2604.06346, eq. 2). Two controls: shuffled
+weights have the same spread without the information, and a constant of the same mean has the same step size.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from sevpeft.data.columns import as_probability
 from sevpeft.errors import WeightError
 from sevpeft.severity.probabilities import SEVERITIES, check_rows
 
-# Coefficient of variation below which weights do nothing; the published ones, from .93 to 1.03, have about .02.
+# Below this coefficient of variation weights have no effect; the published ones, from .93 to 1.03, have about .02.
 SMALL_SPREAD = 0.05
-# Below this share of effective consultations, a few rows decide what is learned.
+# Below this effective share of the consultations, a few rows dominate the training.
 SMALL_SAMPLE = 0.5
 
 
@@ -34,13 +34,13 @@ def severity_weights(
 
     Args:
         probabilities: (n, 3), in the order of `SEVERITIES`, each row summing to one.
-        coefficients: (α, β, γ), the weight of a surely non-critical, neutral and critical consultation. Ready-made
+        coefficients: (α, β, γ), the weight of a certainly non-critical, neutral and critical consultation. Ready-made
             weights are (n, 1) with the coefficient 1.
-        normalize: "mean" divides by the mean over the n consultations: the step size is that of plain cross-entropy.
-        control: "shuffled" (permuted by `seed`), "constant" (their mean for all) or "uniform" (1: plain cross-entropy);
-            1 for "oversampled" too, whose rows are those of `oversample`.
+        normalize: "mean" divides by the mean over the n consultations, which keeps the step size of cross-entropy.
+        control: "shuffled" (permuted with `seed`), "constant" (the mean for all), "uniform" (1: plain cross-entropy),
+            or "oversampled" (1, for the rows of `oversample`).
 
-    Raises WeightError where a weight is not finite or negative, or all are zero.
+    Raises WeightError if a weight is negative or not finite, or if all are zero.
     """
     weights = np.asarray(probabilities @ np.asarray(coefficients, dtype=np.float64))
     if wrong := int((~(np.isfinite(weights) & (weights >= 0))).sum()):
@@ -57,7 +57,7 @@ def severity_weights(
 
 
 def ready_weights(rows: Dataset, column: str) -> np.ndarray:
-    """Weights (n,), finite and not negative, that a column holds; raises WeightError, or DataError for text."""
+    """Reads weights (n,) from a column; WeightError for one missing, negative or infinite, DataError for text."""
     if column not in rows.column_names:
         raise WeightError(f"The data has no column '{column}' of weights; name one with severity.weight_column=NAME.")
     numbers = rows["row"] if "row" in rows.column_names else range(1, len(rows) + 1)
@@ -71,31 +71,31 @@ def ready_weights(rows: Dataset, column: str) -> np.ndarray:
 def oversample(weights: np.ndarray, seed: int) -> np.ndarray:
     """Positions (n,), ascending, of n rows drawn in proportion to their weights (n,).
 
-    Systematic sampling (Madow 1949): a row comes floor(n·w/Σw) or one more times, so that equal weights draw each once.
+    Systematic sampling (Madow 1949): a row is drawn floor(n·w/Σw) times or once more; equal weights draw each row once.
     """
     order, places = np.random.default_rng(seed).permutation(len(weights)), np.arange(len(weights))
-    # Moved by half a step, so that rounding of the sum leaves no row out where all weights are equal.
+    # The offset of half a step keeps every row if all weights are equal, despite rounding of the sum.
     drawn = np.searchsorted(np.cumsum(weights[order]) / weights.sum() * len(weights), places + 0.5, side="right")
     return np.sort(order[np.minimum(drawn, len(weights) - 1)])
 
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """What a set of weights amounts to."""
+    """Statistics of a set of weights."""
 
     consultations: int
-    severities: dict[str, int]  # the most probable severity → consultations
+    severities: dict[str, int]  # most probable severity → consultations
     minimum: float
     maximum: float
     mean: float
     coefficient_of_variation: float  # standard deviation over the mean
     effective_sample_size: float  # Kish's (Σw)² / Σw²: equally weighted consultations with as much information
-    # (from, to, consultations), ends included: one bar for each weight where there are few, else of equal width.
+    # (from, to, consultations), with both ends: one bar per weight if there are few, else ten bars of equal width.
     histogram: list[tuple[float, float, int]]
 
     @classmethod
     def of(cls, weights: np.ndarray, strata: np.ndarray | None) -> WeightSummary:
-        """Args: weights (n,); strata (n,) positions in `SEVERITIES`, -1 or None where severity is not known."""
+        """Args: weights (n,); strata (n,), positions in `SEVERITIES`, with -1 or None for an unknown severity."""
         known = strata is not None and (strata >= 0).all()
         counts = np.bincount(np.asarray(strata), minlength=len(SEVERITIES)).tolist() if known else []
         lows, bars = np.unique(np.round(weights, 6), return_counts=True)
@@ -119,14 +119,14 @@ class WeightSummary:
 
 
 def histogram_lines(histogram: list[tuple[float, float, int]], width: int = 60) -> list[str]:
-    """Lines for (from, to, count) as `WeightSummary.histogram` holds them, also after a way through JSON."""
+    """Text lines for the (from, to, count) of `WeightSummary.histogram`, also after a round trip through JSON."""
     finest = min((round(high - low, 9) for low, high, _ in histogram if high > low), default=0.01)
     places = 2 if finest >= 0.01 else 3 if finest >= 0.001 else 4
     labels = [" to ".join(f"{end:.{places}f}" for end in sorted({low, high})) for low, high, _ in histogram]
     counts = [count for _, _, count in histogram]
     left, right = max(map(len, labels)), len(f"{max(counts):,}")
     room = max(1, width - left - right - 4)
-    # A bar that holds anything is never drawn as none.
+    # A bar with at least one row has at least one block.
     bars = ["█" * max(round(room * count / max(counts)), min(count, 1)) for count in counts]
     rows = zip(labels, bars, counts, strict=True)
     return [f"{label:>{left}}  {bar:<{room}}  {count:>{right},}" for label, bar, count in rows]
@@ -139,11 +139,11 @@ def effective_sample(summary: WeightSummary) -> str:
 
 
 def advice(summary: WeightSummary) -> str | None:
-    """What to do about weights that will not do what they are for; None when they are fit for it."""
+    """A warning with a remedy for weights with no effect, or with too much of it on few rows; None for good weights."""
     if summary.coefficient_of_variation < SMALL_SPREAD:
         spread = f"The weights, {summary.minimum:.4g} to {summary.maximum:.4g}, are too close together to matter"
         return f"{spread}: run sevpeft classifier fit, or set severity.temperature=0.5 or severity.weights=strong."
     if summary.effective_sample_size < SMALL_SAMPLE * summary.consultations:
-        few = f"The effective sample size is {effective_sample(summary)}: a few consultations decide what is learned"
-        return f"{few}. Use coefficients that lie closer together, or set severity.temperature=2."
+        few = f"The effective sample size is {effective_sample(summary)}: a few consultations dominate the training"
+        return f"{few}. Use coefficients that are closer together, or set severity.temperature=2."
     return None

@@ -1,6 +1,6 @@
-"""Reads a question as folded words, each with the number of its sentence and of its clause.
+"""Splits a question into folded words, each with the number of its sentence and of its clause.
 
-Letters repeated for stress come once; a negation wrapped around its verb ("معنديش") is a word of its own ("ما عندي").
+Letters repeated for emphasis are reduced to one. A negation around its verb ("معنديش") becomes a word ("ما عندي").
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from typing import NamedTuple
 from sevpeft.data.text import fold_for_matching
 
 LEXICONS = Path(__file__).parent / "lexicons"
-# Words whose reading is remembered: questions repeat their words.
+# Size of the caches for single words, because questions repeat their words.
 REMEMBERED = 1 << 16
 
-# Name → words of lexicons/words_ar.tsv, in the order of the file.
+# Name → words, from lexicons/words_ar.tsv in the order of the file.
 WORD_LISTS: dict[str, list[str]] = {}
 for _line in (LEXICONS / "words_ar.tsv").read_text(encoding="utf-8").splitlines():
     if not _line.startswith("#"):
         _name, _words = _line.split("\t")
         WORD_LISTS.setdefault(_name, []).extend(_words.split())
 
-# Letters that no Arabic or Latin text has and that folding leaves alone, to carry punctuation through it.
+# Placeholders for punctuation: letters that Arabic and Latin text does not have and that folding does not change.
 _STOP, _ASKING, _COMMA, POINT = "ʘ", "ʖ", "ʗ", "ʞ"
 _DECIMAL = re.compile(r"(?<=\d)[.,٫](?=\d)")
 _SENTENCE_END = re.compile(r"[.!?؟;؛…]+")
 _CLAUSE_END = re.compile(r"[،,:()\[\]\-–—]+")
-# "سررررعة" is "سرعة"; digits are left alone.
+# "سررررعة" is "سرعة"; digits do not change.
 _REPEATED = re.compile(r"([^\W\d])\1\1+")
-# معنديش is ما عندي, مبيرضعش is ما بيرضع: Egyptian and Maghrebi wrap the verb in its negation.
+# معنديش is ما عندي, مبيرضعش is ما بيرضع: in Egyptian and Maghrebi the negation surrounds the verb.
 _WRAPPED_NEGATION = re.compile(r"(و|ف)?ما?([^\d\W]{3,})ش")
 _JOINED = {word: tuple(parts.split("_")) for word, parts in (pair.split("=") for pair in WORD_LISTS["joined"])}
 
 
 class Text(NamedTuple):
-    """A question in words, and where its sentences and clauses end."""
+    """The words of a question, with the numbers of their sentences and clauses."""
 
-    words: list[str]  # folded, three and more equal letters as one
-    sentences: list[int]  # number of the sentence of each word: parted by . ! ? ؛ and line breaks
-    clauses: list[int]  # number of the clause of each word: parted by commas, colons, dashes and brackets too
+    words: list[str]  # folded, three or more equal letters as one
+    sentences: list[int]  # sentence number of each word; . ! ? ؛ and line breaks end a sentence
+    clauses: list[int]  # clause number of each word; commas, colons, dashes and brackets end a clause too
     asking: set[int]  # numbers of the sentences that end with a question mark
 
 
 def read(question: str) -> Text:
-    """Words of a question; its punctuation as numbers of sentences and clauses."""
+    """Splits a question into words and numbers its sentences and clauses."""
     text = Text([], [], [], set())
     sentence = clause = 0
-    # Word by word and remembered, because folding whole questions takes longer than all the rest of matching.
+    # Word by word with a cache, because folding whole questions takes longer than the rest of the matching.
     for part in chain.from_iterable(map(_folded, f" {_STOP} ".join(question.splitlines()).split())):
         if part == _ASKING:
             text.asking.add(sentence)
@@ -65,16 +65,16 @@ def read(question: str) -> Text:
 
 @lru_cache(REMEMBERED)
 def _folded(written: str) -> tuple[str, ...]:
-    """What stands between two blanks, as words and marks of punctuation."""
+    """The words and punctuation placeholders of a text without blanks."""
     marked = _SENTENCE_END.sub(
         lambda end: f" {_ASKING if set(end[0]) & set('?؟') else _STOP} ", _DECIMAL.sub(POINT, written)
     )
     folded = fold_for_matching(_CLAUSE_END.sub(f" {_COMMA} ", marked))
-    return tuple(part for word in folded.split() for part in parts_of(word))
+    return tuple(part for word in folded.split() for part in split_word(word))
 
 
-def parts_of(word: str) -> tuple[str, ...]:
-    """A folded word without repeated letters; its wrapped negation as a word of its own."""
+def split_word(word: str) -> tuple[str, ...]:
+    """A folded word without repeated letters; the negation around a verb is split off as a word."""
     word = _REPEATED.sub(r"\1", word)
     wrapped = _WRAPPED_NEGATION.fullmatch(word) if word.endswith("ش") and word not in WORD_LISTS["unwrapped"] else None
     return _JOINED.get(word) or ((f"{wrapped[1] or ''}ما", wrapped[2]) if wrapped else (word,))

@@ -18,7 +18,7 @@ from sevpeft.modeling import memory
 from sevpeft.modeling.loading import resolve_model
 from sevpeft.recipe import Recipe
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.source import EVIDENCE, judged, load_source
+from sevpeft.severity.source import EVIDENCE, classify_rows, load_source
 from sevpeft.severity.weights import WeightSummary
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.data import lengths_of, load_splits, prepare, source_index, summary_of, weigh
@@ -142,7 +142,7 @@ def training_rows(recipe: Recipe, most: int) -> list[dict[str, Any]]:
     if by.source in ("columns", "weight"):  # `sevpeft annotate` writes its reasons beside them
         judges = load_consultations(recipe.data, keep=[EVIDENCE]).rows
     else:
-        judges = judged(table.rows, load_source(by.source, by.classifier, text=by.text))
+        judges = classify_rows(table.rows, load_source(by.source, by.classifier, text=by.text))
     reasons = judges[EVIDENCE] if EVIDENCE in judges.column_names else []
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         encoded = prepare(recipe, base.prompt, Path(scratch)).unpacked

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from sevpeft.cli import application, main
-from sevpeft.recipe import load_recipe
+from sevpeft.recipe import DataSection, load_recipe
 from sevpeft.runs import Run
 from sevpeft.training.train import train
 
@@ -67,7 +67,8 @@ def test_help_lists_the_keys_of_a_settings_class() -> None:
 
     shown = CliRunner().invoke(app, ["--help"]).output.splitlines()
     assert "data.encoding=TEXT|null (default: null)" in shown and "data.max_rows=NUMBER|null (default: null)" in shown
-    assert shown[shown.index("data.max_rows=NUMBER|null (default: null)") + 1] == "  Reads no more than so many rows."
+    described = shown[shown.index("data.max_rows=NUMBER|null (default: null)") + 1]
+    assert described == f"  {DataSection.model_fields['max_rows'].description}"
     assert "quantization.load_in_4bit=true|false (default: false)" in shown
     assert "severity.normalize=none|mean (default: none)" in shown
     assert not [line for line in shown if line.startswith("data.path")]

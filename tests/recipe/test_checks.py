@@ -100,6 +100,7 @@ def test_a_wrong_value_is_answered_with_what_to_write() -> None:
         ("data: {validation_size: 0}", "data.validation_size", "0.1"),
         ("data: {test_size: -3}", "data.test_size", "500"),
         ("data: {path: ''}", "data.path", "leave it out"),
+        ("data: {mix: {sources: {a: b}, ratios: a-b}}", "data.mix.ratios", "60-40"),
         ("about: {parameters: big}", "about.parameters", "pattern"),
         ("about: {config: qwen2}", "about.config", "mapping"),
         ("quantization: {load_in_4bit: true, load_in_8bit: true}", "quantization.load_in_8bit", "load_in_4bit"),

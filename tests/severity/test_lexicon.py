@@ -24,7 +24,7 @@ from sevpeft.severity.lexicon import (
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.words import read
 
-PATTERNS, DIGEST = load_lexicon()
+PATTERNS, DIGEST = load_lexicon(PACKAGE_LEXICON)
 MATCHER = Matcher(PATTERNS)
 HEADER = "\t".join(COLUMNS)
 

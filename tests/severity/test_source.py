@@ -13,16 +13,21 @@ import pytest
 from sevpeft.data.read import load_consultations
 from sevpeft.errors import WeightError
 from sevpeft.severity import source
-from sevpeft.severity.probabilities import severity_probabilities, sharpened
+from sevpeft.severity.probabilities import Reads, severity_probabilities, sharpened
 from sevpeft.severity.rules import Rules
-from sevpeft.severity.source import EVIDENCE, judged, severity_of
+from sevpeft.severity.source import EVIDENCE, classify_rows, severity_of
 
 
 class Judge:
     """Knows one thing: how long a question is."""
 
+    reads: Reads = "question"
+
     def __init__(self, kind: str = "linear", version: str = "1") -> None:
         self.kind, self.version, self.asked = kind, version, 0
+
+    def explained(self, questions: Sequence[str]) -> tuple[np.ndarray, None]:
+        return self.probabilities(questions), None
 
     def probabilities(self, questions: Sequence[str]) -> np.ndarray:
         self.asked += len(questions)
@@ -63,7 +68,7 @@ def test_another_version_and_other_rows_are_asked_again(rows: Any) -> None:
     fewer = load_consultations("builtin:consultations", max_rows=50).rows
     for table, version in ((rows, "1"), (rows, "2"), (fewer, "2")):
         judge = Judge(version=version)
-        assert len(judged(table, judge)) == judge.asked == len(table)
+        assert len(classify_rows(table, judge)) == judge.asked == len(table)
 
 
 def test_a_killed_run_goes_on_with_the_next_part(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,9 +81,9 @@ def test_a_killed_run_goes_on_with_the_next_part(rows: Any, monkeypatch: pytest.
             return super().probabilities(questions)
 
     with pytest.raises(KeyboardInterrupt):
-        judged(rows, Killed())
+        classify_rows(rows, Killed())
     rest = Judge()
-    found = judged(rows, rest)
+    found = classify_rows(rows, rest)
     assert rest.asked == len(rows) - 210
     np.testing.assert_array_equal(severity_probabilities(found), Judge().probabilities(rows["question"]))
 
@@ -88,11 +93,11 @@ def test_the_processes_of_a_launch_share_the_parts(rows: Any, monkeypatch: pytes
     asked = []
     for rank in (2, 0, 1):
         judge = Judge()
-        judged(rows, judge, rank=rank, processes=3)
+        classify_rows(rows, judge, rank=rank, processes=3)
         asked.append(judge.asked)
     assert asked == [84, 168, 168]
     main = Judge()
-    assert len(judged(rows, main)) == len(rows) and main.asked == 0
+    assert len(classify_rows(rows, main)) == len(rows) and main.asked == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
@@ -100,7 +105,7 @@ def test_rules_on_several_cores_give_what_one_gives(rows: Any, cache: Path, monk
     rules = Rules.load()
     monkeypatch.setattr(source, "_ROWS_OF_PROCESS", 100)
     monkeypatch.setattr(source.os, "sched_getaffinity", lambda process: {0, 1})
-    found = judged(rows, rules)
+    found = classify_rows(rows, rules)
     assert len(found.cache_files) == 2
     expected, evidence = rules.explained(rows["question"])
     np.testing.assert_allclose(severity_probabilities(found), expected, rtol=1e-15)

@@ -211,6 +211,7 @@ def test_a_weight_is_never_one_in_silence(tmp_path: Path) -> None:
     weighted(path, fine, "importance")
     with pytest.raises(WeightError, match=r"severity\.weight_column"):
         load_splits(recipe)
-    for section in ({"weight_column": "w"}, {"source": "weight", "classifier": "x"}):
+    ready = {"source": "weight"}
+    for section in ({"weight_column": "w"}, {**ready, "classifier": "x"}, {**ready, "weights": "strong"}):
         with pytest.raises(RecipeError, match=r"severity\."):
             recipe_from_values({"severity": section})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sevpeft.data.text import fold_for_matching
-from sevpeft.severity.words import parts_of, read
+from sevpeft.severity.words import read, split_word
 
 FOLDED_AS_A_WHOLE = [
     "أُصِبْتُ بِحُمّى، وقيء!",
@@ -41,4 +41,4 @@ def test_clauses_and_sentences_are_kept() -> None:
 
 
 def test_words_that_only_look_wrapped_stay_whole() -> None:
-    assert [word for word in ("مشمش", "مرتعش", "مشوش", "عطش", "معاش") if parts_of(word) != (word,)] == []
+    assert [word for word in ("مشمش", "مرتعش", "مشوش", "عطش", "معاش") if split_word(word) != (word,)] == []

@@ -1,1 +1,1 @@
-"""Severity classifiers: fitted on labeled questions, calibrated, evaluated beside baselines, and stored."""
+"""Severity classifiers: fit on labeled questions, calibration, evaluation against baselines, and storage."""

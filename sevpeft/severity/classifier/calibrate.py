@@ -1,10 +1,10 @@
-"""Calibration: the probabilities of a classifier are fitted to labels of rows that the classifier was not fitted on.
+"""Calibrates the probabilities of a classifier on labels of rows that it was not fitted on.
 
 Calibrated probabilities are p ∝ Π_s p_s^(w_s) · exp(b) over the sources s of a classifier, with b_0 = 0. With one
 source this is temperature scaling (Guo et al. 2017; w = 1/T) with a bias for each severity (Alexandari et al. 2020),
-which repairs shares that are off as a whole: on 1,063 labeled questions it takes the ECE of p_critical by rules from
-.11 to .015. Two sources, rules and linear, form a logarithmic opinion pool, whose weights are fitted on out-of-fold
-probabilities of the linear part (stacking, Wolpert 1992), or the rules would get nothing.
+which corrects the overall shares: on 1,063 labeled questions it reduces the ECE of p_critical by rules from .11 to
+.015. Two sources, rules and linear, form a logarithmic opinion pool. Its weights are fitted on out-of-fold
+probabilities of the linear part (stacking, Wolpert 1992); otherwise the rules would get no weight.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from sevpeft.severity.probabilities import Passage, Reads, is_answer, passages_o
 from sevpeft.severity.rules import Rules
 from sevpeft.severity.settings import ClassifierSettings
 
-# From training rows to what gives the probabilities before calibration: one classifier, or rules and a linear one.
+# Fits the sources before calibration on training rows: one classifier, or rules and a linear one.
 Fit = Callable[[Examples], Sequence[Any]]
-# Below this a probability has no logarithm worth scaling: no classifier here knows better than one in a billion.
+# Smallest probability before the logarithm; no classifier here is more certain than one in a billion.
 _SMALLEST = 1e-9
 
 
@@ -46,11 +46,11 @@ class Calibration:
 
 
 def fit_calibration(sources: Sequence[np.ndarray], labels: np.ndarray) -> Calibration:
-    """The calibration of greatest likelihood, from (n, 3) of each source for rows that it was not fitted on."""
+    """Maximum-likelihood calibration from probabilities (n, 3) of each source for rows that it was not fitted on."""
     from scipy.optimize import minimize
 
-    # The bias of a severity without a row would be as low as it can be.
-    check_severities(labels, "The part that calibrates", "bring more rows of every severity")
+    # The bias of a severity without a row would be the lower bound.
+    check_severities(labels, "The calibration data", "add rows of every severity")
     count, each = len(sources), np.arange(len(labels))
 
     def calibration(parameters: np.ndarray) -> Calibration:
@@ -59,51 +59,46 @@ def fit_calibration(sources: Sequence[np.ndarray], labels: np.ndarray) -> Calibr
     def loss(parameters: np.ndarray) -> float:
         return float(-np.log(calibration(parameters).apply(*sources)[each, labels]).mean())
 
-    # Of two sources one may be useless, and then gets no weight.
+    # One of two sources may get no weight.
     weight, bias = (0.05 if count == 1 else 0.0, 20.0), (-10.0, 10.0)
     return calibration(minimize(loss, [1 / count] * count + [0.0, 0.0], bounds=[weight] * count + [bias] * 2).x)
 
 
 class Calibrated:
-    """Sources and their calibration, as one classifier of questions, answers or both.
-
-    One that reads answers has a `twin`, which reads questions: whatever is asked without an answer is for the twin.
-    """
+    """Sources and their calibration as one classifier; its `twin`, if any, is for rows without an answer."""
 
     def __init__(
         self, sources: Sequence[Any], calibration: Calibration, reads: Reads = "question", twin: Any = None
     ) -> None:
         self.sources, self.calibration, self.reads, self.twin = tuple(sources), calibration, reads, twin
         self.kind = "+".join(source.kind for source in sources)
-        decides = ["-".join(source.version for source in sources), asdict(calibration)]
-        decides += [] if reads == "question" else [reads]
-        self.version = f"{self.kind}-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]}"
+        content = ["-".join(source.version for source in sources), asdict(calibration)]
+        content += [] if reads == "question" else [reads]
+        self.version = f"{self.kind}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
         self.version += f"-{twin.version[-12:]}" if twin else ""
 
     def explained(
         self, questions: Sequence[str], answers: Sequence[str | None] | None = None
     ) -> tuple[np.ndarray, list[str] | None]:
-        """Probabilities (n, 3), and the reasons of the rules for each row; None without rules.
-
-        The one place that decides whether the twin reads a row. Without a twin a missing answer is a WeightError.
-        """
+        """Probabilities (n, 3) and reasons (n,) of the rules, or None; the twin classifies rows without an answer."""
         answered = [is_answer(answer) for answer in answers or [None] * len(questions)]
         if self.reads == "question" or self.twin is None or all(answered):
             return self._explained(passages_of(self.reads, questions, answers))
-        found, reasons = self.twin.explained(questions)
+        probabilities, reasons = self.twin.explained(questions)
         rows = np.flatnonzero(answered).tolist()
-        whole = ([questions[i] for i in rows], [answers[i] for i in rows] if answers else None)
-        found[rows], reasons_of_rows = self._explained(passages_of(self.reads, *whole))
-        for row, reason in zip(rows, reasons_of_rows or (), strict=False):
+        complete = ([questions[i] for i in rows], [answers[i] for i in rows] if answers else None)
+        probabilities[rows], own_reasons = self._explained(passages_of(self.reads, *complete))
+        for row, reason in zip(rows, own_reasons or (), strict=False):
             reasons[row] = reason
-        return found, reasons
+        return probabilities, reasons
 
     def _explained(self, passages: Sequence[Passage]) -> tuple[np.ndarray, list[str] | None]:
-        found, reasons = [source.probabilities(passages) for source in self.sources if source.kind != "rules"], None
-        if self.sources[0].kind == "rules":
-            probabilities, reasons = self.sources[0].explained(passages)
-            found = [probabilities, *found]
-        return self.calibration.apply(*found), reasons
+        reasons, (first, *others) = None, self.sources
+        if first.kind == "rules":
+            probabilities, reasons = first.explained(passages)
+        else:
+            probabilities = first.probabilities(passages)
+        return self.calibration.apply(probabilities, *(other.probabilities(passages) for other in others)), reasons
 
     def probabilities(self, questions: Sequence[str], answers: Sequence[str | None] | None = None) -> np.ndarray:
         """(n, 3), each row summing to one, in the order of `SEVERITIES`."""
@@ -115,13 +110,13 @@ def fit_of(
     progress: Callable[[str], None] = lambda message: None,
     unlabeled: Examples | None = None,
 ) -> Fit:
-    """The function that fits the sources of a kind, by `fit_student` with unlabeled rows; a lexicon is read once."""
+    """The function that fits the sources of a kind; with unlabeled rows it uses `fit_student`."""
     if settings.kind == "transformer":
         from sevpeft.severity.classifier.transformer import fit_transformer
 
         return lambda examples: [fit_transformer(examples, settings.encoder, seed=settings.seed, progress=progress)]
     rules = [] if settings.kind == "linear" else [Rules.load(settings.lexicon)]
-    students: dict[bytes, LinearClassifier] = {}  # of questions, kept for the classifier of both on the same rows
+    students: dict[bytes, LinearClassifier] = {}  # question classifiers, reused for the classifier of both
 
     def fit(examples: Examples) -> LinearClassifier:
         if unlabeled is None:
@@ -136,11 +131,11 @@ def fit_of(
 
 
 def fit_calibrated(train: Examples, fit: Fit, settings: ClassifierSettings) -> Calibrated:
-    """A classifier, calibrated by probabilities of rows from fits that saw neither them nor their groups.
+    """Fits a classifier and calibrates it on out-of-fold probabilities; folds keep groups together.
 
-    Every row is in one of five such folds, and the classifier itself is fitted on all rows (scikit-learn's
-    CalibratedClassifierCV(ensemble=False)). For a transformer that costs too much: there a fifth of the groups
-    calibrates and is not trained on. Rows of blocks that lack a severity do not calibrate: their shares are others.
+    Every row is in one of five folds, and the final classifier is fitted on all rows, as in scikit-learn's
+    CalibratedClassifierCV(ensemble=False). For a transformer this costs too much, so a fifth of the groups is only
+    for calibration. Blocks that lack a severity are not for calibration, because their shares differ.
     """
     once = settings.kind == "transformer"
     folds = grouped_folds(train, seed=settings.seed)[: 1 if once else None]

@@ -1,6 +1,6 @@
-"""Labeled consultations, splits of them that put no question on both sides, and unlabeled ones that repeat none.
+"""Reads labeled and unlabeled consultations and makes folds in which no question is on both sides.
 
-Rows that ask the same (near-duplicates too, where `prepare` found them) form one group, and splits are made of groups.
+Rows with the same question (also near-duplicates, if `prepare` found them) are a group, and folds keep groups together.
 """
 
 from __future__ import annotations
@@ -28,36 +28,39 @@ from sevpeft.severity.probabilities import (
 )
 from sevpeft.severity.settings import ClassifierSettings
 
+# Characters of the name of a block. A longer value is text, maybe of a patient.
+LONGEST_BLOCK = 80
+
 
 @dataclass(frozen=True)
 class Examples:
-    """Labeled consultations; all of length n, the arrays of int64 but for `blocks`."""
+    """Labeled consultations; every field has length n, and arrays are int64 except `blocks`."""
 
     questions: list[str]
     labels: np.ndarray  # positions in `SEVERITIES`
-    groups: np.ndarray  # equal where two rows ask the same
+    groups: np.ndarray  # equal for rows with the same question
     rows: np.ndarray  # number of the row in the user's file
-    blocks: np.ndarray | None = None  # names of the parts of the data (source, time, annotator), where they are known
+    blocks: np.ndarray | None = None  # names of the parts of the data (source, time, annotator), if known
     answers: list[str] | None = None
-    reads: Reads = "question"  # what a classifier is to read of them
+    reads: Reads = "question"  # the text that a classifier reads
 
     def __len__(self) -> int:
         return len(self.questions)
 
     @property
     def passages(self) -> list[Passage]:
-        """(n,) what a classifier reads of each row."""
+        """(n,) the text that a classifier reads."""
         return passages_of(self.reads, self.questions, self.answers)
 
     @property
     def complete(self) -> np.ndarray:
-        """(n,) bool: rows of blocks that have every severity; all rows where blocks are not known or all lack one.
+        """(n,) bool: rows of blocks with every severity; all rows if blocks are unknown or none has every severity.
 
-        A block that lacks a severity was labeled under other conditions; its shares say nothing about other rows.
+        A block that lacks a severity was labeled under other conditions, so its shares do not apply to other rows.
         """
-        if self.blocks is None:
-            return np.ones(len(self), dtype=bool)
         complete = np.ones(len(self), dtype=bool)
+        if self.blocks is None:
+            return complete
         for label in range(len(SEVERITIES)):
             complete &= np.isin(self.blocks, self.blocks[self.labels == label])
         return complete if complete.any() else ~complete
@@ -72,7 +75,7 @@ class Examples:
 
 
 class Fold(NamedTuple):
-    """Positions of the rows to train on and of the rows to evaluate on."""
+    """Positions of the training rows and the test rows."""
 
     name: str
     train: np.ndarray
@@ -80,7 +83,7 @@ class Fold(NamedTuple):
 
 
 def load_examples(settings: ClassifierSettings) -> tuple[Consultations, Examples]:
-    """The consultations that the settings name, and the same as labeled examples; WeightError as `check_answers`."""
+    """Reads the consultations of the settings, also as labeled examples; WeightError as `check_answers`."""
     consultations = load_consultations(settings.data, keep="all")
     check_questions(consultations.rows, consultations.source)
     if getattr(settings, "classifier", None) is None:
@@ -89,15 +92,15 @@ def load_examples(settings: ClassifierSettings) -> tuple[Consultations, Examples
 
 
 def check_questions(rows: Dataset, source: str) -> None:
-    """Raises DataError where most questions hold their answers: what reads questions alone would read these too."""
+    """Raises DataError if most questions contain their answers, which a question-only classifier must not read."""
     if sum(a.strip() in q for q, a in zip(rows["question"], rows["answer"], strict=True)) > len(rows) / 2:
-        raise DataError(f"Most questions of {source} hold their answers; set data.question_column to another column.")
+        raise DataError(f"Most questions of {source} contain their answers; name another data.question_column.")
 
 
 def load_unlabeled(settings: ClassifierSettings, labeled: Examples) -> tuple[list[Consultations], Examples | None]:
-    """Consultations with an answer, in random order, each question once and none that is labeled, or nearly.
+    """Reads consultations with an answer, in random order, without labeled questions, duplicates or near-duplicates.
 
-    So none repeats a question of a test fold. Nothing where the settings name none; DataError where no row is left.
+    So none repeats a question of a test fold. None without `settings.unlabeled`; DataError if no row is left.
     """
     if settings.unlabeled is None:
         return [], None
@@ -112,72 +115,77 @@ def load_unlabeled(settings: ClassifierSettings, labeled: Examples) -> tuple[lis
     answers = list(rows["answer"])
     kept = np.array([i for i in first[first >= 0].tolist() if is_answer(answers[i])], dtype=np.int64)
     if not len(kept):
-        raise DataError(f"{path} has no answered question that is not labeled already; name other rows for unlabeled=.")
+        raise DataError(f"{path} has no answered question that is not labeled already; set unlabeled= to other rows.")
     each = np.arange(len(rows))
     read = Examples(list(rows["question"]), each, each, each, answers=answers, reads=labeled.reads)
     return [consultations], read.take(np.random.default_rng(seed).permutation(kept))
 
 
 def labeled_examples(consultations: Consultations, block_column: str | None = None) -> Examples:
-    """Every row with its severity, of consultations read with `keep="all"`; block_column as the input calls it.
+    """Labeled examples of consultations read with `keep="all"`; `block_column` is a column name of the input.
 
-    Raises DataError for a column that is absent, written by a classifier or lacks a severity, and WeightError, with its
-    number, for a row without a known severity.
+    Raises DataError for a column that is absent, from a classifier, or without one of the severities. Raises
+    WeightError, with its number, for a row without a known severity.
     """
     rows, source = consultations.rows, consultations.source
     if "severity" not in rows.column_names:
         raise DataError(f"{source} has no severity column; name it with data.severity_column=NAME.")
     if "severity_method" in rows.column_names and consultations.columns["severity"] == "severity":
         # Agreement with a classifier is not accuracy.
-        given = f"A classifier gave {source} its severities (column severity_method)"
-        raise DataError(f"{given}; name a column that people filled with data.severity_column=NAME.")
+        reason = f"The severities of {source} are from a classifier (column severity_method)"
+        raise DataError(f"{reason}; name a column with labels by people with data.severity_column=NAME.")
     labels = severity_probabilities(rows.select_columns(["severity", "row"])).argmax(axis=1).astype(np.int64)
-    check_severities(labels, source, "bring rows of every severity")
-    # In a file that was not prepared, a column `group` may be an age group.
+    check_severities(labels, source, "add rows of every severity")
+    # Without `prepare`, a column `group` may be an age group.
     grouped = consultations.provenance and "group" in rows.column_names
     keys = np.array(rows["group"]) if grouped else question_keys(rows)
     groups = np.unique(keys, return_inverse=True)[1].astype(np.int64)
     answers = list(rows["answer"])
-    found = Examples(list(rows["question"]), labels, groups, np.array(rows["row"], dtype=np.int64), answers=answers)
+    examples = Examples(list(rows["question"]), labels, groups, np.array(rows["row"], dtype=np.int64), answers=answers)
     if block_column is None:
-        return found
-    # By its name in the input, whether it was recognized or carried.
-    by_input = {name: own for own, name in (consultations.carried | consultations.columns).items()}
-    own = by_input.get(block_column, block_column)
-    if own not in rows.column_names:
-        raise DataError(f"{source} has no column '{block_column}' for block_column; it has {listed(sorted(by_input))}.")
-    return replace(found, blocks=np.array(["" if value is None else str(value) for value in rows[own]]))
+        return examples
+    # Name in the input → name in the table.
+    table_names = {name: own for own, name in (consultations.carried | consultations.columns).items()}
+    column = table_names.get(block_column, block_column)
+    if column not in rows.column_names:
+        present = listed(sorted(table_names))
+        raise DataError(f"{source} has no column '{block_column}' for block_column; it has {present}.")
+    names = ["" if value is None else str(value) for value in rows[column]]
+    if column in ("question", "answer") or max(map(len, names)) > LONGEST_BLOCK:
+        reason = f"Column '{block_column}' of {source} has text, not names of blocks, which the report would show"
+        raise DataError(f"{reason}; name another block_column.")
+    return replace(examples, blocks=np.array(names))
 
 
 def fingerprints(consultations: Consultations) -> set[str]:
-    """Fingerprints of the data and of whatever they were prepared from."""
+    """Fingerprints of the data and of the data that it was prepared from."""
     origin = json.dumps([consultations.provenance, consultations.files])
     return {consultations.fingerprint, *re.findall(r'fingerprint": "([^"]+)"', origin)}
 
 
 def check_severities(labels: np.ndarray, what: str, remedy: str) -> None:
-    """Raises DataError where a severity has no row."""
+    """Raises DataError if a severity has no row."""
     if missing := [name for i, name in enumerate(SEVERITIES) if not (labels == i).any()]:
         raise DataError(f"{what} has no {' and no '.join(missing)} row; {remedy}.")
 
 
 def grouped_folds(examples: Examples, folds: int = 5, *, seed: int = 0) -> list[Fold]:
-    """Folds of whole groups, the severities in proportion; DataError where a severity has too few groups."""
+    """Stratified folds that keep groups together; DataError if a severity has too few groups."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     for position, name in enumerate(SEVERITIES):
         groups = len(np.unique(examples.groups[examples.labels == position]))
         if groups < folds:
-            raise DataError(f"{name} has {groups} distinct questions, too few for {folds} parts; bring more of them.")
+            raise DataError(f"{name} has {groups} distinct questions, too few for {folds} folds; add more of them.")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     parts = list(splitter.split(np.zeros(len(examples)), examples.labels, examples.groups))
-    for train, _ in parts:  # large groups can leave a severity to one part alone
-        check_severities(examples.labels[train], "A part to train on", "bring more questions of every severity")
+    for train, _ in parts:  # with large groups, one fold may have all rows of a severity
+        check_severities(examples.labels[train], "A training fold", "add more questions of every severity")
     return [Fold(f"fold {number}", train, test) for number, (train, test) in enumerate(parts, start=1)]
 
 
 def block_folds(examples: Examples) -> list[Fold]:
-    """One fold for each block that has every severity; rows elsewhere that ask what its rows ask are not trained on."""
+    """One fold per block with every severity; rows outside it with a question of the block are not for training."""
     assert examples.blocks is not None
     folds, other = [], "name another block_column"
     for name in np.unique(examples.blocks[examples.complete]).tolist():

@@ -1,9 +1,9 @@
-"""A severity classifier on parts of words and stems: logistic regression over TF-IDF, fitted in seconds on one core.
+"""The linear severity classifier: logistic regression on TF-IDF of character n-grams and stems, fitted in seconds.
 
-Question and answer have a TF-IDF of their own each. Words are cut to light stems (after Larkey et al. 2002, "Improving
-Stemming for Arabic Information Retrieval"). Of rows in blocks that were labeled under different conditions, each block
-gets its own intercept in the fit, and blocks that lack a severity count little: on 2,150 rows in six blocks this takes
-the held-out AUC of critical from .67 to .71.
+Question and answer have separate TF-IDF features. Words get light stems (after Larkey et al. 2002, "Improving Stemming
+for Arabic Information Retrieval"). Blocks of rows may be labeled under different conditions, so each block has its own
+intercept in the fit, and blocks that lack a severity have a low weight. On 2,150 rows in six blocks this raises the
+held-out AUC of critical from .67 to .71.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_matrix, hstack
+from scipy.special import softmax
 
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError
@@ -24,13 +27,13 @@ from sevpeft.severity.classifier.examples import Examples, grouped_folds
 from sevpeft.severity.probabilities import SEVERITIES, Passage, parts_of
 
 ARRAYS, VOCABULARY = "linear.safetensors", "vocabulary.json"
-# Counts up when `features` change: the same arrays would then mean something else.
+# Increase when `features` change, because stored weights would then have another meaning.
 FEATURES = 4
-# Of the indicator columns of blocks: the larger, the less their intercepts are penalized.
+# Value of the indicator columns of blocks: a larger value means less penalty on the blocks' intercepts.
 BLOCK_SCALE = 3.0
-# Of rows in blocks that lack a severity: what their annotators called critical, others may not.
+# Weight of rows in blocks that lack a severity: their annotators may use another definition of critical.
 INCOMPLETE_WEIGHT = 0.1
-# Before each n-gram of an answer in the vocabulary of a classifier of both; no n-gram has a colon.
+# Prefix of the n-grams of answers in the vocabulary of a classifier of both; no n-gram has a colon.
 ANSWER = "answer:"
 
 _PROCLITIC = re.compile("^(?:وال|فال|بال|كال|لل|ال|و(?=...)|[فبل](?=....))")
@@ -44,38 +47,32 @@ class LinearClassifier:
 
     def __init__(self, vocabulary: Sequence[str], idf: np.ndarray, coef: np.ndarray, intercept: np.ndarray) -> None:
         self.vocabulary = list(vocabulary)
-        # In C order: safetensors writes the memory of an array as it lies, and scikit-learn leaves `coef_` transposed.
+        # In C order, because safetensors writes the raw memory of an array, and scikit-learn's `coef_` is transposed.
         self.idf, self.coef, self.intercept = (np.ascontiguousarray(a, dtype="<f8") for a in (idf, coef, intercept))
-        self.blocks, end = [], sum(not one.startswith(ANSWER) for one in self.vocabulary)
+        self.blocks, end = [], sum(not word.startswith(ANSWER) for word in self.vocabulary)
         for part in (slice(end), slice(end, None)):
-            if words := [one.removeprefix(ANSWER) for one in self.vocabulary[part]]:
+            if words := [word.removeprefix(ANSWER) for word in self.vocabulary[part]]:
                 self.blocks.append(_tfidf(vocabulary=words))
                 self.blocks[-1].idf_ = self.idf[part]
         arrays = b"".join(array.tobytes() for array in (self.idf, self.coef, self.intercept))
         self.version = hashlib.sha256(json.dumps([FEATURES, self.vocabulary]).encode() + arrays).hexdigest()[:12]
 
     def logits(self, passages: Sequence[Passage]) -> np.ndarray:
-        """(n, 3), whose softmax are the probabilities."""
+        """(n, 3), the values before the softmax."""
         return np.asarray(_columns(self.blocks, passages) @ self.coef.T + self.intercept)
 
     def probabilities(self, passages: Sequence[Passage]) -> np.ndarray:
-        """(n, 3), each row summing to one; a text without a known n-gram gets what the intercept says."""
-        from scipy.special import softmax
-
+        """(n, 3), each row summing to one; a text without a known n-gram gets the softmax of the intercept."""
         return np.asarray(softmax(self.logits(passages), axis=1)) if len(passages) else np.empty((0, len(SEVERITIES)))
 
     def save(self, folder: Path) -> None:
         """Writes its two files into a folder."""
-        from safetensors.numpy import save_file
-
         save_file({"idf": self.idf, "coef": self.coef, "intercept": self.intercept}, folder / ARRAYS)
         (folder / VOCABULARY).write_text(json.dumps(self.vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> LinearClassifier:
-        """What `save` wrote; whoever calls it compares the version, which covers every bit."""
-        from safetensors.numpy import load_file
-
+        """Reads the files of `save`; the caller compares the version, which covers every bit."""
         vocabulary = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
         return cls(vocabulary, **load_file(folder / ARRAYS))
 
@@ -83,14 +80,13 @@ class LinearClassifier:
 def fit_linear(
     examples: Examples, student: LinearClassifier | None = None, unlabeled: Examples | None = None
 ) -> LinearClassifier:
-    """Fits to examples that have every severity; the intercept is the mean one of blocks that have them all.
+    """Fits to examples with every severity; the intercept is the mean of those of blocks with every severity.
 
-    To a classifier of both, the logits of a `student` of `unlabeled` rows are added, with as much spread on these rows.
+    For a classifier of both, the logits of the `student` are added, scaled to the same spread on the `unlabeled` rows.
     """
-    from scipy.sparse import csr_matrix, hstack
     from sklearn.linear_model import LogisticRegression
 
-    # What one question alone says, a name above all, is never stored, however often the question stands there.
+    # One row per question, so that a word of a single question (such as a name) is never stored.
     distinct = np.sort(np.unique(examples.groups, return_index=True)[1])
     passages = examples.passages
     tfidf, vocabulary, idf = _fitted([passages[i] for i in distinct], student.blocks if student else ())
@@ -111,7 +107,7 @@ def fit_linear(
 
 
 def teacher_scores(examples: Examples, unlabeled: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (n, 3) by a classifier that reads answers: of the labeled rows, out of fold, and of the others."""
+    """Logits (n, 3) of a classifier that reads answers: out of fold for labeled rows, and for unlabeled rows."""
     own = np.empty((len(examples), len(SEVERITIES)))
     for fold in grouped_folds(examples):
         own[fold.test] = fit_linear(examples.take(fold.train)).logits(examples.take(fold.test).passages)
@@ -119,9 +115,9 @@ def teacher_scores(examples: Examples, unlabeled: Examples) -> tuple[np.ndarray,
 
 
 def fit_student(examples: Examples, unlabeled: Examples, scores: tuple[np.ndarray, np.ndarray]) -> LinearClassifier:
-    """Learns what `teacher_scores` say of questions, and the labels: ridge regression on the sum of both.
+    """Fits a question-only classifier to the sum of `teacher_scores` and labels, by ridge regression.
 
-    So answers are read in training alone, by distillation (Lopez-Paz et al. 2016); calibration mends the scale.
+    This is distillation (Lopez-Paz et al. 2016): answers are used in training only. Calibration corrects the scale.
     """
     from sklearn.linear_model import Ridge
 
@@ -130,7 +126,7 @@ def fit_student(examples: Examples, unlabeled: Examples, scores: tuple[np.ndarra
     targets = np.concatenate(scores)
     targets -= targets.mean(axis=1, keepdims=True)
     targets /= targets.std()
-    # A block that lacks a severity has labels of another meaning; the teacher has learned from it what it could.
+    # Labels of a block that lacks a severity are not used: their meaning differs, and the teacher has used them.
     labels = np.eye(len(SEVERITIES))[examples.labels] - 1 / len(SEVERITIES)
     targets[: len(examples)] += labels * examples.complete[:, None]
     fitted = Ridge(alpha=1.0, solver="sparse_cg")
@@ -139,21 +135,19 @@ def fit_student(examples: Examples, unlabeled: Examples, scores: tuple[np.ndarra
 
 
 def _fitted(passages: Sequence[Passage], known: Sequence[Any] = ()) -> tuple[list[Any], list[str], np.ndarray]:
-    """A TF-IDF for each part of the passages after the `known` ones; the vocabularies and idf of all in one."""
+    """TF-IDF of each part of the passages after the `known` ones, and the joint vocabulary and idf of all parts."""
     parts = parts_of(passages)[len(known) :]
     try:
         blocks = [*known, *(_tfidf(min_df=2, max_features=200_000).fit(part) for part in parts)]
     except ValueError:  # an empty vocabulary
-        raise DataError("No word or part of one stands in two of the training rows; bring more of them.") from None
+        raise DataError("No word or part of a word is in two training rows; add more rows.") from None
     marks = zip(("", ANSWER), blocks, strict=False)
     vocabulary = [f"{mark}{word}" for mark, block in marks for word in block.get_feature_names_out()]
     return blocks, vocabulary, np.concatenate([block.idf_ for block in blocks])
 
 
 def _columns(blocks: Sequence[Any], passages: Sequence[Passage]) -> Any:
-    """(n, features) sparse; ValueError for other parts than the blocks were fitted on."""
-    from scipy.sparse import hstack
-
+    """Sparse features (n, features); ValueError if the passages have other parts than the blocks."""
     return hstack([block.transform(part) for block, part in zip(blocks, parts_of(passages), strict=True)]).tocsr()
 
 
@@ -164,11 +158,11 @@ def _tfidf(**settings: Any) -> Any:
 
 
 def features(question: str) -> list[str]:
-    """Two to five letters of each word of a question, edges marked by blanks, and its stem after `=`."""
+    """N-grams of two to five letters of each word, with a blank at both edges, and its stem after `=`."""
     return [feature for word in fold_for_matching(question).split() for feature in _features(word)]
 
 
-# Few words make up most of a language; cutting them anew each time takes half of the time of a prediction.
+# A few words make up most of a text; without the cache they take half the time of a prediction.
 @lru_cache(maxsize=1 << 15)
 def _features(word: str) -> list[str]:
     edged = f" {word} "
@@ -177,7 +171,7 @@ def _features(word: str) -> list[str]:
 
 
 def stem(word: str) -> str:
-    """A word without one proclitic and one suffix, where three letters remain."""
+    """A word without one proclitic and one suffix, if at least three letters remain."""
     for affix in (_PROCLITIC, _SUFFIX):
         cut = affix.sub("", word)
         word = cut if len(cut) >= 3 else word

@@ -1,9 +1,9 @@
-"""A classifier's folder, written whole or not at all, and the report of its evaluation.
+"""Writes and loads a classifier's folder and the report of its evaluation.
 
-FOLDER/ holds classifier.json (kind, version, labels by name, calibration, training), the files of its kind
-(linear.safetensors and vocabulary.json, lexicon.tsv, transformer/), metrics.json and the card README.md, in which no
-row, path or name of a person stands. The version is a hash over what gives the probabilities: it tells of damage too.
-What lies there reads questions, also for older versions; both/ or answer/ holds what reads answers, if it is a twin.
+FOLDER/ has classifier.json (kind, version, labels by name, calibration, training), the files of its kind
+(linear.safetensors and vocabulary.json, lexicon.tsv, transformer/), metrics.json and the card README.md. The card has
+no row, path or name of a person. The version is a hash of all that decides the probabilities, so it detects damage too.
+FOLDER/ itself has the question-only classifier. If that is a twin, both/ or answer/ has the one that reads answers.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from sevpeft.severity.rules import LEXICON, Rules
 from sevpeft.severity.settings import ClassifierSettings
 
 ABOUT = "classifier.json"
-# Counts up when a folder's layout changes so that older versions of sevpeft cannot read it.
+# Increase when older versions of sevpeft cannot read a changed layout of the folder.
 FORMAT = 2
 
 
 def write_classifier(classifier: Calibrated, folder: Path, training: dict[str, Any]) -> dict[str, Any]:
-    """Writes a classifier into a folder that `whole_folder` builds; returns its description with `training_record`."""
+    """Writes a classifier into an existing folder; returns the content of classifier.json, `training` included."""
     whole = {}
     if classifier.twin:
         (folder / classifier.reads).mkdir()
         alone = Calibrated(classifier.sources, classifier.calibration, classifier.reads)
         written = write_classifier(alone, folder / classifier.reads, {})
-        whole, classifier = {"whole": {name: written[name] for name in ("reads", "version")}}, classifier.twin
+        whole = {"whole": {name: written[name] for name in ("reads", "version")}}
+        classifier = classifier.twin
     for source in classifier.sources:
         source.save(folder)
     about = {
@@ -59,16 +60,16 @@ def write_classifier(classifier: Calibrated, folder: Path, training: dict[str, A
 
 
 def load_classifier(folder: Path) -> Calibrated:
-    """The classifier in a folder, with its twin; DataError where there is none, or a damaged or another version's."""
+    """Loads a classifier with its twin; DataError if it is missing, damaged or from an incompatible version."""
     about = read_about(folder)
     if about.get("reads", "question") != "question":
-        raise DataError(f"{folder} is the part of a classifier that reads answers; name the folder that it lies in.")
+        raise DataError(f"{folder} is the part of a classifier that reads answers; name the folder that contains it.")
     twin = _load(folder, about)
-    if not (said := about.get("whole")):
+    if not (entry := about.get("whole")):
         return twin
-    whole = _load(folder / said["reads"], read_about(folder / said["reads"]))
-    if whole.version != said["version"]:  # which covers what it reads
-        raise DataError(f"{folder / said['reads']} belongs to another classifier than {folder}; fit it again.")
+    whole = _load(folder / entry["reads"], read_about(folder / entry["reads"]))
+    if whole.version != entry["version"]:  # the version also covers `reads`
+        raise DataError(f"{folder / entry['reads']} belongs to another classifier than {folder}; fit it again.")
     return Calibrated(whole.sources, whole.calibration, whole.reads, twin)
 
 
@@ -79,23 +80,25 @@ def _load(folder: Path, about: dict[str, Any]) -> Calibrated:
         calibration = Calibration(**{name: tuple(map(float, values)) for name, values in about["calibration"].items()})
         sources = [_source(kind, folder) for kind in about["kind"].split("+")]
         classifier = Calibrated(sources, calibration, about.get("reads", "question"))
-    except Exception as error:  # whatever the libraries raise on files that are absent or cut
+    except Exception as error:  # the libraries raise many types for missing or truncated files
         raise DataError(f"{folder} cannot be loaded ({first_sentence(error)}); copy or fit it again.") from error
     if classifier.version != about.get("version"):
-        raise DataError(f"{folder} is damaged, or its probabilities are others in this version; fit it again.")
+        raise DataError(f"{folder} is damaged, or this version of sevpeft computes other probabilities; fit it again.")
     return classifier
 
 
 def _source(kind: str, folder: Path) -> Any:
-    if kind == "transformer":
-        from sevpeft.severity.classifier.transformer import TransformerClassifier
+    if kind == "rules":
+        return Rules.load(folder / LEXICON)
+    if kind == "linear":
+        return LinearClassifier.load(folder)
+    from sevpeft.severity.classifier.transformer import TransformerClassifier
 
-        return TransformerClassifier.load(folder)
-    return {"rules": lambda: Rules.load(folder / LEXICON), "linear": lambda: LinearClassifier.load(folder)}[kind]()
+    return TransformerClassifier.load(folder)
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The description of a classifier; raises DataError where there is none."""
+    """The content of classifier.json; raises DataError if it is missing or damaged."""
     try:
         return dict(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -104,11 +107,11 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def training_record(
-    given: Sequence[Consultations], examples: Examples, settings: ClassifierSettings, unlabeled: Examples | None = None
+    inputs: Sequence[Consultations], examples: Examples, settings: ClassifierSettings, unlabeled: Examples | None = None
 ) -> dict[str, Any]:
-    """What a classifier's folder says of the rows it was made of. No text of a row and no path."""
+    """The section `training` of classifier.json, without text of rows and without paths."""
     record: dict[str, Any] = {
-        "fingerprints": sorted(set().union(*map(fingerprints, given))),
+        "fingerprints": sorted(set().union(*map(fingerprints, inputs))),
         "rows": len(examples),
         "questions": len(np.unique(examples.groups)),
         "unlabeled": 0 if unlabeled is None else len(unlabeled),
@@ -122,7 +125,7 @@ def training_record(
 
 
 def write_report(folder: Path, about: Mapping[str, Any], evaluations: Mapping[str, Metrics]) -> None:
-    """Writes metrics.json and the card; `about` is what classifier.json says."""
+    """Writes metrics.json and the card; `about` is the content of classifier.json."""
     from huggingface_hub import ModelCard, ModelCardData
 
     (folder / "metrics.json").write_text(json.dumps(as_json(about, evaluations), indent=2) + "\n", encoding="utf-8")
@@ -134,16 +137,16 @@ def write_report(folder: Path, about: Mapping[str, Any], evaluations: Mapping[st
 
 
 def as_json(about: Mapping[str, Any], evaluations: Mapping[str, Metrics]) -> dict[str, Any]:
-    """What is known of the classifier and every figure; what is not a number becomes null."""
+    """The classifier's description with all evaluations; NaN becomes null."""
     return {**about, "evaluations": json.loads(json.dumps(evaluations), parse_constant=lambda constant: None)}
 
 
 def markdown(heading: str, evaluation: Metrics) -> str:
-    """Figures beside those of the baselines, each block alone, and what a reader should not miss (evaluation.md)."""
+    """Renders an evaluation with evaluation.md: figures, baselines, blocks and warnings."""
     from jinja2 import Template
 
     def interval(figure: Mapping[str, float]) -> str:
-        """.482 [.451, .509], or without the interval where none was made."""
+        """.482 [.451, .509], or .482 without an interval."""
         numbers = (figure[name] for name in ("value", "low", "high"))
         value, low, high = (number_text(x, 3 if x >= 1 else 4).removeprefix("0") for x in numbers)
         return value if low == number_text(None) else f"{value} [{low}, {high}]"

@@ -1,8 +1,8 @@
-"""A severity classifier on an Arabic encoder, fine-tuned with transformers' Trainer and stored as safetensors.
+"""The transformer severity classifier: an Arabic encoder, fine-tuned with transformers' Trainer.
 
-There is no early stopping, which would take rows from the training; calibration corrects overconfidence afterwards.
-transformers fills weights that a checkpoint lacks with random numbers, and makes up an empty tokenizer where there is
-none, both in silence. Both are errors here. Only safetensors are read, and no code from the Hub runs.
+There is no early stopping, because it would need rows of the training data; calibration corrects overconfidence.
+transformers silently initializes missing weights at random, and silently makes an empty tokenizer if there is none.
+Both are errors here. Only safetensors are read, and no code from the Hub runs.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from sevpeft.severity.settings import EncoderSection
 
 LABELS = dict(enumerate(SEVERITIES))
 FOLDER = "transformer"
-# Counts up when the same weights would give other probabilities.
+# Increase when the same weights would give other probabilities.
 CODE_VERSION = 1
 
 
 class TransformerClassifier:
-    """A fitted encoder with its tokenizer, whose model_max_length says how many tokens of a question are read."""
+    """A fitted encoder with its tokenizer; the tokenizer's model_max_length is the number of tokens it reads."""
 
     kind = "transformer"
     batch_size = 32
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        decides = [CODE_VERSION, tokenizer.model_max_length, model.config.model_type]
-        digest = hashlib.sha256(json.dumps(decides).encode())
+        settings = [CODE_VERSION, tokenizer.model_max_length, model.config.model_type]
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        # Truncation and padding are those of the last call.
+        # The tokenizer stores truncation and padding of its last call, so they are not part of the version.
         content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         digest.update(json.dumps(content, sort_keys=True).encode())
         self.version, self.tokenizer = digest.hexdigest()[:12], tokenizer
@@ -54,12 +54,12 @@ class TransformerClassifier:
         self.model = model.to(self.device).eval()
 
     def probabilities(self, passages: Sequence[Passage]) -> np.ndarray:
-        """(n, 3), each row summing to one, in the order of `SEVERITIES`; without dropout, and in any order the same."""
+        """(n, 3), each row summing to one, in the order of `SEVERITIES`; the order of passages does not matter."""
         result = np.empty((len(passages), len(SEVERITIES)))
         if not len(passages):
             return result
-        inputs = self.tokenizer(*parts_of(passages), truncation=True)  # of a pair the longer one is cut
-        # Passages of one length stand together, so that little is padded.
+        inputs = self.tokenizer(*parts_of(passages), truncation=True)  # truncates the longer part of a pair
+        # Sorted by length, to reduce padding.
         order = np.argsort([-len(ids) for ids in inputs["input_ids"]], kind="stable")
         half = self.precision != torch.float32
         with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
@@ -71,13 +71,13 @@ class TransformerClassifier:
         return result
 
     def save(self, folder: Path) -> None:
-        """Writes weights, configuration and tokenizer into a folder of their own in `folder`."""
+        """Writes weights, configuration and tokenizer into the subfolder `FOLDER`."""
         self.model.save_pretrained(folder / FOLDER)
         self.tokenizer.save_pretrained(folder / FOLDER)
 
     @classmethod
     def load(cls, folder: Path) -> TransformerClassifier:
-        """What `save` wrote, in float32; whoever calls it compares the version, which covers every weight."""
+        """Reads the files of `save`, in float32; the caller compares the version, which covers every weight."""
         model, tokenizer, _ = _load(str(folder / FOLDER))
         return cls(model, tokenizer)
 
@@ -85,19 +85,19 @@ class TransformerClassifier:
 def fit_transformer(
     examples: Examples, settings: EncoderSection, *, seed: int, progress: Callable[[str], None]
 ) -> TransformerClassifier:
-    """Fine-tunes an encoder; the same call gives the same weights, bit for bit on a CPU.
+    """Fine-tunes an encoder; reproducible, bit for bit on a CPU.
 
-    Raises ModelError where it cannot be loaded, or lacks weights or a tokenizer, or the loss is not a number.
+    Raises ModelError if it cannot be loaded, if weights or the tokenizer are missing, or if the loss is not finite.
     """
     name = settings.name_or_path
     progress(f"loading {name}")
-    # Before the head is made, whose weights are drawn. A head of other labels is replaced.
+    # Before loading, which initializes the head at random and replaces a head with other labels.
     transformers.set_seed(seed)
     model, tokenizer, absent = _load(name, num_labels=len(LABELS), id2label=LABELS)
     encoder = f"{model.base_model_prefix}."
     if random := [key for key in absent if key.startswith(encoder) and not key.startswith(f"{encoder}pooler.")]:
         raise ModelError(f"{name} lacks {len(random)} of its encoder's weights ({random[0]} …); name another encoder.")
-    # RoBERTa and its kin do not use the first two positions.
+    # RoBERTa and related models do not use the first two positions.
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**6) - 2)
     tokenizer.model_max_length = min(settings.max_length, longest)
     device, precision = _device()
@@ -123,13 +123,13 @@ def fit_transformer(
         )
         trainer.remove_callback(transformers.PrinterCallback)
         if not np.isfinite(trainer.train().training_loss):
-            raise ModelError("The loss of the encoder is not a number; lower encoder.learning_rate.")
+            raise ModelError("The loss of the encoder is NaN or infinite; lower encoder.learning_rate.")
     return TransformerClassifier(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
 
 
 def weighted_loss(train_labels: np.ndarray) -> Callable[..., torch.Tensor]:
-    """Σ_i w[y_i] · −log p_i[y_i] / n for a batch of n rows, w_k = n_train / (3 · n_k), as the Trainer calls it."""
-    # torch's weighted mean divides by the weights of the batch: one critical row in it would count as much as ten.
+    """A Trainer loss: Σ_i w[y_i] · −log p_i[y_i] / n for a batch of n rows, with w_k = n_train / (3 · n_k)."""
+    # torch's weighted mean divides by the weights of the batch, so one critical row would count as much as ten.
     counts = torch.bincount(torch.as_tensor(train_labels), minlength=len(SEVERITIES))
     weights = len(train_labels) / (len(SEVERITIES) * counts)
 
@@ -142,7 +142,7 @@ def weighted_loss(train_labels: np.ndarray) -> Callable[..., torch.Tensor]:
 
 
 def _load(name: str, **head: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    """A model, its tokenizer, and the names of weights that the checkpoint lacks or has in another shape."""
+    """A model, its tokenizer, and the names of weights that are missing in the checkpoint or have another shape."""
     name = os.path.expanduser(name)
     if not os.path.isdir(name):
         look_for_hub()
@@ -153,18 +153,18 @@ def _load(name: str, **head: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the callers decide which names may differ
+            ignore_mismatched_sizes=True,  # the caller decides which names may differ
             **head,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     special, known = len(tokenizer.all_special_tokens), len(tokenizer)
     if not tokenizer.is_fast or tokenizer.pad_token_id is None or not special < known <= model.config.vocab_size:
-        raise ModelError(f"{name} has no fast tokenizer, or that of another kind of model; name another encoder.")
+        raise ModelError(f"{name} has no fast tokenizer, or one for another model; name another encoder.")
     return model, tokenizer, sorted([*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])])
 
 
 def _device() -> tuple[torch.device, torch.dtype]:
-    """This process's GPU, or the CPU, and what it computes in."""
+    """The device of this process (GPU or CPU) and its compute type."""
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
     half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

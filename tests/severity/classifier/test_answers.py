@@ -22,7 +22,7 @@ from sevpeft.severity.classifier.store import ABOUT, load_classifier, write_clas
 from sevpeft.severity.probabilities import SEVERITIES, severity_probabilities
 from sevpeft.severity.rules import Rules
 from sevpeft.severity.settings import EvaluateSettings, FitSettings
-from sevpeft.severity.source import judged, load_source, prompt_severity, severity_of
+from sevpeft.severity.source import classify_rows, load_source, prompt_severity, severity_of
 
 from .conftest import consultations
 
@@ -79,7 +79,7 @@ def test_a_question_without_an_answer_is_never_read_by_what_has_read_answers(bot
             bare.probabilities(rows.questions, answers)
     with pytest.raises(ValueError, match="zip"):
         both.sources[0].probabilities(rows.questions)
-    with pytest.raises(DataError, match="name the folder that it lies in"):
+    with pytest.raises(DataError, match="name the folder"):
         load_classifier(folder / "both")
 
 
@@ -121,10 +121,10 @@ def test_rules_read_what_they_are_told_to_and_the_question_unless_told() -> None
     rules = Rules.load()
     question, answer = rules.probabilities(rows["question"]), rules.probabilities(rows["answer"])
     np.testing.assert_array_equal(severity_of(rows, source="rules").probabilities, question)
-    found = severity_probabilities(judged(rows, load_source("rules", None, text="both")))
+    found = severity_probabilities(classify_rows(rows, load_source("rules", None, text="both")))
     assert found[0, 2] > question[0, 2] + 0.2
     np.testing.assert_allclose(found[1], question[1])
-    found = severity_probabilities(judged(rows.select([0]), load_source("rules", None, text="answer")))
+    found = severity_probabilities(classify_rows(rows.select([0]), load_source("rules", None, text="answer")))
     np.testing.assert_allclose(found, answer[:1], rtol=1e-6)
 
 

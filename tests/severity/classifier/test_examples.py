@@ -62,8 +62,10 @@ def test_labels_that_do_not_serve_are_refused_without_being_quoted(tmp_path: Pat
         with pytest.raises(SevpeftError) as caught:
             labeled_examples(read(tmp_path, *changes))
         assert expected in str(caught.value) and SECRET not in str(caught.value), changes
-    with pytest.raises(DataError, match="block_column"):
-        labeled_examples(read(tmp_path), "ward")
+    for column in ("ward", "question", "notes"):  # the names of blocks are written into the report
+        with pytest.raises(DataError, match="block_column") as caught:
+            labeled_examples(read(tmp_path, notes=[f"{SECRET} {'ا' * 90}"] * 6), column)
+        assert SECRET not in str(caught.value)
     unlabeled = tmp_path / "rows.csv"
     unlabeled.write_text("question,answer\nألم,راجع الطبيب\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"data\.severity_column=NAME"):
