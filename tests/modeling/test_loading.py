@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -78,6 +79,12 @@ def test_a_home_folder_is_expanded(llama: Path, monkeypatch: pytest.MonkeyPatch)
     assert load_for_inference(recipe_for(f"~/{llama.name}")).config.model_type == "llama"
 
 
+def test_a_model_that_answers_copies_its_last_states_once(llama: Path) -> None:
+    head = load_for_inference(recipe_for(llama)).get_output_embeddings()
+    (copied,) = [hook(head, (torch.zeros(2, 3, 4)[:, -1:],))[0] for hook in head._forward_pre_hooks.values()]
+    assert copied.is_contiguous()
+
+
 def test_a_quantized_model_is_never_repacked(llama: Path) -> None:
     for bits in (4, 8):
         model = load_model(recipe_for(llama, quantization={f"load_in_{bits}bit": True}), FLOAT32)
@@ -119,6 +126,17 @@ def test_a_folder_without_a_configuration_is_no_model(llama: Path) -> None:
         assert "config.json" in refusal(lambda act=action: act(recipe_for(llama)))
 
 
+def test_a_repository_with_base_and_adapter_is_not_loaded_as_one_model(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PeftModel(build_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(llama)
+    config = json.loads((llama / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(llama)}
+    (llama / "adapter_config.json").write_text(json.dumps(config))
+    assert "training.init_adapter" in refusal(lambda: load_config(recipe_for(llama)))
+    monkeypatch.setattr(loading, "load_config", lambda _: None)  # it cannot look into a repository of the Hub
+    assert "adapter" in refusal(lambda: load_model(recipe_for(llama), FLOAT32))
+
+
 def test_damaged_weights_are_named_as_such(llama: Path) -> None:
     whole = (llama / "model.safetensors").read_bytes()
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", whole[:-1000]):
@@ -132,7 +150,7 @@ def test_missing_weights_are_not_made_up(llama: Path) -> None:
     save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
     for quantization in ({}, {"load_in_4bit": True}):
         text = refusal(lambda q=quantization: load_model(recipe_for(llama, quantization=q), FLOAT32))
-        assert "lacks 2 of" in text and "model.layers.1.mlp.up_proj.weight" in text
+        assert "lacks 2 " in text and "model.layers.1.mlp.up_proj.weight" in text
 
 
 def test_weights_of_other_shapes_are_refused(llama: Path) -> None:

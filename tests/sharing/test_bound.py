@@ -105,7 +105,7 @@ def test_a_changed_base_is_named_and_the_runs_own_copy_used(run: Run, capfd: pyt
         shutil.copytree(kept, base)
     _another_template(base)
     shutil.rmtree(run.tokenizer)
-    with pytest.raises(ModelError, match=r"bring back what was, in .*tokenizer too"):
+    with pytest.raises(ModelError, match=r"restore .*tokenizer"):
         resolve_model(recipe_of(run), run)
 
 
