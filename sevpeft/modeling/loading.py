@@ -205,7 +205,7 @@ def load_tokenizer(recipe: Recipe, config: PretrainedConfig, folder: Path | None
     tokenizer = _from_pretrained(AutoTokenizer, recipe.model_copy(update={"model": source}))
     # Without tokenizer files transformers returns an empty tokenizer.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ModelError(f"{recipe.model.name_or_path} has no readable tokenizer; add its tokenizer.json.")
+        raise ModelError(f"{recipe.model.name_or_path} has no tokenizer that can be read; add its tokenizer.json.")
     choose_pad_token(tokenizer, config.get_text_config().vocab_size)
     return tokenizer
 

