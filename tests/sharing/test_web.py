@@ -151,7 +151,7 @@ def test_a_question_in_arabic_brings_a_notice_and_two_answers_that_stream(
 
 @needs_browser
 def test_a_second_tab_waits_and_a_closed_one_ends_its_answer(browser: Any, pages: Any) -> None:  # noqa: F811
-    pages.page._asked.clear()
+    pages.page._recent.clear()
     pages.chat.began.clear()
     ask(browser, "" if browser.current_url.startswith(pages.url) else pages.url, "سؤال أول")
     assert pages.chat.began.wait(10)
