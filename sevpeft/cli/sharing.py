@@ -92,10 +92,12 @@ def _login(host: str, user: str | None) -> tuple[str, str] | None:
 
 
 def _loaded(source: str, overrides: list[str] | None, verb: str) -> Chat:
-    from sevpeft.sharing import check_source
-
     check_one_process(verb)
-    check_source(source, overrides or [])
+    # Checked here, before the slow imports.
+    if wrong := [one for one in overrides or [] if not re.match("(generation|model|quantization)\\.", one)]:
+        raise UsageError(f"{wrong[0]} has no effect here; write keys of generation, model and quantization only.")
+    if not Path(source).expanduser().is_dir() and not re.fullmatch("[^./~][^/]*/[^/]+", source):  # nor a Hub id
+        check_run(Path(source))
     with Screen(stderr=True).status(f"Loading the adapter of {source}"):
         quiet_libraries()
         from sevpeft.sharing.chat import Chat

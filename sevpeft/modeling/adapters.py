@@ -125,10 +125,7 @@ def cast_adapter_to_compute_dtype(adapter: Path, config: LoraConfig) -> None:
 
 
 def sort_target_modules(adapter: Path) -> None:
-    """Sorts `target_modules` of a saved adapter.
-
-    PEFT keeps them in a set, whose order differs between processes, so two equal runs would write different files.
-    """
+    """Sorts `target_modules` of a saved adapter: PEFT writes a set, in an order that differs between equal runs."""
     config = read_adapter_config(adapter)
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])
@@ -154,13 +151,10 @@ def adapter_folder(name: str, setting: str) -> Path:
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftModel:
-    """Attaches a saved adapter to the base model, in place, and returns it in evaluation mode.
+    """Attaches a saved adapter to the base model of `recipe`, in place, and returns it in evaluation mode.
 
-    Args:
-        folder: of the adapter, inside its run folder.
-        recipe: from which the base model was loaded.
-
-    Raises ModelError: the adapter is damaged or incomplete, or was trained on another base model.
+    `folder`: of the adapter, inside its run folder. Raises ModelError if the adapter is damaged or incomplete, or was
+    trained on another base model.
     """
     config = read_adapter_config(folder)
     trained_on = public_name(config.get("base_model_name_or_path") or "an unnamed model")
@@ -221,10 +215,7 @@ def init_adapter(recipe: Recipe, model: PeftModel | None = None) -> str:
 
 
 def base_fingerprint(recipe: Recipe) -> str:
-    """`sha256:…` of every tensor's name, dtype, shape and first values, independent of the sharding.
-
-    Reads the local or cached files, so the model must have been loaded before.
-    """
+    """`sha256:…` of every tensor's name, dtype, shape and first values, in local or cached files of any sharding."""
     folder = _base_folder(recipe)
     files = {SAFE_WEIGHTS_NAME}
     if not (folder / SAFE_WEIGHTS_NAME).exists():
@@ -248,11 +239,8 @@ def base_commit(recipe: Recipe) -> str | None:
 
 
 def check_base_weights(recipe: Recipe, run: Run) -> None:
-    """Raises ModelError if the recipe's base model is not the one that the run was trained on.
-
-    A folder that is not a run has no fingerprint and passes.
-    """
-    stored = run.metrics().get("model", {})
+    """Raises ModelError if the recipe's base model is not the one that the run was trained on."""
+    stored = run.metrics().get("model", {})  # empty for an adapter without its run
     if not stored.get("fingerprint") or stored["fingerprint"] == base_fingerprint(recipe):
         return
     theirs, ours = public_name(stored["name_or_path"]), public_name(recipe.model.name_or_path)

@@ -91,8 +91,7 @@ def attention_of(config: PretrainedConfig) -> str:
 def disable_cpu_avx512_repack(model: torch.nn.Module) -> None:
     """Stops bitsandbytes (0.50.2, `Linear4bit.forward`) from repacking 4-bit weights on a CPU with AVX512-BF16.
 
-    The first forward pass without gradients repacks them. Every later gradient and merge is then silently wrong.
-    None found.
+    The first forward pass without gradients repacks them; later gradients and merges are silently wrong. None found.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -128,8 +127,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         held: existing tensors, which are not counted.
-        rows: rows of the batch, a prime. A storage size that it divides scales with the rows.
-        fake: mode of all tensors.
+        rows: of the batch, a prime. A storage size that it divides scales with the rows. fake: mode of all tensors.
 
     Attributes:
         now: bytes that do not depend on the rows, and bytes per row. trace: the same after each new storage.

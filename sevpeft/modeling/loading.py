@@ -120,8 +120,7 @@ def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precisi
 def dtype_of_cpu(recipe: Recipe) -> torch.dtype:
     """bfloat16 if the processor has bfloat16 matrix instructions (AMX, AVX512-BF16), else float32; the toy: float32.
 
-    GFLOP/s of a matrix product on 2 cores in bfloat16 and float32: AMX 2,025 and 287, AVX512-BF16 420 and 170, AVX2 10
-    and 50.
+    GFLOP/s on 2 cores in bfloat16 and float32: AMX 2,025 and 287, AVX512-BF16 420 and 170, AVX2 10 and 50.
     """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent before PyTorch 2.10
     native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
@@ -211,11 +210,9 @@ def load_tokenizer(recipe: Recipe, config: PretrainedConfig, folder: Path | None
 
 
 def load_model(recipe: Recipe, precision: Precision | None, device_index: int = 0) -> PreTrainedModel:
-    """Loads the base model: on the device of this process if it is quantized, else on the CPU.
+    """Loads the base model: on CUDA device `device_index` if it is quantized, else on the CPU.
 
-    Args:
-        precision: None loads the weights as stored, without quantization.
-        device_index: index of the CUDA device of this process.
+    `precision`: None loads the weights as stored, without quantization.
 
     Raises ModelError: no config, only pickled weights, an unreachable id, or damaged or missing weights.
     """

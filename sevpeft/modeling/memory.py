@@ -48,10 +48,7 @@ _ROWS = 10_007
 
 
 def base_config(recipe: Recipe) -> tuple[PretrainedConfig, str]:
-    """The model's config if it can be loaded, else about.config of the recipe; and the name of the source.
-
-    Raises UnknownModelError if neither exists or describes a model.
-    """
+    """The model's config, else about.config of the recipe, and the name of the source; raises UnknownModelError."""
     try:
         config = load_config(recipe)
     except ModelError as error:
@@ -136,9 +133,8 @@ class MemoryPlan:
         on_gpu: True for a CUDA GPU in bfloat16 (float16 needs the same), False for a CPU in its compute dtype.
         vocabulary_tile: columns of the LM head that a CPU scores at once.
 
-    Raises:
-        ModelError: PEFT refuses the adapter, or a named module does not exist.
-        UnknownModelError: the model does not run on fake tensors, or training.max_length is null.
+    Raises ModelError: PEFT refuses the adapter, or a named module does not exist. UnknownModelError: the model does not
+    run on fake tensors, or training.max_length is null.
     """
 
     def __init__(self, recipe: Recipe, config: PretrainedConfig, *, on_gpu: bool, vocabulary_tile: int) -> None:
@@ -274,15 +270,14 @@ class MemoryPlan:
         return round(peak)
 
     def _mark(self, *_: Any) -> None:
-        """Records the length of the trace and the live bytes, before and after a layer."""
+        """Records trace length and live bytes, before and after a layer."""
         self._marks.append((len(self._counted.trace), [*self._counted.now]))
 
     def _run(self, length: int, checkpointing: bool, training: bool) -> torch.Tensor:
         """Runs a step up to the LM head and back. Gradients exist already, as with gradient accumulation.
 
-        Returns:
-            (n + 1, 2) bytes beyond weights and gradients after each of n allocations: fixed bytes, and bytes per row.
-            The last entry is what the forward pass stores.
+        Returns (n + 1, 2) bytes beyond weights and gradients, fixed and per row: after each of n allocations, and last
+        what the forward pass stores.
         """
         half = self.dtype == torch.bfloat16 or (self.on_gpu and self.dtype != torch.float32)  # mixed precision
         model, base = self._model.train(training), self._model.get_base_model()
@@ -393,7 +388,7 @@ class Change:
 
 
 def usable(gb: float) -> int:
-    """Bytes that a training may use of a GPU sold as `gb` GB."""
+    """Bytes that training may use of a GPU sold as `gb` GB."""
     return round(gb * USABLE * GIB)
 
 

@@ -123,9 +123,7 @@ class Prompt:
     def text(
         self, question: str, dialect: str | None = None, severity: str | None = None, earlier: Sequence[Any] = ()
     ) -> str:
-        """The prompt up to the answer, as text.
-
-        `earlier`: the previous exchanges of a conversation, as (question, answer).
+        """The prompt up to the answer, as text. `earlier`: previous exchanges, as (question, answer).
 
         Raises ModelError if the prompt needs a severity and none is given, or earlier exchanges need a chat template.
         """
@@ -287,9 +285,8 @@ def _with_fixed_date(tokenizer: PreTrainedTokenizerBase, day: str | None) -> Pre
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> str:
     """Sets and returns `tokenizer.pad_token`: the tokenizer's own, a reserved token, or EOS.
 
-    EOS is safe because labels and attention mask are written explicitly and never derived from the pad id.
-
-    `vocabulary_size`: rows of the embedding; a token beyond them would crash on a GPU.
+    EOS is safe because labels and attention mask are written explicitly and never derived from the pad id. A token
+    beyond `vocabulary_size`, the rows of the embedding, would crash on a GPU.
     """
     reserved = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
     # Looked up in the vocabulary itself: `convert_tokens_to_ids` returns the id of <unk> for an absent token.

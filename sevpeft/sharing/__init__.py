@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from pathlib import Path
-
 from pydantic import Field
 
-from sevpeft.errors import UsageError
 from sevpeft.recipe import Section
-from sevpeft.runs import check_run
-
-
-def check_source(source: str, overrides: Sequence[str]) -> None:
-    """Checks the arguments of `chat` and `web`, before slow imports; raises UsageError or RunError."""
-    if wrong := [word.split("=")[0] for word in overrides if not re.match("(generation|model|quantization)\\.", word)]:
-        raise UsageError(f"{wrong[0]} has no effect here; write keys of generation, model and quantization only.")
-    if not Path(source).expanduser().is_dir() and not re.fullmatch("[^./~][^/]*/[^/]+", source):  # nor a Hub id
-        check_run(Path(source))
 
 
 class PushSettings(Section):

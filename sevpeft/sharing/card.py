@@ -175,7 +175,6 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, license_: str
         about["eval_results"] = _results(metrics, (hub_data or ["private"])[0], more)
     facts = {**metrics, **more, "base": base, "license": license_, "notice": terms.get("notice"), "recipe": recipe}
     facts |= {"environment": run.read_json("environment.json"), "recipe_text": public_recipe(recipe)}
-    facts |= {"temperature": _temperature(recipe)}
     facts |= {"distance": distance, "choices_text": choices_text, "estimate_text": estimate_text, "oracle": ORACLE}
     facts |= {"severities": SEVERITIES, "severity_lines": [line.strip() for line in SEVERITY_LINES.values()]}
     facts |= {f"about_{part}": _rendered(f"{part}.md.jinja", facts) for part in ("run", "limits")}
@@ -193,13 +192,7 @@ def modelfile(prompt: Prompt, recipe: Recipe) -> str:
     # llama.cpp adds the BOS token itself.
     text = prompt.text("{{ .Prompt }}").removeprefix(prompt.tokenizer.bos_token or "\0")
     stop = prompt.tokenizer.convert_ids_to_tokens(prompt.end_id)
-    facts = {"text": text, "stop": stop, "generation": recipe.generation, "temperature": _temperature(recipe)}
-    return _rendered("Modelfile.jinja", facts) + "\n"
-
-
-def _temperature(recipe: Recipe) -> str:
-    """Temperature of the recipe's generation; 0 without sampling. Servers sample by default."""
-    return f"{recipe.generation.temperature:g}" if recipe.generation.do_sample else "0"
+    return _rendered("Modelfile.jinja", {"text": text, "stop": stop, "generation": recipe.generation}) + "\n"
 
 
 def adapter_command(base: str, adapter: str, config: dict[str, Any]) -> tuple[str | None, str]:

@@ -32,7 +32,6 @@ from sevpeft.runs import Run, check_run
 from sevpeft.severity.probabilities import SEVERITIES, is_answer
 from sevpeft.severity.rules import STRENGTH
 from sevpeft.severity.source import load_source
-from sevpeft.sharing import check_source
 
 EMERGENCY = "قد تكون هذه حالة طارئة: اتصل بالإسعاف أو توجّه إلى أقرب طوارئ الآن، ولا تنتظر جواب هذا البرنامج."
 _NOT_ALONE = " إن كنت تفكر في إيذاء نفسك فلا تبق وحدك: اتصل الآن بالإسعاف أو بشخص تثق به."
@@ -49,10 +48,7 @@ class QuestionSeverity(NamedTuple):
 
 
 class Chat:
-    """An adapter on its base model; answers one question at a time.
-
-    `source`: a run, an adapter's folder or its Hub id. Setting `ended` stops an answer, so that the process can exit.
-    """
+    """An adapter (run, folder or Hub id) on its base model. Setting `ended` stops an answer, for the process's end."""
 
     def __init__(self, source: Run | Path | str, overrides: Sequence[str] = ()) -> None:
         recipe, adapter, self.prompt = _open(str(source.folder if isinstance(source, Run) else source), overrides)
@@ -141,7 +137,6 @@ class Chat:
 
 def _open(source: str, overrides: Sequence[str]) -> tuple[Recipe, Path, Prompt]:
     """Recipe, adapter folder and prompt of a run, or of an adapter without its run."""
-    check_source(source, overrides)
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file():  # a pushed adapter has a recipe.yaml as well
         check_run(folder)

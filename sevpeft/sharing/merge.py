@@ -105,11 +105,9 @@ def merge(
     """Merges the adapter of a finished run into its base model and writes the result to a new folder, atomically.
 
     Args:
-        output: folder that does not exist yet.
         base: base weights of a quantized run, unquantized or dequantized; auto takes the closer ones.
         dtype: bfloat16, float16, float32, or auto: as stored; bfloat16 if a quantized base does not name its dtype.
         max_shard_size: largest safetensors file, such as 5GB.
-        console: for progress.
     """
     console = console or Screen(quiet=True)
     check_adapter(run)
@@ -117,17 +115,16 @@ def merge(
     recipe, about = load_recipe(run.folder / "recipe.yaml"), run.metrics()["model"]
     plain = recipe.model_copy(update={"quantization": QuantizationSection()})
     resolved, bits, name = resolve_model(recipe, run), about["bits"], recipe.model.name_or_path
-    config, prompt = resolved.config, resolved.prompt
     bases = [UNQUANTIZED, DEQUANTIZED] if bits else [UNQUANTIZED]
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(resolved.config, "quantization_config", None) is not None:
         if bits is None:
             raise ModelError(f"{name} is stored in a quantization that sevpeft cannot undo; use the adapter on it.")
         bases = [DEQUANTIZED]
     if base not in ("auto", *bases):
         raise ModelError(f"--base {base} does not exist: the run has {' and '.join(bases)} weights; leave it out.")
     with whole_folder(output, shared=not recipe.prompt.examples) as folder:
-        texts, rows = sample_texts(recipe, prompt)
-        print_labeled(console, "Base model", f"{name} ({config.model_type})")
+        texts, rows = sample_texts(recipe, resolved.prompt)
+        print_labeled(console, "Base model", f"{name} ({resolved.config.model_type})")
         print_labeled(console, "Compared on", f"{len(texts)} {rows}")
         with console.status("Running base + adapter in the precision of the training"):
             bare = load_model(recipe, Precision(getattr(torch, about["dtype"]), bf16=False, fp16=False)).eval()
@@ -155,7 +152,7 @@ def merge(
         del quantized
         number_format = str(model.dtype).removeprefix("torch.")
         with console.status(f"Writing {output} and reloading it"):
-            _write_model(model, prompt, plain, folder, max_shard_size)
+            _write_model(model, resolved.prompt, plain, folder, max_shard_size)
             del model
             gc.collect()  # free memory for the reloaded model
             written = plain.model.model_copy(update={"name_or_path": str(folder)})
@@ -165,7 +162,7 @@ def merge(
             remedy = "" if number_format == "float32" else "merge with --dtype float32, or "
             gap = f"{gaps[chosen].kl:.2g} nats per token from the trained one, more than the adapter ({effect.kl:.2g})"
             raise ModelError(f"Merged in {number_format}, the model is {gap}: {remedy}use it as an adapter.")
-        (folder / "Modelfile").write_text(modelfile(prompt, recipe), encoding="utf-8")
+        (folder / "Modelfile").write_text(modelfile(resolved.prompt, recipe), encoding="utf-8")
         result = Merged(
             base=name,
             weights=chosen,
@@ -275,10 +272,7 @@ def _write_model(model: PreTrainedModel, prompt: Prompt, recipe: Recipe, folder:
 
 
 def sample_texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
-    """Tokenized consultations in the training format, and a description of their source.
-
-    They are validation rows of the run, or bundled consultations if the run's data cannot be read.
-    """
+    """Tokenized validation rows of the run, or bundled consultations if its data cannot be read; and their source."""
     try:
         _, splits, _ = load_splits(recipe)
         rows, source = splits.validation if len(splits.validation) else splits.train, "rows of the run's data"
@@ -295,10 +289,8 @@ def sample_texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
 
 @torch.no_grad()
 def answer_logits(model: PreTrainedModel, texts: Sequence[_Text]) -> list[torch.Tensor]:
-    """Logits (answer tokens, vocabulary) of every text, in the model's precision, on the CPU.
-
-    One text at a time, because padding would cause differences.
-    """
+    """Logits (answer tokens, vocabulary) of every text, in the model's precision, on the CPU."""
+    # One text at a time, because padding would cause differences.
     rows = ((torch.tensor([ids], device=model.device), answer) for ids, answer in texts)
     return [model(input_ids=ids, use_cache=False).logits[0, answer - 1 : -1].cpu().clone() for ids, answer in rows]
 

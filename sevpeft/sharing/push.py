@@ -52,8 +52,7 @@ def push(
 ) -> dict[str, Any]:
     """Pushes a finished run's adapter, downloads it, and compares bytes and logits. Returns a report.
 
-    With `dry_run`: the files that would be sent, without a network. Raises RunError if a file must not be published, or
-    if the Hub refuses or changes it.
+    `dry_run` only reports the files, without a network. RunError: a file is private, or the Hub refuses or changes it.
     """
     console = console or Screen(quiet=True)
     if not re.fullmatch(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", repo_id):
@@ -141,10 +140,7 @@ def _files(run: Run, recipe: Recipe, prompt: Prompt, repo_id: str, base: str, li
 
 
 def check_contents(files: Mapping[str, bytes], run: Run, recipe: Recipe) -> str | None:
-    """Raises RunError if a file holds a key, a folder of this machine or a sentence of the data; never quotes them.
-
-    Returns the reason if the data could not be read, else None.
-    """
+    """Raises RunError for a key, folder or data sentence in a file, without quoting it; returns why data is unread."""
     texts = {name: content.decode(errors="replace") for name, content in files.items()}
     weights = files[SAFETENSORS_WEIGHTS_NAME]  # eight bytes for the length of the header, then the header as text
     texts[SAFETENSORS_WEIGHTS_NAME] = weights[8 : 8 + int.from_bytes(weights[:8], "little")].decode(errors="replace")

@@ -46,7 +46,6 @@ def translate(settings: TranslateSettings, output: Path, console: Console | None
     """Writes rows with a valid translation to `output`, the others with a reason to NAME.rejected.jsonl.
 
     Returns their counts. NAME.translations.jsonl keeps finished translations for a resume until all are done.
-    Raises SevpeftError for wrong settings, rows, model or disk, or if no row is left.
     """
     check_one_process("translate")
     check_absent(output)

@@ -121,7 +121,10 @@ def test_a_red_flag_brings_the_notice_whatever_the_classifier_thinks(made_run: C
 
 
 def test_an_adapter_alone_answers_as_its_run_does_by_the_template_in_its_tokenizer(
-    made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made_run: Callable[..., Run],
+    sevpeft_: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = made_run(chat_template=CHAT_TEMPLATES["chatml"], prompt={"chat": True}, size=0.5)
     alone, settings = tmp_path / "alone", ["generation.max_new_tokens=8"]
@@ -154,8 +157,9 @@ def test_an_adapter_alone_answers_as_its_run_does_by_the_template_in_its_tokeniz
     tokenizer.save_pretrained(alone)
     with pytest.raises(ModelError, match="chat template"):
         Chat(alone)
-    with pytest.raises(UsageError, match="generation"):
-        Chat(run, ["training.max_steps=3"])
+    for words, status, part in ((["training.max_steps=3"], 2, "generation"), ([], 1, "runs/NAME-DATE")):
+        code, _, err = sevpeft_("chat", run.folder if words else "nowhere", *words)
+        assert (code, err.count("\n")) == (status, 1) and part in err
 
 
 def test_a_classifier_is_asked_about_questions_alone_and_may_be_gone_where_no_prompt_needs_it(
