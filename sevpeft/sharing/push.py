@@ -25,6 +25,8 @@ from rich.console import Console
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from sevpeft.console import Screen
+from sevpeft.data.columns import TURNS
+from sevpeft.data.mix import with_sources
 from sevpeft.data.read import load_consultations
 from sevpeft.errors import RunError, SevpeftError, UsageError, first_sentence
 from sevpeft.evaluation.arms import check_adapter
@@ -41,7 +43,7 @@ from sevpeft.sharing.merge import answer_logits, sample_texts
 _CARD = "README.md"
 # Keys of the Hub, OpenAI-compatible services, GitHub and AWS, and private keys.
 _SECRETS = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}|\bsk-[\w-]{16,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE"
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[\w-]{16,}|(gh[pousr]|github_pat)_\w{30,}|AKIA[0-9A-Z]{16}\b)|-----BEGIN [A-Z ]*PRIVATE"
 )
 # Words of the shortest data sentence to search for; shorter ones match by chance.
 _WORDS = 6
@@ -147,7 +149,8 @@ def check_contents(files: Mapping[str, bytes], run: Run, recipe: Recipe) -> str 
     parsed = {name: json.loads(text) for name, text in texts.items() if name.endswith(".json")}
     texts |= {name: json.dumps(content, ensure_ascii=False) for name, content in parsed.items()}  # decodes \u0646
     keys = {*filter(None, (get_token(), os.environ.get(JUDGE_KEY)))}
-    paths = (Path(path).expanduser() for path in (run.folder.resolve(), resolved_name(recipe), recipe.data.path))
+    sources = [recipe.data.path, *(recipe.data.mix.sources.values() if recipe.data.mix else ())]
+    paths = (Path(path).expanduser() for path in (run.folder.resolve(), resolved_name(recipe), *sources))
     folders = {f"{Path.home()}/", *(str(path) for path in paths if path.is_absolute())}
     for name, text in texts.items():
         secret = "a possible secret key" if _SECRETS.search(text) or any(key in text for key in keys) else ""
@@ -157,11 +160,15 @@ def check_contents(files: Mapping[str, bytes], run: Run, recipe: Recipe) -> str 
     examined = texts.keys() - {"tokenizer.json", "vocab.json"} - ({CHAT_TEMPLATE} if recipe.prompt.examples else set())
     public = " ".join(" ".join(texts[name].split()) for name in examined)
     try:
-        rows = load_consultations(recipe.data).rows
+        rows = with_sources(load_consultations(recipe.data), recipe.data, "mapped").rows
     except SevpeftError as error:
         return first_sentence(error)
-    for batch in rows.select_columns(["question", "answer"]).iter(batch_size=1000):
-        for sentence in re.split(r"[.!?؟\n]+", "\n".join(filter(None, (*batch["question"], *batch["answer"])))):
+    columns = [name for name in ("question", "answer", TURNS) if name in rows.column_names]
+    for batch in rows.select_columns(columns).iter(batch_size=1000):
+        conversations = [json.loads(turns) for turns in batch.get(TURNS, ()) if turns]
+        earlier = [text for exchanges in conversations for exchange in exchanges for text in exchange[:2]]
+        private = "\n".join(filter(None, (*batch["question"], *batch["answer"], *earlier)))
+        for sentence in re.split(r"[.!?؟\n]+", private):
             words = sentence.split()
             if len(words) >= _WORDS and " ".join(words) in public:
                 raise RunError("The card or the prompt contains a sentence of the data; remove it, and push again.")

@@ -28,6 +28,8 @@ SETTINGS: dict[str, Any] = {"base_model": "org/base", "license": "apache-2.0"}
 ID, SECRET = "alice/adapter", "sk-" + "abcd1234" * 4
 WORDS = ["base_model=org/base", "license=apache-2.0"]
 PATIENT = "أنا من حي الزيتون وعندي سكر منذ عشر سنوات واسمي سعاد"
+ANOTHER = "عملت عملية في مستشفى المدينة قبل شهرين مع الدكتور سامي"
+EARLIER = "ابنتي ليلى في الصف الثالث وتتقيأ كل صباح منذ اسبوع"
 
 
 @pytest.fixture
@@ -125,6 +127,12 @@ def test_what_may_not_leave_stops_before_anything_is_sent(run: Run, hub: HubServ
     recipe, card = (run.folder / "recipe.yaml").read_text("utf-8"), run.adapter / "README.md"
     own, weights = card.read_text("utf-8"), run.adapter / "adapter_model.safetensors"
     tensors, wrong = load_file(weights), []
+    lines = [
+        {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
+        for texts in ((EARLIER, "راجع الطبيب", "ومتى؟", "اليوم"), (ANOTHER, "نعم"))
+    ]
+    mix, source = f"data.mix={{sources: {{other: {tmp_path}/mix.jsonl}}, ratios: 50-50}}", tmp_path / "mix.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for what, make, remedy in (
         ("key in the card", lambda: card.write_text(f"{own}\nkey {SECRET}"), "secret key"),
         ("token in the card", lambda: card.write_text(f"{own}\n{TOKEN}"), "secret key"),
@@ -132,6 +140,10 @@ def test_what_may_not_leave_stops_before_anything_is_sent(run: Run, hub: HubServ
         ("patient in the card", lambda: card.write_text(own + PATIENT.replace(" ", "\n")), "sentence of the data"),
         ("patient in the prompt", lambda: changed(run, f"prompt.system={PATIENT}"), "sentence of the data"),
         ("folder in the lora", lambda: changed(run, f"prompt.system={tmp_path}/data.jsonl"), "folder of this"),
+        ("folder of a mix", lambda: changed(run, mix, f"prompt.system={tmp_path}/mix.jsonl"), "folder of this"),
+        ("patient of a mix", lambda: changed(run, mix, f"prompt.system={ANOTHER}"), "sentence of the data"),
+        ("earlier turn", lambda: changed(run, mix, f"prompt.system={EARLIER}"), "sentence of the data"),
+        ("new key of GitHub", lambda: card.write_text(f"{own}\ngithub_pat_{'11AB_cd3' * 5}"), "secret key"),
         ("key in the weights", lambda: save_file(tensors, weights, {"format": "pt", "x": SECRET}), "secret key"),
         ("examples", lambda: changed(run, "prompt.examples=[{question: صداع, answer: راحة}]"), "examples=true"),
     ):
