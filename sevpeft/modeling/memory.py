@@ -437,7 +437,7 @@ def changes(plan: MemoryPlan, gb: float) -> list[Change]:
             values[section][name] = value
         try:
             tried = plan.with_recipe(recipe_from_values(values))
-        except RecipeError:  # such as 4 bit beside 8 bit, or `orthogonal` in 4 bit
+        except RecipeError:  # such as 4 bit and 8 bit together, or `orthogonal` in 4 bit
             continue
         total = tried.budget().total
         if total <= 0.99 * before:

@@ -49,7 +49,7 @@ UNQUANTIZED, DEQUANTIZED = "unquantized", "dequantized"
 CONSULTATIONS = 8
 # Files to copy from the base model: llama.cpp needs the SentencePiece file, vLLM the processor of a multimodal model,
 # and everybody the license.
-BESIDE = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
+_COPIED = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 # Token ids of a consultation, and the position at which its answer begins.
 _Text = tuple[list[int], int]
 
@@ -259,13 +259,13 @@ def _write_model(model: PreTrainedModel, prompt: Prompt, recipe: Recipe, folder:
     model.generation_config = generation_config(prompt, model.generation_config)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(prompt, folder)
-    source = Path(name := resolved_name(recipe))
+    source = Path(base := resolved_name(recipe))
     if not source.is_dir():
         with suppress(OSError, HfHubHTTPError, LocalEntryNotFoundError):  # offline and not cached
-            source = Path(snapshot_download(name, revision=recipe.model.revision, allow_patterns=list(BESIDE)))
-    for beside in BESIDE:
-        if (source / beside).is_file() and not (folder / beside).exists():
-            shutil.copyfile(source / beside, folder / beside)
+            source = Path(snapshot_download(base, revision=recipe.model.revision, allow_patterns=list(_COPIED)))
+    for name in _COPIED:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 # The distance of two models.

@@ -65,10 +65,10 @@ class Page:
 
     def launch(self, host: str, port: int | None, login: tuple[str, str] | None) -> str:
         """Serves the page in background threads and returns its URL. UsageError if the address is not available."""
-        where = {"server_name": host, "server_port": port, "auth": login, "head": self._html(part="head")}
+        options = {"server_name": host, "server_port": port, "auth": login, "head": self._html(part="head")}
         try:
             socket.create_server((host, port or 0)).close()  # gradio would try a hundred ports, 5 s each
-            return str(self.blocks.queue(max_size=MOST_WAITING).launch(**where, **_LOOK)[1])
+            return str(self.blocks.queue(max_size=MOST_WAITING).launch(**options, **_LOOK)[1])
         except OSError as error:
             raise UsageError(f"{host}: {first_sentence(error)}; choose another --host or --port.") from error
 

@@ -408,10 +408,10 @@ def test_the_folder_holds_all_that_a_server_needs_and_names_no_folder_of_this_ma
             assert word.encode() not in file.read_bytes(), file.name
     assert config_of(output)["use_cache"] is True  # the training switches it off
     tokenizer = AutoTokenizer.from_pretrained(output)
-    asked = tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "ألم"}], tokenize=False, add_generation_prompt=True
     )
-    assert asked.startswith("<|im_start|>system\nأنت طبيب.<|im_end|>") and asked.endswith("<|im_start|>assistant\n")
+    assert text.startswith("<|im_start|>system\nأنت طبيب.<|im_end|>") and text.endswith("<|im_start|>assistant\n")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert GenerationConfig.from_pretrained(output).eos_token_id == [0, end]
     # Asked with the prompt of the training.

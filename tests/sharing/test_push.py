@@ -175,7 +175,7 @@ def test_every_refusal_is_one_sentence_with_its_remedy(
         return lambda: hub.repositories.setdefault(ID, Repository()).commit({"model.bin": b"x"}) and None
 
     wrong = []
-    for what, make, asked, remedy in (
+    for what, make, settings, remedy in (
         ("malformed", lambda: None, {"repo_id": "no id"}, "NAME/REPOSITORY"),
         ("no owner", lambda: None, {"repo_id": "adapter"}, "NAME/REPOSITORY"),
         ("another's name", lambda: None, {"repo_id": "bob/adapter"}, "alice, clinic"),
@@ -202,7 +202,7 @@ def test_every_refusal_is_one_sentence_with_its_remedy(
             monkeypatch.setenv("HF_TOKEN", TOKEN)
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
             make()
-            found = refusal(ready, **asked)
+            found = refusal(ready, **settings)
             wrong += [] if remedy in found else [(what, found)]
     assert wrong == []
 
