@@ -1,7 +1,6 @@
 """Exports the training prompt as the tokenizer's chat template, so that other programs send the same tokens.
 
-A template cannot compute a severity or a dialect. Both are template variables: `severity`, and `dialect` (default:
-`prompt.dialect`).
+A template cannot compute them, so `severity` and `dialect` (default: `prompt.dialect`) are its variables.
 """
 
 from __future__ import annotations

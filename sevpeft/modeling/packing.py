@@ -1,9 +1,9 @@
 """Packed rows: checks that a model keeps documents apart, and computes their attention fast.
 
-Packing relies on the model to build its attention mask from `position_ids`. A model that does not do so silently mixes
-one patient's question into another's answer. No tolerance is a constant: bfloat16 rounding of real weights is a
-thousand times the float32 rounding of a toy. Contamination is measured in one shape, where only the neighbor differs.
-Positions are compared with the rounding that harmless changes of shape cause in the same document.
+Packing relies on the model to build its attention mask from `position_ids`; otherwise one patient's question silently
+enters another's answer. No tolerance is constant: bfloat16 rounding of real weights is a thousand times the float32
+rounding of a toy. Contamination is measured in one shape, where only the neighbor differs. Positions are compared with
+the rounding that harmless changes of shape cause in the same document.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Model cards of adapters and merged models (templates/*.jinja), and the commands that serve them.
 
-Every figure on a card was measured. A card is published, so it contains no data row, no path and no name of a person or
-machine.
+Every figure on a card was measured. A card contains no data row, no path, and no name of a person or machine.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Merges a run's adapter into its base model and measures the difference from the trained model.
 
-A run in 4 or 8 bit was trained on the dequantized weights, which differ from the unquantized ones. Both are merged and
-measured, and the closer one is written. The written model is reloaded and compared before the folder gets its final
-name. The distance of two models is the Kullback-Leibler divergence between their predictions, over all answer tokens.
-The distance between base and base + adapter is the reference.
+A run in 4 or 8 bit was trained on dequantized weights, which differ from the unquantized ones. Both are merged and
+measured; the closer one is written, reloaded and compared. The distance of two models is the Kullback-Leibler
+divergence of their predictions of all answer tokens. The distance from base to base + adapter is the reference.
 """
 
 from __future__ import annotations

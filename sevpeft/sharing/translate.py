@@ -129,8 +129,8 @@ def by_vllm(base: ResolvedModel, prompt: Prompt, rows: EvaluationRows) -> Iterat
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     most, text_config = base.recipe.generation.max_new_tokens, base.config.get_text_config()
-    # vLLM refuses more positions than the model has.
-    positions = min(_POSITIONS_OF_VLLM, getattr(text_config, "max_position_embeddings", _POSITIONS_OF_VLLM))
+    context = getattr(text_config, "max_position_embeddings", _POSITIONS_OF_VLLM)
+    positions = min(_POSITIONS_OF_VLLM, context)  # vLLM refuses more positions than the model has
     prompts, lost = fitting_prompts(rows, prompt, positions, [most] * len(rows))
     if not all(prompts):
         raise ModelError(f"max_new_tokens={most} leaves no room for a text in {positions:,} positions; lower it.")
