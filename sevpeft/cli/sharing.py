@@ -93,11 +93,10 @@ def _login(host: str, user: str | None) -> tuple[str, str] | None:
 
 def _loaded(source: str, overrides: list[str] | None, verb: str) -> Chat:
     check_one_process(verb)
-    # Checked here, before the slow imports.
     if wrong := [one for one in overrides or [] if not re.match("(generation|model|quantization)\\.", one)]:
         raise UsageError(f"{wrong[0]} has no effect here; write keys of generation, model and quantization only.")
     if not Path(source).expanduser().is_dir() and not re.fullmatch("[^./~][^/]*/[^/]+", source):  # nor a Hub id
-        check_run(Path(source))
+        check_run(Path(source))  # raises before the slow imports
     with Screen(stderr=True).status(f"Loading the adapter of {source}"):
         quiet_libraries()
         from sevpeft.sharing.chat import Chat
@@ -151,11 +150,10 @@ def _answer(chat: Chat, question: str, earlier: Exchanges = (), *, adapter: bool
 
 
 def _show_severity(chat: Chat, question: str) -> None:
-    severity, screen = chat.severity(question), Screen()
-    for name, chance in reversed(severity.probabilities.items()):
-        style = "bold" if name == severity.name else ""
-        print_labeled(screen, name, f"{chance:4.0%} {'█' * round(30 * chance)}", style)
-    words = "; ".join(f"{name}: {', '.join(of)}" for name, of in severity.words.items())
+    result, screen = chat.severity(question), Screen()
+    for name, chance in reversed(result.probabilities.items()):
+        print_labeled(screen, name, f"{chance:4.0%} {'█' * round(30 * chance)}", "bold" if name == result.name else "")
+    words = "; ".join(f"{name}: {', '.join(of)}" for name, of in result.words.items())
     print_labeled(screen, "words", words or "the rules match none")
     print_labeled(screen, "by", f"{chat.source.kind}, from the question alone; not validated by clinicians")
 
