@@ -123,7 +123,7 @@ def test_five_mistakes_are_five_lines(refusal: Callable[..., str], tmp_path: Pat
         (["train", "qwen3_4b"], "sevpeft has qwen3-4b"),
         (["train", "recipes/qwen3-4b"], "sevpeft has qwen3-4b"),
         (["train", "base-model"], "base-model: model.name_or_path: "),
-        (["chat", "x", "training.max_steps=1"], "changes nothing here"),
+        (["chat", "x", "training.max_steps=1"], "generation, model and quantization"),
         (["web", "x", "--host", "0.0.0.0"], "SEVPEFT_WEB_PASSWORD"),
         (["web", "x", "--auth", "user:password"], "--auth USER"),
     ],

@@ -1,4 +1,4 @@
-"""The verbs chat, web, merge and push. Heavy imports are inside the functions."""
+"""The verbs chat, web, merge and push. Slow imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from sevpeft.sharing.chat import Chat, Exchanges
     from sevpeft.sharing.merge import Merged
 
-PASSWORD = "SEVPEFT_WEB_PASSWORD"  # for --auth; other users of the machine can read command lines
+PASSWORD = "SEVPEFT_WEB_PASSWORD"  # not an option: all users of a machine can read its command lines
 _HELP = """\
 This is not a doctor: in an emergency call an ambulance. Ctrl-C stops an answer.
-The model reads earlier exchanges too, although most trainings use single ones.
-/base [QUESTION]      answer with the base model, without the adapter
-/severity [QUESTION]  show the severity, and the words that decide it
+The model reads earlier exchanges, but most were trained on single questions.
+/base [QUESTION]      answer of the base model, without the adapter
+/severity [QUESTION]  severity of the question, and the words that decide it
 /reset                forget the earlier exchanges"""
 
 RunOrRepo = Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="A run, an adapter's folder or its Hub id")]
@@ -38,7 +39,7 @@ RunOrRepo = Annotated[str, typer.Argument(metavar="RUN_OR_REPO", help="A run, an
 def chat(
     source: RunOrRepo,
     overrides: Words = None,
-    question: Annotated[str | None, typer.Option(help="Answer this and exit; default: one a line.")] = None,
+    question: Annotated[str | None, typer.Option(help="Answer this and exit; else each line is one.")] = None,
 ) -> None:
     """Chat with a trained adapter. Its answers are not medical advice.
 
@@ -53,14 +54,14 @@ def web(
     source: RunOrRepo,
     overrides: Words = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answers too.")] = False,
-    host: Annotated[str, typer.Option(help="Address to listen on; a public one needs --auth.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free port from 7860")] = None,
-    auth: Annotated[str | None, typer.Option(metavar="USER", help=f"Login as USER with ${PASSWORD}.")] = None,
-    comments: Annotated[Path | None, typer.Option(help="JSONL file that a comment box writes to.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; one open to others needs --auth.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="unset: the first free one from 7860")] = None,
+    auth: Annotated[str | None, typer.Option(metavar="USER", help=f"Require login as USER with ${PASSWORD}.")] = None,
+    comments: Annotated[Path | None, typer.Option(help="JSONL file for comments; unset: no comment box.")] = None,
 ) -> None:
-    """Serve a page in Arabic on which a trained adapter answers. Its answers are not medical advice.
+    """Serve a web page in Arabic for chat with a trained adapter. Its answers are no medical advice.
 
-    The page loads nothing from the network. Questions are stored only with a comment, in --comments.
+    The page loads nothing from other servers. A question is stored only with a comment, in --comments.
 
     Example: sevpeft web runs/quickstart-20260101-120000 --compare
     """
@@ -68,7 +69,7 @@ def web(
     if find_spec("gradio") is None:
         raise SevpeftError('The page needs gradio: run pip install -e ".[web]".')
     if comments:
-        with comments.open("a"):  # fails before the model is loaded where it cannot be written
+        with comments.open("a"):  # raises before slow work if it is not writable
             keep_private(comments)
     adapter = _loaded(source, overrides, "web")
     from sevpeft.sharing.web import Page
@@ -82,18 +83,20 @@ def web(
 
 
 def _login(host: str, user: str | None) -> tuple[str, str] | None:
-    """User and password; UsageError for a public address without them."""
+    """User and password; UsageError if others could reach the page without a login."""
     if user is None and re.fullmatch(r"localhost|127(\.\d+){3}", host):
         return None
     if not user or ":" in user or not (password := os.environ.get(PASSWORD)):
-        raise UsageError(f"{host} needs --auth USER (without a colon), and a password in the variable {PASSWORD}.")
+        raise UsageError(f"{host} needs --auth USER (a name without a colon) and a password in ${PASSWORD}.")
     return user, password
 
 
 def _loaded(source: str, overrides: list[str] | None, verb: str) -> Chat:
     check_one_process(verb)
-    if not overrides and not Path(source).expanduser().exists() and (source.count("/") != 1 or source[0] in "./~"):
-        check_run(Path(source))  # which says what is wanted
+    if wrong := [one for one in overrides or [] if not re.match("(generation|model|quantization)\\.", one)]:
+        raise UsageError(f"{wrong[0]} has no effect here; write keys of generation, model and quantization only.")
+    if not Path(source).expanduser().is_dir() and not re.fullmatch("[^./~][^/]*/[^/]+", source):  # nor a Hub id
+        check_run(Path(source))  # raises before the slow imports
     with Screen(stderr=True).status(f"Loading the adapter of {source}"):
         quiet_libraries()
         from sevpeft.sharing.chat import Chat
@@ -102,21 +105,20 @@ def _loaded(source: str, overrides: list[str] | None, verb: str) -> Chat:
 
 
 def _converse(chat: Chat, interactive: bool) -> None:
-    """Answers line by line until the input ends; a question that fails or is stopped is not remembered."""
+    """Answers line by line until the input ends. A refused or stopped question is not added to the conversation."""
     if interactive:
         print_text(_HELP, stderr=True)
         with suppress(ImportError):  # absent on Windows
-            # Without it a terminal cuts a line after 4,095 bytes, which are 2,000 Arabic letters.
-            importlib.import_module("readline")
+            importlib.import_module("readline")  # without it a line ends after 4,095 bytes: 2,000 Arabic letters
     earlier: list[tuple[str, str]] = []
     while output_error() is None and (line := _read_line()) is not None:
         command, _, rest = line.partition(" ") if interactive and line.startswith("/") else ("", "", line)
-        about = rest.strip() or (earlier[-1][0] if earlier else "")
+        question = rest.strip() or (earlier[-1][0] if earlier else "")
         try:
             if command == "/severity":
-                _show_severity(chat, about)
+                _show_severity(chat, question)
             elif command == "/base":
-                _answer(chat, about, earlier if rest else earlier[:-1], adapter=False)
+                _answer(chat, question, earlier if rest else earlier[:-1], adapter=False)
             elif command:
                 earlier = [] if command == "/reset" else earlier
                 print_text("The earlier exchanges are forgotten." if command == "/reset" else _HELP, stderr=True)
@@ -128,15 +130,15 @@ def _converse(chat: Chat, interactive: bool) -> None:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            print_text("\nStopped; the question is not remembered.", stderr=True)
+            print_text("\nStopped; the question is not part of the conversation.", stderr=True)
 
 
 def _answer(chat: Chat, question: str, earlier: Exchanges = (), *, adapter: bool = True) -> str:
-    """Prints a notice if there is a red flag, and streams the answer; returns it."""
+    """Prints the notice of a red flag and the growing answer; returns the answer."""
     if notice := chat.severity(question).notice:
         print_text(f"This may be an emergency: call an ambulance now.\n{notice}", stderr=True)
     if lost := len(earlier) - len(chat.fitting(question, earlier)):
-        print_text(f"(The first {lost} exchanges no longer fit and are not read.)", stderr=True)
+        print_text(f"(The context is full: the model does not read the first {lost} exchanges.)", stderr=True)
     shown = ""
     for text in chat.stream(question, earlier, adapter=adapter):
         print_text(text[len(shown) :] if text.startswith(shown) else f"\n{text}", end="")
@@ -148,16 +150,16 @@ def _answer(chat: Chat, question: str, earlier: Exchanges = (), *, adapter: bool
 
 
 def _show_severity(chat: Chat, question: str) -> None:
-    found, screen = chat.severity(question), Screen()
-    for name, chance in reversed(found.probabilities.items()):
-        print_labeled(screen, name, f"{chance:4.0%} {'█' * round(30 * chance)}", "bold" if name == found.name else "")
-    words = "; ".join(f"{name}: {', '.join(of)}" for name, of in found.words.items())
-    print_labeled(screen, "words", words or "no known words")
+    result, screen = chat.severity(question), Screen()
+    for name, chance in reversed(result.probabilities.items()):
+        print_labeled(screen, name, f"{chance:4.0%} {'█' * round(30 * chance)}", "bold" if name == result.name else "")
+    words = "; ".join(f"{name}: {', '.join(of)}" for name, of in result.words.items())
+    print_labeled(screen, "words", words or "the rules match none")
     print_labeled(screen, "by", f"{chat.source.kind}, from the question alone; not validated by clinicians")
 
 
 def _read_line() -> str | None:
-    """A line of stdin; None at its end."""
+    """A line of standard input; None at its end."""
     try:
         return input("? " if sys.stdin.isatty() else "").strip()
     except EOFError:
@@ -170,20 +172,20 @@ def merge(
     output: Annotated[Path, typer.Argument(help="New folder for the merged model", show_default=False)],
     base: Annotated[
         Literal["auto", "unquantized", "dequantized"],
-        typer.Option("--base", help="Weights to merge a 4- or 8-bit run into; auto: the nearer ones."),
+        typer.Option("--base", help="Base weights of a 4- or 8-bit run; auto: the closer ones."),
     ] = "auto",
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option("--dtype", help="Precision of the weights; auto: as the base model is stored."),
+        typer.Option("--dtype", help="Precision of the weights; auto: that of the stored base model."),
     ] = "auto",
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, as 5GB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, such as 5GB.")] = "5GB",
     as_json: AsJson = False,
 ) -> None:
-    """Merge a run's adapter into its base model, for programs that cannot load adapters.
+    """Merge a run's adapter into its base model, for programs that load no adapters.
 
     A run in 4 or 8 bit is merged into the unquantized base and into the dequantized
-    one; both are compared with the trained model, and the nearer one is written.
-    A result that is farther from it than the base model alone is refused.
+    one that it was trained on. Both are measured, and the closer one is written.
+    A merge that is farther from the trained model than the base alone is an error.
 
     Example: sevpeft merge runs/quickstart-20260101-120000 merged
     """
@@ -191,7 +193,7 @@ def merge(
     check_absent(output)
     shard_size = max_shard_size.upper()
     if not re.fullmatch("0*[1-9][0-9]*[GMK]B", shard_size):
-        raise UsageError(f"--max-shard-size {max_shard_size} is not a size; write 5GB, or 500MB.")
+        raise UsageError(f"--max-shard-size {max_shard_size} is not a size; write 5GB or 500MB.")
     messages = Screen(stderr=True)
     with messages.status("Loading the libraries"):
         quiet_libraries()
@@ -199,7 +201,7 @@ def merge(
 
     merged = merge_run(Run(run), output, base=base, dtype=dtype, max_shard_size=shard_size, console=messages)
     if as_json:
-        print_json({"output": str(output), **merged.as_dict()})
+        print_json({"output": str(output), **asdict(merged)})
     else:
         _show(merged, output)
 
@@ -212,7 +214,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Push a run's adapter to the Hub, pull it again, and compare bytes and logits.
+    """Push a run's adapter to the Hub, download it again, and compare bytes and logits.
 
     Example: sevpeft push runs/mine NAME/severity-qwen2.5-0.5b private=true --dry-run
     """
@@ -233,35 +235,34 @@ def push(
     sizes, why = about["files"], about["not_searched_for_data"]
     lines = [("Files", f"{len(sizes)}, {sum(sizes.values()):,} bytes")]
     lines += [("", f"{name} ({size:,})") for name, size in sizes.items()]
-    lines += [("Warning", f"The files were not searched for sentences of the data ({why}).")] if why else []
+    lines += [("Warning", f"The files were not searched for sentences of the data: {why}.")] if why else []
     if dry_run:
         print_text(about["card"], end="\n\n")
-        lines += [("Dry run", f"Nothing was sent to {repo_id}; without --dry-run, these files are.")]
+        lines += [("Dry run", f"Nothing was sent to {repo_id}; leave --dry-run out to send these files.")]
     else:
-        how = "sent" if about["sent"] else "unchanged"
+        how = "sent" if about["sent"] else "already there"
         lines += [("Commit", f"{about['commit'][:12]} ({how}), tag {about['tag']}")]
-        lines += [("Checked", f"pulled again: equal bytes, equal logits on {about['answer_tokens']:,} tokens")]
+        lines += [("Checked", f"downloaded: equal bytes, equal logits on {about['answer_tokens']:,} tokens")]
         lines += [("Page", about["url"])]
     for label, text in lines:
         print_labeled(console, label, text)
 
 
 def _show(merged: Merged, output: Path) -> None:
-    """Prints the figures; the commands for vLLM, llama.cpp and Ollama are in the card."""
+    """Prints the measurements; the card has the commands for vLLM, llama.cpp and Ollama."""
     from sevpeft.sharing.card import distance
 
     console = Screen()
     size = f"{merged.bytes / 1e9:,.1f} GB" if merged.bytes >= 1e8 else f"{merged.bytes / 1e6:,.1f} MB"
-    what = f"{merged.matrices:,} weights of {merged.base} in {merged.dtype} ({merged.parameters:,} parameters, {size})"
-    print_labeled(console, "Merged", what)
-    print_labeled(console, "Checked", f"read back, on {merged.effect.tokens:,} answer tokens of {merged.rows}\n")
+    model = f"{merged.base} in {merged.dtype} ({merged.parameters:,} parameters, {size})"
+    print_labeled(console, "Merged", f"{merged.matrices:,} weights of {model}")
+    print_labeled(console, "Checked", f"after reloading, on {merged.effect.tokens:,} answer tokens of {merged.rows}\n")
     console.print(_table(merged), "")
-    gap = merged.as_dict()["gaps"].get("unquantized") if merged.bits else None
-    if gap:
-        away = f"{distance(gap)} from {merged.bits} bit + adapter; the adapter is worth {merged.effect.kl:.2g}"
-        print_labeled(console, "Unquantized", f"as vLLM serves the adapter, it is {away}", style="yellow")
+    if merged.bits and (gap := merged.gaps.get("unquantized")):
+        gap_text = f"{distance(asdict(gap))} from {merged.bits} bit + adapter (its effect: {merged.effect.kl:.2g})"
+        print_labeled(console, "Unquantized", f"with the adapter, as vLLM serves it: {gap_text}", style="yellow")
     print_labeled(console, "Model", f"{output}, its card in README.md. Not a medical device.")
-    print_labeled(console, "Serve", f"`vllm serve {shlex.quote(str(output))}`; for llama.cpp and Ollama see the card")
+    print_labeled(console, "Serve", f"`vllm serve {shlex.quote(str(output))}`; llama.cpp and Ollama: see the card")
 
 
 def _table(merged: Merged) -> object:
@@ -274,6 +275,6 @@ def _table(merged: Merged) -> object:
         table.add_column(title, justify="right")
     rows = [(f"{name} ({'' if name == merged.weights else 'not '}merged)", gap) for name, gap in merged.gaps.items()]
     rows = rows if merged.bits else [("the merged model", gap) for _, gap in rows]
-    for name, of in [*rows, ("its base alone", merged.effect)]:
-        table.add_row(name, f"{of.kl:.2g}", f"{of.largest_logit_difference:.2g}", f"{of.equal_next_tokens:.1%}")
+    for name, gap in [*rows, ("its base alone", merged.effect)]:
+        table.add_row(name, f"{gap.kl:.2g}", f"{gap.largest_logit_difference:.2g}", f"{gap.equal_next_tokens:.1%}")
     return table

@@ -20,7 +20,6 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from sevpeft.data.columns import trained_turns
 from sevpeft.errors import ModelError, RunError
-from sevpeft.modeling import compat
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
 
@@ -122,7 +121,6 @@ def generate(
         room = f"no room for a question in the model's {context:,} positions"
         raise ModelError(f"generation.max_new_tokens={most} leaves {room}; lower it.")
     (model.get_base_model() if hasattr(model, "get_base_model") else model).generation_config = GenerationConfig()
-    compat.copy_last_states(model)
     if min(size, len(rows)) > 1 and (problem := batching_problem(model, prompt.end_id)):
         size = 1
         on_slow(f"Questions are answered one at a time, which is slower: {problem}.")

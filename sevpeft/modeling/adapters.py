@@ -1,8 +1,8 @@
-"""LoRA adapters: a recipe's `lora` section as a PEFT configuration, how an adapter is saved, and put on a base again.
+"""LoRA adapters: builds the PEFT configuration, saves adapters, and attaches saved adapters to a base model.
 
-PEFT ignores names in its settings that match nothing, only warns when weights are missing in a saved adapter, and drops
-those that have no place. Here each is an error. So is another base model: an instruct model, a merged one and a newer
-revision have the same shapes, so the base's own weights are compared.
+PEFT ignores setting names that match no module, only warns about weights that a saved adapter lacks, and drops weights
+that the model lacks. Here each is an error. A different base model is an error too. An instruct model, a merged model
+and a newer revision have the same shapes, so the base weights themselves are compared.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -32,28 +34,27 @@ from sevpeft.modeling.loading import resolved_name
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run, file_hash, write_atomically
 
-ADAPTER_CONFIG = "adapter_config.json"
-# Numbers of each tensor that are looked at: training moves all of a matrix, so the whole gigabytes need not be read.
-_LOOKED_AT = 2048
+# Values of each tensor that the fingerprint reads. Training changes a whole matrix, so a part of it is enough.
+_SAMPLED = 2048
 
 
 def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
-    """LoRA settings of the recipe; raises ModelError where PEFT refuses them, or the model lacks a name in them."""
+    """The recipe's LoRA settings for PEFT. Raises ModelError if PEFT refuses them or the model lacks a named module."""
     settings = recipe.lora.settings()
     with _peft_errors(model):
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
         _check_names(config, model)
     if config.trainable_token_indices and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        # TRL reads the matrix of the head directly.
-        raise ModelError("lora.trainable_token_indices train no embedding that is the head; use lora.modules_to_save.")
+        # TRL reads the weight of the head directly, without the trained rows.
+        raise ModelError("lora.trainable_token_indices cannot train a tied embedding; use lora.modules_to_save.")
     return config
 
 
 def add_empty_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """A model on the meta device with its adapter, in float32; raises ModelError where PEFT refuses the two."""
+    """Adds a float32 adapter to a model on the meta device; raises ModelError if PEFT refuses."""
     config = copy.deepcopy(config)
     if config.init_lora_weights != "orthogonal":
-        config.init_lora_weights = False  # what starts from the base weights would need them
+        config.init_lora_weights = False  # other initializations read the base weights
     with _peft_errors(model):
         adapted = get_peft_model(model, config)
     cast_trained(adapted)
@@ -71,7 +72,7 @@ def _peft_errors(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
-    """Raises ModelError for a name that the model does not have, with those that it has: a typo trains less."""
+    """Raises ModelError for a name that the model lacks and lists the existing names: a typo would train less."""
     kind, modules = model.config.model_type, dict(model.named_modules())
     weights = {name.rsplit(".", 1)[-1] for name, part in modules.items() if hasattr(part, "weight")}
     parameters = dict(model.named_parameters())
@@ -81,15 +82,17 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
         if not wanted or wanted == "all-linear":
             continue
         names = parameters if setting == "target_parameters" else modules
-        # A text must match as a whole, a key of a pattern at its end (PEFT 0.21, get_pattern_key), a name literally.
-        whole, pattern = isinstance(wanted, str), setting.endswith("pattern")
-        expressions = {key: key if whole or pattern else re.escape(key) for key in ([wanted] if whole else wanted)}
-        expressions = {key: text if whole else rf"(.*\.)?({text})" for key, text in expressions.items()}
+        if isinstance(wanted, str):  # a regular expression for the full name
+            expressions = {wanted: wanted}
+        else:  # the end of a name: literal, or a regular expression (PEFT 0.21, get_pattern_key)
+            literal = not setting.endswith("pattern")
+            expressions = {key: rf"(.*\.)?({re.escape(key) if literal else key})" for key in wanted}
         absent = [key for key, text in expressions.items() if not any(re.fullmatch(text, name) for name in names)]
         if absent:
             existing = weights if names is modules else {".".join(name.split(".")[-2:]) for name in parameters}
-            there = ", ".join(sorted(existing)) + ", or use all-linear" * (setting == "target_modules")
-            raise ModelError(f"lora.{setting}: {kind} has no {', '.join(sorted(absent))}; it has {there}.")
+            remedy = ", or use all-linear" if setting == "target_modules" else ""
+            problem = f"{kind} has no {', '.join(sorted(absent))}"
+            raise ModelError(f"lora.{setting}: {problem}; it has {', '.join(sorted(existing))}{remedy}.")
     layers, count = config.layers_to_transform, model.config.get_text_config().num_hidden_layers
     numbers = [] if layers is None else [layers] if isinstance(layers, int) else layers
     if beyond := [str(number) for number in numbers if not 0 <= number < count]:
@@ -97,7 +100,7 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
 
 
 def cast_trained(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Gives what is trained one number format, whatever a library made it in."""
+    """Casts all trainable parameters to one dtype; libraries create them in several."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -107,10 +110,10 @@ def cast_trained(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> 
 
 
 def cast_adapter_to_compute_dtype(adapter: Path, config: LoraConfig) -> None:
-    """Rounds A and B of a saved adapter that was trained under bfloat16 autocast to bfloat16: half the file.
+    """Rounds A and B of a saved adapter to bfloat16, which halves the file; for training under bfloat16 autocast.
 
-    Autocast rounds both at every use, so that to the bit nothing changes. What it does not round stays whole: all of
-    DoRA, biases, modules that are trained whole.
+    Autocast rounds both at every use, so results stay bit-identical. It does not round DoRA weights, biases and fully
+    trained modules, so these keep their precision.
     """
     if config.use_dora or config.target_parameters:
         return
@@ -122,10 +125,7 @@ def cast_adapter_to_compute_dtype(adapter: Path, config: LoraConfig) -> None:
 
 
 def sort_target_modules(adapter: Path) -> None:
-    """Writes `target_modules` of a saved adapter in alphabetical order.
-
-    PEFT keeps them in a set, whose order changes from process to process, so that two equal runs would differ.
-    """
+    """Sorts `target_modules` of a saved adapter: PEFT writes a set, in an order that differs between equal runs."""
     config = read_adapter_config(adapter)
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])
@@ -134,7 +134,7 @@ def sort_target_modules(adapter: Path) -> None:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Contents of adapter_config.json; raises ModelError where it is not there or cannot be read."""
+    """Contents of adapter_config.json; raises ModelError if it is absent or unreadable."""
     try:
         return dict(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -142,25 +142,22 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def adapter_folder(name: str, setting: str) -> Path:
-    """The folder of an adapter, here or after its download; UnknownModelError, which names `setting`."""
+    """Folder of a local or downloaded adapter. Raises UnknownModelError, which names `setting`."""
     if (folder := Path(name).expanduser()).is_dir():
         return folder
     look_for_hub()
-    with loading_errors(name, setting=setting):  # weights and tokenizer: nothing that can run
+    with loading_errors(name, setting=setting):  # no code, no pickle
         return Path(snapshot_download(name, allow_patterns=[SAFETENSORS_WEIGHTS_NAME, "*.json", "*.jinja", "*.model"]))
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftModel:
-    """The base model, changed in place, with a saved adapter on it, in evaluation mode.
+    """Attaches a saved adapter to the base model of `recipe`, in place, and returns it in evaluation mode.
 
-    Args:
-        folder: of the adapter, in that of its run.
-        recipe: that the base model was loaded by.
-
-    Raises ModelError: the adapter is damaged, incomplete, or was trained on another base model.
+    `folder`: of the adapter, inside its run folder. Raises ModelError if the adapter is damaged or incomplete, or was
+    trained on another base model.
     """
     config = read_adapter_config(folder)
-    trained_on = public_name(config.get("base_model_name_or_path") or "a model that it does not name")
+    trained_on = public_name(config.get("base_model_name_or_path") or "an unnamed model")
     name = public_name(recipe.model.name_or_path)
     misfit = f"The adapter in {folder} was trained on {trained_on} and does not fit {name}"
     remedy = "copy it again, or name its base model in model.name_or_path"
@@ -168,7 +165,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftM
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
             saved = set(file.keys())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PEFT warns of is found out below, and is an error here
+            warnings.simplefilter("ignore")  # what PEFT warns about is checked below
             model = PeftModel.from_pretrained(base, str(folder))
             wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     except SafetensorError as error:
@@ -183,32 +180,34 @@ def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe) -> PeftM
     return model.eval()
 
 
-# What changes the work of an adapter's matrices but neither their names nor shapes; and the rank, to name it plainly.
-_UNSEEN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# Settings that change what an adapter computes but not the names and shapes of its weights. The rank is here as well,
+# because "lora.r" is a clearer message than a list of shapes.
+_UNSEEN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "trainable_token_indices")
 
 
 def init_adapter(recipe: Recipe, model: PeftModel | None = None) -> str:
-    """Checks `training.init_adapter`, puts its weights into a model where one is given, and returns their hash.
+    """Checks the adapter of `training.init_adapter`, loads it into `model` if given, and returns its file hash.
 
-    Raises ModelError where it is no adapter, is damaged, or has other LoRA settings or another base model.
+    Raises ModelError if it is no adapter or damaged, or has other LoRA settings or another base model.
     """
     name = str(recipe.training.init_adapter)
     folder = adapter_folder(name, "training.init_adapter")
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     theirs, ours = ({**LoraConfig().to_dict(), **one} for one in (read_adapter_config(folder), recipe.lora.settings()))
-    if differing := [f"lora.{key}={theirs[key]}" for key in _UNSEEN if theirs[key] != ours[key]]:
-        raise ModelError(f"The adapter in {name} has other LoRA settings; write {' '.join(differing)}.")
+    if differing := [key for key in _UNSEEN if theirs[key] != ours[key]]:
+        remedy = " ".join(shlex.quote(f"lora.{key}={json.dumps(theirs[key])}") for key in differing)
+        raise ModelError(f"The adapter in {name} has other LoRA settings; write {remedy}.")
     try:
         if model is not None:
             check_base_weights(recipe, Run(folder.parent))
             saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
             wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
             if others := sorted(saved.keys() ^ wanted.keys()):
-                raise ValueError(f"{len(others):,} other matrices, such as {others[0]}")
+                raise ValueError(f"{len(others):,} other weights, such as {others[0]}")
             set_peft_model_state_dict(model, saved)
         return file_hash(folder / SAFETENSORS_WEIGHTS_NAME)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        remedy = f"copy it again, or write the settings in its {ADAPTER_CONFIG}"
+        remedy = f"copy it again, or use the LoRA settings in its {ADAPTER_CONFIG}"
         raise ModelError(f"The adapter in {name} does not fit ({first_sentence(error)}); {remedy}.") from error
 
 
@@ -216,10 +215,7 @@ def init_adapter(recipe: Recipe, model: PeftModel | None = None) -> str:
 
 
 def base_fingerprint(recipe: Recipe) -> str:
-    """`sha256:…` of every tensor's name, type, shape and first numbers, however they are spread over files.
-
-    The weights have to be at hand, as they are once the model was loaded.
-    """
+    """`sha256:…` of every tensor's name, dtype, shape and first values, in local or cached files of any sharding."""
     folder = _base_folder(recipe)
     files = {SAFE_WEIGHTS_NAME}
     if not (folder / SAFE_WEIGHTS_NAME).exists():
@@ -230,31 +226,28 @@ def base_fingerprint(recipe: Recipe) -> str:
             for name in file.keys():  # noqa: SIM118 (not a dictionary)
                 lazy = file.get_slice(name)
                 shape = lazy.get_shape()
-                some = lazy[: 1 if len(shape) > 1 else _LOOKED_AT] if shape else file.get_tensor(name)
-                some = some.flatten()[:_LOOKED_AT].contiguous()
-                digest = hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).hexdigest()
+                values = lazy[: 1 if len(shape) > 1 else _SAMPLED] if shape else file.get_tensor(name)
+                values = values.flatten()[:_SAMPLED].contiguous()
+                digest = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
                 parts.append(f"{name} {lazy.get_dtype()} {shape} {digest}")
     return f"sha256:{hashlib.sha256(chr(10).join(sorted(parts)).encode()).hexdigest()}"
 
 
 def base_commit(recipe: Recipe) -> str | None:
-    """The commit on the Hub that the base model was taken from; None for a folder."""
+    """Hub commit of the base model; None for a local folder."""
     return None if Path(resolved_name(recipe)).is_dir() else _base_folder(recipe).name
 
 
 def check_base_weights(recipe: Recipe, run: Run) -> None:
-    """Raises ModelError when the recipe's base model is not the one that the run was trained on.
-
-    A folder that is no run keeps no fingerprint, and passes.
-    """
-    stored = run.metrics().get("model", {})
+    """Raises ModelError if the recipe's base model is not the one that the run was trained on."""
+    stored = run.metrics().get("model", {})  # empty for an adapter without its run
     if not stored.get("fingerprint") or stored["fingerprint"] == base_fingerprint(recipe):
         return
     theirs, ours = public_name(stored["name_or_path"]), public_name(recipe.model.name_or_path)
-    commit, remedy = stored.get("commit"), "name the base model that it was trained on in model.name_or_path"
+    commit, remedy = stored.get("commit"), "set model.name_or_path to the base model of the training"
     if theirs == ours:
-        remedy = f"set model.revision to {commit} in its recipe.yaml" if commit else "bring the former back"
-    raise ModelError(f"{run.folder} was trained on {theirs}, and {ours} has other weights now; {remedy}.")
+        remedy = f"set model.revision to {commit} in its recipe.yaml" if commit else "restore the former weights"
+    raise ModelError(f"{run.folder} was trained on {theirs}, but {ours} has other weights; {remedy}.")
 
 
 def _base_folder(recipe: Recipe) -> Path:
@@ -263,5 +256,5 @@ def _base_folder(recipe: Recipe) -> Path:
 
 
 def public_name(name: str) -> str:
-    """A Hub id as it is; of a folder only its last part: cards are published, errors copied into tickets."""
-    return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name
+    """A Hub id unchanged, and only the last part of any other path: cards are published, errors copied into tickets."""
+    return name if re.fullmatch(r"(?a)\w[\w.-]*(/[\w.-]+)?", name) and not Path(name).exists() else Path(name).name

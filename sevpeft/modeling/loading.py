@@ -1,17 +1,18 @@
-"""Loading of the base model: precision, configuration, tokenizer and weights, quantized or not.
+"""Loads the base model: precision, config, tokenizer and weights, quantized or not.
 
-Only safetensors weights are read and no code from the Hub is run; both are passed to transformers explicitly.
+Only safetensors weights are read, and no code from the Hub runs unless the recipe sets model.trust_remote_code.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -34,13 +35,13 @@ from sevpeft.modeling.tiny import TINY, tiny_model_folder
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
 
-# A model of this size takes about a second for one step on two cores in 4 bit; a larger one takes hours per epoch.
+# Parameters. In 4 bit on two cores, one step of this size takes about a second; a larger model takes hours per epoch.
 LARGEST_QUANTIZED_ON_CPU = 1_500_000_000
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Number formats of a run: `dtype` of the frozen weights, and which mixed precision the trainer uses."""
+    """Precision of a run: `dtype` of the frozen weights, and the trainer's mixed precision."""
 
     dtype: torch.dtype
     bf16: bool
@@ -49,7 +50,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A recipe's base model without its weights, which training, plan, evaluation, chat and merge begin with."""
+    """A recipe's base model without its weights; training, plan, evaluation, chat and merge start from it."""
 
     recipe: Recipe
     config: PretrainedConfig
@@ -58,44 +59,51 @@ class ResolvedModel:
 
 
 def resolve_model(recipe: Recipe, run: Run | None = None) -> ResolvedModel:
-    """Config, tokenizer and prompt of the recipe's base model, checked; raises ModelError.
+    """Loads and checks config, tokenizer and prompt of the recipe's base model; raises ModelError.
 
-    Where tokenizer or template have changed since a `run` was trained, its copy is used, and standard error says so.
+    If tokenizer or template have changed since `run` was trained, uses the run's copy and prints a notice to stderr.
     """
     config = load_config(recipe)
     check_form(recipe, config)
-    stored = run.metrics().get("model", {}).get("prompt") if run else None
+
+    def resolved(folder: Path | None = None) -> ResolvedModel:
+        tokenizer = load_tokenizer(recipe, config, folder)
+        prompt = Prompt.build(tokenizer, config.get_text_config().vocab_size, **recipe.prompt.model_dump())
+        return ResolvedModel(recipe, config, tokenizer, prompt)
+
+    fingerprint = run.metrics().get("model", {}).get("prompt") if run else None
+    if run is None or fingerprint is None:
+        return resolved()
     changed = f"The tokenizer or chat template of {recipe.model.name_or_path} has changed since the training"
-    for folder in (None, run.tokenizer) if run and stored else (None,):
-        with suppress(ModelError) if stored else nullcontext():
-            tokenizer = load_tokenizer(recipe, config, folder)
-            prompt = Prompt.build(tokenizer, config.get_text_config().vocab_size, **recipe.prompt.model_dump())
-            if stored in (None, prompt.fingerprint()):
+    for folder in (None, run.tokenizer):
+        with suppress(ModelError):
+            model = resolved(folder)
+            if model.prompt.fingerprint() == fingerprint:
                 if folder and os.environ.get("RANK", "0") == "0":
                     print_text(f"{changed}; the copy in {folder} is used.", stderr=True)
-                return ResolvedModel(recipe, config, tokenizer, prompt)
-    raise ModelError(f"{changed}, or the run's section prompt; bring back what was, in {folder} too.")
+                return model
+    raise ModelError(f"{changed}, or the run's section prompt; restore them, or the copy in {run.tokenizer}.")
 
 
 def uses_gpu(recipe: Recipe) -> bool:
-    """Whether the run computes on a CUDA device (one is there, and neither recipe nor launcher asks for the CPU)."""
+    """Whether the run computes on a CUDA device: one exists, and neither recipe nor launcher requests the CPU."""
     return torch.cuda.is_available() and not recipe.training.settings().get("use_cpu") and not compat.cpu_requested()
 
 
 def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precision:
-    """Number formats for this recipe on this machine: by capability, so that the same command gives the same adapter.
+    """Precision of this recipe on this machine: by capability, so that the same command gives the same adapter.
 
-    `dtype_before`: of the run that is resumed, where the recipe leaves it open.
+    `dtype_before`: dtype of the run that is resumed; it replaces model.dtype=auto.
     """
     settings, quantization, gpu = recipe.training.settings(), recipe.quantization, uses_gpu(recipe)
     bf16, fp16 = settings.get("bf16"), settings.get("fp16")
     native_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if fp16 and not gpu:
-        raise ModelError(f"training.fp16=true needs a CUDA GPU, and {why_no_gpu(recipe)}; without fp16 a CPU is used.")
+        raise ModelError(f"training.fp16=true needs a CUDA GPU: {why_no_gpu(recipe)}, or leave training.fp16 out.")
     compute = quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else None
     if gpu and not native_bf16 and (bf16 or "bfloat16" in (recipe.model.dtype, compute)):
-        remedy = "leave training.bf16, model.dtype and quantization.bnb_4bit_compute_dtype out: then float16 is used"
-        # PyTorch would emulate it, many times slower.
+        # PyTorch would emulate bfloat16, many times slower.
+        remedy = "leave training.bf16, model.dtype and quantization.bnb_4bit_compute_dtype out to use float16"
         raise ModelError(f"{torch.cuda.get_device_name()} does not compute in bfloat16; {remedy}.")
     wanted = dtype_before if recipe.model.dtype == "auto" and dtype_before else recipe.model.dtype
     if wanted != "auto":
@@ -110,43 +118,42 @@ def choose_precision(recipe: Recipe, dtype_before: str | None = None) -> Precisi
 
 
 def dtype_of_cpu(recipe: Recipe) -> torch.dtype:
-    """bfloat16 where the processor multiplies matrices in it (AMX, AVX512-BF16), else float32, as for the toy.
+    """bfloat16 if the processor has bfloat16 matrix instructions (AMX, AVX512-BF16), else float32; the toy: float32.
 
-    GFLOP/s in bfloat16 and float32, one product on 2 cores: AMX 2,025 and 287, AVX512-BF16 420 and 170, AVX2 10 and 50.
+    GFLOP/s on 2 cores in bfloat16 and float32: AMX 2,025 and 287, AVX512-BF16 420 and 170, AVX2 10 and 50.
     """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent before PyTorch 2.10
-    able = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if able and recipe.model.name_or_path != TINY else torch.float32
+    native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if native and recipe.model.name_or_path != TINY else torch.float32
 
 
 def why_no_gpu(recipe: Recipe) -> str:
-    """Why a run of this recipe has no GPU and what to do, as two clauses that end a sentence."""
+    """Why a run of this recipe has no GPU, and the remedy, as two clauses that end a sentence."""
     if recipe.training.settings().get("use_cpu") or compat.cpu_requested():
-        return "the recipe or the launcher asks for the CPU; leave training.use_cpu and --cpu out"
+        return "the recipe or the launcher requests the CPU; leave training.use_cpu and --cpu out"
     if torch.version.cuda is None and torch.version.hip is None:
-        return (
-            f"this PyTorch ({torch.__version__}) is built for CPUs; install it as pytorch.org/get-started/locally says"
-        )
+        version = torch.__version__
+        return f"this PyTorch ({version}) is built for CPUs; install one for GPUs (pytorch.org/get-started/locally)"
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return "CUDA_VISIBLE_DEVICES may hide it from this process; unset it, or write the number of one"
-    return "PyTorch finds none; run this where `nvidia-smi` lists a GPU, with a driver as new as PyTorch's CUDA"
+        return "CUDA_VISIBLE_DEVICES may hide it from this process; unset it, or set it to the number of a GPU"
+    return "PyTorch finds none; run this where `nvidia-smi` lists a GPU, with a driver that supports PyTorch's CUDA"
 
 
 def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings of the recipe, with `auto` resolved; None when nothing is quantized."""
+    """The recipe's bitsandbytes settings with `auto` resolved; None without quantization."""
     settings = recipe.quantization
     if not settings.load_in_4bit:
         return BitsAndBytesConfig(load_in_8bit=True) if settings.load_in_8bit else None
     compute = settings.bnb_4bit_compute_dtype
     storage: str = settings.bnb_4bit_quant_storage
     if compat.weights_are_sharded():
-        # FSDP and ZeRO-3 divide parameters of a floating type only and cast those of a layer to the one that is
-        # computed in: whole bytes would stay on every GPU, and another floating type would be rounded into garbage.
+        # FSDP and ZeRO-3 shard only floating-point parameters and cast them to the compute dtype. uint8 storage would
+        # stay whole on every GPU, and the cast would corrupt another floating-point storage.
         computed = torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else precision.dtype
         needed = str(computed).removeprefix("torch.")
         if storage not in ("auto", needed):
             key = "quantization.bnb_4bit_quant_storage"
-            raise ModelError(f"{key}={storage} cannot hold parts of weights which are {needed} here; write auto.")
+            raise ModelError(f"{key}={storage} does not work with sharded weights in {needed}; write auto.")
         storage = needed
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -158,44 +165,44 @@ def quantization_config(recipe: Recipe, precision: Precision) -> BitsAndBytesCon
 
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
-    """Configuration of the base model, from a folder, the Hub or `builtin:tiny`; raises ModelError."""
+    """Loads the config of the base model from a folder, the Hub or `builtin:tiny`; raises ModelError."""
     folder, name = Path(resolved_name(recipe)), recipe.model.name_or_path
     if not folder.is_dir():
         look_for_hub()
-    elif (folder / "adapter_config.json").is_file():  # transformers would load base and adapter as if they were one
-        raise ModelError(f"{name} is an adapter; name its base model, and go on with training.init_adapter={name}.")
+    elif (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{name} is an adapter; name its base model, and continue with training.init_adapter={name}.")
     config: PretrainedConfig = _from_pretrained(AutoConfig, recipe)
-    # An encoder would load as well, and see the words that it learns to predict.
+    # An encoder would load as well, but attends to the tokens that it learns to predict.
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")  # with code of its own
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")  # its own code
     if encoder or not causal or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is a {config.model_type} model, which continues no text; name a causal model.")
+        raise ModelError(f"{name} is a {config.model_type} model, which cannot generate text; name a causal model.")
     own = _own_quantization(config)
-    # transformers warns, on a screen that is quiet here, and loads bare numbers as if they were weights.
+    # transformers only logs a warning, and loads the quantized values as if they were weights.
     if own.get("quant_method") is not None and not compat.knows_quantization(own):
         raise _quantized_by_others(recipe, f"by {own['quant_method']!r}, which transformers does not know")
     return config
 
 
 def _quantized_by_others(recipe: Recipe, how: str) -> ModelError:
-    return ModelError(f"{recipe.model.name_or_path} is quantized {how}; name the model before it was quantized.")
+    return ModelError(f"{recipe.model.name_or_path} is quantized {how}; name the unquantized model.")
 
 
 def check_form(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raises ModelError where bitsandbytes wrote the files in another form than the recipe's; theirs would be taken."""
+    """Raises ModelError if the stored bitsandbytes settings differ from the recipe's; the stored ones would win."""
     own, wanted = _own_quantization(config), recipe.quantization
     keys = ["load_in_4bit", "load_in_8bit"] if own.get("load_in_4bit") or own.get("load_in_8bit") else []
     if own.get("load_in_4bit"):
         keys += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"]
     if other := [f"quantization.{key}={own[key]}" for key in keys if key in own and own[key] != getattr(wanted, key)]:
-        raise _quantized_by_others(recipe, f"in another form than the recipe asks for; set {' '.join(other).lower()}")
+        raise _quantized_by_others(recipe, f"with other settings than the recipe's; set {' '.join(other).lower()}")
 
 
 def load_tokenizer(recipe: Recipe, config: PretrainedConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base model, or in a folder, with a pad token within the vocabulary; raises ModelError."""
+    """Loads the tokenizer of the base model, or of `folder`, and sets its pad token; raises ModelError."""
     source = recipe.model.model_copy(update={"name_or_path": str(folder)} if folder else {})
     tokenizer = _from_pretrained(AutoTokenizer, recipe.model_copy(update={"model": source}))
-    # transformers makes up an empty one where there are no files.
+    # Without tokenizer files transformers returns an empty tokenizer.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(f"{recipe.model.name_or_path} has no tokenizer that can be read; add its tokenizer.json.")
     choose_pad_token(tokenizer, config.get_text_config().vocab_size)
@@ -203,54 +210,55 @@ def load_tokenizer(recipe: Recipe, config: PretrainedConfig, folder: Path | None
 
 
 def load_model(recipe: Recipe, precision: Precision | None, device_index: int = 0) -> PreTrainedModel:
-    """The base model: on the device of this process if the recipe quantizes it, else on the CPU.
+    """Loads the base model: on CUDA device `device_index` if it is quantized, else on the CPU.
 
-    Args:
-        precision: None for the weights as they are stored, not quantized.
-        device_index: of the CUDA device of this process.
+    `precision`: None loads the weights as stored, without quantization.
 
-    Raises ModelError: folder without config or with pickled weights only, id not reachable, weights damaged or missing.
+    Raises ModelError: no config, only pickled weights, an unreachable id, or damaged or missing weights.
     """
     set_up_attention()
-    load_config(recipe)  # for its checks
+    load_config(recipe)  # raises for unsuitable models
     arguments: dict[str, Any] = {"dtype": precision.dtype if precision else "auto", "use_safetensors": True}
     if recipe.model.attn_implementation:
         arguments["attn_implementation"] = recipe.model.attn_implementation
     quantization = quantization_config(recipe, precision) if precision else None
     if quantization is not None:
         arguments["quantization_config"] = quantization
-        if not compat.zero3():  # transformers refuses a device_map there
-            # FSDP moves one layer after the other to the GPU and keeps its part, so that the whole need not fit there.
+        if not compat.zero3():  # transformers refuses a device_map under ZeRO-3
+            # FSDP moves one layer after the other to the GPU and keeps its shard, so the whole model need not fit.
             on_gpu = uses_gpu(recipe) and not compat.fsdp_requested()
             arguments["device_map"] = {"": device_index if on_gpu else "cpu"}
     model, loading = _from_pretrained(AutoModelForCausalLM, recipe, output_loading_info=True, **arguments)
+    name = recipe.model.name_or_path
+    if getattr(model, "peft_config", None):  # a Hub repository with both configs: base and adapter load as one model
+        raise ModelError(f"{name} holds an adapter; name its base model.")
     if absent := sorted(loading["missing_keys"]):
-        # transformers fills them with random numbers and goes on; the adapter would be trained on noise.
-        name = recipe.model.name_or_path
-        raise ModelError(f"{name} lacks {len(absent)} of the weights of its config, as {absent[0]}; fetch it again.")
-    # NVIDIA's ModelOpt describes scales in hf_quant_config.json, which transformers (5.24) does not read: nothing would
-    # multiply the weights by them.
+        # transformers initializes them at random; the adapter would be trained on noise.
+        raise ModelError(f"{name} lacks {len(absent)} weights of its config, such as {absent[0]}; download it again.")
+    # NVIDIA's ModelOpt describes scales in hf_quant_config.json, which transformers (5.24) does not read. The weights
+    # would be used without their scales.
     weights = {key for key, _ in model.named_parameters()}
     for key in loading["unexpected_keys"]:
         module, _, last = key.rpartition(".")
         if "scale" in last and f"{module}.weight" in weights:
-            raise _quantized_by_others(recipe, f"in a way that its config.json does not say, as {key} shows")
+            raise _quantized_by_others(recipe, f"in a form that its config.json does not describe ({key})")
     model.config.use_cache = False
     compat.disable_cpu_avx512_repack(model)
     return model
 
 
 def load_for_inference(recipe: Recipe) -> PreTrainedModel:
-    """The base model as it was trained on, in evaluation mode, on the device of this process."""
+    """Loads the base model as in training, in evaluation mode, on the device of this process."""
     model = load_model(recipe, choose_precision(recipe)).eval()
+    compat.copy_last_states(model)
     return model.to("cuda") if uses_gpu(recipe) and not recipe.quantization.quantized() else model
 
 
 def check_hopeless_start(recipe: Recipe) -> None:
-    """Raises ModelError for a 4- or 8-bit model on a CPU whose size says that it was meant for a GPU."""
+    """Raises ModelError for a 4- or 8-bit model that is too large for training on a CPU."""
     if uses_gpu(recipe) or not recipe.quantization.quantized():
         return
-    parameters = recipe.about.parameter_count()  # stated, so that nothing is downloaded only to be refused
+    parameters = recipe.about.parameter_count()  # from the recipe, so that a refusal downloads nothing
     if parameters is None:
         config = load_config(recipe)
         with compat.on_meta_device():
@@ -261,13 +269,13 @@ def check_hopeless_start(recipe: Recipe) -> None:
 
 
 def resolved_name(recipe: Recipe) -> str:
-    """Folder or Hub id of the base model; `builtin:tiny` is made if it is not there yet."""
+    """Folder or Hub id of the base model; builds `builtin:tiny` if it does not exist yet."""
     name = recipe.model.name_or_path
     return str(tiny_model_folder()) if name == TINY else os.path.expanduser(name)
 
 
 def _from_pretrained(kind: Any, recipe: Recipe, **arguments: Any) -> Any:
-    """Configuration, tokenizer or model of the recipe; raises ModelError where a library raises anything."""
+    """Loads config, tokenizer or model of the recipe; translates every library error to ModelError."""
     model, keys = recipe.model, {"setting": "model.name_or_path", "trust_setting": "model.trust_remote_code"}
     arguments |= {"revision": model.revision} if model.revision else {}
     with loading_errors(model.name_or_path, revision=model.revision, attention=model.attn_implementation, **keys):
@@ -275,7 +283,8 @@ def _from_pretrained(kind: Any, recipe: Recipe, **arguments: Any) -> Any:
 
 
 def _own_quantization(config: PretrainedConfig) -> dict[str, Any]:
-    """quantization_config of config.json, where transformers looks for it; empty where it is none."""
-    parts = (config, config.get_text_config(decoder=True))
-    found = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
-    return found if isinstance(found, dict) else {}
+    """quantization_config of config.json, from the two places that transformers reads; empty if there is none."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if quantization := getattr(part, "quantization_config", None):
+            return quantization if isinstance(quantization, dict) else {}
+    return {}

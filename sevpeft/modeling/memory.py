@@ -1,9 +1,9 @@
-"""Memory plan: how many bytes a training of a recipe's adapter holds, item by item, without weights, data or GPU.
+"""Memory plan: the bytes that training an adapter needs, item by item, without weights, data or GPU.
 
-Weights, adapter, gradients and optimizer state are counted on the real modules. What a step needs on top is found by
-running its forward and backward pass on tensors without numbers, for the worst batch: every row max_length long. One
-layer of each kind stands for all of its kind, which is exact because equal layers keep the same. The LM head and the
-dequantization for DoRA run in kernels that such tensors do not have, and are added by formula.
+Weights, adapter, gradients and optimizer state are counted on the real modules. Activations are measured by a forward
+and backward pass on fake tensors, for the worst batch: every row has max_length tokens. Only one layer of each kind
+runs; this is exact because identical layers store the same. The LM head and DoRA's dequantization run in kernels
+without fake tensors, and are added by formula.
 """
 
 from __future__ import annotations
@@ -30,28 +30,25 @@ from sevpeft.modeling.loading import check_form, dtype_of_cpu, load_config
 from sevpeft.recipe import AUTO, Recipe, recipe_from_values
 
 GIB = 2**30
-# Blocks of bitsandbytes: numbers that share an absolute maximum, and maxima that share one with double quantization.
+# Block sizes of bitsandbytes: weights that share a scale, and scales that share one under double quantization.
 _BLOCK, _NESTED_BLOCK = 64, 256
-# What the CUDA runtime, cuBLAS and the loaded kernels take, and what the allocator loses between blocks. Allowances,
-# not measurements; `tests/gpu` compares the sum with a real GPU.
+# Memory of the CUDA runtime, cuBLAS and the kernels, and the allocator's share of loss by fragmentation. Both are
+# estimates; `tests/gpu` compares the sum with a real GPU.
 CUDA_CONTEXT = round(0.6 * GIB)
 FRAGMENTATION = 0.05
-# Bytes of optimizer state for each trainable number, by a part of the name that training.optim gives; else AdamW's.
+# Bytes of optimizer state per trainable parameter, by a part of the name in training.optim; default: AdamW's 8.
 _STATE_BYTES = {"adamw_8bit": 2.03, "bnb_8bit": 2.03, "lion_8bit": 1.02, "lion": 4, "adafactor": 0.1, "sgd": 0}
-# Bytes of a scored position and column in TRL's LM head where Triton does not run, beside the tile itself: logits
-# twice, log p, p, the gradient and two of its terms in float32, and a mask (1.16, `_backward_tile`).
+# Bytes per scored position and column in TRL's LM head without Triton, in addition to the tile itself: logits twice,
+# log p, p, the gradient and two of its terms in float32, and a mask (1.16, `_backward_tile`).
 _HEAD_WITHOUT_TRITON = 7 * 4 + 1
 LARGEST_BATCH = 1024
-# Rows of the batch that is run without numbers. A prime that no model has as a dimension: what it divides grows with
-# the rows, all else does not.
+# Rows of the batch of fake tensors: a prime that no model has as a dimension, so the sizes that it divides scale with
+# the rows.
 _ROWS = 10_007
 
 
 def base_config(recipe: Recipe) -> tuple[PretrainedConfig, str]:
-    """The model's own configuration where it is at hand, else the numbers that the recipe keeps; and which of the two.
-
-    Raises UnknownModelError where neither is there, or they describe no model.
-    """
+    """The model's config, else about.config of the recipe, and the name of the source; raises UnknownModelError."""
     try:
         config = load_config(recipe)
     except ModelError as error:
@@ -65,7 +62,7 @@ def base_config(recipe: Recipe) -> tuple[PretrainedConfig, str]:
 
 @contextmanager
 def _planning(what: str) -> Iterator[None]:
-    """Translates what a model's code raises on a config of others, or on tensors without numbers."""
+    """Translates errors that the model code raises for a foreign config or for fake tensors."""
     try:
         yield
     except ModelError:
@@ -74,34 +71,34 @@ def _planning(what: str) -> Iterator[None]:
         raise UnknownModelError(f"The memory of {what} cannot be planned ({first_sentence(error)}).") from error
 
 
-# What all-linear takes and no adapter belongs on: what chooses an expert, and what the kernels of a Mamba layer read
-# past its modules, so that an adapter would do nothing (PEFT 0.21 refuses some of these, of some models).
+# Modules that all-linear includes but that must not have an adapter. Routers choose experts. Kernels of a Mamba layer
+# read the weights directly, so an adapter would have no effect (PEFT 0.21 refuses some of them, for some models).
 _ROUTERS, _READ_BY_KERNELS = re.compile(r"router|(shared_expert_)?gate"), ("out_proj", "x_proj", "dt_proj")
 
 
 def text_targets(name: str, config: PretrainedConfig) -> str | list[str]:
-    """lora.target_modules of a model's text layers; all-linear where that is the same. Raises UnknownModelError."""
+    """lora.target_modules for a model's text layers, all-linear if equivalent. Raises UnknownModelError."""
     with _planning(name), compat.on_meta_device():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         parts, decoder = dict(model.named_modules()), model.get_decoder()
-        text, others, within = set[str](), set[str](), {*map(id, decoder.modules())}
+        text, others, text_parts = set[str](), set[str](), set(decoder.modules())
     for path, part in parts.items():
         if isinstance(part, torch.nn.Linear | Conv1D) and part is not model.get_output_embeddings():
-            (text if id(part) in within else others).add(path.rpartition(".")[2])
+            (text if part in text_parts else others).add(path.rpartition(".")[2])
     unfit = {*filter(_ROUTERS.fullmatch, text), *(_READ_BY_KERNELS if any("conv1d" in path for path in parts) else ())}
     targets = sorted(text - unfit)
-    if others & {*targets}:  # such as layers that read pictures
+    if others & {*targets}:  # such as a vision tower
         return rf"{re.escape(next(path for path in parts if parts[path] is decoder))}\..*\.({'|'.join(targets)})"
     return targets if others or text & unfit else "all-linear"
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of a model: of the base, quantized and not, and of the adapter.
+    """Parameter counts of a base model and its adapter.
 
     Attributes:
-        embedding, head: of the two matrices of the vocabulary; the same numbers where they are tied.
-        targets: last name of an adapted module → how many there are.
+        embedding, head: of the two vocabulary matrices; both counts are of the same matrix if they are tied.
+        targets: last name of an adapted module → number of such modules.
     """
 
     quantized: int
@@ -119,7 +116,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes by item, in the order in which they are shown."""
+    """Bytes by item, in display order."""
 
     items: dict[str, int]
 
@@ -129,16 +126,15 @@ class Budget:
 
 
 class MemoryPlan:
-    """What a training of the recipe's adapter holds in memory. What is still `auto` counts as the smallest split.
+    """Memory of training the recipe's adapter. A batch size of `auto` counts as 1.
 
     Args:
-        config: of the base model.
-        on_gpu: a CUDA GPU in bfloat16 (float16 needs the same); else a CPU, in the format that it computes in.
+        config: config of the base model.
+        on_gpu: True for a CUDA GPU in bfloat16 (float16 needs the same), False for a CPU in its compute dtype.
         vocabulary_tile: columns of the LM head that a CPU scores at once.
 
-    Raises:
-        ModelError: PEFT refuses the adapter, or a module that is named does not exist.
-        UnknownModelError: the model cannot be run without numbers, or no length is set that a row can have at most.
+    Raises ModelError: PEFT refuses the adapter, or a named module does not exist. UnknownModelError: the model does not
+    run on fake tensors, or training.max_length is null.
     """
 
     def __init__(self, recipe: Recipe, config: PretrainedConfig, *, on_gpu: bool, vocabulary_tile: int) -> None:
@@ -155,11 +151,12 @@ class MemoryPlan:
             modules = base.modules() if recipe.quantization.quantized() else []
             weights = [module.weight for module in modules if type(module) in (torch.nn.Linear, Conv1D)]
             matrices = {id(weight): weight.numel() for weight in weights if weight is not head}
-            quantized, numbers = sum(matrices.values()), sum(weight.numel() for weight in base.parameters())
+            quantized, total = sum(matrices.values()), base.num_parameters()
             lora, settings = lora_config(recipe, base), recipe.lora.settings()
             self._layers = config.get_text_config().num_hidden_layers
-            named = [[found] for key, found in settings.items() if re.search("modules|parameters|pattern|layer", key)]
-            by_number = re.search(r"[.\[(|]\d|\\d", str(named))
+            # A setting that contains a layer number makes layers of one kind different.
+            names = [[value] for key, value in settings.items() if re.search("modules|parameters|pattern|layer", key)]
+            by_number = re.search(r"[.\[(|]\d|\\d", str(names))
             kept = _one_of_each_kind(base, self._layers, alike=not by_number)
         self._times = torch.tensor([times for _, times in kept])
         with compat.on_meta_device():
@@ -171,9 +168,9 @@ class MemoryPlan:
             layer.register_forward_hook(self._mark)
         trainable, self._adapted = count.pop("trainable"), count.pop("adapted")
         vocabulary, targets = (embedding.numel(), head.numel(), embedding is head), dict(sorted(count.items()))
-        self.parameters = Parameters(quantized, numbers - quantized, trainable, *vocabulary, targets)
+        self.parameters = Parameters(quantized, total - quantized, trainable, *vocabulary, targets)
         self._model.enable_input_require_grads()
-        compat.move_shapes_to_cpu(self._model, self._fake)  # autocast and attention then choose as they do there
+        compat.move_shapes_to_cpu(self._model, self._fake)  # so that autocast and attention choose as on a real device
         with self._fake:
             for weight in self._model.parameters():
                 if weight.requires_grad:
@@ -187,11 +184,11 @@ class MemoryPlan:
             for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "max_length")
         )
         if self.length is None:
-            raise UnknownModelError("training.max_length=null leaves open how long a row is; write a number of tokens.")
+            raise UnknownModelError("training.max_length=null does not limit a row; write a number of tokens.")
         if self._training["eval_strategy"] == "no":
             self.eval_batch = 0
         self.checkpointing = self._training.get("gradient_checkpointing") is not False
-        # A model that cannot be run is known from the start.
+        # Raises now if the model does not run on fake tensors.
         self._peak(self.batch, self._training.get("gradient_checkpointing") is True)
 
     def with_recipe(self, recipe: Recipe) -> MemoryPlan:
@@ -201,16 +198,16 @@ class MemoryPlan:
     def budget(
         self, batch: int | None = None, checkpointing: bool | None = None, eval_batch: int | None = None
     ) -> Budget:
-        """Bytes with so many rows of the recipe's length in a training and a validation batch; None: the recipe's."""
+        """Bytes by item for these batch sizes, with rows of training.max_length; None takes the recipe's value."""
         batch = self.batch if batch is None else batch
         eval_batch = self.eval_batch if eval_batch is None else eval_batch
         peak = self._peak(batch, self.checkpointing if checkpointing is None else checkpointing)
-        # With as many rows it would need less: a training step does all that a validation step does, and keeps more.
+        # With equally many rows a validation step needs less than a training step, which also stores activations.
         if eval_batch > batch:
             peak = max(peak, self._peak(eval_batch, False, training=False))
         count, optim = self.parameters, str(self._training.get("optim") or "adamw_torch")
         state = next((size for name, size in _STATE_BYTES.items() if name in optim), 8)
-        # In 8 bit a scale for each row of a matrix, in 4 bit one for each block.
+        # Bytes per weight: in 8 bit with one scale per row of a matrix, in 4 bit with one per block.
         quantized = 1 + 4 / self.config.get_text_config().hidden_size
         if not self.recipe.quantization.load_in_8bit:
             double = self.recipe.quantization.bnb_4bit_use_double_quant
@@ -228,22 +225,22 @@ class MemoryPlan:
         return Budget({name: size for name, size in items.items() if size})
 
     def total_of_batch(self, batch: int, checkpointing: bool | None = None) -> int:
-        """Bytes with so many rows in a training batch, and no more in a validation batch."""
+        """Bytes with `batch` rows in a training batch and no larger validation batch."""
         return self.budget(batch, checkpointing, eval_batch=0).total
 
     def total_of_validation(self, batch: int, checkpointing: bool | None = None) -> int:
-        """Bytes with so many rows in a validation batch, and one in a training batch."""
+        """Bytes with `batch` rows in a validation batch and one in a training batch."""
         return self.budget(1, checkpointing, eval_batch=batch).total
 
     def largest_batch(self, available: int) -> int:
-        """The most rows of the recipe's length that fit in so many bytes; 0 when none does, at most 1,024."""
+        """The largest training batch that fits in `available` bytes: 0 to 1,024 rows."""
         return bisect_right(range(1, LARGEST_BATCH + 1), available, key=self.total_of_batch)
 
     def _peak(self, batch: int, checkpointing: bool, *, training: bool = True) -> int:
-        """Bytes of a step beyond weights and gradients, at its highest: in the LM head or in a layer."""
+        """Peak bytes of a step beyond weights and gradients: in the LM head or in a layer."""
         kwargs, text = self._training.get("gradient_checkpointing_kwargs") or {}, self.config.get_text_config()
-        # The LM head (TRL 1.16): a tile of logits; of each scored position the hidden state, its gradient in float32
-        # and 8 figures.
+        # The LM head (TRL 1.16): a tile of logits, and per scored position the hidden state, its float32 gradient and
+        # 8 float32 values.
         rows = batch * (self.length - 1)
         columns = compat.LOGPROB_CHUNK_SIZE if self.on_gpu else min(compat.LOGPROB_CHUNK_SIZE, self.vocabulary_tile)
         head = rows * (text.hidden_size * (self.dtype.itemsize + 4) + 8 * 4)
@@ -252,10 +249,10 @@ class MemoryPlan:
             head += min(rows, compat.TOKEN_CHUNK_SIZE) * min(columns, text.vocab_size) * _HEAD_WITHOUT_TRITON
         held = 0
         if self.recipe.quantization.quantized() and self.recipe.lora.settings().get("use_dora") and training:
-            # DoRA holds the dequantized matrices for the gradient: of all layers, or of the one that is run again.
+            # DoRA stores dequantized matrices for the gradient: of all layers, or of the one that is recomputed.
             held = self._adapted * self.dtype.itemsize
         attention = 0
-        if kwargs.get("selective"):  # checkpointing that keeps what attention gives out
+        if kwargs.get("selective"):  # checkpointing that stores attention outputs
             heads = text.num_attention_heads
             width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
             attention = self._layers * batch * self.length * width * self.dtype.itemsize
@@ -268,22 +265,21 @@ class MemoryPlan:
             return held + max(*within, kept + head)
 
         peak = highest(checkpointing)
-        if checkpointing and (every := int(kwargs.get("every_n_layers", 1))) > 1:  # the others keep everything
+        if checkpointing and (every := int(kwargs.get("every_n_layers", 1))) > 1:  # the other layers store everything
             peak = peak / every + highest(False) * (1 - 1 / every)
         return round(peak)
 
     def _mark(self, *_: Any) -> None:
-        """Notes, before and after a layer, how long the trace is and what lives then."""
+        """Records trace length and live bytes, before and after a layer."""
         self._marks.append((len(self._counted.trace), [*self._counted.now]))
 
     def _run(self, length: int, checkpointing: bool, training: bool) -> torch.Tensor:
-        """Runs a step up to the LM head and back. Gradients count as already there, as with accumulation they are.
+        """Runs a step up to the LM head and back. Gradients exist already, as with gradient accumulation.
 
-        Returns:
-            (n + 1, 2) bytes beyond weights and gradients after each allocation, and bytes for each row of the batch;
-            the last ones are those that forward keeps.
+        Returns (n + 1, 2) bytes beyond weights and gradients, fixed and per row: after each of n allocations, and last
+        what the forward pass stores.
         """
-        half = self.dtype == torch.bfloat16 or (self.on_gpu and self.dtype != torch.float32)  # as under mixed precision
+        half = self.dtype == torch.bfloat16 or (self.on_gpu and self.dtype != torch.float32)  # mixed precision
         model, base = self._model.train(training), self._model.get_base_model()
         if checkpointing and training:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -305,21 +301,21 @@ class MemoryPlan:
                 loss.backward()
         (start, _), *_, (_, kept) = self._marks
         trace = torch.tensor([*self._counted.trace, kept])
-        if training:  # what a layer keeps, for those that were not run as well
+        if training:  # adds the stored bytes of the layers that did not run
             marks = torch.tensor([now for _, now in self._marks])
             trace[start:] += (self._times - 1) @ (marks[1:-1:2] - marks[:-1:2])
         return trace
 
 
-# Of this process: a comparison trains one model many times, and advice tries many settings on one.
+# Cache of this process: a comparison trains one model many times, and advice tries many settings on one.
 _PLANS: dict[str, MemoryPlan] = {}
 
 
 def plan_for(recipe: Recipe, config: PretrainedConfig, *, on_gpu: bool, vocabulary_tile: int) -> MemoryPlan:
-    """A `MemoryPlan`; what was run is shared with earlier ones of the same model, adapter and device."""
-    numbers = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    """A `MemoryPlan` that shares measurements with earlier ones of the same model, adapter and device."""
+    values = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     model = (recipe.model.dtype, recipe.model.attn_implementation, on_gpu, vocabulary_tile)
-    key = str([numbers, model, recipe.quantization, recipe.lora])
+    key = str([values, model, recipe.quantization, recipe.lora])
     if key not in _PLANS:
         _PLANS[key] = MemoryPlan(recipe, config, on_gpu=on_gpu, vocabulary_tile=vocabulary_tile)
     plan = copy.copy(_PLANS[key])
@@ -328,10 +324,10 @@ def plan_for(recipe: Recipe, config: PretrainedConfig, *, on_gpu: bool, vocabula
 
 
 def _one_of_each_kind(base: PreTrainedModel, count: int, *, alike: bool) -> list[tuple[torch.nn.Module, int]]:
-    """Takes all layers out of a model but the last of each kind: a step is at its highest in the last one of all.
+    """Removes all layers of a model but the last of each kind, because memory peaks in the last layer.
 
-    All stay where the adapter is not `alike` in all layers of a kind. Returns the layers that are left, each with how
-    many of the `count` layers it stands for.
+    Keeps all layers if the adapter is not `alike` in all layers of a kind. Returns the kept layers, each with the
+    number of layers, out of `count`, that it represents.
     """
     decoder = base.get_decoder()
     layers = next(part for part in decoder.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count)
@@ -341,18 +337,18 @@ def _one_of_each_kind(base: PreTrainedModel, count: int, *, alike: bool) -> list
         for number, layer in enumerate(layers)
     ]
     kept = sorted({kind: number for number, kind in enumerate(kinds)}.values())
-    found = [(layers[number], kinds.count(kinds[number])) for number in kept]
+    represented = [(layers[number], kinds.count(kinds[number])) for number in kept]
     for number in reversed(range(count)):
         if number not in kept:
             del layers[number]
     decoder.config.num_hidden_layers = len(kept)
-    if "layer_types" in vars(decoder.config):  # Falcon-H1's follow from the number of layers
+    if "layer_types" in vars(decoder.config):  # Falcon-H1 derives them from the number of layers
         decoder.config.layer_types = [types[number] for number in kept]
-    return found
+    return represented
 
 
 def _adapter_counts(module: torch.nn.Module, matrices: dict[int, int]) -> Counter[str]:
-    """Trainable numbers, those of adapted quantized matrices, and how often a module of each name is adapted."""
+    """Trainable parameters, parameters of adapted quantized matrices, and the number of adapted modules by name."""
     count = Counter(trainable=sum(weight.numel() for weight in module.parameters() if weight.requires_grad), adapted=0)
     for name, part in module.named_modules():
         if isinstance(part, LoraLayer):
@@ -361,10 +357,10 @@ def _adapter_counts(module: torch.nn.Module, matrices: dict[int, int]) -> Counte
     return count
 
 
-# What a plan means: on which GPUs a training fits, what to change where it does not, how long an epoch takes.
+# Advice from a plan: GPUs that are large enough, settings that save memory, and the duration of an epoch.
 
 GPUS = (8, 12, 16, 24, 48, 80)
-# A GPU sold as 16 GB shows 14.6 to 16 GiB, and a desktop takes some.
+# A GPU sold as 16 GB has 14.6 to 16 GiB, and a desktop uses some.
 USABLE = 0.95
 # Dense bfloat16 peak of an RTX 4090, and the share of a GPU's peak that QLoRA reaches (LLaMA-Factory's published
 # 2,295 tokens/s for Llama-2-7B on an A100 are 30 % of 312 TFLOP/s with recomputation counted).
@@ -374,7 +370,7 @@ _SHORTEST_LENGTH, _SHORTENED = 128, "questions are shortened, long answers refus
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of so many GB: whether the recipe fits as it stands, and the largest batch of its max_length that does."""
+    """A GPU size in GB, whether the recipe fits, and the largest batch with rows of max_length that fits."""
 
     gb: int
     fits: bool
@@ -383,7 +379,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Change:
-    """Settings (KEY=VALUE) that save memory, what they cost, bytes with them and all earlier ones, whether it fits."""
+    """Settings (KEY=VALUE) that save memory, their cost, and the total bytes with all changes up to this one."""
 
     settings: tuple[str, ...]
     effect: str
@@ -392,7 +388,7 @@ class Change:
 
 
 def usable(gb: float) -> int:
-    """Bytes that a training may take of a GPU sold as so many GB."""
+    """Bytes that training may use of a GPU sold as `gb` GB."""
     return round(gb * USABLE * GIB)
 
 
@@ -402,7 +398,7 @@ def verdicts(plan: MemoryPlan) -> list[Gpu]:
 
 
 def _fewer_rows(plan: MemoryPlan, available: int) -> dict[str, Any]:
-    """The largest divisor of the rows that fits, so that a step keeps its rows."""
+    """The largest divisor of the batch size that fits, with gradient accumulation: rows per step stay the same."""
     training = plan.recipe.training.settings()
     rows, validated = training["per_device_train_batch_size"], training["per_device_eval_batch_size"]
     divisors = [count for count in range(1, max(rows, 2)) if rows % count == 0]
@@ -411,13 +407,13 @@ def _fewer_rows(plan: MemoryPlan, available: int) -> dict[str, Any]:
         "training.per_device_train_batch_size": fewer,
         "training.gradient_accumulation_steps": training["gradient_accumulation_steps"] * rows // fewer,
     }
-    if training["eval_strategy"] != "no" and validated > fewer:  # as long as one of the two is large, so is the memory
+    if training["eval_strategy"] != "no" and validated > fewer:  # the larger of the two batches sets the peak
         settings["training.per_device_eval_batch_size"] = fewer
     return settings
 
 
-# Settings and what they cost. First those that train the same adapter, then those that round a little more, then those
-# that lose text.
+# Settings and their cost: first those that give the same adapter, then those that round more, then those that lose
+# text.
 _SAVINGS: tuple[tuple[dict[str, Any] | Callable[[MemoryPlan, int], dict[str, Any]], str], ...] = (
     ({"training.gradient_checkpointing": True}, "the same adapter, about a third slower"),
     ({"training.per_device_eval_batch_size": 1}, "the same adapter, slower validation"),
@@ -429,9 +425,9 @@ _SAVINGS: tuple[tuple[dict[str, Any] | Callable[[MemoryPlan, int], dict[str, Any
 
 
 def changes(plan: MemoryPlan, gb: float) -> list[Change]:
-    """What saves memory, one after the other, until it fits; each is planned anew, and must save a hundredth."""
-    available, before, found = usable(gb), plan.budget().total, list[Change]()
-    for settings, effect in _SAVINGS * 2:  # what saved nothing beside something larger may do so once that is smaller
+    """Settings to change, one after the other, until the plan fits; each must save at least 1 %."""
+    available, before, advised = usable(gb), plan.budget().total, list[Change]()
+    for settings, effect in _SAVINGS * 2:  # a setting may save memory only after a larger item has shrunk
         if before <= available:
             break
         settings = settings(plan, available) if callable(settings) else settings
@@ -441,22 +437,22 @@ def changes(plan: MemoryPlan, gb: float) -> list[Change]:
             values[section][name] = value
         try:
             tried = plan.with_recipe(recipe_from_values(values))
-        except RecipeError:  # such as 4 bit beside 8 bit, or `orthogonal` in 4 bit
+        except RecipeError:  # such as 4 bit and 8 bit together, or `orthogonal` in 4 bit
             continue
         total = tried.budget().total
         if total <= 0.99 * before:
             plan, before = tried, total
             words = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())
-            found.append(Change(words, effect, total, total <= available))
-    return found
+            advised.append(Change(words, effect, total, total <= available))
+    return advised
 
 
 def epoch_seconds(plan: MemoryPlan, tokens: int, labeled: int, rows: int) -> float:
-    """Seconds for one pass over so many tokens, of which so many are answers, at TFLOPS and EFFICIENCY.
+    """Seconds for one epoch of `rows` rows with `tokens` tokens, `labeled` of them in answers.
 
-    A frozen matrix of n numbers costs 2n operations a token forward, 2n backward, and 2n more for checkpointing; an
-    adapter's 6n. The head sees answers only and is run twice. Attention over the mean length costs 4 operations for
-    each pair and hidden number, half of them hidden by the causal mask.
+    Assumes EFFICIENCY times TFLOPS. A frozen matrix of n parameters costs 2n operations per token forward, 2n backward,
+    and 2n more for checkpointing; an adapter's matrix costs 6n. The head runs on answer tokens only, twice. Attention
+    over the mean length costs 4 operations per pair of tokens and hidden dimension; the causal mask halves that.
     """
     count, text = plan.parameters, plan.config.get_text_config()
     passes = 3 if plan.checkpointing else 2

@@ -1,9 +1,9 @@
-"""Packed rows: a measurement of whether a model keeps documents apart, and attention that is fast for them.
+"""Packed rows: checks that a model keeps documents apart, and computes their attention fast.
 
-Packing relies on the model to build its attention mask from `position_ids`. Where it does not, one patient's question
-flows into another's answer, and nothing complains. No tolerance is a constant: rounding of real weights in bfloat16 is
-a thousand times that of a toy in float32. Contamination is measured in one shape, where only the neighbor differs;
-positions against the rounding that other harmless shapes cause in the same document.
+Packing relies on the model to build its attention mask from `position_ids`; otherwise one patient's question silently
+enters another's answer. No tolerance is constant: bfloat16 rounding of real weights is a thousand times the float32
+rounding of a toy. Contamination is measured in one shape, where only the neighbor differs. Positions are compared with
+the rounding that harmless changes of shape cause in the same document.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sevpeft.errors import ModelError, first_sentence
 
-# How many times the measured noise a difference must be before it counts. Harmless ones were at most as large as the
-# noise itself (Gemma-3-270M, three precisions).
+# A difference counts from this multiple of the measured noise. Harmless differences were at most as large as the noise
+# (Gemma-3-270M, three precisions).
 _ABOVE_NOISE = 4
-# Of each mask, first and last position of its documents, and whether each is plainly causal. All layers share a mask.
+# Cache: mask → result of `_documents`. All layers share one mask.
 _documents_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def documents_stay_apart(model: PreTrainedModel, length: int = 24) -> tuple[bool, str]:
-    """Whether two packed documents are scored as if each were alone, and why not.
+    """Whether two packed documents get the same scores as alone, and the reason if not.
 
-    `length`: tokens of the document; its neighbors have four times as many, so that its positions are far apart.
+    `length`: tokens of the document. Its neighbors are four times as long, so that positions differ much.
     """
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    # The upper half may hold special tokens and padding of the matrix.
+    # The upper half may hold special tokens and padding of the embedding.
     tokens = torch.randint(vocabulary // 2, (9 * length,), generator=generator)
     document, neighbor, other = (part.tolist() for part in tokens.split([length, 4 * length, 4 * length]))
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
@@ -47,8 +47,8 @@ def documents_stay_apart(model: PreTrainedModel, length: int = 24) -> tuple[bool
     try:
         after, after_other = packed(neighbor, document)[-length:], packed(other, document)[-length:]
         repeated = packed(neighbor, document)[-length:]
-        # A causal model cannot look ahead, so what follows a document changes its scores by rounding at most. That is
-        # not always nothing: a mixture of experts multiplies the tokens of both documents in one matrix.
+        # In a causal model, what follows a document changes its scores only by rounding. A mixture of experts does
+        # round differently: it multiplies the tokens of both documents in one matrix.
         before, before_other = packed(document, neighbor)[:length], packed(document, other)[:length]
         alone = _logits(model, {"input_ids": torch.tensor([document])})
     except (ImportError, ValueError, RuntimeError, TypeError) as error:
@@ -61,26 +61,24 @@ def documents_stay_apart(model: PreTrainedModel, length: int = 24) -> tuple[bool
     leak = _shift(after, after_other).max()
     if leak > _ABOVE_NOISE * noise:
         return False, f"log-probabilities of a document change by {leak:.2g} nats with the one packed before it"
-    # A mean, because the largest of many roundings is itself a matter of chance.
+    # The mean, because the largest of many rounding errors varies by chance.
     unit = alone.abs().max() * torch.finfo(model.dtype).eps
     rounding, shift = max(_shift(before, alone).mean(), unit), _shift(after, alone).mean()
     if shift > _ABOVE_NOISE * rounding:
-        return False, (
-            f"log-probabilities of a document change by {shift:.2g} nats in the mean when it is packed behind another, "
-            f"and by {rounding:.2g} in front of it"
-        )
+        change = f"change by {shift:.2g} nats on average behind another document, and by {rounding:.2g} before one"
+        return False, f"log-probabilities of a document {change}"
     return True, ""
 
 
 def check_packing(model: PreTrainedModel, setting: str) -> None:
-    """Raises ModelError when `setting` (training.packing or training.padding_free) would mix documents."""
+    """Raises ModelError if `setting` (training.packing or training.padding_free) would mix documents."""
     apart, reason = documents_stay_apart(model)
     if not apart:
         raise ModelError(f"{setting}=true is refused for {model.config.model_type} ({reason}); leave it out.")
 
 
 def _shift(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Differences (T, V) of log-probabilities, in nats."""
+    """Absolute differences (T, V) of log-probabilities, in nats."""
     return (torch.log_softmax(one, -1) - torch.log_softmax(other, -1)).abs()
 
 
@@ -94,12 +92,12 @@ def _logits(model: PreTrainedModel, batch: dict) -> torch.Tensor:
 def set_up_attention() -> None:
     """Makes `sdpa` attention of this process fast for rows of many lengths, packed or not.
 
-    On a CPU each document of a packed row is computed alone. transformers only masks the pairs of tokens of different
-    documents, so that attention costs the square of the whole batch. A GPU waits for more calls longer than for pairs.
+    On a CPU, each document of a packed row is computed alone. transformers masks token pairs of different documents but
+    still computes them: the cost is quadratic in the whole batch. On a GPU, more calls would cost more than they save.
     """
     ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention)
-    # PyTorch (2.11) prefers cuDNN on Hopper and Blackwell, which builds a plan for every new length of a row (B200: a
-    # second, https://github.com/modelscope/FunASR/issues/3704). Upstream's remedy is opt-in: pytorch/pytorch#155958.
+    # PyTorch (2.11) prefers cuDNN on Hopper and Blackwell, which builds a plan for every new row length (B200: 1 s,
+    # https://github.com/modelscope/FunASR/issues/3704). Upstream's fix is opt-in: pytorch/pytorch#155958.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -111,9 +109,8 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa_attention_forward`, once for each document of the mask (1, 1, T, T)."""
-    whole = query.is_cuda or kwargs.get("position_bias") is not None
-    parts = [] if whole or attention_mask is None else _documents(attention_mask)
+    """transformers' `sdpa_attention_forward`, once per document of the mask (1, 1, T, T)."""
+    parts = [] if query.is_cuda or kwargs.get("position_bias") is not None else _documents(attention_mask)
     if attention_mask is None or len(parts) < 2:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs = []
@@ -125,21 +122,21 @@ def _attention(
     return torch.cat(outputs, 1), None
 
 
-def _documents(mask: torch.Tensor) -> list[tuple[int, int, bool]]:
-    """Begin, end and whether it is plainly causal, of each block of a boolean mask; empty where there are no blocks."""
-    # A compiled graph, and tensors without numbers (of the memory plan), have no blocks to look for.
-    if torch.compiler.is_compiling() or type(mask) is not torch.Tensor or mask.is_meta:
+def _documents(mask: torch.Tensor | None) -> list[tuple[int, int, bool]]:
+    """Begin, end and whether it is fully causal, of each block of a boolean mask; empty if there are no blocks."""
+    # Compiled graphs and fake tensors (of the memory plan) have no values to search.
+    if mask is None or torch.compiler.is_compiling() or type(mask) is not torch.Tensor or mask.is_meta:
         return []
     if mask.dtype != torch.bool or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
         return []
     if mask not in _documents_of:
-        whole, seen, found = mask[0, 0], 0, []
-        # A document begins where a token does not see the one before it.
+        whole, visible, blocks = mask[0, 0], 0, []
+        # A document begins where a token does not see its predecessor.
         begins = (~whole.diagonal(-1)).nonzero().flatten() + 1
         for begin, end in pairwise([0, *begins.tolist(), len(whole)]):
             block = whole[begin:end, begin:end]
-            seen += int(block.sum())
-            found.append((begin, end, bool(torch.equal(block, torch.ones_like(block).tril()))))
-        # A mask that lets documents see one another is left as it is.
-        _documents_of[mask] = found if seen == int(whole.sum()) else []
+            visible += int(block.sum())
+            blocks.append((begin, end, bool(torch.equal(block, torch.ones_like(block).tril()))))
+        # A mask that lets documents see one another is not split.
+        _documents_of[mask] = blocks if visible == int(whole.sum()) else []
     return list(_documents_of[mask])

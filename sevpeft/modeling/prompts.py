@@ -1,7 +1,7 @@
-"""Prompt and answer as tokens, the same for training and generation: both call the same `prompt_ids`.
+"""Tokenizes prompts and answers, identically for training and generation: both call `prompt_ids`.
 
-A plain template suits base models. Instruct models use the chat template of their own tokenizer; the text around the
-answer and the token that ends it are read off that template once, on a probe conversation.
+Base models use a plain template. Instruct models use the chat template of their tokenizer. A probe conversation shows
+which text that template writes around an answer, and which token ends it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from sevpeft.data.text import dialect_of, strip_marks
 from sevpeft.errors import ModelError
 from sevpeft.severity.probabilities import SEVERITIES
 
-# A question shortened to less than this says nothing any more; a question that is shorter by nature is kept whole.
+# A question is not shortened below this length; one that is shorter already is kept whole.
 FEWEST_QUESTION_WORDS = 4
-# What a prompt says of a severity, before the question.
+# The line before the question that names its severity.
 _WORDS = ("غير حرجة", "متوسطة", "حرجة")
 SEVERITY_LINES = {name: f"درجة الخطورة: {word}\n" for name, word in zip(SEVERITIES, _WORDS, strict=True)}
 _PROBE = "جواب"
-# Of one length, so that a tokenizer that knows no Arabic makes the same tokens of both.
+# Of equal length: a tokenizer without Arabic gives both the same tokens.
 _QUESTIONS = ("سؤال", "طلبي")
 _LONG_QUESTION = "\n".join(["بداية", *["وسط"] * 500, "نهاية"])
-# What templates write between turns: `<|im_end|>`, `</s>`, `[/INST]`.
+# Markers that templates write between turns: `<|im_end|>`, `</s>`, `[/INST]`.
 _MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-# Rows of the fingerprint: dialects, marks, digits, Latin letters, blanks, lines. Another text would be another print.
+# Texts of the fingerprint: dialects, marks, digits, Latin letters, blanks, lines. Other texts, other fingerprints.
 _ROWS = (
     "السلام عليكم دكتور، عندي صداع شديد من امبارح ومش قادر انام، وضغطي 150/95",
     "ابني عمره سنتين وحرارته ٣٩٫٥ منذ يومين ولا يأكل، أعطيته بارَاسيتامُول 250 mg كلّ ٦ ساعات",
@@ -46,11 +46,11 @@ _ROWS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt of one tokenizer and one recipe's section `prompt`, made by `build`.
+    """Prompt format of one tokenizer and one recipe's section `prompt`, made by `build`.
 
     Attributes:
         before_answer: blank or text between prompt and answer. end_id: token that ends an answer. date: for templates.
-        control_tokens: those of the tokenizer and of the chat template, the longest first; `control` matches each.
+        control_tokens: of the tokenizer and the chat template, the longest first; `control` matches any of them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -74,73 +74,73 @@ class Prompt:
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None = None, **settings: Any) -> Prompt:
-        """The prompt for a tokenizer and an embedding of so many rows, with the settings of the section.
+        """The prompt format for a tokenizer, an embedding with `vocabulary_size` rows, and the section's settings.
 
-        Raises ModelError: a chat template that is absent or loses text, a tokenizer without Arabic, without an end
-        token, or with ids that have no row.
+        Raises ModelError: the chat template is absent or loses text, or the tokenizer has no Arabic, no end token, or
+        ids without an embedding row.
         """
         added, vocabulary = tokenizer.added_tokens_decoder.items(), tokenizer.get_vocab()
         size = vocabulary_size or max(vocabulary.values()) + 1
-        # Those included that have no role in the tokenizer (Llama 3's `<|eot_id|>`), or no row in the embedding.
+        # Includes tokens without a role in the tokenizer (Llama 3's `<|eot_id|>`), or without an embedding row.
         control = {one.content for n, one in added if one.special or n >= size} | {*tokenizer.all_special_tokens}
         prompt = cls(_with_fixed_date(tokenizer, settings.get("date")), **settings)._without(control)
         prefixes = prompt.dialect_prefixes
         if prompt.chat and (prompt.english_template or prompt.english_cue):
-            raise ModelError("prompt.english_template and english_cue need prompt.chat=false; set it, or drop them.")
+            raise ModelError("prompt.english_template and english_cue need prompt.chat=false; set it or remove them.")
         if prefixes and prompt.dialect not in prefixes:
             raise ModelError(f"prompt.dialect is {prompt.dialect!r}; write one of {', '.join(prefixes)}.")
         one, other = tokenizer(list(_QUESTIONS), add_special_tokens=False)["input_ids"]
         if one == other:
             name = tokenizer.name_or_path
-            raise ModelError(f"{name} makes equal tokens of two Arabic questions; name a model that knows Arabic.")
+            raise ModelError(f"{name} gives two Arabic questions the same tokens; name a model that knows Arabic.")
         if prompt.chat:
             before_answer, end_id, written = prompt._chat_frame()
             prompt = prompt._without(control | written)
         else:
-            # The space belongs to the answer: byte-level BPE merges it with the first word, and a prompt that ended
-            # with it would be cut into other tokens.
+            # The space belongs to the answer: byte-level BPE merges it with the first word. At the end of the prompt it
+            # would be tokenized differently.
             before_answer, end_id = "" if prompt._begins_with_a_blank() else " ", tokenizer.eos_token_id
         if end_id is None:
             raise ModelError(f"{tokenizer.name_or_path} has no end-of-sequence token; add an eos_token.")
         prompt = replace(prompt, before_answer=before_answer, end_id=end_id)
-        # Models of text may lack rows of pictures' tokens (Gemma 3's `<image_soft_token>`), which then stand nowhere.
-        given = {*prompt._probed([_PROBE])[0], end_id}
-        beyond = [one for one, n in vocabulary.items() if n >= size and (n in given or not _MARKER.fullmatch(one))]
+        # Text models may lack rows for image tokens (Gemma 3's `<image_soft_token>`), which no text contains.
+        used = {*prompt._probed([_PROBE])[0], end_id}
+        beyond = [one for one, n in vocabulary.items() if n >= size and (n in used or not _MARKER.fullmatch(one))]
         if beyond:
-            problem = f"has tokens beyond the {size:,} rows of the embedding, as {beyond[0]!r}"
-            raise ModelError(f"{tokenizer.name_or_path} {problem}; copy tokenizer and weights from one place.")
+            problem = f"has tokens beyond the {size:,} rows of the embedding, such as {beyond[0]!r}"
+            raise ModelError(f"{tokenizer.name_or_path} {problem}; copy tokenizer and weights from one source.")
         return prompt
 
     def fingerprint(self) -> str:
-        """`sha256:…` of the ids of fixed rows, as prompts and as answers with their end, and of the vocabulary."""
-        found = [self._probed(_ROWS), self.answer_ids(_ROWS), self.end_id, sorted(self.tokenizer.get_vocab().items())]
-        return f"sha256:{hashlib.sha256(json.dumps(found).encode()).hexdigest()}"
+        """`sha256:…` of fixed texts as prompt ids and as answer ids, of the end token, and of the vocabulary."""
+        parts = [self._probed(_ROWS), self.answer_ids(_ROWS), self.end_id, sorted(self.tokenizer.get_vocab().items())]
+        return f"sha256:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer's tokens, without the one that ends it, which need not be flagged as special."""
+        """Text of an answer's tokens without the end token, which may not be flagged as special."""
         return str(self.tokenizer.decode([one for one in ids if one != self.end_id], skip_special_tokens=True)).strip()
 
     def text(
         self, question: str, dialect: str | None = None, severity: str | None = None, earlier: Sequence[Any] = ()
     ) -> str:
-        """The prompt up to the answer, as text.
+        """The prompt up to the answer, as text. `earlier`: previous exchanges, as (question, answer).
 
-        `earlier` are a conversation's exchanges before, as (question, answer).
-
-        Raises ModelError where a severity has to be named and none is given, or exchanges have no chat template.
+        Raises ModelError if the prompt needs a severity and none is given, or earlier exchanges need a chat template.
         """
         question, line, prefixes = self._cleaned(question), "", self.dialect_prefixes or {}
         dialect = dialect or (dialect_of(question) if self.dialect_lexicon else None)
         prefix = prefixes.get(dialect or "", prefixes.get(self.dialect or "", ""))
         if self.severity != "none":
             if severity is None:
-                raise ModelError("The prompt names the severity, unknown here; train with prompt.severity=predicted.")
+                raise ModelError("The prompt needs a severity, unknown here; train with prompt.severity=predicted.")
             line = SEVERITY_LINES[severity]
         if self.chat:
-            said = [(role, text) for one in earlier for role, text in zip(("user", "assistant"), one, strict=True)]
-            turns = [{"role": role, "content": self._cleaned(text)} for role, text in said]
-            asked = {"role": "user", "content": prefix + line + question}
-            return self._render([*turns, asked], add_generation_prompt=True)
+            messages = []
+            for exchange in earlier:
+                for role, text in zip(("user", "assistant"), exchange, strict=True):
+                    messages.append({"role": role, "content": self._cleaned(text)})
+            messages.append({"role": "user", "content": prefix + line + question})
+            return self._render(messages, add_generation_prompt=True)
         if earlier:
             raise ModelError("The data has conversations of several turns; set prompt.chat=true, or split them.")
         system = f"{self.system}\n\n" if self.system else ""
@@ -164,16 +164,16 @@ class Prompt:
         rows = zip(questions, dialects or unknown, severities or unknown, earlier or [()] * len(questions), strict=True)
         texts = [self.text(*row) for row in rows]
         ids = self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]
-        # Some tokenizers are set to end every text with EOS; after a prompt it would end the answer before it begins.
+        # Some tokenizers append EOS to every text; after a prompt it would end the answer before it begins.
         eos = self.tokenizer.eos_token_id
         return [row[:-1] if not self.chat and len(row) > 1 and row[-1] == eos else row for row in ids]
 
     def shortened(
         self, room: int, question: str, dialect: str | None, severity: str | None, earlier: Sequence[Sequence[str]]
     ) -> tuple[list[int], int] | None:
-        """The longest prompt of at most `room` tokens, and the words that it lacks; None where none says enough.
+        """The longest prompt of at most `room` tokens, and the number of removed words; None if too little remains.
 
-        A conversation loses its earliest exchanges first, then the question its last words.
+        Removes the earliest exchanges of a conversation first, then the last words of the question.
         """
         words = question.split()
         fewest = min(FEWEST_QUESTION_WORDS, len(words))
@@ -191,49 +191,47 @@ class Prompt:
         return ids(first), sum(len(text.split()) for text in texts) - len(kept.split())
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
-        """Token ids of the answers, each closed by the token that ends a turn (`end_id`)."""
+        """Token ids of the answers, each with the end token (`end_id`)."""
         texts = [self.before_answer + self._cleaned(answer) for answer in answers]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [[*row, self.end_id] for row in ids]
 
     def _cleaned(self, text: str) -> str:
-        """The text without the tokenizer's own control tokens: a post that holds `</s>` must not end the answer."""
-        # Marks go first: one inside a control token hides it, and taking it out afterwards would make the token.
+        """Removes control tokens from a text: a post that contains `</s>` must not end the answer."""
+        # Marks are removed first: removing one from the inside of a control token would restore the token.
         return self.control.sub(" ", strip_marks(text) if self.strip_marks else text).strip()
 
     def _without(self, control: Iterable[str]) -> Prompt:
-        """The prompt that takes these tokens out of every text."""
+        """A copy of the prompt format that removes these tokens from every text."""
         tokens = sorted(control, key=lambda token: (-len(token), token))
         prompt = replace(self, control=re.compile("|".join(map(re.escape, tokens)) or r"(?!)"), control_tokens=tokens)
         shown = [{key: prompt._cleaned(text) for key, text in one.items()} for one in prompt.examples or ()]
         return replace(prompt, examples=shown)
 
     def _probed(self, questions: Sequence[str]) -> list[list[int]]:
-        """Ids of prompts, each alone and in a conversation where the template takes one."""
-        severity, found = None if self.severity == "none" else SEVERITIES[0], list[list[int]]()
+        """Prompt ids of each question alone and, if the template allows it, after an earlier exchange."""
+        severity, ids = None if self.severity == "none" else SEVERITIES[0], list[list[int]]()
         for question in questions:
             for earlier in ((), [(question, _PROBE)]) if self.chat else ((),):
                 with suppress(TemplateError):
-                    found += self.prompt_ids([question], None, [severity], [earlier])
-        return found
+                    ids += self.prompt_ids([question], None, [severity], [earlier])
+        return ids
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         turns = [("user", "question"), ("assistant", "answer")]
         shown = [{"role": role, "content": one[key]} for one in self.examples for role, key in turns]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        # enable_thinking is read by Qwen3's template and ignored by the others: an answer starts at once.
-        how: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "enable_thinking": False}
-        rendered = self.tokenizer.apply_chat_template([*system, *shown, *messages], tokenize=False, **how)
-        assert isinstance(rendered, str)
-        return rendered
+        # Qwen3's template reads enable_thinking, others ignore it: the answer starts at once.
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "enable_thinking": False}
+        return str(self.tokenizer.apply_chat_template([*system, *shown, *messages], tokenize=False, **options))
 
     def _begins_with_a_blank(self) -> bool:
-        """Whether the tokenizer puts a blank before every text itself, as most SentencePiece models do."""
+        """Whether the tokenizer itself adds a blank before every text, as most SentencePiece models do."""
         ids = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
         return bool(self.tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁"))
 
     def _chat_frame(self) -> tuple[str, int | None, set[str]]:
-        """Text before an answer, the token after it, and what else ends or begins turns, read off the template."""
+        """Reads from the chat template: the text before an answer, the end token, and other markers of turns."""
         name = f"The chat template of {self.tokenizer.name_or_path}"
         if not self.tokenizer.chat_template:
             raise ModelError(f"{self.tokenizer.name_or_path} has no chat template; set prompt.chat=false.")
@@ -247,20 +245,20 @@ class Prompt:
         parts = [("question", _LONG_QUESTION), ("answer", _PROBE), ("system message", self.system or "")]
         remedies = {"system message": "prompt.system=null", "examples": "prompt.examples=null"}
         for key, text in (*parts, *(("examples", text) for one in self.examples for text in one.values())):
-            # Templates trim and fold blanks.
+            # Templates trim and merge blanks.
             if "".join(text.split()) not in "".join((whole if key == "answer" else prompt).split()):
                 remedy = remedies.get(key, "prompt.chat=false")
-                raise ModelError(f"{name} leaves out the {key}, or a part of it; set {remedy}.")
+                raise ModelError(f"{name} drops the {key} or a part of it; set {remedy}.")
         before, _, after = whole.rpartition(_PROBE)
-        # Templates differ in the blanks between cue and answer; where the two renderings differ in more than that,
-        # the generation prompt is what the model will see, so nothing is added to it.
+        # Templates differ in the blanks between prompt and answer. If the two renderings differ in more than that,
+        # nothing is added: at generation the model sees only the generation prompt.
         before_answer = before[len(prompt) :] if before.startswith(prompt) else ""
         if self._begins_with_a_blank():
             before_answer = before_answer.removeprefix(" ")
-        # A template may end a turn with a token that nothing flags as special, or with mere text.
+        # A template may end a turn with a token that is not flagged as special, or with plain text.
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        found = sorted((*self.control.finditer(after), *_MARKER.finditer(after)), key=re.Match.start)
-        ends = [match.group() for match in found]
+        matches = sorted((*self.control.finditer(after), *_MARKER.finditer(after)), key=re.Match.start)
+        ends = [match.group() for match in matches]
         written = {marker for marker in _MARKER.findall(whole) if marker in added} | set(ends[:1])
         for end in ends:
             ids = self.tokenizer(end, add_special_tokens=False)["input_ids"]
@@ -270,14 +268,14 @@ class Prompt:
 
 
 def _with_fixed_date(tokenizer: PreTrainedTokenizerBase, day: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, whose chat template gets `day` where it asks for today's date: transformers has no setting."""
+    """A tokenizer whose chat template gets `day` as today's date; transformers has no setting for it."""
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     if not day or not template or "strftime_now" not in template:
         return tokenizer
     formats = re.findall(r"""strftime_now\(\s*(["'])(.*?)\1""", template)
     texts = {one: date.fromisoformat(day).strftime(one) for _, one in formats}
-    # A macro takes the place of the global function also where another program renders the template.
+    # A macro overrides the global function in other programs as well.
     macro = f"{{%- macro strftime_now(format) -%}}{{{{- {json.dumps(texts)}[format] -}}}}{{%- endmacro %}}{{{{- '' }}}}"
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = macro + template
@@ -285,17 +283,16 @@ def _with_fixed_date(tokenizer: PreTrainedTokenizerBase, day: str | None) -> Pre
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> str:
-    """Sets `tokenizer.pad_token` to a token of the vocabulary and returns it: its own, a reserved one, or EOS.
+    """Sets and returns `tokenizer.pad_token`: the tokenizer's own, a reserved token, or EOS.
 
-    EOS is safe because labels and attention mask are written explicitly and never derived from the pad id.
-
-    `vocabulary_size`: rows of the embedding; a token beyond them would be a crash on a GPU.
+    EOS is safe because labels and attention mask are written explicitly and never derived from the pad id. A token
+    beyond `vocabulary_size`, the rows of the embedding, would crash on a GPU.
     """
     reserved = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
-    # Asked of the vocabulary itself: `convert_tokens_to_ids` gives the id of <unk> for a token that is not there.
+    # Looked up in the vocabulary itself: `convert_tokens_to_ids` returns the id of <unk> for an absent token.
     vocabulary = tokenizer.get_vocab()
     for token in (tokenizer.pad_token, *reserved, tokenizer.eos_token):
         if token is not None and vocabulary.get(token, vocabulary_size) < vocabulary_size:
             tokenizer.pad_token = token
             return token
-    raise ModelError(f"The tokenizer of {tokenizer.name_or_path} has no pad and no EOS token within the vocabulary.")
+    raise ModelError(f"The tokenizer of {tokenizer.name_or_path} has no pad or EOS token in the vocabulary; add one.")

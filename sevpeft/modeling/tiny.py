@@ -1,13 +1,12 @@
-"""`builtin:tiny`: a toy decoder and its tokenizer, made once from the bundled consultations, into the cache folder.
+"""`builtin:tiny`: builds a toy decoder and tokenizer from the bundled consultations, once, in the cache folder.
 
-Every recipe runs with it, without a network, on a laptop. It has read only the training part of the sample, so a
-quickstart's validation figures are honest, but it knows a few hundred sentences and nothing of medicine.
+Every recipe runs with it, without a network, on a laptop. It is trained only on the training split of the sample, so
+validation figures of a quickstart are honest. It has seen a few hundred sentences and knows no medicine.
 """
 
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from sevpeft.data.read import load_consultations
 from sevpeft.runs import CACHE_REMEDY, cache_folder, whole_folder
 
 TINY = "builtin:tiny"
-# Part of the folder's name: a changed recipe for the toy is another toy.
+# Part of the folder's name: increase it with every change to the toy.
 VERSION = "2"
 VOCABULARY = 2048
 CONTEXT = 128
@@ -30,13 +29,15 @@ BATCH = 8
 
 
 def tiny_model_folder() -> Path:
-    """Folder of the toy model; made on first use (about 20 seconds), then read from the cache."""
+    """Folder of the toy model; built at first use (about 20 seconds), then cached."""
     folder = cache_folder("models") / f"tiny-{VERSION}"
-    with FileLock(f"{folder}.lock") if not folder.exists() else nullcontext():
-        if not folder.exists():
+    if folder.exists():
+        return folder
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():  # another process may have built it meanwhile
             print_text(
-                f"Making {TINY} in {folder}: a toy of 0.8 million parameters that has read 300 consultations. "
-                "It shows the way from recipe to adapter; never take its answers for advice.",
+                f"Building {TINY} in {folder}: a toy of 0.8 million parameters, trained on 300 consultations. "
+                "It demonstrates the steps from recipe to adapter; its answers are not medical advice.",
                 stderr=True,
             )
             with whole_folder(folder, shared=True, **CACHE_REMEDY) as made:
@@ -45,7 +46,7 @@ def tiny_model_folder() -> Path:
 
 
 def make_tiny_model(folder: Path, steps: int = STEPS) -> None:
-    """Trains the tokenizer and the toy from the training part of the bundled sample; twice gives the same bytes."""
+    """Trains tokenizer and model on the training split of the bundled sample; the bytes are reproducible."""
     rows = load_consultations("builtin:consultations").rows
     rows = rows.filter(lambda split: split == "train", input_columns="split", load_from_cache_file=False)
     texts = [*rows["question"][:], *rows["answer"][:]]
@@ -85,7 +86,7 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int) 
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads, **ends)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.1)
-    # Shuffled texts, each closed by EOS, repeated until every step has its tokens.
+    # Shuffled texts, each with EOS, repeated until all steps have enough tokens.
     encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     shuffle, tokens = random.Random(0), list[int]()
     while len(tokens) < steps * BATCH * CONTEXT:

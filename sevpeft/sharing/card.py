@@ -1,7 +1,6 @@
-"""Model cards of an adapter and of a merged model (templates/*.jinja), and the commands that serve them.
+"""Model cards of adapters and merged models (templates/*.jinja), and the commands that serve them.
 
-A figure on a card is one that was measured. No row of the data, no path and no name of a person or machine is quoted:
-a card is published.
+Every figure on a card was measured. A card contains no data row, no path, and no name of a person or machine.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Template, UndefinedError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from sevpeft.errors import RunError
 from sevpeft.evaluation.statistics import estimate_text
@@ -32,9 +32,9 @@ from sevpeft.severity.source import ORACLE
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["lora", "sft", "trl", "medical", "arabic", "severity-weighted-loss", "arxiv:2604.06346"]
 HUB: dict[str, dict[Any, Any]] = yaml.safe_load(Path(__file__).with_name("hub.yaml").read_text(encoding="utf-8"))
-# Scores of evaluation.json that a card shows, and what the Hub calls them.
+# Scores of evaluation.json that a card shows, and their metric types on the Hub.
 _SCORES = {"nll": "loss", "bertscore_f1": "bertscore", "chrf": "chrf", "rouge_l": "rouge", "urgent_referral": "rate"}
-# The ranks that vLLM has kernels for (0.10 and later, `--max-lora-rank`).
+# Ranks that vLLM has kernels for (0.10 and later, `--max-lora-rank`).
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -46,7 +46,7 @@ def write_card(run: Run) -> Path:
 
 
 def adapter_card(run: Run, repo_id: str = "ADAPTER", base: str | None = None, license_: str | None = None) -> str:
-    """The card of a run's adapter, of a base model with an id and license; RunError where the run lacks figures."""
+    """The card of a run's adapter; `base` and `license_` replace the recipe's. RunError if the run lacks figures."""
     recipe = load_recipe(run.folder / "recipe.yaml")
     try:
         model = run.metrics()["model"]
@@ -54,17 +54,17 @@ def adapter_card(run: Run, repo_id: str = "ADAPTER", base: str | None = None, li
         settings = {} if config is None else config.to_diff_dict()
         keys = [key for key in recipe.quantization.model_dump() if key in settings]
         base = base or base_id(recipe) or public_name(model["name_or_path"])
-        more: dict[str, Any] = {"repo_id": repo_id}
-        more |= {"quantization": ", ".join(f"{key}={settings[key]!r}" for key in keys)}
-        more |= {"served": adapter_command(base, repo_id, read_adapter_config(run.adapter)), **_measured(run)}
+        more: dict[str, Any] = {"repo_id": repo_id, **_measured(run)}
+        more["quantization"] = ", ".join(f"{key}={settings[key]!r}" for key in keys)
+        more["served"] = adapter_command(base, repo_id, read_adapter_config(run.adapter))
         return _filled_in("adapter.md.jinja", run, recipe, base, license_ or license_of(recipe), more)
     except (ValueError, KeyError, TypeError, UndefinedError) as error:
         files = f"metrics.json, environment.json or evaluation.json of {run.folder}"
-        raise RunError(f"{files} is damaged or incomplete; copy it back, or finish the run first.") from error
+        raise RunError(f"{files} is damaged or incomplete; restore it, or finish the run first.") from error
 
 
 def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: Path) -> Path:
-    """Writes FOLDER/README.md from the figures of `Merged.as_dict` and returns its path."""
+    """Writes FOLDER/README.md from the fields of `Merged` and returns its path."""
     base = base_id(recipe) or public_name(merged["base"])
     served = adapter_command(base if "/" in base else "BASE", "RUN/adapter", read_adapter_config(run.adapter))
     more = {"merged": merged, "served": served}
@@ -75,8 +75,8 @@ def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: 
 
 
 def note_figures(run: Run, **figures: dict[str, Any]) -> None:
-    """Puts figures into the run's metrics, and into its card where nobody has edited that."""
-    with suppress(OSError, RunError):  # a run that may only be read is merged all the same
+    """Adds figures to the run's metrics, and to its card unless somebody has edited it."""
+    with suppress(OSError, RunError):  # a read-only run is merged all the same
         if figures:
             run.update_metrics(**figures)
         if is_unedited(run.adapter / "README.md"):
@@ -84,7 +84,7 @@ def note_figures(run: Run, **figures: dict[str, Any]) -> None:
 
 
 def is_unedited(card: Path) -> bool:
-    """Whether a card is as some version of sevpeft wrote it: its last line holds the hash of the others."""
+    """Whether a card is as sevpeft wrote it: the last line holds the hash of the others."""
     whole = card.read_text(encoding="utf-8") if card.is_file() else ""
     return bool(whole) and whole == _signed(whole.rpartition("\n<!-- ")[0])
 
@@ -94,20 +94,20 @@ def _signed(text: str) -> str:
 
 
 def base_id(recipe: Recipe) -> str | None:
-    """Hub id of the recipe's base model; None where it is a folder of which about.base_model says none."""
+    """Hub id of the recipe's base model; None for a folder without about.base_model."""
     name = recipe.model.name_or_path
     return recipe.about.base_model or (name if "/" in name and public_name(name) == name else None)
 
 
 def license_of(recipe: Recipe) -> str | None:
-    """License of the recipe's base model; None where it is not known: a folder may hold any model."""
+    """License of the recipe's base model; None if unknown: a folder may hold any model."""
     name, license_ = recipe.model.name_or_path, recipe.about.license
     known = (base_id(recipe) or public_name(name) == name) and license_ != "see its page"
     return license_ if known else None
 
 
 def public_recipe(recipe: Recipe) -> str:
-    """The recipe as it may be published: no folder, host or key of anybody, no row of the data."""
+    """The recipe for publication: without folders, hosts, keys and data rows."""
     shown = recipe.model_dump()
     shown["prompt"]["examples"] = shown["evaluation"]["judge"] = None
     for section in ("model", "data", "severity", "evaluation", "training"):
@@ -118,31 +118,34 @@ def public_recipe(recipe: Recipe) -> str:
 
 
 def _measured(run: Run) -> dict[str, Any]:
-    """Test scores of this very adapter, and the verdict of the comparison that it stands in; what there is of both."""
-    content, comparison, figures = run.read_json("evaluation.json"), Run(run.folder.resolve().parent), {}
-    if content.get("adapter") == file_hash(run.adapter / "adapter_model.safetensors"):
-        shown = {name: about for name, about in content["metrics"].items() if name in _SCORES}
-        figures = {"evaluation": content, "metrics": shown}
-    found = comparison.read_json("comparison.json")
-    arms = [arm for arm, runs in found.get("runs", {}).items() if run.folder.resolve().name in runs]
-    return figures | ({"verdict": {**found, "arm": arms[0]}} if arms and found.get("claim") else {})
+    """Test scores of this adapter, and the verdict of its comparison, as far as they exist."""
+    evaluation, figures = run.read_json("evaluation.json"), dict[str, Any]()
+    if evaluation.get("adapter") == file_hash(run.adapter / SAFETENSORS_WEIGHTS_NAME):
+        shown = {name: about for name, about in evaluation["metrics"].items() if name in _SCORES}
+        figures = {"evaluation": evaluation, "metrics": shown}
+    folder = run.folder.resolve()
+    comparison = Run(folder.parent).read_json("comparison.json")
+    arms = [arm for arm, runs in comparison.get("runs", {}).items() if folder.name in runs]
+    return figures | ({"verdict": {**comparison, "arm": arms[0]}} if arms and comparison.get("claim") else {})
 
 
 def _results(metrics: dict[str, Any], data: str, more: dict[str, Any]) -> list[EvalResult]:
-    """For the Hub: the loss of each severity on validation, and the scores of each on the test."""
-    after = {key.removeprefix("loss").strip("_") or "all": value for key, value in metrics["after"].items()}
-    found = [("validation", stratum, "loss", "Validation loss", round(value, 4)) for stratum, value in after.items()]
-    for stratum, of in more.get("evaluation", {}).get("scores", {}).items():
+    """Results for the Hub: the validation loss and the test scores of each severity."""
+    rows = []
+    for key, value in metrics["after"].items():
+        stratum = key.removeprefix("loss").strip("_") or "all"
+        rows.append(("validation", stratum, "loss", "Validation loss", round(value, 4)))
+    for stratum, scores in more.get("evaluation", {}).get("scores", {}).items():
         for score, about in more["metrics"].items():
-            value = of["metrics"].get(score, {}).get("adapter", {}).get("value")
-            found += [] if value is None else [("test", stratum, _SCORES[score], about["label"], round(value, 4))]
+            if (value := scores["metrics"].get(score, {}).get("adapter", {}).get("value")) is not None:
+                rows.append(("test", stratum, _SCORES[score], about["label"], round(value, 4)))
     fixed: dict[str, Any] = {"task_type": "text-generation", "dataset_type": data, "dataset_name": "Consultations"}
     names = ("dataset_split", "dataset_config", "metric_type", "metric_name", "metric_value")
-    return [EvalResult(**fixed | dict(zip(names, about, strict=True))) for about in found]
+    return [EvalResult(**fixed | dict(zip(names, row, strict=True))) for row in rows]
 
 
 def choices_text(figures: dict[str, Any]) -> str:
-    """What `choices` returns as Markdown, for the card and the screen."""
+    """The result of `choices` as Markdown, for the card and the screen."""
     return _rendered("choices.md.jinja", {**figures, "estimate_text": estimate_text})
 
 
@@ -150,9 +153,9 @@ def _rendered(template: str, facts: dict[str, Any]) -> str:
     return Template((_TEMPLATES / template).read_text(encoding="utf-8")).render(facts)
 
 
-def distance(found: dict[str, Any]) -> str:
+def distance(gap: dict[str, Any]) -> str:
     """A `Difference` in words."""
-    return f"KL {found['kl']:.2g} nats per token, {found['equal_next_tokens']:.1%} equal next tokens"
+    return f"KL {gap['kl']:.2g} nats per token, {gap['equal_next_tokens']:.1%} equal next tokens"
 
 
 def _filled_in(template: str, run: Run, recipe: Recipe, base: str, license_: str | None, more: dict[str, Any]) -> str:
@@ -178,31 +181,31 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, license_: str
     return _signed(str(card).rstrip() + "\n")
 
 
-# How a merged model is served: the commands for llama.cpp, Ollama and vLLM, and the prompt that each asks with.
+# Serving: the prompt for Ollama, and the command for vLLM.
 
 
 def modelfile(prompt: Prompt, recipe: Recipe) -> str:
-    """Ollama's Modelfile for what the card's commands quantize, which asks with the prompt of the training."""
-    # llama.cpp puts the token that begins a text there itself.
-    # A placeholder is no English question, examples may be rows of the data, and Ollama predicts no severity.
+    """Ollama's Modelfile, with the training prompt, for the file that the card's commands write."""
+    # The placeholder is not an English question, examples may be data rows, and Ollama predicts no severity.
     prompt = replace(prompt, english_template=None, english_cue=None, severity="none", examples=())
+    # llama.cpp adds the BOS token itself.
     text = prompt.text("{{ .Prompt }}").removeprefix(prompt.tokenizer.bos_token or "\0")
     stop = prompt.tokenizer.convert_ids_to_tokens(prompt.end_id)
     return _rendered("Modelfile.jinja", {"text": text, "stop": stop, "generation": recipe.generation}) + "\n"
 
 
 def adapter_command(base: str, adapter: str, config: dict[str, Any]) -> tuple[str | None, str]:
-    """(command, "") that serves the adapter by vLLM, or (None, reason) where vLLM would refuse or misread it.
+    """(command, "") to serve the adapter with vLLM, or (None, reason) if vLLM would refuse or misread it.
 
-    Patterns of rank or alpha it misreads in silence: it takes one scale for all layers (vllm/lora/lora_weights.py).
+    vLLM silently misreads patterns of rank or alpha: it uses one scale for all layers (vllm/lora/lora_weights.py).
     """
     settings = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "rank_pattern", "alpha_pattern")
     used = [f"lora.{name}" for name in settings if config.get(name)]
     used += ["lora.bias"] if config.get("bias", "none") != "none" else []
     used += [f"lora.r={config['r']}"] if config["r"] > RANKS[-1] else []
     if used:
-        return None, f"vLLM does not read {', '.join(used)} of an adapter: serve the merged model"
+        return None, f"vLLM does not support {', '.join(used)} of an adapter: serve the merged model"
     rank = next(known for known in RANKS if known >= config["r"])
     modules = f"--enable-lora --lora-modules severity={shlex.quote(adapter)} --max-lora-rank {rank}"
-    # It would render the base model's own template.
+    # By default vLLM uses the base model's own template.
     return f"vllm serve {shlex.quote(base)} {modules} --chat-template {CHAT_TEMPLATE}", ""

@@ -1,12 +1,11 @@
-"""Chat with a trained adapter: answers that stream, with the prompt of the training, for `chat` and `web`.
+"""Chat with a trained adapter, for `chat` and `web`: streams answers to the training prompt.
 
-Severity and red flags are read from the question alone. Earlier exchanges precede a question as the chat template has
-them, or with a plain template as prompts, answers and end tokens of the training.
+Severity and red flags are computed from the question alone. Earlier exchanges precede a question in the format of the
+chat template; with a plain template, as prompts, answers and end tokens of the training.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ Exchanges = Sequence[tuple[str, str]]  # (question, answer), the earliest first
 
 
 class QuestionSeverity(NamedTuple):
-    """Severity of a question. `words` are what the rules matched, by level, or by the context that discounts them."""
+    """Severity of a question. `words`: matches of the rules, by level or by the context that discounts them."""
 
     name: str
     probabilities: dict[str, float]
@@ -49,17 +48,14 @@ class QuestionSeverity(NamedTuple):
 
 
 class Chat:
-    """An adapter on its base model, ready to answer, one question at a time.
-
-    `source` is a run, a folder or a Hub id. Setting `ended` ends an answer, for which the process would wait.
-    """
+    """An adapter (run, folder or Hub id) on its base model. Setting `ended` stops an answer, for the process's end."""
 
     def __init__(self, source: Run | Path | str, overrides: Sequence[str] = ()) -> None:
-        recipe, adapter, self.prompt = _opened(str(source.folder if isinstance(source, Run) else source), overrides)
+        recipe, adapter, self.prompt = _open(str(source.folder if isinstance(source, Run) else source), overrides)
         self.settings, self._one_at_a_time, self.ended = recipe.generation, ThreadPoolExecutor(1), Event()
         classifier = recipe.severity.classifier
         if recipe.prompt.severity != "predicted" and not Path(classifier or "").expanduser().is_dir():
-            classifier = None  # it is not at hand, and no prompt needs it
+            classifier = None  # absent, and no prompt needs it
         self.source: Any = load_source(None, classifier, text="question")
         base = load_for_inference(recipe)
         base.generation_config = GenerationConfig()  # as in evaluation
@@ -67,18 +63,19 @@ class Chat:
         self.model = attach_adapter(base, adapter, recipe)
 
     def severity(self, question: str) -> QuestionSeverity:
-        """By the run's classifier, or else by rules; a stated red flag of the rules brings the notice either way."""
-        found, words = rules().matches(question), defaultdict[str, list[str]](list)
-        for match in found:
+        """Severity by the run's classifier, else by rules. A stated red flag of the rules always adds the notice."""
+        matches, words = rules().matches(question), defaultdict[str, list[str]](list)
+        for match in matches:
             words[match.context if match.discounted else match.level].append(match.words)
         chances = dict(zip(SEVERITIES, self.source.probabilities([question])[0].tolist(), strict=True))
         name = max(SEVERITIES, key=chances.__getitem__)
-        flags = {one.category for one in found if one.level == "critical" and one.evidence >= STRENGTH["M"]}  # stated
+        stated = (match for match in matches if match.level == "critical" and match.evidence >= STRENGTH["M"])
+        flags = {match.category for match in stated}
         notice = EMERGENCY if flags or name == "critical" else ""
         return QuestionSeverity(name, chances, dict(words), notice + _NOT_ALONE * ("suicidal" in flags))
 
     def fitting(self, question: str, earlier: Exchanges = ()) -> Exchanges:
-        """The latest exchanges that fit the context with the question and an answer; UsageError where it fits none."""
+        """The latest exchanges that fit the context with question and answer; UsageError if the question does not."""
         if not is_answer(question):
             raise UsageError("The question is empty; write it in words.")
         most = self.settings.max_new_tokens
@@ -88,9 +85,9 @@ class Chat:
         raise UsageError(f"{len(question.split()):,} words are too long for {self._context:,} tokens; shorten them.")
 
     def stream(self, question: str, earlier: Exchanges = (), *, adapter: bool = True) -> Iterator[str]:
-        """The answer so far, whenever it has grown, and at last as a whole; closing the iterator stops the model.
+        """Yields the growing answer and finally the whole one. Closing the iterator stops the model.
 
-        Exchanges that do not fit are left out. Without `adapter` the base model answers.
+        Drops exchanges that do not fit the context. With `adapter=False` the base model answers.
         """
         if not adapter and getattr(self.model.peft_config["default"], "bias", "none") != "none":
             raise UsageError("With lora.bias the base model has changed; compare the two with `sevpeft evaluate`.")
@@ -109,47 +106,44 @@ class Chat:
             with nullcontext() if adapter else self.model.disable_adapter():
                 return answer_tokens(self.model, self.prompt, {"": ids}, self.settings, stopping_criteria=each)[0]
 
-        answering = self._one_at_a_time.submit(answer)
-        answering.add_done_callback(lambda _: parts.put(None))
+        future = self._one_at_a_time.submit(answer)
+        future.add_done_callback(lambda _: parts.put(None))
         try:
             while (part := parts.get()) is not None:
                 text = decode(part)
-                if text != shown and text.startswith(shown) and text[-1] != "\ufffd":  # else half a letter
+                if text != shown and text.startswith(shown) and text[-1] != "\ufffd":  # an incomplete character
                     yield (shown := text)
-            yield decode(answering.result())
+            yield decode(future.result())
         except torch.OutOfMemoryError as error:
-            raise RunError("The answer does not fit the GPU's memory; ask something shorter.") from error
+            raise RunError("The answer does not fit the GPU's memory; shorten the question.") from error
         finally:
             stop.set()
 
     def _prompt_ids(self, question: str, earlier: Exchanges) -> list[int]:
-        prompt, asked = self.prompt, [*(before for before, _ in earlier), question]
-        named: list[str | None] = [None] * len(asked)
+        prompt, questions = self.prompt, [*(before for before, _ in earlier), question]
+        severities: list[str | None] = [None] * len(questions)
         if prompt.severity == "predicted":
-            named = [SEVERITIES[best] for best in self.source.probabilities(asked).argmax(axis=1)]
+            severities = [SEVERITIES[best] for best in self.source.probabilities(questions).argmax(axis=1)]
         if prompt.chat or not earlier:
-            with suppress(TemplateError):  # a plain template, exported, knows single questions
-                return prompt.prompt_ids([question], severities=named[-1:], earlier=[earlier])[0]
-        first, *others = prompt.prompt_ids(asked, severities=named)
+            with suppress(TemplateError):  # an exported plain template accepts single questions only
+                return prompt.prompt_ids([question], severities=severities[-1:], earlier=[earlier])[0]
+        first, *others = prompt.prompt_ids(questions, severities=severities)
         answers = prompt.answer_ids([answer for _, answer in earlier])
         for answer, ids in zip(answers, others, strict=True):
-            first += answer + ids[ids[0] == prompt.tokenizer.bos_token_id :]
+            begin = 1 if ids[0] == prompt.tokenizer.bos_token_id else 0
+            first += answer + ids[begin:]
         return first
 
 
-def _opened(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path, Prompt]:
-    """Recipe, adapter's folder and prompt of a run; of an adapter alone those that its files say."""
-    folder = Path(name).expanduser()
-    if wrong := [one.split("=")[0] for one in overrides if not re.match("(generation|model|quantization)\\.", one)]:
-        raise UsageError(f"{wrong[0]} changes nothing here; write keys of generation, model and quantization only.")
-    alone = (folder / ADAPTER_CONFIG).is_file()  # with a recipe.yaml beside it, where it was pushed
-    if not alone and (folder / "recipe.yaml").is_file():
+def _open(source: str, overrides: Sequence[str]) -> tuple[Recipe, Path, Prompt]:
+    """Recipe, adapter folder and prompt of a run, or of an adapter without its run."""
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file():  # a pushed adapter has a recipe.yaml as well
+        check_run(folder)
         check_adapter(Run(folder))
         recipe = load_recipe(folder / "recipe.yaml", overrides)
         return recipe, Run(folder).adapter, resolve_model(recipe, Run(folder)).prompt
-    if not alone and (folder.is_dir() or name.count("/") != 1 or name[0] in "./~"):
-        check_run(folder)  # which says what is wanted
-    adapter = adapter_folder(name, "RUN_OR_REPO")
+    adapter = adapter_folder(source, "RUN_OR_REPO")
     config = read_adapter_config(adapter)
     names = {"name_or_path": "base_model_name_or_path", "revision": "revision"}
     given = [f"model.{key}={config[name]}" for key, name in names.items() if config.get(name)]
@@ -158,6 +152,6 @@ def _opened(name: str, overrides: Sequence[str]) -> tuple[Recipe, Path, Prompt]:
     check_form(recipe, base)
     tokenizer = load_tokenizer(recipe, base, adapter) if (adapter / "tokenizer_config.json").is_file() else None
     if tokenizer is None or not tokenizer.chat_template:
-        raise ModelError(f"{name} has no tokenizer with the training prompt as chat template; name the run's folder.")
+        raise ModelError(f"{source} has no tokenizer with the training prompt as chat template; name the run's folder.")
     prompt = Prompt.build(tokenizer, base.get_text_config().vocab_size, **recipe.prompt.model_dump())
     return recipe, adapter, prompt

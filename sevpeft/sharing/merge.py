@@ -1,9 +1,8 @@
-"""Merging of a run's adapter into its base model, measured against the model that was trained.
+"""Merges a run's adapter into its base model and measures the difference from the trained model.
 
-A run in 4 or 8 bit was trained on the dequantized weights, and the unquantized ones are another base: both are merged
-and measured, and the nearer one is written. What was written is read again and compared before the folder gets its
-name. The distance of two models is the Kullback-Leibler divergence between their predictions of every answer token;
-what the adapter does to its base is the yardstick.
+A run in 4 or 8 bit was trained on dequantized weights, which differ from the unquantized ones. Both are merged and
+measured; the closer one is written, reloaded and compared. The distance of two models is the Kullback-Leibler
+divergence of their predictions of all answer tokens. The distance from base to base + adapter is the reference.
 """
 
 from __future__ import annotations
@@ -47,20 +46,20 @@ from sevpeft.training.data import encode_rows, load_splits
 
 UNQUANTIZED, DEQUANTIZED = "unquantized", "dequantized"
 CONSULTATIONS = 8
-# What a model's folder may hold beside weights, config and tokenizer, and what others need: llama.cpp the SentencePiece
-# file, vLLM the processor of a model that also sees, everybody the license.
-BESIDE = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
-# Token ids of a consultation, and where its answer begins.
+# Files to copy from the base model: llama.cpp needs the SentencePiece file, vLLM the processor of a multimodal model,
+# and everybody the license.
+_COPIED = ("tokenizer.model", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
+# Token ids of a consultation, and the position at which its answer begins.
 _Text = tuple[list[int], int]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between the predictions P of one model and Q of another, over all answer tokens.
+    """Difference between the predictions P and Q of two models, over all answer tokens.
 
     Attributes:
-        kl: mean over tokens of KL(P‖Q), in nats; infinite where a model answers with numbers that are not finite.
-        equal_next_tokens: share of the tokens at which both find the same one likeliest.
+        kl: mean over tokens of KL(P‖Q), in nats; infinite if a model gives non-finite logits.
+        equal_next_tokens: share of positions at which both models predict the same token.
     """
 
     kl: float
@@ -71,14 +70,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Merged:
-    """What was merged, and how far it is from the model that was trained.
+    """Result of a merge, and its distance from the trained model.
 
     Attributes:
-        weights: of the base that the adapter was merged into, "unquantized" or "dequantized".
-        bits: of the base that the adapter was trained on; None where it was not quantized.
-        matrices, rows: how many weights the adapter was added to, and what the models were compared on.
-        effect: between the trained model and its base alone, the yardstick.
-        gaps: between the trained model and the merged one, for each base that was tried.
+        weights: base weights of the merge, "unquantized" or "dequantized".
+        bits: of the base in training; None without quantization.
+        matrices, rows: number of weights that the adapter changed, and the source of the compared texts.
+        effect: difference between the trained model and its base, the reference.
+        gaps: difference between the trained and the merged model, for each base that was tried.
     """
 
     base: str
@@ -92,9 +91,6 @@ class Merged:
     gaps: dict[str, Difference]
     bytes: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def merge(
     run: Run,
@@ -105,48 +101,45 @@ def merge(
     max_shard_size: str = "5GB",
     console: Console | None = None,
 ) -> Merged:
-    """Merges the adapter of a finished run into its base model and writes it to a folder, whole or not at all.
+    """Merges the adapter of a finished run into its base model and writes the result to a new folder, atomically.
 
     Args:
-        output: folder that does not exist yet.
-        base: weights that a quantized run is merged into, unquantized or dequantized; auto takes the nearer ones.
-        dtype: auto (as the base is stored; bfloat16 for a quantized run that does not say), bfloat16, float16, float32.
-        max_shard_size: of one safetensors file, as 5GB.
-        console: where progress is shown.
+        base: base weights of a quantized run, unquantized or dequantized; auto takes the closer ones.
+        dtype: bfloat16, float16, float32, or auto: as stored; bfloat16 if a quantized base does not name its dtype.
+        max_shard_size: largest safetensors file, such as 5GB.
     """
     console = console or Screen(quiet=True)
     check_adapter(run)
-    adapter_card(run)  # raises where its figures are damaged, before the long work
+    adapter_card(run)  # raises for damaged figures, before slow work
     recipe, about = load_recipe(run.folder / "recipe.yaml"), run.metrics()["model"]
     plain = recipe.model_copy(update={"quantization": QuantizationSection()})
     resolved, bits, name = resolve_model(recipe, run), about["bits"], recipe.model.name_or_path
-    config, prompt = resolved.config, resolved.prompt
     bases = [UNQUANTIZED, DEQUANTIZED] if bits else [UNQUANTIZED]
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(resolved.config, "quantization_config", None) is not None:
         if bits is None:
-            raise ModelError(f"{name} is stored in a quantization that cannot be undone here; use the adapter on it.")
+            raise ModelError(f"{name} is stored in a quantization that sevpeft cannot undo; use the adapter on it.")
         bases = [DEQUANTIZED]
     if base not in ("auto", *bases):
-        raise ModelError(f"--base {base} is not there: the run has {' and '.join(bases)} weights; leave it out.")
+        raise ModelError(f"--base {base} does not exist: the run has {' and '.join(bases)} weights; leave it out.")
     with whole_folder(output, shared=not recipe.prompt.examples) as folder:
-        texts, rows = sample_texts(recipe, prompt)
-        print_labeled(console, "Base model", f"{name} ({config.model_type})")
+        texts, rows = sample_texts(recipe, resolved.prompt)
+        print_labeled(console, "Base model", f"{name} ({resolved.config.model_type})")
         print_labeled(console, "Compared on", f"{len(texts)} {rows}")
-        with console.status("Running base + adapter, as they were trained"):
+        with console.status("Running base + adapter in the precision of the training"):
             bare = load_model(recipe, Precision(getattr(torch, about["dtype"]), bf16=False, fp16=False)).eval()
-            alone = answer_logits(bare, texts)  # before the adapter is there: trained biases change the base itself
+            alone = answer_logits(bare, texts)  # before attaching: trained biases change the base itself
             adapted = attach_adapter(bare, run.adapter, recipe)
             trained = answer_logits(adapted, texts)
             effect = difference(trained, alone)
         if not math.isfinite(effect.kl):
-            raise ModelError("Base + adapter answers with numbers that are not finite; copy base and adapter again.")
-        # Unquantized weights are loaded once more.
+            raise ModelError("Base + adapter gives logits that are not finite; copy base and adapter again.")
+        # An unquantized base is loaded again for the merge.
         quantized = adapted.unload() if bits else None
         del bare, adapted
         model: Any
         gaps: dict[str, Difference] = {}
         for weights in bases:
-            model = None  # beside the next one it may not fit
+            model = None  # free memory for the next one
             with console.status(f"Merging into the {weights} base model"):
                 model, matrices = _merged(run, plain, weights, dtype, quantized)
                 gaps[weights] = difference(trained, answer_logits(model, texts))
@@ -157,31 +150,31 @@ def merge(
                 model, matrices = _merged(run, plain, chosen, dtype, quantized)
         del quantized
         number_format = str(model.dtype).removeprefix("torch.")
-        with console.status(f"Writing {output} and reading it back"):
-            _write_model(model, prompt, plain, folder, max_shard_size)
+        with console.status(f"Writing {output} and reloading it"):
+            _write_model(model, resolved.prompt, plain, folder, max_shard_size)
             del model
-            gc.collect()  # the model that is read back would stand beside it
+            gc.collect()  # free memory for the reloaded model
             written = plain.model.model_copy(update={"name_or_path": str(folder)})
-            again = load_model(plain.model_copy(update={"model": written}), None).eval()
-            gaps[chosen] = difference(trained, answer_logits(again, texts))
+            reloaded = load_model(plain.model_copy(update={"model": written}), None).eval()
+            gaps[chosen] = difference(trained, answer_logits(reloaded, texts))
         if gaps[chosen].kl > effect.kl:
             remedy = "" if number_format == "float32" else "merge with --dtype float32, or "
-            far = f"{gaps[chosen].kl:.2g} nats per token from what was trained; the adapter itself is {effect.kl:.2g}"
-            raise ModelError(f"Merged in {number_format}, the model is {far}: {remedy}use it as an adapter.")
-        (folder / "Modelfile").write_text(modelfile(prompt, recipe), encoding="utf-8")
+            gap = f"{gaps[chosen].kl:.2g} nats per token from the trained one, more than the adapter ({effect.kl:.2g})"
+            raise ModelError(f"Merged in {number_format}, the model is {gap}: {remedy}use it as an adapter.")
+        (folder / "Modelfile").write_text(modelfile(resolved.prompt, recipe), encoding="utf-8")
         result = Merged(
             base=name,
             weights=chosen,
             dtype=number_format,
             bits=bits,
-            parameters=again.num_parameters(),
+            parameters=reloaded.num_parameters(),
             matrices=matrices,
             rows=rows,
             effect=effect,
             gaps=gaps,
             bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         )
-        write_merged_card(run, recipe, result.as_dict(), folder)
+        write_merged_card(run, recipe, asdict(result), folder)
     if bits and UNQUANTIZED in gaps:
         note_figures(run, unquantized_base={"gap": asdict(gaps[UNQUANTIZED]), "effect": asdict(effect)})
     return result
@@ -190,7 +183,7 @@ def merge(
 def _merged(
     run: Run, recipe: Recipe, weights: str, number_format: str, quantized: PreTrainedModel | None
 ) -> tuple[PreTrainedModel, int]:
-    """The adapter merged into the unquantized weights of the recipe's base, or into those of the quantized model."""
+    """Merges the adapter into the unquantized base weights, or into those of the quantized model, dequantized."""
     gc.collect()
     config, dtype = load_config(recipe), None if number_format == "auto" else getattr(torch, number_format)
     if getattr(config, "quantization_config", None) is not None:
@@ -206,9 +199,9 @@ def _merged(
 
 @torch.no_grad()
 def _dequantize_into(model: PreTrainedModel, quantized: PreTrainedModel) -> None:
-    """Gives a plain model the weights that the quantized one computes with.
+    """Copies the dequantized weights of a quantized model into an unquantized one.
 
-    `PreTrainedModel.dequantize` would leave buffers in the precision of the training, and GPT-2's matrices transposed.
+    `PreTrainedModel.dequantize` would leave buffers in the training precision, and GPT-2's matrices transposed.
     """
     own = model.state_dict()
     for place, module in quantized.named_modules():
@@ -225,14 +218,14 @@ def _dequantize_into(model: PreTrainedModel, quantized: PreTrainedModel) -> None
 
 
 def merge_in_place(model: PeftModel) -> tuple[PreTrainedModel, int]:
-    """The base model with the adapter in its weights, and the number of matrices that it was added to.
+    """Merges the adapter into the base weights. Returns the base model and the number of changed matrices.
 
-    Each matrix is added in float32 and rounded once. PEFT (0.21, `merge(safe_merge=True)`) rounds the product BA to the
-    base's precision and adds in it, which rounds twice: https://github.com/huggingface/peft/issues/1388
+    Each sum is computed in float32 and rounded once. PEFT (0.21, `merge(safe_merge=True)`) rounds twice: the product BA
+    and the sum, to the base's precision. https://github.com/huggingface/peft/issues/1388
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, LoraLayer) and head.weight is embedding.get_base_layer().weight:
-        # Added to the one matrix of both, it would move the head as well.
+        # Untie the two: a merge into the shared matrix would change the head as well.
         table = embedding.get_base_layer()
         table.weight = torch.nn.Parameter(table.weight.detach().clone(), requires_grad=False)
         for config in (model.get_base_model().config, model.get_base_model().config.get_text_config()):
@@ -240,7 +233,7 @@ def merge_in_place(model: PeftModel) -> tuple[PreTrainedModel, int]:
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     name = "the embedding"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "already merged", of all that were merged here
+        warnings.simplefilter("ignore")  # "already merged", for each layer of the loop
         try:
             for place, layer in layers:
                 name, base = place, layer.get_base_layer()
@@ -260,57 +253,52 @@ def merge_in_place(model: PeftModel) -> tuple[PreTrainedModel, int]:
 
 
 def _write_model(model: PreTrainedModel, prompt: Prompt, recipe: Recipe, folder: Path, max_shard_size: str) -> None:
-    """Weights, config, generation settings, tokenizer, and the base's own small files."""
-    model.config.use_cache = True  # switched off for training; without it generation would be quadratic
+    """Writes weights, config, generation settings, tokenizer, and small files of the base model."""
+    model.config.use_cache = True  # off in training; without a cache generation is quadratic
     model.generation_config = generation_config(prompt, model.generation_config)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(prompt, folder)
-    source = Path(name := resolved_name(recipe))
+    source = Path(base := resolved_name(recipe))
     if not source.is_dir():
-        with suppress(OSError, HfHubHTTPError, LocalEntryNotFoundError):  # offline, and not in the cache
-            source = Path(snapshot_download(name, revision=recipe.model.revision, allow_patterns=list(BESIDE)))
-    for beside in BESIDE:
-        if (source / beside).is_file() and not (folder / beside).exists():
-            shutil.copyfile(source / beside, folder / beside)
+        with suppress(OSError, HfHubHTTPError, LocalEntryNotFoundError):  # offline and not cached
+            source = Path(snapshot_download(base, revision=recipe.model.revision, allow_patterns=list(_COPIED)))
+    for name in _COPIED:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
-# How far apart two models are.
+# The distance of two models.
 
 
 def sample_texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
-    """Consultations as the model was trained to read them, and what they are.
-
-    They are validation rows of the run, or bundled consultations where the run's data cannot be read here.
-    """
+    """Tokenized validation rows of the run, or bundled consultations if its data cannot be read; and their source."""
     try:
         _, splits, _ = load_splits(recipe)
-        rows, what = splits.validation if len(splits.validation) else splits.train, "rows of the run's data"
+        rows, source = splits.validation if len(splits.validation) else splits.train, "rows of the run's data"
     except SevpeftError:
         rows = load_consultations("builtin:consultations").rows
-        what = "bundled consultations, as the run's data cannot be read here"
+        source = "bundled consultations, because the run's data cannot be read"
         prompt = replace(prompt, severity="none")
     rows = rows.select(np.linspace(0, len(rows) - 1, min(CONSULTATIONS, len(rows))).astype(int))
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         limit, cache_file = recipe.training.settings()["max_length"], Path(scratch) / "rows.arrow"
         encoded, _ = encode_rows(rows, prompt, limit, strata=None, cache_file=cache_file)
-        return [(row["input_ids"], int(np.argmax(np.array(row["labels"]) != IGNORED))) for row in encoded], what
+        return [(row["input_ids"], int(np.argmax(np.array(row["labels"]) != IGNORED))) for row in encoded], source
 
 
 @torch.no_grad()
 def answer_logits(model: PreTrainedModel, texts: Sequence[_Text]) -> list[torch.Tensor]:
-    """Logits (answer tokens, vocabulary) of every text, in the model's own precision, on the CPU.
-
-    One text at a time: padding would be a difference of its own.
-    """
+    """Logits (answer tokens, vocabulary) of every text, in the model's precision, on the CPU."""
+    # One text at a time, because padding would cause differences.
     rows = ((torch.tensor([ids], device=model.device), answer) for ids, answer in texts)
     return [model(input_ids=ids, use_cache=False).logits[0, answer - 1 : -1].cpu().clone() for ids, answer in rows]
 
 
 def difference(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> Difference:
-    """How the second model's logits differ from the first one's, both as `answer_logits` gives them."""
+    """Difference between the `answer_logits` of two models."""
     kl, largest, equal, tokens = 0.0, 0.0, 0, 0
     for ours, theirs in zip(first, second, strict=True):
-        # In float64, because what is looked for can be smaller than float32's rounding of a logarithm.
+        # In float64, because differences can be smaller than the float32 rounding of a logarithm.
         p, q = (torch.log_softmax(logits.double(), dim=-1) for logits in (ours, theirs))
         kl += float((p.exp() * (p - q)).sum(dim=-1).clamp(min=0).sum())
         largest = max(largest, float((ours.double() - theirs.double()).abs().max()))

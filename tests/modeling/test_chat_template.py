@@ -78,27 +78,27 @@ def test_every_setting_of_a_prompt_travels_with_every_kind_of_tokenizer() -> Non
 def test_an_answer_follows_and_a_caller_replaces_the_system_message(tmp_path: Path) -> None:
     prompt = build(byte_level(), system="أنت طبيب.")
     save_tokenizer(prompt, tmp_path)
-    asked = [{"role": "user", "content": "ألم"}]
+    messages = [{"role": "user", "content": "ألم"}]
     saved = AutoTokenizer.from_pretrained(tmp_path)
-    whole = saved.apply_chat_template([*asked, {"role": "assistant", "content": "لا"}], return_dict=False)
+    whole = saved.apply_chat_template([*messages, {"role": "assistant", "content": "لا"}], return_dict=False)
     assert whole == prompt.prompt_ids(["ألم"])[0] + prompt.answer_ids(["لا"])[0]
-    other = saved.apply_chat_template([{"role": "system", "content": "أنت ممرض."}, *asked], tokenize=False)
+    other = saved.apply_chat_template([{"role": "system", "content": "أنت ممرض."}, *messages], tokenize=False)
     assert other == "أنت ممرض.\n\nالسؤال: ألم\nالجواب:"
     with pytest.raises(TemplateError, match="single questions"):
-        saved.apply_chat_template([*asked, {"role": "assistant", "content": "لا"}, *asked], tokenize=False)
+        saved.apply_chat_template([*messages, {"role": "assistant", "content": "لا"}, *messages], tokenize=False)
 
 
 def test_what_a_template_cannot_know_is_asked_for(tmp_path: Path) -> None:
     save_tokenizer(build(byte_level(), severity="predicted"), tmp_path / "severity")
-    saved, asked = AutoTokenizer.from_pretrained(tmp_path / "severity"), [{"role": "user", "content": "ألم"}]
+    saved, messages = AutoTokenizer.from_pretrained(tmp_path / "severity"), [{"role": "user", "content": "ألم"}]
     with pytest.raises(TemplateError, match="severity="):
-        saved.apply_chat_template(asked)
+        saved.apply_chat_template(messages)
     for name, line in SEVERITY_LINES.items():
-        assert saved.apply_chat_template(asked, severity=name, tokenize=False).startswith(line)
+        assert saved.apply_chat_template(messages, severity=name, tokenize=False).startswith(line)
     save_tokenizer(build(byte_level(), dialect_prefixes=PREFIXES, dialect="msa"), tmp_path / "dialect")
     saved = AutoTokenizer.from_pretrained(tmp_path / "dialect")
-    assert saved.apply_chat_template(asked, dialect="egyptian", tokenize=False).startswith("[EGYPTIAN] ")
-    assert saved.apply_chat_template(asked, dialect="moroccan", tokenize=False).startswith("[MSA] ")
+    assert saved.apply_chat_template(messages, dialect="egyptian", tokenize=False).startswith("[EGYPTIAN] ")
+    assert saved.apply_chat_template(messages, dialect="moroccan", tokenize=False).startswith("[MSA] ")
 
 
 def test_a_prompt_that_no_template_renders_leaves_none_instead_of_another_one(tmp_path: Path) -> None:
@@ -132,9 +132,9 @@ def test_the_date_and_an_end_that_is_not_special_travel_with_the_template(tmp_pa
     prompt = build(tokenizer, chat=True, date="2026-02-03", system="أنت طبيب.")
     save_tokenizer(prompt, tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
-    asked = [{"role": "user", "content": "ألم <|turn_end|> شديد"}]
-    ids = saved.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-    assert ids == prompt.prompt_ids([asked[0]["content"]])[0] and saved.decode(ids).startswith("03 Feb 2026 ")
+    messages = [{"role": "user", "content": "ألم <|turn_end|> شديد"}]
+    ids = saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == prompt.prompt_ids([messages[0]["content"]])[0] and saved.decode(ids).startswith("03 Feb 2026 ")
     again = build(saved, chat=True)  # as `sevpeft chat` reads a pushed adapter, on a default day
     assert again.prompt_ids(["ألم"]) == prompt.prompt_ids(["ألم"]) and again.end_id == prompt.end_id
     assert generation_config(prompt, GenerationConfig(eos_token_id=0)).eos_token_id == [0, prompt.end_id]

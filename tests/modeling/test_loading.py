@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -78,6 +79,12 @@ def test_a_home_folder_is_expanded(llama: Path, monkeypatch: pytest.MonkeyPatch)
     assert load_for_inference(recipe_for(f"~/{llama.name}")).config.model_type == "llama"
 
 
+def test_a_model_that_answers_copies_its_last_states_once(llama: Path) -> None:
+    head = load_for_inference(recipe_for(llama)).get_output_embeddings()
+    (copied,) = [hook(head, (torch.zeros(2, 3, 4)[:, -1:],))[0] for hook in head._forward_pre_hooks.values()]
+    assert copied.is_contiguous()
+
+
 def test_a_quantized_model_is_never_repacked(llama: Path) -> None:
     for bits in (4, 8):
         model = load_model(recipe_for(llama, quantization={f"load_in_{bits}bit": True}), FLOAT32)
@@ -119,6 +126,17 @@ def test_a_folder_without_a_configuration_is_no_model(llama: Path) -> None:
         assert "config.json" in refusal(lambda act=action: act(recipe_for(llama)))
 
 
+def test_a_repository_with_base_and_adapter_is_not_loaded_as_one_model(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PeftModel(build_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(llama)
+    config = json.loads((llama / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(llama)}
+    (llama / "adapter_config.json").write_text(json.dumps(config))
+    assert "training.init_adapter" in refusal(lambda: load_config(recipe_for(llama)))
+    monkeypatch.setattr(loading, "load_config", lambda _: None)  # it cannot look into a repository of the Hub
+    assert "adapter" in refusal(lambda: load_model(recipe_for(llama), FLOAT32))
+
+
 def test_damaged_weights_are_named_as_such(llama: Path) -> None:
     whole = (llama / "model.safetensors").read_bytes()
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", whole[:-1000]):
@@ -132,7 +150,7 @@ def test_missing_weights_are_not_made_up(llama: Path) -> None:
     save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
     for quantization in ({}, {"load_in_4bit": True}):
         text = refusal(lambda q=quantization: load_model(recipe_for(llama, quantization=q), FLOAT32))
-        assert "lacks 2 of" in text and "model.layers.1.mlp.up_proj.weight" in text
+        assert "lacks 2 " in text and "model.layers.1.mlp.up_proj.weight" in text
 
 
 def test_weights_of_other_shapes_are_refused(llama: Path) -> None:
@@ -150,8 +168,8 @@ def test_a_method_of_quantization_that_transformers_would_ignore_is_refused(llam
     ):
         change_config(llama, quantization_config=own)
         for action in (load_config, lambda recipe: load_model(recipe, FLOAT32), base_config):
-            for asked in ({}, {"load_in_4bit": True}):
-                text = refusal(lambda act=action, a=asked: act(recipe_for(llama, quantization=a)))
+            for requested in ({}, {"load_in_4bit": True}):
+                text = refusal(lambda act=action, a=requested: act(recipe_for(llama, quantization=a)))
                 assert "quantiz" in text, (own, text)
     change_config(llama, quantization_config=None)
     load_config(recipe_for(llama))
@@ -165,8 +183,8 @@ def test_a_base_that_bitsandbytes_saved_is_taken_in_its_own_form_or_refused(llam
     for saved, own in forms.items():
         model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=BitsAndBytesConfig(**own))
         model.save_pretrained(llama.parent / saved)
-        for form, asked in {"nothing": {}, **forms}.items():
-            recipe = recipe_for(llama.parent / saved, quantization=asked)
+        for form, requested in {"nothing": {}, **forms}.items():
+            recipe = recipe_for(llama.parent / saved, quantization=requested)
             try:
                 check_form(recipe, load_config(recipe))
                 base_config(recipe)
@@ -321,12 +339,12 @@ def test_a_gpu_computes_in_bfloat16_where_it_can_and_else_in_float16(monkeypatch
     assert precision({}) == Precision(torch.float16, bf16=False, fp16=True)
     compute = {"bnb_4bit_compute_dtype": "bfloat16"}
     assert precision({}, quantization=compute).dtype == torch.float16  # nothing is quantized
-    for setting, ask in {
+    for setting, action in {
         "training.bf16": lambda: precision({"bf16": True}),
         "model.dtype": lambda: precision({}, "bfloat16"),
         "quantization.bnb_4bit_compute_dtype": lambda: precision({}, quantization={"load_in_4bit": True, **compute}),
     }.items():
-        text = refusal(ask)
+        text = refusal(action)
         assert setting in text and "Pretended GPU" in text
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert precision({}, "float32") == FLOAT32
@@ -339,8 +357,8 @@ def test_quantization_follows_the_recipe_and_computes_in_the_chosen_format() -> 
     assert four is not None and four.load_in_4bit and not four.load_in_8bit
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
     assert four.bnb_4bit_compute_dtype == torch.float16
-    asked = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "bfloat16"}
-    other = quantization_config(recipe_for(quantization={"load_in_4bit": True, **asked}), half)
+    requested = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "bfloat16"}
+    other = quantization_config(recipe_for(quantization={"load_in_4bit": True, **requested}), half)
     assert other is not None and (other.bnb_4bit_quant_type, other.bnb_4bit_use_double_quant) == ("fp4", False)
     assert other.bnb_4bit_compute_dtype == torch.bfloat16
     eight = quantization_config(recipe_for(quantization={"load_in_8bit": True}), half)
@@ -370,7 +388,7 @@ def test_each_reason_for_no_gpu_has_its_remedy(tmp_path: Path, monkeypatch: pyte
 
 def test_a_large_quantized_model_on_a_cpu_is_refused_by_its_stated_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(loading, "load_config", lambda _: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(loading, "load_config", lambda _: pytest.fail("contacted the Hub"))
     assert "model.name_or_path=builtin:tiny" in refusal(lambda: check_hopeless_start(recipe_for(**SEVEN)))
     check_hopeless_start(recipe_for(**{**SEVEN, "about": {"parameters": "0.5B"}}))
     check_hopeless_start(recipe_for(about=SEVEN["about"]))  # not quantized

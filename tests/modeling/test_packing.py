@@ -150,9 +150,9 @@ def test_a_quantized_model_answers_and_its_gradients_stay_right(model_folder: Ca
         {"model": {"name_or_path": str(model_folder("llama"))}, "quantization": {f"load_in_{bits}bit": True}}
     )
 
-    def gradient(ask_first: bool) -> torch.Tensor:
+    def gradient(check_first: bool) -> torch.Tensor:
         model = load_model(recipe, Precision(torch.float32, bf16=False, fp16=False))
-        if ask_first:
+        if check_first:
             assert documents_stay_apart(model)[0]
         embedding = model.get_input_embeddings()
         embedding.requires_grad_(True)
@@ -161,9 +161,9 @@ def test_a_quantized_model_answers_and_its_gradients_stay_right(model_folder: Ca
         assert embedding.weight.grad is not None
         return embedding.weight.grad
 
-    asked, fresh = gradient(ask_first=True), gradient(ask_first=False)
+    checked, fresh = gradient(check_first=True), gradient(check_first=False)
     assert float(fresh.abs().max()) > 0
-    assert torch.equal(asked, fresh)
+    assert torch.equal(checked, fresh)
 
 
 # Attention within documents gives what attention over all masked pairs gives, and computes fewer pairs.

@@ -158,9 +158,9 @@ def test_training_and_generation_begin_with_the_same_tokens_and_the_end_is_label
         control_ids = set(prompt.tokenizer.convert_tokens_to_ids(control))
         assert end in control_ids, name
         for question, row in zip(QUESTIONS, encoded(prompt, QUESTIONS, ANSWERS, tmp_path / name), strict=True):
-            asked = prompt.prompt_ids([question])[0]
+            expected = prompt.prompt_ids([question])[0]
             unlabeled = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
-            assert unlabeled == asked == row["input_ids"][: len(asked)], name
+            assert unlabeled == expected == row["input_ids"][: len(expected)], name
             labeled = [label for label in row["labels"] if label != -100]
             assert labeled[-1] == end == row["input_ids"][-1], name
             assert not control_ids & set(labeled[:-1]) and labeled == row["input_ids"][-len(labeled) :], name
@@ -322,8 +322,8 @@ def test_the_prefix_of_a_row_is_that_of_its_dialect_or_the_default(tmp_path: Pat
         assert prompt.text("ألم", dialect).startswith("[MSA] السؤال: ألم")
     rows = encoded(prompt, ["ألم"] * 3, ["لا"] * 3, tmp_path, dialect=["egyptian", None, "moroccan"])
     for row, dialect in zip(rows, ("egyptian", "msa", "msa"), strict=True):
-        asked = prompt.prompt_ids(["ألم"], [dialect])[0]
-        assert row["input_ids"][: len(asked)] == asked
+        expected = prompt.prompt_ids(["ألم"], [dialect])[0]
+        assert row["input_ids"][: len(expected)] == expected
     assert build(byte_level()).text("ألم", "egyptian").startswith("السؤال")
 
 
@@ -347,9 +347,9 @@ def test_a_dialect_that_no_column_names_is_told_by_the_words_of_the_question() -
     assert plain.text(egyptian).startswith("[MSA] ")
     named = {row["question"]: row["dialect"] for row in load_consultations("builtin:consultations").rows}
     found = [(dialect_of(question), dialect) for question, dialect in named.items()]
-    told = [one == dialect for one, dialect in found if one is not None]
+    correct = [one == dialect for one, dialect in found if one is not None]
     # As the README says.
-    assert sum(told) / len(told) > 0.95 and len(told) / len(found) > 0.65
+    assert sum(correct) / len(correct) > 0.95 and len(correct) / len(found) > 0.65
 
 
 def test_a_system_message_stands_where_the_format_has_it() -> None:
@@ -390,7 +390,7 @@ def test_a_template_that_loses_text_in_silence_is_refused() -> None:
         "half of system": (chatml(whole, of_system="message['content'][:5]"), "system message"),
     }
     for name, (template, lost) in losing.items():
-        with pytest.raises(ModelError, match=f"leaves out the {lost}.* set prompt") as refused:
+        with pytest.raises(ModelError, match=f"{lost}.* set prompt") as refused:
             build(byte_level(template), chat=True, system="أنت طبيب" if lost == "system message" else None)
         assert ("prompt.system=null" in str(refused.value)) == (lost == "system message"), name
     for harmless in ("message['content'] | trim", "message['content'] | upper", "message['content'] | indent(2)"):
@@ -409,7 +409,7 @@ def test_a_tokenizer_that_knows_no_arabic_is_refused() -> None:
     for name, backend in {"words": words, "letters": letters, "fused": fused, "emptied": emptied}.items():
         eos = "<|endoftext|>" if name == "emptied" else "</s>"
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, unk_token="<unk>")
-        with pytest.raises(ModelError, match="two Arabic questions"):
+        with pytest.raises(ModelError, match="Arabic"):
             build(tokenizer)
 
 
@@ -420,7 +420,7 @@ def test_a_tokenizer_without_a_template_or_an_end_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="eos_token"):
         build(tokenizer)
-    with pytest.raises(ModelError, match="no pad and no EOS token"):
+    with pytest.raises(ModelError, match="EOS"):
         choose_pad_token(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), 100)
 
 

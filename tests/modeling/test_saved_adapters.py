@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sevpeft.errors import ModelError
-from sevpeft.modeling.adapters import attach_adapter, base_commit, base_fingerprint, check_base_weights
+from sevpeft.modeling.adapters import (
+    attach_adapter,
+    base_commit,
+    base_fingerprint,
+    check_base_weights,
+    init_adapter,
+    public_name,
+)
 from sevpeft.recipe import Recipe, recipe_from_values
 from sevpeft.runs import Run
 from tests.models import build_model
@@ -76,6 +84,17 @@ def test_a_base_of_other_shapes_is_refused(tmp_path: Path) -> None:
     adapter(tmp_path, modules_to_save=["lm_head"])
     text = refusal(tmp_path, vocab_size=600)
     assert "does not fit org/ours" in text and "model.name_or_path" in text
+
+
+def test_a_start_that_trains_other_tokens_is_refused_with_the_settings_to_write(tmp_path: Path) -> None:
+    adapted = get_peft_model(build_model("llama"), LoraConfig(trainable_token_indices=[3, 4]))
+    adapted.save_pretrained(tmp_path)
+    init = {"training": {"init_adapter": str(tmp_path)}}
+    lora = {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "trainable_token_indices": [3, 4]}
+    assert init_adapter(recipe_from_values({**init, "lora": lora})).startswith("sha256:")
+    with pytest.raises(ModelError) as refused:
+        init_adapter(recipe_from_values({**init, "lora": lora | {"trainable_token_indices": [5, 6]}}))
+    assert "lora.trainable_token_indices=[3, 4]" in shlex.split(str(refused.value).partition("; ")[2].rstrip(".")[6:])
 
 
 def test_no_folder_of_another_machine_is_quoted(tmp_path: Path) -> None:
@@ -166,11 +185,11 @@ def test_other_weights_of_the_same_shapes_are_refused(
     shutil.copytree(tmp_path / "tiny-llama", other)
     check_base_weights(on(other), trained)  # moved or renamed
     change(other)
-    with pytest.raises(ModelError, match=r"trained on tiny-llama, and instruct has other .*model\.name_or_path") as e:
+    with pytest.raises(ModelError, match=r"tiny-llama.* instruct .*model\.name_or_path") as e:
         check_base_weights(on(other), trained)
     assert str(tmp_path / "instruct") not in str(e.value)
     change(tmp_path / "tiny-llama")
-    with pytest.raises(ModelError, match="bring the former back"):
+    with pytest.raises(ModelError, match="restore"):
         check_base_weights(on(tmp_path / "tiny-llama"), trained)
 
 
@@ -201,3 +220,16 @@ def test_runs_without_a_fingerprint_pass(model_folder: Callable[..., Path], tmp_
     check_base_weights(on(model_folder()), Run(tmp_path / "run"))
     Run(tmp_path / "run").update_metrics(model={"name_or_path": "org/model"})
     check_base_weights(on(model_folder()), Run(tmp_path / "run"))
+
+
+def test_of_a_path_only_the_last_part_is_public() -> None:
+    names = {
+        "org/model": "org/model",
+        "builtin:tiny": "builtin:tiny",
+        "gpt2": "gpt2",
+        "clinic/ward-7/*.csv": "*.csv",
+        "clinic/*.csv": "*.csv",
+        "old/models/base": "base",
+        "~/clinic/rows.csv": "rows.csv",
+    }
+    assert {name: public_name(name) for name in names} == names

@@ -129,10 +129,10 @@ def test_the_folder_is_used_again(makings: list[Path], capsys: pytest.CaptureFix
 def test_several_at_once_make_it_once_and_none_sees_half_of_it(makings: list[Path]) -> None:
     complete: list[bool] = []
 
-    def ask() -> None:
+    def make() -> None:
         complete.append((tiny_model_folder() / "model.safetensors").read_bytes() == b"weights")
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=make) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

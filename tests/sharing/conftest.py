@@ -101,7 +101,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             **{"parameters": 1000, "trainable_parameters": 100},
         }
         run.write_json("metrics.json", {"model": about, **METRICS})
-        told = {
+        environment = {
             "versions": {"peft": "0.21.2"},
             "seed": 0,
             "processes": 1,
@@ -109,7 +109,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             "python": "3.11",
             "commit": None,
         }
-        run.write_json("environment.json", told)
+        run.write_json("environment.json", environment)
         return place
 
     return make

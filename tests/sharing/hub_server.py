@@ -96,11 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             return self._reply(content={"name": "alice", "orgs": [{"name": name} for name in hub.orgs]})
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
+            settings = json.loads(body)
+            name = f"{settings['organization']}/{settings['name']}"
             if name in hub.repositories:
                 return self._reply(409)
-            hub.repositories[name] = made = Repository(asked.get("visibility") == "private")
+            hub.repositories[name] = made = Repository(settings.get("visibility") == "private")
             made.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
             return self._reply(content={"url": f"https://huggingface.co/{name}"})
         if path == "/api/validate-yaml":

@@ -24,7 +24,7 @@ from tests.modeling.test_prompts import DATED, with_tokens
 from tests.models import build_model
 from tests.training.test_train import SPLIT
 
-ASKED = [{"role": "user", "content": "عندي صداع"}]
+MESSAGES = [{"role": "user", "content": "عندي صداع"}]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_changed_base_is_named_and_the_runs_own_copy_used(run: Run, capfd: pyt
         shutil.copytree(kept, base)
     _another_template(base)
     shutil.rmtree(run.tokenizer)
-    with pytest.raises(ModelError, match=r"bring back what was, in .*tokenizer too"):
+    with pytest.raises(ModelError, match=r"restore .*tokenizer"):
         resolve_model(recipe_of(run), run)
 
 
@@ -114,12 +114,12 @@ def test_every_verb_goes_on_with_the_copy(run: Run, trained: Run, tmp_path: Path
     before = figures(Run(Path(shutil.copytree(run.folder, tmp_path / "before"))))
     _another_template(base_of(run))
     assert figures(run)["metrics"]["nll"] == before["metrics"]["nll"]
-    asked = Chat(run).prompt.prompt_ids(["عندي صداع"])[0]
+    ids = Chat(run).prompt.prompt_ids(["عندي صداع"])[0]
     merge(run, tmp_path / "merged")
     for folder in (run.adapter, tmp_path / "merged"):
         saved = AutoTokenizer.from_pretrained(folder)
-        assert saved.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False) == asked, folder
-        assert saved.decode(asked).startswith("26 Jul 2024 <|turn_start|>user"), folder
+        assert saved.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False) == ids, folder
+        assert saved.decode(ids).startswith("26 Jul 2024 <|turn_start|>user"), folder
     capfd.readouterr()
     # A run that was killed before its first checkpoint, and one that was killed when its adapter was written.
     killed = Run(Path(shutil.copytree(run.folder, tmp_path / "killed")))

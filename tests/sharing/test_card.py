@@ -53,6 +53,7 @@ def test_the_modelfile_ends_with_the_cue_and_leaves_the_beginning_to_llama_cpp()
     assert modelfile(prompt, recipe) == (
         'FROM ./model-q4_k_m.gguf\nTEMPLATE """أنت طبيب.\n\nالسؤال: {{ .Prompt }}\nالجواب:"""\n'
         'PARAMETER stop "<|endoftext|>"\nPARAMETER temperature 0\nPARAMETER num_predict 50\n'
+        "PARAMETER top_p 1\nPARAMETER top_k 0\nPARAMETER repeat_penalty 1\nPARAMETER repeat_last_n -1\n"
     )
     filled = modelfile(prompt, recipe).split('"""')[1].replace("{{ .Prompt }}", "عندي صداع")
     assert filled == prompt.text("عندي صداع")
@@ -61,15 +62,18 @@ def test_the_modelfile_ends_with_the_cue_and_leaves_the_beginning_to_llama_cpp()
     assert modelfile(Prompt.build(tokenizer, **more.prompt.model_dump()), recipe) == modelfile(prompt, recipe)
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.chat_template = "{{ bos_token }}{% for one in messages %}{{ one['content'] }}<|im_end|>{% endfor %}"
-    recipe = recipe_from_values({"prompt": {"chat": True}, "generation": {"do_sample": True, "temperature": 0.7}})
+    sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2}
+    recipe = recipe_from_values({"prompt": {"chat": True}, "generation": sampled})
     text = modelfile(Prompt.build(tokenizer, **recipe.prompt.model_dump()), recipe)
     assert 'TEMPLATE """{{ .Prompt }}<|im_end|>"""' in text and "PARAMETER temperature 0.7" in text
+    assert "PARAMETER top_p 0.9\nPARAMETER top_k 50\nPARAMETER repeat_penalty 1.2\n" in text
 
 
 def test_a_card_shows_what_was_measured_of_this_adapter_and_nothing_else(made_run: Callable[..., Run]) -> None:
     run = made_run()
     card = ModelCard(adapter_card(run, base="org/base", license_="llama3.1"))
     assert "## Test" not in card.text and "Do the weights help?" not in card.text and "Built with Llama" in card.text
+    assert 'dtype="float32"' in card.text and '`"temperature": 0`' in card.text, "as it was trained and evaluated"
     assert [(one.metric_type, one.metric_value) for one in card.data.eval_results] == [("loss", 4.0)]
     assert card.data.license == "llama3.1" and card.data.base_model_relation == "adapter" and not card.data.datasets
     about = {"label": "NLL", "unit": "nats a token", "shown_times": 1}

@@ -35,11 +35,11 @@ def run(tmp_path: Path, model_folder: Callable[..., Path]) -> Run:
 
 def greedy(chat: Chat, ids: list[int], most: int) -> str:
     """What the model says token by token, without a cache and without `generate`."""
-    said: list[int] = []
-    while len(said) < most and said[-1:] != [chat.prompt.end_id]:
+    tokens: list[int] = []
+    while len(tokens) < most and tokens[-1:] != [chat.prompt.end_id]:
         with torch.no_grad():
-            said.append(int(chat.model(input_ids=torch.tensor([ids + said])).logits[0, -1].argmax()))
-    return str(chat.prompt.tokenizer.decode(said, skip_special_tokens=True)).strip()
+            tokens.append(int(chat.model(input_ids=torch.tensor([ids + tokens])).logits[0, -1].argmax()))
+    return str(chat.prompt.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def test_an_answer_is_the_greedy_continuation_of_the_training_prompt(made_run: Callable[..., Run]) -> None:
@@ -68,8 +68,8 @@ def test_earlier_exchanges_precede_a_question_as_the_training_has_them(
             expected = chat.prompt.prompt_ids([question], earlier=[before])[0]
         else:
             expected = []
-            for asked, answer in before:
-                expected += chat.prompt.prompt_ids([asked])[0] + chat.prompt.answer_ids([answer])[0]
+            for earlier_question, answer in before:
+                expected += chat.prompt.prompt_ids([earlier_question])[0] + chat.prompt.answer_ids([answer])[0]
             expected += chat.prompt.prompt_ids([question])[0]
         assert seen[0][0].tolist() == expected, name
         # 256 positions: the first exchanges give way, an answer of its own never does.
@@ -121,7 +121,10 @@ def test_a_red_flag_brings_the_notice_whatever_the_classifier_thinks(made_run: C
 
 
 def test_an_adapter_alone_answers_as_its_run_does_by_the_template_in_its_tokenizer(
-    made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made_run: Callable[..., Run],
+    sevpeft_: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = made_run(chat_template=CHAT_TEMPLATES["chatml"], prompt={"chat": True}, size=0.5)
     alone, settings = tmp_path / "alone", ["generation.max_new_tokens=8"]
@@ -131,13 +134,13 @@ def test_an_adapter_alone_answers_as_its_run_does_by_the_template_in_its_tokeniz
         Chat(alone)
     tokenizer = Chat(run).prompt.tokenizer
     tokenizer.save_pretrained(alone)
-    asked: list[Any] = []
+    calls: list[Any] = []
     monkeypatch.setattr(adapters, "look_for_hub", lambda: None)
-    monkeypatch.setattr(adapters, "snapshot_download", lambda *of, **how: asked.append((*of, how)) or str(alone))
+    monkeypatch.setattr(adapters, "snapshot_download", lambda *of, **how: calls.append((*of, how)) or str(alone))
     expected = [*Chat(run, settings).stream("عندي صداع")][-1]
     for source in (alone, "someone/adapter"):
         assert [*Chat(source, settings).stream("عندي صداع")][-1] == expected
-    (name, how), *more = asked
+    (name, how), *more = calls
     assert (name, more) == ("someone/adapter", []) and not any(
         "bin" in one or "py" in one for one in how["allow_patterns"]
     )
@@ -145,8 +148,8 @@ def test_an_adapter_alone_answers_as_its_run_does_by_the_template_in_its_tokeniz
     many = Chat(alone)
     single = "{% if messages | length > 2 %}{{ raise_exception('one') }}{% endif %}" + CHAT_TEMPLATES["chatml"]
     many.prompt.tokenizer.chat_template = single
-    asked_before, now = (many.prompt.prompt_ids([one])[0] for one in ("عندي سعال", "عندي صداع"))
-    expected_ids = [*asked_before, *many.prompt.answer_ids(["اشرب ماء"])[0], *now]
+    ids_before, now = (many.prompt.prompt_ids([one])[0] for one in ("عندي سعال", "عندي صداع"))
+    expected_ids = [*ids_before, *many.prompt.answer_ids(["اشرب ماء"])[0], *now]
     assert many._prompt_ids("عندي صداع", [("عندي سعال", "اشرب ماء")]) == expected_ids
     tokenizer.chat_template = None
     shutil.rmtree(alone)
@@ -154,21 +157,22 @@ def test_an_adapter_alone_answers_as_its_run_does_by_the_template_in_its_tokeniz
     tokenizer.save_pretrained(alone)
     with pytest.raises(ModelError, match="chat template"):
         Chat(alone)
-    with pytest.raises(UsageError, match="generation"):
-        Chat(run, ["training.max_steps=3"])
+    for words, status, part in ((["training.max_steps=3"], 2, "generation"), ([], 1, "runs/NAME-DATE")):
+        code, _, err = sevpeft_("chat", run.folder if words else "nowhere", *words)
+        assert (code, err.count("\n")) == (status, 1) and part in err
 
 
 def test_a_classifier_is_asked_about_questions_alone_and_may_be_gone_where_no_prompt_needs_it(
     made_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr("sevpeft.sharing.chat.load_source", lambda *of, **how: asked.append((*of, how)) or "it")
+    calls: list[Any] = []
+    monkeypatch.setattr("sevpeft.sharing.chat.load_source", lambda *of, **how: calls.append((*of, how)) or "it")
     severity = {"source": "linear", "classifier": str(tmp_path / "classifier")}
     run = made_run(severity=severity)
     Chat(run)
     (tmp_path / "classifier").mkdir()
     Chat(run)
-    assert asked == [(None, None, {"text": "question"}), (None, severity["classifier"], {"text": "question"})]
+    assert calls == [(None, None, {"text": "question"}), (None, severity["classifier"], {"text": "question"})]
 
 
 class Keyboard(io.StringIO):
@@ -179,10 +183,10 @@ class Keyboard(io.StringIO):
 def test_a_conversation_on_a_terminal(
     made_run: Callable[..., Run], sevpeft_: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def stream(self: Chat, question: str, earlier: Any = (), *, adapter: bool = True) -> Iterator[str]:
-        asked.append((question, [*earlier], adapter))
+        calls.append((question, [*earlier], adapter))
         yield "ج"
         if question == "توقف":
             raise KeyboardInterrupt
@@ -196,7 +200,7 @@ def test_a_conversation_on_a_terminal(
     code, out, err = sevpeft_("chat", run.folder)
     first = ("عندي صداع", "جواب عندي صداع")
     assert code == 0 and "جواب ومتى؟" in out
-    assert asked == [
+    assert calls == [
         (first[0], [], True),
         (first[0], [], False),
         ("y", [first], False),
@@ -207,11 +211,11 @@ def test_a_conversation_on_a_terminal(
     assert "empty" in err and "Stopped" in err and err.count("/reset") == 2 and "critical: ضيق تنفس" in out
     assert max(map(len, err.splitlines())) <= 80
     # From a pipe every line stands alone, a slash is a letter, and an empty line ends nothing.
-    asked.clear()
+    calls.clear()
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n\n/base\nضيق تنفس شديد\n"))
     code, out, err = sevpeft_("chat", run.folder)
     assert code == 0 and out == "جواب a\n\nجواب /base\n\nجواب ضيق تنفس شديد\n\n"
-    assert [earlier for _, earlier, _ in asked] == [[], [], []] and EMERGENCY in err
+    assert [earlier for _, earlier, _ in calls] == [[], [], []] and EMERGENCY in err
     code, out, err = sevpeft_("chat", run.folder, "--question", "ضيق تنفس شديد")
     assert (code, out) == (0, "جواب ضيق تنفس شديد\n") and EMERGENCY in err
     assert sevpeft_("chat", run.folder, "--question", " ")[:2] == (2, "")
@@ -220,8 +224,8 @@ def test_a_conversation_on_a_terminal(
 def test_the_severity_is_predicted_when_the_question_comes_and_an_oracle_cannot_be_asked(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def card_of(asked: str, *more: str) -> str:
-        settings = [f"prompt.severity={asked}", *more]
+    def card_of(severity: str, *more: str) -> str:
+        settings = [f"prompt.severity={severity}", *more]
         run.write_text("recipe.yaml", load_recipe(run.folder / "recipe.yaml", settings).to_yaml())
         run.update_metrics(model={**run.metrics()["model"], "prompt": None})  # as if it was trained so
         return write_card(run).read_text(encoding="utf-8")

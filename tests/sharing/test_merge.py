@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,7 @@ def test_without_a_word_in_the_config_the_weights_tell_the_precision(made_run: M
 def test_an_adapter_that_rounding_takes_away_is_refused(made_run: MadeRun, tmp_path: Path) -> None:
     run = made_run("llama", size=2e-4)
     text = refusal(run, tmp_path / "merged", dtype="bfloat16")
-    assert "in bfloat16" in text and "the adapter itself is " in text and "--dtype float32" in text
+    assert "in bfloat16" in text and "--dtype float32" in text
     assert merge(run, tmp_path / "merged", dtype="float32").gaps["unquantized"].kl < 1e-9
 
 
@@ -407,17 +408,18 @@ def test_the_folder_holds_all_that_a_server_needs_and_names_no_folder_of_this_ma
             assert word.encode() not in file.read_bytes(), file.name
     assert config_of(output)["use_cache"] is True  # the training switches it off
     tokenizer = AutoTokenizer.from_pretrained(output)
-    asked = tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "ألم"}], tokenize=False, add_generation_prompt=True
     )
-    assert asked.startswith("<|im_start|>system\nأنت طبيب.<|im_end|>") and asked.endswith("<|im_start|>assistant\n")
+    assert text.startswith("<|im_start|>system\nأنت طبيب.<|im_end|>") and text.endswith("<|im_start|>assistant\n")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert GenerationConfig.from_pretrained(output).eos_token_id == [0, end]
     # Asked with the prompt of the training.
     assert (output / "Modelfile").read_text(encoding="utf-8") == (
         'FROM ./model-q4_k_m.gguf\nTEMPLATE """<|im_start|>system\nأنت طبيب.<|im_end|>\n<|im_start|>user\n{{ .Prompt }}'
         '<|im_end|>\n<|im_start|>assistant\n"""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n'
-        "PARAMETER num_predict 128\n"
+        "PARAMETER num_predict 128\nPARAMETER top_p 1\nPARAMETER top_k 0\nPARAMETER repeat_penalty 1\n"
+        "PARAMETER repeat_last_n -1\n"
     )
     card = ModelCard.load(output / "README.md")
     assert card.data.library_name == "transformers" and card.data.license is None
@@ -433,7 +435,7 @@ def test_the_card_names_a_base_of_the_hub_with_its_license(made_run: MadeRun, tm
     found = merge(run, tmp_path / "merged")
     recipe = load_recipe(run.folder / "recipe.yaml")
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": "LiquidAI/LFM2-350M"})})
-    figures = found.as_dict() | {"base": "LiquidAI/LFM2-350M"}
+    figures = asdict(found) | {"base": "LiquidAI/LFM2-350M"}
     card = ModelCard.load(sevpeft.sharing.merge.write_merged_card(run, recipe, figures, tmp_path / "merged"))
     assert (card.data.base_model, card.data.base_model_relation) == ("LiquidAI/LFM2-350M", "finetune")
     assert (card.data.license, card.data.license_name) == ("other", "lfm-1.0")

@@ -28,6 +28,8 @@ SETTINGS: dict[str, Any] = {"base_model": "org/base", "license": "apache-2.0"}
 ID, SECRET = "alice/adapter", "sk-" + "abcd1234" * 4
 WORDS = ["base_model=org/base", "license=apache-2.0"]
 PATIENT = "أنا من حي الزيتون وعندي سكر منذ عشر سنوات واسمي سعاد"
+ANOTHER = "عملت عملية في مستشفى المدينة قبل شهرين مع الدكتور سامي"
+EARLIER = "ابنتي ليلى في الصف الثالث وتتقيأ كل صباح منذ اسبوع"
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def test_only_what_was_trained_leaves_and_comes_back_equal(
     assert (card.data.base_model, card.data.license, card.data.language) == ("org/base", "apache-2.0", "ar")
     assert f'from_pretrained(\n    "{ID}",' in card.text and "الحالات الطارئة" in card.text
     code, out, _ = sevpeft_("push", run.folder, ID, *WORDS)
-    assert code == 0 and len(repository.commits) == 2 and "there already" in out and f"tag {done['tag']}" in out
+    assert code == 0 and len(repository.commits) == 2 and "already there" in out and f"tag {done['tag']}" in out
     assert "equal logits on" in out and max(map(len, out.splitlines())) <= 80
 
 
@@ -125,6 +127,12 @@ def test_what_may_not_leave_stops_before_anything_is_sent(run: Run, hub: HubServ
     recipe, card = (run.folder / "recipe.yaml").read_text("utf-8"), run.adapter / "README.md"
     own, weights = card.read_text("utf-8"), run.adapter / "adapter_model.safetensors"
     tensors, wrong = load_file(weights), []
+    lines = [
+        {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]}
+        for texts in ((EARLIER, "راجع الطبيب", "ومتى؟", "اليوم"), (ANOTHER, "نعم"))
+    ]
+    mix, source = f"data.mix={{sources: {{other: {tmp_path}/mix.jsonl}}, ratios: 50-50}}", tmp_path / "mix.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for what, make, remedy in (
         ("key in the card", lambda: card.write_text(f"{own}\nkey {SECRET}"), "secret key"),
         ("token in the card", lambda: card.write_text(f"{own}\n{TOKEN}"), "secret key"),
@@ -132,6 +140,10 @@ def test_what_may_not_leave_stops_before_anything_is_sent(run: Run, hub: HubServ
         ("patient in the card", lambda: card.write_text(own + PATIENT.replace(" ", "\n")), "sentence of the data"),
         ("patient in the prompt", lambda: changed(run, f"prompt.system={PATIENT}"), "sentence of the data"),
         ("folder in the lora", lambda: changed(run, f"prompt.system={tmp_path}/data.jsonl"), "folder of this"),
+        ("folder of a mix", lambda: changed(run, mix, f"prompt.system={tmp_path}/mix.jsonl"), "folder of this"),
+        ("patient of a mix", lambda: changed(run, mix, f"prompt.system={ANOTHER}"), "sentence of the data"),
+        ("earlier turn", lambda: changed(run, mix, f"prompt.system={EARLIER}"), "sentence of the data"),
+        ("new key of GitHub", lambda: card.write_text(f"{own}\ngithub_pat_{'11AB_cd3' * 5}"), "secret key"),
         ("key in the weights", lambda: save_file(tensors, weights, {"format": "pt", "x": SECRET}), "secret key"),
         ("examples", lambda: changed(run, "prompt.examples=[{question: صداع, answer: راحة}]"), "examples=true"),
     ):
@@ -163,7 +175,7 @@ def test_every_refusal_is_one_sentence_with_its_remedy(
         return lambda: hub.repositories.setdefault(ID, Repository()).commit({"model.bin": b"x"}) and None
 
     wrong = []
-    for what, make, asked, remedy in (
+    for what, make, settings, remedy in (
         ("malformed", lambda: None, {"repo_id": "no id"}, "NAME/REPOSITORY"),
         ("no owner", lambda: None, {"repo_id": "adapter"}, "NAME/REPOSITORY"),
         ("another's name", lambda: None, {"repo_id": "bob/adapter"}, "alice, clinic"),
@@ -190,7 +202,7 @@ def test_every_refusal_is_one_sentence_with_its_remedy(
             monkeypatch.setenv("HF_TOKEN", TOKEN)
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
             make()
-            found = refusal(ready, **asked)
+            found = refusal(ready, **settings)
             wrong += [] if remedy in found else [(what, found)]
     assert wrong == []
 
@@ -201,7 +213,7 @@ def test_a_cut_push_goes_on_and_a_newer_commit_is_never_covered(
     done, cuts = [], [("PUT", "/lfs/"), ("POST", "/commit/"), ("POST", "/tag/"), ("GET", "/resolve/")]
     for method, part in cuts:
         hub.play = lambda m, path, method=method, part=part: 0 if m == method and part in path else None
-        assert "goes on" in refusal(ready)
+        assert "same command again" in refusal(ready)
         done.append(len(hub.repositories[ID].commits))
     hub.play = lambda method, path: None
     assert done == [1, 1, 2, 2]
@@ -229,11 +241,11 @@ def test_it_is_not_done_before_bytes_and_logits_are_equal(
     commit, pulled, other = Repository.commit, [], {"recipe.yaml": b"{}"}
     with monkeypatch.context() as patch:
         patch.setattr(Repository, "commit", lambda self, of: commit(self, {**of, **(other if len(of) > 1 else {})}))
-        assert "another recipe.yaml" in refusal(ready)
+        assert "recipe.yaml" in refusal(ready)
     monkeypatch.setattr(
         pushing, "_logits", lambda _, at, texts: [torch.tensor(float(pulled.append(at) or len(pulled)))]
     )
-    assert "answers otherwise" in refusal(ready, "alice/another")
+    assert "logits" in refusal(ready, "alice/another")
     assert pulled[0] == ready.adapter and ready.folder not in pulled[1].parents
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sevpeft.errors import DataError, Interrupted, RunError, UsageError
+from sevpeft.errors import DataError, Interrupted, ModelError, RunError, UsageError
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.modeling.loading import resolve_model
 from sevpeft.modeling.prompts import Prompt
@@ -171,7 +171,8 @@ def test_the_toy_answers_nonsense_which_is_rejected(english: Path, sevpeft_: Cli
 
 def test_vllm_gets_the_same_prompts_and_its_answers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_from_values({"prompt": {"template": "{question}\n"}, "generation": {"max_new_tokens": 7}})
-    prompt: Prompt = resolve_model(recipe).prompt
+    base = resolve_model(recipe)
+    prompt: Prompt = base.prompt
     given: dict[str, Any] = {}
 
     class LLM:
@@ -189,9 +190,14 @@ def test_vllm_gets_the_same_prompts_and_its_answers_are_read(monkeypatch: pytest
     module.LLM, module.SamplingParams = LLM, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     none = np.zeros(3, dtype=np.int64)
-    monkeypatch.setattr(translating, "_POSITIONS_OF_VLLM", 40)
     rows = EvaluationRows(["a", "b", "c"], ["x", "y", "كلمة " * 99], [""] * 3, None, none, none, "", "")
-    batches = list(by_vllm(recipe, prompt, rows))
+    list(by_vllm(base, prompt, rows))
+    assert given["max_model_len"] == base.config.max_position_embeddings, "vLLM refuses more"
+    monkeypatch.setattr(translating, "_POSITIONS_OF_VLLM", 7)
+    with pytest.raises(ModelError, match="max_new_tokens=7"):
+        list(by_vllm(base, prompt, rows))
+    monkeypatch.setattr(translating, "_POSITIONS_OF_VLLM", 40)
+    batches = list(by_vllm(base, prompt, rows))
     assert given["load_format"] == "safetensors" and given["how"]["stop_token_ids"] == [prompt.end_id]
     assert [one["prompt_token_ids"] for one in given["asked"][:2]] == prompt.prompt_ids(["x", "y"])
     found = [(line["id"], line["prediction"], line["truncated"], line["lost_words"] > 0) for line in batches[0]]

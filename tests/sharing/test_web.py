@@ -111,9 +111,9 @@ def test_a_question_in_arabic_brings_a_notice_and_two_answers_that_stream(
     answers = "#bubbles .answer .bubble"
     assert until(lambda: texts(browser, answers) == ["راجع"]) and "وضيق تنفس" in texts(browser, "mark.critical")
     assert texts(browser, ".severity strong") == ["حرجة"] and len(texts(browser, ".severity .bar span")) == 3
-    for released, said in ((2, ["راجع الطبيب"]), (1, ["راجع الطبيب اليوم", "base"])):
+    for released, expected in ((2, ["راجع الطبيب"]), (1, ["راجع الطبيب اليوم", "base"])):
         pages.chat.words.release(released)
-        assert until(lambda said=said: texts(browser, answers) == said), (said, texts(browser, answers))
+        assert until(lambda expected=expected: texts(browser, answers) == expected), (expected, texts(browser, answers))
     pages.chat.words.release(3)
     assert until(lambda: texts(browser, answers)[-1:] == ["base الطبيب اليوم"])
     assert [adapter for *_, adapter in pages.chat.asked] == [True, False]
@@ -151,7 +151,7 @@ def test_a_question_in_arabic_brings_a_notice_and_two_answers_that_stream(
 
 @needs_browser
 def test_a_second_tab_waits_and_a_closed_one_ends_its_answer(browser: Any, pages: Any) -> None:  # noqa: F811
-    pages.page._asked.clear()
+    pages.page._recent.clear()
     pages.chat.began.clear()
     ask(browser, "" if browser.current_url.startswith(pages.url) else pages.url, "سؤال أول")
     assert pages.chat.began.wait(10)
@@ -162,8 +162,8 @@ def test_a_second_tab_waits_and_a_closed_one_ends_its_answer(browser: Any, pages
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark})
     ask(browser, pages.url, "سؤال ثان")
     colors = "return Array.from(document.querySelectorAll(arguments[0]), (of) => getComputedStyle(of).color)"
-    told = {*browser.execute_script(colors, ".not-a-doctor, .not-a-doctor *")}
-    assert told == {"rgb(31, 41, 55)"}, "dark on yellow, also in a dark page"
+    shown = {*browser.execute_script(colors, ".not-a-doctor, .not-a-doctor *")}
+    assert shown == {"rgb(31, 41, 55)"}, "dark on yellow, also in a dark page"
     time.sleep(0.3)
     assert pages.chat.asked[-1][0] == "سؤال أول", "one answer at a time"
     second = browser.current_window_handle
@@ -184,21 +184,21 @@ def test_what_cannot_be_asked_stays_in_the_box_with_a_plain_sentence(
     from sevpeft.errors import UsageError
     from sevpeft.sharing.web import A_MINUTE, MOST_LETTERS
 
-    def said(question: str, host: str = "10.0.0.1") -> tuple[str, str]:
+    def respond(question: str, host: str = "10.0.0.1") -> tuple[str, str]:
         pages.chat.words.release(6)
         *_, (box, html, _) = pages.page.respond(question, [], SimpleNamespace(client=SimpleNamespace(host=host)))
         return box, html
 
     long = f"{RED_FLAG} " * MOST_LETTERS
     for question, word in (("  ", "فارغ"), ("؟!", "فارغ"), (long, "طويل")):
-        box, html = said(question)
+        box, html = respond(question)
         assert box == question and word in html and ("emergency" in html) == (question == long), word
     with monkeypatch.context() as context:  # what the model itself refuses, in English
         context.setattr(pages.chat, "stream", Mock(side_effect=UsageError("900 words are too long.")))
-        box, html = said("عندي زكام", "10.0.0.3")
+        box, html = respond("عندي زكام", "10.0.0.3")
         assert box == "عندي زكام" and "أقصر" in html and "900 words" in html
-    assert all(said("عندي زكام")[0] == "" for _ in range(A_MINUTE))
-    assert "انتظر" in said("عندي زكام")[1] and said("عندي زكام", "10.0.0.2")[0] == ""
+    assert all(respond("عندي زكام")[0] == "" for _ in range(A_MINUTE))
+    assert "انتظر" in respond("عندي زكام")[1] and respond("عندي زكام", "10.0.0.2")[0] == ""
     assert pages.page.save("تعليق", [])[0] == "تعليق" and pages.page.save(" ", [{}])[0] == " "
 
 
