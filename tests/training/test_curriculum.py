@@ -450,7 +450,7 @@ def test_a_training_starts_from_an_adapter_and_repeats_that_after_a_kill(
     # Without a checkpoint it has to be there, and the same.
     shutil.move(third.adapter, moved / "adapter")
     shutil.rmtree(third.checkpoints)
-    with pytest.raises(RunError, match="bring it back"):
+    with pytest.raises(RunError, match="restore it"):
         train(load_recipe(QUICKSTART, words), third.folder, resume=True)
 
 

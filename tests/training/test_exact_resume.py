@@ -75,7 +75,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_of_the_same_step(
     roomy.train()
     messages: list[str] = []
     limits = {"train_rows": 1, "from_step": from_step, "at_first": at_first}
-    full = crowded(tmp_path / "full", rows, limits, on_message=lambda label, text: messages.append(text), **options)
+    full = crowded(tmp_path / "full", rows, limits, on_message=messages.append, **options)
     full.train()
     assert full.parts.most_rows["train"] == 1 and all("the same step continues with" in text for text in messages)
     assert losses_of(full) == pytest.approx(losses_of(roomy), rel=1e-5)
@@ -105,6 +105,8 @@ def test_validation_that_does_not_fit_is_cut_without_changing_a_figure(tmp_path:
     expected = crowded(tmp_path, eval_dataset=validation).evaluate()
     with pytest.raises(RunError, match=r"per_device_eval_batch_size \(now 8\)"):
         trainer.evaluate()
+    with pytest.raises(RunError, match=r"training\.max_length"):
+        crowded(tmp_path, None, {"eval_rows": 0}, eval_dataset=validation, split_on_oom=True).evaluate()
     trainer.parts.enabled, trainer.at_first = True, 1
     found = trainer.evaluate()
     assert trainer.parts.most_rows["eval"] == 2

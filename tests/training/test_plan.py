@@ -122,6 +122,8 @@ def test_a_row_says_where_its_weight_is_from(model_folder: Callable[..., Path], 
     found = training_rows(load_recipe(QUICKSTART, base), 1)
     names = ("words", "probabilities", "weight")
     assert [[row[name] for name in names] for row in found] == [[same[EVIDENCE], [0, 0, 1], 1.5]]
+    (row,) = training_rows(load_recipe(QUICKSTART, [*base, "severity.reduction=examples"]), 1)
+    assert row["weight"] == pytest.approx(1.5, rel=1e-5), "of the consultation, not of a token"
     data.write_text("question,answer\n" + "\n".join(f"سؤال {n} عن شيء,جواب" for n in range(20)), encoding="utf-8")
     data.rename(tmp_path / "plain.csv")
     plain = [base[0], f"data.path={tmp_path / 'plain.csv'}", "severity.control=uniform"]

@@ -264,13 +264,16 @@ def test_a_validation_shows_its_rows_and_the_time_left(tmp_path: Path, monkeypat
     console = Console(file=io.StringIO(), width=60)
     progress, loader = RunProgress(Run(tmp_path), console), DataLoader(range(10), batch_size=4)
     progress.on_train_begin(make_config(tmp_path), TrainerState(), TrainerControl())
+    measured = DataLoader(range(10), batch_size=2)
+    for _ in measured:  # by a curriculum, outside a validation
+        progress.on_prediction_step(eval_dataloader=measured)
     for _ in range(2):  # validations
         for _ in loader:
             progress.on_prediction_step(eval_dataloader=loader)
         progress.on_evaluate()
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     done = [re.search(r"validating (\d+)/10, 0:0\d:\d\d left", line) for line in lines]
-    assert [int(one[1]) for one in done if one] == [3, 7, 10] * 2
+    assert [int(one[1]) for one in done if one] == [2, 4, 6, 8, 10, *[3, 7, 10] * 2]
 
 
 def test_a_machine_that_counts_no_energy_has_none_and_nvml_counts_millijoules(
