@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,7 +183,11 @@ class Curriculum(TrainerCallback):
             if not counts["losses"]:
                 measured = map(self._measure, (trainer.train_dataset, trainer.eval_dataset))
                 counts["losses"] = [(nll / tokens).tolist() for nll, tokens in measured]
+            planned = self.stages
             self._plan(*map(np.array, counts["losses"]))
+            # Equal losses change the rows of a stage, and so epochs_per_stage; the steps stay as planned.
+            pairs = zip(planned, self.stages, strict=True)
+            self.stages = [replace(new, begin=old.begin, end=old.end) for old, new in pairs]
         ends = [stage.end for stage in self.stages]
         if step in ends and len(counts["held_out"]) <= ends.index(step) and len(self.held_out):
             sums = [np.bincount(self.held_out, of, len(self.classes)) for of in self._measure(trainer.eval_dataset)]
@@ -252,6 +256,10 @@ class Curriculum(TrainerCallback):
             factors += [share * schedule(step - first) for step in range(stage.begin, stage.end)]
         scheduler = self.trainer.lr_scheduler
         scheduler.lr_lambdas = [lambda step: factors[step] if step < len(factors) else 0.0] * len(scheduler.lr_lambdas)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # What is measured after a stage may take long, and a kill there must lose no step.
+        control.should_save |= any(stage.end == state.global_step for stage in self.stages)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.frozen and args.should_save:
