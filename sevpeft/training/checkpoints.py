@@ -38,14 +38,11 @@ class ExactResume(TrainerCallback):
 
     The libraries do not save what is summed up between two log lines. Each process adds its sums, and the dict `counts`
     of every callback that has one. Then the manifest is written, and the oldest checkpoints are removed.
-
-    Attributes:
-        evaluation_due: whether the validation of the present step has yet to run.
     """
 
     def __init__(self, trainer: SeveritySFTTrainer) -> None:
         self.trainer = trainer
-        self.evaluation_due = False
+        self.evaluation_due = False  # whether the validation of the present step has yet to run
         self._before = {"seconds": 0.0, "loss_sum": 0.0}
         self._started = time.monotonic()
 
@@ -94,11 +91,8 @@ class ExactResume(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # each process writes a part
         if args.should_save:
             seal(checkpoint_of(args, state.global_step))
-            rotate_checkpoints(
-                output_dir=args.output_dir,
-                save_total_limit=self._limit,
-                best_model_checkpoint=state.best_model_checkpoint,
-            )
+            best = state.best_model_checkpoint
+            rotate_checkpoints(args.output_dir, save_total_limit=self._limit, best_model_checkpoint=best)
 
     def _counting(self) -> dict[str, Any]:
         callbacks = self.trainer.callback_handler.callbacks
@@ -136,10 +130,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def checkpoint_damage(checkpoint: Path, required: Sequence[str]) -> str | None:
-    """What is wrong with a checkpoint, as the end of a sentence; None if it is valid.
-
-    `required`: patterns of files that its manifest must list (`files_to_resume`).
-    """
+    """What is wrong with a checkpoint, whose manifest must list the `required` files; None if it is valid."""
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         for pattern in required:

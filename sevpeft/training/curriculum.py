@@ -1,7 +1,7 @@
 """Curricula: which rows each optimizer step takes, in stages.
 
-A step has as many rows as in a plain training, all of one stage. A stage with too few rows repeats them. Everything
-follows from seed, recipe, step and checkpoint, so a run resumes exactly inside and between stages.
+A step has as many rows as in a plain training, all of one stage. A stage with too few rows repeats them. The rows
+follow from seed, recipe, step and checkpoint, so a run resumes exactly inside and between stages.
 
 Published: cumulative stages by severity, with more steps than their baseline (arXiv 2604.06365), disjoint ones (IMSA
 2026), square-root competence (Platanios et al., arXiv 1903.09848). Equal budgets and the other settings are ours.
@@ -185,7 +185,7 @@ class Curriculum(TrainerCallback):
                 counts["losses"] = [(nll / tokens).tolist() for nll, tokens in measured]
             planned = self.stages
             self._plan(*map(np.array, counts["losses"]))
-            # Equal losses change the rows of a stage, and so epochs_per_stage; the steps stay as planned.
+            # Ties change the number of rows of a stage; with epochs_per_stage the steps must stay those of max_steps.
             pairs = zip(planned, self.stages, strict=True)
             self.stages = [replace(new, begin=old.begin, end=old.end) for old, new in pairs]
         ends = [stage.end for stage in self.stages]

@@ -228,11 +228,8 @@ def encode_rows(
         mix: draws the rows by source; the report is of the drawn rows.
         published: tokens and labels as in a published training loop.
 
-    Returns:
-        Dataset with input_ids, labels, severity, source_index (row of `rows`), lost_words and turn_weight; and a
-        report: counts of rows, lengths in tokens, words cut from questions.
-
-    Raises DataError: no row is left.
+    Returns input_ids, labels, severity, source_index (row of `rows`), lost_words and turn_weight; and a report: counts
+    of rows, lengths in tokens, words cut from questions. Raises DataError: no row is left.
     """
     strata = np.full(len(rows), -1, dtype=np.int8) if strata is None else strata
     encoded = rows.map(
@@ -304,9 +301,7 @@ def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, 
     the number of answer tokens. With "examples" the weight is w_i / L_i for an answer of L_i tokens, and the loss is
     divided by the number of consultations: the paper's (1/L) Σ_t w · (−log P) (arXiv 2604.06346, eq. 3).
 
-    Args:
-        encoded: result of `encode_rows`.
-        weights: (n,) weight of each row of `encoded`, in its order.
+    `weights`: (n,) weights w of the rows of `encoded`, which `encode_rows` has made.
     """
     if len(weights) != len(encoded):
         raise WeightError(f"There are {len(weights)} severity weights for {len(encoded)} consultations.")

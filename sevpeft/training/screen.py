@@ -162,8 +162,8 @@ def run_summary(run: Run) -> Group:
             losses.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
         elif counts:
             losses.add_row(label, "no rows")
-    for name, after in metrics.get("curriculum", {}).get("held_out", {}).items():
-        facts.add_row("After each stage", f"{name} rows: {' → '.join(f'{loss:.3f}' for loss in after)}")
+    for name, of_stages in metrics.get("curriculum", {}).get("held_out", {}).items():
+        facts.add_row("After each stage", f"{name} rows: {' → '.join(f'{loss:.3f}' for loss in of_stages)}")
     return Group(Text(), facts, Text("\nValidation loss, nats per answer token, unweighted", style="bold"), losses)
 
 

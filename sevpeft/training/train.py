@@ -47,14 +47,11 @@ def train(
     console: Console | None = None,
     callbacks: Any = (),
 ) -> Run:
-    """Trains the adapter of a recipe.
+    """Trains the adapter of a recipe and returns the finished run.
 
     Args:
         output: run folder; None for a new one under runs/. resume: continue the run in that folder.
         console: shows progress, on the main process only; None for no output. callbacks: for the trainer.
-
-    Returns:
-        The finished run.
 
     Raises SevpeftError: with one plain sentence for the user.
     """
@@ -168,10 +165,8 @@ def _train(
             checkpoints.remove_incomplete(run)
         if should_reduce_batch_size(error):
             settings = "training.gradient_checkpointing=true, auto_find_batch_size=true or a smaller max_length"
-            kept = f"Checkpoints of {run.folder} are kept; resume them with more memory"
-            raise RunError(
-                f"The memory is full; start another run with {settings} (`sevpeft plan RECIPE --vram GB`). {kept}."
-            ) from error
+            kept = f"see `sevpeft plan RECIPE --vram GB`. Checkpoints of {run.folder} are kept, for a larger GPU"
+            raise RunError(f"The memory is full; start another run with {settings}; {kept}.") from error
         if isinstance(error, KeyboardInterrupt) and (run.folder / "recipe.yaml").exists():
             raise Interrupted(f"Interrupted. Resume with: {resume_command(run.folder)}") from error
         raise
