@@ -33,7 +33,7 @@ from sevpeft.errors import Interrupted, RunError, SevpeftError
 from sevpeft.recipe import Recipe, StoppingSection
 from sevpeft.runs import SAMPLES, Run, end_launcher, json_lines, signal_at_end_of_parent
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.compat import IGNORED, pending_loss, uncount_step
+from sevpeft.training.compat import IGNORED, pending_loss, replaced, uncount_step
 
 if TYPE_CHECKING:
     from sevpeft.modeling.prompts import Prompt
@@ -168,10 +168,11 @@ class Samples(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         # Every process generates, since the others would have to wait; the first one writes.
         model, lines = self.trainer.causal_lm(), list[dict[str, Any]]()
-        training, config, path = model.training, model.generation_config, self.run.folder / SAMPLES
+        training, path = model.training, self.run.folder / SAMPLES
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        model.eval().generation_config = GenerationConfig()  # the model's would fill the gaps of self.config
-        try:
+        model.eval()
+        # The model's own config would fill the gaps of self.config.
+        with replaced(model, "generation_config", GenerationConfig()):
             for number, row in enumerate(self.rows):
                 start = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
                 self.config.max_new_tokens = max(1, min(self.max_new_tokens, context - start))
@@ -182,8 +183,7 @@ class Samples(TrainerCallback):
                 line: dict[str, Any] = {name: self.prompt.decode(ids) for name, ids in texts.items()}
                 line |= {"step": state.global_step, "number": number, "severity": [*SEVERITIES, None][row["severity"]]}
                 lines.append({**line, "truncated": answer[-1] != self.prompt.end_id})
-        finally:
-            model.train(training).generation_config = config
+        model.train(training)
         if state.is_world_process_zero:
             stored = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
             lines = [line for _, line in json_lines(stored, SAMPLES) if line["step"] < state.global_step] + lines

@@ -39,6 +39,17 @@ _SKIPPED_BY_TRL = ("cuda", "xpu")
 _WORTH_SKIPPING_BELOW = 0.9
 
 
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives an attribute another value for the duration of a block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 class LabeledPositions:
     """Calls a model so that only labeled positions reach its LM head on a CPU; TRL does so on GPUs only.
 
@@ -60,12 +71,10 @@ class LabeledPositions:
         if labels.device.type in _SKIPPED_BY_TRL or mask.float().mean() > _WORTH_SKIPPING_BELOW:
             outputs: FusedCausalLMOutput = model(**inputs)
             return outputs
-        self._mask = mask
-        try:
-            with _small_vocabulary_tiles():
-                outputs = model(**{**inputs, "labels": None}, shift_labels=labels[mask][None])
-        finally:
-            self._mask = None
+        # TRL 1.16 has no setting for the tile; backward uses the width of forward. Upstream issue: none found.
+        tile = min(trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE, CPU_VOCABULARY_TILE)
+        with replaced(self, "_mask", mask), replaced(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", tile):
+            outputs = model(**{**inputs, "labels": None}, shift_labels=labels[mask][None])
 
         def spread(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -75,27 +84,13 @@ class LabeledPositions:
 
     def vocabulary(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """(N, V) log-probabilities of the whole vocabulary at the N labeled positions."""
-        self._mask = inputs["labels"][:, 1:] != IGNORED
-        try:
+        with replaced(self, "_mask", inputs["labels"][:, 1:] != IGNORED):
             return model(**{**inputs, "labels": None, "fused_lm_head": False}).logits[0].float().log_softmax(-1)
-        finally:
-            self._mask = None
 
     def _keep(self, module: Any, args: Any, output: Any) -> Any:
         if self._mask is not None:
             output.last_hidden_state = output.last_hidden_state[:, :-1][self._mask][None]
         return output
-
-
-@contextmanager
-def _small_vocabulary_tiles() -> Iterator[None]:
-    """TRL 1.16 has no setting for the tile; backward uses the width of forward. Upstream issue: none found."""
-    stock = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(stock, CPU_VOCABULARY_TILE)
-    try:
-        yield
-    finally:
-        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = stock
 
 
 def mixed_precision_of_recipe(bf16: bool, fp16: bool) -> AbstractContextManager[None]:
@@ -218,7 +213,6 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
     exact_resume: ExactResume
     sort_within_steps: bool
     curriculum: Any
-    processing_class: Any
     severity_sums: torch.Tensor
     _total_train_tokens: int
     _epoch_ended_at = -1
@@ -246,11 +240,8 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Loads all rows; `dataloader_drop_last` is meant for training batches."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
+        with replaced(self.args, "dataloader_drop_last", False):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """A sampler whose order depends on seed and epoch only, so that a resumed run sees the same rows."""
@@ -296,18 +287,14 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
             raise
 
     def _save_before_validation(self) -> None:
-        self.exact_resume.evaluation_due = True
-        self._save_checkpoint(self.model, None)
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        self.exact_resume.evaluation_due = False
+        with replaced(self.exact_resume, "evaluation_due", True):
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         """Saves without the tokenizer, which is up to 33 MB and never read from a checkpoint."""
-        tokenizer, self.processing_class = self.processing_class, None
-        try:
+        with replaced(self, "processing_class", None):
             super()._save(*args, **kwargs)
-        finally:
-            self.processing_class = tokenizer
 
     def _send_telemetry(self) -> None:
         """Sends nothing. TRL 1.16 reports the model, the device and the kind of data to the Hub."""

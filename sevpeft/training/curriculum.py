@@ -33,7 +33,7 @@ from sevpeft.errors import DataError, RecipeError
 from sevpeft.recipe import CurriculumSection
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import Severity
-from sevpeft.training.compat import IGNORED, checkpoint_of
+from sevpeft.training.compat import IGNORED, checkpoint_of, replaced
 
 if TYPE_CHECKING:
     from sevpeft.training.trainer import SeveritySFTTrainer
@@ -210,11 +210,10 @@ class Curriculum(TrainerCallback):
 
     def _measure(self, rows: Any) -> np.ndarray:
         """(2, n) negative log-likelihood, unweighted, and answer tokens of each row, with the present adapter."""
-        trainer, strata = self.trainer, self.trainer.strata
-        numbered = rows.select_columns(["input_ids", "labels"]).add_column("severity", np.arange(len(rows)))
-        trainer.strata = len(rows)
-        trainer.evaluation_loop(trainer.get_eval_dataloader(numbered), "Measuring", prediction_loss_only=True)
-        trainer.strata = strata
+        trainer, numbers = self.trainer, np.arange(len(rows))
+        numbered = rows.select_columns(["input_ids", "labels"]).add_column("severity", numbers)
+        with replaced(trainer, "strata", len(rows)):
+            trainer.evaluation_loop(trainer.get_eval_dataloader(numbered), "Measuring", prediction_loss_only=True)
         return np.asarray(trainer._validation[:, [0, 3]].T)
 
     def drift(self, inputs: dict[str, Any]) -> Any:
