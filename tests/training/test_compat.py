@@ -1,4 +1,4 @@
-"""What training uses of the libraries without being promised it: each test fails when a release moves a name."""
+"""Private names of the libraries that training uses: each test fails when a release changes one."""
 
 from __future__ import annotations
 

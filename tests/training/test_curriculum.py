@@ -1,4 +1,4 @@
-"""Rows come in the stages that were asked for, in the steps of a plain training, and a resume finds its place."""
+"""A curriculum gives each step rows of its stage, with the steps of a plain training, also after a resume."""
 
 from __future__ import annotations
 

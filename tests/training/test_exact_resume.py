@@ -1,4 +1,4 @@
-"""What a checkpoint adds to the libraries' own: counts, the order of saving and validating; and batches in parts."""
+"""Checkpoints: counts that the libraries do not save, saving before validating; and batches in parts."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 def history(trainer: Any) -> list[dict[str, Any]]:
-    """What the training logged, without what the clock says and without the last line, which is about one start."""
+    """What the training logged, without times and without the last line, which is about one start."""
     return [
         {key: value for key, value in entry.items() if not any(part in key for part in ("runtime", "per_second"))}
         for entry in trainer.state.log_history

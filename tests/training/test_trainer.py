@@ -1,4 +1,4 @@
-"""The weighted loss: stock TRL where all weights are one, the formula everywhere, however the batch is cut."""
+"""The weighted loss: TRL's if all weights are 1, the formula otherwise, for every batch split."""
 
 from __future__ import annotations
 
