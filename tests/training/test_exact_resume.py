@@ -281,7 +281,7 @@ def test_the_best_checkpoint_is_found_where_the_run_is_now_and_only_used_whole(t
     assert_equal(adapter_of(again), adapter_of(whole))
     weights = folder / f"checkpoint-{best}" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-400] + bytes(400))
-    for damage in ("does not hold adapter_model", "is gone"):
-        with pytest.raises(RunError, match=rf"checkpoint-{best}, the best of this run, {damage}"):
+    for damage in (r"adapter_model\.safetensors", "is gone"):
+        with pytest.raises(RunError, match=rf"checkpoint-{best}, .*{damage}"):
             validating(folder, **options).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
         shutil.rmtree(weights.parent, ignore_errors=True)

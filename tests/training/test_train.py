@@ -163,7 +163,7 @@ def test_a_resumed_run_reports_damage_and_ends_with_the_same_bits(
     path.write_bytes(bytes(path.stat().st_size))
     screen = Console(file=io.StringIO(), width=200)
     train(load_recipe(QUICKSTART, settings), copied.folder, resume=True, console=screen)
-    assert "checkpoint-4 does not hold optimizer.pt" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"checkpoint-4 .*optimizer\.pt", screen.file.getvalue())  # type: ignore[attr-defined]
     assert copied.metrics()["training"]["resumed_from"] == "checkpoint-2"
     assert_same_bits(trained[0], copied)
     assert copied.metrics()["training"]["train_loss"] == pytest.approx(
