@@ -1,4 +1,4 @@
-"""Callbacks: progress on the screen and in log.jsonl, cost, samples, signals that end a run, bad steps."""
+"""Callbacks of the trainer: progress, log.jsonl and cost; sample answers; signal handling; non-finite steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from sevpeft.errors import Interrupted, RunError, SevpeftError
 from sevpeft.recipe import Recipe, StoppingSection
 from sevpeft.runs import SAMPLES, Run, end_launcher, json_lines, signal_at_end_of_parent
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.compat import IGNORED, pending_loss, uncount_step
+from sevpeft.training.compat import IGNORED, pending_loss, replaced, uncount_step
 
 if TYPE_CHECKING:
     from sevpeft.modeling.prompts import Prompt
@@ -41,11 +41,10 @@ if TYPE_CHECKING:
 
 
 class RunProgress(TrainerCallback):
-    """Callback that writes log.jsonl, on the main process, shows a bar or a line every 15 seconds, and counts the cost.
+    """Callback that writes log.jsonl on the main process, shows progress, and measures time, memory and energy.
 
-    `console`: where the screen is; quiet on the other processes.
-
-    `counts` are seconds of steps, memory and energy of this process over all starts; `cost` that of all in the end.
+    A terminal shows a bar, other output a line every 15 seconds. `counts`: measurements of this process over all
+    starts. `cost`: those of all processes, set at the end.
     """
 
     def __init__(self, run: Run, console: Console) -> None:
@@ -54,7 +53,7 @@ class RunProgress(TrainerCallback):
         columns = (TextColumn("Training"), BarColumn(bar_width=width), MofNCompleteColumn(), TimeRemainingColumn())
         text = TextColumn("{task.fields[text]}")
         self.bar = Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
-        self.text, self.validated = "", 0
+        self.text, self.validated, self.loader = "", 0, None
         self.last_tokens: tuple[float, float] | None = None
         self.counts, self.cost = {"step_seconds": 0.0}, dict[str, float]()
 
@@ -73,40 +72,43 @@ class RunProgress(TrainerCallback):
         self.bar.update(self.task, completed=state.global_step, text=self.text)
         now = self.last_step = time.monotonic()
         self.counts["step_seconds"] += now - self.step_began
-        if control.should_save or now - self.last_count > SECONDS_BETWEEN_LINES:  # counters begin again within an hour
+        if control.should_save or now - self.last_count > SECONDS_BETWEEN_LINES:  # energy counters overflow
             self._count(args)
-        if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            pace = (now - self.started) / (state.global_step - self.first_step)  # seconds a step, since this start
-            left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
-            done = f"step {state.global_step:,}/{state.max_steps:,}"
-            print_labeled(self.console, "Training", f"{done}, {left} left  {self.text}")
+        pace = (now - self.started) / max(state.global_step - self.first_step, 1)  # seconds a step, since this start
+        left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
+        self._print_line(f"step {state.global_step:,}/{state.max_steps:,}, {left} left  {self.text}")
 
     def on_prediction_step(self, *_: Any, eval_dataloader: Any, **__: Any) -> None:
+        if eval_dataloader is not self.loader:  # a curriculum also measures rows outside a validation
+            self.loader, self.validated = eval_dataloader, 0
         now, rows, self.validated = time.monotonic(), len(eval_dataloader.dataset), self.validated + 1
         share = self.validated / len(eval_dataloader)
         left = timedelta(seconds=round((now - self.last_step) * (1 / share - 1)))
         done = f"validating {round(share * rows):,}/{rows:,}, {left} left"
         self.bar.update(self.task, text=done)
-        if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            print_labeled(self.console, "Training", done)
+        self._print_line(done)
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
-        self.validated, self.last_step = 0, time.monotonic()
+        self.loader, self.last_step = None, time.monotonic()
+
+    def _print_line(self, text: str) -> None:
+        if self.bar.disable and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            print_labeled(self.console, "Training", text)
 
     def _count(self, args: TrainingArguments) -> None:
         before, self.energy, self.last_count = self.energy, energy_counters(args), time.monotonic()
-        for name, now in self.energy.items():  # what began again at 0 says nothing of these seconds
+        for name, now in self.energy.items():  # a counter that has overflowed adds nothing
             self.counts[name] = self.counts.get(name, 0.0) + max(0.0, now - before.get(name, now))
-        name, held = memory_held(args)
-        self.counts[name] = max(self.counts.get(name, 0.0), held)
+        name, peak = memory_held(args)
+        self.counts[name] = max(self.counts.get(name, 0.0), peak)
 
     def on_train_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         self._count(args)
-        of_all: list[dict[str, float]] = gather_object([self.counts])
+        all_counts: list[dict[str, float]] = gather_object([self.counts])
         for name in self.counts if args.process_index == 0 else ():
-            self.cost[name] = round((sum if "watt" in name else max)(of.get(name, 0.0) for of in of_all), 3)
+            total = sum if "watt" in name else max
+            self.cost[name] = round(total(counts.get(name, 0.0) for counts in all_counts), 3)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if state.is_world_process_zero:
@@ -119,96 +121,95 @@ class RunProgress(TrainerCallback):
 
 
 def memory_held(args: TrainingArguments) -> tuple[str, float]:
-    """Name in metrics.json and GiB: what the GPU, or this process of the computer's memory, has held at most."""
+    """Key of metrics.json, and the peak memory in GiB of the GPU, or of this process on a CPU."""
     if args.device.type == "cuda":
         return "peak_gpu_gib", torch.cuda.max_memory_allocated(args.device) / 2**30
-    with suppress(ImportError):  # Windows tells the present alone
+    with suppress(ImportError):  # Windows has no peak, only the present memory
         import resource
 
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return "peak_cpu_gib", most / 2 ** (30 if sys.platform == "darwin" else 20)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return "peak_cpu_gib", peak / 2 ** (30 if sys.platform == "darwin" else 20)
     return "cpu_gib", psutil.Process().memory_info().rss / 2**30
 
 
 def energy_counters(args: TrainingArguments) -> dict[str, float]:
-    """Watt-hours on the counters of the GPU (NVML) and, once a machine, the processors (RAPL), whatever runs there."""
-    found = dict[str, float]()
-    with suppress(OSError, ValueError):  # often readable by root alone
-        for at in Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj") if args.local_process_index == 0 else ():
-            if at.with_name("name").read_text().startswith("package"):
-                found["cpu_watt_hours"] = found.get("cpu_watt_hours", 0.0) + int(at.read_text()) / 3.6e9
+    """Watt-hours counted by the GPU (NVML) and, on one process of each machine, by the processors (RAPL)."""
+    counters = dict[str, float]()
+    with suppress(OSError, ValueError):  # often readable by root only
+        packages = Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj")
+        for path in packages if args.local_process_index == 0 else ():
+            if path.with_name("name").read_text().startswith("package"):
+                counters["cpu_watt_hours"] = counters.get("cpu_watt_hours", 0.0) + int(path.read_text()) / 3.6e9
     with suppress(Exception):  # no GPU, no pynvml, or no counter: before Volta, or on a part of a GPU (MIG)
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(args.device).uuid}")
-        found["gpu_watt_hours"] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 3.6e6
-    return found
+        counters["gpu_watt_hours"] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 3.6e6
+    return counters
 
 
 class Samples(TrainerCallback):
-    """Callback that answers the same validation questions at each validation, greedily, one by one, drawing no number.
+    """Callback that answers the same validation questions at each validation, by greedy decoding, one by one.
 
-    RUN/samples.jsonl is for the owner alone. Lines of a step that is validated again after a resume are replaced.
+    It draws no random number of the training. RUN/samples.jsonl is readable by its owner only. A step that is
+    validated again after a resume replaces its lines.
     """
 
     def __init__(self, trainer: SeveritySFTTrainer, run: Run, recipe: Recipe, prompt: Prompt) -> None:
         self.trainer, self.run, self.prompt, rows = trainer, run, prompt, trainer.eval_dataset
-        self.most, end = recipe.generation.max_new_tokens, prompt.end_id
+        self.max_new_tokens, end = recipe.generation.max_new_tokens, prompt.end_id
         drawn = np.random.default_rng(0).permutation(len(rows))
         strata = np.asarray(rows["severity"])[drawn]
-        in_turn = np.lexsort((-strata, pd.Series(strata).groupby(strata).cumcount()))  # critical first
-        self.rows = rows.select(drawn[in_turn][: recipe.training.generate_samples])
+        alternating = np.lexsort((-strata, pd.Series(strata).groupby(strata).cumcount()))  # critical first
+        self.rows = rows.select(drawn[alternating][: recipe.training.generate_samples])
         ends = {"eos_token_id": end, "pad_token_id": end, "use_cache": True, "do_sample": False, "num_beams": 1}
         self.config = GenerationConfig(**ends, repetition_penalty=recipe.generation.repetition_penalty)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        # Every process answers, because the others would wait for as long; the first one writes.
+        # Every process generates, since the others would have to wait; the first one writes.
         model, lines = self.trainer.causal_lm(), list[dict[str, Any]]()
-        training, own, path = model.training, model.generation_config, self.run.folder / SAMPLES
+        training, path = model.training, self.run.folder / SAMPLES
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        model.eval().generation_config = GenerationConfig()  # its own would fill in what self.config leaves open
-        try:
+        model.eval()
+        # The model's own config would fill the gaps of self.config.
+        with replaced(model, "generation_config", GenerationConfig()):
             for number, row in enumerate(self.rows):
-                start = next(at for at, label in enumerate(row["labels"]) if label != IGNORED)
-                self.config.max_new_tokens = max(1, min(self.most, context - start))
-                asked = torch.tensor([row["input_ids"][:start]], device=model.device)
-                said = model.generate(asked, attention_mask=torch.ones_like(asked), generation_config=self.config)[0]
-                said = said[start:].tolist()
-                texts = {"prompt": row["input_ids"][:start], "reference": row["labels"][start:], "prediction": said}
+                start = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
+                self.config.max_new_tokens = max(1, min(self.max_new_tokens, context - start))
+                ids = torch.tensor([row["input_ids"][:start]], device=model.device)
+                output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=self.config)
+                answer = output[0, start:].tolist()
+                texts = {"prompt": row["input_ids"][:start], "reference": row["labels"][start:], "prediction": answer}
                 line: dict[str, Any] = {name: self.prompt.decode(ids) for name, ids in texts.items()}
                 line |= {"step": state.global_step, "number": number, "severity": [*SEVERITIES, None][row["severity"]]}
-                lines.append({**line, "truncated": said[-1] != self.prompt.end_id})
-        finally:
-            model.train(training).generation_config = own
+                lines.append({**line, "truncated": answer[-1] != self.prompt.end_id})
+        model.train(training)
         if state.is_world_process_zero:
-            kept = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-            lines = [one for _, one in json_lines(kept, SAMPLES) if one["step"] < state.global_step] + lines
-            text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines)
+            stored = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+            lines = [line for _, line in json_lines(stored, SAMPLES) if line["step"] < state.global_step] + lines
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             self.run.write_text(SAMPLES, text, shared=False)
 
 
-# SIGHUP comes when a terminal closes, SIGUSR1 from `sbatch --signal=USR1@120`; Windows has neither.
+# SIGHUP is sent when a terminal closes, SIGUSR1 by `sbatch --signal=USR1@120`. Windows has neither.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-# A launcher passes on the signal that its process has had already; only a second wish after that is meant as one.
+# A launcher repeats the signal that its process has received already. A Ctrl-C after this time is the user's second.
 _SECONDS_TO_INSIST = 2.0
 
 
 def resume_command(run: Path) -> str:
-    """The words that continue a run, for a shell."""
+    """The shell command that resumes a run."""
     folder = shlex.quote(str(run))
     return f"sevpeft train {shlex.quote(str(run / 'recipe.yaml'))} --output {folder} --resume"
 
 
 class SignalHandler(TrainerCallback):
-    """Callback and context: a signal finishes the step, writes a checkpoint and ends the training.
+    """Callback and context manager: on a signal, finish the step, write a checkpoint and end the training.
 
-    Ctrl-C, a spot instance that is taken away and a Slurm job that runs out of time all come some seconds before the
-    end. Several processes agree on the step.
+    Ctrl-C, spot instances and Slurm send one some seconds before the end. All processes stop after the same step.
 
-    `run`: folder, for the command that resumes it. `on_message`: called with a sentence for the screen.
-
-    Attributes:
-        reason: error that ends the training after the present step, once its checkpoint is written.
+    `run`: folder, for the resume command. `on_message`: called with a sentence for the screen. `reason`: the error that
+    ends the training once the checkpoint of the present step is written.
     """
 
     def __init__(self, run: Path, on_message: Callable[[str], None]) -> None:
@@ -219,13 +220,13 @@ class SignalHandler(TrainerCallback):
         self._received_at, self._process = 0.0, os.getpid()
 
     def __enter__(self) -> SignalHandler:
-        # Python hands signals to the main thread only; a program that trains in another has to see to them itself.
+        # Python delivers signals to the main thread only. A program that trains in another must handle them itself.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
+                if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
                     self._handlers[number] = signal.signal(number, self._on_signal)
-            # The launcher of one process (accelerate 1.15) dies of SIGTERM without a word to the training, which would
-            # go on unseen and hold the GPU. It always sets this variable.
+            # The launcher of one process (accelerate 1.15) ends on SIGTERM without passing it on. The training would
+            # then continue and hold the GPU. The launcher always sets this variable.
             if "ACCELERATE_MIXED_PRECISION" in os.environ:
                 signal_at_end_of_parent(signal.SIGTERM)
         return self
@@ -247,12 +248,12 @@ class SignalHandler(TrainerCallback):
             raise self.reason
 
     def on_prediction_step(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        # What chooses the best checkpoint is not cut off.
+        # A validation that chooses the best checkpoint is completed.
         if args.metric_for_best_model is None and self._agreed(args):
             raise self._interruption()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker of the data loader, which has inherited this handler
+        if os.getpid() != self._process:  # a data loader worker, which inherits this handler
             raise SystemExit(128 + number)
         now = time.monotonic()
         if self._received is None:
@@ -263,7 +264,7 @@ class SignalHandler(TrainerCallback):
             raise KeyboardInterrupt
 
     def _agreed(self, args: TrainingArguments) -> bool:
-        """Whether any process has received a signal; all have the same answer, in the same step."""
+        """Whether any process has received a signal; the same on all processes in the same step."""
         if args.world_size > 1:
             highest = torch.tensor(self._received or 0, device=args.device)
             torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
@@ -280,17 +281,11 @@ _REMEDY = "start another run with a lower training.learning_rate, or without tra
 
 
 class StepGuard(TrainerCallback):
-    """Callback that skips steps whose loss or gradient is not finite, and ends a training that has many of them.
+    """Callback that skips steps whose loss or gradient is not finite, and stops a training with many of them.
 
-    One NaN in a gradient would make every number of the adapter NaN. With a float16 GradScaler infinite gradients are
-    normal, and the scaler skips them; only the loss counts there.
-
-    Args:
-        trainer: it is added to, after `signals`, which end the training with a checkpoint.
-        stopping: when to give up; as in a recipe.
-
-    Attributes:
-        counts: how many steps were bad; part of each checkpoint.
+    One NaN in a gradient would make the whole adapter NaN. With a float16 GradScaler infinite gradients are normal and
+    the scaler skips them, so only the loss is checked. The callback is added after `signals`, which stops the training
+    with a checkpoint. `counts` is part of each checkpoint.
     """
 
     def __init__(self, trainer: SeveritySFTTrainer, stopping: StoppingSection, signals: SignalHandler) -> None:
@@ -316,17 +311,16 @@ class StepGuard(TrainerCallback):
         self.counts["nonfinite_in_a_row"] += 1
         uncount_step(self.trainer, self._loss_before, self.counts["nonfinite"])
         what = f"{'gradient' if math.isfinite(loss) else 'loss'} of step {state.global_step + 1:,}"
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # Its engine has taken the step already.
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine has taken the step already
             raise RunError(f"The {what} is not finite; {_REMEDY}")
-        if not scaled:  # a GradScaler leaves the step out itself, and lowers its scale
+        if not scaled:  # a GradScaler skips the step itself and lowers its scale
             for parameter in model.parameters():
                 parameter.grad = None
         self.signals.on_message(f"the {what} is not finite; the step is skipped.")
         if self.counts["nonfinite_in_a_row"] >= self.stopping.nonfinite_patience:
-            kept = f"checkpoint-{state.global_step + 1} holds the adapter as it was before them; {_REMEDY}"
+            remedy = f"checkpoint-{state.global_step + 1} holds the adapter from before these steps; {_REMEDY}"
             in_a_row = self.counts["nonfinite_in_a_row"]
-            self.signals.reason = RunError(f"The {what} is not finite, as in {in_a_row} steps in a row. {kept}")
+            self.signals.reason = RunError(f"The {what} is not finite, as in {in_a_row} steps in a row. {remedy}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == self.counts["nonfinite"]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: exact, sealed with a manifest, verified before a resume, and one training at a time."""
+"""Checkpoints of a run: complete state, a manifest with checksums, checks before a resume, and the run lock."""
 
 from __future__ import annotations
 
@@ -36,26 +36,23 @@ MANIFEST = "manifest.json"
 class ExactResume(TrainerCallback):
     """Callback that completes each checkpoint, so that a resumed run equals an uninterrupted one.
 
-    The libraries do not save what was counted since the last line of the log. Each process adds its counts, and those
-    of every callback that has `counts`, a dict. Then a manifest seals the checkpoint, and an older one may go.
-
-    Attributes:
-        evaluation_due: whether the validation of the present step is still to come.
+    The libraries do not save what is summed up between two log lines. Each process adds its sums, and the dict `counts`
+    of every callback that has one. Then the manifest is written, and the oldest checkpoints are removed.
     """
 
     def __init__(self, trainer: SeveritySFTTrainer) -> None:
         self.trainer = trainer
-        self.evaluation_due = False
+        self.evaluation_due = False  # whether the validation of the present step has yet to run
         self._before = {"seconds": 0.0, "loss_sum": 0.0}
         self._started = time.monotonic()
 
     def totals(self) -> dict[str, float]:
-        """Of all starts of the run: seconds, and the sum of the losses up to the last line of the log."""
+        """Seconds, and the sum of the losses up to the last log line, over all starts of the run."""
         seconds = round(self._before["seconds"] + time.monotonic() - self._started, 1)
         return {"seconds": seconds, "loss_sum": self._before["loss_sum"] + logged_loss(self.trainer)}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # Trainer would remove an older checkpoint before the new one is sealed.
+        # Trainer would remove an older checkpoint before the new one has its manifest.
         self._limit, args.save_total_limit = args.save_total_limit, None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -63,8 +60,8 @@ class ExactResume(TrainerCallback):
         self._started = time.monotonic()
         counts = _counts_file(args, state.global_step) if state.global_step else None
         saved = json.loads(counts.read_text(encoding="utf-8")) if counts else {}
-        # The training loop itself validates at the start: after evaluate(), accelerate takes the model for one that is
-        # ready to train, and several processes would then train without exchanging gradients.
+        # The training loop validates at the start, not evaluate(): after that, accelerate takes the model as prepared,
+        # and several processes would train without exchanging gradients.
         args.eval_on_start = saved.get("evaluation_due", True) and self.trainer.eval_dataset is not None
         if not saved:
             return
@@ -74,11 +71,12 @@ class ExactResume(TrainerCallback):
         for name, callback in self._counting().items():
             callback.counts.update(saved["callbacks"].get(name, {}))
         if args.load_best_model_at_end and state.best_global_step:
-            # Its path is another one where the run was moved. A damaged one must not end the run.
+            # The stored path is wrong if the run was moved. A damaged checkpoint must not become the adapter.
             best = checkpoint_of(args, state.best_global_step)
             damage = checkpoint_damage(best, files_to_resume(self.trainer.accelerator)) if best.is_dir() else "is gone"
             if damage is not None:
-                raise RunError(f"{best}, the best of this run, {damage}; bring it back from a copy, or start anew.")
+                remedy = "restore it from a copy, or start another run"
+                raise RunError(f"{best}, the best of this run, {damage}; {remedy}.")
             state.best_model_checkpoint = str(best)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -93,11 +91,8 @@ class ExactResume(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # each process writes a part
         if args.should_save:
             seal(checkpoint_of(args, state.global_step))
-            rotate_checkpoints(
-                output_dir=args.output_dir,
-                save_total_limit=self._limit,
-                best_model_checkpoint=state.best_model_checkpoint,
-            )
+            best = state.best_model_checkpoint
+            rotate_checkpoints(args.output_dir, save_total_limit=self._limit, best_model_checkpoint=best)
 
     def _counting(self) -> dict[str, Any]:
         callbacks = self.trainer.callback_handler.callbacks
@@ -109,9 +104,9 @@ def _counts_file(args: TrainingArguments, step: int) -> Path:
 
 
 def files_to_resume(accelerator: Accelerator) -> list[str]:
-    """Names of the files without which a resume would be another training; `*` stands for any text.
+    """Patterns of the files that an exact resume needs.
 
-    Transformers 5.24 skips the optimizer, the scheduler, the scaler or the random state where its file is absent.
+    Transformers 5.24 skips the optimizer, the scheduler, the scaler or the random state if its file is absent.
     """
     processes, kind = accelerator.num_processes, accelerator.distributed_type
     ranks = range(processes)
@@ -125,7 +120,7 @@ def files_to_resume(accelerator: Accelerator) -> list[str]:
 
 
 def seal(checkpoint: Path) -> None:
-    """Writes the manifest of a checkpoint of which every other file is written."""
+    """Writes the manifest of a checkpoint, its last file."""
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         for path in sorted(checkpoint.rglob("*"))
@@ -135,10 +130,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def checkpoint_damage(checkpoint: Path, required: Sequence[str]) -> str | None:
-    """What is wrong with a checkpoint, in words that end a sentence; None where it is as it was written.
-
-    `required`: names that its manifest has to list (`files_to_resume`).
-    """
+    """What is wrong with a checkpoint, whose manifest must list the `required` files; None if it is valid."""
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         for pattern in required:
@@ -147,44 +139,42 @@ def checkpoint_damage(checkpoint: Path, required: Sequence[str]) -> str | None:
         for name, written in listed.items():
             file = checkpoint / name
             if not file.is_file() or file.stat().st_size != written["bytes"] or file_hash(file) != written["sha256"]:
-                return f"does not hold {name} as it was written"
+                return f"holds a missing or damaged {name}"
     except FileNotFoundError:
-        return "was cut off while it was written"
+        return "is incomplete"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return f"has a damaged {MANIFEST}"
     return None
 
 
 def resume_checkpoint(run: Run, required: Sequence[str], on_message: Callable[[str], None]) -> Path | None:
-    """The newest valid checkpoint; None where the training begins again.
+    """The newest valid checkpoint; None if the training starts from the beginning.
 
-    Newer ones are reported and removed, because the training writes them anew, under the same names. log.jsonl is cut
-    back to what was in it when that checkpoint was written, since the rest happens again.
-
-    `required`: files that a checkpoint must hold.
+    Damaged newer ones are reported and removed: the training writes them again, under the same names. log.jsonl is cut
+    to the lines that it had when the checkpoint was written.
     """
-    found, lines = None, 0
-    for checkpoint in sorted(_checkpoints(run), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    newest, lines = None, 0
+    for checkpoint in _checkpoints(run):
         damage = checkpoint_damage(checkpoint, required)
         if damage is None:
-            found = checkpoint
+            newest = checkpoint
             lines = len(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history)
             break
-        on_message(f"{checkpoint.name} {damage}; the one before it is used, or the training begins again.")
+        on_message(f"{checkpoint.name} {damage}; the previous checkpoint is used, or the training starts again.")
         shutil.rmtree(checkpoint, ignore_errors=True)
     remove_incomplete(run)
     run.keep_log(lines)
-    return found
+    return newest
 
 
 def remove_of_finished(run: Run, recipe: Recipe) -> None:
-    """Takes the checkpoints of a finished run away, unless the recipe says how many are kept."""
+    """Removes the checkpoints of a finished run, unless the recipe sets how many are kept."""
     for checkpoint in _checkpoints(run) if run.finished and recipe.training.save_total_limit == AUTO else ():
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def remove_incomplete(run: Run) -> None:
-    """Takes away what a kill or a full disk cut off, because it holds space that may be needed."""
+    """Removes what a kill or a full disk left incomplete, to free the disk."""
     for checkpoint in _checkpoints(run):
         if not (checkpoint / MANIFEST).is_file():
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -192,49 +182,47 @@ def remove_incomplete(run: Run) -> None:
 
 
 def _checkpoints(run: Run) -> list[Path]:
-    return [path for path in run.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    """All checkpoints, the newest first."""
+    steps = {path: path.name.rpartition("-")[2] for path in run.checkpoints.glob("checkpoint-*")}
+    return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: -int(steps[path]))
 
 
 def as_started(recipe: Recipe, run: Run) -> Recipe:
-    """The recipe with what the run chose at its start in place of each `auto`."""
+    """The recipe with the values that the run chose at its start in place of each `auto`."""
     stored = load_recipe(run.folder / "recipe.yaml").training.settings()
     now = recipe.training.settings()
     open_keys = [key for key, value in now.items() if value == AUTO]
     if not open_keys:
         return recipe
-    unsaid = [key for key in CHOSEN_WITH if now.get(key) is None]
-    return with_training(recipe, **{key: stored[key] for key in (*open_keys, *unsaid) if key in stored})
+    unset = [key for key in CHOSEN_WITH if now.get(key) is None]
+    return with_training(recipe, **{key: stored[key] for key in (*open_keys, *unset) if key in stored})
 
 
 def check_same_recipe(recipe: Recipe, run: Run) -> None:
-    """Raises RunError with every setting that differs from the run's, as it was and as it is now."""
-    stored, now = load_recipe(run.folder / "recipe.yaml").model_dump(), recipe.model_dump()
-    changed = [
-        f"{section}.{key}"
-        + (f" ({stored[section].get(key)} then, {now[section].get(key)} now)" if key != "examples" else "")
-        for section in now
-        for key in {**stored[section], **now[section]}
-        if stored[section].get(key) != now[section].get(key)
-    ]
+    """Raises RunError with every setting that differs from the run's, with both values."""
+    stored, changed = load_recipe(run.folder / "recipe.yaml").model_dump(), []
+    for section, settings in recipe.model_dump().items():
+        for key in {**stored[section], **settings}:
+            then, now = stored[section].get(key), settings.get(key)
+            if then != now:
+                # prompt.examples hold patients' text.
+                changed.append(f"{section}.{key}" + (f" ({then} then, {now} now)" if key != "examples" else ""))
     if changed:
-        what = f"The recipe is not that of {run.folder}, in {', '.join(changed)}"
+        what = f"The recipe differs from that of {run.folder} in {', '.join(changed)}"
         raise RunError(f"{what}; resume with its own recipe.yaml, or start another run.")
 
 
 def check_same_data(fingerprint: str, source: str, run: Run) -> None:
-    """Raises RunError when the data is not what the run was started with."""
-    # The fingerprint of a Hub data set also holds times of this machine's cache, so it may differ without a reason.
+    """Raises RunError when the data has changed since the run was started."""
+    # The fingerprint of a Hub data set depends on times of this machine's cache, so it may differ for the same data.
     if fingerprint != run.read_json("environment.json").get("data_fingerprint") and fingerprint.startswith("sha256:"):
         what = f"{source} is not the data that {run.folder} was started with: its content has changed"
-        raise RunError(f"{what}; bring that back, or start another run.")
+        raise RunError(f"{what}; restore it, or start another run.")
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Holds a run folder, there already or not, for this process.
-
-    Raises RunError: another training or evaluation on this machine holds it.
-    """
+    """Locks a run folder, which need not exist yet. Raises RunError when another process of this machine holds it."""
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     try:
         with FileLock(cache_folder("locks") / f"{digest}.lock", timeout=0):

@@ -1,7 +1,7 @@
-"""Every private or undocumented name of torch, transformers, TRL and accelerate that training touches.
+"""Every private or undocumented name of torch, transformers, TRL and accelerate that training uses.
 
-Each entry says for which version it was written, and the upstream issue where one was found. tests/training/
-test_compat.py fails when a library moves what is used here.
+Each entry names the version that it was written for, and the upstream issue if one was found.
+tests/training/test_compat.py fails when a library changes what is used here.
 """
 
 from __future__ import annotations
@@ -30,21 +30,32 @@ if TYPE_CHECKING:
     from sevpeft.training.checkpoints import ExactResume
 
 IGNORED = -100
-# Columns of the vocabulary that are scored at once on a CPU. TRL's 32,768 spill out of its caches, which costs up to
-# twice the head's time and eight times its memory. Summed in other tiles, a log-probability changes in its last bit.
+# Columns of the vocabulary that a CPU scores at once. TRL's 32,768 do not fit its caches: the LM head then takes up to
+# twice the time and eight times the memory. Another tile size changes the last bit of a log-probability.
 CPU_VOCABULARY_TILE = 4096
-# Where Triton runs, TRL's own LM head passes over the positions without a label.
+# On these devices TRL's own LM head skips positions without a label (Triton).
 _SKIPPED_BY_TRL = ("cuda", "xpu")
-# When nearly every position has a label, picking them out costs more than it saves.
+# With a higher share of labeled positions, selecting them costs more than it saves.
 _WORTH_SKIPPING_BELOW = 0.9
 
 
-class LabeledPositions:
-    """Calls a model so that only labeled positions reach its LM head on a CPU, as TRL does on GPUs only.
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives an attribute another value for the duration of a block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
-    TRL 1.16 takes log-probabilities from the backbone's output and the head's weight (`FusedCausalLMOutput`). A forward
-    hook hands it one row of the labeled positions. Upstream: https://github.com/huggingface/trl/issues/7063 (the same
-    for all devices is planned).
+
+class LabeledPositions:
+    """Calls a model so that only labeled positions reach its LM head on a CPU; TRL does so on GPUs only.
+
+    TRL 1.16 computes log-probabilities from the backbone's output and the head's weight (`FusedCausalLMOutput`). A
+    forward hook reduces that output to one row of the labeled positions. Upstream:
+    https://github.com/huggingface/trl/issues/7063 (planned for all devices).
 
     `model`: the causal language model without its adapter's wrapper.
     """
@@ -60,12 +71,10 @@ class LabeledPositions:
         if labels.device.type in _SKIPPED_BY_TRL or mask.float().mean() > _WORTH_SKIPPING_BELOW:
             outputs: FusedCausalLMOutput = model(**inputs)
             return outputs
-        self._mask = mask
-        try:
-            with _small_vocabulary_tiles():
-                outputs = model(**{**inputs, "labels": None}, shift_labels=labels[mask][None])
-        finally:
-            self._mask = None
+        # TRL 1.16 has no setting for the tile; backward uses the width of forward. Upstream issue: none found.
+        tile = min(trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE, CPU_VOCABULARY_TILE)
+        with replaced(self, "_mask", mask), replaced(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", tile):
+            outputs = model(**{**inputs, "labels": None}, shift_labels=labels[mask][None])
 
         def spread(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -75,11 +84,8 @@ class LabeledPositions:
 
     def vocabulary(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """(N, V) log-probabilities of the whole vocabulary at the N labeled positions."""
-        self._mask = inputs["labels"][:, 1:] != IGNORED
-        try:
+        with replaced(self, "_mask", inputs["labels"][:, 1:] != IGNORED):
             return model(**{**inputs, "labels": None, "fused_lm_head": False}).logits[0].float().log_softmax(-1)
-        finally:
-            self._mask = None
 
     def _keep(self, module: Any, args: Any, output: Any) -> Any:
         if self._mask is not None:
@@ -87,19 +93,8 @@ class LabeledPositions:
         return output
 
 
-@contextmanager
-def _small_vocabulary_tiles() -> Iterator[None]:
-    """TRL 1.16 has no setting for it; backward takes the width that forward used. Upstream issue: none found."""
-    stock = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(stock, CPU_VOCABULARY_TILE)
-    try:
-        yield
-    finally:
-        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = stock
-
-
 def mixed_precision_of_recipe(bf16: bool, fp16: bool) -> AbstractContextManager[None]:
-    """Hides the launcher's mixed precision from transformers 5.24, which obeys it where the settings say no.
+    """Overrides the launcher's mixed precision, which transformers 5.24 applies even if the settings say no.
 
     Upstream: https://github.com/huggingface/transformers/issues/32622 (intended, so that a launcher may decide).
     """
@@ -107,13 +102,13 @@ def mixed_precision_of_recipe(bf16: bool, fp16: bool) -> AbstractContextManager[
 
 
 def forget_compilation_of_launcher() -> None:
-    """accelerate 1.15 compiles the model when the launcher says so, whatever SFTConfig says. Issue: none found."""
+    """accelerate 1.15 compiles the model if the launcher asks for it, despite SFTConfig. Issue: none found."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:
-    """Names of the classes of a model's layers; transformers (5.24) has no public name for it. None found."""
+    """Class names of a model's layers; transformers 5.24 has no public name for them. Issue: none found."""
     return list(model._no_split_modules)
 
 
@@ -122,12 +117,12 @@ def checkpoint_of(args: TrainingArguments, step: int) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-# What Trainer (5.24) and SFTTrainer (TRL 1.16) count between two lines of the log. Checkpoints leave it out, and no
-# callback gets it. Upstream issue: none found.
+# What Trainer (5.24) and SFTTrainer (TRL 1.16) sum up between two log lines is not in their checkpoints, and callbacks
+# do not get it. Upstream issue: none found.
 
 
 def counted(trainer: SFTTrainer) -> dict[str, Any]:
-    """What was counted up to now: tokens, and losses and metrics since the last line of the log."""
+    """Tokens of the training, and the losses and metrics since the last log line."""
     return {
         "tokens": trainer._total_train_tokens,
         "pending_loss": float(trainer._tr_loss),
@@ -138,7 +133,7 @@ def counted(trainer: SFTTrainer) -> dict[str, Any]:
 
 
 def recount(trainer: SFTTrainer, counts: dict[str, Any]) -> None:
-    """Sets what the training loop has just set to nothing to what `counted` gave."""
+    """Restores the result of `counted`, after the training loop has reset it."""
     trainer._total_train_tokens = counts["tokens"]
     trainer._tr_loss.fill_(counts["pending_loss"])
     trainer._globalstep_last_logged = counts["last_logged"]
@@ -148,17 +143,17 @@ def recount(trainer: SFTTrainer, counts: dict[str, Any]) -> None:
 
 
 def pending_loss(trainer: SFTTrainer) -> torch.Tensor:
-    """Sum of the losses since the last line of the log, of this process."""
+    """Sum of this process's losses since the last log line."""
     return trainer._tr_loss.detach().clone()
 
 
 def logged_loss(trainer: SFTTrainer) -> float:
-    """Sum of the losses up to the last line of the log, since this start."""
+    """Sum of the losses from this start to the last log line."""
     return float(trainer._total_loss_scalar)
 
 
 def uncount_step(trainer: SFTTrainer, loss_before: torch.Tensor, skipped: int) -> None:
-    """Takes a skipped step out of the means of the next line of the log, which names how many were skipped."""
+    """Removes a skipped step from the means of the next log line, which states how many steps were skipped."""
     trainer._tr_loss.copy_(loss_before)
     trainer.severity_sums.copy_(trainer.sums_before_step)
     trainer._globalstep_last_logged += 1  # the mean is over the steps since
@@ -171,9 +166,9 @@ def uncount_step(trainer: SFTTrainer, loss_before: torch.Tensor, skipped: int) -
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Draws the order of an epoch from the seed and the epoch, as accelerate does where lengths do not count.
+    """Draws the order of an epoch from the seed and the epoch, as accelerate does without length grouping.
 
-    The library's draws it from PyTorch's own state, which a resumed training gets back after the order was drawn.
+    The library draws it from PyTorch's global state, which a resumed training restores too late.
     """
 
     def __init__(self, stock: LengthGroupedSampler, trainer: SFTTrainer) -> None:
@@ -203,33 +198,30 @@ class SortedWithinStepsSampler(Sampler[int]):
 
 
 def _generator_of_epoch(trainer: SFTTrainer) -> torch.Generator:
-    """As accelerate 1.15 seeds its `SeedableRandomSampler`."""
+    """Seeded as accelerate 1.15 seeds its `SeedableRandomSampler`."""
     args, epoch = trainer.args, int(trainer.state.epoch or 0)
     return torch.Generator().manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
 
 
 class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: ignore[misc]
-    """Mixin of SeveritySFTTrainer: what Trainer (5.24) and SFTTrainer (TRL 1.16) do otherwise, and no callback can.
+    """Mixin of SeveritySFTTrainer: changes to Trainer (5.24) and SFTTrainer (TRL 1.16) that no callback can make.
 
-    Upstream issues: none found, but for those that are named.
+    Upstream issues: none found.
     """
 
     control: TrainerControl
     exact_resume: ExactResume
     sort_within_steps: bool
     curriculum: Any
-    processing_class: Any
-    step_batches: list[dict[str, Any]]
     severity_sums: torch.Tensor
     _total_train_tokens: int
-    _metrics: dict[str, Any]
     _epoch_ended_at = -1
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; all batches of a step are kept until the next one. A curriculum has its own instead."""
-        if self.curriculum is not None:  # no sampler, because a data loader reads ahead, into the next stage
-            own = self.curriculum.batches(self.state.global_step)
-            epoch_iterator = (batch for _, batch in zip(epoch_iterator, own, strict=True))
+        """Trainer's batches of a step, or the curriculum's; they are kept until the next step."""
+        if self.curriculum is not None:  # a sampler cannot do it: a data loader reads ahead, into the next stage
+            batches = self.curriculum.batches(self.state.global_step)
+            epoch_iterator = (batch for _, batch in zip(epoch_iterator, batches, strict=True))
         self.step_batches, items = super().get_batch_samples(epoch_iterator, *args, **kwargs)
         self._tokens_before_step, self.sums_before_step = self._total_train_tokens, self.severity_sums.clone()
         return self.step_batches, items
@@ -242,20 +234,17 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
         self._metrics["eval"].update({name: [mean] for name, mean in means.items()})
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """Of the step that is about to be taken, over all processes; kept for `StepGuard`."""
+        """Gradient norm of the coming step over all processes, kept for `StepGuard`."""
         self.gradient_norm = super()._get_grad_norm(*args, **kwargs)
         return self.gradient_norm
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Of all rows: `dataloader_drop_last` is about the batches that are trained on."""
-        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
+        """Loads all rows; `dataloader_drop_last` is meant for training batches."""
+        with replaced(self.args, "dataloader_drop_last", False):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = dropping
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Trainer's, or one whose order follows from seed and epoch alone, so that a resumed run sees the same rows."""
+        """A sampler whose order depends on seed and epoch only, so that a resumed run sees the same rows."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             return SeededLengthGroupedSampler(sampler, self)
@@ -264,18 +253,18 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
         return sampler
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Epochs and steps that are done; all epochs, where a kill came after the last step.
+        """Epochs and steps that are done; all epochs if the run was killed after its last step.
 
-        Transformers 5.24 looks at max_steps after a step only, so that such a run would train one step more.
+        Transformers 5.24 compares with max_steps only after a step, so such a run would train one step more.
         """
         epochs, steps = super()._init_training_state(*args, **kwargs)
-        over = self.state.global_step >= self.state.max_steps > 0
-        return (self.state.num_train_epochs, 0) if over else (epochs, steps)
+        complete = self.state.global_step >= self.state.max_steps > 0
+        return (self.state.num_train_epochs, 0) if complete else (epochs, steps)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """At the end of an epoch Trainer comes here twice. It waits for the second time.
+        """Trainer calls this twice at the end of an epoch. Only the second call has an effect here.
 
-        A run that resumes from a checkpoint of the first time would never come to the second.
+        A run that resumed from a checkpoint of the first call would never make the second.
         """
         step = self.state.global_step
         ends = float(self.state.epoch or 0).is_integer() or step >= self.state.max_steps
@@ -285,8 +274,8 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer validates, then saves. Here it saves first, so that a kill in a long validation loses no step."""
-        # Where the validation decides what is saved, it comes first.
+        """Saves before the validation, Trainer after it: a kill during a long validation then loses no step."""
+        # A validation that decides what is saved must come first.
         decides = self.args.metric_for_best_model is not None or self.args.save_strategy == SaveStrategy.BEST
         if self.control.should_save and not decides:
             self._save_before_validation()
@@ -298,21 +287,17 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
             raise
 
     def _save_before_validation(self) -> None:
-        self.exact_resume.evaluation_due = True
-        self._save_checkpoint(self.model, None)
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        self.exact_resume.evaluation_due = False
+        with replaced(self.exact_resume, "evaluation_due", True):
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        """Without the tokenizer, which would be up to 33 MB in each checkpoint and is never read."""
-        kept, self.processing_class = self.processing_class, None
-        try:
+        """Saves without the tokenizer, which is up to 33 MB and never read from a checkpoint."""
+        with replaced(self, "processing_class", None):
             super()._save(*args, **kwargs)
-        finally:
-            self.processing_class = kept
 
     def _send_telemetry(self) -> None:
-        """Sends nothing; TRL 1.16 tells the Hub the model, the device and how the data was loaded."""
+        """Sends nothing. TRL 1.16 reports the model, the device and the kind of data to the Hub."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes none; TRL's would name a folder of this machine."""
+        """Writes none. TRL's card would name a folder of this machine."""

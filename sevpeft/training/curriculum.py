@@ -1,23 +1,23 @@
 """Curricula: which rows each optimizer step takes, in stages.
 
-A step has rows of one stage, in place of those of a plain training; a stage that is short of rows passes over them
-again. All follows from seed, recipe, step and checkpoint, so that a run resumes inside, at and between stages.
+A step has as many rows as in a plain training, all of one stage. A stage with too few rows repeats them. The rows
+follow from seed, recipe, step and checkpoint, so a run resumes exactly inside and between stages.
 
 Published: cumulative stages by severity, with more steps than their baseline (arXiv 2604.06365), disjoint ones (IMSA
 2026), square-root competence (Platanios et al., arXiv 1903.09848). Equal budgets and the other settings are ours.
 
 Of ICFT (arXiv 2502.00832) only `L = L_consistency + L_task + L_finetune` and the words "dual-stage memory coordination"
-are public; what is here is our interpretation. Stages are disjoint. Later ones replay a share of their rows: from a
-short-term memory, the last rows before the stage, and from a long-term one, earlier rows whose loss was high at two
-measurements or more. L_task is the weighted loss of a stage's own rows, L_finetune that of replayed ones, L_consistency
-the KL divergence of answer tokens from the adapter that the previous stage ended with.
+are public. This is our interpretation. Stages are disjoint. Later stages replay a share of earlier rows: the last rows
+before the stage (short-term memory), and rows whose loss was high at two measurements or more (long-term memory).
+L_task is the weighted loss of a stage's own rows, L_finetune that of replayed rows. L_consistency is the KL divergence
+of answer tokens from the adapter at the end of the previous stage.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,40 +33,40 @@ from sevpeft.errors import DataError, RecipeError
 from sevpeft.recipe import CurriculumSection
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import Severity
-from sevpeft.training.compat import IGNORED, checkpoint_of
+from sevpeft.training.compat import IGNORED, checkpoint_of, replaced
 
 if TYPE_CHECKING:
     from sevpeft.training.trainer import SeveritySFTTrainer
 
-MEASURED = {"severity", "length", "loss"}  # what curriculum.difficulty may be beside a column
-# Of competence: share of the rows that the first step is drawn from (c₀), and of the steps until it is all rows (T).
+MEASURED = {"severity", "length", "loss"}  # values of curriculum.difficulty that are no column
+# Competence: share of the rows that the first step draws from (c₀), and share of the steps until all rows are used (T).
 _LEAST, _DURATION = 0.01, 0.5
-# Of the memories: rows of the short-term one; quantile above which a loss is high, and how often it has to be.
+# Memories: rows of the short-term one; quantile above which a loss is high, and how many times it must be.
 _RECENT, _HIGH, _REPEATED = 128, 0.75, 2
-_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are spread evenly, so that each step replays its share
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples modulo 1 are evenly spread, so each step replays its share
 _FROZEN = "previous_stage.safetensors"  # in a checkpoint
 
 
 def difficulty_of(
     settings: CurriculumSection, table: Consultations, severity: Severity | None, places: list, lengths: list
 ) -> list[np.ndarray]:
-    """(n,) difficulty of rows at `places` (n,), of several parts; until the loss is measured, any numbers."""
+    """(n,) difficulty of each part's rows, which are at `places` (n,); placeholders until the loss is measured."""
     column = settings.difficulty
     if column in MEASURED:
-        other = {"length": lengths, "loss": [np.arange(len(at)) for at in places]}
-        return other.get(column, lengths if severity is None else [severity.strata[at] for at in places])
+        other = {"length": lengths, "loss": [np.arange(len(part)) for part in places]}
+        return other.get(column, lengths if severity is None else [severity.strata[part] for part in places])
     names = {given: own for own, given in {**table.columns, **table.carried}.items()}
     cells = pd.Series(table.rows[names[column]][:] if column in names else [None])
     values = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=float)
     if not (finite := np.isfinite(values)).all():
         where = f"has no number in row {table.rows[int(finite.argmin())]['row']}" if column in names else "is no column"
-        raise DataError(f"The data cannot be ordered by {column}, which {where}; write another curriculum.difficulty.")
-    return [values[at] for at in places]
+        raise DataError(f"The data cannot be ordered by {column}: it {where}; write another curriculum.difficulty.")
+    return [values[part] for part in places]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Optimizer steps from `begin` up to, without, `end`, with rows of `pool` (positions of training rows)."""
+    """Optimizer steps from `begin` to `end` (exclusive), with rows of `pool` (positions of training rows)."""
 
     name: str
     pool: np.ndarray
@@ -76,10 +76,10 @@ class Stage:
 
 
 class Curriculum(TrainerCallback):
-    """Callback that gives each step its rows, begins the stages, and measures what they make the model forget.
+    """Callback that selects the rows of each step, starts the stages, and measures what the model forgets.
 
-    Difficulty (n,), of training rows and of held-out ones, is larger for harder rows. `counts` is what was measured,
-    `frozen` the previous stage's adapter; checkpoints have both. Raises RecipeError for a stage without rows or steps.
+    `difficulty`: (n,) of the training rows and of the held-out rows, larger for harder rows. Checkpoints hold `counts`,
+    the measurements, and `frozen`, the previous stage's adapter. Raises RecipeError: a stage has no rows or no steps.
     """
 
     trainer: SeveritySFTTrainer
@@ -91,7 +91,7 @@ class Curriculum(TrainerCallback):
         self.drawn, self.frozen = list[np.ndarray](), dict[str, torch.Tensor]()
         self.counts: dict[str, Any] = {"losses": [], "high": [], "long_term": [], "held_out": []}
         self.seed = args.seed if args.data_seed is None else args.data_seed
-        # Rows of a pass over all processes and of an epoch, as Trainer counts them: its last step may be short.
+        # Rows of a pass on all processes, of an epoch and of a step, as Trainer counts them.
         self.of_pass = args.train_batch_size * args.world_size
         self.of_epoch = rows - rows % self.of_pass * args.dataloader_drop_last
         self.of_step = self.of_pass * args.gradient_accumulation_steps
@@ -102,21 +102,21 @@ class Curriculum(TrainerCallback):
         args.max_steps = self.steps = self.stages[-1].end
 
     def rows_until(self, step: int) -> int:
-        """Rows that the steps before this one take: those of a plain training."""
+        """Rows that the steps before this one take, as in a plain training: an epoch's last step may be short."""
         epochs, steps = divmod(step, self.steps_of_epoch)
         return epochs * self.of_epoch + min(steps * self.of_step, self.of_epoch)
 
     def competence(self, step: int) -> float:
-        """Share of the rows, the easiest, that a step is drawn from (Platanios et al., eq. 7 with p = 2)."""
+        """Share of the rows, the easiest first, that a step draws from (Platanios et al., eq. 7 with p = 2)."""
         return min(1.0, math.sqrt(step / (_DURATION * self.steps) * (1 - _LEAST**2) + _LEAST**2))
 
     def _plan(self, difficulty: np.ndarray, held_out: np.ndarray) -> None:
-        """Sets `stages`, `classes`, their names by difficulty, and `held_out`, the class of each held-out row."""
+        """Sets `stages`, `classes` (their names by difficulty), and `held_out` (the class of each held-out row)."""
         settings, generator = self.settings, np.random.default_rng(self.seed)
         by_severity, sign = settings.difficulty == "severity", -1 if settings.order == "hard_first" else 1
         count = len(settings.shares or settings.learning_rates or SEVERITIES)
         values, known = sign * difficulty, np.arange(count) if by_severity else np.unique(difficulty)
-        # Up to which difficulty rows belong to a stage: one for each value, or equally many rows in each.
+        # Highest difficulty of each stage: a stage for each value, or equally many rows in each stage.
         limits = np.quantile(values, np.arange(1, count + 1) / count, method="inverted_cdf")
         limits = (np.sort(sign * known) if len(known) == count else limits)[:-1]
         names = SEVERITIES if by_severity else [f"{settings.difficulty} {n + 1} of {count}" for n in range(count)]
@@ -125,7 +125,7 @@ class Curriculum(TrainerCallback):
         if settings.order == "shuffled":
             values, names = generator.permutation(values), [f"shuffled {n + 1} of {count}" for n in range(count)]
         if settings.kind == "competence":
-            easiest = np.lexsort((generator.random(self.rows), values))  # equal ones in random order
+            easiest = np.lexsort((generator.random(self.rows), values))  # ties in random order
             self.stages.append(Stage("competence", easiest, 0, self.steps, self.args.learning_rate))
             self.classes, self.held_out = [], np.zeros(0, dtype=int)
             return
@@ -136,14 +136,14 @@ class Curriculum(TrainerCallback):
             if settings.epochs_per_stage is not None:
                 end = begin + math.ceil(settings.epochs_per_stage * len(pool) / self.of_step)
             if end == begin or not (classes == number).any():
-                found = f"none of the {self.steps:,} steps" if end == begin else "no rows of its own"
-                raise RecipeError(f"Stage {number + 1} has {found}; change curriculum.difficulty or curriculum.shares.")
+                what = f"none of the {self.steps:,} steps" if end == begin else "no rows of its own"
+                raise RecipeError(f"Stage {number + 1} has {what}; change curriculum.difficulty or curriculum.shares.")
             name = f"{names[0]} to {name}" if cumulative and number else name
             self.stages.append(Stage(name, pool, begin, end, rate))
             begin = end
 
     def _draw(self, number: int) -> np.ndarray:
-        """Rows of the steps of a stage, in their order."""
+        """Rows of all steps of a stage, in their order."""
         stage, generator = self.stages[number], np.random.default_rng([self.seed, number])
         sizes = np.diff([self.rows_until(step) for step in range(stage.begin, stage.end + 1)])
         if self.settings.kind == "competence":
@@ -156,14 +156,14 @@ class Curriculum(TrainerCallback):
             pools = [recent, np.array(self.counts["long_term"][number] or recent), stage.pool]
             shares = np.cumsum([self.settings.short_term, self.settings.long_term])
             source = np.searchsorted(shares, np.arange(len(rows)) * _GOLDEN % 1, side="right")
-        for place, pool in enumerate(pools):  # every row of a pool before any comes again
+        for place, pool in enumerate(pools):  # a pool repeats a row only after all its rows
             count = (source == place).sum()
             passes = [generator.permutation(pool) for _ in range(count // len(pool) + 1)]
             rows[source == place] = np.concatenate(passes)[:count]
         return rows
 
     def batches(self, step: int) -> Iterator[dict[str, Any]]:
-        """Batches of this process in a step: as many as those of a plain training, of as many rows."""
+        """Batches of this process in a step, as many and as large as in a plain training."""
         self._begin(step)
         trainer, size = self.trainer, self.args.train_batch_size
         rows = np.concatenate(self.drawn)[self.rows_until(step) : self.rows_until(step + 1)].tolist()
@@ -171,52 +171,57 @@ class Curriculum(TrainerCallback):
             rows.sort(key=lambda row: -len(trainer.train_dataset[row]["input_ids"]))
         for start in range(0, len(rows), self.of_pass):
             part = rows[start : start + self.of_pass]
-            if self.args.world_size > 1:  # every process has a whole batch, as accelerate gives it
+            if self.args.world_size > 1:  # as in accelerate, every process has a full batch
                 part = np.resize(part, self.of_pass).tolist()
             own = part[self.args.process_index * size :][:size]
             yield trainer.data_collator([trainer.train_dataset[row] for row in own])
 
     def _begin(self, step: int) -> None:
-        """Draws the rows of the stages up to that of a step, after what comes before the first step of each."""
+        """Draws the rows of the stages up to that of a step. At the start of a stage, measures and resets first."""
         settings, counts, trainer, number = self.settings, self.counts, self.trainer, self.stage_at(step)
         if settings.difficulty == "loss" and not self.drawn:
-            measured = [] if counts["losses"] else [trainer.train_dataset, trainer.eval_dataset]
-            counts["losses"] += [(nll / tokens).tolist() for nll, tokens in map(self._measure, measured)]
+            if not counts["losses"]:
+                measured = map(self._measure, (trainer.train_dataset, trainer.eval_dataset))
+                counts["losses"] = [(nll / tokens).tolist() for nll, tokens in measured]
+            planned = self.stages
             self._plan(*map(np.array, counts["losses"]))
+            # Ties change the number of rows of a stage; with epochs_per_stage the steps must stay those of max_steps.
+            pairs = zip(planned, self.stages, strict=True)
+            self.stages = [replace(new, begin=old.begin, end=old.end) for old, new in pairs]
         ends = [stage.end for stage in self.stages]
         if step in ends and len(counts["held_out"]) <= ends.index(step) and len(self.held_out):
             sums = [np.bincount(self.held_out, of, len(self.classes)) for of in self._measure(trainer.eval_dataset)]
-            counts["held_out"].append([nll / of if of else None for nll, of in zip(*sums, strict=True)])
+            counts["held_out"].append([nll / tokens if tokens else None for nll, tokens in zip(*sums, strict=True)])
         if step in ends[:-1]:
             if settings.restart:
-                trainer.optimizer.state.clear()  # moments and counts; the scheduler sets the learning rate
+                trainer.optimizer.state.clear()  # moments and step counts; the scheduler sets the learning rate
             if settings.kind == "icft" and settings.consistency:
-                adapter = ((name, weight) for name, weight in trainer.model.named_parameters() if weight.requires_grad)
-                self.frozen = {name: weight.detach().clone() for name, weight in adapter}
+                trained = ((name, weight) for name, weight in trainer.model.named_parameters() if weight.requires_grad)
+                self.frozen = {name: weight.detach().clone() for name, weight in trained}
         if settings.kind == "icft" and len(counts["long_term"]) == number:
             seen = np.concatenate([stage.pool for stage in self.stages[:number] or self.stages])
             nll, tokens = self._measure(trainer.train_dataset.select(seen))
-            high = np.bincount(seen[nll / tokens >= np.quantile(nll / tokens, _HIGH)], minlength=self.rows)
+            losses = nll / tokens
+            high = np.bincount(seen[losses >= np.quantile(losses, _HIGH)], minlength=self.rows)
             counts["high"] = (high + (counts["high"] or 0)).tolist()
             counts["long_term"].append([row for row in seen.tolist() if number and counts["high"][row] >= _REPEATED])
         while len(self.drawn) <= number:
             self.drawn.append(self._draw(len(self.drawn)))
 
     def _measure(self, rows: Any) -> np.ndarray:
-        """(2, n) negative log-likelihood, unweighted, and answer tokens of each row, by the model as it is."""
-        trainer, usual = self.trainer, self.trainer.strata
-        numbered = rows.select_columns(["input_ids", "labels"]).add_column("severity", np.arange(len(rows)))
-        trainer.strata = len(rows)
-        trainer.evaluation_loop(trainer.get_eval_dataloader(numbered), "Measuring", prediction_loss_only=True)
-        trainer.strata = usual
+        """(2, n) negative log-likelihood, unweighted, and answer tokens of each row, with the present adapter."""
+        trainer, numbers = self.trainer, np.arange(len(rows))
+        numbered = rows.select_columns(["input_ids", "labels"]).add_column("severity", numbers)
+        with replaced(trainer, "strata", len(rows)):
+            trainer.evaluation_loop(trainer.get_eval_dataloader(numbered), "Measuring", prediction_loss_only=True)
         return np.asarray(trainer._validation[:, [0, 3]].T)
 
     def drift(self, inputs: dict[str, Any]) -> Any:
-        """Consistency term (B, T-1) of a batch, at its answer tokens; 0 before there is a previous stage."""
+        """Consistency term (B, T-1) of a batch at its answer tokens; 0 in the first stage."""
         if not self.frozen:
             return 0.0
         model, vocabulary = self.trainer.model, self.trainer._labeled_positions.vocabulary
-        model.eval()  # without dropout
+        model.eval()  # no dropout
         with torch.no_grad():
             before = vocabulary(lambda **inputs: functional_call(model, self.frozen, (), inputs), inputs)
         divergence = kl_div(vocabulary(model.train(), inputs), before, reduction="none", log_target=True).sum(-1)
@@ -224,17 +229,17 @@ class Curriculum(TrainerCallback):
         return self.settings.consistency * divergence.new_zeros(mask.shape).masked_scatter(mask, divergence)
 
     def stage_at(self, step: int) -> int:
-        """Position of the stage of a step; of the last one after it."""
+        """Index of the stage of a step; of the last stage after all steps."""
         return sum(step >= stage.end for stage in self.stages[:-1])
 
     def as_dict(self) -> dict[str, Any]:
         """For metrics.json: the stages, and the loss on the held-out rows of each class after every stage."""
-        stages = [(one.name, len(one.pool), one.end - one.begin, one.learning_rate) for one in self.stages]
         losses = zip(self.classes, zip(*self.counts["held_out"], strict=True), strict=False)
-        return {
-            "stages": [dict(zip(("name", "rows", "steps", "learning_rate"), one, strict=True)) for one in stages],
-            "held_out": {name: after for name, after in losses if None not in after},
-        }
+        stages = [
+            {"name": one.name, "rows": len(one.pool), "steps": one.end - one.begin, "learning_rate": one.learning_rate}
+            for one in self.stages
+        ]
+        return {"stages": stages, "held_out": {name: after for name, after in losses if None not in after}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if (frozen := checkpoint_of(args, state.global_step) / _FROZEN).is_file():
@@ -245,11 +250,15 @@ class Curriculum(TrainerCallback):
         for stage in self.stages:
             first, steps = (stage.begin, stage.end - stage.begin) if restart else (0, self.steps)
             optimizer, warmup = torch.optim.SGD([torch.zeros(1)], lr=stage.learning_rate), args.get_warmup_steps(steps)
-            found: Any = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, args.lr_scheduler_kwargs)
-            share, schedule = stage.learning_rate / args.learning_rate, found.lr_lambdas[0]
+            own: Any = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, args.lr_scheduler_kwargs)
+            share, schedule = stage.learning_rate / args.learning_rate, own.lr_lambdas[0]
             factors += [share * schedule(step - first) for step in range(stage.begin, stage.end)]
         scheduler = self.trainer.lr_scheduler
-        scheduler.lr_lambdas = [lambda step: [*factors, 0.0][step]] * len(scheduler.lr_lambdas)
+        scheduler.lr_lambdas = [lambda step: factors[step] if step < len(factors) else 0.0] * len(scheduler.lr_lambdas)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # What is measured after a stage may take long, and a kill there must lose no step.
+        control.should_save |= any(stage.end == state.global_step for stage in self.stages)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.frozen and args.should_save:

@@ -1,4 +1,4 @@
-"""Weighted training rows and validation rows, made from a recipe and the prompt of a base model."""
+"""Training data of a recipe: splits, encoded rows with token weights, batches."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ from sevpeft.severity.weights import WeightSummary, oversample, severity_weights
 from sevpeft.training.compat import IGNORED
 from sevpeft.training.curriculum import MEASURED, difficulty_of
 
-# Below this, progress bars of the single steps flash by and only hide what matters.
+# With fewer rows, the progress bars of the single steps are too short to be read.
 ROWS_WORTH_A_BAR = 20_000
 # Column of the severity that a row's prompt names.
 PROMPT_SEVERITY = "prompt_severity"
-# Column of training rows: position in SEVERITIES of each token's consultation, -1 where it is not known.
+# Column of training rows: position in SEVERITIES of each token's consultation, -1 if not known.
 TOKEN_SEVERITY = "token_severity"
 _TRAINED_ON = ["input_ids", "labels", "token_weights", TOKEN_SEVERITY]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows ready for `SeveritySFTTrainer`, and the counts of how they came about."""
+    """Rows for `SeveritySFTTrainer`, and a summary of their preparation."""
 
     train: Dataset
     validation: Dataset
     weights: WeightSummary
     summary: dict[str, Any]
     difficulty: list[np.ndarray]  # (n,) of the training and of the validation rows, larger for harder ones
-    unpacked: Dataset  # the training rows, each for itself, with severity, source_index and lost_words
+    unpacked: Dataset  # the training rows before packing, with severity, source_index and lost_words
 
 
 def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
-    """Everything up to the trainer; `scratch` holds memory-mapped Arrow files, to be removed after training."""
+    """Loads, splits, encodes and weighs the data. `scratch` holds memory-mapped Arrow files until the training ends."""
     table, splits, severity = load_splits(recipe)
     settings, encoded, reports = recipe.training.settings(), {}, {}
     if len(table.rows) >= ROWS_WORTH_A_BAR:
@@ -78,16 +78,16 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         weights, summary = weigh(recipe, severity, kept)
         weights = weights * np.asarray(encoded["train"][TURN_WEIGHT])
         weights = weights * (settings["global_batch_size"] if recipe.as_published.unnormalized else 1)
-        to = scratch / "weighted.arrow"
-        weighted = add_token_weights(encoded["train"], weights, recipe.severity.reduction, cache_file=to)
+        cache_file = scratch / "weighted.arrow"
+        weighted = add_token_weights(encoded["train"], weights, recipe.severity.reduction, cache_file=cache_file)
         train = weighted.select_columns(_TRAINED_ON)
         if settings.get("packing"):
             train = pack_rows(train, settings["max_length"], cache_file=scratch / "packed.arrow")
     datasets.disable_progress_bars()
-    about = summary_of(table, splits, severity, reports)
+    data_summary = summary_of(table, splits, severity, reports)
     if recipe.data.mix:
-        about["mix"], about["rows"]["train"] = reports["train"].pop("mix"), len(kept)
-    # Longest first: batches then need little padding, and too little memory shows at once.
+        data_summary["mix"], data_summary["rows"]["train"] = reports["train"].pop("mix"), len(kept)
+    # Longest first: batches then need little padding, and too little memory shows in the first one.
     longest_first = np.argsort(-lengths_of(encoded["validation"]), kind="stable")
     held_out = encoded["validation"].select(longest_first)
     places = [kept, source_index(splits.validation)[source_index(held_out)]]
@@ -96,21 +96,21 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
         train=train,
         validation=held_out.select_columns(["input_ids", "labels", "severity"]),
         weights=summary,
-        summary=about,
+        summary=data_summary,
         difficulty=difficulty_of(recipe.curriculum, table, severity, places, lengths),
         unpacked=weighted,
     )
 
 
 def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]:
-    """The table, its parts, and the severity of its rows: None where there is none, for plain cross-entropy."""
+    """The consultations, their splits, and their severity: None for plain cross-entropy of rows without severity."""
     data, weighting = recipe.data, recipe.severity
     keep = ["group"] if is_prepared(Path(data.path).expanduser()) else []
     keep += [weighting.weight_column] if weighting.source == "weight" else []
     keep += {recipe.curriculum.difficulty} - MEASURED
     own = load_consultations(data, keep=keep or "mapped")
     table = with_sources(own, data, keep or "mapped")
-    # Plain cross-entropy needs no severity of further sources.
+    # Plain cross-entropy needs no severity of the sources in data.mix.
     severity, plain = None, weighting.control == "uniform" and weighting.source == "columns"
     plain &= recipe.curriculum.kind == "none" or recipe.curriculum.difficulty != "severity"
     if not plain or has_severity(own.rows):
@@ -129,25 +129,25 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         named, named_by = prompt_severity(table.rows, recipe.prompt.severity, weighting.classifier)
         rows = rows.add_column(PROMPT_SEVERITY, named)
     keys = None
-    if "group" in own.rows.column_names:  # of near-duplicate questions, where `sevpeft prepare` has found them
-        # Hashed, because what is carved from the train rows is taken in the order of these numbers.
+    if "group" in own.rows.column_names:  # near-duplicate questions, found by `sevpeft prepare`
+        # Hashed, because validation rows are taken from the train rows in the order of these numbers.
         keys = np.asarray([question_key(group, data.seed) for group in own.rows["group"]], dtype=np.uint64)
     strata = None if severity is None else severity.strata[: len(first)]
     splits = split_rows(rows.select(first), data, strata=strata, keys=keys, fold=data.fold)
-    if data.mix:  # further sources are trained on, but for the questions that are held out
+    if data.mix:  # all other sources are training rows, without questions that are held out
         held_out = np.concatenate([question_keys(part) for part in (splits.validation, splits.test)])
         others = without_questions(rows.select(range(len(first), len(rows))), held_out)
         splits = splits._replace(train=datasets.concatenate_datasets([splits.train, others]))
     if recipe.prompt.examples:
-        # Prompts hold their answers: they can be neither trained nor evaluated on.
-        asked = (fold_for_matching(one.question) for one in recipe.prompt.examples)
-        shown = np.array([question_key(folded, 0) for folded in asked], dtype=np.uint64)
+        # Prompts show the answers of the examples, so these rows are left out of all splits.
+        questions = (fold_for_matching(one.question) for one in recipe.prompt.examples)
+        shown = np.array([question_key(folded, 0) for folded in questions], dtype=np.uint64)
         splits = splits._replace(**{name: without_questions(getattr(splits, name), shown) for name in SIDES})
     return table, splits._replace(prompt_severity=named_by), severity
 
 
 def lengths_of(rows: Dataset) -> np.ndarray:
-    """(n,) tokens of each encoded row, from Arrow's offsets."""
+    """(n,) number of tokens of each encoded row, from Arrow's offsets."""
     tables = rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
     return np.concatenate([pc.list_value_length(table["input_ids"]).to_numpy() for table in tables])
 
@@ -155,7 +155,7 @@ def lengths_of(rows: Dataset) -> np.ndarray:
 def summary_of(
     table: Consultations, splits: Splits, severity: Severity | None, encoding: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a run's metrics.json says about its data."""
+    """The data section of a run's metrics.json."""
     return {
         "source": table.source,
         "fingerprint": table.fingerprint,
@@ -174,7 +174,7 @@ def summary_of(
 def weigh(
     recipe: Recipe, severity: Severity | None, kept: np.ndarray, control: Any = None
 ) -> tuple[np.ndarray, WeightSummary]:
-    """Weights (n,) of the training rows that were kept, and what they amount to; under the recipe's own control."""
+    """Weights (n,) of the training rows at `kept`, and their summary. `control` replaces that of the recipe."""
     weighting, strata = recipe.severity, None if severity is None else severity.strata[kept]
     if severity is None or weighting.control == "uniform":
         return np.ones(len(kept)), WeightSummary.of(np.ones(len(kept)), strata)
@@ -194,10 +194,8 @@ def source_index(rows: Dataset) -> np.ndarray:
     return np.asarray(rows.with_format("numpy")["source_index"][:])
 
 
-# From rows to tokens.
-
 _COUNTS = ("lost_words", "answer_length")
-# What a conversation's messages say of an answer's weight, a factor beside the severity's.
+# Column of the weight that a conversation gives an answer; multiplied with the severity weight.
 TURN_WEIGHT = "turn_weight"
 _FEATURES = Features(
     {
@@ -225,16 +223,13 @@ def encode_rows(
     Args:
         rows: columns question, answer and, optionally, dialect, turns and prompt_severity. prompt: as in generation.
         max_length: tokens of prompt and answer together; None for no limit.
-        strata: (n,) position in SEVERITIES of every row; None when severity is not known (then -1).
+        strata: (n,) position in SEVERITIES of every row; None for -1, not known.
         cache_file: Arrow file of the result. num_proc: processes, as in `datasets.Dataset.map`.
-        mix: draws the rows by their sources; what is reported is of the drawn ones.
-        published: what of a published loop is done otherwise, in tokens and labels.
+        mix: draws the rows by source; the report is of the drawn rows.
+        published: tokens and labels as in a published training loop.
 
-    Returns:
-        Dataset with input_ids, labels, severity, source_index (row of `rows`), lost_words and turn_weight; and what
-        became of the split, lengths in tokens, losses in words of the question.
-
-    Raises DataError: no row is left.
+    Returns input_ids, labels, severity, source_index (row of `rows`), lost_words and turn_weight; and a report: counts
+    of rows, lengths in tokens, words cut from questions. Raises DataError: no row is left.
     """
     strata = np.full(len(rows), -1, dtype=np.int8) if strata is None else strata
     encoded = rows.map(
@@ -249,8 +244,8 @@ def encode_rows(
         num_proc=num_proc,
         desc="Encoding",
     )
-    known = rows[TURNS] if TURNS in rows.column_names else [None] * len(rows)
-    answers = sum(1 for turns in known for _ in trained_turns("", "", turns))
+    conversations = rows[TURNS] if TURNS in rows.column_names else [None] * len(rows)
+    answers = sum(1 for turns in conversations for _ in trained_turns("", "", turns))
     if len(encoded) == 0:
         raise DataError(f"None of {len(rows)} answers fits training.max_length={max_length}; raise it.")
     report: dict[str, Any] = {"rows": len(encoded), "refused": answers - len(encoded)}
@@ -273,54 +268,50 @@ def encode_rows(
 def _encode_batch(
     batch: dict[str, Any], indices: list[int], prompt: Prompt, max_length: int | None, strata: Any, published: Any
 ) -> dict[str, list[Any]]:
-    unknown = [None] * len(indices)
-    texts = zip(batch["question"], batch["answer"], batch.get(TURNS) or unknown, strict=True)
-    known = zip(indices, batch.get("dialect") or unknown, batch.get(PROMPT_SEVERITY) or unknown, strict=True)
-    # Each answer of a conversation is a row of its own, whose prompt is the one that generation would have there.
-    turns = [(*of, *turn) for of, text in zip(known, texts, strict=True) for turn in trained_turns(*text)]
-    at, dialects, severities, asked, answered, weights, earlier = zip(*turns, strict=True)
-    prompts, answers, rows = prompt.prompt_ids(asked, dialects, severities, earlier), prompt.answer_ids(answered), []
+    missing = [None] * len(indices)
+    texts = zip(batch["question"], batch["answer"], batch.get(TURNS) or missing, strict=True)
+    about = zip(indices, batch.get("dialect") or missing, batch.get(PROMPT_SEVERITY) or missing, strict=True)
+    # Each answer of a conversation is a row, with the prompt that generation would have at that turn.
+    turns = [(*of, *turn) for of, text in zip(about, texts, strict=True) for turn in trained_turns(*text)]
+    places, dialects, severities, questions, replies, weights, earlier = zip(*turns, strict=True)
+    prompts, answers = prompt.prompt_ids(questions, dialects, severities, earlier), prompt.answer_ids(replies)
+    rows = []
     for n, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
         answer, lost = answer[: -1 if published.no_end_token else None], 0
         if max_length is not None and len(ids) + len(answer) > max_length:
             room = max_length - len(answer)
-            shorter = prompt.shortened(room, asked[n], dialects[n], severities[n], earlier[n])
+            shorter = prompt.shortened(room, questions[n], dialects[n], severities[n], earlier[n])
             if shorter is None:
                 continue
             ids, lost = shorter
-        ids, labels, stratum = ids + answer, [IGNORED] * len(ids) + answer, int(strata[at[n]])
+        ids, labels, stratum = ids + answer, [IGNORED] * len(ids) + answer, int(strata[places[n]])
         if published.labels == "all":
-            # No attention mask: padding sees padding, which in the notebook it does not. An answer never sees any.
+            # Without an attention mask padding attends to padding, unlike in the notebook. An answer never does.
             ids += [prompt.end_id] * ((max_length or 0) - len(ids))
         if published.labels != "answer":
             labels = [IGNORED, *ids[1:]]  # nothing predicts the first token
-        rows.append((ids, labels, stratum, at[n], lost, len(answer), weights[n]))
+        rows.append((ids, labels, stratum, places[n], lost, len(answer), weights[n]))
     return {name: [row[number] for row in rows] for number, name in enumerate(_FEATURES)}
 
 
-# Weights of tokens, and what is made of them.
-
-
 def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, cache_file: Path) -> Dataset:
-    """Adds `token_weights`, one float per token, zero wherever the label is ignored, and `TOKEN_SEVERITY`.
+    """Adds `token_weights`, one float per token, zero where the label is ignored, and `TOKEN_SEVERITY`.
 
-    With reduction "tokens" every answer token of consultation i carries w_i, and the batch loss is divided by the
-    number of answer tokens. With "examples" it carries w_i / L_i, L_i being the length of its answer, and the loss is
+    With reduction "tokens" every answer token of consultation i has the weight w_i, and the batch loss is divided by
+    the number of answer tokens. With "examples" the weight is w_i / L_i for an answer of L_i tokens, and the loss is
     divided by the number of consultations: the paper's (1/L) Σ_t w · (−log P) (arXiv 2604.06346, eq. 3).
 
-    Args:
-        encoded: result of `encode_rows`.
-        weights: (n,) weight of each row of `encoded`, in its order.
+    `weights`: (n,) weights w of the rows of `encoded`, which `encode_rows` has made.
     """
     if len(weights) != len(encoded):
         raise WeightError(f"There are {len(weights)} severity weights for {len(encoded)} consultations.")
 
     def weigh_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[np.ndarray]]:
-        rows = [np.asarray(labels) != IGNORED for labels in batch["labels"]]
-        each = weights[indices] / [row.sum() if reduction == "examples" else 1 for row in rows]
-        strata = batch.get("severity") or [-1] * len(rows)
-        of_tokens = [np.full(len(row), stratum) for row, stratum in zip(rows, strata, strict=True)]
-        return {"token_weights": [row * w for row, w in zip(rows, each, strict=True)], TOKEN_SEVERITY: of_tokens}
+        masks = [np.asarray(labels) != IGNORED for labels in batch["labels"]]
+        each = weights[indices] / [mask.sum() if reduction == "examples" else 1 for mask in masks]
+        strata = batch.get("severity") or [-1] * len(masks)
+        of_tokens = [np.full(len(mask), stratum) for mask, stratum in zip(masks, strata, strict=True)]
+        return {"token_weights": [mask * w for mask, w in zip(masks, each, strict=True)], TOKEN_SEVERITY: of_tokens}
 
     added = {"token_weights": List(Value("float32")), TOKEN_SEVERITY: List(Value("int8"))}
     return encoded.map(
@@ -335,14 +326,14 @@ def add_token_weights(encoded: Dataset, weights: np.ndarray, reduction: str, *, 
 
 
 def check_weights(dataset: Dataset) -> None:
-    """Reads all token weights once, in Arrow, so that a bad one stops the run before its first step.
+    """Checks all token weights before the first step.
 
-    Raises WeightError: weights absent, of another number than the tokens, not finite, negative, or all zero.
+    Raises WeightError: weights are missing, differ in number from the tokens, or are not finite, negative or all zero.
     """
     missing = [name for name in ("input_ids", "labels", "token_weights") if name not in dataset.column_names]
     if missing:
         remedy = "give token_weights, all ones for plain cross-entropy"
-        raise WeightError(f"The training data has no {', '.join(missing)}, and no weight is 1 in silence; {remedy}.")
+        raise WeightError(f"The training data has no {', '.join(missing)}, and no weight defaults to 1; {remedy}.")
     highest = 0.0
     for table in dataset.select_columns(["token_weights", "labels"]).with_format("arrow").iter(batch_size=2000):
         column, labels = table["token_weights"].combine_chunks(), table["labels"].combine_chunks()
@@ -350,7 +341,7 @@ def check_weights(dataset: Dataset) -> None:
         if column.null_count or not np.isfinite(values).all():
             raise WeightError("The training data has token_weights that are missing or not finite.")
         if not pc.all(pc.equal(pc.list_value_length(column), pc.list_value_length(labels))).as_py():
-            raise WeightError("A row of the training data has another number of token_weights than of tokens.")
+            raise WeightError("A row of the training data has more or fewer token_weights than tokens.")
         if (values < 0).any():
             raise WeightError("The training data has negative token_weights.")
         highest = max(highest, values.max(initial=0.0))
@@ -368,15 +359,12 @@ def pack_rows(encoded: Dataset, max_length: int, *, cache_file: Path) -> Dataset
     )
 
 
-# Batches.
-
-
 @dataclass
 class SeverityCollator(DataCollatorForLanguageModeling):
     """Collates rows of `input_ids, labels, token_weights` (training) or `input_ids, labels, severity` (validation).
 
-    Returns what TRL's collator returns, and where the rows have them `token_weights` (float32) and `TOKEN_SEVERITY`
-    (int64), both of the shape of `labels`, and `severity` (int64, one number per row).
+    Returns the output of TRL's collator, with the columns that the rows have of `token_weights` (float32) and
+    `TOKEN_SEVERITY` (int64), both of the shape of `labels`, and `severity` (int64, one number per row).
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -397,7 +385,7 @@ class SeverityCollator(DataCollatorForLanguageModeling):
 
 
 def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """The consultations of a batch, padded, padding-free or packed, as the collator takes them."""
+    """The consultations of a batch that is padded, padding-free or packed, as input for the collator."""
     columns = [name for name in batch if name in _TRAINED_ON]
     if "attention_mask" in batch:
         masks = enumerate(batch["attention_mask"].bool())
@@ -413,9 +401,9 @@ def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def answer_starts(labels: torch.Tensor) -> torch.Tensor:
-    """Labels (B, T) of which only the first of every answer is kept, so that counting labels counts answers.
+    """Labels (B, T) with only the first label of every answer, so that their number is that of the answers.
 
-    The first position of a row is never predicted and, packed, every document begins with an ignored label.
+    The first position of a row is never predicted. In a packed row every document begins with an ignored label.
     """
     starts = labels != IGNORED
     starts[:, 0] = False

@@ -1,4 +1,4 @@
-"""FSDP2, DeepSpeed and several processes: refuses what would silently train something else or lose the adapter."""
+"""FSDP2, DeepSpeed and several processes: refuses settings that would silently train wrongly or lose the adapter."""
 
 from __future__ import annotations
 
@@ -23,49 +23,48 @@ from sevpeft.modeling.compat import deepspeed_requested, fsdp_requested, request
 from sevpeft.recipe import Recipe
 from sevpeft.training.compat import layer_classes
 
-# PyTorch's own, which compute on the parts of a parameter. Those of bitsandbytes have no rule for parts (0.50.2), and
-# the others look at whole rows and columns.
+# PyTorch's own, which work on sharded parameters. Those of bitsandbytes do not support shards (0.50.2), and the others
+# need whole rows and columns.
 OPTIMIZERS_FOR_PARTS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 def check_engine(state: PartialState) -> None:
-    """Raises RunError when FSDP or DeepSpeed was asked for and another engine runs; accelerate replaces it silently."""
+    """Raises RunError when accelerate has silently replaced the requested FSDP or DeepSpeed by another engine."""
     on_a_cpu = state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
     no_deepspeed = deepspeed_requested() and state.distributed_type is not DistributedType.DEEPSPEED
     if no_deepspeed or (fsdp_requested() and on_a_cpu):
-        asked = f"accelerate launch was asked for {requested_engine()}, and {engine_of(state)} would run on the CPU"
-        raise RunError(f"{asked}; run it where `nvidia-smi` lists GPUs, or use accelerate_configs/cpu_2.yaml.")
+        problem = f"accelerate launch was asked for {requested_engine()}, and {engine_of(state)} would run on the CPU"
+        raise RunError(f"{problem}; run it where `nvidia-smi` lists GPUs, or use accelerate_configs/cpu_2.yaml.")
 
 
 def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
-    """Raises RunError when the engine that the launcher asks for cannot train or save what the recipe says."""
+    """Raises RunError when the requested engine cannot train or save what the recipe sets."""
     optim = str(getattr(arguments.optim, "value", arguments.optim))
     zero = arguments.deepspeed_plugin.deepspeed_config["zero_optimization"] if zero3() else {}
-    staged = recipe.curriculum
-    whole = "FULL" in os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    stages, own_rates = recipe.curriculum, recipe.curriculum.restart or recipe.curriculum.learning_rates
+    sharded_state = "FULL" not in os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     wrong = {
         "This fsdp_state_dict_type writes no adapter; write fsdp_state_dict_type: FULL_STATE_DICT, as in "
-        "accelerate_configs/fsdp2.yaml.": fsdp_requested() and not whole,
-        f"training.optim={optim} does not work under FSDP, which divides each parameter of the adapter; write "
+        "accelerate_configs/fsdp2.yaml.": fsdp_requested() and sharded_state,
+        f"training.optim={optim} does not work under FSDP, which shards each parameter of the adapter; write "
         "training.optim=adamw_torch.": fsdp_requested() and optim not in OPTIMIZERS_FOR_PARTS,
         "Without zero3_save_16bit_model ZeRO-3 writes no adapter; write zero3_save_16bit_model: true, as in "
         "accelerate_configs/deepspeed_zero3.yaml.": zero3()
         and zero.get("stage3_gather_16bit_weights_on_model_save") is not True,
-        "Under ZeRO-3 it cannot be measured whether packed documents stay apart; leave training.packing and "
-        "training.padding_free out, or use accelerate_configs/fsdp2.yaml.": zero3()
-        and (arguments.packing or arguments.padding_free),
+        "ZeRO-3 cannot measure whether packed documents stay apart; leave training.packing and training.padding_free "
+        "out, or use accelerate_configs/fsdp2.yaml.": zero3() and (arguments.packing or arguments.padding_free),
         "lora.loraplus_lr_ratio does not reach the optimizer of FSDP or DeepSpeed; leave it out, or use "
         "accelerate_configs/multi_gpu.yaml.": requested_engine() and recipe.lora.loraplus_lr_ratio is not None,
-        "8-bit weights cannot be divided; write quantization.load_in_4bit=true instead of "
+        "8-bit weights cannot be sharded; write quantization.load_in_4bit=true instead of "
         "quantization.load_in_8bit=true.": weights_are_sharded() and recipe.quantization.load_in_8bit,
         "curriculum.restart and learning_rates do not reach the optimizer of DeepSpeed; leave them out, or use "
-        "accelerate_configs/multi_gpu.yaml.": deepspeed_requested() and (staged.restart or staged.learning_rates),
-        "curriculum.consistency needs the adapter in one piece; write curriculum.consistency=0, or use "
-        "accelerate_configs/multi_gpu.yaml.": requested_engine() and staged.kind == "icft" and staged.consistency,
-        "training.generate_samples cannot ask a model that FSDP or ZeRO-3 has divided; leave it out, or use "
+        "accelerate_configs/multi_gpu.yaml.": deepspeed_requested() and own_rates,
+        "curriculum.consistency does not work with a sharded adapter; write curriculum.consistency=0, or use "
+        "accelerate_configs/multi_gpu.yaml.": requested_engine() and stages.kind == "icft" and stages.consistency,
+        "training.generate_samples does not work with sharded weights (FSDP, ZeRO-3); leave it out, or use "
         "accelerate_configs/multi_gpu.yaml.": weights_are_sharded() and recipe.training.generate_samples,
-        "training.init_adapter cannot be loaded into weights that ZeRO-3 has divided; use "
+        "training.init_adapter does not work with weights that ZeRO-3 shards; use "
         "accelerate_configs/fsdp2.yaml.": zero3() and recipe.training.init_adapter,
     }
     for message, is_wrong in wrong.items():
@@ -74,45 +73,45 @@ def check_sharding(recipe: Recipe, arguments: SFTConfig) -> None:
 
 
 def set_up_engine(accelerator: Accelerator, model: Any) -> None:
-    """Number formats of the adapter, and the layers that FSDP wraps, before the engine takes the model.
+    """Sets the adapter's dtype and the layers that FSDP wraps, before the engine prepares the model.
 
     TRL casts QLoRA adapters to bfloat16: at lr 5e-5 two thirds of the updates are then rounded away, a float16
-    GradScaler fails, and a resumed run goes on in float32. So they are float32, as FSDP2 needs them. ZeRO-3 gathers all
-    parameters into one buffer, so there they have the type of the others; its optimizer keeps float32 copies.
+    GradScaler fails, and a resumed run continues in float32. So the adapter is float32, as FSDP2 requires. ZeRO-3
+    gathers all parameters into one buffer of one dtype; its optimizer keeps float32 copies.
     """
     cast_trained(model, getattr(model, "dtype", torch.float32) if zero3() else torch.float32)
     if zero3() or not hasattr(accelerator.state, "fsdp_plugin"):
         return
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
-        # accelerate fails on a class that the architecture has and this model lacks, as Gemma 3's picture tower.
+        # accelerate fails on a class that the architecture has and this model lacks, such as Gemma 3's vision tower.
         plugin.transformer_cls_names_to_wrap = [
             name for name in layer_classes(model) if get_module_class_from_name(model, name) is not None
         ]
     if plugin.mixed_precision_policy is not None:
-        # accelerate 1.15 also casts what the model returns, so that the loss would be summed from log-probabilities
-        # of eight bits; and gradients of an adapter are small enough to be added up in float32.
+        # accelerate 1.15 also casts the outputs: the loss would sum log-probabilities of eight bits. An adapter's
+        # gradients are small enough to be reduced in float32.
         plugin.mixed_precision_policy = dataclasses.replace(
             plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
         )
 
 
 def check_engine_of_model(accelerator: Accelerator, model: Any) -> None:
-    """Raises RunError when the model that is about to be trained is not wrapped by the engine that was asked for."""
+    """Raises RunError when the model to train is not wrapped by the requested engine."""
     kind = accelerator.distributed_type
     if kind in DDP and not isinstance(model, DistributedDataParallel):
         # accelerate 1.15 skips DDP for a model that evaluate() prepared first (Accelerator.prepare_model).
         why = "because evaluate() was called before train(); set eval_on_start=True instead"
         raise RunError(f"Several processes would train without exchanging gradients, {why}.")
     if fsdp_requested() and not (kind is DistributedType.FSDP and isinstance(model, FSDPModule)):
-        asked = f"accelerate launch was asked for FSDP, and {engine_of(accelerator)} would train the model"
-        raise RunError(f"{asked}; start it with accelerate_configs/fsdp2.yaml as it is.")
+        problem = f"accelerate launch was asked for FSDP, and {engine_of(accelerator)} would train the model"
+        raise RunError(f"{problem}; start it with accelerate_configs/fsdp2.yaml unchanged.")
 
 
 def check_adapter_is_complete(folder: Path, model: torch.nn.Module) -> None:
-    """Raises RunError when a saved adapter lacks trained numbers of the model: parts that were never gathered."""
+    """Raises RunError when a saved adapter has fewer numbers than the model trains: some shards were not gathered."""
     trained = sum(
-        prod(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 the shape is that of nothing
+        prod(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 `shape` is empty
         for parameter in model.parameters()
         if parameter.requires_grad
     )
@@ -122,11 +121,11 @@ def check_adapter_is_complete(folder: Path, model: torch.nn.Module) -> None:
             sizes = [prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
     if 0 in sizes or sum(sizes) < trained:
         what = f"The adapter was written with {sum(sizes):,} of its {trained:,} numbers: its parts were not gathered"
-        raise RunError(f"{what}; resume under accelerate_configs/fsdp2.yaml or deepspeed_zero3.yaml as they are.")
+        raise RunError(f"{what}; resume with accelerate_configs/fsdp2.yaml or deepspeed_zero3.yaml unchanged.")
 
 
 def engine_of(processes: Accelerator | PartialState) -> str:
-    """Name of what holds the processes together, as it stands in environment.json."""
+    """Name of the distributed engine, as written in environment.json."""
     kind = processes.distributed_type
     if kind is DistributedType.FSDP:
         return f"FSDP{processes.state.fsdp_plugin.fsdp_version}"
@@ -136,9 +135,9 @@ def engine_of(processes: Accelerator | PartialState) -> str:
 
 
 def check_same_processes(accelerator: Accelerator, environment: dict[str, Any]) -> None:
-    """Raises RunError when a run, of this environment.json, was started by other processes than those that resume it.
+    """Raises RunError when a run, with this environment.json, was started with another engine or number of processes.
 
-    Optimizer and random state of a checkpoint are written part by part, in the form of their engine.
+    Each process saves its own optimizer and random state, in the format of the engine.
     """
     here = f"{accelerator.num_processes} × {engine_of(accelerator)}"
     there = f"{environment['processes']} × {environment['engine']}"

@@ -1,4 +1,4 @@
-"""Computes a batch that does not fit in memory in parts: the same optimizer step, only slower."""
+"""Out of memory: computes a batch that does not fit in parts, for the same optimizer step."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Batch = dict[str, Any]
 
 
 class SplitOnOom:
-    """Halves the number of consultations that are computed at once, whenever they do not fit.
+    """Halves the number of consultations that are computed at once each time they do not fit in memory.
 
     Args:
-        collate: makes a batch of consultations. enabled: else an out-of-memory error is raised on.
-        on_message: gets a label and a sentence for the screen.
+        collate: makes a batch of rows. enabled: if False, an out-of-memory error is raised again.
+        on_message: called with a sentence for the screen.
 
     Attributes:
         most_rows: consultations that are computed at once, in training and in validation; None for whole batches.
@@ -30,16 +30,18 @@ class SplitOnOom:
         self.most_rows: dict[str, int | None] = {"train": None, "eval": None}
 
     def compute(self, kind: str, batch: Batch, take: Callable[[Batch], Any], undo: Callable[[], list[Batch]]) -> list:
-        """Results of `take` on the parts of a batch that fit; their losses have the same sum.
+        """Results of `take` on parts of a batch that fit in memory; their losses sum to that of the batch.
 
-        `undo`: takes back what a failure has left; returns the batches that must be taken again before this one.
+        `undo`: reverts what a failed attempt has changed; returns the batches to compute again before this one.
 
         Raises RunError: a single validation row does not fit. RuntimeError: the library's own, in training.
         """
         batches = [batch]
         while True:
             try:
-                return [[take(part) for part in self.parts_of(one, self.most_rows[kind])] for one in batches][-1]
+                for one in batches:
+                    results = [take(part) for part in self.parts_of(one, self.most_rows[kind])]
+                return results
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
@@ -49,15 +51,16 @@ class SplitOnOom:
                     if kind == "train":
                         raise
                     size = f"training.per_device_eval_batch_size (now {self.args.per_device_eval_batch_size})"
-                    raise RunError(f"The memory is too small for validation; lower {size}.") from error
+                    setting = size if half else "training.max_length"  # one row alone does not fit
+                    raise RunError(f"The memory is full in validation; lower {setting}.") from error
             self.most_rows[kind] = half
             clear_device_cache(garbage_collection=True)
             what = "validation" if kind == "eval" else "the same step"
-            self.on_message("Memory", f"full; {what} continues with {half} rows at once")
+            self.on_message(f"The memory is full; {what} continues with {half} rows at once.")
             batches = [*undo(), batch]
 
     def parts_of(self, batch: Batch, most: int | None) -> list[Batch]:
-        """The batch in parts of at most so many consultations; None leaves it whole."""
+        """The batch in parts of at most `most` consultations; None leaves it whole."""
         rows = rows_of(batch) if most else []
         if not most or len(rows) <= most:
             return [batch]

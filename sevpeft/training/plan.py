@@ -1,4 +1,4 @@
-"""What a training would do: data, weights, steps, memory and time, without a step taken."""
+"""Plan of a training, made without a step: data, weights, number of steps, memory and time."""
 
 from __future__ import annotations
 
@@ -27,25 +27,17 @@ from sevpeft.training.resolve import is_automatic, memory_plan, resolve_split, w
 
 @dataclass(frozen=True)
 class Plan:
-    """What `train` would do with the recipe.
-
-    Attributes:
-        weights: of the training rows.
-        data: as the summary of a run's data; `encoding` is empty without a tokenizer.
-        steps: optimizer steps on one process; None where packing or curriculum.epochs_per_stage leave them open.
-        unknown, memory_unknown: why nothing is known about tokens, and about memory.
-        fitting, tokens, epoch_seconds: on a GPU, of the training rows; None where they are not known.
-    """
+    """What `train` would do with the recipe. None stands for what is not known."""
 
     recipe: Recipe
     weights: WeightSummary
-    data: dict[str, Any]
-    steps: int | None
-    unknown: str | None
+    data: dict[str, Any]  # section of a run's metrics.json; `encoding` is empty without a tokenizer
+    steps: int | None  # on one process; None if packing or curriculum.epochs_per_stage decide
+    unknown: str | None  # why `tokens` is None
     fitting: Fitting | None
-    memory_unknown: str | None
-    tokens: int | None
-    epoch_seconds: float | None
+    memory_unknown: str | None  # why `fitting` is None
+    tokens: int | None  # of the training rows
+    epoch_seconds: float | None  # on an RTX 4090
 
     def as_dict(self) -> dict[str, Any]:
         names = ("data", "steps", "unknown", "memory_unknown", "tokens", "epoch_seconds")
@@ -59,51 +51,42 @@ class Plan:
 
 @dataclass(frozen=True)
 class Fitting:
-    """What a training holds in memory, and where it fits.
+    """What a training needs of a GPU's memory, and on which GPUs it fits."""
 
-    Attributes:
-        origin: where the base model's numbers come from.
-        split_for: GB of the GPU that batch and checkpointing were chosen for; None where the recipe sets them.
-        vram, changes: GB that were asked about, and what makes it fit there.
-        bits: of a quantized base.
-    """
-
-    origin: str
+    origin: str  # source of the base model's config
     parameters: memory.Parameters
     batch: int
     length: int
     checkpointing: bool
-    split_for: float | None
+    split_for: float | None  # GB of the GPU that batch and checkpointing were chosen for; None if the recipe sets them
     number_format: str
     budget: memory.Budget
     gpus: list[memory.Gpu]
-    vram: float | None
-    changes: list[memory.Change]
-    bits: int | None
+    vram: float | None  # GB of the requested GPU
+    changes: list[memory.Change]  # that make the training fit there
+    bits: int | None  # of a quantized base model
 
     @property
     def fits(self) -> bool:
         return self.vram is None or self.budget.total <= memory.usable(self.vram)
 
     def as_dict(self) -> dict[str, Any]:
-        found = asdict(self)
-        found["parameters"]["base"] = self.parameters.base
-        return {**found, "bytes": {**found.pop("budget")["items"], "total": self.budget.total}, "fits": self.fits}
+        values = asdict(self)
+        values["parameters"]["base"] = self.parameters.base
+        return {**values, "bytes": {**values.pop("budget")["items"], "total": self.budget.total}, "fits": self.fits}
 
 
 def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
-    """Everything that is known before training.
+    """The plan of a recipe, compared with a GPU of `vram` GB.
 
-    `vram`: GB of the GPU that the memory is compared with.
-
-    Raises SevpeftError: whatever `train` would refuse about the data, the severity, the prompt or the adapter.
+    Raises SevpeftError: what `train` would refuse of the data, the severity, the prompt or the adapter.
     """
-    found = held = memory_unknown = unknown = base = tokens = seconds = None
+    need = memory_of = memory_unknown = unknown = base = tokens = seconds = None
     try:
-        found, held = fitting(recipe, vram)
+        need, memory_of = fitting(recipe, vram)
     except UnknownModelError as error:
         memory_unknown = str(error)
-    recipe = held.recipe if held is not None else resolve_split(recipe, None, 0)
+    recipe = memory_of.recipe if memory_of is not None else resolve_split(recipe, None, 0)
     settings = recipe.training.settings()
     try:
         base = resolve_model(recipe)
@@ -118,53 +101,64 @@ def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
             prepared = prepare(recipe, base.prompt, Path(scratch))
             weights, data, rows = prepared.weights, prepared.summary, len(prepared.train)
             tokens = int(lengths_of(prepared.train).sum())
-        if held is not None:
-            seconds = memory.epoch_seconds(held, tokens, data["encoding"]["train"]["answer_tokens"], rows)
+        if memory_of is not None:
+            seconds = memory.epoch_seconds(memory_of, tokens, data["encoding"]["train"]["answer_tokens"], rows)
     open_steps = recipe.curriculum.kind != "none" and recipe.curriculum.epochs_per_stage is not None
     steps = None if open_steps or (base is None and settings.get("packing")) else steps_of(rows, settings)
-    return Plan(recipe, weights, data, steps, unknown, found, memory_unknown, tokens, seconds)
+    return Plan(recipe, weights, data, steps, unknown, need, memory_unknown, tokens, seconds)
 
 
 def whole_lengths(recipe: Recipe) -> np.ndarray:
-    """(n,) tokens of the training rows, in ascending order, as they are without training.max_length."""
+    """(n,) lengths in tokens of the training rows without training.max_length, in ascending order."""
     recipe = with_training(resolve_split(recipe, None, 0), max_length=None, packing=False)
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         return np.sort(lengths_of(prepare(recipe, resolve_model(recipe).prompt, Path(scratch)).unpacked))
 
 
 def training_rows(recipe: Recipe, most: int) -> list[dict[str, Any]]:
-    """Up to `most` training rows of each severity, critical first, as the trainer sees them.
+    """Up to `most` training rows of each severity, critical first, as the trainer gets them.
 
-    `words` are those that the severity was read from, `pieces` the text by whether its tokens carry loss.
+    `words`: those that the severity was read from. `pieces`: the text, divided by whether its tokens carry loss.
     """
     base, by, shown, draw = resolve_model(recipe), recipe.severity, list[dict[str, Any]](), np.random.default_rng(0)
     table, splits, severity = load_splits(recipe)
-    if by.source in ("columns", "weight"):  # `sevpeft annotate` writes its reasons beside them
-        judges = load_consultations(recipe.data, keep=[EVIDENCE]).rows
+    if by.source in ("columns", "weight"):  # `sevpeft annotate` writes its evidence beside them
+        evidence = load_consultations(recipe.data, keep=[EVIDENCE]).rows
     else:
-        judges = classify_rows(table.rows, load_source(by.source, by.classifier, text=by.text))
-    reasons = judges[EVIDENCE] if EVIDENCE in judges.column_names else []
+        evidence = classify_rows(table.rows, load_source(by.source, by.classifier, text=by.text))
+    words = evidence[EVIDENCE] if EVIDENCE in evidence.column_names else []
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
         encoded = prepare(recipe, base.prompt, Path(scratch)).unpacked
-        strata = np.asarray(encoded["severity"])
-        chosen = [at for of in (2, 1, 0, -1) for at in sorted(draw.permutation(np.flatnonzero(strata == of))[:most])]
+        strata, chosen = np.asarray(encoded["severity"]), list[int]()
+        for stratum in (2, 1, 0, -1):
+            chosen += sorted(draw.permutation(np.flatnonzero(strata == stratum))[:most])
         rows = list(encoded.select(chosen))
-    for one in rows:
-        place, pieces = splits.train[one["source_index"]]["source_index"], list[dict[str, Any]]()
-        row, known, lost = table.rows[place], severity is not None and one["severity"] >= 0, one["lost_words"]
-        for learned, of in groupby(zip(one["input_ids"], one["labels"], strict=True), lambda pair: pair[1] != IGNORED):
-            tokens = [token for token, _ in of]
+    for row in rows:
+        place, pieces = splits.train[row["source_index"]]["source_index"], list[dict[str, Any]]()
+        source, known, lost = table.rows[place], severity is not None and row["severity"] >= 0, row["lost_words"]
+        labeled = zip(row["input_ids"], row["labels"], strict=True)
+        for learned, pairs in groupby(labeled, lambda pair: pair[1] != IGNORED):
+            tokens = [token for token, _ in pairs]
             pieces.append({"text": base.tokenizer.decode(tokens), "tokens": len(tokens), "learned": learned})
-        cut = row["question"].split()[-lost:] if lost and not row.get(TURNS) else []
-        found = {"row": row["row"], "severity": SEVERITIES[one["severity"]] if known else "unknown"}
-        found |= {"probabilities": severity.probabilities[place].tolist() if severity and known else []}
-        found |= {"words": reasons[place] if place < len(reasons) else None, "weight": max(one["token_weights"])}
-        shown.append({**found, "pieces": pieces, "cut": " ".join(cut), "lost_words": lost})
+        weights = row["token_weights"]  # w of each answer token, or w divided by their number
+        cut = source["question"].split()[-lost:] if lost and not source.get(TURNS) else []
+        shown.append(
+            {
+                "row": source["row"],
+                "severity": SEVERITIES[row["severity"]] if known else "unknown",
+                "probabilities": severity.probabilities[place].tolist() if severity and known else [],
+                "words": words[place] if place < len(words) else None,
+                "weight": sum(weights) if by.reduction == "examples" else max(weights),
+                "pieces": pieces,
+                "cut": " ".join(cut),
+                "lost_words": lost,
+            }
+        )
     return shown
 
 
 def steps_of(rows: int, settings: dict[str, Any]) -> int:
-    """Trainer's own count: batches are cut first, then grouped, and the last group of an epoch may be short."""
+    """Optimizer steps as Trainer counts them: rows form batches, batches form steps; an epoch's last may be short."""
     limit = settings.get("max_steps", -1)
     if limit and limit > 0:
         return int(limit)
@@ -175,14 +169,14 @@ def steps_of(rows: int, settings: dict[str, Any]) -> int:
 
 
 def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, memory.MemoryPlan]:
-    """What the recipe needs on a GPU, and on which GPUs it fits; raises ModelError as `memory.MemoryPlan` does.
+    """What the recipe needs on a GPU, and its memory plan; raises ModelError as `memory.MemoryPlan` does.
 
-    `vram`: GB of a GPU to judge; the batch split is chosen for it, or else for the GPU that the recipe names.
+    `vram`: GB of the requested GPU. The batch split is chosen for it, or else for the GPU that the recipe names.
     """
-    smallest, origin = memory_plan(recipe)  # of all splits of a step, where the recipe leaves it open
-    gb = vram or recipe.about.vram_gib or 24  # GB
+    smallest, origin = memory_plan(recipe)  # with the smallest batch, if the recipe leaves it open
+    gb = vram or recipe.about.vram_gib or 24
     plan = smallest.with_recipe(resolve_split(recipe, smallest, memory.usable(gb)))
-    found = Fitting(
+    need = Fitting(
         origin=origin,
         parameters=plan.parameters,
         batch=plan.batch,
@@ -196,4 +190,4 @@ def fitting(recipe: Recipe, vram: float | None = None) -> tuple[Fitting, memory.
         changes=[] if vram is None else memory.changes(plan, vram),
         bits=4 if recipe.quantization.load_in_4bit else 8 if recipe.quantization.load_in_8bit else None,
     )
-    return found, plan
+    return need, plan

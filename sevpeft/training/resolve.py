@@ -1,7 +1,7 @@
 """Resolves a recipe once, before data is read: device, precision, batch split, model config, tokenizer, prompt.
 
-All checks of settings stand here, in order. `train` begins with `resolve`; nothing after it asks the recipe what is
-left to choose, but for the layout of rows, which the loaded model decides (`with_layout`).
+All checks of settings are here, in order. `train` begins with `resolve`. Only the layout of rows is chosen later, by
+the loaded model (`with_layout`).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from sevpeft.training.distributed import check_sharding
 
 @dataclass(frozen=True)
 class ResolvedRun(ResolvedModel):
-    """What a training needs to know of its recipe on this machine.
+    """A recipe with everything that a training on this machine derives from it.
 
     Attributes:
-        recipe: with numbers in place of every `auto` but padding_free. given: as it was given.
+        recipe: with numbers in place of every `auto` but padding_free. given: the original recipe.
         arguments: TRL's settings, made from the recipe.
     """
 
@@ -52,7 +52,7 @@ class ResolvedRun(ResolvedModel):
     arguments: SFTConfig
 
     def with_layout(self, model: PreTrainedModel, longest: int) -> ResolvedRun:
-        """With the layout of rows that the loaded model allows (`choose_layout`)."""
+        """This run with the layout of rows that the loaded model allows (`choose_layout`)."""
         recipe = choose_layout(self.given, self.recipe, model, longest)
         arguments = sft_config(recipe, self.precision, Path(self.arguments.output_dir))
         return replace(self, recipe=recipe, arguments=arguments)
@@ -61,9 +61,9 @@ class ResolvedRun(ResolvedModel):
 def resolve(recipe: Recipe, checkpoints: Path, *, resumed: Run | None = None) -> ResolvedRun:
     """Resolves a recipe for a training on this machine.
 
-    `checkpoints`: folder of the trainer's state. `resumed`: the run that goes on, with its precision and prompt.
+    `checkpoints`: folder of the trainer's state. `resumed`: the run to resume, whose precision and prompt are used.
 
-    Raises SevpeftError: a setting that cannot work here.
+    Raises SevpeftError: a setting does not work here.
     """
     precision = choose_precision(recipe, resumed.metrics()["model"]["dtype"] if resumed else None)
     split = split_here(recipe)
@@ -75,33 +75,29 @@ def resolve(recipe: Recipe, checkpoints: Path, *, resumed: Run | None = None) ->
     return ResolvedRun(**vars(base), given=recipe, precision=precision, arguments=arguments)
 
 
-# Settings.
-
-
 def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTConfig:
-    """SFTConfig of a recipe, with `checkpoints` as output_dir; raises RecipeError for a value that TRL refuses."""
+    """SFTConfig of a recipe, with `checkpoints` as output_dir. Raises RecipeError: TRL refuses a value."""
     settings = copy.deepcopy(recipe.training.settings())  # transformers writes into accelerator_config
     if settings.get("auto_find_batch_size") and PartialState().num_processes > 1:
         remedy = "lower per_device_train_batch_size instead"
         raise RecipeError(f"training.auto_find_batch_size works on one process only; {remedy}.")
     if settings.get("activation_offloading") and not uses_gpu(recipe):
         raise RecipeError("training.activation_offloading needs a GPU, and this run has none; leave it out.")
-    del settings["global_batch_size"]  # of `resolve_split`, which has made numbers of it
-    for key in ("init_adapter", "generate_samples"):  # of `train`
+    for key in ("global_batch_size", "init_adapter", "generate_samples"):  # ours, not TRL's
         settings.pop(key, None)
     settings.setdefault("use_cpu", not uses_gpu(recipe))
     settings.update(bf16=precision.bf16, fp16=precision.fp16, output_dir=str(checkpoints), disable_tqdm=True)
-    settings["padding_free"] = settings["padding_free"] is True  # auto: until the model is measured
+    settings["padding_free"] = settings["padding_free"] is True  # auto is False until the model is measured
     if settings["save_total_limit"] == AUTO:  # while it trains; a finished run needs none
         settings["save_total_limit"] = 2
     settings["logging_nan_inf_filter"] = False  # it would hide a NaN loss from StepGuard
-    # The trainer takes a batch in parts; the library's own search makes the step smaller, and so another training.
+    # The trainer computes a batch in parts. The library's own search changes the batch size, and so the training.
     settings["auto_find_batch_size"] = False
     if settings["padding_free"] and not settings.get("packing"):
-        # Rows are cut to max_length while they are encoded; TRL refuses a limit that it would not enforce itself.
+        # Rows are cut to max_length during encoding. TRL refuses a limit that it does not enforce itself.
         settings["max_length"] = None
     if str(settings.get("metric_for_best_model")).removeprefix("eval_") in BEST_IS_LEAST:
-        # transformers looks for "loss" at the end of the name, so that by loss_critical it would keep the worst.
+        # transformers takes only names that end in "loss" as better when lower; not so loss_critical.
         settings["greater_is_better"] = False
     if not settings.get("torch_compile"):
         forget_compilation_of_launcher()
@@ -111,7 +107,7 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
 
 @contextmanager
 def settings_errors() -> Iterator[None]:
-    """Turns what TRL and transformers raise about settings, in SFTConfig or in the trainer's constructor."""
+    """Translates errors of TRL and transformers about settings into RecipeError."""
     try:
         yield
     except SevpeftError:
@@ -131,7 +127,7 @@ def loraplus_settings(recipe: Recipe) -> dict[str, float]:
 
 
 def with_training(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with other settings of its section `training`."""
+    """The recipe with these settings changed in its section `training`."""
     values = recipe.model_dump()
     values["training"].update(changes)
     changed = recipe_from_values(values)
@@ -139,20 +135,21 @@ def with_training(recipe: Recipe, **changes: Any) -> Recipe:
     return changed
 
 
-# The split of a batch: by the memory plan and the size of the device, never by a timing or by what happens to be free.
+# The batch split follows from the memory plan and the device's size, never from a timing or from free memory.
 
-# A pass costs as much as this many more tokens: small matrices leave a device idle, and 4-bit weights are unpacked for
-# each. CPU: 8 rows of 90 tokens in one pass took .7 of 8 passes (Gemma-3-270M, 2 cores). GPU: an assumption.
+# Fixed cost of a pass in tokens, by whether it runs on a GPU: small matrices leave a device idle, and each pass
+# dequantizes 4-bit weights. CPU: 8 rows of 90 tokens took 0.7 of the time of 8 passes (Gemma-3-270M, 2 cores). GPU: an
+# assumption.
 _PASS_COSTS_TOKENS = {True: 512, False: 40}
-# Rows are on average this part of max_length (90 of 512 tokens on Arabic consultations); a batch of many rows that is
-# padded to its longest has about 2.5 times as many positions as tokens.
+# Mean length of a row as a share of max_length (90 of 512 tokens on Arabic consultations), and positions per token in a
+# batch of many rows, padded to the longest.
 _MEAN_LENGTH, _PADDED = 0.2, 2.5
 _CHECKPOINTING_COSTS = 4 / 3
-# Of a computer's memory; the rest is for the operating system, other programs and the libraries.
+# Share of main memory; the rest is for the operating system, other programs and the libraries.
 _USABLE_OF_RAM = 0.6
 _EVAL_SIZES = (32, 16, 8, 4, 2, 1)
 _LONGEST_ROW = 8192
-# Set beside the numbers, where the recipe says nothing of them.
+# Settings that are chosen with the split if the recipe does not set them.
 CHOSEN_WITH = ("global_batch_size", "auto_find_batch_size")
 _KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 
@@ -177,14 +174,14 @@ def split_here(recipe: Recipe) -> Recipe:
 def resolve_split(
     recipe: Recipe, plan: MemoryPlan | None, available: int, *, processes: int = 1, on_gpu: bool = True
 ) -> Recipe:
-    """The recipe with a number in place of each `auto` of the batch split: the cheapest one that fits.
+    """The recipe with a number in place of each `auto` of the batch split: the fastest one that fits.
 
     Args:
-        plan: of this recipe; None where its memory is not known, or is divided by FSDP or ZeRO-3. The split that needs
-            the least memory is taken then.
-        available: bytes that a training may take of one device. processes: of the launch.
+        plan: of this recipe. None if its memory is not known, or is sharded by FSDP or ZeRO-3; the split with the least
+            memory is then chosen.
+        available: bytes that a training may use on one device. processes: of the launch.
 
-    Raises RecipeError: the numbers do not make global_batch_size.
+    Raises RecipeError: the product of the numbers is not global_batch_size.
     """
     settings = recipe.training.settings()
     rows, accumulation, checkpointing = (settings[key] for key in _KEYS)
@@ -192,15 +189,12 @@ def resolve_split(
     product = GLOBAL_BATCH_SIZE if is_open else rows * accumulation * processes
     total = settings["global_batch_size"] or product
     each = total // processes
-    counts = [
-        count
-        for count in range(1, each + 1)
-        if each % count == 0 and rows in (AUTO, count) and accumulation in (AUTO, each // count)
-    ]
+    divisors = (count for count in range(1, each + 1) if each % count == 0)
+    counts = [count for count in divisors if rows in (AUTO, count) and accumulation in (AUTO, each // count)]
     if total % processes or not counts:
-        makes = f"{rows} rows × {accumulation} accumulation steps × {processes} processes"
-        right = "a multiple" if is_open else f"training.global_batch_size={product}"
-        raise RecipeError(f"training.global_batch_size={total} is not {makes}; write {right}.")
+        factors = f"{rows} rows × {accumulation} accumulation steps × {processes} processes"
+        remedy = "a multiple" if is_open else f"training.global_batch_size={product}"
+        raise RecipeError(f"training.global_batch_size={total} is not {factors}; write {remedy}.")
     ways = (False, True) if checkpointing == AUTO else (checkpointing,)
     padded = settings.get("padding_free") is False or recipe.model.attn_implementation == "eager"
     length = _MEAN_LENGTH * (settings["max_length"] or 512)
@@ -219,25 +213,25 @@ def resolve_split(
         sizes = (size for size in _EVAL_SIZES if plan and plan.total_of_validation(size, way) <= available)
         changes["per_device_eval_batch_size"] = next(sizes, min(count, 8))
     if rows == AUTO and processes == 1:
-        changes["auto_find_batch_size"] = True  # what was chosen here may also be cut where memory runs out
+        changes["auto_find_batch_size"] = True  # a chosen batch may be computed in parts if memory runs out
     return with_training(recipe, **changes, global_batch_size=total)
 
 
 def choose_layout(given: Recipe, resolved: Recipe, model: PreTrainedModel, longest: int) -> Recipe:
-    """The resolved recipe, with padding_free chosen by what the model does with packed rows, and validation batches.
+    """The resolved recipe, with padding_free chosen by whether the model keeps packed documents apart.
 
     Args:
-        given: the recipe before its split was chosen; where rows must be padded, the split is chosen anew.
+        given: the recipe before its split was chosen; if rows must be padded, the split is chosen again.
         longest: tokens of the longest validation row.
 
-    Raises ModelError: the recipe asks for packing or padding_free, and the model mixes documents.
+    Raises ModelError: the recipe sets packing or padding_free, and the model mixes documents.
     """
     training = resolved.training.settings()
     for setting in ("packing", "padding_free"):
         if training.get(setting) is True:
             check_packing(model, f"training.{setting}")
     if training["padding_free"] == AUTO:
-        # Eager attention holds every pair of positions: of 8 rows in one, 8 times as many as of 8 rows apart.
+        # Eager attention stores every pair of positions: 8 rows in one have 8 times as many as 8 separate rows.
         possible = not training.get("packing") and attention_of(model.config) != "eager"
         if possible and not weights_are_sharded() and documents_stay_apart(model)[0]:
             resolved = with_training(resolved, padding_free=True)
@@ -248,23 +242,23 @@ def choose_layout(given: Recipe, resolved: Recipe, model: PreTrainedModel, longe
     settings = resolved.training.settings()
     size = settings["per_device_eval_batch_size"]
     if settings["padding_free"]:
-        # The mask of one long row has a number for each pair of its tokens.
+        # The mask of one long row has an entry for each pair of its tokens.
         size = min(size, max(1, _LONGEST_ROW // int(longest)))
     return with_training(resolved, per_device_eval_batch_size=size)
 
 
 def memory_plan(recipe: Recipe, *, on_gpu: bool = True) -> tuple[MemoryPlan, str]:
-    """The plan of a recipe on a GPU or a CPU, and where its numbers come from; raises UnknownModelError."""
+    """The memory plan of a recipe on a GPU or a CPU, and the source of its config; raises UnknownModelError."""
     config, origin = base_config(recipe)
     return plan_for(recipe, config, on_gpu=on_gpu, vocabulary_tile=CPU_VOCABULARY_TILE), origin
 
 
 def device_memory(recipe: Recipe) -> int:
-    """Bytes that a training may take of this machine's GPU, or of its main memory where the run uses none."""
+    """Bytes that a training may use of this machine's GPU, or of its main memory if the run uses no GPU."""
     if uses_gpu(recipe):
         return usable(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB)
-    whole = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container, which sees the memory of its host
+    total = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container, where psutil shows the memory of the host
     with suppress(OSError, ValueError):  # no such limit
-        whole = min(whole, int(limit.read_text()))
-    return round(whole * _USABLE_OF_RAM)
+        total = min(total, int(limit.read_text()))
+    return round(total * _USABLE_OF_RAM)

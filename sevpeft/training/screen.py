@@ -1,4 +1,4 @@
-"""What train and plan print: data, weights, batch, memory plan, summary."""
+"""Terminal output of train and plan: data, weights, batch, memory plan, summary."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.plan import Fitting, Plan
 from sevpeft.training.resolve import device_memory, memory_plan, split_here
 
-# Of a histogram: a terminal of 80 columns has them beside the labels. And of the bar of an item of the memory.
+# Columns of the weight histogram in a terminal of 80, and of the bar of a memory item.
 HISTOGRAM_WIDTH, BAR_WIDTH = 79 - LABEL_WIDTH, 15
 _COST = {"tokens_per_second": "tokens/s", "peak_gpu_gib": "GiB of the GPU", "peak_cpu_gib": "GiB at most"}
 _COST |= {"gpu_watt_hours": "Wh of the GPU", "cpu_watt_hours": "Wh of the processors"}
 
 
 def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, console: Console) -> None:
-    """Prints what is trained on, what was lost on the way, and what the severity weights amount to.
+    """Prints the training data, what was dropped or shortened, and the severity weights.
 
-    `summary`: as `Prepared.summary`; `encoding` may be empty when no tokenizer was at hand.
+    `summary`: as `Prepared.summary`; `encoding` is empty without a tokenizer.
     """
 
     def warn(label: str, text: str) -> None:
         print_labeled(console, label, text, style="yellow")
 
-    columns = ", ".join(f"{found} → {name}" for name, found in summary["columns"].items() if found != name)
+    columns = ", ".join(f"{column} → {name}" for name, column in summary["columns"].items() if column != name)
     by = "its own split column" if summary["split_by"] == "column split" else "random groups of equal questions"
     parts = ", ".join(f"{count:,} {name}" for name, count in summary["rows"].items())
     print_labeled(console, "Data", f"{summary['source']}{f' ({columns})' if columns else ''}")
     print_labeled(console, "Split", f"{parts}, by {by}")
-    for name, of in summary.get("mix", {}).items():
-        part = f"{of['share']:.0%} from {name}: {of['rows']:,} rows, {of['tokens']:,} tokens"
-        print_labeled(console, "Mix", part)
-        if of["distinct_rows"] < of["rows"]:
-            times = f"{of['rows'] / of['distinct_rows']:.1f} times an epoch"
-            warn("Repeats", f"{name} is too small for its share: each of {of['distinct_rows']:,} rows comes {times}")
+    for name, source in summary.get("mix", {}).items():
+        rows, distinct = source["rows"], source["distinct_rows"]
+        print_labeled(console, "Mix", f"{source['share']:.0%} from {name}: {rows:,} rows, {source['tokens']:,} tokens")
+        if distinct < rows:
+            times = f"{rows / distinct:.1f} times an epoch"
+            warn("Repeats", f"{name} is too small for its share: each of its {distinct:,} rows is used {times}")
     for reason, count in summary["rejected"].items():
         warn("Rejected", f"rows with {reason}: {count:,}")
     if leaks := summary["questions_in_two_splits"]:
-        warn("Leak", f"{leaks:,} questions stand in two of the given splits and flatter validation and test figures")
+        warn("Leak", f"{leaks:,} questions are in two of the given splits; validation and test losses are too low")
     limit = recipe.training.settings()["max_length"]
     for name, report in summary["encoding"].items():
         if report["shortened"]:
@@ -64,14 +64,13 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
         if report["refused"]:
             what = f"{name} rows whose answer leaves no room for a question in {limit} tokens: {report['refused']:,}"
             warn("Refused", f"{what}; raise training.max_length to keep them")
-
     if published := recipe.as_published.model_dump(exclude_defaults=True):
-        warn("As published", f"done as in the published loops, for comparison alone: {', '.join(published)}")
-    if shown := recipe.prompt.examples:
-        print_labeled(console, "Examples", f"{len(shown)} before every question, which are left out of all splits")
+        warn("As published", f"as in the published loops, only for a comparison: {', '.join(published)}")
+    if examples := recipe.prompt.examples:
+        print_labeled(console, "Examples", f"{len(examples)} before every question; they are left out of all splits")
     if named := summary.get("prompt_severity"):
-        by = "names the severity that the question lets predict, by {source}, version {version}"
-        warn("Prompt", ORACLE) if named["source"] == "gold" else print_labeled(console, "Prompt", by.format(**named))
+        text = f"names the severity predicted from the question, by {named['source']}, version {named.get('version')}"
+        warn("Prompt", ORACLE) if named["source"] == "gold" else print_labeled(console, "Prompt", text)
     origin, control = summary["severity"], recipe.severity.control
     if origin is None or control == "uniform":
         print_labeled(console, "Weights", "1 for every consultation: plain cross-entropy")
@@ -80,8 +79,8 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
     if ready:
         print_labeled(console, "Source", f"ready-made weights of column '{recipe.severity.weight_column}'")
     elif origin["source"] != "columns":
-        read = f", text={origin['text']}" if "text" in origin else ""
-        print_labeled(console, "Severity", f"by {origin['source']}{read}, version {origin['version']}")
+        text = f", text={origin['text']}" if "text" in origin else ""
+        print_labeled(console, "Severity", f"by {origin['source']}{text}, version {origin['version']}")
     if origin["temperature"] != 1 and not ready:
         power = f"1/{origin['temperature']:g} (severity.temperature)"
         print_labeled(console, "Sharpened", f"probabilities to the power of {power}")
@@ -90,12 +89,12 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
     for line in histogram_lines(weights.histogram, min(HISTOGRAM_WIDTH, console.width - LABEL_WIDTH - 1)):
         print_labeled(console, "", line)
     if control in ("none", "shuffled") and (warning := advice(weights)):
-        # The remedies are settings of the severity, which ready-made weights do not have.
-        warn("Warning", re.split(": run|. Use", warning)[0] if ready else warning)
+        # The remedies are settings that have no effect on ready-made weights.
+        warn("Warning", re.split("[:;.] ", warning)[0] if ready else warning)
 
 
 def show_batch(recipe: Recipe, processes: int, console: Console) -> None:
-    """Prints how an optimizer step of a resolved recipe is divided."""
+    """Prints the batch split of a resolved recipe."""
     settings = recipe.training.settings()
     layout = "packed" if settings.get("packing") else "padding-free" if settings["padding_free"] else "padded"
     print_labeled(
@@ -109,15 +108,15 @@ def show_batch(recipe: Recipe, processes: int, console: Console) -> None:
 
 
 def show_machine(recipe: Recipe, console: Console) -> None:
-    """Prints what a training takes of this machine's memory, if that is known, and warns of a CPU that is too small."""
+    """Prints the memory that a training needs on this machine, if known, and warns if it is too small or too slow."""
     if console.quiet or weights_are_sharded():
         return
     on_cpu, large = not uses_gpu(recipe), (recipe.about.parameter_count() or 0) > LARGEST_QUANTIZED_ON_CPU
     with suppress(UnknownModelError):
         needed, most = memory_plan(split_here(recipe), on_gpu=not on_cpu)[0].budget().total, device_memory(recipe)
-        text = f"{'CPU' if on_cpu else 'GPU'}, {needed / GIB:.1f} GiB of the {most / GIB:.1f} that a training may take"
-        text += "; too much: take a smaller model, or a larger machine" * (needed > most)
-        text += "; a model of this size takes hours an epoch without a GPU" * (on_cpu and large)
+        text = f"{'CPU' if on_cpu else 'GPU'}, {needed / GIB:.1f} GiB of the {most / GIB:.1f} that a training may use"
+        text += "; too much: use a smaller model, or a larger machine" * (needed > most)
+        text += "; a model of this size needs hours an epoch without a GPU" * (on_cpu and large)
         print_labeled(console, "This machine", text, style="yellow" * (";" in text))
 
 
@@ -125,15 +124,15 @@ def show_curriculum(curriculum: Curriculum, console: Console) -> None:
     """Prints the stages: rows, steps and learning rate of each."""
     own = curriculum.settings
     budget = "as many as without stages" if own.epochs_per_stage is None else "not the budget of a plain training"
-    way = f"{own.kind} by {own.difficulty}, {own.order}; {curriculum.steps:,} steps"
-    print_labeled(console, "Curriculum", f"{way}, {budget}")
+    kind = f"{own.kind} by {own.difficulty}, {own.order}"
+    print_labeled(console, "Curriculum", f"{kind}; {curriculum.steps:,} steps, {budget}")
     for number, stage in enumerate(curriculum.stages, start=1):
         steps = f"{len(stage.pool):,} rows, {stage.end - stage.begin:,} steps, learning rate {stage.learning_rate:g}"
         print_labeled(console, f"  Stage {number}", f"{stage.name}: {steps}")
 
 
 def run_summary(run: Run) -> Group:
-    """What was trained, on what, with which weights, and what validation loss it reached, read from the run folder."""
+    """Summary of a finished run, read from its folder: model, data, weights, cost and validation loss."""
     metrics = run.metrics()
     model, weights, training = metrics["model"], metrics["weights"], metrics["training"]
     counts = ", ".join(f"{count:,} {name}" for name, count in reversed(weights["severities"].items()))
@@ -163,35 +162,35 @@ def run_summary(run: Run) -> Group:
             losses.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
         elif counts:
             losses.add_row(label, "no rows")
-    for name, after in metrics.get("curriculum", {}).get("held_out", {}).items():
-        facts.add_row("After each stage", f"{name} rows: {' → '.join(f'{loss:.3f}' for loss in after)}")
+    for name, of_stages in metrics.get("curriculum", {}).get("held_out", {}).items():
+        facts.add_row("After each stage", f"{name} rows: {' → '.join(f'{loss:.3f}' for loss in of_stages)}")
     return Group(Text(), facts, Text("\nValidation loss, nats per answer token, unweighted", style="bold"), losses)
 
 
-def show_plan(found: Plan, console: Console) -> None:
-    """Prints a plan as `train` prints its beginning."""
-    recipe, settings = found.recipe, found.recipe.training.settings()
+def show_plan(plan: Plan, console: Console) -> None:
+    """Prints a plan, its data as `train` does."""
+    recipe, settings = plan.recipe, plan.recipe.training.settings()
     print_labeled(console, "Base model", recipe.model.name_or_path)
-    show_data(found.data, found.weights, recipe, console)
-    if found.steps is not None:
+    show_data(plan.data, plan.weights, recipe, console)
+    if plan.steps is not None:
         batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-        print_labeled(console, "Training", f"{found.steps:,} steps of {batch} rows on one process")
-    # One reason may hide both.
-    unknown = {found.memory_unknown: "memory and GPUs", found.unknown: "time, and how much is shortened and refused"}
+        print_labeled(console, "Training", f"{plan.steps:,} steps of {batch} rows on one process")
+    # Both reasons may be the same; it is then printed once.
+    unknown = {plan.memory_unknown: "memory and GPUs", plan.unknown: "time, and how much is shortened and refused"}
     for reason, what in unknown.items():
         if reason is not None:
             print_labeled(console, "Unknown", f"{what}: {reason}", style="yellow")
-    if found.fitting is not None:
-        show_fitting(found.fitting, console)
-    if (seconds := found.epoch_seconds) is not None:
+    if plan.fitting is not None:
+        show_fitting(plan.fitting, console)
+    if (seconds := plan.epoch_seconds) is not None:
         duration = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
-        speed = f"at {EFFICIENCY:.0%} of the {TFLOPS:g} TFLOP/s of an RTX 4090; padding and validation come on top"
-        print_labeled(console, "Time", f"about {duration} an epoch of {found.tokens:,} tokens, {speed}")
+        speed = f"at {EFFICIENCY:.0%} of the {TFLOPS:g} TFLOP/s of an RTX 4090, without padding and validation"
+        print_labeled(console, "Time", f"about {duration} an epoch of {plan.tokens:,} tokens, {speed}")
 
 
-def show_fitting(found: Fitting, console: Console) -> None:
-    """Prints parameters, the bar, the GPUs and what to change."""
-    count = found.parameters
+def show_fitting(need: Fitting, console: Console) -> None:
+    """Prints parameters, memory items, GPUs, and the changes that make a training fit."""
+    count = need.parameters
     share = count.trainable / (count.base + count.trainable)
     targets = ", ".join(f"{name} ×{times}" for name, times in count.targets.items())
     counts = f"{count.trainable:,} trainable parameters beside {count.base:,} frozen ones ({share:.2%})"
@@ -199,33 +198,33 @@ def show_fitting(found: Fitting, console: Console) -> None:
     print_labeled(
         console,
         "GPU memory",
-        f"{found.budget.total / GIB:.1f} GiB at {found.batch} × {found.length} tokens in {found.number_format}, "
-        f"{'with' if found.checkpointing else 'without'} gradient checkpointing"
-        f"{f' (split chosen for {found.split_for:g} GB)' if found.split_for else ''}; all rows as long as that; the "
-        f"model's numbers are from {found.origin}",
+        f"{need.budget.total / GIB:.1f} GiB at {need.batch} × {need.length} tokens in {need.number_format}, "
+        f"{'with' if need.checkpointing else 'without'} gradient checkpointing"
+        f"{f' (split chosen for {need.split_for:g} GB)' if need.split_for else ''}, if all rows are that long; the "
+        f"model's config is from {need.origin}",
     )
-    for name, size in found.budget.items.items():
+    for name, size in need.budget.items.items():
         row = Text(f"{'':{min(LABEL_WIDTH, console.width - 59)}}{name:30}{size / GIB:8.2f} GiB ")
-        row.append("█" * round(BAR_WIDTH * size / found.budget.total), style="blue")
+        row.append("█" * round(BAR_WIDTH * size / need.budget.total), style="blue")
         console.print(row, no_wrap=True, overflow="crop")
-    for gpu in found.gpus:
-        rows = f"{gpu.largest_batch}{' or more' * (gpu.largest_batch == LARGEST_BATCH)} of {found.length} tokens"
+    for gpu in need.gpus:
+        rows = f"{gpu.largest_batch}{' or more' * (gpu.largest_batch == LARGEST_BATCH)} of {need.length} tokens"
         note = f"fits; largest batch {rows}" if gpu.fits else f"fits with batch {rows}"
         possible = gpu.fits or gpu.largest_batch
         print_labeled(console, f"  {gpu.gb} GB", note if possible else "does not fit", "" if possible else "yellow")
-    if found.bits:
-        belongs = f"the adapter belongs to the {found.bits}-bit weights; over the unquantized base it is another model"
+    if need.bits:
+        belongs = f"the adapter belongs to the {need.bits}-bit weights; its outputs differ on the unquantized base"
         print_labeled(console, "Sharing", f"{belongs}. `sevpeft merge` measures by how much")
-    if found.vram is None:
+    if need.vram is None:
         return
-    if found.fits:
-        print_labeled(console, "Verdict", f"fits in {found.vram:g} GB", style="green")
+    if need.fits:
+        print_labeled(console, "Verdict", f"fits in {need.vram:g} GB", style="green")
         return
-    print_labeled(console, "Verdict", f"does not fit in {found.vram:g} GB; in the order of least harm:", style="red")
-    for change in found.changes:
+    print_labeled(console, "Verdict", f"does not fit in {need.vram:g} GB; least harmful changes first:", style="red")
+    for change in need.changes:
         for setting in change.settings:
             console.print(Text(f"{'':{LABEL_WIDTH}}{setting}", style="bold"), soft_wrap=True)
         fits = ": fits" if change.fits else ""
         print_labeled(console, "", f"{change.total / GIB:.1f} GiB then{fits}; {change.effect}")
-    if not found.changes or not found.changes[-1].fits:
+    if not need.changes or not need.changes[-1].fits:
         print_labeled(console, "", "That is still too much: choose a smaller base model, or a larger GPU.")

@@ -1,7 +1,6 @@
 """Trains the adapter of a recipe: resolve, data, model, trainer, train, save.
 
-Whatever can be refused is refused before the run folder is made. From then on a kill leaves a run that `--resume`
-continues.
+All checks come before the run folder is made. A run that is killed after that is continued by `--resume`.
 """
 
 from __future__ import annotations
@@ -48,20 +47,17 @@ def train(
     console: Console | None = None,
     callbacks: Any = (),
 ) -> Run:
-    """Trains the adapter of a recipe.
+    """Trains the adapter of a recipe and returns the finished run.
 
     Args:
-        output: run folder; None for a new one under runs/. resume: continue the run that is there.
-        console: where progress is shown, on the main process only; None shows nothing. callbacks: for the trainer.
+        output: run folder; None for a new one under runs/. resume: continue the run in that folder.
+        console: shows progress, on the main process only; None for no output. callbacks: for the trainer.
 
-    Returns:
-        The finished run.
-
-    Raises SevpeftError: in one plain sentence, whatever is refused or fails in a foreseeable way.
+    Raises SevpeftError: with one plain sentence for the user.
     """
     state = _start_processes(recipe)
     console = console if console is not None and state.is_main_process else Screen(quiet=True)
-    # transformers would expand a ~ for the checkpoints alone.
+    # transformers would expand a ~ for the checkpoints only.
     run = Run(broadcast_object_list([Path(output or default_output(recipe.name)).expanduser()])[0])
     with checkpoints.run_lock(run.folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
@@ -72,12 +68,12 @@ def train(
         if resume and run.finished:
             console.print(f"The run in {run.folder} is finished; nothing is left to do.", soft_wrap=True)
         else:
-            with console.status("Looking at the base model, and choosing the batch split"):
+            with console.status("Reading the base model's config, and choosing the batch split"):
                 resolved = resolve(recipe, run.checkpoints, resumed=run if resume else None)
             with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
                 _train(resolved, run, state, console, Path(scratch), resume=resume, more=callbacks)
         checkpoints.remove_of_finished(run, recipe)
-    # A process that exits while gloo's threads live is now and then aborted, after all its work is done.
+    # A process that exits while gloo's threads run is sometimes aborted, after its work is done.
     state.wait_for_everyone()
     state.destroy_process_group()
     return run
@@ -103,7 +99,7 @@ def _train(
         checkpoints.check_same_data(rows.summary["fingerprint"], rows.summary["source"], run)
     show_data(rows.summary, rows.weights, recipe, console)
 
-    # model: the frozen base, and how its rows are laid out
+    # model: the frozen base, and the layout of rows that it allows
     with console.status("Loading the base model"):
         model = load_model(recipe, resolved.precision, state.local_process_index)
         if resume:
@@ -116,8 +112,8 @@ def _train(
         curriculum = Curriculum(recipe.curriculum, len(rows.train), rows.difficulty, resolved.arguments)
         show_curriculum(curriculum, console)
 
-    def warn(sentence: str, label: str = "Warning") -> None:
-        print_labeled(console, label, sentence, style="yellow")
+    def warn(sentence: str) -> None:
+        print_labeled(console, "Warning", sentence, style="yellow")
 
     try:
         # trainer
@@ -133,13 +129,13 @@ def _train(
                     peft_config=adapters.lora_config(recipe, model),
                     reduction=recipe.severity.reduction,
                     loraplus=loraplus_settings(recipe),
-                    on_message=lambda label, sentence: warn(sentence, label),
+                    on_message=warn,
                     sort_within_steps=not (resolved.arguments.padding_free or resolved.arguments.packing),
                     split_on_oom=bool(recipe.training.settings().get("auto_find_batch_size")),
                     curriculum=curriculum,
                     callbacks=[progress, signals, *more],
                 )
-                if requested_engine() is None:  # so that a wrong setting of theirs fails here
+                if requested_engine() is None:  # so that a wrong setting of the optimizer or schedule fails here
                     trainer.create_optimizer_and_scheduler(num_training_steps=1)
             guard = StepGuard(trainer, recipe.stopping, signals)
             trainer.add_callback(guard)
@@ -156,11 +152,11 @@ def _train(
         with progress.bar, signals, plain_disk_errors(run.folder):
             checkpoint = _checkpoint(trainer, run, warn) if resume else None
             if init_adapter and resume and checkpoint is None:
-                again = adapters.init_adapter(recipe, trainer.model)
-                if again != run.metrics()["model"]["init_adapter"]:
-                    raise RunError(f"{init_adapter} is not the adapter that {run.folder} started from; bring it back.")
+                loaded = adapters.init_adapter(recipe, trainer.model)
+                if loaded != run.metrics()["model"]["init_adapter"]:
+                    raise RunError(f"{init_adapter} is not the adapter that {run.folder} started from; restore it.")
             trainer.train(resume_from_checkpoint=checkpoint)
-            # The figures of the adapter that is saved.
+            # Validation loss of the adapter that is saved.
             if trainer.args.load_best_model_at_end or not _validation(trainer, trainer.state.global_step):
                 trainer.evaluate()
             _save_adapter(trainer, run, resolved.prompt)
@@ -168,9 +164,9 @@ def _train(
         if state.is_main_process:
             checkpoints.remove_incomplete(run)
         if should_reduce_batch_size(error):
-            remedy = "write training.gradient_checkpointing=true, auto_find_batch_size=true or a smaller max_length"
-            kept = f"`sevpeft plan RECIPE --vram GB` advises. Checkpoints of {run.folder} are kept"
-            raise RunError(f"The memory is full; {remedy}; {kept}.") from error
+            settings = "training.gradient_checkpointing=true, auto_find_batch_size=true or a smaller max_length"
+            kept = f"see `sevpeft plan RECIPE --vram GB`. Checkpoints of {run.folder} are kept, for a larger GPU"
+            raise RunError(f"The memory is full; start another run with {settings}; {kept}.") from error
         if isinstance(error, KeyboardInterrupt) and (run.folder / "recipe.yaml").exists():
             raise Interrupted(f"Interrupted. Resume with: {resume_command(run.folder)}") from error
         raise
@@ -180,30 +176,31 @@ def _train(
 
 def _start_processes(recipe: Recipe) -> PartialState:
     try:
-        # Unless told so, accelerate sets up a single process where it finds no GPU.
+        # Without this argument accelerate starts a single process on a machine without a GPU.
         state = PartialState(cpu=not uses_gpu(recipe))
     except (ValueError, ImportError, RuntimeError) as error:
-        remedy = "use `accelerate launch`, or for one process unset RANK, WORLD_SIZE, PMI_SIZE and their like"
+        remedy = "use `accelerate launch`, or for one process unset RANK, WORLD_SIZE, PMI_SIZE and similar variables"
         raise RunError(f"The processes cannot start ({first_sentence(error)}); {remedy}.") from error
     check_engine(state)
     return state
 
 
 def _checkpoint(trainer: SeveritySFTTrainer, run: Run, warn: Any) -> str | None:
-    """Path of the newest valid checkpoint, the same on all processes; None starts anew."""
+    """Path of the newest valid checkpoint, the same on all processes; None to start from the beginning."""
     check_same_processes(trainer.accelerator, run.read_json("environment.json"))
     required = checkpoints.files_to_resume(trainer.accelerator)
-    found = checkpoints.resume_checkpoint(run, required, warn) if trainer.is_world_process_zero() else None
-    return None if (checkpoint := broadcast_object_list([found])[0]) is None else str(checkpoint)
+    newest = checkpoints.resume_checkpoint(run, required, warn) if trainer.is_world_process_zero() else None
+    newest = broadcast_object_list([newest])[0]
+    return None if newest is None else str(newest)
 
 
 def _save_adapter(trainer: SeveritySFTTrainer, run: Run, prompt: Prompt) -> None:
-    """Writes the adapter, with the prompt of the training, beside its place and moves it there whole."""
+    """Writes the adapter and the prompt of the training to a temporary folder, then moves it into place."""
     folder = run.folder / checkpoints.UNFINISHED_ADAPTER
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         check_adapter_is_complete(folder, trainer.model)
-        # A pickle of the training arguments; the recipe says the same and can be read.
+        # A pickle of the training arguments, which the recipe contains.
         (folder / "training_args.bin").unlink(missing_ok=True)
         if trainer.args.bf16:
             adapters.cast_adapter_to_compute_dtype(folder, trainer.model.peft_config[trainer.model.active_adapter])
@@ -216,9 +213,9 @@ def _save_adapter(trainer: SeveritySFTTrainer, run: Run, prompt: Prompt) -> None
 
 
 def _write_origin(run: Run, resolved: ResolvedRun, rows: Prepared, trainer: SeveritySFTTrainer) -> None:
-    """recipe.yaml, environment.json, tokenizer/ and the first part of metrics.json."""
+    """Writes recipe.yaml, environment.json, tokenizer/ and the first part of metrics.json."""
     recipe, arguments = resolved.recipe, trainer.args
-    trainable, total = trainer.model.get_nb_trainable_parameters()  # of 4 bit, the numbers that a weight stands for
+    trainable, total = trainer.model.get_nb_trainable_parameters()  # counts of the unquantized model for 4 bit too
     run.write_json(
         "environment.json",
         {
@@ -250,7 +247,7 @@ def _write_origin(run: Run, resolved: ResolvedRun, rows: Prepared, trainer: Seve
         data=rows.summary,
         weights=rows.weights.as_dict(),
     )
-    # Last, because it is what makes the folder a run that can be resumed.
+    # Last, because this file makes the folder a run that can be resumed.
     run.write_text("recipe.yaml", recipe.to_yaml(), shared=not recipe.prompt.examples)
 
 
@@ -276,7 +273,7 @@ def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, cost: dict, ru
 
 
 def _validation(trainer: SeveritySFTTrainer, step: int) -> dict[str, float]:
-    """Last validation loss at a step, in nats per answer token, overall and per severity; empty for none."""
+    """Last validation loss at a step, in nats per answer token, overall and per severity; empty without one."""
     names = ("loss", *(f"loss_{severity}" for severity in SEVERITIES))
-    found = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
-    return {name: entry[f"eval_{name}"] for entry in found[-1:] for name in names if f"eval_{name}" in entry}
+    entries = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
+    return {name: entry[f"eval_{name}"] for entry in entries[-1:] for name in names if f"eval_{name}" in entry}

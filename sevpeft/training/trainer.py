@@ -1,11 +1,11 @@
 """The severity-weighted loss and the validation loss per severity.
 
-The loss stays TRL's. SFTTrainer's `compute_loss` calls the model and reads `log_probs` (B, T-1) from what it returns.
-Here it gets a callable that returns the same outputs with log-probabilities multiplied by `token_weights`.
-Normalization, accumulation, several processes and metrics are TRL's own. With all weights one the result is stock SFT
-to the bit; on a CPU, for vocabularies over 4,096, up to rounding (`CPU_VOCABULARY_TILE` in compat.py).
+The loss is TRL's. SFTTrainer's `compute_loss` calls the model and reads `log_probs` (B, T-1) from its outputs. Here it
+gets a callable that returns the same outputs with log-probabilities multiplied by `token_weights`. Normalization,
+accumulation, several processes and metrics are TRL's own. With all weights 1 the result is TRL's SFT to the bit; on a
+CPU, for vocabularies over 4,096, up to rounding (`CPU_VOCABULARY_TILE` in compat.py).
 
-Validation loss is a sum over tokens, per severity, not a mean of batch means, which would change with the batch size.
+Validation loss is a sum over tokens per severity. A mean of batch means would depend on the batch size.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             optionally `TOKEN_SEVERITY` and, when packed, `seq_lengths`.
         reduction: what the weighted sum of a (global, accumulated) batch is divided by: "tokens", the number of
             answer tokens, as in TRL; or "examples", the number of answers (the weights then carry 1/L_i).
-        loraplus: settings of LoRA+ (`loraplus_settings`); none for one learning rate.
-        sort_within_steps: take the rows of a step by length, so that padding is little; each step keeps its rows.
-        curriculum: decides which rows a step has.
-        split_on_oom: compute a batch that does not fit in memory in parts, which is the same step; on one process only.
-        on_message: gets a label and a sentence for the screen.
+        loraplus: settings of LoRA+ (`loraplus_settings`); None for one learning rate.
+        sort_within_steps: order the rows of a step by length, for less padding; each step keeps its rows.
+        curriculum: selects the rows of each step.
+        split_on_oom: compute a batch that does not fit in memory in parts, for the same step; on one process only.
+        on_message: called with a sentence for the screen.
 
-    Raises WeightError: of `check_weights`. ValueError: a setting of `args` that would bypass the weights.
+    Raises WeightError: as `check_weights`. ValueError: a setting of `args` would bypass the weights.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         sort_within_steps: bool = False,
         curriculum: Curriculum | None = None,
         split_on_oom: bool = False,
-        on_message: Callable[[str, str], None] = lambda label, sentence: None,
+        on_message: Callable[[str], None] = lambda sentence: None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
@@ -85,25 +85,25 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         self.sort_within_steps, self.curriculum = sort_within_steps, curriculum
         self.exact_resume = ExactResume(self)
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        args.remove_unused_columns = False  # token_weights and severity are no arguments of the model
+        args.remove_unused_columns = False  # the model does not take token_weights and severity
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("selective"):
-            # TRL 1.16 does this to the PeftModel, whose wrapper transformers 5.24 goes past.
+            # TRL 1.16 does this on the PeftModel, a wrapper that transformers 5.24 bypasses.
             enable_selective_activation_checkpointing(model)
-        # ExactResume first, so that a checkpoint is sealed before another callback ends the training.
+        # ExactResume before callbacks that end the training, so that the checkpoint has its manifest.
         kwargs["callbacks"] = [self.exact_resume, *callbacks]
-        if curriculum is not None:  # before it, as it adds to the checkpoint
+        if curriculum is not None:  # before ExactResume, because it adds a file to the checkpoint
             curriculum.trainer, kwargs["callbacks"] = self, [curriculum, *kwargs["callbacks"]]
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        # Negative log-likelihood and answer tokens of each severity since the last line of the log, of this process.
+        # Negative log-likelihood and answer tokens of each severity since the last log line, on this process.
         self.severity_sums = torch.zeros(2, len(SEVERITIES) + 1, dtype=torch.float64, device=args.device)
-        # A custom collator is refused by TRL's constructor when padding-free, so it takes the default's place here.
+        # TRL's constructor refuses a custom collator for padding-free batches, so it is replaced here.
         collator: Any = self.data_collator
         self.data_collator: Any = SeverityCollator(
             **{field.name: getattr(collator, field.name) for field in dataclasses.fields(collator)}
         )
         self.parts = SplitOnOom(args, self.data_collator, split_on_oom, on_message)
-        # TRL divides by the count of labels only for models whose forward takes loss arguments; ours never depends
-        # on that forward, and without the count accumulation would average means of unequal batches.
+        # TRL divides by the number of labels only if the model's forward takes loss arguments, which are not used here.
+        # Without that number, accumulation would average means of unequal batches.
         self.model_accepts_loss_kwargs = True
         set_up_engine(self.accelerator, self.model)
         disable_cpu_avx512_repack(self.model)
@@ -121,12 +121,12 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         strata, token_strata = inputs.pop("severity", None), inputs.pop(TOKEN_SEVERITY, None)
         training = self.model.training
         if training and weights is None:
-            raise WeightError("A training batch arrived without token_weights; the collator was replaced.")
+            raise WeightError("A training batch has no token_weights; the collator was replaced.")
 
         def weighted_model(**kwargs: Any) -> FusedCausalLMOutput:
             outputs = self._labeled_positions(model, kwargs)
             if training:
-                if token_strata is not None:  # added up on the device, which no step waits for
+                if token_strata is not None:  # summed on the device, without waiting for it
                     sums = torch.stack([-outputs.log_probs.detach(), outputs.label_mask]).double().flatten(1)
                     self.severity_sums.index_add_(1, token_strata[:, 1:].flatten() % len(self.severity_sums[0]), sums)
                 drift = self.curriculum.drift(kwargs) if self.curriculum else 0.0
@@ -144,20 +144,20 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """TRL's, and in the lines of training the loss of each severity: nats per answer token, unweighted."""
+        """Adds to training lines the loss of each severity: nats per answer token, unweighted."""
         if "loss" in logs:
             sums = self.accelerator.reduce(self.severity_sums, "sum").T.tolist()
             logs |= {f"loss_{name}": nll / count for name, (nll, count) in zip(SEVERITIES, sums, strict=False) if count}
             self.severity_sums.zero_()
         super().log(logs, *args, **kwargs)
 
-    strata = len(SEVERITIES) + 1  # of validation, with "unknown"; to measure single rows, each of them
+    strata = len(SEVERITIES) + 1  # of validation, with "unknown"; a curriculum measures each row as a stratum
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's loop, with loss (nats per answer token), per-severity loss and accuracy from sums over tokens."""
+        """Trainer's loop; loss (nats per answer token), loss per severity and accuracy are from sums over tokens."""
         # Rows are strata; columns are negative log-likelihood, correct tokens, entropy, tokens.
         self._validation = torch.zeros(self.strata, 4, dtype=torch.float64)
-        # A data loader draws a random number; the training after it must draw those that it would have drawn without.
+        # A data loader draws a random number. The training must draw the same numbers with and without a validation.
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         nll, correct, entropy, tokens = self._validation.sum(0).tolist()
@@ -177,7 +177,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             rows = (inputs["position_ids"] == 0).cumsum(-1)[:, 1:] - 1
         else:
             rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-        # Padding at the end of a row without padding has position 0 too, and counts nothing.
+        # Padding at the end of a padding-free row also has position 0; its mask is 0.
         count = int(rows.max()) + 1 if strata is None else len(strata)
         rows = rows.clamp(max=count - 1)
         fields = torch.stack([-outputs.log_probs, outputs.is_top1.float(), outputs.entropy, mask.float()])
@@ -185,7 +185,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         sums.index_add_(1, rows.reshape(-1), fields.double().flatten(1))
         if strata is None:
             strata = torch.full((count,), -1, device=mask.device)
-        # gather_for_metrics drops the rows that the sampler repeated to fill the last batch of several processes.
+        # gather_for_metrics drops rows that the sampler repeated to fill the last batch of several processes.
         sums, strata = self.accelerator.gather_for_metrics((sums.T.contiguous(), strata))
         self._validation.index_add_(0, strata.cpu() % len(self._validation), sums.cpu())
 
@@ -194,7 +194,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
             optimizer_cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             arguments |= {"loraplus_weight_decay": self.args.weight_decay, **self.loraplus}
             self.optimizer: Any = create_loraplus_optimizer(self.model, optimizer_cls, **arguments)
-            # Groups that stay empty (no adapted embedding, say) are of no use, and not every optimizer bears them.
+            # Some optimizers reject empty groups, for example that of embeddings without an adapter.
             self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
         return super().create_optimizer(model)
 
@@ -202,7 +202,7 @@ class SeveritySFTTrainer(TrainerWorkarounds, SFTTrainer):
         step = super().training_step
 
         def undo() -> list[dict[str, Any]]:
-            # The backward pass may have broken off half-way, so the gradient of the step begins anew.
+            # The backward pass may have stopped half-way, so the step starts again without gradients.
             model.zero_grad()
             self.uncount_tokens_of_step()
             return list(takewhile(lambda batch: batch is not inputs, self.step_batches))

@@ -1,4 +1,4 @@
-"""Trainings in processes that can be killed, started in a blink.
+"""Trainings in child processes that tests can kill; the processes start fast.
 
 They are forked from the tests' process, which has the libraries: to load them takes longer than these small trainings.
 """

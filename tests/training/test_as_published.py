@@ -1,4 +1,4 @@
-"""What the published notebooks do otherwise, each beside their own lines; all off, nothing is changed."""
+"""The settings of as_published, each compared with the code of the notebooks; by default all are off."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prepared(
     """The rows, and their texts as the notebooks write them."""
     scratch.mkdir()
     about = [(f"{one} {number}", SENTENCES[number % 5]) for number, one in enumerate(SENTENCES * 3)]
-    rows = [{"question": asked, "answer": said, "severity": SEVERITIES[len(asked) % 3]} for asked, said in about]
+    rows = [{"question": one, "answer": answer, "severity": SEVERITIES[len(one) % 3]} for one, answer in about]
     (scratch / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     values = {"data": {"path": str(scratch / "rows.json")}, "severity": severity or {}, "as_published": published}
     recipe = recipe_from_values({**values, "training": {"max_length": LENGTH, "global_batch_size": 8}})

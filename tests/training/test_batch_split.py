@@ -1,4 +1,4 @@
-"""How an optimizer step is divided: by the memory plan and the device's memory, never by timings."""
+"""The batch split follows from the memory plan and the device's memory, never from timings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_fastest_split_that_fits_is_taken_and_the_batch_never_changes() -> N
         141: (4, 2, True),
         139: (2, 4, True),
         115: (1, 8, True),
-        1: (1, 8, True),  # nothing fits: the least, and the training says the rest
+        1: (1, 8, True),  # nothing fits: the smallest batch; the training reports the rest
     }
     assert {available: chosen(split({}, available)) for available in expected} == expected
 
@@ -129,11 +129,11 @@ def test_a_resume_takes_what_the_run_chose(tmp_path: Any) -> None:
         (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         return Run(tmp_path)
 
-    asked = recipe_from_values({})
-    started = resolve_split(asked, PLAN, 300)
-    assert is_automatic(asked) and not is_automatic(started)
+    given = recipe_from_values({})
+    started = resolve_split(given, PLAN, 300)
+    assert is_automatic(given) and not is_automatic(started)
     run = run_with(started)
-    assert as_started(asked, run) == started
+    assert as_started(given, run) == started
     assert as_started(started, run) == started
     other = recipe_from_values({"training": {"learning_rate": 1e-5}})
     assert as_started(other, run) != started
@@ -145,12 +145,12 @@ def test_rows_are_put_into_one_where_the_model_keeps_them_apart(
 ) -> None:
     monkeypatch.setattr(resolve, "memory_plan", lambda recipe, on_gpu: (PLAN, "a test"))
     model = {"name_or_path": str(model_folder(architecture))}
-    asked = recipe_from_values({"model": model, "training": {"use_cpu": True, "gradient_checkpointing": False}})
-    resolved = choose_layout(asked, split_here(asked), build_model(architecture), 100)
+    given = recipe_from_values({"model": model, "training": {"use_cpu": True, "gradient_checkpointing": False}})
+    resolved = choose_layout(given, split_here(given), build_model(architecture), 100)
     found = resolved.training.settings()
     assert found["padding_free"] is layout
     assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == 8
     assert found["per_device_train_batch_size"] >= rows
     if layout:  # the mask of one long row has a number for each pair of its tokens
-        longer = choose_layout(asked, split_here(asked), build_model(architecture), 5000)
+        longer = choose_layout(given, split_here(given), build_model(architecture), 5000)
         assert longer.training.settings()["per_device_eval_batch_size"] == 1

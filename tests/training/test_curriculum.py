@@ -1,4 +1,4 @@
-"""Rows come in the stages that were asked for, in the steps of a plain training, and a resume finds its place."""
+"""A curriculum gives each step rows of its stage, with the steps of a plain training, also after a resume."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from sevpeft.evaluation.report.page import write_report
 from sevpeft.recipe import CurriculumSection, load_recipe, recipe_from_values
 from sevpeft.runs import Run
 from sevpeft.sharing.card import write_card
+from sevpeft.training.checkpoints import checkpoint_damage, files_to_resume
 from sevpeft.training.curriculum import Curriculum
 from sevpeft.training.screen import run_summary
 from sevpeft.training.train import train
@@ -154,6 +155,14 @@ def test_epochs_per_stage_are_as_many_rows_as_separate_trainings_take(tmp_path: 
     assert curriculum.steps == curriculum.args.max_steps == 5 + 9 + 12
 
 
+def test_equal_measured_losses_change_no_number_of_steps(tmp_path: Path) -> None:
+    curriculum = planned(tmp_path, np.arange(16), difficulty="loss", epochs_per_stage=1)
+    ends = [stage.end for stage in curriculum.stages]
+    curriculum.counts["losses"] = [np.repeat([1.0, 2.0, 3.0], [10, 3, 3]).tolist(), []]
+    assert all(rows_of_steps(curriculum)) and [stage.end for stage in curriculum.stages] == ends
+    assert [len(stage.pool) for stage in curriculum.stages] == [10, 3, 3]
+
+
 def test_the_learning_rate_of_each_step_is_that_of_its_stage(tmp_path: Path) -> None:
     rates = [1e-3, 5e-4, 2e-4]
     for settings, expected in (
@@ -219,6 +228,15 @@ def test_a_kill_inside_a_stage_at_its_end_or_in_what_is_measured_there_changes_n
     for name, weight in whole.curriculum.frozen.items():
         assert torch.equal(weight, ended[name.replace(".default", "")])
     assert len(whole.curriculum.frozen) == (len(ended) if kind == ICFT else 0)
+
+
+def test_a_kill_in_what_is_measured_after_a_stage_loses_no_step(tmp_path: Path) -> None:
+    for step in (2, 6):  # the ends of the first and of the last stage
+        stopped = staged(tmp_path / str(step), [Killed(step)], options={"save_steps": 100})
+        with pytest.raises(KeyboardInterrupt):
+            stopped.train()
+        checkpoint = tmp_path / str(step) / f"checkpoint-{step}"
+        assert checkpoint_damage(checkpoint, files_to_resume(stopped.accelerator)) is None, step
 
 
 def test_each_step_replays_its_share_of_the_last_rows_and_of_those_whose_loss_stays_high(tmp_path: Path) -> None:
@@ -450,7 +468,7 @@ def test_a_training_starts_from_an_adapter_and_repeats_that_after_a_kill(
     # Without a checkpoint it has to be there, and the same.
     shutil.move(third.adapter, moved / "adapter")
     shutil.rmtree(third.checkpoints)
-    with pytest.raises(RunError, match="bring it back"):
+    with pytest.raises(RunError, match="restore it"):
         train(load_recipe(QUICKSTART, words), third.folder, resume=True)
 
 

@@ -1,4 +1,4 @@
-"""A row is prompt and answer; the answer alone is labeled and weighted; what does not fit costs the question."""
+"""A row is prompt and answer; only the answer is labeled and weighted; only the question is shortened."""
 
 from __future__ import annotations
 

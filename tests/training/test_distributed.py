@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed with real processes on gloo: the adapter of one process, whole, resumed, or refused."""
+"""FSDP2 and DeepSpeed with real processes on gloo: their adapter is that of one process, also after a resume."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def variables_of(config: str) -> dict[str, str]:
     """What `accelerate launch` puts into the environment for an engine of accelerate_configs/."""
     path = ROOT / "accelerate_configs" / f"{config}.yaml"
     words = ["--config_file", str(path), "--main_process_port", "0", "-m", "sevpeft"]
-    asked, config_file, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-    asked.deepspeed_fields_from_accelerate_config = ",".join(config_file.deepspeed_config)
-    found = prepare_deepspeed_cmd_env(asked)[1] if asked.use_deepspeed else prepare_multi_gpu_env(asked)
+    requested, config_file, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    requested.deepspeed_fields_from_accelerate_config = ",".join(config_file.deepspeed_config)
+    found = prepare_deepspeed_cmd_env(requested)[1] if requested.use_deepspeed else prepare_multi_gpu_env(requested)
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
@@ -134,10 +134,10 @@ def test_zero_trains_the_adapter_of_one_process(tmp_path: Path, settings: list[s
 def test_a_launch_for_fsdp_that_would_become_ddp_is_an_error(tmp_path: Path) -> None:
     """Two processes as the launcher starts them for fsdp2.yaml; it is accelerate that would take DDP, on a CPU."""
     run = tmp_path / "run"
-    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "false"}
-    processes = start(train_in_child, QUICKSTART, [], run, None, str(tmp_path), processes=2, variables=asked)
+    requested = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "false"}
+    processes = start(train_in_child, QUICKSTART, [], run, None, str(tmp_path), processes=2, variables=requested)
     assert exit_codes(processes) == [1, 1]
-    assert "asked for FSDP, and DDP" in message_of(processes[0], tmp_path)
+    assert "cpu_2.yaml" in message_of(processes[0], tmp_path)
     assert not run.exists()
 
 
@@ -252,7 +252,7 @@ def test_quantized_weights_pose_as_the_type_that_is_divided(fsdp: pytest.MonkeyP
     assert storage(ON_CPU) == torch.float32
     mixed = Precision(torch.float32, bf16=True, fp16=False)
     assert storage(mixed) == torch.bfloat16
-    with pytest.raises(ModelError, match=r"bnb_4bit_quant_storage=uint8 .* which are bfloat16 here; write auto"):
+    with pytest.raises(ModelError, match=r"bnb_4bit_quant_storage=uint8.*auto"):
         storage(mixed, "quantization.bnb_4bit_quant_storage=uint8")
     fsdp.delenv("ACCELERATE_USE_FSDP")
     assert storage(mixed) == torch.uint8
@@ -288,13 +288,13 @@ def test_log_probabilities_are_not_rounded_by_fsdp(fsdp: pytest.MonkeyPatch) -> 
 
 
 def test_a_model_that_is_not_in_fsdps_hands_takes_no_step(fsdp: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunError, match="asked for FSDP, and one process would train"):
+    with pytest.raises(RunError, match=r"FSDP.*fsdp2\.yaml"):
         check_engine_of_model(Accelerator(cpu=True), adapted())
 
 
 def test_an_adapter_that_was_not_gathered_is_refused(tmp_path: Path) -> None:
     model = adapted()
-    with pytest.raises(RunError, match="with 0 of its"):
+    with pytest.raises(RunError, match=r"fsdp2\.yaml"):
         check_adapter_is_complete(tmp_path, model)
     model.save_pretrained(tmp_path)
     check_adapter_is_complete(tmp_path, model)
@@ -303,12 +303,12 @@ def test_an_adapter_that_was_not_gathered_is_refused(tmp_path: Path) -> None:
     name = sorted(whole)[0]
     for part in (torch.empty(0), whole[name][: len(whole[name]) // 2].clone()):
         save_file(whole | {name: part}, path)
-        with pytest.raises(RunError, match="were not gathered"):
+        with pytest.raises(RunError, match=r"fsdp2\.yaml"):
             check_adapter_is_complete(tmp_path, model)
 
 
 def test_a_run_is_resumed_by_the_processes_that_began_it_only() -> None:
     here = Accelerator(cpu=True)
     check_same_processes(here, {"processes": 1, "engine": "one process"})
-    with pytest.raises(RunError, match="started with 2 × FSDP2 and cannot be resumed with 1 × one process"):
+    with pytest.raises(RunError, match=r"2 × FSDP2.*1 × one process"):
         check_same_processes(here, {"processes": 2, "engine": "FSDP2"})

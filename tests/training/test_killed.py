@@ -1,4 +1,4 @@
-"""A run that was killed, however often and wherever, ends with the same bits as one that was left alone."""
+"""A run that is killed at any moment, any number of times, ends with the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def assert_the_same_run(one: Run, other: Run) -> None:
 
 
 def logged(run: Run) -> list[dict[str, Any]]:
-    """log.jsonl without what the clock says, and without its last line, which is about one start."""
+    """log.jsonl without times, and without its last line, which is about one start."""
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     clock = ("time", "runtime", "per_second")
     return [

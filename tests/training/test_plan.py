@@ -122,6 +122,8 @@ def test_a_row_says_where_its_weight_is_from(model_folder: Callable[..., Path], 
     found = training_rows(load_recipe(QUICKSTART, base), 1)
     names = ("words", "probabilities", "weight")
     assert [[row[name] for name in names] for row in found] == [[same[EVIDENCE], [0, 0, 1], 1.5]]
+    (row,) = training_rows(load_recipe(QUICKSTART, [*base, "severity.reduction=examples"]), 1)
+    assert row["weight"] == pytest.approx(1.5, rel=1e-5), "of the consultation, not of a token"
     data.write_text("question,answer\n" + "\n".join(f"سؤال {n} عن شيء,جواب" for n in range(20)), encoding="utf-8")
     data.rename(tmp_path / "plain.csv")
     plain = [base[0], f"data.path={tmp_path / 'plain.csv'}", "severity.control=uniform"]
@@ -146,7 +148,7 @@ def test_what_training_would_refuse_of_the_adapter_is_refused_by_the_plan(
 ) -> None:
     monkeypatch.undo()
     recipe = load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}", "lora.target_modules=[q_prj]"])
-    with pytest.raises(ModelError, match=r"llama has no q_prj; it has .*q_proj"):
+    with pytest.raises(ModelError, match=r"q_prj.*q_proj"):
         plan(recipe)
 
 
@@ -165,7 +167,7 @@ def test_with_everything_at_hand_memory_and_time_are_planned_too(
 
 def test_a_prompt_that_training_would_refuse_is_refused(model_folder: Callable[..., Path]) -> None:
     recipe = load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}", "prompt.chat=true"])
-    with pytest.raises(ModelError, match="has no chat template"):
+    with pytest.raises(ModelError, match=r"chat.template"):
         plan(recipe)
 
 
@@ -190,6 +192,6 @@ def test_the_screen_shows_the_weights_and_warns_when_they_are_all_the_same(model
     assert "effective sample size 257 of 300 (86%)" in text and text.count("█") > 30 and "Warning" not in text
     assert all(len(line) <= 80 for line in text.splitlines())
     same = ["severity.weights={non_critical: 1, neutral: 1, critical: 1.01}"]
-    assert "too close together" in " ".join(shown(plan(load_recipe(QUICKSTART, base + same))).split())
+    assert "severity.temperature=" in " ".join(shown(plan(load_recipe(QUICKSTART, base + same))).split())
     plain = shown(plan(load_recipe(QUICKSTART, [*base, "severity.control=uniform"])))
     assert "plain cross-entropy" in plain and "Warning" not in plain

@@ -1,4 +1,4 @@
-"""What a training does to a quantized base model, and what it leaves alone.
+"""Training on a quantized base model: what changes and what does not.
 
 `prepare_model_for_kbit_training`, which PEFT's documentation asks for, would copy norms, embeddings and the head to
 float32. TRL 1.16 does not call it. What is needed of it is pinned here: the base frozen, inputs that carry gradients,

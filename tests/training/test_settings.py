@@ -1,4 +1,4 @@
-"""From the recipe to SFTConfig and the optimizer: every setting arrives, and what cannot work is refused."""
+"""Settings of a recipe reach SFTConfig and the optimizer; settings that cannot work are refused."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_values_that_cannot_work_are_refused_in_one_sentence(tmp_path: Path) -> 
 def test_several_processes_do_not_look_for_a_batch_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not config(tmp_path, auto_find_batch_size=True).auto_find_batch_size, "the trainer does it, in its own way"
     monkeypatch.setattr(resolve, "PartialState", lambda: SimpleNamespace(num_processes=2))
-    with pytest.raises(RecipeError, match="auto_find_batch_size works on one process only"):
+    with pytest.raises(RecipeError, match="per_device_train_batch_size"):
         config(tmp_path, auto_find_batch_size=True)
 
 

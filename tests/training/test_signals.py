@@ -1,4 +1,4 @@
-"""Signals: who handles them before, during and after a training, and what a launcher's end does."""
+"""Signal handling before, during and after a training, and at the end of a launcher."""
 
 from __future__ import annotations
 

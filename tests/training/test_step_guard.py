@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing, and is said."""
+"""A step that is not finite changes nothing and is reported."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def poisoned(rows: Dataset, *positions: int) -> Dataset:
 
 
 def guarded(folder: Path, rows: Dataset, *, patience: int = 3, **options: Any) -> Any:
-    """A trainer on a model with a sick embedding, with its guard; messages are in `trainer.messages`."""
+    """A trainer on a model with a NaN embedding, with its guard; messages are in `trainer.messages`."""
     model = build_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[POISON] = math.nan
@@ -69,7 +69,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, layout: str) 
 def test_adapter_and_optimizer_are_as_if_the_step_had_not_been(tmp_path: Path) -> None:
     trainer = guarded(tmp_path, poisoned(make_rows(), *range(16)), patience=100, max_steps=3)
     before = adapter_of(trainer)
-    with pytest.raises(RunError, match="None of the 3 steps"):
+    with pytest.raises(RunError, match=r"training\.learning_rate"):
         trainer.train()
     assert_equal(before, adapter_of(trainer))
     assert not trainer.optimizer.state_dict()["state"]

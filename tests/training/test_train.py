@@ -1,4 +1,4 @@
-"""A run folder from start to end: complete, repeatable, resumable, equal on two processes; and what it shows."""
+"""Whole runs: the folder is complete, repeatable, resumable and equal on two processes; output on the screen."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def trained(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_the_adapter_asks_and_ends_as_it_was_trained(trained: tuple[Run, str]) -> None:
     run, tokenizer = trained[0], AutoTokenizer.from_pretrained(trained[0].adapter)
-    asked = [{"role": "user", "content": "عندي صداع"}]
+    prompt_messages = [{"role": "user", "content": "عندي صداع"}]
     prompt = resolve_model(load_recipe(run.folder / "recipe.yaml")).prompt
-    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(prompt_messages, add_generation_prompt=True, return_dict=False)
     assert ids == prompt.prompt_ids(["عندي صداع"])[0]
     assert prompt.end_id in GenerationConfig.from_pretrained(run.adapter).eos_token_id
 
@@ -163,7 +163,7 @@ def test_a_resumed_run_reports_damage_and_ends_with_the_same_bits(
     path.write_bytes(bytes(path.stat().st_size))
     screen = Console(file=io.StringIO(), width=200)
     train(load_recipe(QUICKSTART, settings), copied.folder, resume=True, console=screen)
-    assert "checkpoint-4 does not hold optimizer.pt" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"checkpoint-4 .*optimizer\.pt", screen.file.getvalue())  # type: ignore[attr-defined]
     assert copied.metrics()["training"]["resumed_from"] == "checkpoint-2"
     assert_same_bits(trained[0], copied)
     assert copied.metrics()["training"]["train_loss"] == pytest.approx(
@@ -215,8 +215,8 @@ def test_samples_are_private_change_no_bit_and_come_once_also_after_a_kill(
     # The last answers are those of the saved adapter.
     model = attach_adapter(load_model(recipe, choose_precision(recipe)), run.adapter, recipe)
     prompt = torch.tensor([build_tokenizer()(lines[-1]["prompt"])["input_ids"]])
-    said = model.eval().generate(input_ids=prompt, max_new_tokens=3, do_sample=False)[0, prompt.shape[1] :]
-    assert build_tokenizer().decode(said, skip_special_tokens=True).strip() == lines[-1]["prediction"]
+    output = model.eval().generate(input_ids=prompt, max_new_tokens=3, do_sample=False)[0, prompt.shape[1] :]
+    assert build_tokenizer().decode(output, skip_special_tokens=True).strip() == lines[-1]["prediction"]
     # Killed after the answers of step 4, and while a line was written that a reader must not trip over.
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoints / "checkpoint-4")
@@ -264,13 +264,16 @@ def test_a_validation_shows_its_rows_and_the_time_left(tmp_path: Path, monkeypat
     console = Console(file=io.StringIO(), width=60)
     progress, loader = RunProgress(Run(tmp_path), console), DataLoader(range(10), batch_size=4)
     progress.on_train_begin(make_config(tmp_path), TrainerState(), TrainerControl())
+    measured = DataLoader(range(10), batch_size=2)
+    for _ in measured:  # by a curriculum, outside a validation
+        progress.on_prediction_step(eval_dataloader=measured)
     for _ in range(2):  # validations
         for _ in loader:
             progress.on_prediction_step(eval_dataloader=loader)
         progress.on_evaluate()
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     done = [re.search(r"validating (\d+)/10, 0:0\d:\d\d left", line) for line in lines]
-    assert [int(one[1]) for one in done if one] == [3, 7, 10] * 2
+    assert [int(one[1]) for one in done if one] == [2, 4, 6, 8, 10, *[3, 7, 10] * 2]
 
 
 def test_a_machine_that_counts_no_energy_has_none_and_nvml_counts_millijoules(
@@ -461,4 +464,4 @@ def train_after_evaluation(folder: Path) -> None:
 def test_two_processes_that_would_train_apart_are_stopped(tmp_path: Path) -> None:
     processes = start(train_after_evaluation, tmp_path, str(tmp_path), processes=2)
     assert exit_codes(processes) == [1, 1]
-    assert "without exchanging gradients" in message_of(processes[0], tmp_path)
+    assert "eval_on_start=True" in message_of(processes[0], tmp_path)

@@ -1,4 +1,4 @@
-"""What is trained is what is saved: every start and variant of an adapter, on a plain and on a quantized base."""
+"""The trained adapter is the saved one: every initialization and variant, on a plain and on a quantized base."""
 
 from __future__ import annotations
 
