@@ -119,8 +119,8 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         column = names.get(weighting.weight_column, weighting.weight_column)
         try:
             severity = severity_of(own.rows if plain else table.rows, weight_column=column, **how)
-        except WeightError as error:
-            raise WeightError(f"{table.source}: {error}") from None
+        except (DataError, WeightError) as error:
+            raise type(error)(f"{table.source}: {error}") from None
         unknown = np.full((len(table.rows) - len(severity.probabilities), len(SEVERITIES)), np.nan)
         severity = replace(severity, probabilities=np.concatenate([severity.probabilities, unknown]))
     rows, first = table.rows.add_column("source_index", np.arange(len(table.rows))), range(len(own.rows))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -15,7 +17,7 @@ from rich.text import Text
 from sevpeft.console import LABEL_WIDTH, print_labeled
 from sevpeft.errors import UnknownModelError
 from sevpeft.modeling.compat import weights_are_sharded
-from sevpeft.modeling.loading import LARGEST_QUANTIZED_ON_CPU, uses_gpu
+from sevpeft.modeling.loading import LARGEST_QUANTIZED_ON_CPU, choose_precision, uses_gpu
 from sevpeft.modeling.memory import EFFICIENCY, GIB, LARGEST_BATCH, TFLOPS
 from sevpeft.recipe import Recipe
 from sevpeft.runs import Run
@@ -28,6 +30,9 @@ from sevpeft.training.resolve import device_memory, memory_plan, split_here
 
 # Columns of the weight histogram in a terminal of 80, and of the bar of a memory item.
 HISTOGRAM_WIDTH, BAR_WIDTH = 79 - LABEL_WIDTH, 15
+# Share of a CPU's matrix product that a training reaches, by the steps of Gemma-3-270M in tests/README.md: .31 in
+# bfloat16 with AVX512, .46 in float32 with AVX2.
+CPU_EFFICIENCY = 0.35
 _COST = {"tokens_per_second": "tokens/s", "peak_gpu_gib": "GiB of the GPU", "peak_cpu_gib": "GiB at most"}
 _COST |= {"gpu_watt_hours": "Wh of the GPU", "cpu_watt_hours": "Wh of the processors"}
 
@@ -182,10 +187,26 @@ def show_plan(plan: Plan, console: Console) -> None:
             print_labeled(console, "Unknown", f"{what}: {reason}", style="yellow")
     if plan.fitting is not None:
         show_fitting(plan.fitting, console)
-    if (seconds := plan.epoch_seconds) is not None:
-        duration = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
-        speed = f"at {EFFICIENCY:.0%} of the {TFLOPS:g} TFLOP/s of an RTX 4090, without padding and validation"
-        print_labeled(console, "Time", f"about {duration} an epoch of {plan.tokens:,} tokens, {speed}")
+    if plan.epoch_seconds is not None:
+        measured = None if uses_gpu(recipe) else _cpu_tflops(choose_precision(recipe).dtype)
+        peaks = [(TFLOPS, EFFICIENCY, "of an RTX 4090")]
+        peaks += [(measured, CPU_EFFICIENCY, "that a matrix product reached on this CPU")] if measured else []
+        for tflops, share, where in peaks:
+            seconds = plan.epoch_seconds * TFLOPS * EFFICIENCY / (tflops * share)
+            duration = f"{seconds / 3600:,.1f} h" if seconds >= 5400 else f"{max(seconds / 60, 1):.0f} min"
+            speed = f"at {share:.0%} of the {tflops:.3g} TFLOP/s {where}, without padding and validation"
+            print_labeled(console, "Time", f"about {duration} an epoch of {plan.tokens:,} tokens, {speed}")
+
+
+def _cpu_tflops(dtype: torch.dtype) -> float:
+    """TFLOP/s of this CPU in a matrix product of this dtype, the best of three."""
+    one, other = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
+    times = list[float]()
+    for _ in range(4):  # the first one also starts the threads
+        began = time.perf_counter()
+        one @ other
+        times.append(time.perf_counter() - began)
+    return float(2 * 1024 * 2048 * 1024 / min(times[1:]) / 1e12)
 
 
 def show_fitting(need: Fitting, console: Console) -> None:

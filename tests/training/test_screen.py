@@ -92,6 +92,18 @@ def test_a_machine_that_is_too_small_is_warned_about(monkeypatch: pytest.MonkeyP
     assert "too much" in large and "hours an epoch" in large
 
 
+def test_the_hours_of_an_epoch_are_told_for_a_gpu_and_for_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "show_data", lambda *_: None)
+    monkeypatch.setattr(screen, "_cpu_tflops", lambda dtype: 0.5)
+    recipe, console = load_recipe(RECIPES / "quickstart.yaml"), Console(file=io.StringIO(), width=80)
+    known = {"recipe": recipe, "data": {}, "weights": None, "tokens": 1000, "epoch_seconds": 3600.0}
+    plan = SimpleNamespace(**known, steps=None, unknown=None, memory_unknown=None, fitting=None)
+    screen.show_plan(plan, console)  # type: ignore[arg-type]
+    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "about 60 min an epoch of 1,000 tokens, at 30% of the 165 TFLOP/s" in shown
+    assert "about 282.9 h an epoch of 1,000 tokens, at 35% of the 0.5 TFLOP/s" in shown  # 3600 · 165 · .3 / (.5 · .35)
+
+
 def test_a_severity_without_validation_rows_is_said_to_have_none(tmp_path: Path) -> None:
     run, losses = Run(tmp_path), {"loss": 2.0, "loss_neutral": 2.0}
     model = {"name_or_path": "x", "model_type": "llama", "dtype": "float32", "bits": None}
