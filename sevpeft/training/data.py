@@ -120,7 +120,8 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         try:
             severity = severity_of(own.rows if plain else table.rows, weight_column=column, **how)
         except (DataError, WeightError) as error:
-            raise type(error)(f"{table.source}: {error}") from None
+            kind = WeightError if isinstance(error, WeightError) else DataError
+            raise kind(f"{table.source}: {error}") from None
         unknown = np.full((len(table.rows) - len(severity.probabilities), len(SEVERITIES)), np.nan)
         severity = replace(severity, probabilities=np.concatenate([severity.probabilities, unknown]))
     rows, first = table.rows.add_column("source_index", np.arange(len(table.rows))), range(len(own.rows))

@@ -190,13 +190,13 @@ def test_a_weight_is_never_one_in_silence(tmp_path: Path) -> None:
     fine, path = [1.0] * 40, tmp_path / "x.jsonl"
     wrong = []
     for bad, error, parts in (
-        ("heavy", DataError, ("Row 3", "weight")),
-        ("", WeightError, ("Row 3", "weight")),
-        (None, WeightError, ("Row 3", "weight")),
-        ("nan", WeightError, ("Row 3", "weight")),
-        (-1, WeightError, ("Row 3", "weight")),
-        ("inf", WeightError, ("Row 3", "weight")),
-        ([1], (DataError, WeightError), ("Row 3", "weight")),
+        ("heavy", DataError, ("x.jsonl: Row 3", "weight")),
+        ("", WeightError, ("x.jsonl: Row 3", "weight")),
+        (None, WeightError, ("x.jsonl: Row 3", "weight")),
+        ("nan", WeightError, ("x.jsonl: Row 3", "weight")),
+        (-1, WeightError, ("x.jsonl: Row 3", "weight")),
+        ("inf", WeightError, ("x.jsonl: Row 3", "weight")),
+        ([1], (DataError, WeightError), ("x.jsonl: Row 3", "weight")),
     ):
         with pytest.raises(error) as refused:
             load_splits(weighted(path, [*fine[:2], bad, *fine[3:]]))
