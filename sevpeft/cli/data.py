@@ -105,7 +105,8 @@ def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:
         return
     words = ["sevpeft", "annotate", str(output), f"{output.parent / output.name.replace('.', '-')}-annotated"]
     given = {"severity", *PROBABILITIES} & columns.keys()
-    yield f"Next: {shlex.join([*words, 'method=rules', *['replace=true'] * bool(given)])}"
+    replace = "missing" if given == {"severity"} and len(found) > 1 and not unknown else "true"
+    yield f"Next: {shlex.join([*words, 'method=rules', *[f'replace={replace}'] * bool(given)])}"
 
 
 def _tables(about: Mapping[str, Any]) -> Iterator[RenderableType]:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from sevpeft.data.columns import free_name, listed
@@ -18,12 +19,19 @@ from sevpeft.data.read import PREPARED_ABOUT, PREPARED_ROWS, Consultations, load
 from sevpeft.errors import DataError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS
 from sevpeft.runs import check_absent, file_hash, keep_private, plain_disk_errors, whole_folder
-from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, check_answers, severity_probabilities
+from sevpeft.severity.probabilities import (
+    PROBABILITY_COLUMNS,
+    SEVERITIES,
+    check_answers,
+    severity_positions,
+    severity_probabilities,
+)
 from sevpeft.severity.settings import AnnotateSettings
 from sevpeft.severity.source import EVIDENCE, classify_rows, load_source
 from sevpeft.severity.weights import WeightSummary, severity_weights
 
 METHOD, VERSION = "severity_method", "severity_version"
+GIVEN = "given"  # the method of a row that keeps the severity of the data
 # Columns that every row gets; evidence only if the classifier gives it.
 ADDED = (*PROBABILITY_COLUMNS, "severity", METHOD, VERSION, EVIDENCE)
 ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -69,13 +77,17 @@ def annotate(settings: AnnotateSettings, output: Path) -> Annotation | None:
             return None
     classified = classify_rows(consultations.rows, classifier)  # from the cache, after several processes
     probabilities = severity_probabilities(classified)
+    given = np.full(len(classified), -1)
+    if settings.replace == "missing":
+        given = severity_positions(consultations.rows, missing=True)
+        probabilities[given >= 0] = np.eye(len(SEVERITIES))[given[given >= 0]]
     likeliest = probabilities.argmax(axis=1)
     columns = {name: pa.array(column) for name, column in zip(PROBABILITY_COLUMNS, probabilities.T, strict=True)}
     columns["severity"] = pa.array(SEVERITIES).take(pa.array(likeliest))
-    columns[METHOD] = pa.repeat(classifier.kind, len(classified))
-    columns[VERSION] = pa.repeat(classifier.version, len(classified))
+    columns[METHOD] = pa.array(np.where(given >= 0, GIVEN, classifier.kind))
+    columns[VERSION] = pa.array(np.where(given >= 0, "", classifier.version))
     if EVIDENCE in classified.column_names:
-        columns[EVIDENCE] = classified.with_format("arrow")[:][EVIDENCE]
+        columns[EVIDENCE] = pa.array(np.where(given >= 0, "", classified[EVIDENCE][:]))
     rows = consultations.rows.select_columns(list(kept)).rename_columns(kept)
     rows = datasets.concatenate_datasets([rows, datasets.Dataset(pa.table(columns))], axis=1)
     weights = WeightSummary.of(severity_weights(probabilities, SEVERITY_PRESETS["balanced"]), likeliest)
@@ -89,7 +101,7 @@ def annotate(settings: AnnotateSettings, output: Path) -> Annotation | None:
     return annotation
 
 
-def _columns(consultations: Consultations, *, replace: bool, numbered: bool) -> dict[str, str]:
+def _columns(consultations: Consultations, *, replace: bool | str, numbered: bool) -> dict[str, str]:
     """Name in the table → name in OUTPUT, without the columns to replace; `numbered` keeps the row number."""
     read, carried = consultations.columns, consultations.carried
     annotated = any(column in (METHOD, VERSION, EVIDENCE) for column in carried.values())
@@ -97,7 +109,11 @@ def _columns(consultations: Consultations, *, replace: bool, numbered: bool) -> 
     severity = {name: column for name, column in read.items() if name in ("severity", *PROBABILITY_COLUMNS)}
     if not replace and (own or severity):
         present = f"{consultations.source} has severity already ({listed({**severity, **own}.values())})"
-        raise DataError(f"{present}: train on it, or add replace=true (labels by people stay, as severity_given).")
+        remedy = "replace=missing for rows without one, or replace=true for all (labels stay as severity_given)"
+        raise DataError(f"{present}: train on it, or add {remedy}.")
+    if replace == "missing" and (own or [*severity] != ["severity"]):
+        remedy = "leave out replace=missing, or use replace=true"
+        raise DataError(f"{consultations.source} has no column of severities by people to complete; {remedy}.")
     kept = {"row": "row"} if numbered or "row" in consultations.provenance.get("columns", ()) else {}
     for name in consultations.rows.column_names:
         if name != "row" and name not in own:
@@ -136,8 +152,8 @@ def _write_folder(rows: datasets.Dataset, output: Path, consultations: Consultat
         (folder / PREPARED_ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         card = (source / "README.md").read_text(encoding="utf-8").partition("\n## Severity\n")[0]
         card = card.replace(consultations.fingerprint, about["fingerprint"]) + (
-            "\n## Severity\n\nThe labels are from a classifier. Labels by people, if any, are `severity_given`. Method "
-            f"`{annotation.method}`, version `{annotation.version}`. Likeliest: "
+            "\n## Severity\n\nThe labels are from a classifier, unless `severity_method` is `given`. Labels by people "
+            f"are in `severity_given`. Method `{annotation.method}`, version `{annotation.version}`. Likeliest: "
             + ", ".join(f"{name} in {count:,} rows" for name, count in annotation.counts.items())
         )
         (folder / "README.md").write_text(card + ".\n", encoding="utf-8")

@@ -85,7 +85,7 @@ def severity_probabilities(rows: Dataset) -> np.ndarray:
     if len(missing) < len(PROBABILITY_COLUMNS):
         raise WeightError(f"The data has no {', '.join(missing)}; add it, or remove the other probabilities.")
     if "severity" in rows.column_names:
-        return _from_names(rows)
+        return np.eye(len(SEVERITIES))[severity_positions(rows)]
     raise WeightError(
         "The data has no severity column, nor p_non_critical, p_neutral and p_critical: name one with "
         "data.severity_column=NAME, set severity.source=rules, or train without severity (severity.control=uniform)."
@@ -114,16 +114,19 @@ def _from_columns(rows: Dataset) -> np.ndarray:
     return np.asarray(probabilities / sums[:, None])
 
 
-def _from_names(rows: Dataset) -> np.ndarray:
-    # Arrow's dictionary encoding makes a few strings and an array of numbers of 430,000 names.
+def severity_positions(rows: Dataset, *, missing: bool = False) -> np.ndarray:
+    """Position in SEVERITIES (n,) of every row's name; -1 for an empty one, which is an error unless `missing`."""
+    # Encoded in Arrow, so that 430,000 names are a few strings and an array of numbers.
     column = rows.select_columns(["severity"]).with_format("arrow")[:]["severity"].combine_chunks()
     encoded = pc.fill_null(column, "").dictionary_encode()
     names = encoded.dictionary.to_pylist()
     positions = np.array([_INDEX.get(fold_for_matching(name), -1) for name in names], dtype=np.int64)
-    severities = positions[encoded.indices.to_numpy(zero_copy_only=False)]
-    # The message does not show the value: a wrong column may have the patients' words.
-    check_rows(rows, severities < 0, "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج).")
-    return np.eye(len(SEVERITIES))[severities]
+    allowed = np.array([missing and not name.strip() for name in names], dtype=bool)
+    at = encoded.indices.to_numpy(zero_copy_only=False)
+    # The names are not shown, because a wrongly chosen column holds patients' text.
+    wrong = ((positions < 0) & ~allowed)[at]
+    check_rows(rows, wrong, "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج).")
+    return np.asarray(positions[at])
 
 
 def check_answers(rows: Dataset, reads: Reads) -> None:

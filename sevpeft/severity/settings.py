@@ -32,8 +32,8 @@ class AnnotateSettings(_ReadingSettings):
     """Lexicon file of the rules; unset, the package's lexicon."""
     text: Literal["question", "answer", "both"] | None = None
     """Text to read; unset, as the classifier was fitted, or the question if a row has no answer."""
-    replace: bool = False
-    """Annotate rows that have severity already; labels by people are kept as severity_given."""
+    replace: bool | Literal["missing"] = False
+    """Annotate data that has severity already: all rows, or rows without one (missing). severity_given keeps labels."""
 
     @model_validator(mode="after")
     def _has_one_classifier(self) -> AnnotateSettings:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from sevpeft.data.read import load_consultations
-from sevpeft.errors import DataError, RunError, UsageError
+from sevpeft.errors import DataError, RunError, UsageError, WeightError
 from sevpeft.recipe import settings_from
 from sevpeft.severity.annotate import ADDED, Annotation, annotate
 from sevpeft.severity.probabilities import PROBABILITY_COLUMNS, SEVERITIES, severity_probabilities
@@ -165,6 +165,27 @@ def test_rows_that_have_severity_are_refused_without_replace(tmp_path: Path) -> 
         assert names(tmp_path) == ["in.jsonl"]
 
 
+def test_missing_severities_are_filled_in_and_those_of_people_stay(tmp_path: Path) -> None:
+    questions = ("عندي صداع", "نزيف شديد", "حبوب في الوجه", "سعال")
+    rows = [
+        {"question": question, "answer": "راجع الطبيب", "severity": severity}
+        for question, severity in zip(questions, ("حرج", "", "neutral", None), strict=True)
+    ]
+    source = jsonl(tmp_path / "in.jsonl", rows)
+    run(source, tmp_path / "all.jsonl", "method=rules", "replace=true")
+    run(source, tmp_path / "out.jsonl", "method=rules", "replace=missing")
+    written = [(tmp_path / name).read_text(encoding="utf-8") for name in ("all.jsonl", "out.jsonl")]
+    by_rules, filled = ([json.loads(line) for line in text.splitlines()] for text in written)
+    assert [row["severity_method"] for row in filled] == ["given", "rules", "given", "rules"]
+    assert [row["p_critical"] for row in filled[::2]] == [1, 0] and filled[2]["p_neutral"] == 1
+    assert [row["severity"] for row in filled[::2]] == ["critical", "neutral"] and filled[0]["severity_evidence"] == ""
+    assert filled[1::2] == by_rules[1::2] and filled[1]["severity_version"]
+    for bad, parts in (([{**rows[0], "severity": "شيء"}, rows[1]], "row 1|Row 1"), (filled, "replace=true")):
+        with pytest.raises((DataError, WeightError), match=parts):
+            run(jsonl(tmp_path / "in.jsonl", bad), tmp_path / "new.jsonl", "method=rules", "replace=missing")
+        assert not (tmp_path / "new.jsonl").exists()
+
+
 def test_what_people_gave_is_kept_and_what_a_classifier_gave_is_replaced(tmp_path: Path) -> None:
     people = ["critical", "neutral", "non_critical"]
     rows = [{**row, "label": people[i % 3], "p_critical": 0.25 if i else None} for i, row in enumerate(lines(9))]
@@ -292,7 +313,7 @@ def test_the_verb_shows_counts_weights_and_the_next_command_or_json_alone_or_its
     assert sum(content["counts"].values()) == 420 and content["weights"]["effective_sample_size"] > 0
     code, out, _ = verb("--help")
     assert code == 0
-    for key in ("method=rules|linear", "replace=true|false", "data.question_column=", "data.max_rows="):
+    for key in ("method=rules|linear", "replace=true|false|missing", "data.question_column=", "data.max_rows="):
         assert key in out
     assert "data.test_size" not in out and "data.path" not in out
 
