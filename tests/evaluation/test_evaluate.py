@@ -202,6 +202,16 @@ def test_a_kill_loses_at_most_one_batch(run: Run, counted: list[str]) -> None:
     assert evaluate(run) == content
 
 
+def test_a_file_without_rows_takes_the_origin_of_its_next_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    RowFile(path, {"seed": 1}).append([{"arm": "base", "id": "1"}])
+    path.write_bytes(b"")  # as after a disk that was full at the first row
+    RowFile(path, {"seed": 2}).append([{"arm": "base", "id": "1"}])
+    assert RowFile(path, {"seed": 2}).lines
+    with pytest.raises(RunError, match="seed"):
+        RowFile(path, {"seed": 1})
+
+
 def test_ctrl_c_keeps_what_is_done_and_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     append = module.RowFile.append
 
