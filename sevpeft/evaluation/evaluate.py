@@ -225,7 +225,7 @@ class RowFile:
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Adds lines with one write to the file."""
         with plain_disk_errors(self.path, when_full="free some, then run this again (finished answers are kept)"):
-            if not self.about.exists() or not self.path.exists():
+            if not self.lines or not self.about.exists():  # an empty file may have the origin of earlier settings
                 write_atomically(self.about, json.dumps(self._origin, ensure_ascii=False, indent=2) + "\n")
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
