@@ -144,7 +144,7 @@ def test_another_rubric_has_its_own_items_and_version_and_what_is_none_is_refuse
         (OTHER.replace("kindness", "reason"), "items.reason"),
         (OTHER.replace("better: higher", "best: higher"), "items.kindness.better"),
         ("name: [", "evaluation.judge.rubric"),
-        ("", "no rubric"),
+        ("", "not a rubric"),
         (None, "evaluation.judge.rubric"),
     ):
         path.unlink() if content is None else path.write_text(content, encoding="utf-8")
