@@ -348,7 +348,7 @@ def batching_problem(model: PreTrainedModel, end_id: int) -> str:
     allowed = _YARDSTICKS * yardstick
     # The comparisons are false for NaN, so that NaN is a problem.
     if not rounding <= allowed:
-        return f"a second row changes log-probabilities by {rounding:.2g} nats"
+        return f"another row in the batch changes log-probabilities by {rounding:.2g} nats"
     if shift <= allowed and (leak == 0 or (rounding > 0 and leak <= allowed)):
         return ""
     return f"padding changes log-probabilities by {max(leak, shift):.2g} nats, rounding by {allowed:.1g} at most"
