@@ -148,6 +148,19 @@ def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled
     return load_recipe(path, [*overrides, *settings]), name
 
 
+def references_of(arm: str, chosen: str | None = None) -> tuple[str, ...]:
+    """The arms that an arm is compared with, plain CE first. No pair twice: shuffled − CE, and not CE − shuffled.
+
+    Competitors are compared with the chosen weights too, outside the claim.
+    """
+    if arm in CURRICULA:
+        return (CE, *(other for other in CURRICULA if arm == "curriculum" != other))
+    if arm in COMPETITORS and chosen:
+        return (CE, SHUFFLED, chosen)
+    twin = (f"{SHUFFLED}-{arm}",) if arm in WEIGHTED else ()
+    return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED, *TWINS) else (CE, SHUFFLED, *twin)
+
+
 def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
     """Checks that arms differ in one thing only: raises UsageError if not, and RunError if output is a run."""
     if (output / "recipe.yaml").exists():

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from sevpeft.errors import RunError
 from sevpeft.evaluation import statistics
-from sevpeft.evaluation.compare import check_test_split, choose, references_of
+from sevpeft.evaluation.arms import references_of
+from sevpeft.evaluation.compare import check_test_split, choose
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.report.claim import Evidence, can_show, claim_of, verdict_of
 from sevpeft.evaluation.scores import CRITICAL, METRICS, methods, summarize
