@@ -53,6 +53,7 @@ from sevpeft.evaluation.arms import (
 )
 from sevpeft.evaluation.evaluate import EVALUATION, LIKELIHOOD, SCORES, evaluate, finished_rows_are_kept, test_rows
 from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.judge import Judge
 from sevpeft.evaluation.report.claim import Evidence, can_show, claim_of, verdict_of
 from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, Scores
 from sevpeft.evaluation.statistics import paired_difference
@@ -60,7 +61,7 @@ from sevpeft.evaluation.tables import COMPARISON
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.checkpoints import as_started, check_same_recipe
+from sevpeft.training.checkpoints import as_started, check_same_data, check_same_recipe
 from sevpeft.training.data import load_splits, source_index
 from sevpeft.training.plan import steps_of
 from sevpeft.training.resolve import resolve_split
@@ -134,6 +135,7 @@ def compare(
         return recipe, f"{name}{ending}"
 
     check_arms(given, () if vary else arms, output)
+    metrics = METRICS | (Judge(given.evaluation.judge).metrics if given.evaluation.judge else {})
     # Read as plain CE, which has the rows of all arms and needs no severity; `check_test_split` checks the severity.
     reading = to_train if vary or given.data.mix else [CE]
     by_fold = {fold: same_rows(key, [recipe_of(arm, seeds[0], fold)[0] for arm in reading]) for fold in places}
@@ -146,10 +148,11 @@ def compare(
                 "The validation rows have no critical case to choose weights by; raise data.validation_size."
             )
 
-    twins, equal = dict[str, tuple[str, Recipe, Run]](), dict[str, str]()
+    equal: dict[str, str] = {}
 
     def units(selected: Sequence[str], controlled: str = "") -> list[_Unit]:
-        listed = []
+        listed, twins = [], dict[str, tuple[str, Recipe, Run]]()
+        equal.clear()  # the choice of weights can change which arms are equal
         for seed, arm, fold in product(seeds, (arm for arm in to_train if arm in selected), places):
             columns, (own, name) = {ADAPTER: arm}, recipe_of(arm, seed, fold, controlled)
             if BASE in arms and (arm, seed) == (to_train[0], seeds[0]):  # the first run has the base model's scores
@@ -217,7 +220,8 @@ def compare(
             pairs = {arm: to_train[: arm != to_train[0]] for arm in arms}
         else:
             pairs = {arm: references_of(arm, chosen) for arm in arms}
-        summary = scoring.summarize(rows, scores, given.evaluation, tokens=dict.fromkeys(arms, tokens), pairs=pairs)
+        of_arms = dict.fromkeys(arms, tokens)
+        summary = scoring.summarize(rows, scores, given.evaluation, tokens=of_arms, pairs=pairs, metrics=metrics)
         dialects = np.array([name or "" for name in rows.dialects or ()])
         evidence, claim = Evidence(rows, scores, tokens, given.evaluation), None
         verdict, power = _losses(key, validation) if vary else "No claim: it is about weights and critical cases.", ""
@@ -238,7 +242,7 @@ def compare(
             "seeds": list(seeds),
             "folds": folds or 1,
             "primary": {"metric": PRIMARY, "stratum": stratum},
-            "metrics": {name: METRICS[name] for name in METRICS if name in summary[ALL]["metrics"]},
+            "metrics": {name: metrics[name] for name in summary[ALL]["metrics"]},
             "methods": scoring.methods(given.evaluation, "all of a score", claim is not None),
             "verdict": verdict,
             "power": power,
@@ -286,6 +290,7 @@ def _train_and_evaluate(
     """Trains and evaluates a run, unless both are done for this adapter, these rows and these settings."""
     state = state_of(unit.run, unit.recipe)
     if state == "finished":
+        check_same_data(unit.rows.fingerprint, unit.rows.source, unit.run)  # its severities may have changed
         stored = unit.run.read_json(EVALUATION)
         if (
             stored.get("adapter") == file_hash(unit.run.adapter / "adapter_model.safetensors")
