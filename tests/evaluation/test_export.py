@@ -97,7 +97,7 @@ def test_without_matplotlib_the_tables_are_written_and_the_rest_is_named(
     comparison: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "sevpeft[figures]" in export(comparison, csv=tmp_path / "out")[0]
+    assert ".[figures]" in export(comparison, csv=tmp_path / "out")[0]
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv"}
 
 
