@@ -3,7 +3,7 @@
   const pairs = Array.from(document.querySelectorAll("article"));
   const inputs = Array.from(document.querySelectorAll("article input"));
   const names = [...new Set(inputs.map((one) => one.name.split("/")[1]))];
-  // Ratings, and no text of a patient, outlive the tab where the browser allows it.
+  // Stores the ratings in the browser if it allows that, and no text of patients.
   const place = "sevpeft-review-" + pairs.map((one) => one.dataset.code).join("").slice(0, 40);
   const kept = (what) => { try { return what(window.localStorage); } catch { return null; } };
   const rated = () => {
@@ -25,7 +25,7 @@
     if (one.type === "radio") one.checked = one.value === before[one.name];
     else one.value = before[one.name];
   }
-  // A comment that begins as a formula would become one in a spreadsheet.
+  // Without the quote, a comment that begins like a formula would be one in a spreadsheet.
   const cell = (text) => `"${text.replace(/^[=+\-@\t\r]/, "'$&").replace(/"/g, '""')}"`;
   document.addEventListener("input", show);
   document.getElementById("clear").addEventListener("click", () => {
