@@ -58,14 +58,9 @@ ARMS = {
 # `--vary ladder`: settings that undo one deviation of a recipe in as-published each, in the order of the steps.
 LADDER = "ladder"
 _PLAIN = (
-    "severity.reduction=tokens",
-    "as_published.unnormalized=false",
-    "as_published.no_end_token=false",
-    "as_published.labels=answer",
-    "severity.control=uniform",
-    "curriculum.kind=none",
-    "as_published.evaluation_template=null",
-    "generation.do_sample=false",
+    *("severity.reduction=tokens", "as_published.unnormalized=false", "as_published.no_end_token=false"),
+    *("as_published.labels=answer", "severity.control=uniform", "curriculum.kind=none"),
+    *("as_published.evaluation_template=null", "generation.do_sample=false"),
 )
 # --seeds sets the seed. The others change the tokens of the test answers, so their likelihoods are not comparable.
 _NOT_VARIED = ("training.seed", "model.name_or_path", "model.revision", "training.max_length", "prompt.strip_marks")

@@ -38,10 +38,8 @@ def load_encoder(settings: EvaluationSection) -> tuple[Encoder | None, str | Non
 class Encoder:
     """An encoder (Hub id or folder) in float32, loaded once for all arms and floors.
 
-    `num_layers`: the layer whose hidden states are compared, from 1; the layers above it are not loaded.
-
-    Raises ModelError: the model or layer is missing, its safetensors weights are damaged, its tokenizer cannot pad, or
-    it needs code from the Hub.
+    `num_layers`: the layer whose hidden states are compared, from 1; the layers above it are not loaded. Raises
+    ModelError: a missing model or layer, no valid safetensors weights, a tokenizer that cannot pad, code from the Hub.
     """
 
     def __init__(self, name: str, num_layers: int) -> None:
@@ -71,10 +69,7 @@ class Encoder:
         self._tokenizer = tokenizer
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-        """Precision, recall and F1 of each row, (3, n), between −1 and 1, in practice .5 to 1.
-
-        A row scores 0 if its prediction or reference has no token.
-        """
+        """Precision, recall and F1 of each row, (3, n), in practice .5 to 1; 0 for a row with a text without tokens."""
         from bert_score.utils import bert_cos_score_idf  # imported here because it loads matplotlib
 
         scores, pairs = np.zeros((3, len(predictions))), list(zip(predictions, references, strict=True))

@@ -101,13 +101,10 @@ def compare(
     """Trains and evaluates the missing runs; writes comparison.json and returns its content.
 
     Args:
-        output: folder of the comparison, with a run in OUTPUT/ARM-SEED. Runs are kept if a SevpeftError ends the
-            comparison.
-        folds: number of parts of all rows, each the test of the runs OUTPUT/ARM-SEED-foldN; by default the test is the
-            recipe's.
+        output: folder of the comparison, with its runs in OUTPUT/ARM-SEED, which are kept after a SevpeftError.
+        folds: parts of all rows, each the test of the runs OUTPUT/ARM-SEED-foldN; by default the recipe's test is used.
         answers: generate and score answers; False compares the likelihood alone.
-        vary: KEY=VALUE,VALUE…: each value is an arm, compared with the first; or LADDER: each arm is compared with the
-            previous one.
+        vary: KEY=VALUE,VALUE…: an arm for each value, compared with the first; or LADDER: each with the previous one.
         on_trained: called with every run that this process trained.
     """
     check_one_process("compare")
@@ -224,16 +221,17 @@ def compare(
         summary = scoring.summarize(rows, scores, given.evaluation, tokens=of_arms, pairs=pairs, metrics=metrics)
         dialects = np.array([name or "" for name in rows.dialects or ()])
         evidence, claim = Evidence(rows, scores, tokens, given.evaluation), None
-        verdict, power = _losses(key, validation) if vary else "No claim: it is about weights and critical cases.", ""
-        if chosen and stratum == CRITICAL:
+        verdict, power = "No claim: it is about weights and critical cases.", ""
+        if vary:
+            losses = ", ".join(f"{arm} {number_text(one['mean'], 4)}" for arm, one in validation.items())
+            other = "each with the previous one" if key == LADDER else f"with {to_train[0]}"
+            verdict = f"{key}, validation NLL: {losses}. The tables compare {other} on the test."
+        elif chosen and stratum == CRITICAL:
             claim = claim_of(evidence, chosen)
             verdict, power = verdict_of(claim, len(seeds))
-        notes = {
-            note.replace("The adapter", f"The adapter of {unit.run.folder.name}")
-            for unit in finished
-            for note in unit.run.read_json(EVALUATION)["notes"]
-        }
-        notes -= {note for unit in finished for note in scoring.remarks(unit.rows)}  # about the few rows of a fold
+        all_notes = ((one.run.folder.name, note) for one in finished for note in one.run.read_json(EVALUATION)["notes"])
+        notes = {note.replace("The adapter", f"The adapter of {name}") for name, note in all_notes}
+        notes -= {note for one in finished for note in scoring.remarks(one.rows)}  # about the few rows of a fold
         content = {
             "model": given.model.name_or_path,
             "data": {"source": rows.source, "rows": len(rows), "content": rows.content_hash()},
@@ -280,12 +278,7 @@ def state_of(run: Run, recipe: Recipe) -> str:
 
 
 def _train_and_evaluate(
-    unit: _Unit,
-    place: str,
-    answers: bool,
-    console: Console,
-    pace: _Pace,
-    on_trained: Callable[[Run], object] | None,
+    unit: _Unit, place: str, answers: bool, console: Console, pace: _Pace, on_trained: Callable[[Run], object] | None
 ) -> None:
     """Trains and evaluates a run, unless both are done for this adapter, these rows and these settings."""
     state = state_of(unit.run, unit.recipe)
@@ -363,13 +356,6 @@ def _validation(units: Sequence[_Unit], stratum: str) -> dict[str, dict[str, Any
         validation[arm] = {"mean": means.pop(name), "per_run": [run[name] for run in runs], "others": means}
         means.pop("loss", None)
     return validation
-
-
-def _losses(key: str, validation: Mapping[str, Mapping[str, Any]]) -> str:
-    """The validation losses of the values of a key, which are for choosing one of them; not a claim."""
-    means = [f"{arm} {number_text(one['mean'], 4)}" for arm, one in validation.items()]
-    other = "each with the one before" if key == LADDER else f"with {next(iter(validation))}"
-    return f"{key}, validation NLL: {', '.join(means)}. The tables compare {other} on the test."
 
 
 def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:

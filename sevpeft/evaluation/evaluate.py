@@ -239,9 +239,7 @@ class RowFile:
 class RowWork:
     """Likelihoods and answers of one evaluation: stored rows are read, missing rows are computed.
 
-    Args:
-        every: all rows of the split, to which the stored files belong.
-        rows: the rows to evaluate, all or a sample.
+    `every`: all rows of the split, to which the stored files belong; `rows`: those to evaluate.
     """
 
     def __init__(self, run: Run, recipe: Recipe, every: EvaluationRows, rows: EvaluationRows, console: Console) -> None:
@@ -273,9 +271,7 @@ class RowWork:
     def likelihood(self, arm: str, own: Mapping[str, str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Nats per token of the reference answers (n,) and their tokens (n,); NaN and 0 for rows that do not fit.
 
-        Args:
-            arm: also SHUFFLED: the adapter with the references of other questions.
-            own: id → the arm's own answer, which replaces the reference.
+        SHUFFLED is the adapter with references of other questions. `own`: id → answer in place of the reference.
         """
 
         def compute(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:

@@ -151,9 +151,7 @@ def fitting_prompts(
 ) -> tuple[list[list[int]], list[int]]:
     """Prompt tokens (n,) of the rows, and the words (n,) that each question lost to fit, as in the training.
 
-    Args:
-        limit: tokens of prompt and answer together. A prompt is empty if the answer leaves no room for a question.
-        answer_lengths: (n,) tokens that follow each prompt.
+    `limit`: maximum of prompt tokens plus `answer_lengths` (n,). If the answer leaves no room, the prompt is empty.
     """
     columns = zip(rows.questions, rows.references, rows.turns or [""] * len(rows), strict=True)
     last = [list(trained_turns(*row))[-1] for row in columns]  # the last question, and the exchanges before it

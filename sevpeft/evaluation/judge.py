@@ -157,15 +157,10 @@ class Judge:
         keep: Callable[[list[dict[str, Any]]], None],
         console: Console,
     ) -> tuple[dict[str, Scores], list[str]]:
-        """Rates the answers that have no verdict yet; a RunError if the judge is unreachable or mostly unreadable.
+        """Rates the answers (column → (n,)) that have no verdict yet; returns column → judge_ITEM → (n,), and notes.
 
-        Args:
-            answers: column → the answers (n,) to the rows.
-            kept: (column, id) → line of an earlier verdict, with the digest of its prompt.
-            keep: adds lines to `kept`.
-
-        Returns:
-            Column → judge_ITEM → (n,), NaN without a verdict; and notes.
+        `kept`: (column, id) → line of an earlier verdict, with the digest of its prompt; `keep` adds lines to it. A
+        RunError if the judge is unreachable, or most replies are unreadable. NaN is an unreadable verdict.
         """
         missing: dict[tuple[str, ...], str] = {}
         for column, texts in answers.items():
@@ -206,9 +201,7 @@ class Judge:
             if unreadable:
                 notes.append(f"Judge: {unreadable:,} of {len(rows):,} answers ({column}) got no readable verdict.")
         if "temperature" not in self._body:
-            notes.append(
-                "Judge: it does not accept temperature=0, so another run may rate the same answer differently."
-            )
+            notes.append("Judge: it accepts no temperature, so another run may rate the same answer differently.")
         return scores, notes
 
     async def ask(self, prompts: Mapping[Any, str], on_reply: Callable[[Any, str | None], None]) -> None:

@@ -136,10 +136,7 @@ def urgency_of(answer: str) -> int:
 
 
 def triage(urgency: ArrayLike, expected: ArrayLike) -> list[Floats]:
-    """Whether answers (n,) are under-triage, severe under-triage and over-triage: more than 1, 2 and 1 levels off.
-
-    NaN for rows in which the error is impossible.
-    """
+    """Under-triage, severe under-triage and over-triage (n,): more than 1, 2 and 1 levels off; NaN if impossible."""
     off, wanted = np.subtract(urgency, expected), np.asarray(expected)
     errors = ((off < -1, wanted > 1), (off < -2, wanted > 2), (off > 1, wanted < 3))
     return [np.where(possible, wrong, np.nan) for wrong, possible in errors]

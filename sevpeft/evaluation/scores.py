@@ -86,7 +86,7 @@ def methods(settings: EvaluationSection, families: str, claim: bool = False) -> 
     """Descriptions of intervals, p, detectable differences and a claim. `families`: what is corrected together."""
     values = {"confidence": settings.confidence_level, "resamples": settings.n_resamples, "families": families}
     values |= {"permutations": statistics.PERMUTATIONS, "power": statistics.POWER, "alpha": statistics.ALPHA}
-    values |= {"margin": settings.margin, "safety_margin": settings.safety_margin}
+    values |= settings.model_dump(include={"margin", "safety_margin"})
     return {name: text.format(**values) for name, text in _TABLE["methods"].items() if name != "Claim" or claim}
 
 
@@ -99,9 +99,8 @@ def text_scores(
 ) -> Scores:
     """Scores (n,) that need the texts only: wording against the reference, and the form of the answer.
 
-    Args:
-        truncated: whether each answer reached the maximum length; without it that score is left out.
-        encoder: for BERTScore; without it its three scores are left out.
+    `truncated`: whether each answer reached the maximum length; `encoder`: of BERTScore. Without them, their scores are
+    left out.
     """
     scores: Scores = {}
     if encoder is not None:

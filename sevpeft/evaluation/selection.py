@@ -88,10 +88,7 @@ def select(
         ranks = {**own, "safety": own["safety"] * 10 + own["agreement"], ORACLE: by_metric[reference]}  # chrF++ ≤ 100
         chosen = {name: np.nan_to_num(rank, nan=-np.inf).argmax(axis=0) for name, rank in ranks.items()}
         each = np.arange(len(rows))
-        picked = {
-            scorer: {name: scores[index, each] for name, scores in by_metric.items()}
-            for scorer, index in chosen.items()
-        }
+        picked = {name: {m: of[index, each] for m, of in by_metric.items()} for name, index in chosen.items()}
         published = {}
         for name, scores in own.items():
             alone = dict(zip(single, np.nanmean(scores, axis=1).tolist(), strict=True))

@@ -102,13 +102,11 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
             if "pair" not in content and name not in _ON_SCREEN and not name.startswith("judge_"):
                 continue
             about = content["metrics"][name]
-            label, cells = metric_label(about, stratum), []
-            for column in content["columns"]:
-                mean = by_column.get(column)
-                # 80 columns have room for one interval.
-                if mean and column != "adapter" and "pair" not in content:
-                    mean = {**mean, "low": None}
-                cells.append(estimate_text(mean, about) if mean else "")
+            label = metric_label(about, stratum)
+            # 80 columns have room for the interval of one column.
+            narrow = {column: {} if column == "adapter" or "pair" in content else {"low": None} for column in by_column}
+            means_of = {column: estimate_text({**mean, **narrow[column]}, about) for column, mean in by_column.items()}
+            cells = [means_of.get(column, "") for column in content["columns"]]
             for at, part in means.items():
                 part.add_row(label, *cells[at : at + _BESIDE])
             pairs = [(arm, *against) for arm, mean in by_column.items() for against in mean["against"].items()]
@@ -124,7 +122,6 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
 
 
 def table(first: str, *headings: str) -> Table:
-    """An empty table whose first column has the row names."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(first, overflow="fold", max_width=22)
     for heading in headings:

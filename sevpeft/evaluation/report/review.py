@@ -145,7 +145,13 @@ def _ratings(path: Path, columns: Mapping[str, tuple[str, str]], codes: Sequence
 def _workbook(rows: Iterable[Sequence[str]], columns: Mapping[str, tuple[str, str]]) -> openpyxl.Workbook:
     sheet = (book := openpyxl.Workbook()).active
     sheet.title, sheet.freeze_panes, sheet.sheet_view.rightToLeft = SHEET, "B2", True
-    instructions = ["Confidential: what patients wrote", scoring.REVIEW, "", "", *(asks for _, asks in columns.values())]
+    instructions = [
+        "Confidential: what patients wrote",
+        scoring.REVIEW,
+        "",
+        "",
+        *(asks for _, asks in columns.values()),
+    ]
     for line in ([*_WIDTHS, *columns, "comment"], instructions, *rows):
         sheet.append([visible(text)[:32_000] for text in line])  # Excel allows 32,767
     for heading, *cells in sheet.columns:
