@@ -133,9 +133,12 @@ def _fault(number: int, row: Json, trained: set[int], seen: dict[Any, int]) -> s
         "equal options": len({" ".join(option.split()) for option in options}) < len(options),
         "an answer_index that is no option's": type(answer) is not int or not 0 <= answer < len(options),
         "a question of the training rows": question_key(folded, 0) in trained,
-        "a repeated question": seen.setdefault((folded, context, frozenset(options)), number) != number,
     }
-    return next((fault for fault, holds in faults.items() if holds), "")
+    if present := [fault for fault, holds in faults.items() if holds]:
+        return present[0]
+    # Last, so that a correct copy of a faulty row is kept.
+    repeated = seen.setdefault((folded, context, frozenset(options)), number) != number
+    return "a repeated question" if repeated else ""
 
 
 def _accuracy(model: Any, prompt: Prompt, questions: Questions, console: Console, arm: str, cut: set[str]) -> Accuracy:
