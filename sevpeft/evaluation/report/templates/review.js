@@ -7,17 +7,17 @@
   const place = "sevpeft-review-" + pairs.map((one) => one.dataset.code).join("").slice(0, 40);
   const kept = (what) => { try { return what(window.localStorage); } catch { return null; } };
   const rated = () => {
-    const found = {};
+    const ratings = {};
     for (const one of inputs) {
-      if (one.type === "radio" ? one.checked : one.value.trim()) found[one.name] = one.value.trim();
+      if (one.type === "radio" ? one.checked : one.value.trim()) ratings[one.name] = one.value.trim();
     }
-    return found;
+    return ratings;
   };
   const show = () => {
-    const found = rated();
-    const done = pairs.filter((pair) => names.every((name) => name === "comment" || `${pair.dataset.code}/${name}` in found));
+    const ratings = rated();
+    const done = pairs.filter((pair) => names.every((name) => name === "comment" || `${pair.dataset.code}/${name}` in ratings));
     document.getElementById("count").textContent = `${done.length} of ${pairs.length} pairs rated`;
-    kept((store) => store.setItem(place, JSON.stringify(found)));
+    kept((store) => store.setItem(place, JSON.stringify(ratings)));
   };
   const before = JSON.parse(kept((store) => store.getItem(place)) || "{}");
   for (const one of inputs) {
@@ -34,9 +34,9 @@
     show();
   });
   document.getElementById("save").addEventListener("click", () => {
-    const found = rated();
+    const ratings = rated();
     const lines = [["code", ...names], ...pairs.map((pair) => [pair.dataset.code,
-      ...names.map((name) => found[`${pair.dataset.code}/${name}`] || "")])];
+      ...names.map((name) => ratings[`${pair.dataset.code}/${name}`] || "")])];
     const text = "\ufeff" + lines.map((line) => line.map(cell).join(",")).join("\r\n") + "\r\n";
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
