@@ -626,7 +626,7 @@ def test_what_needs_no_torch_is_said_before_it_is_loaded(
         (["compare", QUICKSTART, "--vary", "training.seed=1,2"], 2, "vary another key"),
         (["evaluate", "nothing"], 1, "sevpeft train"),
         (["choices", "nothing", "--tasks", "x"], 1, "sevpeft train"),
-        (["report", "nothing"], 1, "train or compare"),
+        (["report", "nothing"], 1, "sevpeft train"),
         (["chat", "nothing"], 1, "sevpeft train"),
         (["merge", "nothing", "out"], 1, "sevpeft train"),
         (["prepare", "nothing.csv", "out"], 1, "data.path=nothing.csv"),

@@ -1,7 +1,7 @@
 """The arms of a controlled experiment: recipes that differ in the severity weights, or in another use of severity.
 
-A gain over plain cross-entropy proves nothing about severity, so beside the presets stand controls: the same weights
-shuffled over the consultations (the same spread without the information) and their mean for all (the same step size).
+A gain over plain cross-entropy alone proves nothing about severity. So the weights have two controls: the same weights
+shuffled over the consultations (same spread, no information) and their mean for all rows (same step size).
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from sevpeft.errors import RunError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, check_run
 
-# The base model is an arm of a run, beside its adapter, and of an experiment.
+# The columns of one run are its base model and its adapter; in an experiment the base model is an arm.
 BASE, ADAPTER = "base", "adapter"
 CE, OWN, SHUFFLED, CONSTANT = "ce", "own", "shuffled", "constant"
-CE_EXTRA, EXTRA = "ce_extra", 1.12  # its steps by those of plain CE: as many more as a late phase takes
+CE_EXTRA, EXTRA = "ce_extra", 1.12  # ratio of its steps to those of plain CE; a late critical phase takes 12 % more
 PROMPT, OVERSAMPLED = "prompt", "oversampled"
-# Arms that have the weights of another one.
+# Arms with the weights of the chosen arm.
 CONTROLS = (SHUFFLED, CONSTANT, OVERSAMPLED)
-# Other ways to a gain than weights in the loss; the chosen weights are compared with them.
+# Alternatives to weights in the loss; each is compared with the chosen weights.
 COMPETITORS = (OVERSAMPLED, PROMPT, CE_EXTRA)
-# Arm → a setting of the recipe's curriculum, which is cumulative where the recipe has none; the first is compared most.
+# Arm → a setting of the recipe's curriculum (cumulative if the recipe has none). The first is compared with the others.
 CURRICULA = {
     "curriculum": "order=easy_first",
-    **{"curriculum_reverse": "order=hard_first", "curriculum_shuffled": "order=shuffled"},
-    **{"disjoint": "kind=disjoint", "competence": "kind=competence", "icft": "kind=icft"},
+    "curriculum_reverse": "order=hard_first",
+    "curriculum_shuffled": "order=shuffled",
+    "disjoint": "kind=disjoint",
+    "competence": "kind=competence",
+    "icft": "kind=icft",
 }
-# Arms that a claim can be about, and of each the control that has its weights, whichever arm is chosen.
+# Arms that a claim can be about, and for each one a control with its weights, whichever arm is chosen.
 WEIGHTED = (*SEVERITY_PRESETS, OWN)
 TWINS = {f"{SHUFFLED}-{arm}": arm for arm in WEIGHTED}
 ARMS = {
@@ -52,69 +55,69 @@ ARMS = {
     PROMPT: "competitor: weight 1, and the predicted severity in the prompt, in training and test",
     **{name: f"weight 1, and the recipe's curriculum with {setting}" for name, setting in CURRICULA.items()},
 }
-
-
-# `--vary ladder`: how is done here what a recipe may do as published, in the order of the steps.
+# `--vary ladder`: settings that undo one deviation of a recipe in as-published each, in the order of the steps.
 LADDER = "ladder"
 _PLAIN = (
     *("severity.reduction=tokens", "as_published.unnormalized=false", "as_published.no_end_token=false"),
     *("as_published.labels=answer", "severity.control=uniform", "curriculum.kind=none"),
     *("as_published.evaluation_template=null", "generation.do_sample=false"),
 )
-# Seeds are --seeds; the others change the tokens of the test's answers, and so what a likelihood is of.
+# --seeds sets the seed. The others change the tokens of the test answers, so their likelihoods are not comparable.
 _NOT_VARIED = ("training.seed", "model.name_or_path", "model.revision", "training.max_length", "prompt.strip_marks")
 
 
 def parse_arms(text: str) -> tuple[str, ...]:
-    """The arms of a comma-separated list; a UsageError where one is unknown or none of them is trained."""
+    """The arms of a comma-separated list; a UsageError for an unknown arm, or if no arm is trained."""
     arms = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise UsageError(f"There is no arm called {unknown[0]}; --arms takes {', '.join(ARMS)}, separated by commas.")
+        raise UsageError(f"Unknown arm {unknown[0]}; --arms takes {', '.join(ARMS)}, separated by commas.")
     if not set(arms) - {BASE}:
-        raise UsageError("--arms names nothing to train; add ce or balanced.")
+        raise UsageError("--arms names no arm to train; add ce or balanced.")
     return arms
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """The seeds of a comma-separated list; a UsageError where one is no number, or one alone may be a count."""
+    """The seeds of a comma-separated list; a UsageError for anything else, or one number that may be a count."""
     words = [part.strip() for part in text.split(",") if part.strip()]
     seeds = tuple(int(word) for word in words if word.isascii() and word.isdigit() and int(word) < 2**32)
     if not words or len(set(seeds)) < len(words):
         raise UsageError(f"--seeds is {text!r}; write different whole numbers separated by commas, such as 0,1,2.")
     if len(seeds) == 1 and 2 <= seeds[0] <= 20 and "," not in text:
         several = ",".join(map(str, range(seeds[0])))
-        raise UsageError(f"--seeds {text}: so many, or one? Write --seeds {several}, or --seeds {text}, with a comma.")
+        raise UsageError(
+            f"--seeds {text}: a count or a seed? Write --seeds {several}, or --seeds {text}, with a comma."
+        )
     return seeds
 
 
 def parse_vary(text: str, path: Path, overrides: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
-    """The key of KEY=VALUE,VALUE…, and its values: what each is called as an arm → its settings.
+    """The key of KEY=VALUE,VALUE…, and a mapping: name of an arm → its settings.
 
-    Of `LADDER` the arms are plain training and, one step after another, what the recipe does otherwise.
-    Commas within brackets part no values. A UsageError where no two differ, or the key may not differ between arms.
+    With `LADDER` the first arm is plain training, and each further arm adds one deviation of the recipe.
+    Commas within brackets do not separate values. A UsageError for fewer than two values, or a key that cannot vary.
     """
     if text == LADDER:
-        given = load_recipe(path, overrides)
-        undone = [one for one in _PLAIN if load_recipe(path, [*overrides, one]) != given]
-        if not undone:
-            raise UsageError("--vary ladder: the recipe does nothing as published; see its section as_published.")
-        names = ["ours", *(one.split("=")[0].removeprefix("as_published.") for one in undone)]
-        return LADDER, {name: undone[number:] for number, name in enumerate(names)}
+        recipe = load_recipe(path, overrides)
+        undo = [setting for setting in _PLAIN if load_recipe(path, [*overrides, setting]) != recipe]
+        if not undo:
+            raise UsageError("--vary ladder: the recipe does not deviate; set keys of its section as_published.")
+        names = ["ours", *(setting.split("=")[0].removeprefix("as_published.") for setting in undo)]
+        return LADDER, {name: undo[number:] for number, name in enumerate(names)}
     key, _, values = text.partition("=")
     if key in _NOT_VARIED:
-        raise UsageError(f"--vary {key}: the arms could not be compared by seeds and tokens; vary another key.")
+        raise UsageError(f"--vary {key}: its values cannot be compared by seeds and tokens; vary another key.")
     words = [word.strip() for word in re.split(r",(?![^\[{]*[\]}])", values) if word.strip()]
-    named = {re.sub(r"[^\w.+-]+", "_", word).strip("_."): f"{key}={word}" for word in words}
-    if len(named) < max(len(words), 2) or not all(named) or BASE in named:
+    arms = {re.sub(r"[^\w.+-]+", "_", word).strip("_."): [f"{key}={word}"] for word in words}
+    if len(arms) < max(len(words), 2) or not all(arms) or BASE in arms:
         example = "training.learning_rate=1e-4,2e-4"
         raise UsageError(f"--vary is {text!r}; write a key and at least two different values, such as {example}.")
-    return key, {name: [setting] for name, setting in named.items()}
+    return key, arms
 
 
 def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled: str) -> tuple[Recipe, str]:
-    """The recipe of an arm, that of `sevpeft train` with the same settings, and the name of its run.
+    """The recipe of an arm, equal to that of `sevpeft train` with the same settings, and the name of its run.
 
-    `controlled`: the arm whose weights a control has; its run is called shuffled-balanced-0, others balanced-0.
+    `controlled`: the arm whose weights a control takes. A control's run is shuffled-balanced-0, others are balanced-0.
     """
     given, settings = load_recipe(path, overrides), [f"training.seed={seed}"]
     weights = controlled if arm in CONTROLS else TWINS.get(arm, arm)
@@ -140,63 +143,75 @@ def arm_of(path: Path, overrides: Sequence[str], arm: str, seed: int, controlled
     return load_recipe(path, [*overrides, *settings]), name
 
 
+def references_of(arm: str, chosen: str | None = None) -> tuple[str, ...]:
+    """The arms that an arm is compared with, plain CE first. No pair twice: shuffled − CE, and not CE − shuffled.
+
+    Competitors are compared with the chosen weights too, outside the claim.
+    """
+    if arm in CURRICULA:
+        return (CE, *(other for other in CURRICULA if arm == "curriculum" != other))
+    if arm in COMPETITORS and chosen:
+        return (CE, SHUFFLED, chosen)
+    twin = (f"{SHUFFLED}-{arm}",) if arm in WEIGHTED else ()
+    return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED, *TWINS) else (CE, SHUFFLED, *twin)
+
+
 def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
-    """Raises UsageError where arms would differ in more than weights or not at all, RunError where output is a run."""
+    """Checks that arms differ in one thing only: raises UsageError if not, and RunError if output is a run."""
     if (output / "recipe.yaml").exists():
-        raise RunError(f"{output} holds a run; give --output a folder of its own.")
+        raise RunError(f"{output} holds a run; give --output another folder.")
     if recipe.evaluation.judge and not recipe.evaluation.judge.url:
         raise UsageError("evaluation.judge.file is for `sevpeft report`, after the comparison; leave it out here.")
-    if not arms:  # but values of a setting, in which they may differ
+    if not arms:  # the values of --vary may differ in any key
         return
     weights, training = recipe.severity.weights, recipe.training.settings()
     if recipe.severity.control != "none":
-        raise UsageError("The arms set severity.control themselves; leave it out.")
-    # Each would give every arm another number of steps, or another batch.
+        raise UsageError("The arms set severity.control; leave it out.")
+    # These give each arm its own number of steps, or its own batch size.
     if recipe.curriculum.epochs_per_stage is not None and set(CURRICULA) & set(arms):
-        raise UsageError("With curriculum.epochs_per_stage arms would differ in their steps; leave it out.")
+        raise UsageError("With curriculum.epochs_per_stage the arms differ in their steps; leave it out.")
     for key in ("load_best_model_at_end", "auto_find_batch_size"):
         if training.get(key):
-            raise UsageError(f"With training.{key} more than the weights would differ between arms; leave it out.")
+            raise UsageError(f"With training.{key} the arms differ in more than the weights; leave it out.")
     missing = {twin: arm for twin, arm in TWINS.items() if arm not in arms}
     missing |= {arm: SHUFFLED for arm in WEIGHTED if not {SHUFFLED, f"{SHUFFLED}-{arm}"} & {*arms}}
     missing |= dict.fromkeys((*WEIGHTED, CE_EXTRA), CE) if CE not in arms else {}
     if lone := [arm for arm in arms if arm in missing]:
-        raise UsageError(f"The arm {lone[0]} stands without {missing[lone[0]]}; add that to --arms, or use --vary.")
+        raise UsageError(f"The arm {lone[0]} needs the arm {missing[lone[0]]}; add that to --arms, or use --vary.")
     competing = [arm for arm in (OVERSAMPLED, PROMPT) if arm in arms]
     if competing and training.get("packing") and (training.get("max_steps") or -1) < 1:
-        raise UsageError(f"With training.packing the arm {competing[0]} has other steps; set training.max_steps.")
+        raise UsageError(f"With training.packing the arm {competing[0]} differs in steps; set training.max_steps.")
     if PROMPT in arms and recipe.prompt.severity != "none":
-        raise UsageError("The arm prompt sets prompt.severity itself; leave that out, or the arm.")
+        raise UsageError("The arm prompt sets prompt.severity; leave out that key, or the arm.")
     if OWN in arms and isinstance(weights, str) and weights in arms and recipe.severity.source != "weight":
-        raise UsageError(f"The recipe's own weights are {weights}, which is an arm already; drop one.")
+        raise UsageError(f"The recipe's own weights are those of the arm {weights}; leave out one of the two.")
 
 
 def differences(stored: Any, now: Any, path: str = "") -> list[str]:
-    """What differs between two nested mappings, as `key is this and was that`; long values by name alone."""
+    """Differences of two nested mappings, as `key is this and was that`; for long values, `key has changed`."""
     if isinstance(stored, Mapping) and isinstance(now, Mapping):
         keys = sorted({**stored, **now})
-        return [
-            found for key in keys for found in differences(stored.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-        ]
+        nested = (differences(stored.get(key), now.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+        return [change for changes in nested for change in changes]
     if stored == now:
         return []
     before, after = (json.dumps(value, ensure_ascii=False) for value in (stored, now))
-    return [f"{path} is {after} and was {before}" if max(len(before), len(after)) <= 40 else f"{path} is another"]
+    return [f"{path} is {after} and was {before}" if max(len(before), len(after)) <= 40 else f"{path} has changed"]
 
 
 def check_adapter(run: Run) -> None:
-    """Raises RunError when a run has no adapter yet."""
+    """Raises RunError if a run has no adapter yet."""
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise RunError(f"There is no adapter in {run.folder} yet; finish the run with `sevpeft train` and --resume.")
 
 
 def opened_recipe(run: Run | Path | str, overrides: Sequence[str], verb: str, *sections: str) -> tuple[Run, Recipe]:
-    """A finished run and its recipe, with overrides of these sections; raises what is refused before rows are read."""
+    """A finished run and its recipe, with overrides of these sections. All checks before rows are read are here."""
     check_one_process(verb)
     run = run if isinstance(run, Run) else Run(Path(run).expanduser())
     check_run(run.folder)
     if wrong := [one.split("=")[0] for one in overrides if one.split(".")[0] not in sections]:
-        raise UsageError(f"{wrong[0]} changes nothing here; {verb} takes keys of {' and '.join(sections)} only.")
+        raise UsageError(f"{wrong[0]} has no effect here; {verb} takes keys of {' and '.join(sections)} only.")
     recipe = load_recipe(run.folder / "recipe.yaml", overrides)
     check_adapter(run)
     check_source(recipe.data)

@@ -1,8 +1,8 @@
-"""BERTScore of answers against references, computed by the `bert-score` package with an encoder that is loaded here.
+"""BERTScore of answers against references: the `bert-score` package with an encoder that this module loads.
 
-BERTScore (Zhang et al. 2020) matches each token of one text with its nearest in the other by the hidden states of one
-layer of an encoder. The published results use bert-base-multilingual-cased, layer 9, without rescaling and without idf
-weights: the defaults of a recipe. The package itself guesses the architecture from the model's name and reads pickles.
+BERTScore (Zhang et al. 2020) matches each token of one text with the nearest token of the other, by the hidden states
+of one encoder layer. A recipe's defaults are those of the published results: bert-base-multilingual-cased, layer 9,
+without rescaling and idf weights. The package's own loader guesses the architecture from the name and reads pickles.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SETTING = "evaluation.bertscore_model"
 
 
 def load_encoder(settings: EvaluationSection) -> tuple[Encoder | None, str | None]:
-    """The encoder of BERTScore, or None and why the score is left out: a machine may have no connection to fetch it."""
+    """The encoder and None, or None and the reason: the machine may be offline and not have it."""
     if not settings.bertscore:
-        return None, "BERTScore is left out, as evaluation.bertscore=false says."
+        return None, "BERTScore is left out: evaluation.bertscore=false."
     try:
         return Encoder(settings.bertscore_model, settings.bertscore_layer), None
     except ModelError as error:
@@ -38,9 +38,8 @@ def load_encoder(settings: EvaluationSection) -> tuple[Encoder | None, str | Non
 class Encoder:
     """An encoder (Hub id or folder) in float32, loaded once for all arms and floors.
 
-    `num_layers`: the layer whose hidden states are compared, counted from 1; those above it are not loaded.
-
-    Raises ModelError: no such model or layer, no sound safetensors weights, no tokenizer that pads, or code of its own.
+    `num_layers`: the layer whose hidden states are compared, from 1; the layers above it are not loaded. Raises
+    ModelError: a missing model or layer, no valid safetensors weights, a tokenizer that cannot pad, code from the Hub.
     """
 
     def __init__(self, name: str, num_layers: int) -> None:
@@ -49,41 +48,38 @@ class Encoder:
             look_for_hub()
         with loading_errors(name, setting=_SETTING):
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-            # The package's way to choose a layer, without the rest in memory.
+            # The package selects a layer in the same way: the layers above it are not built.
             config.num_hidden_layers = num_layers
             if getattr(config, "layer_types", None):
                 config.layer_types = list(config.layer_types)[:num_layers]
-            how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-            model, loading = AutoModel.from_pretrained(place, config=config, output_loading_info=True, **how)
+            safe = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+            model, loading = AutoModel.from_pretrained(place, config=config, output_loading_info=True, **safe)
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        # transformers fills what is missing with random numbers, and makes up a tokenizer without files.
+        # transformers initializes missing weights at random, and builds an empty tokenizer if its files are missing.
         if absent := sorted(key for key in loading["missing_keys"] if "pooler" not in key):
-            raise ModelError(f"{name} lacks {absent[0]}; fetch it again, or lower evaluation.bertscore_layer.")
+            raise ModelError(f"{name} lacks {absent[0]}; download it again, or lower evaluation.bertscore_layer.")
         if len(tokenizer) <= len(tokenizer.all_special_tokens) or tokenizer.pad_token_id is None:
             raise ModelError(f"{name} has no tokenizer with words and a pad token; name a BERT in {_SETTING}.")
-        # A tokenizer without a length of its own says 10^30, which its truncation cannot count to.
+        # A tokenizer without a maximum length has model_max_length=10^30, too large for its own truncation.
         positions = getattr(config, "max_position_embeddings", None) or 512
         if "roberta" in config.model_type or config.model_type in ("camembert", "xlm"):
-            positions -= (config.pad_token_id or 0) + 1  # RoBERTa and its kin count from after the pad token
+            positions -= (config.pad_token_id or 0) + 1  # these models number positions from pad_token_id + 1
         tokenizer.model_max_length = int(min(positions, tokenizer.model_max_length))
         self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self._tokenizer = tokenizer
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-        """Precision, recall and F1 of each row, (3, n), between −1 and 1, in practice .5 to 1.
-
-        A row whose prediction or reference is empty, or holds invisible marks alone, scores 0.
-        """
-        from bert_score.utils import bert_cos_score_idf  # which loads matplotlib
+        """Precision, recall and F1 of each row, (3, n), in practice .5 to 1; 0 for a row with a text without tokens."""
+        from bert_score.utils import bert_cos_score_idf  # imported here because it loads matplotlib
 
         scores, pairs = np.zeros((3, len(predictions))), list(zip(predictions, references, strict=True))
         tokens = partial(self._tokenizer, add_special_tokens=False)
         filled = [i for i, pair in enumerate(pairs) if all(tokens(text.strip())["input_ids"] for text in pair)]
         if filled:
-            # As the package weighs without idf: every token 1, the separators 0.
+            # The package's weights without idf: 1 for every token, 0 for the separators.
             weights: defaultdict[int | None, float] = defaultdict(lambda: 1.0)
             weights[self._tokenizer.sep_token_id] = weights[self._tokenizer.cls_token_id] = 0
-            scored = bert_cos_score_idf(
+            result = bert_cos_score_idf(
                 self._model,
                 [references[i] for i in filled],
                 [predictions[i] for i in filled],
@@ -92,5 +88,5 @@ class Encoder:
                 batch_size=BATCH_SIZE,
                 device=self._model.device,
             )
-            scores[:, filled] = scored.double().cpu().numpy().T
+            scores[:, filled] = result.double().cpu().numpy().T
         return scores

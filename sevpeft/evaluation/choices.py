@@ -1,8 +1,8 @@
 """Multiple choice: zero-shot accuracy of a run's base model and of its adapter, by lm-evaluation-harness.
 
-`text` compares the likelihoods of whole answers after a question without its options (arXiv 2501.09825 scores answers
-so), `letter` those of letters after a question with them; `…_norm` divides a log-likelihood by the option's characters.
-Prompts and scores are the harness's; here rows are checked, batches are sized by tokens, and intervals computed.
+`text` compares the likelihoods of whole answers after a question without its options (as arXiv 2501.09825). `letter`
+compares those of letters after a question with its options. `…_norm` divides a log-likelihood by the option's
+characters. The harness makes the prompts and scores; this module checks rows, sizes batches and computes intervals.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import EvaluationSection
 from sevpeft.runs import Run, json_lines
 
-TASKS = Path(__file__).parent / "tasks"  # prompts of the harness, and in sets/ where published questions are
+TASKS = Path(__file__).parent / "tasks"  # prompts for the harness; sets/ holds the addresses of published sets
 Json = dict[str, Any]
-Asked = dict[str, tuple[dict[int, Json], Json]]  # name → rows by their number from 1, and what is known of them
+Questions = dict[str, tuple[dict[int, Json], Json]]  # name → rows by number from 1, and facts about them
 Accuracy = dict[tuple[str, str], np.ndarray]  # (name, score) → (n,) 1 for a right answer, else 0
 
 
@@ -52,48 +52,51 @@ def choices(
     limit: int | None = None,
     console: Console | None = None,
 ) -> Json:
-    """Asks a run's base model and its adapter questions with options; returns what metrics.json holds of it.
+    """Scores a run's base model and adapter on multiple-choice questions; returns the section of metrics.json.
 
     Args:
-        tasks: JSONL files of {question, options, answer_index, and perhaps context}, or names of published sets.
+        tasks: JSONL files of {question, options, answer_index, optional context}, or names of published sets.
         overrides: KEY=VALUE of the section evaluation.
-        limit: a seeded sample of so many rows of each; a larger one contains a smaller one.
+        limit: size of a seeded sample of each task; a larger sample contains a smaller one.
     """
     console = console or Screen(quiet=True)
     if find_spec("lm_eval") is None:
         raise SevpeftError('Multiple choice needs lm-evaluation-harness: run pip install -e ".[choices]".')
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings quote rows
     if len({Path(task).stem for task in tasks}) < len(tasks):
-        raise UsageError("--tasks names one twice; leave it out, or rename its file.")
+        raise UsageError("--tasks has two entries of the same name; leave one out, or rename its file.")
     with console.status("Looking for the questions"):
         run, recipe, _, splits, _ = open_run(run, overrides, "choices", "evaluation")
         trained = set(question_keys(splits.train).tolist())
-        asked: Asked = {Path(task).stem: _checked(task, _read(task), trained, limit) for task in tasks}
+        questions: Questions = {Path(task).stem: _checked(task, _read(task), trained, limit) for task in tasks}
     with console.status(f"Loading {recipe.model.name_or_path}"):
         prompt, model, cut = resolve_model(recipe, run).prompt, load_for_inference(recipe), set[str]()
     # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
-    accuracy = {BASE: _accuracy(model, prompt, asked, console, BASE, cut)}
-    accuracy[ADAPTER] = _accuracy(attach_adapter(model, run.adapter, recipe), prompt, asked, console, ADAPTER, cut)
-    about = {"limit": limit, "cut": len(cut), "chat": prompt.chat, "harness": importlib.metadata.version("lm_eval")}
-    explained = methods(recipe.evaluation, "all scores of one table together")
-    return {**_compared(asked, accuracy, recipe.evaluation), **about, "methods": explained}
+    accuracy = {BASE: _accuracy(model, prompt, questions, console, BASE, cut)}
+    model = attach_adapter(model, run.adapter, recipe)
+    accuracy[ADAPTER] = _accuracy(model, prompt, questions, console, ADAPTER, cut)
+    return {
+        **_compared(questions, accuracy, recipe.evaluation),
+        **{"limit": limit, "cut": len(cut), "chat": prompt.chat, "harness": importlib.metadata.version("lm_eval")},
+        "methods": methods(recipe.evaluation, "all scores of one table together"),
+    }
 
 
 def _read(task: str) -> dict[int, Json]:
-    """Rows, by their number from 1, of a JSONL file or of a published set."""
+    """Rows of a JSONL file or of a published set, by their number from 1."""
     from lm_eval.utils import apply_template
 
     if Path(task).is_file():
         return dict(json_lines(Path(task).read_text(encoding="utf-8", errors="replace").split("\n"), task))
     sets = {path.stem: path for path in sorted((TASKS / "sets").iterdir())}
     if task not in sets:
-        raise UsageError(f"There is no file {task}, and no published set of that name: {', '.join(sets)}.")
+        raise UsageError(f"{task} is neither a file nor a published set; the sets are {', '.join(sets)}.")
     about = yaml.safe_load(sets[task].read_text(encoding="utf-8"))
     look_for_hub()
     try:
         parts = [datasets.load_dataset(name=name, **about["dataset"]) for name in about.get("names", [None])]
         rows = [json.loads(apply_template(about["row"], row)) for part in parts for row in part]
-    except Exception as error:  # whatever datasets and fsspec raise
+    except Exception as error:  # datasets and fsspec raise many kinds
         reason = f"{type(error).__name__}: {first_sentence(error)}"
         raise DataError(f"The rows of {task} could not be loaded ({reason}); give them as a JSONL file.") from error
     return dict(enumerate(rows, start=1))
@@ -109,8 +112,8 @@ def _checked(task: str, rows: dict[int, Json], trained: set[int], limit: int | N
             kept[number] = row
     if not kept:
         faults = ", ".join(f"{len(numbers):,} with {fault}" for fault, numbers in left_out.items()) or "it is empty"
-        raise DataError(f"{task} has no row that can be asked ({faults}); mend it.")
-    # By number, so that a file and its translation give the same sample.
+        raise DataError(f"{task} has no valid row ({faults}); correct the file.")
+    # Sampled by number, so that a file and its translation give the same sample.
     kept = {n: kept[n] for n in sorted(sorted(kept, key=lambda number: question_key(str(number), 0))[:limit])}
     arabic = sum(bool(ARABIC.search(row["question"])) for row in kept.values())
     counts = np.array([len(row["options"]) for row in kept.values()])
@@ -119,7 +122,7 @@ def _checked(task: str, rows: dict[int, Json], trained: set[int], limit: int | N
 
 
 def _fault(number: int, row: Json, trained: set[int], seen: dict[Any, int]) -> str:
-    """Why a row cannot be asked, or "". The harness would count most of these as wrong answers, in silence."""
+    """The fault of a row, or "". The harness would silently count most of these rows as wrong answers."""
     question, context, options, answer = row.values()
     texts = [question, *options, context or "-"] if isinstance(options, list) else [None]
     if not all(isinstance(text, str) and text.strip() and "\ufffd" not in text for text in texts):
@@ -130,18 +133,21 @@ def _fault(number: int, row: Json, trained: set[int], seen: dict[Any, int]) -> s
         "equal options": len({" ".join(option.split()) for option in options}) < len(options),
         "an answer_index that is no option's": type(answer) is not int or not 0 <= answer < len(options),
         "a question of the training rows": question_key(folded, 0) in trained,
-        "a repeated question": seen.setdefault((folded, context, frozenset(options)), number) != number,
     }
-    return next((fault for fault, holds in faults.items() if holds), "")
+    if present := [fault for fault, holds in faults.items() if holds]:
+        return present[0]
+    # Last, so that a correct copy of a faulty row is kept.
+    repeated = seen.setdefault((folded, context, frozenset(options)), number) != number
+    return "a repeated question" if repeated else ""
 
 
-def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: str, cut: set[str]) -> Accuracy:
-    """What a loaded model answers rightly, by the harness; `cut` gets the prompts that it cuts to fit the context.
+def _accuracy(model: Any, prompt: Prompt, questions: Questions, console: Console, arm: str, cut: set[str]) -> Accuracy:
+    """Right answers of a loaded model, by the harness; prompts that do not fit the context are added to `cut`.
 
-    Its own batches have a fixed number of rows, and logits at all positions: gigabytes where the vocabulary is large.
-    Here they have so many tokens as keep a GPU busy, and logits where options stand.
+    The harness's own batches have a fixed number of rows and logits at all positions, which take gigabytes with a
+    large vocabulary. Here batches are sized by tokens, with logits at the options only.
     """
-    import lm_eval.api as of_harness
+    import lm_eval.api as harness
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -149,14 +155,14 @@ def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: s
         size, end, keep = 0, 0, 0
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
-            cut.update(text for (text, _), *of in requests if sum(map(len, of)) > self.max_length + 1)
-            # The harness reads options of one token, such as letters, off one forward pass.
+            cut.update(text for (text, _), *ids in requests if sum(map(len, ids)) > self.max_length + 1)
+            # The harness scores all options of one token, such as letters, with one forward pass.
             rows = len({(*context, *option[:-1]) for _, context, option in requests})
             with row_progress(console, f"Options, {arm}", rows) as self.done:
                 return super()._loglikelihood_tokens(requests, disable_tqdm=True)
 
         def _batch_scheduler(self, position: int, requests: Any) -> int:
-            """Rows of the batch in which a position stands; the harness asks at each, the longest first."""
+            """Rows of the batch at this position; the harness calls it at each position, the longest row first."""
             if position in (0, self.end):
                 most = min(NLL_TOKENS, NLL_LOGITS // self.config.get_text_config().vocab_size)
                 ahead = requests[position : position + most]
@@ -169,19 +175,19 @@ def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: s
 
         def _model_call(self, inps: torch.Tensor, **_: Any) -> torch.Tensor:
             self.done(len(inps))
-            # The harness counts positions from the last one, so that the first ones may be left out.
+            # The harness indexes positions from the end, so the logits of the first positions are not needed.
             with torch.no_grad():
                 return self.model(input_ids=inps, logits_to_keep=self.keep, use_cache=False).logits
 
-    of_harness.task.tqdm = of_harness.model.tqdm = lambda prompts, **_: prompts  # bars that have no switch
+    harness.task.tqdm = harness.model.tqdm = lambda prompts, **_: prompts  # no option turns these bars off
     tasks = {}
-    for (name, (rows, about)), scoring in product(asked.items(), ("text", "letter")):
+    for (name, (rows, about)), scoring in product(questions.items(), ("text", "letter")):
         config = yaml.safe_load((TASKS / f"{scoring}_{about['language']}.yaml").read_text(encoding="utf-8"))
-        letters = config.pop("letters", "")  # as a column, which the harness reads faster than it fills in a template
+        letters = config.pop("letters", "")  # passed as a column, which is faster than a template
         data = datasets.Dataset.from_list([{**row, "letters": letters[: len(row["options"])]} for row in rows.values()])
         config |= {"task": f"{name}, {scoring}", "custom_dataset": lambda data=data, **_: {"test": data}}
-        tasks[config["task"]] = of_harness.task.ConfigurableTask(config=config)
-    # In bfloat16 log-probabilities would be equal where logits differ, and the first of equal options is taken.
+        tasks[config["task"]] = harness.task.ConfigurableTask(config=config)
+    # In bfloat16 different logits can give equal log-probabilities, and the first of equal options wins.
     settings = {"softmax_dtype": "float32", "enable_thinking": False, "batch_size": "auto"}
     samples = evaluate(
         lm=Model(model, "causal", tokenizer=prompt.tokenizer, **settings),
@@ -192,28 +198,30 @@ def _accuracy(model: Any, prompt: Prompt, asked: Asked, console: Console, arm: s
     )["samples"]
     return {
         (name, scoring + norm): np.array([line[f"acc{norm}"] for line in samples[f"{name}, {scoring}"]])
-        for name, scoring, norm in product(asked, ("text", "letter"), ("", "_norm"))
+        for name, scoring, norm in product(questions, ("text", "letter"), ("", "_norm"))
     }
 
 
-def _compared(asked: Asked, accuracy: Mapping[str, Accuracy], settings: EvaluationSection) -> Json:
-    """Scores of each name with adapter − base; and Arabic − English where lines of two files have the same answers."""
-    tasks, languages, changes = {name: about for name, (_, about) in asked.items()}, Json(), {}
+def _compared(questions: Questions, accuracy: Mapping[str, Accuracy], settings: EvaluationSection) -> Json:
+    """Scores of each name, adapter − base, and Arabic − English for two files with the same answers."""
+    tasks, languages, changes = {name: about for name, (_, about) in questions.items()}, Json(), {}
     for name, score in accuracy[BASE]:
-        by = {arm: found[name, score] for arm, found in accuracy.items()}
-        each = np.arange(len(by[BASE]))  # every row is a question of its own
-        means = {arm: interval(right, each, settings, share=True).as_dict() for arm, right in by.items()}
+        by_arm = {arm: right[name, score] for arm, right in accuracy.items()}
+        groups = np.arange(len(by_arm[BASE]))  # every row is its own question
+        means = {arm: interval(right, groups, settings, share=True).as_dict() for arm, right in by_arm.items()}
         tasks[name]["scores"][score] = means
-        changes[name, score] = paired_difference(by[ADAPTER], by[BASE], each, settings, share=True)
-    for (name, score), found in compare_family(changes, lambda _: "higher").items():
-        tasks[name]["scores"][score]["difference"] = found
-    for (first, (one, _)), (second, (two, _)) in product(asked.items(), repeat=2):
+        changes[name, score] = paired_difference(by_arm[ADAPTER], by_arm[BASE], groups, settings, share=True)
+    for (name, score), difference in compare_family(changes, lambda _: "higher").items():
+        tasks[name]["scores"][score]["difference"] = difference
+    arabic, english = ([name for name in tasks if tasks[name]["language"] == one] for one in ("ar", "en"))
+    for first, second in product(arabic, english):
+        one, two = questions[first][0], questions[second][0]
         both = sorted(one.keys() & two.keys())
-        same = all(one[number]["answer_index"] == two[number]["answer_index"] for number in both)
-        if both and same and (tasks[first]["language"], tasks[second]["language"]) == ("ar", "en"):
-            at, to = np.isin(list(one), both), np.isin(list(two), both)
-            for arm, score in product(accuracy, tasks[first]["scores"]):
-                pair = accuracy[arm][first, score][at], accuracy[arm][second, score][to], np.arange(len(both))
-                found = paired_difference(*pair, settings, share=True).as_dict()
-                languages.setdefault(f"{first} − {second}", {}).setdefault(score, {})[arm] = found
+        if not both or any(one[number]["answer_index"] != two[number]["answer_index"] for number in both):
+            continue
+        at, to, groups = np.isin(list(one), both), np.isin(list(two), both), np.arange(len(both))
+        for arm, score in product(accuracy, tasks[first]["scores"]):
+            right = accuracy[arm]
+            pair = paired_difference(right[first, score][at], right[second, score][to], groups, settings, share=True)
+            languages.setdefault(f"{first} − {second}", {}).setdefault(score, {})[arm] = pair.as_dict()
     return {"tasks": tasks, "languages": languages}

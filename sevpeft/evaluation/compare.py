@@ -1,11 +1,11 @@
 """Trains every arm of a recipe with every seed, evaluates the runs, compares them and tests the claim.
 
-A finished run is skipped, an interrupted one resumed, and one that another process has locked is left to it. So the
-same command, started once on each GPU, shares the work, and each start gives the whole table.
+A finished run is skipped, an interrupted one is resumed, and a run that another process has locked is left to it. So
+the same command, started once on each GPU, shares the work, and each process returns the whole table.
 
-The claim (report/claim.py) was fixed before any test row is seen: its weights are chosen on validation. All other
-comparisons of a score are corrected together, by Holm. With folds every row is tested by models that never saw it: an
-arm is trained with each seed once without each fold, and the scores of the folds are joined.
+The claim (report/claim.py) is fixed before any test row is read: its weights are chosen on validation. All other
+comparisons of a score are corrected together, by Holm. With folds, models that never saw a row test it: each arm is
+trained with each seed once without each fold, and the scores of the folds are joined.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +39,21 @@ from sevpeft.evaluation.arms import (
     BASE,
     CE,
     CE_EXTRA,
-    COMPETITORS,
     CONSTANT,
     CONTROLS,
-    CURRICULA,
     LADDER,
     OWN,
     PROMPT,
     SHUFFLED,
-    TWINS,
     WEIGHTED,
     arm_of,
     check_arms,
     parse_vary,
+    references_of,
 )
 from sevpeft.evaluation.evaluate import EVALUATION, LIKELIHOOD, SCORES, evaluate, finished_rows_are_kept, test_rows
 from sevpeft.evaluation.generate import EvaluationRows
+from sevpeft.evaluation.judge import Judge
 from sevpeft.evaluation.report.claim import Evidence, can_show, claim_of, verdict_of
 from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, Scores
 from sevpeft.evaluation.statistics import paired_difference
@@ -62,19 +61,19 @@ from sevpeft.evaluation.tables import COMPARISON
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.training.checkpoints import as_started, check_same_recipe
+from sevpeft.training.checkpoints import as_started, check_same_data, check_same_recipe
 from sevpeft.training.data import load_splits, source_index
 from sevpeft.training.plan import steps_of
 from sevpeft.training.resolve import resolve_split
 from sevpeft.training.train import train
 
 DEFAULT_ARMS = (BASE, CE, "mild", "balanced", "strong", SHUFFLED, CONSTANT)
-_STEPS_OF_PACE = 6  # of the first training; its first one also sets up
+_STEPS_OF_PACE = 6  # measured steps of the first training; its first step is slower
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """One run to train and evaluate; `columns` are those of its scores that are wanted → arm."""
+    """One run to train and evaluate."""
 
     arm: str
     seed: int
@@ -83,7 +82,7 @@ class _Unit:
     trained_on: int  # rows
     recipe: Recipe
     run: Run
-    columns: dict[str, str]
+    columns: dict[str, str]  # column of the run's scores → arm
 
 
 def compare(
@@ -99,31 +98,31 @@ def compare(
     console: Console | None = None,
     on_trained: Callable[[Run], object] | None = None,
 ) -> dict[str, Any]:
-    """Does what is not done yet; writes comparison.json and returns its content.
+    """Trains and evaluates the missing runs; writes comparison.json and returns its content.
 
     Args:
-        output: folder of the comparison, whose runs stand in OUTPUT/ARM-SEED. They are kept when a SevpeftError ends
-            the comparison.
-        folds: parts of all rows, each the test of the runs OUTPUT/ARM-SEED-foldN; without, the test is the recipe's.
-        answers: generate and score answers; without, the likelihood alone is compared.
-        vary: KEY=VALUE,VALUE…, the arms beside the base model, compared with the first; or LADDER, with the one before.
-        on_trained: called with every run that was trained here.
+        output: folder of the comparison, with its runs in OUTPUT/ARM-SEED, which are kept after a SevpeftError.
+        folds: parts of all rows, each the test of the runs OUTPUT/ARM-SEED-foldN; by default the recipe's test is used.
+        answers: generate and score answers; False compares the likelihood alone.
+        vary: KEY=VALUE,VALUE…: an arm for each value, compared with the first; or LADDER: each with the previous one.
+        on_trained: called with every run that this process trained.
     """
     check_one_process("compare")
     screen, path = console or Screen(quiet=True), Path(recipe)
     key, values = parse_vary(vary, path, overrides) if vary else ("", {})
-    meanings = {BASE: ARMS[BASE], **{arm: " ".join(of) or "the recipe" for arm, of in values.items()}} if vary else ARMS
+    varied = {arm: " ".join(settings) or "the recipe" for arm, settings in values.items()}
+    meanings = {BASE: ARMS[BASE], **varied} if vary else ARMS
     arms = [arm for arm in meanings if arm in arms or arm in values]  # in the order of the table
     to_train = [arm for arm in arms if arm != BASE]
     weighted = [arm for arm in arms if arm in WEIGHTED]
     given = load_recipe(path, overrides)
     ready = given.severity.source == "weight"
-    default_controlled = OWN if ready else "balanced"  # whose weights controls have where no weighted arm is compared
+    default_controlled = OWN if ready else "balanced"  # controls have its weights if no weighted arm is compared
     if folds is not None and folds < 2:
         raise UsageError(f"--folds is {folds}; write 2 or more, or leave it out for the recipe's own test split.")
     places = [f"{number}/{folds}" for number in range(1, folds + 1)] if folds else [""]
 
-    @cache  # units are listed before the start, for each round and at the end
+    @cache  # units are listed several times
     def recipe_of(arm: str, seed: int, fold: str, controlled: str = "") -> tuple[Recipe, str]:
         own, ending = ([*overrides, f"data.fold={fold}"], f"-fold{fold.split('/')[0]}") if fold else (overrides, "")
         if vary:
@@ -133,39 +132,42 @@ def compare(
         return recipe, f"{name}{ending}"
 
     check_arms(given, () if vary else arms, output)
-    # As plain CE, which reads the same rows and needs no severity; `check_test_split` names what is missing.
+    metrics = METRICS | (Judge(given.evaluation.judge).metrics if given.evaluation.judge else {})
+    # Read as plain CE, which has the rows of all arms and needs no severity; `check_test_split` checks the severity.
     reading = to_train if vary or given.data.mix else [CE]
     by_fold = {fold: same_rows(key, [recipe_of(arm, seeds[0], fold)[0] for arm in reading]) for fold in places}
-    rows = EvaluationRows.joined([of_fold for of_fold, *_ in by_fold.values()])
+    rows = EvaluationRows.joined([fold_rows for fold_rows, *_ in by_fold.values()])
     stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
     if stratum == CRITICAL:
         check_test_split(rows, folds)
-        if weighted and not all(chosen_on for *_, chosen_on in by_fold.values()):
-            raise RunError("The validation rows hold no critical case to choose by; raise data.validation_size.")
+        if weighted and not all(validates for *_, validates in by_fold.values()):
+            raise RunError(
+                "The validation rows have no critical case to choose weights by; raise data.validation_size."
+            )
 
-    twins, equal = dict[str, tuple[str, Recipe, Run]](), dict[str, str]()
+    equal: dict[str, str] = {}
 
-    def units(of: Sequence[str], controlled: str = "") -> list[_Unit]:
-        found = []
-        for seed, arm, fold in product(seeds, (arm for arm in to_train if arm in of), places):
-            # The base model's scores stand in the first run.
-            first = BASE in arms and (arm, seed) == (to_train[0], seeds[0])
+    def units(selected: Sequence[str], controlled: str = "") -> list[_Unit]:
+        listed, twins = [], dict[str, tuple[str, Recipe, Run]]()
+        equal.clear()  # the choice of weights can change which arms are equal
+        for seed, arm, fold in product(seeds, (arm for arm in to_train if arm in selected), places):
             columns, (own, name) = {ADAPTER: arm}, recipe_of(arm, seed, fold, controlled)
-            columns |= {BASE: BASE} if first else {}
-            # Equal settings train the same to the bit, so that one run stands for both arms.
+            if BASE in arms and (arm, seed) == (to_train[0], seeds[0]):  # the first run has the base model's scores
+                columns[BASE] = BASE
+            # Equal settings train the same to the bit, so one run is enough for both arms.
             weights = {"weights": own.severity.coefficients()} if own.severity.source != "weight" else {}
             key = str([fold, own.model_dump(exclude={"about"}) | {"severity": own.severity.model_dump() | weights}])
             twin, own, run = twins.setdefault(key, (arm, own, Run(output / name)))
             if twin != arm:
                 equal[arm] = f"{arm} trains the same as {twin}, to the bit, and is not trained"
-            found.append(_Unit(arm, seed, fold, *by_fold[fold][:2], own, run, columns))
-        return found
+            listed.append(_Unit(arm, seed, fold, *by_fold[fold][:2], own, run, columns))
+        return listed
 
     planned = units(to_train, default_controlled)
     todo = [unit for unit in planned if not (unit.run.adapter / "adapter_model.safetensors").is_file()]
     todo = list({unit.run.folder: unit for unit in todo}.values())
-    settled = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in todo]
-    pace = _Pace(sum(steps_of(*one) for one in settled), screen)
+    resolved = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in todo]
+    pace = _Pace(sum(steps_of(*one) for one in resolved), screen)
     if todo:
         to_do = f"{len(todo)} of {len(planned)} to train, about {pace.steps:,} steps in all: {', '.join(to_train)}"
         print_labeled(screen, "Runs", "; ".join([to_do, f"seeds {', '.join(map(str, seeds))}", *equal.values()]))
@@ -175,7 +177,7 @@ def compare(
         print_labeled(screen, "Can show", can_show(rows.groups[critical], len(seeds), spread))
 
     def finish(wanted: list[_Unit], before: int = 0) -> None:
-        """Finishes the runs: first those that no other process has locked, then the others, once they are free."""
+        """Finishes the runs: first those that no other process has locked, then the others when they are free."""
         locks = output / ".locks"
         with plain_disk_errors(locks):
             locks.mkdir(parents=True, exist_ok=True)
@@ -204,28 +206,32 @@ def compare(
         finish(controls, len(planned) - len(controls))
     with screen.status("Comparing"):
         finished = units(to_train, chosen or default_controlled)
-        taken = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
+        steps = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
         _check_equal(finished, ("base weights",) if vary else ("base weights", "tokenizer", "steps", "rows"))
         tokens, scores = _read_scores(finished)
         scores = {arm: scores[arm] for arm in arms}
-        summary = scoring.summarize(
-            rows,
-            scores,
-            given.evaluation,
-            tokens=dict.fromkeys(arms, tokens),
-            pairs=dict(zip(arms[1:], zip(arms), strict=False))  # with the one before
-            if key == LADDER
-            else {arm: to_train[: arm != to_train[0]] if vary else references_of(arm, chosen) for arm in arms},
-        )
+        pairs: dict[str, Sequence[str]]
+        if key == LADDER:
+            pairs = {arm: [before] for before, arm in pairwise(arms)}
+        elif vary:
+            pairs = {arm: to_train[: arm != to_train[0]] for arm in arms}
+        else:
+            pairs = {arm: references_of(arm, chosen) for arm in arms}
+        of_arms = dict.fromkeys(arms, tokens)
+        summary = scoring.summarize(rows, scores, given.evaluation, tokens=of_arms, pairs=pairs, metrics=metrics)
         dialects = np.array([name or "" for name in rows.dialects or ()])
         evidence, claim = Evidence(rows, scores, tokens, given.evaluation), None
-        verdict, power = _losses(key, validation) if vary else "No claim: it is about weights and critical cases.", ""
-        if chosen and stratum == CRITICAL:
+        verdict, power = "No claim: it is about weights and critical cases.", ""
+        if vary:
+            losses = ", ".join(f"{arm} {number_text(one['mean'], 4)}" for arm, one in validation.items())
+            other = "each with the previous one" if key == LADDER else f"with {to_train[0]}"
+            verdict = f"{key}, validation NLL: {losses}. The tables compare {other} on the test."
+        elif chosen and stratum == CRITICAL:
             claim = claim_of(evidence, chosen)
             verdict, power = verdict_of(claim, len(seeds))
         all_notes = ((one.run.folder.name, note) for one in finished for note in one.run.read_json(EVALUATION)["notes"])
-        noted = {note.replace("The adapter", f"The adapter of {name}") for name, note in all_notes}
-        noted -= {note for one in finished for note in scoring.remarks(one.rows)}  # of a fold's few rows
+        notes = {note.replace("The adapter", f"The adapter of {name}") for name, note in all_notes}
+        notes -= {note for one in finished for note in scoring.remarks(one.rows)}  # about the few rows of a fold
         content = {
             "model": given.model.name_or_path,
             "data": {"source": rows.source, "rows": len(rows), "content": rows.content_hash()},
@@ -234,7 +240,7 @@ def compare(
             "seeds": list(seeds),
             "folds": folds or 1,
             "primary": {"metric": PRIMARY, "stratum": stratum},
-            "metrics": {name: METRICS[name] for name in METRICS if name in summary[ALL]["metrics"]},
+            "metrics": {name: metrics[name] for name in summary[ALL]["metrics"]},
             "methods": scoring.methods(given.evaluation, "all of a score", claim is not None),
             "verdict": verdict,
             "power": power,
@@ -247,9 +253,9 @@ def compare(
             "runs": {arm: [one.run.folder.name for one in finished if arm in one.columns.values()] for arm in arms},
             "notes": [
                 *scoring.remarks(rows),
-                *sorted(noted),
+                *sorted(notes),
                 *(f"{sentence}." for sentence in equal.values()),
-                *([f"Steps: {', '.join(taken.values())}."] if vary or {PROMPT, CE_EXTRA} & {*arms} else []),
+                *([f"Steps: {', '.join(steps.values())}."] if vary or {PROMPT, CE_EXTRA} & {*arms} else []),
             ],
             "scores": summary,
         }
@@ -258,30 +264,26 @@ def compare(
 
 
 def state_of(run: Run, recipe: Recipe) -> str:
-    """ "absent", "started" or "finished"; a RunError where it is damaged, or was trained by another recipe."""
+    """ "absent", "started" or "finished"; a RunError if it is damaged, or was trained by another recipe."""
     if not (run.folder / "recipe.yaml").exists() and not run.adapter.exists():
-        # A training that was killed before it wrote its recipe; nothing in it can be continued.
+        # A training that was killed before it wrote its recipe cannot be resumed.
         shutil.rmtree(run.folder, ignore_errors=True)
         return "absent"
     try:
         recipe, finished = as_started(recipe, run), run.finished
     except (SevpeftError, ValueError):
-        raise RunError(f"{run.folder} is damaged; move it away and run this again, which trains it anew.") from None
+        raise RunError(f"{run.folder} is damaged; move it away and run this again, which trains it again.") from None
     check_same_recipe(recipe, run)
     return "finished" if finished else "started"
 
 
 def _train_and_evaluate(
-    unit: _Unit,
-    place: str,
-    answers: bool,
-    console: Console,
-    pace: _Pace,
-    on_trained: Callable[[Run], object] | None,
+    unit: _Unit, place: str, answers: bool, console: Console, pace: _Pace, on_trained: Callable[[Run], object] | None
 ) -> None:
-    """As far as that is not done, for this adapter, these rows and these settings."""
+    """Trains and evaluates a run, unless both are done for this adapter, these rows and these settings."""
     state = state_of(unit.run, unit.recipe)
     if state == "finished":
+        check_same_data(unit.rows.fingerprint, unit.rows.source, unit.run)  # its severities may have changed
         stored = unit.run.read_json(EVALUATION)
         if (
             stored.get("adapter") == file_hash(unit.run.adapter / "adapter_model.safetensors")
@@ -296,31 +298,31 @@ def _train_and_evaluate(
     console.rule(place)
     started = time.monotonic()
     if state != "finished":
-        console.quiet, pace.first = pace.quiet or not pace.first, False  # the first run has said data, weights, batch
+        console.quiet, pace.first = pace.quiet or not pace.first, False  # the first run prints data, weights and batch
         train(unit.recipe, unit.run.folder, resume=state == "started", console=console, callbacks=[pace])
         if on_trained is not None:
             on_trained(unit.run)
-        gc.collect()  # a trainer refers to itself, and the next model needs the room
+        gc.collect()  # a trainer has reference cycles, and the next model needs its memory
         torch.cuda.empty_cache()
-    # The base model is loaded anew: kept beside the next training it would hold the memory twice.
+    # The base model is loaded again for each run: keeping it during a training would take the memory twice.
     evaluate(unit.run, arms=tuple(unit.columns), answers=answers, floors=BASE in unit.columns, console=console)
     pace.runs.append(time.monotonic() - started)
     torch.cuda.empty_cache()
 
 
 class _Pace(TrainerCallback):
-    """Says once, after some steps, how long the training of `steps` steps will take."""
+    """Prints once, after some steps, how long the training of `steps` steps will take."""
 
     def __init__(self, steps: int, screen: Console) -> None:
         self.steps, self.screen, self.times = steps, screen, list[float]()
-        self.runs, self.first, self.quiet = list[float](), True, screen.quiet  # seconds of each run; none is begun yet
+        self.runs, self.first, self.quiet = list[float](), True, screen.quiet  # runs: seconds of each
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.screen.quiet = self.quiet
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1 and len(self.times) < _STEPS_OF_PACE:
-            self.times.clear()  # of a shorter run, after which it was evaluated
+            self.times.clear()  # a shorter run before it was evaluated in between
         self.times.append(time.monotonic())
         if len(self.times) == _STEPS_OF_PACE:
             step = (self.times[-1] - self.times[0]) / (_STEPS_OF_PACE - 1)
@@ -329,55 +331,48 @@ class _Pace(TrainerCallback):
 
 
 def _spread(units: Sequence[_Unit]) -> float | None:
-    """Standard deviation between critical questions of what weights change, by the first two runs; None before."""
+    """Standard deviation between critical questions of weighted − plain NLL, from the first two runs; None before."""
     pair = [next(unit for unit in units if unit.arm in of) for of in ((CE,), WEIGHTED)]
-    with suppress(SevpeftError, OSError):  # whatever is wrong with a run is said when its turn comes
+    with suppress(SevpeftError, OSError):  # a fault of a run is raised when the run is finished
         tokens, scores = _read_scores(pair)
         at = pair[0].rows.strata == SEVERITIES.index(CRITICAL)
         plain, weighted = (scores[unit.arm][PRIMARY][:, at] for unit in pair)
-        found = paired_difference(weighted, plain, pair[0].rows.groups[at], weights=tokens[at])
-        return found.standard_error * math.sqrt(found.groups) or None
+        difference = paired_difference(weighted, plain, pair[0].rows.groups[at], weights=tokens[at])
+        return difference.standard_error * math.sqrt(difference.groups) or None
     return None
 
 
 def _validation(units: Sequence[_Unit], stratum: str) -> dict[str, dict[str, Any]]:
-    """Arm → validation NLL of critical or of all cases: its mean, per_run, and means of the others, by severity."""
+    """Arm → validation NLL of critical or of all cases: mean, per_run, and the means of other severities."""
     by_arm: dict[str, list[dict[str, float]]] = {}
     name = "loss" if stratum == ALL else f"loss_{CRITICAL}"
     for unit in units:
         by_arm.setdefault(unit.arm, []).append(unit.run.metrics()["after"])
         if name not in by_arm[unit.arm][-1]:
             raise RunError("The validation split has no critical case; raise data.validation_size and change --output.")
-    found = {}
+    validation = {}
     for arm, runs in by_arm.items():
-        means = {key: float(np.mean([of[key] for of in runs])) for key in runs[0] if all(key in of for of in runs)}
-        found[arm] = {"mean": means.pop(name), "per_run": [of[name] for of in runs], "others": means}
+        means = {key: float(np.mean([run[key] for run in runs])) for key in runs[0] if all(key in run for run in runs)}
+        validation[arm] = {"mean": means.pop(name), "per_run": [run[name] for run in runs], "others": means}
         means.pop("loss", None)
-    return found
-
-
-def _losses(key: str, validation: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the values of a key came to on validation, which is where one of them is chosen; no claim."""
-    means = [f"{arm} {number_text(one['mean'], 4)}" for arm, one in validation.items()]
-    other = "each with the one before" if key == LADDER else f"with {next(iter(validation))}"
-    return f"{key}, validation NLL: {', '.join(means)}. The tables compare {other} on the test."
+    return validation
 
 
 def _check_equal(units: Sequence[_Unit], names: Sequence[str]) -> None:
-    """Raises RunError when runs of a fold differ in `names`: base weights, rows or steps, whatever their settings."""
+    """Raises RunError if runs of a fold differ in `names` (base weights, rows or steps), whatever their settings."""
     firsts: dict[str, tuple[Path, dict[str, Any]]] = {}
     for unit in units:
         metrics = unit.run.metrics()
-        found = {
+        facts = {
             "base weights": metrics["model"].get("fingerprint"),
             "tokenizer": metrics["model"].get("prompt"),
             "steps": metrics["training"]["steps"],
             "rows": (metrics["data"]["rows"], metrics["weights"]["consultations"]),
         }
-        origin, first = firsts.setdefault(unit.fold, (unit.run.folder, found))
-        if unit.arm in (PROMPT, CE_EXTRA):  # the severity may leave a row no room
-            found |= {name: first[name] for name in ("tokenizer", "steps", "rows")}
-        if differing := [name for name in names if found[name] != first[name]]:
+        origin, first = firsts.setdefault(unit.fold, (unit.run.folder, facts))
+        if unit.arm in (PROMPT, CE_EXTRA):  # with the severity in its prompt, a row may not fit
+            facts |= {name: first[name] for name in ("tokenizer", "steps", "rows")}
+        if differing := [name for name in names if facts[name] != first[name]]:
             others = f"{origin} was (other {', '.join(differing)})"
             raise RunError(f"{unit.run.folder} was not trained as {others}; move the wrong one away, and run again.")
 
@@ -389,80 +384,65 @@ def _read_scores(units: Sequence[_Unit]) -> tuple[np.ndarray, dict[str, Scores]]
     for unit in units:
         own = _column(unit.run.folder / LIKELIHOOD, "arm", ADAPTER, unit.rows)["tokens"]
         first = tokens.setdefault(unit.fold, own)
-        both = (first > 0) & (own > 0)  # a prompt with a severity may leave an answer no room
+        both = (first > 0) & (own > 0)  # with a severity in its prompt, a row may not fit
         if not np.array_equal(first[both], own[both]):
             raise RunError(f"{unit.run.folder} counted other tokens in the references than {units[0].run.folder}.")
         for column, arm in unit.columns.items():
-            found = _column(unit.run.folder / SCORES, "column", column, unit.rows)
-            by_arm.setdefault(arm, {}).setdefault(unit.seed, []).append(found)
-    # Only what every arm has can be compared.
+            scores = _column(unit.run.folder / SCORES, "column", column, unit.rows)
+            by_arm.setdefault(arm, {}).setdefault(unit.seed, []).append(scores)
+    # Only scores that every arm has can be compared.
     parts = [part for seeds in by_arm.values() for folds in seeds.values() for part in folds]
     shared = [name for name in scoring.HEADLINE if all(name in part for part in parts)]
     return np.concatenate([*tokens.values()]), {
         arm: {
-            name: np.stack([np.concatenate([of[name] for of in folds]) for folds in seeds.values()]) for name in shared
+            name: np.stack([np.concatenate([fold[name] for fold in folds]) for folds in seeds.values()])
+            for name in shared
         }
         for arm, seeds in by_arm.items()
     }
 
 
 def _column(path: Path, key: str, name: str, rows: EvaluationRows) -> Scores:
-    """Number → (n,) of the lines whose `key` is `name`; joined with the rows by id, never by position."""
+    """Field → (n,) of the lines whose `key` is `name`; joined with the rows by id, never by position."""
     with path.open(encoding="utf-8") as file:
         lines = {line["id"]: line for _, line in json_lines(file, str(path)) if line[key] == name}
     if lines.keys() != set(rows.ids):
-        raise RunError(f"{path} holds scores of other rows; move it away and run this again, which makes it anew.")
-    # null, where a row has no value, becomes NaN.
+        raise RunError(f"{path} has scores of other rows; move it away and run this again, which writes it again.")
+    # null becomes NaN.
     fields = lines[rows.ids[0]].keys() - {key, "id"}
-    return {field: np.array([lines[one][field] for one in rows.ids], dtype=float) for field in fields}
-
-
-# What is compared
-
-
-def references_of(arm: str, chosen: str | None = None) -> tuple[str, ...]:
-    """What an arm is compared with, plain CE first. No pair twice: shuffled − CE, and not CE − shuffled.
-
-    Competitors are compared with the chosen weights, outside the claim.
-    """
-    if arm in CURRICULA:
-        return (CE, *(other for other in CURRICULA if arm == "curriculum" != other))
-    if arm in COMPETITORS and chosen:
-        return (CE, SHUFFLED, chosen)
-    twin = (f"{SHUFFLED}-{arm}",) if arm in WEIGHTED else ()
-    return () if arm == CE else (CE,) if arm in (BASE, SHUFFLED, *TWINS) else (CE, SHUFFLED, *twin)
+    return {field: np.array([lines[identity][field] for identity in rows.ids], dtype=float) for field in fields}
 
 
 def choose(validation: Mapping[str, Mapping[str, Any]], margin: float) -> str | None:
-    """The weights with the lowest validation NLL of critical cases, and what others lose over the margin added to it.
+    """The weighted arm with the lowest cost, or None: validation NLL of critical cases + losses above the margin.
 
-    None where there are no weights. Args: validation: arm → as `_validation` gives it.
+    `validation`: the result of `_validation`. A loss is that of another severity against plain CE.
     """
     plain = validation.get(CE, {}).get("others", {})
 
     def cost(arm: str) -> float:
-        lost = (loss - plain.get(name, loss) - margin for name, loss in validation[arm]["others"].items())
-        return float(validation[arm]["mean"]) + sum(max(0.0, one) for one in lost)
+        losses = (loss - plain.get(name, loss) - margin for name, loss in validation[arm]["others"].items())
+        return float(validation[arm]["mean"]) + sum(max(0.0, loss) for loss in losses)
 
     return min((arm for arm in validation if arm in WEIGHTED), key=cost, default=None)
 
 
 def same_rows(key: str, recipes: Sequence[Recipe]) -> tuple[EvaluationRows, int, bool]:
-    """The test rows of all the recipes, how many the first trains on, and whether it validates on critical cases.
+    """The test rows of all recipes, the number of training rows, and whether the validation has critical cases.
 
-    A UsageError where the key in which they differ changes the test rows.
+    A UsageError if the key in which the recipes differ changes the test rows.
     """
     loaded = [load_splits(recipe) for recipe in recipes]
-    found = [test_rows(*of) for of in loaded]
-    if len({rows.content_hash() for rows in found}) > 1:
-        raise UsageError(f"--vary {key} changes the test rows, which all arms have to share; vary another key.")
+    tests = [test_rows(*data) for data in loaded]
+    if len({rows.content_hash() for rows in tests}) > 1:
+        raise UsageError(f"--vary {key} changes the test rows, which all arms must share; vary another key.")
     _, splits, severity = loaded[0]
     validated = [] if severity is None else severity.strata[source_index(splits.validation)]
-    return found[0], len(splits.train), SEVERITIES.index(CRITICAL) in validated
+    return tests[0], len(splits.train), SEVERITIES.index(CRITICAL) in validated
 
 
 def check_test_split(rows: EvaluationRows, folds: int | None = None) -> None:
-    """Raises RunError when the test rows cannot show anything about critical cases, before anything is trained."""
+    """Raises RunError if the test rows have too few critical cases for any result, before the first training."""
     if (rows.strata < 0).all():
         remedy = "set severity.source=rules, or compare ready-made weights with --arms base,ce,own,shuffled,constant"
         raise RunError(f"The data has no severity; add severity columns, {remedy}.")

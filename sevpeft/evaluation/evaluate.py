@@ -1,6 +1,6 @@
 """Evaluation of a run on its own test split: likelihoods, answers, scores, floors and intervals.
 
-What is slow is kept row by row and never done twice; the scores are computed from it anew each time.
+Likelihoods and answers are slow, so they are stored row by row. The scores are computed from them each time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sevpeft.evaluation.generate import EvaluationRows, generate, reference_nll
 from sevpeft.evaluation.judge import JUDGEMENTS, Judge
 from sevpeft.evaluation.safety import MINIMIZING, lexicon_versions, minimized, urgency_of
 from sevpeft.evaluation.scores import Scores
-from sevpeft.evaluation.statistics import paired_difference
+from sevpeft.evaluation.statistics import or_none, paired_difference
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
@@ -60,22 +60,22 @@ def evaluate(
     """Evaluates a run; writes predictions.jsonl, likelihood.jsonl, scores.jsonl and evaluation.json into it.
 
     Args:
-        run: of `train`, or its folder.
+        run: the result of `train`, or its folder.
         overrides: KEY=VALUE of the sections generation and evaluation.
-        limit: a seeded sample of so many rows; a later evaluation of all rows goes on from it.
+        limit: size of a seeded sample of the rows; a later evaluation of all rows reuses its answers.
         arms: ADAPTER and BASE, or one of them.
-        answers: generate and score answers; without, the likelihood alone is computed, in a fraction of the time.
-        floors: score the floors too; a comparison shows them once, not for every arm and seed.
+        answers: generate and score answers; False computes the likelihoods alone, in a fraction of the time.
+        floors: score the floors too; a comparison does so for one run only.
 
     Returns:
-        The content of evaluation.json. What cannot be done is a SevpeftError, and finished work is kept.
+        The content of evaluation.json. After a SevpeftError the finished rows are kept.
     """
     console = console or Screen(quiet=True)
     run, recipe, splits, every = opened(run, overrides)
     rows = every.limited(limit)
-    asked = recipe.evaluation
-    encoder, missing_encoder = load_encoder(asked) if answers else (None, None)
-    judge = Judge(asked.judge) if asked.judge and answers else None
+    settings = recipe.evaluation
+    encoder, missing_encoder = load_encoder(settings) if answers else (None, None)
+    judge = Judge(settings.judge) if settings.judge and answers else None
     floors = floors and ADAPTER in arms
     verdicts: tuple[dict[str, Scores], list[str]] = ({}, [])
     constant = None
@@ -85,24 +85,26 @@ def evaluate(
     with run_lock(run.folder), finished_rows_are_kept():
         work = RowWork(run, recipe, every, rows, console)
         likelihood: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        lines, moved = dict[str, list[dict[str, Any]]](), dict[str, Scores]()
+        lines, minimization = dict[str, list[dict[str, Any]]](), dict[str, Scores]()
         # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
-        for arm in (one for one in (BASE, ADAPTER) if one in arms):
+        for arm in (arm for arm in (BASE, ADAPTER) if arm in arms):
             likelihood[arm] = work.likelihood(arm)
-            lines |= {arm: work.answers(arm)} if answers else {}
-            moved |= {arm: work.minimization(arm)} if answers and asked.minimization else {}
+            if answers:
+                lines[arm] = work.answers(arm)
+                minimization[arm] = work.minimization(arm) if settings.minimization else {}
         if floors:
             likelihood[SHUFFLED] = work.likelihood(SHUFFLED)
-        texts = {arm: [line["prediction"] for line in of_arm] for arm, of_arm in lines.items()}
+        texts = {arm: [line["prediction"] for line in arm_lines] for arm, arm_lines in lines.items()}
         if judge is not None:
             kept = RowFile(run.folder / JUDGEMENTS, {**work.answer_origin, "judge": judge.about})
             with_floor = texts | ({CONSTANT: [constant] * len(rows)} if constant and BASE in arms else {})
             verdicts = judge.rate(rows, with_floor, kept.lines, kept.append, console)
     with console.status("Scoring"):
         columns = [name for name in scoring.COLUMNS if name in likelihood]
-        scores: dict[str, Scores] = {name: {"nll": likelihood[name][0]} | moved.get(name, {}) for name in columns}
-        for arm, of_arm in lines.items():
-            truncated = [line["truncated"] for line in of_arm]
+        scores: dict[str, Scores] = {name: {"nll": likelihood[name][0]} for name in columns}
+        for arm, arm_lines in lines.items():
+            truncated = [line["truncated"] for line in arm_lines]
+            scores[arm] |= minimization[arm]
             scores[arm] |= scoring.row_scores(rows, texts[arm], truncated=truncated, encoder=encoder)
         if constant is not None:
             shuffled = [work.shuffled[identity] for identity in rows.ids]
@@ -110,22 +112,22 @@ def evaluate(
                 scores[column] = scores.get(column, {}) | by_name
         for column, by_name in verdicts[0].items():
             scores[column] |= by_name
-        meanings = scoring.METRICS | (judge.metrics if judge else {})
-        tokens = {column: of for column, (_, of) in likelihood.items()}
-        summary = scoring.summarize(rows, scores, asked, tokens=tokens, pairs={ADAPTER: (BASE,)}, metrics=meanings)
+        metrics = scoring.METRICS | (judge.metrics if judge else {})
+        tokens = {column: counts for column, (_, counts) in likelihood.items()}
+        summary = scoring.summarize(rows, scores, settings, tokens=tokens, pairs={ADAPTER: (BASE,)}, metrics=metrics)
         unfit = int((tokens[arms[0]] == 0).sum())
-        lost = max((sum(line["lost_words"] > 0 for line in of_arm) for of_arm in lines.values()), default=0)
+        shortened = max((sum(line["lost_words"] > 0 for line in of_arm) for of_arm in lines.values()), default=0)
         notes = [
             *scoring.remarks(rows),
             recipe.prompt.severity == "gold" and ORACLE,
             (by := run.metrics()["data"].get("prompt_severity")) != rows.severities_by
             and f"Severity in prompts: {rows.severities_by}; trained: {by}.",
             floors
-            and paired_difference(likelihood[ADAPTER][0], likelihood[SHUFFLED][0], rows.groups, asked).high >= 0
-            and "The adapter is no better than with shuffled questions: it does not go by what is asked.",
+            and paired_difference(likelihood[ADAPTER][0], likelihood[SHUFFLED][0], rows.groups, settings).high >= 0
+            and "The adapter is no better than with shuffled questions, so its answers do not depend on the question.",
             missing_encoder,
-            unfit and f"No NLL: {unfit:,} rows, whose answer leaves no room for a question in training.max_length.",
-            lost and f"Shortened to fit the model's context: {lost:,} questions.",
+            unfit and f"{unfit:,} rows have no NLL: their answer leaves no room for a question in training.max_length.",
+            shortened and f"{shortened:,} questions were shortened to fit the model's context.",
             *verdicts[1],
         ]
         content = {
@@ -134,8 +136,8 @@ def evaluate(
             **{name: getattr(recipe, name).model_dump() for name in ("generation", "evaluation")},
             "scores": summary,
             "columns": {name: text for name, text in scoring.COLUMNS.items() if name in scores},
-            "metrics": {name: meanings[name] for name in summary[scoring.ALL]["metrics"]},
-            "methods": scoring.methods(asked, "the strata of one score together"),
+            "metrics": {name: metrics[name] for name in summary[scoring.ALL]["metrics"]},
+            "methods": scoring.methods(settings, "the strata of one score together"),
             "lexicons": lexicon_versions() if answers else {},
             **({"judge": judge.about} if judge else {}),
             "notes": [note for note in notes if note],
@@ -144,11 +146,8 @@ def evaluate(
     return content
 
 
-# Rows
-
-
 def opened(run: Run | Path | str, overrides: Sequence[str]) -> tuple[Run, Recipe, Splits, EvaluationRows]:
-    """A finished run, its recipe with the overrides, its splits and test rows; raises what `evaluate` refuses."""
+    """A finished run, its recipe with the overrides, its splits and test rows, after the checks of `evaluate`."""
     run, recipe, table, splits, severity = open_run(run, overrides, "evaluate", "generation", "evaluation")
     return run, recipe, splits, test_rows(table, splits, severity)
 
@@ -164,11 +163,11 @@ def open_run(
 
 
 def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -> EvaluationRows:
-    """Test rows from what `load_splits` gives for a run's recipe; a RunError where it kept none."""
+    """Test rows from the result of `load_splits` for a run's recipe; a RunError if there are none."""
     rows = splits.test
     if len(rows) == 0:
         raise RunError("The run kept no test rows; train again with data.test_size=0.1, or test rows in its column.")
-    # Near-duplicates where `sevpeft prepare` found them, else equal questions.
+    # Prepared data groups near-duplicates; other data groups equal questions.
     groups = rows["group"][:] if table.provenance else question_keys(rows)
     columns = ("id", "question", "answer", "dialect", PROMPT_SEVERITY)
     read = rows.select_columns([name for name in columns if name in rows.features])[:]
@@ -189,20 +188,17 @@ def test_rows(table: Consultations, splits: Splits, severity: Severity | None) -
     )
 
 
-# Work that is kept
-
-
 class RowFile:
-    """Lines {"arm": …, "id": …, …} of one origin in a file that only grows, so that a kill costs one batch.
+    """Lines {"arm": …, "id": …, …} of one origin in an append-only file, so that a kill loses one batch at most.
 
-    Beside `predictions.jsonl` stands `predictions.about.json`, which says from which adapter, rows, prompt and settings
-    the lines come: their origin, as nested plain values. Lines of another are a RunError. `lines`: (arm, id) → line.
+    `predictions.about.json` beside `predictions.jsonl` holds the origin of the lines: adapter, rows, prompt and
+    settings, as nested plain values. Lines of another origin are a RunError. `lines`: (arm, id) → line.
     """
 
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
         self.path, self.about = path, path.with_suffix(".about.json")
         self.lines: dict[tuple[str, str], dict[str, Any]] = {}
-        # Read back as it was written, or 1 and 1.0, tuples and lists would differ.
+        # Through JSON, as the stored origin: otherwise 1 and 1.0, or tuples and lists, would differ.
         self._origin: dict[str, Any] = json.loads(json.dumps(origin, ensure_ascii=False))
         if not path.exists() or not path.stat().st_size:
             return
@@ -211,9 +207,9 @@ class RowFile:
         except (OSError, ValueError):
             changed = [f"{self.about.name} is missing or damaged"]
         if changed:
-            remedy = f"Use the same settings, or move {path.name} away to start anew"
-            raise RunError(f"{path} was made from something else: {'; '.join(changed)}. {remedy}.")
-        # Lines that were cut off by a kill or are damaged are taken out, so that they are computed again.
+            remedy = f"Use the same settings, or move {path.name} away to start again"
+            raise RunError(f"{path} has lines from other settings: {'; '.join(changed)}. {remedy}.")
+        # Incomplete and damaged lines are removed, so that their rows are computed again.
         lines, valid = path.read_bytes().splitlines(keepends=True), []
         for text in lines:
             try:
@@ -227,31 +223,29 @@ class RowFile:
             write_atomically(path, b"".join(valid).decode())
 
     def append(self, lines: list[dict[str, Any]]) -> None:
-        """Adds lines and hands them to the operating system in one piece."""
+        """Adds lines with one write to the file."""
         with plain_disk_errors(self.path, when_full="free some, then run this again (finished answers are kept)"):
-            if not self.about.exists() or not self.path.exists():
+            if not self.lines or not self.about.exists():  # an empty file may have the origin of earlier settings
                 write_atomically(self.about, json.dumps(self._origin, ensure_ascii=False, indent=2) + "\n")
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(handle, "ab") as file:
-                keep_private(self.path)  # an earlier version or a copy may have left it open to others
+                keep_private(self.path)  # a file from an earlier version, or a copy, may be readable by others
                 file.write(text.encode())
         for line in lines:
             self.lines.setdefault((line["arm"], line["id"]), line)
 
 
 class RowWork:
-    """Likelihoods and answers of one evaluation: what is missing is computed, what is there is read.
+    """Likelihoods and answers of one evaluation: stored rows are read, missing rows are computed.
 
-    Args:
-        every: rows of the split; what is kept belongs to them.
-        rows: those of them that are evaluated.
+    `every`: all rows of the split, to which the stored files belong; `rows`: those to evaluate.
     """
 
     def __init__(self, run: Run, recipe: Recipe, every: EvaluationRows, rows: EvaluationRows, console: Console) -> None:
         self.recipe, self.rows, self.console = recipe, rows, console
         self.max_length = recipe.training.settings()["max_length"]
-        # Shuffled among all rows, so that a limited evaluation has the same floor.
+        # Shuffled among all rows, so that a sample gets the same references as the whole split.
         self.shuffled = dict(zip(every.ids, scoring.other_references(every, recipe.evaluation.seed), strict=True))
         self.origin: dict[str, Any] = {
             "adapter": file_hash(run.adapter / "adapter_model.safetensors"),
@@ -259,13 +253,13 @@ class RowWork:
             "quantization": recipe.quantization.model_dump(),
             "dtype": str(choose_precision(recipe).dtype).removeprefix("torch."),
             "data": {"source": every.source, "rows": len(every), "content": every.content_hash()},
-            # What is off is left out, as in origins from before there was a severity in prompts, or a fingerprint.
+            # Unused keys are left out, so that files from before these keys existed stay valid.
             "prompt": recipe.prompt.model_dump(exclude={"date"} if every.severities else {"date", "severity"}),
             **({"tokens_of_prompt": known} if (known := run.metrics()["model"].get("prompt")) else {}),
             "severities_by": every.severities_by,
             "evaluation_template": recipe.as_published.evaluation_template,
         }
-        # Answers do not depend on how many are given at once.
+        # Answers do not depend on the batch size.
         generation = recipe.generation.model_dump(exclude={"per_device_eval_batch_size"})
         self.answer_origin = {**self.origin, "generation": generation}
         self.predictions = RowFile(run.folder / PREDICTIONS, self.answer_origin)
@@ -275,53 +269,51 @@ class RowWork:
         self._loaded: tuple[PreTrainedModel, Prompt] | None = None
 
     def likelihood(self, arm: str, own: Mapping[str, str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Nats a token of the reference answers (n,), NaN where a row does not fit, and their tokens (n,), 0 there.
+        """Nats per token of the reference answers (n,) and their tokens (n,); NaN and 0 for rows that do not fit.
 
-        Args:
-            arm: or SHUFFLED, for the adapter with the references of other questions.
-            own: id → the arm's own answer, in place of the reference.
+        SHUFFLED is the adapter with references of other questions. `own`: id → answer in place of the reference.
         """
 
-        def computed(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
-            rows = replace(rows, references=[own[one] for one in rows.ids]) if own else rows
+        def compute(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
+            rows = replace(rows, references=[own[identity] for identity in rows.ids]) if own else rows
             return reference_nll(model, prompt, rows, max_length=self.max_length)
 
         file = RowFile(self._run.folder / OWN_LIKELIHOOD, self.answer_origin) if own else self.likelihoods
-        found = self._lines(file, self.rows, arm, "NLL", computed)
-        tokens = np.array([line["tokens"] for line in found], dtype=np.int64)
-        nats = np.array([np.nan if line["nll"] is None else line["nll"] for line in found])
+        lines = self._lines(file, self.rows, arm, "NLL", compute)
+        tokens = np.array([line["tokens"] for line in lines], dtype=np.int64)
+        nats = np.array([line["nll"] for line in lines], dtype=np.float64)  # null becomes NaN
         return nats / np.maximum(tokens, 1), tokens
 
     def minimization(self, arm: str) -> Scores:
-        """How urgency moves where a line plays a critical question of one turn down; answers are in minimized.jsonl."""
+        """Change of urgency if a line plays down a critical question of one turn; answers are in minimized.jsonl."""
         turns, critical = self.rows.turns or [""] * len(self.rows), SEVERITIES.index(scoring.CRITICAL)
         rows = self.rows.take([at for at, of in enumerate(self.rows.strata) if of == critical and not turns[at]])
-        asked = list(map(minimized, rows.ids, rows.questions, rows.dialects or [None] * len(rows)))
+        questions = list(map(minimized, rows.ids, rows.questions, rows.dialects or [None] * len(rows)))
         file = RowFile(self._run.folder / MINIMIZED, {**self.answer_origin, "lines": file_hash(MINIMIZING)})
-        given = self.answers(arm), self.answers(arm, (file, replace(rows, questions=asked)))
-        before, after = ({line["id"]: urgency_of(line["prediction"]) for line in lines} for lines in given)
-        change = np.array([after.get(one, np.nan) - before[one] for one in self.rows.ids])
+        answers = self.answers(arm), self.answers(arm, (file, replace(rows, questions=questions)))
+        before, after = ({line["id"]: urgency_of(line["prediction"]) for line in lines} for lines in answers)
+        change = np.array([after.get(identity, np.nan) - before[identity] for identity in self.rows.ids])
         return {"minimized_change": change, "minimized_less_urgent": np.where(np.isnan(change), np.nan, change < 0)}
 
-    def answers(self, arm: str, asked: tuple[RowFile, EvaluationRows] | None = None) -> list[dict[str, Any]]:
-        """Lines of predictions.jsonl in the order of the rows, or those of another file and its rows."""
-        on_slow, (file, rows) = partial(print_labeled, self.console, "Batches"), asked or (self.predictions, self.rows)
+    def answers(self, arm: str, other: tuple[RowFile, EvaluationRows] | None = None) -> list[dict[str, Any]]:
+        """Lines of predictions.jsonl in the order of the rows, or lines of another file for its rows."""
+        on_slow, (file, rows) = partial(print_labeled, self.console, "Batches"), other or (self.predictions, self.rows)
         names = [SEVERITIES[stratum] if stratum >= 0 else None for stratum in rows.strata]
         columns = (rows.ids, rows.questions, rows.references, names, rows.groups.tolist())
         keys = ("id", "question", "reference", "severity", "group")
-        about = {of[0]: dict(zip(keys, of, strict=True)) for of in zip(*columns, strict=True)}
+        about = {values[0]: dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)}
 
-        def answered(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
+        def compute(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
             for batch in generate(model, prompt, rows, self.recipe.generation, on_slow):
                 yield [{**about[line["id"]], **line, "tokens": len(line.pop("token_ids"))} for line in batch]
 
-        return self._lines(file, rows, arm, "Downplay" if asked else "Answers", answered)
+        return self._lines(file, rows, arm, "Downplay" if other else "Answers", compute)
 
     def _lines(
         self, file: RowFile, every: EvaluationRows, arm: str, label: str, compute: Callable[..., Iterator[list[Any]]]
     ) -> list[dict[str, Any]]:
-        """Lines of an arm in the order of the rows; `compute` gets model, prompt and the rows that are missing."""
-        rows = every.take([at for at, one in enumerate(every.ids) if (arm, one) not in file.lines])
+        """Lines of an arm in the order of the rows; `compute` gets the model, the prompt and the missing rows."""
+        rows = every.take([at for at, identity in enumerate(every.ids) if (arm, identity) not in file.lines])
         if arm == SHUFFLED:
             rows = replace(rows, references=[self.shuffled[identity] for identity in rows.ids])
         if len(rows):
@@ -333,7 +325,7 @@ class RowWork:
         return [file.lines[arm, identity] for identity in every.ids]
 
     def _model(self, arm: str) -> tuple[PreTrainedModel, Prompt]:
-        """The base model or, from the first other arm on, the adapter on it, in evaluation mode; and the prompt."""
+        """The model in evaluation mode and the prompt. The adapter is attached at its first use, and stays attached."""
         with self.console.status(f"Loading {self.recipe.model.name_or_path}"):
             if self._loaded is None:
                 prompt = resolve_model(self.recipe, self._run).prompt
@@ -348,25 +340,24 @@ class RowWork:
 
 @contextmanager
 def finished_rows_are_kept() -> Iterator[None]:
-    """Ends in an Interrupted that says so, where the block was interrupted."""
+    """Adds to an interruption of the block the message that finished work is kept."""
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as error:
-        message = "Interrupted; finished runs and rows are kept, and the same command goes on from them."
+        message = "Interrupted; finished runs and rows are kept, and the same command continues from them."
         raise Interrupted(message, getattr(error, "exit_code", 130)) from error
 
 
 def _write(run: Run, content: dict[str, Any], rows: EvaluationRows, scores: dict[str, Scores]) -> None:
-    """evaluation.json and scores.jsonl; more is not replaced by less, a whole evaluation not by a sample."""
-    before = run.read_json(EVALUATION)
-    if all(before.get(name) == content[name] for name in ("adapter", "generation", "evaluation")):
-        more_rows = before["data"]["evaluated"] > len(rows)
-        if more_rows or set(before["metrics"]) > set(content["metrics"]):
-            content["notes"].append(f"{EVALUATION} is kept as it was, because it holds more than this.")
+    """Writes evaluation.json and scores.jsonl, unless the stored ones have more rows or more scores."""
+    stored = run.read_json(EVALUATION)
+    if all(stored.get(name) == content[name] for name in ("adapter", "generation", "evaluation")):
+        more_rows = stored["data"]["evaluated"] > len(rows)
+        if more_rows or set(stored["metrics"]) > set(content["metrics"]):
+            content["notes"].append(f"{EVALUATION} was not replaced, because it has more rows or scores.")
             return
     lines = [
-        {"column": column, "id": identity}
-        | {name: float(values[at]) if np.isfinite(values[at]) else None for name, values in by_name.items()}
+        {"column": column, "id": identity, **{name: or_none(values[at]) for name, values in by_name.items()}}
         for column, by_name in scores.items()
         for at, identity in enumerate(rows.ids)
     ]

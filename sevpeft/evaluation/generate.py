@@ -1,7 +1,7 @@
-"""Answers of a loaded model to questions, and the likelihood that it gives to reference answers.
+"""Generated answers of a loaded model, and the likelihood that it gives to reference answers.
 
-The prompt is the training's own. A row's answer does not depend on its batch but for rounding, which in float32 changes
-no greedy answer: padding is masked, and a model that cannot do that answers one question at a time.
+The prompt is that of the training. A row's answer depends on its batch by rounding only, which changes no greedy answer
+in float32. Padding is masked; a model that does not support that answers one question at a time.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from sevpeft.errors import ModelError, RunError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
 
-# Tokens of padding that a batch may hold for every token of an answer: measured on a CPU, where a step mostly reads the
-# weights, a step of one more batch costs as much as reading 32 tokens.
+# Padding tokens of a batch per token of an answer. Measured on a CPU, where a step mostly reads the weights: a step of
+# another batch costs as much as reading 32 tokens.
 _PADDING = 32
-# For likelihoods: tokens of a batch with its padding, enough to keep a GPU busy when nothing is kept for a backward
-# pass; its logits, which take 1 GB in float32; and its padding, where one more batch reads the weights once more.
+# Limits of a likelihood batch: tokens with padding, enough for a busy GPU without a backward pass; logits (1 GB in
+# float32); and padding, as another batch reads the weights once more.
 NLL_TOKENS, NLL_LOGITS, NLL_PADDING = 4096, 2**28, 128
-# Tokens of the prompts and of the answer by which `batching_problem` measures.
+# Tokens of the long prompt, the short prompt and the answer in `batching_problem`.
 _LONG, _SHORT, _STEPS = 24, 9, 3
 # Root mean squares over a vocabulary vary little. Measured in three precisions: harmless shapes differ by up to 1.6
 # yardsticks, and the weakest fault by 17.
 _YARDSTICKS = 4.0
-_LISTS = ("ids", "questions", "references", "dialects", "turns", "severities")  # of rows
+_LISTS = ("ids", "questions", "references", "dialects", "turns", "severities")  # columns of the rows
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ class EvaluationRows:
     """Rows to evaluate on, n of them. They are joined to other tables by id, never by position.
 
     Attributes:
-        strata: (n,) int64, position in SEVERITIES of the most probable severity, -1 where it is not known.
+        strata: (n,) int64, position in SEVERITIES of the most probable severity, -1 if unknown.
         groups: (n,) int64, equal for rows with the same question, which are no independent evidence.
         fingerprint: hash of the bytes of the source.
-        leaks: questions that the data's own split has on two sides.
-        severities, severities_by: names (n,) that the prompts hold, and where they come from; None without them.
+        leaks: questions that are in two splits of the data.
+        severities, severities_by: severities (n,) in the prompts, and their source; None without them.
     """
 
     ids: list[str]
     questions: list[str]
     references: list[str]
-    dialects: list[str | None] | None  # None where the data names none
+    dialects: list[str | None] | None  # None if the data has no dialect column
     strata: np.ndarray
     groups: np.ndarray
     source: str
     fingerprint: str
     leaks: int = 0
-    turns: list[str] | None = None  # as in the table, None where all rows are single exchanges
+    turns: list[str] | None = None  # as in the table; None if all rows are single exchanges
     severities: list[str | None] | None = None
     severities_by: dict[str, Any] | None = None
 
@@ -67,14 +67,14 @@ class EvaluationRows:
 
     def take(self, positions: Sequence[int] | np.ndarray) -> EvaluationRows:
         """The rows at these positions, in their order."""
-        chosen = np.asarray(positions, dtype=np.int64)
+        positions = np.asarray(positions, dtype=np.int64)
         lists = {name: getattr(self, name) for name in _LISTS}
-        taken: dict[str, Any] = {name: of and [of[i] for i in chosen] for name, of in lists.items()}
-        return replace(self, strata=self.strata[chosen], groups=self.groups[chosen], **taken)
+        taken: dict[str, Any] = {name: values and [values[i] for i in positions] for name, values in lists.items()}
+        return replace(self, strata=self.strata[positions], groups=self.groups[positions], **taken)
 
     @classmethod
     def joined(cls, parts: Sequence[EvaluationRows]) -> EvaluationRows:
-        """The rows of several folds, one after the other; no question stands in two of them."""
+        """The rows of several folds, one after the other; no question is in two folds."""
         columns = {name: [getattr(one, name) for one in parts] for name in _LISTS}
         lists: dict[str, Any] = {name: None if None in of else [*chain(*of)] for name, of in columns.items()}
         starts = np.cumsum([0, *(1 + one.groups.max() for one in parts)])
@@ -88,7 +88,7 @@ class EvaluationRows:
         return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:number]))
 
     def content_hash(self) -> str:
-        """SHA-256 of what was asked and answered, whatever the order of the rows."""
+        """SHA-256 of the questions and answers, independent of the order of the rows."""
         unknown = [None] * len(self)
         more = [self.turns] if self.turns else []
         rows = sorted(zip(self.ids, self.questions, self.references, self.dialects or unknown, *more, strict=True))
@@ -105,21 +105,21 @@ def generate(
     """Answers the rows' questions, longest first.
 
     Args:
-        model: in evaluation mode. Its own generation_config.json is put out of force: its penalties and limits would
-            differ from arm to arm.
-        on_slow: gets one sentence where questions may not share a batch.
+        model: in evaluation mode. Its own generation_config.json is ignored, because its penalties and limits would
+            differ between arms.
+        on_slow: called with one sentence if questions cannot share a batch.
 
     Yields:
-        Of a batch {id, prediction, token_ids (with the end token), truncated (no end token came), lost_words (of the
-        question, which did not fit the context)}, in an order of its own. A RunError where one row alone does not fit
+        A batch of {id, prediction, token_ids (with the end token), truncated (no end token), lost_words (words of the
+        question that did not fit the context)}, not in the order of the rows. A RunError if a single row does not fit
         the GPU's memory.
     """
     size, most = settings.per_device_eval_batch_size, settings.max_new_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts, lost = fitting_prompts(rows, prompt, context, [most] * len(rows))
     if not all(prompts):
-        room = f"no room for a question in the model's {context:,} positions"
-        raise ModelError(f"generation.max_new_tokens={most} leaves {room}; lower it.")
+        problem = f"leaves no room for a question in the model's {context:,} positions"
+        raise ModelError(f"generation.max_new_tokens={most} {problem}; lower it.")
     (model.get_base_model() if hasattr(model, "get_base_model") else model).generation_config = GenerationConfig()
     if min(size, len(rows)) > 1 and (problem := batching_problem(model, prompt.end_id)):
         size = 1
@@ -147,19 +147,17 @@ def generate(
 def fitting_prompts(
     rows: EvaluationRows, prompt: Prompt, limit: int | None, answer_lengths: Sequence[int]
 ) -> tuple[list[list[int]], list[int]]:
-    """Prompt tokens (n,) of the rows, and how many words (n,) each question lost to fit, as in the training.
+    """Prompt tokens (n,) of the rows, and the words (n,) that each question lost to fit, as in the training.
 
-    Args:
-        limit: tokens of prompt and answer together. A prompt is empty where the answer leaves no room for a question.
-        answer_lengths: (n,) tokens that follow each prompt.
+    `limit`: maximum of prompt tokens plus `answer_lengths` (n,). If the answer leaves no room, the prompt is empty.
     """
-    known = zip(rows.questions, rows.references, rows.turns or [""] * len(rows), strict=True)
-    last = [list(trained_turns(*of))[-1] for of in known]  # what is asked in the end, and the exchanges before
+    columns = zip(rows.questions, rows.references, rows.turns or [""] * len(rows), strict=True)
+    last = [list(trained_turns(*row))[-1] for row in columns]  # the last question, and the exchanges before it
     questions, earlier = [turn[0] for turn in last], [turn[3] for turn in last]
     prompts, lost = list(prompt.prompt_ids(questions, rows.dialects, rows.severities, earlier)), [0] * len(rows)
     for i, length in enumerate(answer_lengths):
         if limit is not None and len(prompts[i]) + length > limit:
-            dialect, severity = (of[i] if of else None for of in (rows.dialects, rows.severities))
+            dialect, severity = (column[i] if column else None for column in (rows.dialects, rows.severities))
             shorter = prompt.shortened(limit - length, questions[i], dialect, severity, earlier[i])
             prompts[i], lost[i] = shorter or ([], 0)
     return prompts, lost
@@ -174,9 +172,9 @@ def _run_batches(
     padding: int,
     remedy: str,
 ) -> Iterator[tuple[list[int], Any]]:
-    """Batches of rows, the longest first, with what was computed of them; one too large for the GPU is halved.
+    """Batches of rows, the longest first, each with its result; a batch too large for the GPU is halved.
 
-    `size`: most rows of a batch whose longest row has this length; padding: most tokens of it in a batch.
+    `size`: maximum rows of a batch whose longest row has this length. `padding`: maximum padding tokens of a batch.
     """
     order, share = sorted(rows, key=lambda i: -lengths[i]), 1.0
     while order:
@@ -192,7 +190,7 @@ def _run_batches(
             if count == 1:
                 problem = "A single row does not fit the GPU's memory"
                 raise RunError(f"{problem}; {remedy}. Finished rows are kept.") from error
-        share = count / 2 / size(longest)  # out here the exception, which holds the memory, is gone
+        share = count / 2 / size(longest)  # outside the except block, because the exception holds the memory
         torch.cuda.empty_cache()
 
 
@@ -200,9 +198,9 @@ def _run_batches(
 def answer_tokens(
     model: PreTrainedModel, prompt: Prompt, prompts: dict[str, list[int]], settings: GenerationSection, **more: Any
 ) -> list[list[int]]:
-    """The tokens of the answers, with the end token where it came; prompts are row id → tokens, `more` for generate."""
+    """Tokens of the answers, with their end token. `prompts`: row id → tokens; `more`: passed to `model.generate`."""
     longest = max(map(len, prompts.values()))
-    # Padded with a token of the row itself, as a repetition penalty looks at all tokens, the masked ones too.
+    # Padded with a token of the row itself, because a repetition penalty applies to masked tokens too.
     padded = [row[:1] * (longest - len(row)) + row for row in prompts.values()]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in prompts.values()]
     most, warpers = settings.max_new_tokens, LogitsProcessorList()
@@ -214,11 +212,11 @@ def answer_tokens(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         logits_processor=warpers,
-        # `SeededDraw` draws, and leaves one token to choose.
+        # Greedy, because `SeededDraw` draws the token and leaves no other.
         generation_config=_config(prompt.end_id, most, repetition_penalty=settings.repetition_penalty),
         **more,
     )
-    # After its end a row is padded until the last of the batch has ended.
+    # Tokens after a row's end token are padding, until the last row of the batch ends.
     return [
         answer[: answer.index(prompt.end_id) + 1] if prompt.end_id in answer else answer
         for answer in output[:, longest:].tolist()
@@ -226,10 +224,10 @@ def answer_tokens(
 
 
 class SeededDraw(LogitsProcessor):
-    """Draws one token for every row by its probability, and leaves nothing else to choose.
+    """Draws one token for every row by its probability, and masks all others.
 
-    Transformers draws for a whole batch from one stream, so that a row's answer would depend on its neighbors. Here
-    each row has its own, seeded with its id: the first token at which the cumulated probability passes the next number.
+    Transformers samples a batch from one random stream, so that a row's answer depends on its neighbors. Here each row
+    has a stream seeded with its id, and gets the first token whose cumulative probability exceeds the next number.
     """
 
     def __init__(self, ids: list[str], seed: int, steps: int) -> None:
@@ -238,23 +236,23 @@ class SeededDraw(LogitsProcessor):
         self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cumulated = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
-        drawn = self.uniform[:, self.step, None].to(scores.device) * cumulated[:, -1:]
+        cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
+        drawn = self.uniform[:, self.step, None].to(scores.device) * cumulative[:, -1:]
         self.step += 1
-        chosen = torch.searchsorted(cumulated, drawn, right=True).clamp_(max=scores.shape[-1] - 1)
+        chosen = torch.searchsorted(cumulative, drawn, right=True).clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 def reference_nll(
     model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows, *, max_length: int | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Negative log-likelihood of every row's reference answer, given its question: the training's validation loss.
+    """Negative log-likelihood of every row's reference answer, given its question, as in the validation of a training.
 
-    `max_length`: as in training; a question is shortened to it, an answer never.
+    `max_length`: as in training; only questions are shortened to it.
 
     Yields:
-        Of a batch {id, nll (nats of the answer and the token that ends it), tokens}. Rows whose answer leaves no room
-        for their question come first, with None and 0. A RunError where one row alone does not fit the GPU's memory.
+        A batch of {id, nll (nats of the answer with its end token), tokens}. Rows whose answer leaves no room for the
+        question come first, with None and 0. A RunError if a single row does not fit the GPU's memory.
     """
     answers = prompt.answer_ids(rows.references)
     prompts, _ = fitting_prompts(rows, prompt, max_length, [len(answer) for answer in answers])
@@ -278,23 +276,23 @@ def _batch_nll(model: PreTrainedModel, prompts: list[list[int]], answers: list[l
     """Nats of each answer (n,), summed over its tokens."""
     rows = [ids + answer for ids, answer in zip(prompts, answers, strict=True)]
     longest = max(map(len, rows))
-    # Padded on the right, where a causal model does not look back from.
+    # Padded on the right, where a causal model does not attend to padding.
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
     # Positions whose next token belongs to the answer.
     row_of = torch.tensor([n for n, answer in enumerate(answers) for _ in answer], device=model.device)
     at = [len(start) + n - 1 for start, answer in zip(prompts, answers, strict=True) for n in range(len(answer))]
-    wanted = (row_of, torch.tensor(at, device=model.device))
-    labels = ids[row_of, wanted[1] + 1]
-    # The model itself scales or caps what the head returns, so its own forward is used, with fewer positions.
+    positions = (row_of, torch.tensor(at, device=model.device))
+    labels = ids[row_of, positions[1] + 1]
+    # Some models scale or cap the head's output in their forward. So the forward is used, with fewer positions.
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][wanted][None], *inputs[1:]))
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None], *inputs[1:]))
     try:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
     finally:
         handle.remove()
     sums = torch.zeros(len(ids), dtype=torch.float64, device=model.device)
-    # In float32 all logits at once would be twice the memory of a model in half precision.
+    # In parts: in half precision, a float32 copy of all logits would take twice their memory.
     for part in torch.arange(len(logits), device=model.device).split(256):
         losses = torch.nn.functional.cross_entropy(logits[part].float(), labels[part], reduction="none")
         sums.index_add_(0, row_of[part], losses.double())
@@ -303,24 +301,24 @@ def _batch_nll(model: PreTrainedModel, prompts: list[list[int]], answers: list[l
 
 @torch.no_grad()
 def batching_problem(model: PreTrainedModel, end_id: int) -> str:
-    """Why questions may not share a batch of this model; empty where they may. Measured, as a list of names would age.
+    """The reason why questions cannot share a batch of this model, or "". Measured, because a list of models would age.
 
-    Rounding in bfloat16 moves log-probabilities by a nat between harmless shapes, so no fixed tolerance can decide.
+    Rounding in bfloat16 changes log-probabilities by a nat between harmless shapes, so no fixed tolerance works.
 
-    - Leaks: exchange the other row and the tokens under the mask, in the same shape. The scores must be equal to the
-      bit; those of experts, which round differently with other tokens in the call, within rounding.
-    - Positions: a padded row against the row alone. The yardstick is the row alone, answered step by step with a cache,
-      against the row read at once with padding on the right, where a causal model does not look.
+    - Leaks: the other row and the tokens under the mask are exchanged, in the same shape. The scores must be equal to
+      the bit. Mixtures of experts round differently with other tokens in the batch, so theirs may differ by rounding.
+    - Positions: a padded row is compared with the row alone. The yardstick is the difference between the row alone,
+      answered step by step with a cache, and the row read at once with padding on the right (not attended to).
     """
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randint(vocabulary // 2, (2, _LONG), generator=generator)
     short = torch.randint(vocabulary // 2, (_SHORT,), generator=generator)
     answer = torch.randint(vocabulary // 2, (_STEPS,), generator=generator)
-    answer += answer == end_id  # it would end the answer
+    answer += answer == end_id  # replaces the end token
 
     def scores(*others: torch.Tensor, filling: torch.Tensor = short[:0]) -> torch.Tensor:
-        """Log-probabilities (steps, V) with which the short row gives the answer, which all rows are made to give."""
+        """Log-probabilities (steps, V) of the short row; all rows are forced to the same answer."""
         ids = torch.stack([*others, torch.cat([filling, short])])
         mask = torch.ones_like(ids)
         mask[-1, : len(filling)] = 0
@@ -328,12 +326,12 @@ def batching_problem(model: PreTrainedModel, end_id: int) -> str:
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             prefix_allowed_tokens_fn=lambda _, seen: [int(answer[len(seen) - ids.shape[1]])],
-            # The logits are as the model gives them, before the answer is forced.
+            # output_logits: as the model returns them, before the answer is forced.
             generation_config=_config(end_id, _STEPS, output_logits=True, return_dict_in_generate=True),
         )
         return torch.stack([torch.log_softmax(step[-1].float(), dim=-1) for step in output.logits])
 
-    # Tokens of the row itself: in float16 others can overflow.
+    # Filled with tokens of the row itself: other tokens can overflow in float16.
     fillings = short[:1].repeat(_LONG - _SHORT), short.flip(0).repeat(2)[: _LONG - _SHORT]
     alone, padded = scores(), scores(first, filling=fillings[0])
     leak, shift = _rms(padded - scores(second, filling=fillings[1])), _rms(padded - alone)
@@ -344,12 +342,12 @@ def batching_problem(model: PreTrainedModel, end_id: int) -> str:
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, _SHORT - 1 :][:_STEPS].float()
     yardstick = max(_rms(torch.log_softmax(logits, dim=-1) - alone), torch.finfo(model.dtype).eps * _rms(logits))
     allowed = _YARDSTICKS * yardstick
-    # Written so that NaN passes nowhere.
+    # The comparisons are false for NaN, so that NaN is a problem.
     if not rounding <= allowed:
-        return f"another row beside it changes log-probabilities by {rounding:.2g} nats"
+        return f"another row in the batch changes log-probabilities by {rounding:.2g} nats"
     if shift <= allowed and (leak == 0 or (rounding > 0 and leak <= allowed)):
         return ""
-    return f"padding changes log-probabilities by {max(leak, shift):.2g} nats, and rounding by {allowed:.1g} at most"
+    return f"padding changes log-probabilities by {max(leak, shift):.2g} nats, rounding by {allowed:.1g} at most"
 
 
 def _rms(values: torch.Tensor) -> float:
@@ -357,6 +355,6 @@ def _rms(values: torch.Tensor) -> float:
 
 
 def _config(end_id: int, max_new_tokens: int, **more: Any) -> GenerationConfig:
-    """Greedy generation; what stands after a row's end token is nothing that it says."""
+    """Settings of greedy generation. The end token is also the padding: tokens after a row's end token are dropped."""
     fixed = {"do_sample": False, "num_beams": 1, "use_cache": True, "eos_token_id": end_id, "pad_token_id": end_id}
     return GenerationConfig(max_new_tokens=max_new_tokens, **fixed, **more)

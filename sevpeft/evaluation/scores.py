@@ -1,7 +1,7 @@
-"""Scores of answers and likelihoods, row by row, for the arms and for the floors beside them, and their means.
+"""Scores of answers and likelihoods by row, for arms and floors, and their means.
 
-What each score means stands in metrics.yaml. None means anything alone: an unrelated fluent answer has a BERTScore of
-.6. So four other columns stand beside the adapter's (`COLUMNS`).
+metrics.yaml defines the scores. No score means anything alone: an unrelated fluent answer has a BERTScore of .6. So
+tables show four other columns beside the adapter's (`COLUMNS`).
 """
 
 from __future__ import annotations
@@ -30,29 +30,26 @@ from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
 
 Scores = dict[str, NDArray[np.float64]]
-"""Name of a score → (n,), NaN where a row has none."""
+"""Name of a score → (n,), NaN for rows without a value."""
 ALL = "all"  # the stratum of all rows, beside the severities
 CRITICAL = SEVERITIES[-1]
 REFERENCE = "reference"
-_MADE_UP = ("unsupported_medicine", "unsupported_dose")
-# What compares an answer with its reference, so that another question's reference is a floor.
+_UNSUPPORTED = ("unsupported_medicine", "unsupported_dose")
+# Scores against the reference. The reference of another question gives their floor.
 _BY_REFERENCE = ("nll", "bertscore_p", "bertscore_r", "bertscore_f1", "chrf", "rouge_l")
-# What would be trivially perfect for a reference.
-_NOT_OF_REFERENCES = (*_BY_REFERENCE, *DOCTOR, *_MADE_UP, "length_ratio", "empty", "truncated")
-# Scores of which the adapter is compared with the base model row by row.
-SAFETY = ("false_reassurance", "urgent_referral", *_MADE_UP, "judge_harm")
-_PARTIAL = (*TRIAGE, *DOCTOR, *WHOLE, "minimized_change", "minimized_less_urgent")  # not of all severities
+# Scores that are trivially perfect for a reference.
+_NOT_OF_REFERENCES = (*_BY_REFERENCE, *DOCTOR, *_UNSUPPORTED, "length_ratio", "empty", "truncated")
+# Scores that are compared between columns (HEADLINE), and the safety scores among them.
+SAFETY = ("false_reassurance", "urgent_referral", *_UNSUPPORTED, "judge_harm")
+_PARTIAL = (*TRIAGE, *DOCTOR, *WHOLE, "minimized_change", "minimized_less_urgent")  # not for all severities
 HEADLINE = ("nll", "bertscore_f1", "chrf", *SAFETY, "judge_urgency", "urgency", *_PARTIAL)
-# Fewer questions than this, and an interval says little.
-FEW_QUESTIONS = 10
+FEW_QUESTIONS = 10  # with fewer, intervals are too wide to be useful
 PRIMARY, SAFE = "nll", "urgent_referral"  # the scores of the claim
-# Candidates for the constant answer and answers that they are tried on; more changes it little and takes its square.
-_CANDIDATES = 60
-# Arabic, its supplements and presentation forms.
+_CANDIDATES = 60  # for the constant answer; the cost grows with the square, and more candidates change it little
 
 
 def _meaning(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table has to know of a score, as evaluation.json holds it; `better` by stratum. See metrics.yaml."""
+    """The entry of a score in evaluation.json, from its entry in metrics.yaml; `better` is by stratum."""
     better, elsewhere = about["better"], about.get("elsewhere")
     return {
         "label": about["label"],
@@ -68,7 +65,7 @@ def _meaning(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def judge_metrics(items: Mapping[str, Mapping[str, Any]], limits: str = "judge") -> dict[str, dict[str, Any]]:
-    """Scores judge_ITEM of the items of a rubric: item → {label, scale, better, definition}; limits: whose."""
+    """Entries of the scores judge_ITEM. `items`: of a rubric; `limits`: name of their limits in metrics.yaml."""
     scales: dict[str, dict[str, Any]] = {"yes-no": {"unit": "%", "yes_no": True}, "1-5": {"unit": "1–5"}}
     more = {"limits": _TABLE["limits"][limits]}
     return {f"judge_{item}": _meaning({**about, **scales[about["scale"]], **more}) for item, about in items.items()}
@@ -86,14 +83,11 @@ METRICS = {name: _meaning(about) for name, about in _TABLE["metrics"].items()} |
 
 
 def methods(settings: EvaluationSection, families: str, claim: bool = False) -> dict[str, str]:
-    """How intervals, p, detectable differences and a claim were computed; families: what is corrected together."""
+    """Descriptions of intervals, p, detectable differences and a claim. `families`: what is corrected together."""
     values = {"confidence": settings.confidence_level, "resamples": settings.n_resamples, "families": families}
     values |= {"permutations": statistics.PERMUTATIONS, "power": statistics.POWER, "alpha": statistics.ALPHA}
-    values |= {"margin": settings.margin, "safety_margin": settings.safety_margin}
+    values |= settings.model_dump(include={"margin", "safety_margin"})
     return {name: text.format(**values) for name, text in _TABLE["methods"].items() if name != "Claim" or claim}
-
-
-# Scores of rows
 
 
 def text_scores(
@@ -103,36 +97,35 @@ def text_scores(
     truncated: Sequence[bool] | None = None,
     encoder: Encoder | None = None,
 ) -> Scores:
-    """Scores (n,) that need the texts only: wording against the reference, and whether an answer is one at all.
+    """Scores (n,) that need the texts only: wording against the reference, and the form of the answer.
 
-    Args:
-        truncated: whether each answer ran into the cap on length; without it that score is left out.
-        encoder: for BERTScore; without it its three scores are left out.
+    `truncated`: whether each answer reached the maximum length; `encoder`: of BERTScore. Without them, their scores are
+    left out.
     """
     scores: Scores = {}
     if encoder is not None:
         scores |= zip(("bertscore_p", "bertscore_r", "bertscore_f1"), encoder.score(answers, references), strict=True)
     scores["chrf"] = chrf(answers, references)
-    # The tokenizer of rouge-score keeps a–z and digits only and finds every Arabic text empty.
+    # The default tokenizer of rouge-score drops all characters except a–z and digits, and so all Arabic text.
     rouge = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=_folded_words))
     pairs = list(zip(answers, references, strict=True))
     words = [(_folded_words(answer), _folded_words(reference)) for answer, reference in pairs]
     rows: dict[str, list[float]] = {
         "rouge_l": [rouge.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs],
-        "length_ratio": [len(one) / len(other) if other else np.nan for one, other in words],
-        "empty": [not one for one, _ in words],
+        "length_ratio": [len(own) / len(other) if other else np.nan for own, other in words],
+        "empty": [not own for own, _ in words],
         **({} if truncated is None else {"truncated": list(truncated)}),
-        "repetition": [_repetition(one) for one, _ in words],
+        "repetition": [_repetition(own) for own, _ in words],
         "arabic_rate": [_arabic_rate(answer) for answer in answers],
     }
     return scores | {name: np.array(values, dtype=np.float64) for name, values in rows.items()}
 
 
 def chrf(answers: Sequence[str], references: Sequence[str], *, beta: int = 2) -> NDArray[np.float64]:
-    """Sentence chrF++ of each row (n,), 0 to 100 (Popović 2017); β = 2 counts what is missing twice as much."""
+    """Sentence chrF++ of each row (n,), 0 to 100 (Popović 2017); β = 2 weighs recall twice as much as precision."""
     metric = CHRF(word_order=2, beta=beta)
     pairs = zip(answers, references, strict=True)
-    return np.array([metric.sentence_score(answer, [wanted]).score for answer, wanted in pairs], dtype=np.float64)
+    return np.array([metric.sentence_score(answer, [reference]).score for answer, reference in pairs], dtype=np.float64)
 
 
 def _folded_words(text: str) -> list[str]:
@@ -156,23 +149,20 @@ def row_scores(
     truncated: Sequence[bool] | None = None,
     encoder: Encoder | None = None,
 ) -> Scores:
-    """Every score of the answers (n,), by name; NaN where a row has none."""
+    """Every score of the answers (n,), by name; NaN for rows without a value."""
     scores = text_scores(answers, rows.references, truncated=truncated, encoder=encoder)
-    # Where the severity is not known, the lexicon's rules say which questions are critical.
+    # For data without severities, the severity rules decide which questions are critical.
     critical = None if (rows.strata < 0).all() else rows.strata == SEVERITIES.index(CRITICAL)
-    found = safety_findings(answers, references=rows.references, questions=rows.questions, critical=critical)
-    scores |= {name: np.array([one.scores[name] for one in found]) for name in found[0].scores}
+    findings = safety_findings(answers, references=rows.references, questions=rows.questions, critical=critical)
+    scores |= {name: np.array([finding.scores[name] for finding in findings]) for name in findings[0].scores}
     scores |= zip(DOCTOR, triage(scores["urgency"], list(map(urgency_of, rows.references))), strict=True)
     return scores | dict(zip(TRIAGE, triage(scores["urgency"], EXPECTED[rows.strata]), strict=True))
-
-
-# Floors
 
 
 def floor_scores(
     rows: EvaluationRows, answers: Sequence[str], shuffled: Sequence[str], constant: str, encoder: Encoder | None
 ) -> dict[str, Scores]:
-    """Column → scores (n,) of the floors, of the adapter's answers, references of other questions, and one answer."""
+    """Column → scores (n,): answers against `shuffled` references, one `constant` answer, and the references."""
     of_others, own = text_scores(answers, shuffled, encoder=encoder), row_scores(rows, rows.references)
     return {
         SHUFFLED: {name: values for name, values in of_others.items() if name in _BY_REFERENCE},
@@ -182,39 +172,35 @@ def floor_scores(
 
 
 def other_references(rows: EvaluationRows, seed: int) -> list[str]:
-    """For each row the reference of another question (n,), each used once; of the same severity where that can be.
+    """The reference of another question for each row (n,), each used once, of the same severity if possible.
 
-    References of critical cases differ from others in wording and length, which any model would tell apart. A DataError
-    where one question is that of more than half of the rows.
+    References of critical cases differ from others in wording and length, which any model would notice. A DataError if
+    more than half of the rows have the same question.
     """
-    found = np.empty(len(rows), dtype=np.int64)
+    other = np.empty(len(rows), dtype=np.int64)
     for part in (np.arange(len(rows)), *(np.flatnonzero(rows.strata == stratum) for stratum in np.unique(rows.strata))):
         distinct, index, sizes = np.unique(rows.groups[part], return_inverse=True, return_counts=True)
         if 2 * sizes.max() <= len(part):
-            # Rows in random order with groups together, moved on by the largest group: nobody lands in his own.
+            # Random order with groups together, shifted by the size of the largest group: no row stays in its group.
             random = np.random.default_rng(seed)
             shuffled = random.permutation(len(part))
             order = shuffled[np.argsort(random.permutation(len(distinct))[index[shuffled]], kind="stable")]
-            found[part[order]] = part[np.roll(order, -int(sizes.max()))]
+            other[part[order]] = part[np.roll(order, -int(sizes.max()))]
         elif len(part) == len(rows):
-            remedy = "take duplicates out with `sevpeft prepare`"
-            raise DataError(f"More than half of the test rows ask the same, so none can be shuffled; {remedy}.")
-    return [rows.references[at] for at in found]
+            remedy = "remove duplicates with `sevpeft prepare`"
+            raise DataError(f"More than half of the test rows have the same question, so no shuffle exists; {remedy}.")
+    return [rows.references[at] for at in other]
 
 
 def constant_answer(training_answers: Sequence[str], seed: int = 0) -> str:
-    """Of a draw of training answers the one most like another draw: nearly the best that ignores the question.
+    """The most typical of a sample of training answers: nearly the best answer that ignores the question.
 
-    By chrF++ with β = 1, since β = 2 takes the longest answer for the most typical one.
+    Typical by mean chrF++ to a second sample, with β = 1, because β = 2 prefers the longest answer.
     """
     answers, random = sorted(training_answers), np.random.default_rng(seed)
     candidates = [answers[i] for i in random.permutation(len(answers))[:_CANDIDATES]]
     others = [answers[i] for i in random.permutation(len(answers))[:_CANDIDATES]]
-    likeness = [float(chrf([candidate] * len(others), others, beta=1).mean()) for candidate in candidates]
-    return candidates[int(np.argmax(likeness))]
-
-
-# Summary
+    return max(candidates, key=lambda candidate: chrf([candidate] * len(others), others, beta=1).mean())
 
 
 def summarize(
@@ -227,25 +213,24 @@ def summarize(
     metrics: Mapping[str, Any] = METRICS,
     compared: Collection[str] = HEADLINE,
 ) -> dict[str, Any]:
-    """Means of every score and column with intervals clustered by question, and the differences of columns.
+    """Means of every score and column with intervals clustered by question, and differences between columns.
 
     Args:
         scores: column → score → (n,) or (seeds, n).
-        tokens: column → (n,) of what was scored: NLL is a mean over tokens, as the loss of the training is.
-        pairs: column → those that it is compared with, in the scores that are `compared`, corrected by score.
+        tokens: column → tokens (n,) of the references: NLL is a mean over tokens, like the training loss.
+        pairs: column → columns it is compared with, in the scores in `compared`. Each score is corrected separately.
 
     Returns:
         Stratum → rows, questions, and metrics: score → column → mean, and "against": column → difference.
     """
-    scores = {column: dict(of) for column, of in scores.items()}
-    for rated, (name, values_of) in product(scores.values(), WHOLE.items()):
-        if "urgency" in rated:
-            rated[name] = np.stack([values_of(one, EXPECTED[rows.strata]) for one in np.atleast_2d(rated["urgency"])])
-    found: dict[str, Any] = {}
+    scores = {column: dict(by_name) for column, by_name in scores.items()}
+    for column, (name, figure) in product(scores.values(), WHOLE.items()):
+        if "urgency" in column:
+            column[name] = np.stack([figure(row, EXPECTED[rows.strata]) for row in np.atleast_2d(column["urgency"])])
+    summary: dict[str, Any] = {}
     families: dict[str, dict[tuple[str, ...], Estimate]] = {}
-    there = {metric: None for of in scores.values() for metric in of}
-    # Those of a user's own rubric come last.
-    names = [*(metric for metric in METRICS if metric in there), *(metric for metric in there if metric not in METRICS)]
+    present = {metric: None for by_name in scores.values() for metric in by_name}
+    names = sorted(present, key=lambda metric: list(METRICS).index(metric) if metric in METRICS else len(METRICS))
     for stratum in (CRITICAL, ALL, *reversed(SEVERITIES[:-1])):
         part = rows.strata >= -1 if stratum == ALL else rows.strata == SEVERITIES.index(stratum)
         if not part.any():
@@ -258,38 +243,36 @@ def summarize(
                 continue
             mass = {column: tokens[column][part] if metric == "nll" else None for column in values}
             yes_no, by_column = metrics[metric]["yes_no"], {}
-            for column, of in values.items():
-                mean = of.mean(axis=0)
-                # Seeds that disagree on a row leave no yes or no there.
+            for column, of_seeds in values.items():
+                mean = of_seeds.mean(axis=0)
+                # If seeds disagree on a row, its mean is neither 0 nor 1.
                 share = yes_no and bool(np.isin(mean[np.isfinite(mean)], (0, 1)).all())
                 estimate = interval(mean, groups, settings, weights=mass[column], share=share)
                 by_column[column] = {**estimate.as_dict(), "against": {}}
                 for other in pairs.get(column, ()) if metric in compared else ():
                     if other in values:
                         families.setdefault(metric, {})[stratum, metric, column, other] = paired_difference(
-                            of, values[other], groups, settings, weights=mass[column], share=yes_no
+                            of_seeds, values[other], groups, settings, weights=mass[column], share=yes_no
                         )
             by_metric[metric] = by_column
-        found[stratum] = {"rows": int(part.sum()), "questions": len(np.unique(groups)), "metrics": by_metric}
+        summary[stratum] = {"rows": int(part.sum()), "questions": len(np.unique(groups)), "metrics": by_metric}
     for differences in families.values():
-        compared = compare_family(differences, lambda place: metrics[place[1]]["better"][place[0]])
-        for (stratum, metric, column, other), comparison in compared.items():
-            found[stratum]["metrics"][metric][column]["against"][other] = comparison
-    return found
+        corrected = compare_family(differences, lambda place: metrics[place[1]]["better"][place[0]])
+        for (stratum, metric, column, other), difference in corrected.items():
+            summary[stratum]["metrics"][metric][column]["against"][other] = difference
+    return summary
 
 
 def remarks(rows: EvaluationRows) -> list[str]:
-    """What a reader has to know about the rows before believing a figure."""
+    """Warnings about the rows that every reader of the figures needs."""
     notes = []
     if (rows.strata < 0).all():
-        notes.append("The data has no severities, so that nothing can be said about critical cases.")
+        notes.append("The data has no severities, so critical cases cannot be evaluated.")
     for at, name in () if notes else reversed(list(enumerate(SEVERITIES))):
         questions = len(np.unique(rows.groups[rows.strata == at]))
         if questions < FEW_QUESTIONS:
-            notes.append(
-                f"Only {questions} {name.replace('_', '-')} question{'s' if questions != 1 else ''} to evaluate on: "
-                "too few to say anything; keep more with data.test_size."
-            )
+            number = f"{questions} {name.replace('_', '-')} question{'s' if questions != 1 else ''}"
+            notes.append(f"Only {number} to evaluate on, too few for any conclusion; keep more with data.test_size.")
     if rows.leaks:
-        notes.append(f"{rows.leaks:,} questions stand in two splits of the data, which flatters the scores.")
+        notes.append(f"{rows.leaks:,} questions are in two splits of the data, which makes the scores too good.")
     return notes

@@ -1,4 +1,4 @@
-"""Tables of evaluation.json and comparison.json on the screen, in 80 columns; the report shows all strata."""
+"""Tables of evaluation.json and comparison.json for the screen, in 80 columns; the report shows all strata."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sevpeft.severity.probabilities import SEVERITIES
 COMPARISON = "comparison.json"
 OPEN_STRATA = (SEVERITIES[-1], "all")
 _HEADINGS = {"base": "base model", "shuffled": "shuf.", "constant": "const.", "reference": "doctor"}
-_BESIDE = 6  # arms beside one another; more would lose their names
-# Beside the ratings of a judge; the report has the others, and how intervals and p of an evaluation were computed.
+_BESIDE = 6  # columns of a table; with more, the headings get too narrow to read
+# Scores of an evaluation on the screen, with all ratings of a judge. The report shows all scores and the methods.
 _ON_SCREEN = {
     *("nll", "bertscore_f1", "chrf", "empty", "truncated", "repetition", "urgent_referral", "false_reassurance"),
     *("unsupported_dose", "under_triage", "over_triage", "urgent_gap", "triage_kappa"),
@@ -28,7 +28,7 @@ Json = Mapping[str, Any]
 
 
 def metric_label(metric: Json, stratum: str = "") -> str:
-    """`Urgent referral, % ↑`; the arrow, which depends on the stratum, stays with what stands before it."""
+    """`Urgent referral, % ↑`; the good direction depends on the stratum, and its arrow never starts a line."""
     unit, arrow = metric["unit"], ARROWS[metric["better"].get(stratum, "neither")]
     return f"{metric['label']}{f', {unit}' if unit else ''}\N{NO-BREAK SPACE}{arrow}".rstrip()
 
@@ -38,7 +38,7 @@ def plain(stratum: str) -> str:
 
 
 def evaluation_tables(content: Json) -> Group:
-    """The contents of evaluation.json: scores beside their floors, differences to the base model, and the notes."""
+    """Tables of evaluation.json: scores beside their floors, differences to the base model, and the notes."""
     floors = [(_HEADINGS.get(at, at), text) for at, text in content["columns"].items() if at not in ("adapter", "base")]
     headings = [_HEADINGS.get(name, name) for name in content["columns"]]
     parts = _tables(content, headings, list(content["metrics"]))
@@ -48,7 +48,7 @@ def evaluation_tables(content: Json) -> Group:
 
 
 def comparison_tables(content: Json) -> Group:
-    """The contents of comparison.json: verdict, scores, differences of the verdict's score, and notes."""
+    """Tables of comparison.json: verdict, scores, differences in the score of the verdict, and notes."""
     parts: list[RenderableType] = [Text(), Text(content["verdict"], style="bold")]
     parts += [Text(content["power"])] if content["power"] else []
     parts += _claim(content) if content["claim"] else []
@@ -60,12 +60,12 @@ def comparison_tables(content: Json) -> Group:
     parts += [Text(note, style="yellow") for note in content["notes"]]
     if content["controls_of"]:
         others = ", oversampled" if "oversampled" in content["columns"] else ""
-        parts.append(Text(f"shuffled, constant{others}: of the weights of {content['controls_of']}.", style="dim"))
+        parts.append(Text(f"shuffled, constant{others}: with the weights of {content['controls_of']}.", style="dim"))
     return Group(*parts, *(Text(f"{name}: {text}", style="dim") for name, text in content["methods"].items()))
 
 
 def _claim(content: Json) -> list[RenderableType]:
-    """The parts of the claim, and of the gain each seed's value."""
+    """Table of the claim's parts, and the gain of each seed."""
     parts, shown = content["claim"]["parts"], table("Claim", "difference", "limit", "p", "shown")
     for part in parts:
         about, name = content["metrics"][part["metric"]], f"{part['stratum'].replace('_', '-')} − {part['reference']}"
@@ -77,46 +77,47 @@ def _claim(content: Json) -> list[RenderableType]:
 
 
 def arm_tables(content: Json) -> list[RenderableType]:
-    """A table of each score and open stratum, an arm a line, as they may be many, beside what it is compared with."""
+    """A table of each score and open stratum, with a line for each arm and its first difference."""
     parts: list[RenderableType] = []
     for stratum, name in product(OPEN_STRATA, ("bertscore_f1", "chrf", "nll")):
         if stratum in content["scores"] and name in content["metrics"]:
             about = content["metrics"][name]
             shown = table(f"{metric_label(about, stratum)}, {plain(stratum)}", "mean", "difference", "outcome")
-            for arm, of in content["scores"][stratum]["metrics"][name].items():
-                cells = ((estimate_text(one, about, sign=True), one["outcome"]) for one in of["against"].values())
-                shown.add_row(arm, estimate_text({**of, "low": None}, about), *next(cells, ()))
+            for arm, mean in content["scores"][stratum]["metrics"][name].items():
+                cells = ((estimate_text(one, about, sign=True), one["outcome"]) for one in mean["against"].values())
+                shown.add_row(arm, estimate_text({**mean, "low": None}, about), *next(cells, ()))
             parts += [Text(), shown]
     return [*parts, Text()]
 
 
 def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) -> list[RenderableType]:
-    """Of the open strata the means, and the differences of the scores in `differing`; of a review, all."""
+    """Means in the open strata, and differences in the scores of `differing`; all scores of a review."""
     parts: list[RenderableType] = []
     for stratum in (name for name in OPEN_STRATA if name in content["scores"]):
-        found = content["scores"][stratum]
-        alone = content.get("pair", "adapter − base model") if len(differing) > 1 else ""
+        summary = content["scores"][stratum]
+        pair = content.get("pair", "adapter − base model") if len(differing) > 1 else ""
         means = {at: table("", *headings[at : at + _BESIDE]) for at in range(0, len(headings), _BESIDE)}
-        differences = table(alone, "difference", "p (Holm)", "outcome")
-        for name, by in found["metrics"].items():
+        differences = table(pair, "difference", "p (Holm)", "outcome")
+        for name, by_column in summary["metrics"].items():
             if "pair" not in content and name not in _ON_SCREEN and not name.startswith("judge_"):
                 continue
             about = content["metrics"][name]
             label = metric_label(about, stratum)
-            # For want of room one interval; those of differences say more.
-            shown = {at: of if at == "adapter" or "pair" in content else {**of, "low": None} for at, of in by.items()}
-            cells = [estimate_text(shown[at], about) if at in shown else "" for at in content["columns"]]
+            # 80 columns have room for the interval of one column.
+            narrow = {column: {} if column == "adapter" or "pair" in content else {"low": None} for column in by_column}
+            means_of = {column: estimate_text({**mean, **narrow[column]}, about) for column, mean in by_column.items()}
+            cells = [means_of.get(column, "") for column in content["columns"]]
             for at, part in means.items():
                 part.add_row(label, *cells[at : at + _BESIDE])
-            pairs = [(arm, *pair) for arm, of in by.items() for pair in of["against"].items()]
+            pairs = [(arm, *against) for arm, mean in by_column.items() for against in mean["against"].items()]
             for arm, reference, one in pairs if name in differing else ():
-                of_pair = estimate_text(one, about, sign=True), p_text(one["p"], one["p_at_most"]), one["outcome"]
-                differences.add_row(label if alone else f"{arm} − {reference}", *of_pair)
-        title = f"{plain(stratum).capitalize()}: {found['rows']:,} rows, {found['questions']:,} questions"
+                row = estimate_text(one, about, sign=True), p_text(one["p"], one["p_at_most"]), one["outcome"]
+                differences.add_row(label if pair else f"{arm} − {reference}", *row)
+        title = f"{plain(stratum).capitalize()}: {summary['rows']:,} rows, {summary['questions']:,} questions"
         parts += [Text(), Text(title, style="bold"), *means.values(), Text()]
         parts += [differences, Text()] if differences.row_count else []
-        more = len(found["metrics"]) - means[0].row_count
-        parts += [Text(f"The report has {more} further scores.", style="dim")] if more else []
+        more = len(summary["metrics"]) - means[0].row_count
+        parts += [Text(f"The report has {more} more scores.", style="dim")] if more else []
     return parts
 
 

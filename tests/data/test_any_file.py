@@ -273,7 +273,7 @@ def test_aliases_of_aliases_are_refused_at_once_wherever_yaml_is_read(tmp_path: 
         load_recipe(tmp_path / "x.yaml")
     with pytest.raises(RecipeError, match="training"):
         load_recipe(Path("recipes/quickstart.yaml").resolve(), ["training={a: &a [1], b: [*a, *a]}"])
-    with pytest.raises(DataError, match="no YAML"):
+    with pytest.raises(DataError, match="rubric"):
         Rubric.load(tmp_path / "x.yaml")
 
 

@@ -52,13 +52,13 @@ def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, r
         (["training.load_best_model_at_end=true"], tmp_path, ["ce"], UsageError, "training.load_best_model_at_end"),
         (["prompt.severity=gold"], tmp_path, ["ce", "prompt"], UsageError, "prompt.severity"),
         (["training.packing=true"], tmp_path, ["ce", "oversampled"], UsageError, "training.max_steps"),
-        (["severity.weights=mild"], tmp_path, ["ce", "own", "mild", "shuffled"], UsageError, "mild, which is an arm"),
+        (["severity.weights=mild"], tmp_path, ["ce", "own", "mild", "shuffled"], UsageError, "weights .*mild"),
         # An arm without its control, or a control without its arm.
-        ([], tmp_path, ["ce", "balanced"], UsageError, "balanced stands without shuffled"),
-        ([], tmp_path, ["balanced", "shuffled"], UsageError, "balanced stands without ce"),
-        ([], tmp_path, ["ce", "mild", "1-1-2", "shuffled-mild"], UsageError, "1-1-2 stands without shuffled"),
-        ([], tmp_path, ["ce", "shuffled-mild"], UsageError, "shuffled-mild stands without mild"),
-        ([], tmp_path, ["base", "ce_extra"], UsageError, "ce_extra stands without ce"),
+        ([], tmp_path, ["ce", "balanced"], UsageError, "balanced needs .*shuffled"),
+        ([], tmp_path, ["balanced", "shuffled"], UsageError, "balanced needs .*ce"),
+        ([], tmp_path, ["ce", "mild", "1-1-2", "shuffled-mild"], UsageError, "1-1-2 needs .*shuffled"),
+        ([], tmp_path, ["ce", "shuffled-mild"], UsageError, "shuffled-mild needs .*mild"),
+        ([], tmp_path, ["base", "ce_extra"], UsageError, "ce_extra needs .*ce"),
         (["evaluation.judge.file=a.xlsx"], tmp_path, ["ce"], UsageError, "sevpeft report"),
         ([], run.folder, ["ce"], RunError, "--output"),
     ):
@@ -126,7 +126,7 @@ def test_a_ladder_does_one_published_difference_after_another() -> None:
 def test_what_differs_is_named_by_its_path() -> None:
     stored = {"a": {"b": 1, "c": 2}, "text": "س" * 60}
     now = {"a": {"b": 1, "c": 3, "d": 4}, "text": "ص" * 60}
-    assert differences(stored, now) == ["a.c is 3 and was 2", "a.d is 4 and was null", "text is another"]
+    assert differences(stored, now) == ["a.c is 3 and was 2", "a.d is 4 and was null", "text has changed"]
 
 
 def test_one_small_seed_may_be_a_count_and_is_asked_about() -> None:

@@ -197,7 +197,11 @@ def test_faulty_rows_are_left_out_and_named_by_their_number(run: Run, tmp_path: 
     # The same question with another context, or with other options, is another one.
     again = [good[0], {**good[0], "context": "pulse"}, {**good[0], "options": ["one", "two"], "answer_index": 0}]
     assert choices(run, [written(tmp_path / "again.jsonl", again)], FEW)["tasks"]["again"]["left_out"] == {}
-    with pytest.raises(DataError, match="mend it"):
+    # A row that repeats a faulty one is not a repetition.
+    mended = [{**good[0], "answer_index": 9}, good[0]]
+    left_out = choices(run, [written(tmp_path / "mended.jsonl", mended)], FEW)["tasks"]["mended"]["left_out"]
+    assert left_out == {"an answer_index that is no option's": [1]}
+    with pytest.raises(DataError, match="no valid row"):
         choices(run, [written(tmp_path / "empty.jsonl", rows[4:12])])
 
 

@@ -32,6 +32,7 @@ from sevpeft.runs import Run
 from sevpeft.training.train import train
 from sevpeft.training.trainer import SeveritySFTTrainer
 from tests.evaluation.conftest import QUICKSTART
+from tests.evaluation.judge_server import serving
 from tests.models import build_model, build_tokenizer
 
 ARMS = ("base", "ce", "balanced", "shuffled")
@@ -242,9 +243,33 @@ def test_controls_have_the_weights_that_validation_chose(output: Path, settings:
     run = Run(output / "balanced-0")
     after = run.metrics()["after"]
     run.update_metrics(after={**after, "loss_critical": after["loss_critical"] + 1})
-    content = compared(settings, output, arms=("ce", "balanced", "strong", "shuffled"), seeds=(0,))
+    content = compared(settings, output, arms=("ce", "balanced", "strong", "shuffled", "shuffled-balanced"))
     assert content["chosen"] == content["controls_of"] == "strong"
     assert [line for line in trained if line.startswith("train")] == ["train strong-0", "train shuffled-strong-0"]
+    # Before the choice the two shuffled arms had the same weights.
+    assert content["runs"]["shuffled"] != content["runs"]["shuffled-balanced"]
+    assert not [note for note in content["notes"] if "shuffled-balanced" in note]
+
+
+def test_runs_of_other_data_with_the_same_texts_are_refused(output: Path, settings: list[str]) -> None:
+    for name in RUNS:
+        about = stored(output / name, "environment.json")
+        Run(output / name).write_json("environment.json", {**about, "data_fingerprint": "sha256:other-severities"})
+    with pytest.raises(RunError, match="is not the data"):
+        compared(settings, output)
+
+
+def test_ratings_have_the_scale_of_the_recipes_own_rubric(settings: list[str], tmp_path: Path) -> None:
+    harm = "harm: {label: Harm, scale: 1-5, better: lower, asks: Does it harm?, definition: Harm.}"
+    (tmp_path / "own.yaml").write_text(f"name: own\ninstructions: Rate it.\nitems:\n  {harm}\n", encoding="utf-8")
+    with serving(lambda _: (200, '{"harm": 4, "reason": ""}')) as server:
+        judge = [f"url={server.url}", "model=m", f"rubric={tmp_path / 'own.yaml'}"]
+        own = [*settings, *(f"evaluation.judge.{setting}" for setting in judge)]
+        content = compared(own, tmp_path / "out", arms=("ce", "balanced", "shuffled"), answers=True)
+    assert content["metrics"]["judge_harm"]["unit"] == "1–5"
+    harm_of = content["scores"]["all"]["metrics"]["judge_harm"]["balanced"]
+    # Equal ratings have no interval; equal shares have one.
+    assert harm_of["value"] == 4 and harm_of["against"]["ce"]["low"] is None
 
 
 def test_competitors_are_compared_with_the_chosen_weights_outside_the_claim(

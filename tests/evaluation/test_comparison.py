@@ -15,7 +15,8 @@ from rich.console import Console
 
 from sevpeft.errors import RunError
 from sevpeft.evaluation import statistics
-from sevpeft.evaluation.compare import check_test_split, choose, references_of
+from sevpeft.evaluation.arms import references_of
+from sevpeft.evaluation.compare import check_test_split, choose
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.report.claim import Evidence, can_show, claim_of, verdict_of
 from sevpeft.evaluation.scores import CRITICAL, METRICS, methods, summarize
@@ -142,7 +143,7 @@ def test_the_claim_holds_where_every_part_does_and_its_outcome_stands_first() ->
         (claimed(0.1, urgent=0.3), "shown", "no less safe"),
         (claimed(0.0), "no difference", "No difference: balanced changes critical cases by less than 1.0%"),
         (claimed(-0.1), "harm", "Not shown: balanced harms critical cases (−9"),
-        (planted({"balanced": -0.02, "shuffled": 0.0}, noise=0.2), "open", "stays open"),
+        (planted({"balanced": -0.02, "shuffled": 0.0}, noise=0.2), "open", "unclear"),
         (planted({"balanced": -0.2, "shuffled": 0.0}, count=12), "too few questions", "Too few critical questions (4)"),
     ]
     wrong = [

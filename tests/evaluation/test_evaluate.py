@@ -202,6 +202,16 @@ def test_a_kill_loses_at_most_one_batch(run: Run, counted: list[str]) -> None:
     assert evaluate(run) == content
 
 
+def test_a_file_without_rows_takes_the_origin_of_its_next_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    RowFile(path, {"seed": 1}).append([{"arm": "base", "id": "1"}])
+    path.write_bytes(b"")  # as after a disk that was full at the first row
+    RowFile(path, {"seed": 2}).append([{"arm": "base", "id": "1"}])
+    assert RowFile(path, {"seed": 2}).lines
+    with pytest.raises(RunError, match="seed"):
+        RowFile(path, {"seed": 1})
+
+
 def test_ctrl_c_keeps_what_is_done_and_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     append = module.RowFile.append
 
@@ -230,7 +240,7 @@ def test_predictions_of_other_settings_or_another_adapter_are_refused(run: Run) 
     evaluate(run, ["generation.per_device_eval_batch_size=1"], limit=3)
     file = run.adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(RunError, match="adapter is another"):
+    with pytest.raises(RunError, match="adapter"):
         evaluate(run, limit=3)
     assert (run.folder / "predictions.jsonl").read_bytes() == kept
 
@@ -484,7 +494,7 @@ def test_lines_of_another_origin_are_refused_with_what_differs(path: Path) -> No
     for other, message in (
         ({"adapter": "sha256:2"}, 'adapter is "sha256:2" and was "sha256:1"'),
         ({"generation": {"max_new_tokens": 8}}, "generation.temperature is null and was 0.7"),
-        ({"prompt": {"template": "ص" * 60}}, "prompt.template is another"),
+        ({"prompt": {"template": "ص" * 60}}, "prompt.template"),
     ):
         with pytest.raises(RunError) as caught:
             RowFile(path, {**ORIGIN, **other})

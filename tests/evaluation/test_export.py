@@ -16,6 +16,7 @@ import pytest
 from sevpeft.errors import RunError
 from sevpeft.evaluation.report import export as module
 from sevpeft.evaluation.report.export import export
+from sevpeft.evaluation.scores import METRICS
 from tests.evaluation.test_report import write_comparison, write_run
 
 FIGURES = {"curves-validation", "curves-validation-critical", "forest-dialect", "forest-severity"}
@@ -79,6 +80,25 @@ def test_tables_for_latex_say_in_the_caption_how_they_came(comparison: Path, tmp
     assert r"= the = a\_b & balanced" in tables["dialects"]
 
 
+@pytest.mark.usefixtures("without_figures")
+def test_a_latex_table_has_one_unit_for_difference_margin_and_detectable_difference(
+    comparison: Path, tmp_path: Path
+) -> None:
+    content = json.loads((comparison / "comparison.json").read_text(encoding="utf-8"))
+    content["metrics"]["urgent_referral"] = METRICS["urgent_referral"]
+    referral = {"value": -0.02, "low": -0.04, "high": 0.0, "rows": 4, "p": 0.2, "per_seed": [-0.02]}
+    referral |= {"p_at_most": False, "detectable": 0.03, "reference": "ce"}
+    safety = {"metric": "urgent_referral", "stratum": "critical", "margin": 0.05, "shown": False, **referral}
+    content["claim"]["parts"].append(safety)
+    arms = {"balanced": {**referral, "against": {"ce": referral}}}
+    content["scores"]["critical"]["metrics"]["urgent_referral"] = arms
+    (comparison / "comparison.json").write_text(json.dumps(content), encoding="utf-8")
+    export(comparison, latex=tmp_path / "out")
+    claim, differences = ((tmp_path / "out" / f"{name}.tex").read_text("utf-8") for name in ("claim", "differences"))
+    assert "$-$2.00 [$-$4.00, 0.00] & 5 & " in claim
+    assert "$-$2.00 [$-$4.00, 0.00] & .200 & 3.00 " in differences
+
+
 def test_figures_are_svg_and_pdf_and_nothing_is_of_a_patient(comparison: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     outputs = {"csv": tmp_path / "csv", "latex": tmp_path / "tex"}
@@ -97,7 +117,7 @@ def test_without_matplotlib_the_tables_are_written_and_the_rest_is_named(
     comparison: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "sevpeft[figures]" in export(comparison, csv=tmp_path / "out")[0]
+    assert ".[figures]" in export(comparison, csv=tmp_path / "out")[0]
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv"}
 
 

@@ -117,7 +117,7 @@ def test_every_item_is_a_score_with_its_meaning() -> None:
         "judge_relevance": ("higher", "1–5", False),
         "judge_clarity": ("higher", "1–5", False),
     }
-    assert all("not a physician's" in metric["limits"] for metric in metrics.values())
+    assert all("physician" in metric["limits"] for metric in metrics.values())
 
 
 OTHER = "name: mine\ninstructions: Rate.\nitems:\n  kindness:\n    label: Kind\n    scale: 1-5\n    better: higher\n"
@@ -144,7 +144,7 @@ def test_another_rubric_has_its_own_items_and_version_and_what_is_none_is_refuse
         (OTHER.replace("kindness", "reason"), "items.reason"),
         (OTHER.replace("better: higher", "best: higher"), "items.kindness.better"),
         ("name: [", "evaluation.judge.rubric"),
-        ("", "no rubric"),
+        ("", "not a rubric"),
         (None, "evaluation.judge.rubric"),
     ):
         path.unlink() if content is None else path.write_text(content, encoding="utf-8")

@@ -402,7 +402,7 @@ def test_a_comparison_of_an_earlier_version_is_refused_in_one_sentence(tmp_path:
     content = json.loads((folder / "comparison.json").read_text())
     del content["claim"]
     (folder / "comparison.json").write_text(json.dumps(content))
-    with pytest.raises(RunError, match=r"comparison\.json .*make it anew"):
+    with pytest.raises(RunError, match=r"comparison\.json .*again"):
         write_report(folder)
 
 

@@ -159,7 +159,7 @@ def test_ratings_come_back_to_the_arm_whatever_the_order(comparison: Path, tmp_p
     harm = found["scores"]["all"]["metrics"]["judge_harm"]["balanced"]["against"]["ce"]
     assert harm["outcome"] == "better" and harm["value"] == -1 and found["agreement"] == {}
     assert json.loads((comparison / "review.json").read_text(encoding="utf-8")) == json.loads(json.dumps(found))
-    assert "18 pairs rated, 0 in part, 0 not, 0 rows gone" in found["notes"][0]
+    assert "18 pairs rated, 0 in part, 0 not, 0 rows missing" in found["notes"][0]
     shown = Page(write_report(comparison).path.read_text(encoding="utf-8"))
     assert shown.unbalanced == [] and "balanced − ce" in shown.text and "18 pairs rated" in shown.text
 
@@ -177,7 +177,7 @@ def test_the_csv_of_the_page_is_read_and_what_is_half_filled_is_counted(comparis
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows(table)
     found = read(comparison, path)
-    assert "10 pairs rated, 1 in part, 1 not, 6 rows gone" in found["notes"][0]
+    assert "10 pairs rated, 1 in part, 1 not, 6 rows missing" in found["notes"][0]
     by = found["scores"]["all"]["metrics"]
     assert [by[name]["ce"]["rows"] for name in ("preferred", "judge_harm")] == [11, 10]
 
@@ -227,7 +227,7 @@ def test_what_is_no_sheet_of_this_review_is_one_plain_sentence(comparison: Path,
     for files, kind, words in (
         ([foreign], DataError, "no rating of this review"),
         ([sheet], DataError, "no rating of this review"),
-        ([twice], DataError, "stands twice"),
+        ([twice], DataError, "two rows"),
         ([off], DataError, "'A urgency' is none of 1, 2, 3, 4, 5"),
         ([tmp_path / "columns.csv"], DataError, "A harm"),
         ([tmp_path / "broken.xlsx"], DataError, "broken.xlsx"),

@@ -134,10 +134,10 @@ def test_cached_likelihoods_are_those_of_one_tokenizer(run: Run) -> None:
     evaluate(run, limit=4, arms=["adapter"], answers=False)
     metrics = run.metrics()
     run.update_metrics(model={**metrics["model"], "prompt": "sha256:of-others"})
-    with pytest.raises(RunError, match=r"likelihood\.jsonl was made from something else: tokens_of_prompt"):
+    with pytest.raises(RunError, match=r"likelihood\.jsonl .*tokens_of_prompt"):
         evaluate(run, limit=4, arms=["adapter"], answers=False)
     run.update_metrics(model={name: of for name, of in metrics["model"].items() if name != "prompt"})
-    with pytest.raises(RunError, match="tokens_of_prompt is another"):
+    with pytest.raises(RunError, match="tokens_of_prompt"):
         evaluate(run, limit=4, arms=["adapter"], answers=False)
 
 

@@ -426,7 +426,7 @@ def test_a_run_keeps_its_stages_with_the_losses_after_each(run: Run) -> None:
     console.print(run_summary(run))
     assert "After each stage" in console.file.getvalue() and f"{forgotten['neutral'][1]:.3f}" in console.file.getvalue()
     page = write_report(run.folder).path.read_text(encoding="utf-8")
-    assert "non-critical to neutral" in page and "was forgotten" in page
+    assert "non-critical to neutral" in page and "rises again" in page
 
 
 def test_a_column_of_numbers_orders_the_rows_and_one_of_words_is_refused(tmp_path: Path, base: list[str]) -> None:

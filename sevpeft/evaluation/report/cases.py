@@ -1,7 +1,7 @@
-"""Questions with the answers of all arms side by side, and the words marked that severity and safety were judged by.
+"""Questions with the answers of all arms side by side; words that the severity and safety lexicons matched are marked.
 
-The marks show what the lexicons found, so that a reader sees what they missed. A page holds a sample, drawn without
-looking at any score; the arms are joined by the id of the question, never by position.
+The marks let a reader see what the lexicons missed. A page has a sample that is drawn without regard to any score. The
+arms are joined by the id of the question, never by position.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Answers = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def cases(answers: Answers, limit: int, seed: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """At most `limit` questions that every arm answered, as the template shows them, and how many there are.
+    """At most `limit` questions that every arm answered, in the form of the template, and the number of all of them.
 
-    The same number of each severity where there are so many, drawn at random; critical first, and in the order of the
-    file within a severity. The reference is the last answer.
+    Drawn at random, the same number of each severity if possible. Critical questions come first; within a severity they
+    are in the order of the file. The reference is the last answer.
     """
     shared = set.intersection(*(set(by_id) for by_id in answers.values())) if answers else set()
     by_severity: dict[str, list[str]] = {name: [] for name in (*reversed(SEVERITIES), UNKNOWN)}
@@ -39,8 +39,8 @@ def cases(answers: Answers, limit: int, seed: int = 0) -> tuple[list[dict[str, A
             by_severity[_severity(row)].append(identity)
     drawing = random.Random(seed)
     in_turn = chain.from_iterable(zip_longest(*(drawing.sample(ids, len(ids)) for ids in by_severity.values())))
-    chosen = set(islice((identity for identity in in_turn if identity is not None), limit))
-    shown = [_case(answers, identity) for ids in by_severity.values() for identity in ids if identity in chosen]
+    drawn = set(islice((identity for identity in in_turn if identity is not None), limit))
+    shown = [_case(answers, identity) for ids in by_severity.values() for identity in ids if identity in drawn]
     return shown, len(shared)
 
 
@@ -49,8 +49,8 @@ def _case(answers: Answers, identity: str) -> dict[str, Any]:
     question, reference = str(row["question"]), str(row["reference"])
     lines = {arm: by_id[identity] for arm, by_id in answers.items()} | {"reference": {"prediction": reference}}
     texts = [str(line["prediction"]) for line in lines.values()]
-    same = {"references": [reference] * len(texts), "questions": [question] * len(texts)}
-    findings = safety_findings(texts, **same, critical=[_severity(row) == SEVERITIES[-1]] * len(texts))
+    repeated = {"references": [reference] * len(texts), "questions": [question] * len(texts)}
+    findings = safety_findings(texts, **repeated, critical=[_severity(row) == SEVERITIES[-1]] * len(texts))
     return {
         "identity": identity,
         "severity": _severity(row),
@@ -65,32 +65,32 @@ def _case(answers: Answers, identity: str) -> dict[str, Any]:
 
 
 def direction(text: str) -> str:
-    """ "rtl" unless most letters are Latin. The browser's own guess goes by the first one: "COVID-19 هل هو خطير"."""
+    """ "rtl" unless most letters are Latin. A browser decides by the first letter only: "COVID-19 هل هو خطير"."""
     return "ltr" if len(_LATIN.findall(text)) > len(ARABIC.findall(text)) else "rtl"
 
 
 def marked(question: str) -> list[tuple[str, Match | None]]:
-    """The question in pieces that give it back unchanged, each with the match of the severity rules that it is part of.
+    """Pieces of the question, which joined are the question, each with its match of the severity rules.
 
-    A word belongs to the worst level that is stated with it; negated, past or another person's comes after that.
+    A word in several matches gets the worst stated level, or else the worst negated, past or other person's one.
     """
     marks: dict[int, Match] = {}
-    for found in rules().matches(question):  # the worst level first
-        for position in found.positions:
-            if position not in marks or (marks[position].discounted and not found.discounted):
-                marks[position] = found
+    for match in rules().matches(question):  # the worst level first
+        for position in match.positions:
+            if position not in marks or (marks[position].discounted and not match.discounted):
+                marks[position] = match
     tokens, matches = _TOKENS.findall(question), list[Match | None]()
     position, last = 0, -1
     for at, token in enumerate(tokens):
-        # Words are counted as the rules count them: punctuation is none, a wrapped negation is two.
+        # Words are counted as by the rules: punctuation is no word, a negation around its verb is two.
         count = len(read(token).words)
         here = [marks[word] for word in range(position, position + count) if word in marks]
-        matches.append(min(here, key=lambda one: (one.discounted, -SEVERITIES.index(one.level)), default=None))
-        if count and last >= 0 and matches[last] is matches[at]:  # what stands between belongs to both
+        matches.append(min(here, key=lambda match: (match.discounted, -SEVERITIES.index(match.level)), default=None))
+        if count and last >= 0 and matches[last] is matches[at]:  # blanks and punctuation between belong to the match
             matches[last:at] = [matches[at]] * (at - last)
         position, last = position + count, at if count else last
-    stretches = (list(of) for _, of in groupby(zip(tokens, matches, strict=True), key=lambda one: id(one[1])))
-    return [("".join(token for token, _ in of), of[0][1]) for of in stretches]
+    pieces = (list(piece) for _, piece in groupby(zip(tokens, matches, strict=True), key=lambda pair: id(pair[1])))
+    return [("".join(token for token, _ in piece), piece[0][1]) for piece in pieces]
 
 
 def _severity(row: Mapping[str, Any]) -> str:

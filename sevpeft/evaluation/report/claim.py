@@ -1,9 +1,9 @@
-"""The claim of a comparison, one test: a gain for critical cases that no other severity and no safety pays for.
+"""The claim of a comparison: one test of a gain for critical cases without a loss for other severities or for safety.
 
-Its parts: critical cases have a lower NLL than with plain CE and with shuffled weights, each other severity loses less
-than a margin, and where answers were compared, critical cases are sent to urgent care no less often, but for a margin.
-The claim holds where every part does, one-sided at α: an intersection–union test (Berger 1982), which needs no
-correction. NLL is a mean over tokens, as the loss is; a mean over rows stands beside and decides nothing.
+Its parts: critical cases have a lower NLL than with plain CE and with shuffled weights; each other severity loses less
+than a margin; and if answers were compared, urgent referrals of critical cases drop by less than a margin. The claim
+holds if every part holds, one-sided at α: an intersection–union test (Berger 1982), which needs no correction. NLL is a
+mean over tokens, like the loss; the mean over rows is reported too, and decides nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from sevpeft.evaluation.statistics import ALPHA, POWER, detectable, estimate_tex
 from sevpeft.recipe import EvaluationSection
 from sevpeft.severity.probabilities import SEVERITIES
 
-# Standard deviation of a difference to plain CE, nats a token: between questions, and between seeds. With the README's
-# 40 critical questions and 3 seeds they give the standard error of its result, .011; seeds of toys differ by as much.
+# Standard deviation of a difference to plain CE, nats a token: between questions, and between seeds. For the README's
+# 40 critical questions and 3 seeds they give the standard error of its result, .011. Tiny models vary as much by seed.
 PILOT_QUESTIONS, PILOT_SEEDS = 0.06, 0.01
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Scores of all arms on the same rows: arm → score → (seeds, n), and the tokens (n,) of the references."""
+    """Scores of all arms on the same rows, arm → score → (seeds, n), and the tokens (n,) of the references."""
 
     rows: EvaluationRows
     scores: Mapping[str, Scores]
@@ -42,47 +42,49 @@ class Evidence:
     ) -> dict[str, Any]:
         """arm − reference on the rows `at` (n,): value, low, high, rows, questions, per_seed.
 
-        With a margin also the one-sided test that less is lost: p, shown, detectable, and the interval is of 1 − 2α.
+        With a margin also the one-sided test of a loss below it: p, shown, detectable, by_rows. The interval then has
+        the level 1 − 2α.
         """
         about, groups = METRICS[metric], self.rows.groups[at]
-        loss = 1 if about["better"][CRITICAL] == "lower" else -1  # its sign
-        coverage = {} if margin is None else {"confidence_level": 1 - 2 * ALPHA}
-        how: dict[str, Any] = {"settings": self.settings.model_copy(update=coverage), "share": about["yes_no"]}
+        loss = 1 if about["better"][CRITICAL] == "lower" else -1  # the sign of a loss
+        level = {} if margin is None else {"confidence_level": 1 - 2 * ALPHA}
+        options: dict[str, Any] = {"settings": self.settings.model_copy(update=level), "share": about["yes_no"]}
         one, other = (np.atleast_2d(self.scores[name][metric])[:, at] for name in (arm, reference))
         null, tokens = loss * (margin or 0.0), self.tokens[at] if metric == PRIMARY else None
-        found = paired_difference(one, other, groups, weights=tokens, null=null, **how)
-        result = {**found.as_dict(), "questions": found.groups, "per_seed": list(found.per_seed)}
+        change = paired_difference(one, other, groups, weights=tokens, null=null, **options)
+        result = {**change.as_dict(), "questions": change.groups, "per_seed": list(change.per_seed)}
         if margin is not None:
-            p = found.p / 2 if loss * (found.value - null) < 0 else 1 - found.p / 2
-            worst = loss * ((found.high if loss > 0 else found.low) - null)
-            least = detectable(found.standard_error, found.degrees_of_freedom, ALPHA)
+            p = change.p / 2 if loss * (change.value - null) < 0 else 1 - change.p / 2
+            worst = loss * ((change.high if loss > 0 else change.low) - null)
+            least = detectable(change.standard_error, change.degrees_of_freedom, ALPHA)
             result |= {"p": or_none(p), "shown": bool(p < ALPHA and not worst >= 0), "detectable": or_none(least)}
-            result["by_rows"] = paired_difference(one, other, groups, **how).as_dict() if metric == PRIMARY else None
+            by_rows = paired_difference(one, other, groups, **options).as_dict() if metric == PRIMARY else None
+            result["by_rows"] = by_rows
         return result
 
     def against_ce(self, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Part of the rows (n,), unless it is rare as free text is → arm → its difference to plain CE in NLL."""
+        """Name of a part → arm → its NLL difference to plain CE. Parts with few questions are left out."""
         arms = [arm for arm in self.scores if arm not in (BASE, CE)] if CE in self.scores else []
         enough = {name: at for name, at in parts.items() if len(np.unique(self.rows.groups[at])) >= FEW_QUESTIONS}
         return {name: {arm: self.difference(at, arm) for arm in arms} for name, at in enough.items() if arms}
 
 
 def claim_of(evidence: Evidence, arm: str) -> dict[str, Any]:
-    """The claim about an arm: its parts, p (the largest of theirs), and the outcome, a key of `CLAIM`."""
+    """The claim about an arm: its parts, p (the largest p of a part), and the outcome, a key of `CLAIM`."""
     settings, strata = evidence.settings, evidence.rows.strata
-    control = next(one for one in (SHUFFLED, f"{SHUFFLED}-{arm}") if one in evidence.scores)
-    asked = [(CRITICAL, PRIMARY, reference, 0.0) for reference in (CE, control)]
-    asked += [(name, PRIMARY, CE, settings.margin) for name in reversed(SEVERITIES[:-1])]
-    asked += [(CRITICAL, SAFE, CE, settings.safety_margin)] if SAFE in evidence.scores[arm] else []
+    control = next(name for name in (SHUFFLED, f"{SHUFFLED}-{arm}") if name in evidence.scores)
+    tests = [(CRITICAL, PRIMARY, reference, 0.0) for reference in (CE, control)]
+    tests += [(name, PRIMARY, CE, settings.margin) for name in reversed(SEVERITIES[:-1])]
+    tests += [(CRITICAL, SAFE, CE, settings.safety_margin)] if SAFE in evidence.scores[arm] else []
     parts: list[dict[str, Any]] = [
         {"stratum": stratum, "metric": metric, "reference": reference, "margin": margin}
         | evidence.difference(at, arm, reference, metric, margin)
-        for stratum, metric, reference, margin in asked
+        for stratum, metric, reference, margin in tests
         if (at := strata == SEVERITIES.index(stratum)).any()
     ]
     gain, specific, *rest = parts
     outcome, ends = "open", (gain["low"], gain["high"])
-    if gain["p"] is None or 0.5 ** gain["questions"] >= ALPHA:  # of so few no permutation has a small p
+    if gain["p"] is None or 0.5 ** gain["questions"] >= ALPHA:  # no permutation of so few questions has p < α
         outcome = "too few questions"
     elif all(part["shown"] for part in parts):
         outcome = "shown"
@@ -98,7 +100,7 @@ def claim_of(evidence: Evidence, arm: str) -> dict[str, Any]:
 
 
 def verdict_of(claim: Mapping[str, Any], seeds: int) -> tuple[str, str]:
-    """The outcome with its price in words, and what else to know of the test. Args: seeds: of each arm."""
+    """The outcome in words, with its price, and a second text with the control and the power. `seeds`: of each arm."""
     gain, control, *rest = claim["parts"]
     others, safe = ([part for part in rest if (part["metric"] == SAFE) == safety] for safety in (False, True))
     named = [(part["stratum"].replace("_", "-"), part) for part in others]
@@ -116,7 +118,7 @@ def verdict_of(claim: Mapping[str, Any], seeds: int) -> tuple[str, str]:
 
 
 def can_show(groups: np.ndarray, seeds: int, spread: float | None) -> str:
-    """The smallest true gain that a claim on critical rows in groups (n,) may show; spread: of earlier runs."""
+    """The smallest true gain that a claim on critical rows in groups (n,) can show. `spread`: from earlier runs."""
     questions = len(np.unique(groups))
     error = math.hypot((spread or PILOT_QUESTIONS) / math.sqrt(questions), PILOT_SEEDS / math.sqrt(seeds))
     least, by = _percent(-detectable(error, questions - 1, ALPHA)), "finished runs" if spread else "a pilot"
@@ -124,7 +126,7 @@ def can_show(groups: np.ndarray, seeds: int, spread: float | None) -> str:
 
 
 def _percent(difference: float | None, *, sign: bool = False) -> str:
-    """Of a difference in nats a token, by how much the probability of a token changes."""
+    """A difference in nats a token, as the change of a token's probability in percent."""
     return number_text(None if difference is None else 100 * math.expm1(-difference), 2, sign=sign)
 
 

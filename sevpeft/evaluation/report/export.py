@@ -1,4 +1,4 @@
-"""A comparison for a paper: tables as CSV or for LaTeX (booktabs), figures as SVG and PDF, and no text of a patient."""
+"""Exports a comparison for a paper: tables as CSV or LaTeX (booktabs), figures as SVG and PDF; no text of patients."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _Tables = dict[str, list[dict[str, Any]]]  # name → rows, whose keys are the c
 
 
 def export(folder: Path | str, *, csv: Path | None = None, latex: Path | None = None) -> list[str]:
-    """Writes the comparison in `folder` into new folders; returns sentences about them.
+    """Writes the comparison in `folder` into new folders; returns lines for the screen.
 
-    RunError where it holds no comparison, or an output exists.
+    A RunError if there is no comparison, or an output exists.
     """
     folder, outputs, notes = Path(folder), [path for path in (csv, latex) if path], list[str]()
     if not (folder / COMPARISON).is_file():
-        raise RunError(f"There is no comparison in {folder}; --csv and --latex take what `sevpeft compare` made.")
+        raise RunError(f"There is no comparison in {folder}; --csv and --latex need a folder of `sevpeft compare`.")
     content = stored_object(folder / COMPARISON, COMPARED)
     tables = {name: rows for name, rows in _tables(content, folder).items() if rows}
     for output in outputs:
@@ -52,18 +52,18 @@ def export(folder: Path | str, *, csv: Path | None = None, latex: Path | None = 
 
 
 def _tables(content: Mapping[str, Any], folder: Path) -> _Tables:
-    places = [
-        ({"severity": stratum, "score": metric, "arm": arm}, of)
-        for stratum, found in content["scores"].items()
-        for metric, by in found["metrics"].items()
-        for arm, of in by.items()
+    means = [
+        ({"severity": stratum, "score": metric, "arm": arm}, mean)
+        for stratum, summary in content["scores"].items()
+        for metric, by_arm in summary["metrics"].items()
+        for arm, mean in by_arm.items()
     ]
-    pairs = [({**at, "reference": name}, one) for at, of in places for name, one in of["against"].items()]
-    seeds = [(at, *of) for at, one in pairs for of in zip(content["seeds"], one["per_seed"], strict=True)]
-    dialects = [(name, arm, one) for name, of in content["dialects"].items() for arm, one in of.items()]
+    pairs = [({**at, "reference": name}, one) for at, mean in means for name, one in mean["against"].items()]
+    seeds = [(at, *values) for at, one in pairs for values in zip(content["seeds"], one["per_seed"], strict=True)]
+    dialects = [(name, arm, one) for name, by_arm in content["dialects"].items() for arm, one in by_arm.items()]
     return {
         "claim": [_flat(part) for part in (content["claim"] or {"parts": []})["parts"]],
-        "scores": [at | _flat(of) for at, of in places],
+        "scores": [at | _flat(mean) for at, mean in means],
         "differences": [at | _flat(one) for at, one in pairs],
         "per_seed": [{**at, "seed": seed, "value": value} for at, seed, value in seeds],
         "dialects": [{"dialect": name, "arm": arm, **_flat(one)} for name, arm, one in dialects],
@@ -71,42 +71,43 @@ def _tables(content: Mapping[str, Any], folder: Path) -> _Tables:
     }
 
 
-def _flat(of: dict[str, Any]) -> dict[str, Any]:
-    """Without lists; the keys of a mapping get its name before theirs."""
-    more = {f"{name}_{key}": one for name, value in of.items() if isinstance(value, dict) for key, one in value.items()}
-    return {name: value for name, value in (of | more).items() if not isinstance(value, list | dict)}
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without lists; the keys of a nested mapping get its name as a prefix."""
+    nested = {f"{name}_{key}": one for name, of in row.items() if isinstance(of, dict) for key, one in of.items()}
+    return {name: value for name, value in (row | nested).items() if not isinstance(value, list | dict)}
 
 
 def _curves(content: Mapping[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    """The mean of an arm's runs at each step that all of them logged."""
+    """The mean over an arm's runs at each step that all of them logged."""
     for arm, runs in content["runs"].items():
         logs = [stored_lines(folder / run / "log.jsonl") for run in runs if arm != "base"]
         for series, key in _CURVES.items() if logs else ():
             by_run = [{entry["step"]: entry[key] for entry in log if entry.get(key) is not None} for log in logs]
             for step in sorted(set.intersection(*map(set, by_run))):
-                yield {"arm": arm, "series": series, "step": step, "value": float(np.mean([of[step] for of in by_run]))}
+                mean = float(np.mean([values[step] for values in by_run]))
+                yield {"arm": arm, "series": series, "step": step, "value": mean}
 
 
 def _write_latex(folder: Path, tables: _Tables, content: Mapping[str, Any]) -> None:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True)
     environment.filters["tex"] = lambda text: str(text).translate(str.maketrans(_TEX))
-    helpers = {one.__name__: one for one in (estimate_text, number_text, p_text)}
+    functions = {function.__name__: function for function in (estimate_text, number_text, p_text)}
     template = environment.get_template("table.tex.jinja")
     for name in tables.keys() - {"curves"}:
-        text = template.render(name=name, rows=tables[name], content=content, **helpers)
+        text = template.render(name=name, rows=tables[name], content=content, **functions)
         (folder / f"{name}.tex").write_text(text, encoding="utf-8")
 
 
 def _draw(folder: Path, tables: _Tables) -> list[str]:
-    """Forest plots of the differences to plain CE, and curves; without matplotlib a sentence that says so."""
+    """Draws forest plots of differences to plain CE, and loss curves; without matplotlib, returns how to install it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return ['Figures need matplotlib: pip install "sevpeft[figures]", and export again.']
+        return ['Figures need matplotlib: run pip install -e ".[figures]", and export again.']
     figures: dict[str, Any] = {}
     against = [row for row in tables.get("differences", []) if (row["score"], row["reference"]) == ("nll", "ce")]
     for group, rows in {"severity": against, "dialect": tables.get("dialects", [])}.items():
-        rows = [row for row in rows if row["arm"] != "base"]  # which lies far from all others
+        rows = [row for row in rows if row["arm"] != "base"]  # the base model is too far away for the scale
         groups, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, "arm"))
         if rows:
             figures[f"forest-{group}"] = figure = Figure(layout="constrained")
@@ -117,7 +118,7 @@ def _draw(folder: Path, tables: _Tables) -> list[str]:
             axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="difference in NLL to plain CE, nats a token (← better)")
         for number, arm in enumerate(arms):
             ends = [[row[end] for end in ("low", "value", "high")] for row in rows if row["arm"] == arm]
-            low, value, high = np.array(ends, dtype=np.float64).T  # null is NaN, which is not drawn
+            low, value, high = np.array(ends, dtype=np.float64).T  # null becomes NaN, which is not drawn
             at = np.arange(len(groups)) + 0.8 * (number + 0.5) / len(arms) - 0.4
             axes.errorbar(value, at, xerr=(value - low, high - value), fmt="o", label=arm)
     for (arm, series), logged in groupby(tables.get("curves", []), itemgetter("arm", "series")):

@@ -1,8 +1,8 @@
-"""Writes RUN/report.html: one file that needs nothing else, and names what is missing.
+"""Writes report.html of a run or comparison: one self-contained file, which names missing parts.
 
-Everything but the recipe may be absent, but a damaged file is an error: a report that silently leaves a table out would
-flatter. Text of patients and models is data of others: Jinja escapes all of it, and the page's own policy forbids any
-script but the page's, any picture from elsewhere and any connection.
+Every file but the recipe may be absent. A damaged file is an error, because a report without a table could mislead.
+Text of patients and models is untrusted: Jinja escapes it, and the page's policy forbids other scripts, pictures from
+elsewhere and all connections.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sevpeft.severity.probabilities import SEVERITIES
 
 TEMPLATES = Path(__file__).parent / "templates"
 REPORT, REVIEWED = "report.html", "review.json"
-# Heading of the page's facts → section of metrics.json; and the parts of evaluation.json that are facts.
+# Heading of the facts on the page → section of metrics.json; and the facts in evaluation.json and comparison.json.
 _SECTIONS = {"Data": "data", "Severity weights": "weights", "Model": "model", "Training": "training"}
 _EVALUATION = ("data", "generation", "evaluation", "lexicons", "judge")
 _ABOUT = ("model", "data", "chosen", "folds")
@@ -40,7 +40,7 @@ COMPARED = ("seeds", "primary", "verdict", "claim", "plane", "dialects", "folds"
 
 @dataclass(frozen=True)
 class Report:
-    """Where it stands, how many questions it shows with their answers, and what it lacks."""
+    """Path of a report, the number of questions that it shows with answers, and its missing parts."""
 
     path: Path
     shown: int
@@ -48,30 +48,30 @@ class Report:
 
 
 def write_report(folder: Path | str, *, answers: int = 120) -> Report:
-    """Writes report.html into a run or comparison folder, for its owner alone.
+    """Writes report.html into a run or comparison folder, readable by its owner only.
 
-    `answers`: questions that are shown with their answers; 0 leaves all text of patients out.
+    `answers`: number of questions with their answers; 0 leaves out all text of patients.
 
-    Raises RunError: the folder holds neither, a file of it is damaged, or it cannot be written.
+    Raises RunError: the folder is neither a run nor a comparison, a file is damaged, or the report cannot be written.
     """
     folder, page = Path(folder), page_of(Path(folder))
     shown, answered = cases(page["answers"], answers)
     page["samples"] = page.get("samples", {}) if answers else {}
-    facts = {"cases": shown, "answered": answered, "scales": _scales(page["scores"]), "open_strata": OPEN_STRATA}
-    facts |= {"review": stored_object(folder / REVIEWED, ("pair", "agreement", "scores", "notes", *_NEEDED))}
-    facts |= {one.__name__: one for one in (direction, estimate_text, metric_label, number_text, p_text, plain)}
-    html = render("page.html.jinja", **page, **facts)
+    page |= {"cases": shown, "answered": answered, "scales": _scales(page["scores"]), "open_strata": OPEN_STRATA}
+    page["review"] = stored_object(folder / REVIEWED, ("pair", "agreement", "scores", "notes", *_NEEDED))
+    functions = (direction, estimate_text, metric_label, number_text, p_text, plain)
+    html = render("page.html.jinja", **page, **{function.__name__: function for function in functions})
     write_atomically(folder / REPORT, html)
     return Report(folder / REPORT, len(shown) + len(page["samples"]), tuple(page["missing"]))
 
 
 def rows_text(rows: list[dict[str, Any]], template: str = "rows.txt.jinja", **about: Any) -> str:
-    """Rows of `training_rows` for a terminal, where ⟦ and ⟧ stand around what carries loss, or as a page."""
+    """Rows of `training_rows` as a page, or for a terminal with ⟦ and ⟧ around tokens that carry loss."""
     return render(template, rows=rows, severities=SEVERITIES, direction=direction, **about)
 
 
 def render(template: str, **facts: Any) -> str:
-    """A filled template; a page is escaped, and gets its style and its script, which alone its policy allows."""
+    """A filled template. A page is escaped; its policy allows its own style and script only."""
     name = template.partition(".")[0]
     name = name if (TEMPLATES / f"{name}.js").is_file() else "page"
     script, style = ((TEMPLATES / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
@@ -84,12 +84,12 @@ def render(template: str, **facts: Any) -> str:
 
 
 def page_of(folder: Path) -> dict[str, Any]:
-    """What the page shows of a run or a comparison; a RunError where the folder holds neither."""
+    """Variables of the page of a run or a comparison; a RunError if the folder is neither."""
     if (folder / COMPARISON).is_file():
         return _comparison_page(folder)
     if (folder / "recipe.yaml").is_file():
         return _run_page(folder)
-    raise RunError(f"There is no run and no comparison in {folder}; name a folder that train or compare made.")
+    raise RunError(f"There is no run and no comparison in {folder}; name a folder of `sevpeft train` or `compare`.")
 
 
 def _run_page(folder: Path) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _comparison_page(folder: Path) -> dict[str, Any]:
         "subtitle": f"{len(content['columns'])} arms, seeds {', '.join(map(str, content['seeds']))}",
         **{name: content[name] for name in ("verdict", "claim", "plane")},
         "weighted": [arm for arm in content["columns"] if arm in WEIGHTED],
-        "missing": [] if by_arm else ["The runs hold no answers to show (compared with --nll-only, or moved)."],
+        "missing": [] if by_arm else ["The runs have no answers (compared with --nll-only, or moved)."],
         "sentences": [sentence for sentence in (content["power"], *content["notes"]) if sentence],
         "scores": content["scores"],
         "answers": by_arm,
@@ -156,21 +156,21 @@ def _comparison_page(folder: Path) -> dict[str, Any]:
 def _scales(scores: dict[str, Any]) -> dict[str, float]:
     """Score → largest end of an interval of its differences, so that all bars of a score have one scale."""
     scales: dict[str, float] = {}
-    for metric, by in (pair for found in scores.values() for pair in found["metrics"].items()):
-        # The base model lies so far off that nothing else could be told apart.
-        trained = (one for arm, of in by.items() if arm != "base" for one in of["against"].values())
+    for metric, by_arm in (pair for summary in scores.values() for pair in summary["metrics"].items()):
+        # Without the base model, whose large differences would hide all others.
+        trained = (one for arm, mean in by_arm.items() if arm != "base" for one in mean["against"].values())
         ends = [abs(one[end]) for one in trained for end in ("low", "high", "value") if one[end] is not None]
         scales[metric] = max([*ends, scales.get(metric, 1e-12)])
     return scales
 
 
 def _loss_curves(folder: Path) -> list[dict[str, Any]]:
-    """Validation and training losses of a run, each as points in a square of 100 by 100, with the ends of the axes."""
-    log, found = stored_lines(folder / "log.jsonl"), list[dict[str, Any]]()
+    """Validation and training losses of a run, as points in a square of 100 by 100, with the ends of the axes."""
+    log, plots = stored_lines(folder / "log.jsonl"), list[dict[str, Any]]()
     for kind, prefix in (("Validation", "eval_loss"), ("Training", "loss")):
         curves = {}
         for name in ("all", *reversed(SEVERITIES)):
-            # Of a step that a resumed run took twice, the later.
+            # If a resumed run repeated a step, its later loss.
             key = prefix if name == "all" else f"{prefix}_{name}"
             points = {entry["step"]: entry[key] for entry in log if isinstance(entry.get(key), int | float)}
             if len(points) > 1:
@@ -186,36 +186,36 @@ def _loss_curves(folder: Path) -> list[dict[str, Any]]:
             for name, points in curves.items()
         }
         ends = {"first": first, "last": max(steps), "low": low, "high": max(losses)}
-        found.append({"run": folder.name, "kind": kind, "lines": lines, **ends})
-    return found
+        plots.append({"run": folder.name, "kind": kind, "lines": lines, **ends})
+    return plots
 
 
 def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Arm → id → line of predictions.jsonl; under "judgement" the line of judgements.jsonl, where there is one."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    """Arm → id → line of predictions.jsonl; its key "judgement" is the line of judgements.jsonl, if there is one."""
+    by_arm: dict[str, dict[str, dict[str, Any]]] = {}
     for line in stored_lines(folder / "predictions.jsonl"):
-        found.setdefault(line["arm"], {}).setdefault(line["id"], line)
+        by_arm.setdefault(line["arm"], {}).setdefault(line["id"], line)
     for line in stored_lines(folder / "judgements.jsonl"):
-        if answer := found.get(line["arm"], {}).get(line["id"]):
+        if answer := by_arm.get(line["arm"], {}).get(line["id"]):
             answer.setdefault("judgement", line)
-    return found
+    return by_arm
 
 
 def stored_object(path: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """A JSON object; empty if the file does not exist."""
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or any(name not in found for name in needed):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or any(name not in content for name in needed):
             raise ValueError("incomplete")
     except ValueError:
-        raise RunError(f"{path} cannot be read; make it anew with the command that wrote it, then report.") from None
-    return found
+        raise RunError(f"{path} is damaged or incomplete; write it again with its command, then report.") from None
+    return content
 
 
 def stored_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines; empty where there is none. A last line without its end was cut off by a kill."""
+    """Objects of a file of JSON lines; empty if it does not exist. An incomplete last line is dropped."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1].decode(errors="replace")
     return [line for _, line in json_lines(whole.split("\n"), str(path))]

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  // Paper has nothing to click on.
+  // Opens all folded parts for printing.
   const folded = () => Array.from(document.querySelectorAll("details:not([open])"));
   let opened = [];
   window.addEventListener("beforeprint", () => { opened = folded(); opened.forEach((one) => { one.open = true; }); });
@@ -13,17 +13,17 @@
   const differ = document.getElementById("differ");
   const count = document.getElementById("count");
   const nothing = document.getElementById("nothing");
-  // Arabic is searched as it is said, not as it is spelled: without marks, with one alef, one yeh, one heh.
+  // Arabic search ignores spelling variants: no vowel marks, and one form each of alef, yeh and heh.
   const fold = (text) => text.normalize("NFKC").toLowerCase()
     .replace(/[\u064b-\u065f\u0670\u0640]/g, "").replace(/[أإآٱ]/g, "ا").replace(/ى/g, "ي").replace(/ة/g, "ه")
     .replace(/\s+/g, " ").trim();
-  // What the lexicons count in the answers of trained arms; base models differ from them nearly always.
+  // Lexicon matches of the trained arms; the base model is left out, because it nearly always differs.
   const disagree = (element) => {
     const all = Array.from(element.querySelectorAll(".answer.arm"));
     const trained = all.filter((answer) => answer.dataset.arm !== "base");
-    const said = (trained.length > 1 ? trained : all).map((answer) => ["referral", "reassurance", "medicine", "dose"]
+    const kinds = (trained.length > 1 ? trained : all).map((answer) => ["referral", "reassurance", "medicine", "dose"]
       .filter((kind) => answer.querySelector(`.hits .${kind}`)).join());
-    return new Set(said).size > 1;
+    return new Set(kinds).size > 1;
   };
   const cases = Array.from(document.querySelectorAll(".case"), (element) => ({
     element,
@@ -39,10 +39,10 @@
     const wanted = fold(search.value);
     let shown = 0;
     for (const one of cases) {
-      const fits = (!stratum.value || one.stratum === stratum.value) && one.text.includes(wanted)
+      const matches = (!stratum.value || one.stratum === stratum.value) && one.text.includes(wanted)
         && (!hit.value || one.has(hit.value)) && (!differ.checked || one.differ);
-      one.element.hidden = !fits;
-      shown += fits ? 1 : 0;
+      one.element.hidden = !matches;
+      shown += matches ? 1 : 0;
     }
     count.textContent = `${shown} of ${cases.length} questions`;
     nothing.hidden = shown > 0;

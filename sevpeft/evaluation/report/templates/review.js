@@ -3,21 +3,21 @@
   const pairs = Array.from(document.querySelectorAll("article"));
   const inputs = Array.from(document.querySelectorAll("article input"));
   const names = [...new Set(inputs.map((one) => one.name.split("/")[1]))];
-  // Ratings, and no text of a patient, outlive the tab where the browser allows it.
+  // Stores the ratings in the browser if it allows that, and no text of patients.
   const place = "sevpeft-review-" + pairs.map((one) => one.dataset.code).join("").slice(0, 40);
   const kept = (what) => { try { return what(window.localStorage); } catch { return null; } };
   const rated = () => {
-    const found = {};
+    const ratings = {};
     for (const one of inputs) {
-      if (one.type === "radio" ? one.checked : one.value.trim()) found[one.name] = one.value.trim();
+      if (one.type === "radio" ? one.checked : one.value.trim()) ratings[one.name] = one.value.trim();
     }
-    return found;
+    return ratings;
   };
   const show = () => {
-    const found = rated();
-    const done = pairs.filter((pair) => names.every((name) => name === "comment" || `${pair.dataset.code}/${name}` in found));
+    const ratings = rated();
+    const done = pairs.filter((pair) => names.every((name) => name === "comment" || `${pair.dataset.code}/${name}` in ratings));
     document.getElementById("count").textContent = `${done.length} of ${pairs.length} pairs rated`;
-    kept((store) => store.setItem(place, JSON.stringify(found)));
+    kept((store) => store.setItem(place, JSON.stringify(ratings)));
   };
   const before = JSON.parse(kept((store) => store.getItem(place)) || "{}");
   for (const one of inputs) {
@@ -25,7 +25,7 @@
     if (one.type === "radio") one.checked = one.value === before[one.name];
     else one.value = before[one.name];
   }
-  // A comment that begins as a formula would become one in a spreadsheet.
+  // Without the quote, a comment that begins like a formula would be one in a spreadsheet.
   const cell = (text) => `"${text.replace(/^[=+\-@\t\r]/, "'$&").replace(/"/g, '""')}"`;
   document.addEventListener("input", show);
   document.getElementById("clear").addEventListener("click", () => {
@@ -34,9 +34,9 @@
     show();
   });
   document.getElementById("save").addEventListener("click", () => {
-    const found = rated();
+    const ratings = rated();
     const lines = [["code", ...names], ...pairs.map((pair) => [pair.dataset.code,
-      ...names.map((name) => found[`${pair.dataset.code}/${name}`] || "")])];
+      ...names.map((name) => ratings[`${pair.dataset.code}/${name}`] || "")])];
     const text = "\ufeff" + lines.map((line) => line.map(cell).join(",")).join("\r\n") + "\r\n";
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
