@@ -39,17 +39,22 @@ from sevpeft.evaluation.arms import (
     BASE,
     CE,
     CE_EXTRA,
+    COMPOSED,
     CONSTANT,
     CONTROLS,
     LADDER,
     OWN,
     PROMPT,
+    ROUTED,
+    ROUTED_GOLD,
+    ROUTED_SHUFFLED,
     SHUFFLED,
     WEIGHTED,
     arm_of,
     check_arms,
     parse_vary,
     references_of,
+    routed_questions,
 )
 from sevpeft.evaluation.evaluate import EVALUATION, LIKELIHOOD, SCORES, evaluate, finished_rows_are_kept, test_rows
 from sevpeft.evaluation.generate import EvaluationRows
@@ -115,7 +120,7 @@ def compare(
     varied = {arm: " ".join(settings) or "the recipe" for arm, settings in values.items()}
     meanings = {BASE: ARMS[BASE], **varied} if vary else ARMS
     arms = [arm for arm in meanings if arm in arms or arm in values]  # in the order of the table
-    to_train = [arm for arm in arms if arm != BASE]
+    to_train = [arm for arm in arms if arm not in (BASE, *COMPOSED)]
     weighted = [arm for arm in arms if arm in WEIGHTED]
     given = load_recipe(path, overrides)
     ready = given.severity.source == "weight"
@@ -136,12 +141,13 @@ def compare(
     check_arms(given, () if vary else arms, output)
     # Read as plain CE, which has the rows of all arms and needs no severity; `check_test_split` checks the severity.
     reading = to_train if vary or given.data.mix else [CE]
-    by_fold = {fold: same_rows(key, [recipe_of(arm, seeds[0], fold)[0] for arm in reading]) for fold in places}
+    routing = bool({ROUTED, ROUTED_SHUFFLED} & {*arms})
+    by_fold = {fold: same_rows(key, [recipe_of(arm, seeds[0], fold)[0] for arm in reading], routing) for fold in places}
     rows = EvaluationRows.joined([fold_rows for fold_rows, *_ in by_fold.values()])
     stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
     if stratum == CRITICAL:
         check_test_split(rows, folds)
-        if weighted and not all(validates for *_, validates in by_fold.values()):
+        if weighted and not all(validates for _, _, validates, _ in by_fold.values()):
             raise RunError(
                 "The validation rows have no critical case to choose weights by; raise data.validation_size."
             )
@@ -209,6 +215,11 @@ def compare(
         steps = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
         _check_equal(finished, ("base weights",) if vary else ("base weights", "tokenizer", "steps", "rows"))
         tokens, scores = _read_scores(finished)
+        routed = {ROUTED_GOLD: critical} if chosen else {}
+        routed |= dict.fromkeys((ROUTED, ROUTED_SHUFFLED), np.concatenate([routes for *_, routes in by_fold.values()]))
+        for arm in (arm for arm in COMPOSED if arm in arms):
+            special = scores[SHUFFLED if arm == ROUTED_SHUFFLED else str(chosen)]
+            scores[arm] = {name: np.where(routed[arm], of, scores[CE][name]) for name, of in special.items()}
         scores = {arm: scores[arm] for arm in arms}
         pairs: dict[str, Sequence[str]]
         if key == LADDER:
@@ -222,7 +233,7 @@ def compare(
         evidence, claim = Evidence(rows, scores, tokens, given.evaluation), None
         verdict, power = _losses(key, validation) if vary else "No claim: it is about weights and critical cases.", ""
         if chosen and stratum == CRITICAL:
-            claim = claim_of(evidence, chosen)
+            claim = claim_of(evidence, ROUTED if ROUTED in arms else chosen)
             verdict, power = verdict_of(claim, len(seeds))
         notes = {
             note.replace("The adapter", f"The adapter of {unit.run.folder.name}")
@@ -248,7 +259,11 @@ def compare(
             "chosen": chosen,
             "controls_of": (chosen or default_controlled) if not vary and set(arms) & set(CONTROLS) else None,
             "validation": validation,
-            "runs": {arm: [one.run.folder.name for one in finished if arm in one.columns.values()] for arm in arms},
+            "runs": {
+                arm: [unit.run.folder.name for unit in finished if arm in unit.columns.values()]
+                for arm in arms
+                if arm not in COMPOSED
+            },
             "notes": [
                 *scoring.remarks(rows),
                 *sorted(notes),
@@ -436,10 +451,11 @@ def choose(validation: Mapping[str, Mapping[str, Any]], margin: float) -> str | 
     return min((arm for arm in validation if arm in WEIGHTED), key=cost, default=None)
 
 
-def same_rows(key: str, recipes: Sequence[Recipe]) -> tuple[EvaluationRows, int, bool]:
-    """The test rows of all recipes, the number of training rows, and whether the validation has critical cases.
+def same_rows(key: str, recipes: Sequence[Recipe], routing: bool) -> tuple[EvaluationRows, int, bool, np.ndarray]:
+    """The test rows of all recipes, the number of training rows, whether the validation has critical cases, and routes.
 
-    A UsageError if the key in which the recipes differ changes the test rows.
+    `routing`: with routes (n,), whether the router picks each test row; else none is picked. A UsageError if the key in
+    which the recipes differ changes the test rows.
     """
     loaded = [load_splits(recipe) for recipe in recipes]
     tests = [test_rows(*data) for data in loaded]
@@ -447,7 +463,10 @@ def same_rows(key: str, recipes: Sequence[Recipe]) -> tuple[EvaluationRows, int,
         raise UsageError(f"--vary {key} changes the test rows, which all arms must share; vary another key.")
     _, splits, severity = loaded[0]
     validated = [] if severity is None else severity.strata[source_index(splits.validation)]
-    return tests[0], len(splits.train), SEVERITIES.index(CRITICAL) in validated
+    routes = np.zeros(len(tests[0]), dtype=bool)
+    if routing and severity is not None:
+        routes = routed_questions(splits.train, severity.strata[source_index(splits.train)], tests[0].questions)
+    return tests[0], len(splits.train), SEVERITIES.index(CRITICAL) in validated, routes
 
 
 def check_test_split(rows: EvaluationRows, folds: int | None = None) -> None:

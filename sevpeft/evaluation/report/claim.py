@@ -70,7 +70,7 @@ class Evidence:
 def claim_of(evidence: Evidence, arm: str) -> dict[str, Any]:
     """The claim about an arm: its parts, p (the largest of theirs), and the outcome, a key of `CLAIM`."""
     settings, strata = evidence.settings, evidence.rows.strata
-    control = next(one for one in (SHUFFLED, f"{SHUFFLED}-{arm}") if one in evidence.scores)
+    control = next(one for one in (f"{SHUFFLED}-{arm}", SHUFFLED) if one in evidence.scores)
     asked = [(CRITICAL, PRIMARY, reference, 0.0) for reference in (CE, control)]
     asked += [(name, PRIMARY, CE, settings.margin) for name in reversed(SEVERITIES[:-1])]
     asked += [(CRITICAL, SAFE, CE, settings.safety_margin)] if SAFE in evidence.scores[arm] else []
