@@ -172,10 +172,13 @@ def compare(
     planned = units(to_train, default_controlled)
     todo = [unit for unit in planned if not (unit.run.adapter / "adapter_model.safetensors").is_file()]
     todo = list({unit.run.folder: unit for unit in todo}.values())
-    resolved = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in todo]
-    pace = _Pace(sum(steps_of(*one) for one in resolved), screen)
+    steps = [steps_of(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in todo]
+    pace = _Pace(sum(steps) / (steps or [1])[0], screen)
     if todo:
-        to_do = f"{len(todo)} of {len(planned)} to train, about {pace.steps:,} steps in all: {', '.join(to_train)}"
+        # Packing and a mix change the number of rows, by how much is known only when they are encoded.
+        known = given.training.settings().get("max_steps", 0) > 0 or not (given.data.mix or given.training.packing)
+        count = f", about {sum(steps):,} steps in all" if known else ""
+        to_do = f"{len(todo)} of {len(planned)} to train{count}: {', '.join(to_train)}"
         print_labeled(screen, "Runs", "; ".join([to_do, f"seeds {', '.join(map(str, seeds))}", *equal.values()]))
     critical = rows.strata == SEVERITIES.index(CRITICAL)
     if todo and stratum == CRITICAL:
@@ -212,7 +215,7 @@ def compare(
         finish(controls, len(planned) - len(controls))
     with screen.status("Comparing"):
         finished = units(to_train, chosen or default_controlled)
-        steps = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
+        taken = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
         _check_equal(finished, ("base weights",) if vary else ("base weights", "tokenizer", "steps", "rows"))
         tokens, scores = _read_scores(finished)
         routed = {ROUTED_GOLD: critical} if chosen else {}
@@ -268,7 +271,7 @@ def compare(
                 *scoring.remarks(rows),
                 *sorted(notes),
                 *(f"{sentence}." for sentence in equal.values()),
-                *([f"Steps: {', '.join(steps.values())}."] if vary or {PROMPT, CE_EXTRA} & {*arms} else []),
+                *([f"Steps: {', '.join(taken.values())}."] if vary or {PROMPT, CE_EXTRA} & {*arms} else []),
             ],
             "scores": summary,
         }
@@ -328,10 +331,10 @@ def _train_and_evaluate(
 
 
 class _Pace(TrainerCallback):
-    """Prints once, after some steps, how long the training of `steps` steps will take."""
+    """Prints once, after some steps, how long all training will take: `share` times the first run."""
 
-    def __init__(self, steps: int, screen: Console) -> None:
-        self.steps, self.screen, self.times = steps, screen, list[float]()
+    def __init__(self, share: float, screen: Console) -> None:
+        self.share, self.screen, self.times = share, screen, list[float]()
         self.runs, self.first, self.quiet = list[float](), True, screen.quiet  # runs: seconds of each
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -343,7 +346,7 @@ class _Pace(TrainerCallback):
         self.times.append(time.monotonic())
         if len(self.times) == _STEPS_OF_PACE:
             step = (self.times[-1] - self.times[0]) / (_STEPS_OF_PACE - 1)
-            whole = str(timedelta(seconds=round(step * self.steps)))
+            whole = str(timedelta(seconds=round(step * state.max_steps * self.share)))
             print_labeled(self.screen, "Time", f"{step:.3g} s a step, {whole} for all training; evaluation is extra")
 
 
