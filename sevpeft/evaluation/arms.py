@@ -11,12 +11,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sevpeft.data.files import check_source
+from sevpeft.data.split import question_keys
 from sevpeft.errors import RunError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, check_run
+from sevpeft.severity.probabilities import SEVERITIES
+
+if TYPE_CHECKING:
+    import datasets
 
 # The columns of one run are its base model and its adapter; in an experiment the base model is an arm.
 BASE, ADAPTER = "base", "adapter"
@@ -39,6 +46,11 @@ CURRICULA = {
 # Arms that a claim can be about, and for each one a control with its weights, whichever arm is chosen.
 WEIGHTED = (*SEVERITY_PRESETS, OWN)
 TWINS = {f"{SHUFFLED}-{arm}": arm for arm in WEIGHTED}
+# Arms that are not trained: the chosen weights answer the questions that a router picks, plain CE the others. The
+# router of `routed` reads questions; that of `routed-gold`, an oracle, knows the severities.
+ROUTED, ROUTED_GOLD, ROUTED_SHARE = "routed", "routed-gold", 0.2
+ROUTED_SHUFFLED = f"{SHUFFLED}-{ROUTED}"
+COMPOSED = (ROUTED, ROUTED_SHUFFLED, ROUTED_GOLD)
 ARMS = {
     BASE: "the base model, not trained",
     CE: "plain cross-entropy: weight 1 for every consultation, through the same code",
@@ -53,6 +65,9 @@ ARMS = {
     CONSTANT: "control: the mean weight for every consultation",
     OVERSAMPLED: "competitor: rows drawn in proportion to the weights, each with weight 1",
     PROMPT: "competitor: weight 1, and the predicted severity in the prompt, in training and test",
+    ROUTED: f"the chosen weights for the {ROUTED_SHARE:.0%} of questions that a router finds most critical, else ce",
+    ROUTED_SHUFFLED: "control: the shuffled weights for the same questions, else ce",
+    ROUTED_GOLD: "oracle: the chosen weights for critical questions by their true severity, else ce",
     **{name: f"weight 1, and the recipe's curriculum with {setting}" for name, setting in CURRICULA.items()},
 }
 # `--vary ladder`: settings that undo one deviation of a recipe in as-published each, in the order of the steps.
@@ -71,7 +86,7 @@ def parse_arms(text: str) -> tuple[str, ...]:
     arms = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UsageError(f"Unknown arm {unknown[0]}; --arms takes {', '.join(ARMS)}, separated by commas.")
-    if not set(arms) - {BASE}:
+    if not set(arms) - {BASE, *COMPOSED}:
         raise UsageError("--arms names no arm to train; add ce or balanced.")
     return arms
 
@@ -148,6 +163,8 @@ def references_of(arm: str, chosen: str | None = None) -> tuple[str, ...]:
 
     Competitors are compared with the chosen weights too, outside the claim.
     """
+    if arm in COMPOSED:
+        return (CE, ROUTED_SHUFFLED, *([chosen] if chosen else [])) if arm == ROUTED else (CE,)
     if arm in CURRICULA:
         return (CE, *(other for other in CURRICULA if arm == "curriculum" != other))
     if arm in COMPETITORS and chosen:
@@ -175,7 +192,10 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
             raise UsageError(f"With training.{key} the arms differ in more than the weights; leave it out.")
     missing = {twin: arm for twin, arm in TWINS.items() if arm not in arms}
     missing |= {arm: SHUFFLED for arm in WEIGHTED if not {SHUFFLED, f"{SHUFFLED}-{arm}"} & {*arms}}
-    missing |= dict.fromkeys((*WEIGHTED, CE_EXTRA), CE) if CE not in arms else {}
+    missing |= {} if {*WEIGHTED} & {*arms} else dict.fromkeys(COMPOSED, "balanced")
+    missing |= {} if SHUFFLED in arms else {ROUTED_SHUFFLED: SHUFFLED}
+    missing |= {} if ROUTED_SHUFFLED in arms else {ROUTED: ROUTED_SHUFFLED}
+    missing |= {} if CE in arms else dict.fromkeys((*WEIGHTED, *COMPOSED, CE_EXTRA), CE)
     if lone := [arm for arm in arms if arm in missing]:
         raise UsageError(f"The arm {lone[0]} needs the arm {missing[lone[0]]}; add that to --arms, or use --vary.")
     competing = [arm for arm in (OVERSAMPLED, PROMPT) if arm in arms]
@@ -185,6 +205,31 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
         raise UsageError("The arm prompt sets prompt.severity; leave out that key, or the arm.")
     if OWN in arms and isinstance(weights, str) and weights in arms and recipe.severity.source != "weight":
         raise UsageError(f"The recipe's own weights are those of the arm {weights}; leave out one of the two.")
+
+
+def routed_questions(train: datasets.Dataset, labels: np.ndarray, questions: Sequence[str]) -> np.ndarray:
+    """(n,) bool: the `ROUTED_SHARE` of the questions that a router finds most critical.
+
+    The router is a linear classifier of the training questions, fitted without their answers: at answer time there is
+    none. It has not seen the test questions.
+
+    Args:
+        labels: (rows of train,) position in SEVERITIES, -1 if unknown.
+
+    Raises RunError: a severity is missing in the training rows.
+    """
+    from sevpeft.severity.classifier.examples import Examples
+    from sevpeft.severity.classifier.linear import fit_linear
+
+    known = np.flatnonzero(labels >= 0)
+    if len(np.unique(labels[known])) < len(SEVERITIES):
+        raise RunError(f"The arm {ROUTED} needs training rows of every severity; add such rows, or leave it out.")
+    rows = train.select(known)
+    router = fit_linear(Examples(rows["question"][:], labels[known], question_keys(rows), known))
+    most_critical = np.argsort(-router.probabilities(questions)[:, -1], kind="stable")
+    routed = np.zeros(len(questions), dtype=bool)
+    routed[most_critical[: round(ROUTED_SHARE * len(questions))]] = True
+    return routed
 
 
 def differences(stored: Any, now: Any, path: str = "") -> list[str]:

@@ -39,17 +39,22 @@ from sevpeft.evaluation.arms import (
     BASE,
     CE,
     CE_EXTRA,
+    COMPOSED,
     CONSTANT,
     CONTROLS,
     LADDER,
     OWN,
     PROMPT,
+    ROUTED,
+    ROUTED_GOLD,
+    ROUTED_SHUFFLED,
     SHUFFLED,
     WEIGHTED,
     arm_of,
     check_arms,
     parse_vary,
     references_of,
+    routed_questions,
 )
 from sevpeft.evaluation.evaluate import EVALUATION, LIKELIHOOD, SCORES, evaluate, finished_rows_are_kept, test_rows
 from sevpeft.evaluation.generate import EvaluationRows
@@ -113,7 +118,7 @@ def compare(
     varied = {arm: " ".join(settings) or "the recipe" for arm, settings in values.items()}
     meanings = {BASE: ARMS[BASE], **varied} if vary else ARMS
     arms = [arm for arm in meanings if arm in arms or arm in values]  # in the order of the table
-    to_train = [arm for arm in arms if arm != BASE]
+    to_train = [arm for arm in arms if arm not in (BASE, *COMPOSED)]
     weighted = [arm for arm in arms if arm in WEIGHTED]
     given = load_recipe(path, overrides)
     ready = given.severity.source == "weight"
@@ -135,12 +140,13 @@ def compare(
     metrics = METRICS | (Judge(given.evaluation.judge).metrics if given.evaluation.judge else {})
     # Read as plain CE, which has the rows of all arms and needs no severity; `check_test_split` checks the severity.
     reading = to_train if vary or given.data.mix else [CE]
-    by_fold = {fold: same_rows(key, [recipe_of(arm, seeds[0], fold)[0] for arm in reading]) for fold in places}
+    routing = bool({ROUTED, ROUTED_SHUFFLED} & {*arms})
+    by_fold = {fold: same_rows(key, [recipe_of(arm, seeds[0], fold)[0] for arm in reading], routing) for fold in places}
     rows = EvaluationRows.joined([fold_rows for fold_rows, *_ in by_fold.values()])
     stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
     if stratum == CRITICAL:
         check_test_split(rows, folds)
-        if weighted and not all(validates for *_, validates in by_fold.values()):
+        if weighted and not all(validates for _, _, validates, _ in by_fold.values()):
             raise RunError(
                 "The validation rows have no critical case to choose weights by; raise data.validation_size."
             )
@@ -166,10 +172,13 @@ def compare(
     planned = units(to_train, default_controlled)
     todo = [unit for unit in planned if not (unit.run.adapter / "adapter_model.safetensors").is_file()]
     todo = list({unit.run.folder: unit for unit in todo}.values())
-    resolved = [(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in todo]
-    pace = _Pace(sum(steps_of(*one) for one in resolved), screen)
+    steps = [steps_of(unit.trained_on, resolve_split(unit.recipe, None, 0).training.settings()) for unit in todo]
+    pace = _Pace(sum(steps) / (steps or [1])[0], screen)
     if todo:
-        to_do = f"{len(todo)} of {len(planned)} to train, about {pace.steps:,} steps in all: {', '.join(to_train)}"
+        # Packing and a mix change the number of rows, by how much is known only when they are encoded.
+        known = given.training.settings().get("max_steps", 0) > 0 or not (given.data.mix or given.training.packing)
+        count = f", about {sum(steps):,} steps in all" if known else ""
+        to_do = f"{len(todo)} of {len(planned)} to train{count}: {', '.join(to_train)}"
         print_labeled(screen, "Runs", "; ".join([to_do, f"seeds {', '.join(map(str, seeds))}", *equal.values()]))
     critical = rows.strata == SEVERITIES.index(CRITICAL)
     if todo and stratum == CRITICAL:
@@ -206,9 +215,14 @@ def compare(
         finish(controls, len(planned) - len(controls))
     with screen.status("Comparing"):
         finished = units(to_train, chosen or default_controlled)
-        steps = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
+        taken = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
         _check_equal(finished, ("base weights",) if vary else ("base weights", "tokenizer", "steps", "rows"))
         tokens, scores = _read_scores(finished)
+        routed = {ROUTED_GOLD: critical} if chosen else {}
+        routed |= dict.fromkeys((ROUTED, ROUTED_SHUFFLED), np.concatenate([routes for *_, routes in by_fold.values()]))
+        for arm in (arm for arm in COMPOSED if arm in arms):
+            special = scores[SHUFFLED if arm == ROUTED_SHUFFLED else str(chosen)]
+            scores[arm] = {name: np.where(routed[arm], of, scores[CE][name]) for name, of in special.items()}
         scores = {arm: scores[arm] for arm in arms}
         pairs: dict[str, Sequence[str]]
         if key == LADDER:
@@ -227,7 +241,7 @@ def compare(
             other = "each with the previous one" if key == LADDER else f"with {to_train[0]}"
             verdict = f"{key}, validation NLL: {losses}. The tables compare {other} on the test."
         elif chosen and stratum == CRITICAL:
-            claim = claim_of(evidence, chosen)
+            claim = claim_of(evidence, ROUTED if ROUTED in arms else chosen)
             verdict, power = verdict_of(claim, len(seeds))
         all_notes = ((one.run.folder.name, note) for one in finished for note in one.run.read_json(EVALUATION)["notes"])
         notes = {note.replace("The adapter", f"The adapter of {name}") for name, note in all_notes}
@@ -250,12 +264,16 @@ def compare(
             "chosen": chosen,
             "controls_of": (chosen or default_controlled) if not vary and set(arms) & set(CONTROLS) else None,
             "validation": validation,
-            "runs": {arm: [one.run.folder.name for one in finished if arm in one.columns.values()] for arm in arms},
+            "runs": {
+                arm: [unit.run.folder.name for unit in finished if arm in unit.columns.values()]
+                for arm in arms
+                if arm not in COMPOSED
+            },
             "notes": [
                 *scoring.remarks(rows),
                 *sorted(notes),
                 *(f"{sentence}." for sentence in equal.values()),
-                *([f"Steps: {', '.join(steps.values())}."] if vary or {PROMPT, CE_EXTRA} & {*arms} else []),
+                *([f"Steps: {', '.join(taken.values())}."] if vary or {PROMPT, CE_EXTRA} & {*arms} else []),
             ],
             "scores": summary,
         }
@@ -311,10 +329,10 @@ def _train_and_evaluate(
 
 
 class _Pace(TrainerCallback):
-    """Prints once, after some steps, how long the training of `steps` steps will take."""
+    """Prints once, after some steps, how long all training will take: `share` times the first run."""
 
-    def __init__(self, steps: int, screen: Console) -> None:
-        self.steps, self.screen, self.times = steps, screen, list[float]()
+    def __init__(self, share: float, screen: Console) -> None:
+        self.share, self.screen, self.times = share, screen, list[float]()
         self.runs, self.first, self.quiet = list[float](), True, screen.quiet  # runs: seconds of each
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -326,7 +344,7 @@ class _Pace(TrainerCallback):
         self.times.append(time.monotonic())
         if len(self.times) == _STEPS_OF_PACE:
             step = (self.times[-1] - self.times[0]) / (_STEPS_OF_PACE - 1)
-            whole = str(timedelta(seconds=round(step * self.steps)))
+            whole = str(timedelta(seconds=round(step * state.max_steps * self.share)))
             print_labeled(self.screen, "Time", f"{step:.3g} s a step, {whole} for all training; evaluation is extra")
 
 
@@ -427,10 +445,11 @@ def choose(validation: Mapping[str, Mapping[str, Any]], margin: float) -> str | 
     return min((arm for arm in validation if arm in WEIGHTED), key=cost, default=None)
 
 
-def same_rows(key: str, recipes: Sequence[Recipe]) -> tuple[EvaluationRows, int, bool]:
-    """The test rows of all recipes, the number of training rows, and whether the validation has critical cases.
+def same_rows(key: str, recipes: Sequence[Recipe], routing: bool) -> tuple[EvaluationRows, int, bool, np.ndarray]:
+    """The test rows of all recipes, the number of training rows, whether the validation has critical cases, and routes.
 
-    A UsageError if the key in which the recipes differ changes the test rows.
+    `routing`: with routes (n,), whether the router picks each test row; else none is picked. A UsageError if the key in
+    which the recipes differ changes the test rows.
     """
     loaded = [load_splits(recipe) for recipe in recipes]
     tests = [test_rows(*data) for data in loaded]
@@ -438,7 +457,10 @@ def same_rows(key: str, recipes: Sequence[Recipe]) -> tuple[EvaluationRows, int,
         raise UsageError(f"--vary {key} changes the test rows, which all arms must share; vary another key.")
     _, splits, severity = loaded[0]
     validated = [] if severity is None else severity.strata[source_index(splits.validation)]
-    return tests[0], len(splits.train), SEVERITIES.index(CRITICAL) in validated
+    routes = np.zeros(len(tests[0]), dtype=bool)
+    if routing and severity is not None:
+        routes = routed_questions(splits.train, severity.strata[source_index(splits.train)], tests[0].questions)
+    return tests[0], len(splits.train), SEVERITIES.index(CRITICAL) in validated, routes
 
 
 def check_test_split(rows: EvaluationRows, folds: int | None = None) -> None:

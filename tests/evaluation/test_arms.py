@@ -5,10 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 
 from sevpeft.errors import RunError, UsageError
 from sevpeft.evaluation.arms import (
+    COMPOSED,
     CURRICULA,
     arm_of,
     check_adapter,
@@ -17,6 +20,7 @@ from sevpeft.evaluation.arms import (
     parse_arms,
     parse_seeds,
     parse_vary,
+    routed_questions,
 )
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
@@ -59,6 +63,15 @@ def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, r
         ([], tmp_path, ["ce", "mild", "1-1-2", "shuffled-mild"], UsageError, "1-1-2 needs .*shuffled"),
         ([], tmp_path, ["ce", "shuffled-mild"], UsageError, "shuffled-mild needs .*mild"),
         ([], tmp_path, ["base", "ce_extra"], UsageError, "ce_extra needs .*ce"),
+        ([], tmp_path, ["ce", "mild", "shuffled", "routed"], UsageError, "routed needs .*shuffled-routed"),
+        ([], tmp_path, ["ce", "routed-gold"], UsageError, "routed-gold needs .*balanced"),
+        (
+            [],
+            tmp_path,
+            ["ce", "mild", "shuffled-mild", "shuffled-routed"],
+            UsageError,
+            "shuffled-routed needs .*shuffled",
+        ),
         (["evaluation.judge.file=a.xlsx"], tmp_path, ["ce"], UsageError, "sevpeft report"),
         ([], run.folder, ["ce"], RunError, "--output"),
     ):
@@ -87,6 +100,21 @@ def test_competitors_use_severity_elsewhere_than_in_the_loss() -> None:
     drawn, name = arm_of(QUICKSTART, [], "oversampled", 1, "strong")
     assert (name, drawn.severity.weights, drawn.severity.control) == ("oversampled-strong-1", "strong", "oversampled")
     assert drawn.prompt.severity == "none"
+
+
+def test_a_router_picks_a_fifth_of_the_questions_by_what_it_learned_of_others(tmp_path: Path) -> None:
+    words = ("فيتامين حبوب شعر", "صداع سعال حرارة", "نزيف جلطة اغماء")
+    questions = [f"{words[label]} {number}" for number in range(12) for label in range(3)]
+    labels = np.array([0, 1, 2] * 12)
+    train = datasets.Dataset.from_dict({"question": [*questions, *[words[0]] * 9]})
+    labels = np.concatenate([labels, [-1] * 9])  # rows whose severity is unknown are not learned from
+    asked = [words[0], words[2], *[words[1]] * 3, *[words[0]] * 3, words[2], words[1]]
+    assert np.flatnonzero(routed_questions(train, labels, asked)).tolist() == [1, 8]
+    with pytest.raises(RunError, match="routed"):
+        routed_questions(train.select(range(36)), labels[:36] % 2, asked)
+    check_arms(load_recipe(QUICKSTART), ["ce", "mild", "shuffled", *COMPOSED], tmp_path)
+    with pytest.raises(UsageError):
+        parse_arms("routed,base")
 
 
 def test_arms_of_a_curriculum_have_weight_one_and_the_others_no_curriculum(run: Run, tmp_path: Path) -> None:

@@ -340,6 +340,21 @@ def stored_ids(folder: Path) -> set[str]:
     return {json.loads(line)["id"] for line in lines}
 
 
+def test_routed_arms_are_put_together_from_finished_runs(settings: list[str], output: Path, trained: list[str]) -> None:
+    content = compared(settings, output, arms=(*ARMS, "routed", "shuffled-routed", "routed-gold"))
+    assert trained == [] and {*content["runs"]} == {*ARMS}
+    nll = {name: of["metrics"]["nll"] for name, of in content["scores"].items()}
+    for name, of in nll.items():
+        assert of["routed-gold"]["value"] == of["balanced" if name == "critical" else "ce"]["value"] or name == "all"
+        low, high = sorted(of[arm]["value"] for arm in ("ce", "balanced"))
+        assert low - 0.01 <= of["routed"]["value"] <= high + 0.01
+    assert nll["all"]["routed"]["value"] not in {nll["all"][arm]["value"] for arm in ("ce", "balanced")}
+    claim = content["claim"]
+    assert claim["arm"] == "routed" and [part["reference"] for part in claim["parts"]][:2] == ["ce", "shuffled-routed"]
+    change = content["scores"]["critical"]["metrics"]["nll"]["routed"]["against"]["shuffled-routed"]["value"]
+    assert claim["parts"][1]["value"] == pytest.approx(change)
+
+
 def test_folds_that_cannot_be_made_are_refused_before_anything_is_trained(settings: list[str], tmp_path: Path) -> None:
     for folds, kind, part in (
         (1, UsageError, "--folds is 1"),

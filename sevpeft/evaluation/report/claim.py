@@ -72,7 +72,7 @@ class Evidence:
 def claim_of(evidence: Evidence, arm: str) -> dict[str, Any]:
     """The claim about an arm: its parts, p (the largest p of a part), and the outcome, a key of `CLAIM`."""
     settings, strata = evidence.settings, evidence.rows.strata
-    control = next(name for name in (SHUFFLED, f"{SHUFFLED}-{arm}") if name in evidence.scores)
+    control = next(name for name in (f"{SHUFFLED}-{arm}", SHUFFLED) if name in evidence.scores)
     tests = [(CRITICAL, PRIMARY, reference, 0.0) for reference in (CE, control)]
     tests += [(name, PRIMARY, CE, settings.margin) for name in reversed(SEVERITIES[:-1])]
     tests += [(CRITICAL, SAFE, CE, settings.safety_margin)] if SAFE in evidence.scores[arm] else []
