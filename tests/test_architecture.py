@@ -109,6 +109,17 @@ def test_a_module_says_what_it_is_and_none_is_a_drawer() -> None:
     assert wrong == []
 
 
+def test_names_are_the_fields_own_words() -> None:
+    own = {"told", "tell", "said", "say", "asked", "ask", "foretold", "leaving", "claimed", "dealing", "strangers"}
+    own |= {"unfinished", "rehearsal", "under_way"}
+    kinds = (ast.Name, ast.arg, ast.FunctionDef, ast.ClassDef)
+    nodes = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kinds)]
+    names = {
+        (where, next(filter(None, (getattr(node, of, "") for of in ("id", "arg", "name"))))) for where, node in nodes
+    }
+    assert {(where, name) for where, name in names if name in own or name.startswith("refuse_")} == set()
+
+
 def test_private_names_of_libraries_stand_in_compat_and_nowhere_else() -> None:
     trees = {name: tree for name, tree in TREES.items() if not name.endswith("compat.py")}
     own = {"_replace", "_asdict"}  # of named tuples, and public in spite of it

@@ -192,7 +192,7 @@ def report(folder: Path, **options: Any) -> Page:
 def test_the_file_is_its_owners_alone_and_says_so(tmp_path: Path) -> None:
     written = write_report(write_run(tmp_path / "run"))
     assert stat.S_IMODE(written.path.stat().st_mode) == 0o600
-    assert "This file holds what patients wrote" in Page(written.path.read_text(encoding="utf-8")).text
+    assert "This file contains patients' text" in Page(written.path.read_text(encoding="utf-8")).text
     assert [path.name for path in written.path.parent.iterdir() if path.name.startswith(".")] == []
 
 
@@ -530,6 +530,6 @@ def test_the_verb_writes_the_report_and_prints_its_path(tmp_path: Path, capsys: 
     import sevpeft.cli  # noqa: F401
 
     app(["report", str(folder)], standalone_mode=False)
-    assert f"Report: {folder / 'report.html'} (holds what patients wrote, 3 questions)" in capsys.readouterr().out
+    assert f"Report: {folder / 'report.html'} (contains patients' text, 3 questions)" in capsys.readouterr().out
     app(["report", str(folder), "--answers", "0", "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["questions"] == 0

@@ -131,7 +131,7 @@ def test_a_sheet_is_made_for_raters_and_no_text_in_it_is_a_formula(comparison: P
     sheet = openpyxl.load_workbook(write(comparison, 18))["review"]
     assert sheet.sheet_view.rightToLeft and sheet.freeze_panes == "B2" and sheet.title == "review"
     header = [cell.value for cell in sheet[1]]
-    assert "what patients wrote" in str(sheet["A2"].value)
+    assert "patients' text" in str(sheet["A2"].value)
     assert header[:5] == ["code", "question", "A", "B", "better"] and header[-1] == "comment"
     offered = {str(one.sqref): one.formula1 for one in sheet.data_validations.dataValidation}
     assert len(offered) == len(header) - 5 and set(offered.values()) == {'"1,2,3,4,5"', '"yes,no"', '"A,equal,B"'}
@@ -270,7 +270,7 @@ def test_the_verb_writes_reads_and_shows_a_review(
     code, out, err = sevpeft_("report", comparison, "--review", "50", "--arms", "balanced,ce")
     assert (
         code == 0
-        and "18 pairs, as XLSX and HTML; holds what patients wrote" in out
+        and "18 pairs, as XLSX and HTML; contains patients' text" in out
         and "keep it from the raters" in out
     ), err
     assert key_of(comparison)["arms"] == ["balanced", "ce"]

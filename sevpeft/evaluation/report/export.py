@@ -48,7 +48,7 @@ def export(folder: Path | str, *, csv: Path | None = None, latex: Path | None = 
             else:
                 for name, rows in tables.items():
                     write_csv(pa.Table.from_pylist(rows), partial / f"{name}.csv")
-    return [*notes, *(f"Export: {output} (holds no text of patients)" for output in outputs)]
+    return [*notes, *(f"Export: {output} (contains no patients' text)" for output in outputs)]
 
 
 def _tables(content: Mapping[str, Any], folder: Path) -> _Tables:

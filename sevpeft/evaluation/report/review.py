@@ -70,7 +70,7 @@ def write_review(folder: Path, count: int, arms: str, settings: EvaluationSectio
         (partial / f"{SHEET}.html").write_text(render("review.html.jinja", **about), encoding="utf-8")
         _workbook(rows, columns).save(partial / f"{SHEET}.xlsx")
         write_atomically(folder / KEY, json.dumps({"arms": two, "items": items, "rows": key}, ensure_ascii=False))
-    holds = f"{len(rows):,} pairs, as XLSX and HTML; holds what patients wrote"
+    holds = f"{len(rows):,} pairs, as XLSX and HTML; contains patients' text"
     return [f"Review: {folder / SHEET} ({holds})", f"Key: {folder / KEY} (unblinds; keep it from the raters)"]
 
 
@@ -146,7 +146,7 @@ def _workbook(rows: Iterable[Sequence[str]], columns: Mapping[str, tuple[str, st
     sheet = (book := openpyxl.Workbook()).active
     sheet.title, sheet.freeze_panes, sheet.sheet_view.rightToLeft = SHEET, "B2", True
     instructions = [
-        "Confidential: what patients wrote",
+        "Confidential: patients' text",
         scoring.REVIEW,
         "",
         "",
