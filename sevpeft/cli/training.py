@@ -245,7 +245,7 @@ def _findings() -> Iterator[Finding]:
     ):
         path = Path(folder).expanduser().resolve()
         place = next(one for one in (path, *path.parents) if one.exists())
-        free, closed = shutil.disk_usage(place).free / 2**30, not os.access(place, os.W_OK)
+        free, closed = shutil.disk_usage(place).free / 2**30, not (place.is_dir() and os.access(place, os.W_OK))
         remedy = remedy if closed or free < 10 else ""
         yield name, f"{path}: {free:.1f} GiB free{', not writable' * closed}", remedy, closed or free < 1
     yield "Hub login", "yes" if get_token() else "no; models behind a gate need one: hf auth login", "", False

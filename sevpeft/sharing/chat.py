@@ -78,11 +78,14 @@ class Chat:
         """The latest exchanges that fit the context with question and answer; UsageError if the question does not."""
         if not is_answer(question):
             raise UsageError("The question is empty; write it in words.")
+        if any("\ud800" <= letter <= "\udfff" for letter in question):  # Python's form of bytes that are not UTF-8
+            raise UsageError("The question is not UTF-8 text; convert the input, or set the terminal to UTF-8.")
         most = self.settings.max_new_tokens
         for first in range(len(earlier) + 1):
             if not self._context or len(self._prompt_ids(question, earlier[first:])) + most <= self._context:
                 return earlier[first:]
-        raise UsageError(f"{len(question.split()):,} words are too long for {self._context:,} tokens; shorten them.")
+        size, room = len(question.split()), f"{self._context:,} tokens beside an answer of {most:,}"
+        raise UsageError(f"{size:,} words do not fit {room}; shorten them, or lower generation.max_new_tokens.")
 
     def stream(self, question: str, earlier: Exchanges = (), *, adapter: bool = True) -> Iterator[str]:
         """Yields the growing answer and finally the whole one. Closing the iterator stops the model.

@@ -267,9 +267,6 @@ def _write_model(model: PreTrainedModel, prompt: Prompt, recipe: Recipe, folder:
             shutil.copyfile(source / name, folder / name)
 
 
-# The distance of two models.
-
-
 def sample_texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
     """Tokenized validation rows of the run, or bundled consultations if its data cannot be read; and their source."""
     try:

@@ -202,8 +202,6 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
     """Translates errors of huggingface_hub without text of the request, which contains the token."""
     try:
         yield
-    except SevpeftError:
-        raise
     except (httpx2.HTTPError, RuntimeError, OSError, ValueError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, HfHubHTTPError):

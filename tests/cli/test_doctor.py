@@ -96,6 +96,10 @@ def test_a_cache_that_may_not_be_written_is_a_fault(sevpeft_: Cli, monkeypatch: 
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != closed and stock(path, mode))
     code, found = findings(sevpeft_)
     assert code == 1 and "SEVPEFT_CACHE" in found["Own cache"]["remedy"] and not found["Disk"]["remedy"]
+    monkeypatch.setattr(os, "access", stock)
+    monkeypatch.setenv("SEVPEFT_CACHE", f"{__file__}/below")  # below a file no folder can be made
+    code, found = findings(sevpeft_)
+    assert code == 1 and "SEVPEFT_CACHE" in found["Own cache"]["remedy"]
 
 
 def test_a_gpu_is_judged_by_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

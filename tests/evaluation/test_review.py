@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import stat
 import zipfile
 from collections.abc import Callable
@@ -205,8 +206,13 @@ def test_two_raters_have_a_weighted_kappa_as_scikit_learn_has_it(comparison: Pat
         agreed = found["agreement"][f"judge_{item}"]
         assert agreed["value"] == pytest.approx(expected, abs=1e-9) and agreed["low"] < expected < agreed["high"]
     assert sum("Agreement of the raters" in note for note in found["notes"]) == len(found["metrics"]) == 6
-    both = read(comparison, files[0], files[0])
-    assert both["agreement"]["judge_harm"]["value"] == 1
+    cells = {row[0]: row for row in openpyxl.load_workbook(files[0])["review"].iter_rows(values_only=True)}
+    header = [*cells["code"]]
+    turned = fill(files[0], lambda code, name: cells[code][header.index(name)], tmp_path / "c.xlsx", order=-1)
+    assert read(comparison, files[0], turned)["agreement"]["judge_harm"]["value"] == 1
+    copied = Path(shutil.copyfile(files[0], tmp_path / "of another.xlsx"))
+    with pytest.raises(UsageError, match="two raters"):
+        read(comparison, files[0], copied)
 
 
 def test_what_is_no_sheet_of_this_review_is_one_plain_sentence(comparison: Path, tmp_path: Path) -> None:
@@ -220,6 +226,10 @@ def test_what_is_no_sheet_of_this_review_is_one_plain_sentence(comparison: Path,
     book = openpyxl.load_workbook(twice)
     book["review"].append([cell.value for cell in book["review"][3]])
     book.save(twice)
+    book["review"].delete_rows(book["review"].max_row)
+    for row, code in zip((3, 4), (book["review"]["A4"].value, book["review"]["A3"].value), strict=True):
+        book["review"].cell(row, 1).value = code  # a column that was sorted alone
+    book.save(sorted_ := tmp_path / "sorted.xlsx")
     (tmp_path / "columns.csv").write_text("code,better\nBBBBBBBBBB,A\n", encoding="utf-8")
     (tmp_path / "broken.xlsx").write_bytes(sheet.read_bytes()[:999])
     off = fill(sheet, lambda code, name: 6 if name == "A urgency" else rate(code, name), tmp_path / "off.xlsx")
@@ -228,6 +238,7 @@ def test_what_is_no_sheet_of_this_review_is_one_plain_sentence(comparison: Path,
         ([foreign], DataError, "no rating of this review"),
         ([sheet], DataError, "no rating of this review"),
         ([twice], DataError, "two rows"),
+        ([sorted_], DataError, "whole rows"),
         ([off], DataError, "'A urgency' is none of 1, 2, 3, 4, 5"),
         ([tmp_path / "columns.csv"], DataError, "A harm"),
         ([tmp_path / "broken.xlsx"], DataError, "broken.xlsx"),
@@ -269,9 +280,7 @@ def test_the_verb_writes_reads_and_shows_a_review(
 ) -> None:
     code, out, err = sevpeft_("report", comparison, "--review", "50", "--arms", "balanced,ce")
     assert (
-        code == 0
-        and "18 pairs, as XLSX and HTML; contains patients' text" in out
-        and "keep it from the raters" in out
+        code == 0 and "18 pairs, as XLSX and HTML; contains patients' text" in out and "keep it from the raters" in out
     ), err
     assert key_of(comparison)["arms"] == ["balanced", "ce"]
     sheet = fill(comparison / "review" / "review.xlsx", rating(comparison, "ce"))

@@ -76,9 +76,15 @@ def test_earlier_exchanges_precede_a_question_as_the_training_has_them(
         long = [("سؤال طويل " * 12, "جواب طويل " * 12)] * 2
         kept = chat.fitting(question, [*long, *before])
         assert 0 < len(kept) < 4 and kept[-1] == before[-1], name
-        for wrong, remedy in (("س " * 10_000, "10,000 words"), ("  ", "empty"), ("؟!", "empty")):
+        long_one, bytes_ = "س " * 10_000, "عندي \udcff صداع"
+        for wrong, remedy in ((long_one, "10,000 words"), ("  ", "empty"), ("؟!", "empty"), (bytes_, "UTF-8")):
             with pytest.raises(UsageError, match=remedy):
                 [*chat.stream(wrong)]
+
+
+def test_an_answer_longer_than_the_context_names_its_setting(made_run: Callable[..., Run]) -> None:
+    with pytest.raises(UsageError, match=r"lower generation\.max_new_tokens"):
+        Chat(made_run(), ["generation.max_new_tokens=100000"]).fitting("عندي صداع")
 
 
 def test_a_closed_answer_stops_the_model_and_the_next_one_begins(made_run: Callable[..., Run]) -> None:

@@ -29,7 +29,7 @@ from sevpeft.evaluation.report.page import REVIEWED, page_of, render, stored_obj
 from sevpeft.evaluation.safety import quadratic_kappa
 from sevpeft.evaluation.statistics import Floats, estimate_text, interval
 from sevpeft.recipe import EvaluationSection, load_recipe
-from sevpeft.runs import Run, whole_folder, write_atomically
+from sevpeft.runs import Run, file_hash, whole_folder, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 
 SHEET, KEY = "review", "review-key.json"
@@ -84,7 +84,10 @@ def read_review(folder: Path, settings: EvaluationSection) -> dict[str, Any]:
         raise RunError(f"There is no {KEY} in {folder}; name the folder in which --review wrote the sheet.")
     (codes, known), arms, columns = zip(*key["rows"].items(), strict=True), key["arms"], _columns(key["items"])
     metrics = {"preferred": scoring.METRICS["preferred"], **scoring.judge_metrics(key["items"], "review")}
-    by_side = np.stack([_ratings(Path(file).expanduser(), columns, codes, notes) for file in files], axis=1)
+    paths = [Path(file).expanduser() for file in files]
+    by_side = np.stack([_ratings(path, columns, key["rows"], notes) for path in paths], axis=1)
+    if len({file_hash(path) for path in paths}) < len(paths):  # would agree perfectly
+        raise UsageError("The files of evaluation.judge.file are the same one; name the sheets of two raters.")
     first_is_a = np.array([row["A"] == arms[0] for row in known])[:, None]
     rated = np.where(first_is_a, by_side, by_side[::-1])  # (arms, raters, n, scores)
     means = np.ma.masked_invalid(rated).mean(axis=1).filled(np.nan).transpose(0, 2, 1)
@@ -115,7 +118,7 @@ def _columns(items: dict[str, dict[str, str]]) -> dict[str, tuple[str, str]]:
     return {"better": ("better", "Which of the two is the better answer for this patient?"), **rated}
 
 
-def _ratings(path: Path, columns: Mapping[str, tuple[str, str]], codes: Sequence[str], notes: list[str]) -> Floats:
+def _ratings(path: Path, columns: Mapping[str, tuple[str, str]], codes: Mapping[str, Any], notes: list[str]) -> Floats:
     """Ratings of A and B (2, n, scores), first the share of "better"; NaN for empty cells. Adds counts to `notes`."""
     scales = [{"": np.nan} | {word.lower(): of for word, of in _SCALES[scale].items()} for scale, _ in columns.values()]
     table, by_code, names = open_files([path], None, {}), dict[str, list[float]](), ("code", *columns)
@@ -128,6 +131,9 @@ def _ratings(path: Path, columns: Mapping[str, tuple[str, str]], codes: Sequence
             raise DataError(f"{place}: the code {code} is in two rows; delete one of them.")
         if code not in codes:  # the row of instructions, or a row of another sheet
             continue
+        question = as_text(cells.get("question"), "question", place)  # absent from the CSV of the page
+        if question and question.split() != visible(codes[code]["question"])[:32_000].split():
+            raise DataError(f"{place}: this is not the question of the code {code}; sort or move whole rows only.")
         if wrong := [name for name, word, scale in zip(columns, words, scales, strict=True) if word not in scale]:
             choices = ", ".join(_SCALES[columns[wrong[0]][0]])
             raise DataError(f"{place}: '{wrong[0]}' is none of {choices}; correct it, or empty the cell.")
@@ -145,13 +151,8 @@ def _ratings(path: Path, columns: Mapping[str, tuple[str, str]], codes: Sequence
 def _workbook(rows: Iterable[Sequence[str]], columns: Mapping[str, tuple[str, str]]) -> openpyxl.Workbook:
     sheet = (book := openpyxl.Workbook()).active
     sheet.title, sheet.freeze_panes, sheet.sheet_view.rightToLeft = SHEET, "B2", True
-    instructions = [
-        "Confidential: patients' text",
-        scoring.REVIEW,
-        "",
-        "",
-        *(asks for _, asks in columns.values()),
-    ]
+    questions = [asks for _, asks in columns.values()]
+    instructions = ["Confidential: patients' text", scoring.REVIEW, "", "", *questions]
     for line in ([*_WIDTHS, *columns, "comment"], instructions, *rows):
         sheet.append([visible(text)[:32_000] for text in line])  # Excel allows 32,767
     for heading, *cells in sheet.columns:
