@@ -146,10 +146,10 @@ def _results(metrics: dict[str, Any], data: str, more: dict[str, Any]) -> list[E
 
 def choices_text(figures: dict[str, Any]) -> str:
     """The result of `choices` as Markdown, for the card and the screen."""
-    return _rendered("choices.md.jinja", {**figures, "estimate_text": estimate_text})
+    return rendered("choices.md.jinja", {**figures, "estimate_text": estimate_text})
 
 
-def _rendered(template: str, facts: dict[str, Any]) -> str:
+def rendered(template: str, facts: dict[str, Any]) -> str:
     return Template((_TEMPLATES / template).read_text(encoding="utf-8")).render(facts)
 
 
@@ -176,7 +176,7 @@ def _filled_in(template: str, run: Run, recipe: Recipe, base: str, license_: str
     facts |= {"environment": run.read_json("environment.json"), "recipe_text": public_recipe(recipe)}
     facts |= {"distance": distance, "choices_text": choices_text, "estimate_text": estimate_text, "oracle": ORACLE}
     facts |= {"severities": SEVERITIES, "severity_lines": [line.strip() for line in SEVERITY_LINES.values()]}
-    facts |= {f"about_{part}": _rendered(f"{part}.md.jinja", facts) for part in ("run", "limits")}
+    facts |= {f"about_{part}": rendered(f"{part}.md.jinja", facts) for part in ("run", "limits")}
     card = ModelCard.from_template(ModelCardData(**about), template_path=str(_TEMPLATES / template), **facts)
     return _signed(str(card).rstrip() + "\n")
 
@@ -191,7 +191,7 @@ def modelfile(prompt: Prompt, recipe: Recipe) -> str:
     # llama.cpp adds the BOS token itself.
     text = prompt.text("{{ .Prompt }}").removeprefix(prompt.tokenizer.bos_token or "\0")
     stop = prompt.tokenizer.convert_ids_to_tokens(prompt.end_id)
-    return _rendered("Modelfile.jinja", {"text": text, "stop": stop, "generation": recipe.generation}) + "\n"
+    return rendered("Modelfile.jinja", {"text": text, "stop": stop, "generation": recipe.generation}) + "\n"
 
 
 def adapter_command(base: str, adapter: str, config: dict[str, Any]) -> tuple[str | None, str]:

@@ -37,7 +37,7 @@ from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import JUDGE_KEY, Recipe, load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing import PushSettings
-from sevpeft.sharing.card import HUB, adapter_card, base_id, is_unedited, license_of, public_recipe
+from sevpeft.sharing.card import HUB, adapter_card, base_id, is_unedited, license_of, public_recipe, rendered
 from sevpeft.sharing.merge import answer_logits, sample_texts
 
 _CARD = "README.md"
@@ -45,7 +45,7 @@ _CARD = "README.md"
 _SECRETS = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[\w-]{16,}|(gh[pousr]|github_pat)_\w{30,}|AKIA[0-9A-Z]{16}\b)|-----BEGIN [A-Z ]*PRIVATE"
 )
-# Words of the shortest data sentence to search for; shorter ones match by chance.
+# Words of the shortest data clause to search for; shorter ones match by chance. Many posts have commas only.
 _WORDS = 6
 
 
@@ -158,7 +158,8 @@ def check_contents(files: Mapping[str, bytes], run: Run, recipe: Recipe) -> str 
         if secret:
             raise RunError(f"{name} contains {secret}; remove it from the recipe or {run.adapter}, and push again.")
     examined = texts.keys() - {"tokenizer.json", "vocab.json"} - ({CHAT_TEMPLATE} if recipe.prompt.examples else set())
-    public = " ".join(" ".join(texts[name].split()) for name in examined)
+    notice = " ".join(rendered("limits.md.jinja", {}).split())  # its advice stands in answers of the data too
+    public = " ".join(" ".join(texts[name].split()) for name in examined).replace(notice, "")
     try:
         rows = with_sources(load_consultations(recipe.data), recipe.data, "mapped").rows
     except SevpeftError as error:
@@ -168,7 +169,7 @@ def check_contents(files: Mapping[str, bytes], run: Run, recipe: Recipe) -> str 
         conversations = [json.loads(turns) for turns in batch.get(TURNS, ()) if turns]
         earlier = [text for exchanges in conversations for exchange in exchanges for text in exchange[:2]]
         private = "\n".join(filter(None, (*batch["question"], *batch["answer"], *earlier)))
-        for sentence in re.split(r"[.!?؟\n]+", private):
+        for sentence in re.split(r"[.!?؟\n,،;؛:]+", private):
             words = sentence.split()
             if len(words) >= _WORDS and " ".join(words) in public:
                 raise RunError("The card or the prompt contains a sentence of the data; remove it, and push again.")

@@ -28,6 +28,8 @@ SETTINGS: dict[str, Any] = {"base_model": "org/base", "license": "apache-2.0"}
 ID, SECRET = "alice/adapter", "sk-" + "abcd1234" * 4
 WORDS = ["base_model=org/base", "license=apache-2.0"]
 PATIENT = "أنا من حي الزيتون وعندي سكر منذ عشر سنوات واسمي سعاد"
+CLAUSE = "وابنتي ريم من مدرسة النور تسعل كل ليلة"
+ADVICE = "راجع الطبيب، أو توجه إلى أقرب قسم طوارئ"  # in the card's own notice too
 ANOTHER = "عملت عملية في مستشفى المدينة قبل شهرين مع الدكتور سامي"
 EARLIER = "ابنتي ليلى في الصف الثالث وتتقيأ كل صباح منذ اسبوع"
 
@@ -41,7 +43,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture
 def run(made_run: Callable[..., Run], tmp_path: Path) -> Run:
     rows = [
-        {"question": f"{PATIENT}. ما العلاج؟ {n}", "answer": f"راجع الطبيب {n}", "severity": "critical"}
+        {"question": f"{PATIENT}، {CLAUSE}. ما العلاج؟ {n}", "answer": f"{ADVICE}، {n}", "severity": "critical"}
         for n in range(40)
     ]
     data = tmp_path / "data.jsonl"
@@ -139,6 +141,7 @@ def test_what_may_not_leave_stops_before_anything_is_sent(run: Run, hub: HubServ
         ("folder in the card", lambda: card.write_text(f"{own}\nsee {run.folder}"), "folder of this machine"),
         ("patient in the card", lambda: card.write_text(own + PATIENT.replace(" ", "\n")), "sentence of the data"),
         ("patient in the prompt", lambda: changed(run, f"prompt.system={PATIENT}"), "sentence of the data"),
+        ("clause in the prompt", lambda: changed(run, f"prompt.system={CLAUSE}"), "sentence of the data"),
         ("folder in the lora", lambda: changed(run, f"prompt.system={tmp_path}/data.jsonl"), "folder of this"),
         ("folder of a mix", lambda: changed(run, mix, f"prompt.system={tmp_path}/mix.jsonl"), "folder of this"),
         ("patient of a mix", lambda: changed(run, mix, f"prompt.system={ANOTHER}"), "sentence of the data"),
