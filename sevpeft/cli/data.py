@@ -256,8 +256,9 @@ def fit(
             record = store.training_record([consultations, *more], labeled, settings, unlabeled)
             about = store.write_classifier(classifier, folder, record)
             store.write_report(folder, about, evaluations)
-    wrote = f"Wrote {output} ({classifier.version}).\nNext: sevpeft annotate DATA OUTPUT classifier={output}"
-    _show_classifier(about, evaluations, as_json, wrote)
+    following = shlex.join(["sevpeft", "annotate", "DATA", "OUTPUT", f"classifier={output}"])
+    wrote = f"Wrote {output} ({classifier.version}).\nNext: {following}"
+    _show_classifier([consultations, *more], about, evaluations, as_json, wrote)
 
 
 @classifier_verbs.command(cls=command_with_keys(f"{_SETTINGS}:EvaluateSettings", without=_NO_SPLIT))
@@ -274,9 +275,9 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
         from sevpeft.severity.classifier.evaluate import evaluate_fitted, fit_and_evaluate
 
         consultations, labeled = examples.load_examples(settings)
+        more, unlabeled = examples.load_unlabeled(settings, labeled)
         about: dict[str, Any] = {"kind": settings.kind, "seed": settings.seed}
         if settings.classifier is None:
-            unlabeled = examples.load_unlabeled(settings, labeled)[1]
             _, evaluations = fit_and_evaluate(labeled, settings, progress, unlabeled)
         else:
             if unused := settings.model_fields_set & {"kind", "text", "unlabeled", "folds", "lexicon", "encoder"}:
@@ -288,7 +289,7 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
                 remedy = "which makes it look better; name other data, read its README.md, or add seen_data=true"
                 raise DataError(f"{folder} was fitted on {consultations.source} itself, {remedy}.")
             evaluations = {"Other data": evaluate_fitted(store.load_classifier(folder), labeled, settings.seed)}
-    _show_classifier(about, evaluations, as_json)
+    _show_classifier([consultations, *more], about, evaluations, as_json)
 
 
 @contextmanager
@@ -300,12 +301,14 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda message: status.update(f"Severity classifier: {message}")
 
 
-def _show_classifier(about: dict[str, Any], evaluations: dict[str, Any], as_json: bool, last: str = "") -> None:
+def _show_classifier(inputs: list[Any], about: dict[str, Any], evaluations: Any, as_json: bool, last: str = "") -> None:
     from rich.markdown import Markdown
 
     from sevpeft.console import Screen, print_json
     from sevpeft.severity.classifier import store
 
+    for read, reason, count in ((one, *of) for one in inputs for of in one.rejected.items()):
+        Screen(stderr=True).print(f"Left out of {read.source}: {count:,} rows with {reason}.", soft_wrap=True)
     if as_json:
         print_json(store.as_json(about, evaluations))
         return

@@ -111,7 +111,7 @@ def compare(
     overrides: Words = None,
     arms: Annotated[
         str,
-        typer.Option(help="Also 1-1-2, own (the recipe's weights), shuffled-ARM, ce_extra, prompt and oversampled."),
+        typer.Option(help="Also 1-1-2, own, shuffled-ARM, ce_extra, prompt, oversampled, routed, curriculum (README)."),
     ] = "base,ce,mild,balanced,strong,shuffled,constant",
     vary: Annotated[
         str | None, typer.Option(help="KEY=VALUE,VALUE… (the arms, beside base), or ladder.", show_default=False)

@@ -99,9 +99,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         raise UsageError(f"--seeds is {text!r}; write different whole numbers separated by commas, such as 0,1,2.")
     if len(seeds) == 1 and 2 <= seeds[0] <= 20 and "," not in text:
         several = ",".join(map(str, range(seeds[0])))
-        raise UsageError(
-            f"--seeds {text}: a count or a seed? Write --seeds {several}, or --seeds {text}, with a comma."
-        )
+        raise UsageError(f"--seeds {text}: a count or a seed? Write --seeds {several}, or --seeds {text}, with comma.")
     return seeds
 
 
@@ -181,7 +179,7 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
         raise UsageError("evaluation.judge.file is for `sevpeft report`, after the comparison; leave it out here.")
     if not arms:  # the values of --vary may differ in any key
         return
-    weights, training = recipe.severity.weights, recipe.training.settings()
+    training = recipe.training.settings()
     if recipe.severity.control != "none":
         raise UsageError("The arms set severity.control; leave it out.")
     # These give each arm its own number of steps, or its own batch size.
@@ -203,8 +201,6 @@ def check_arms(recipe: Recipe, arms: Sequence[str], output: Path) -> None:
         raise UsageError(f"With training.packing the arm {competing[0]} differs in steps; set training.max_steps.")
     if PROMPT in arms and recipe.prompt.severity != "none":
         raise UsageError("The arm prompt sets prompt.severity; leave out that key, or the arm.")
-    if OWN in arms and isinstance(weights, str) and weights in arms and recipe.severity.source != "weight":
-        raise UsageError(f"The recipe's own weights are those of the arm {weights}; leave out one of the two.")
 
 
 def routed_questions(train: datasets.Dataset, labels: np.ndarray, questions: Sequence[str]) -> np.ndarray:

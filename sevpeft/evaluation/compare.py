@@ -143,7 +143,8 @@ def compare(
     routing = bool({ROUTED, ROUTED_SHUFFLED} & {*arms})
     by_fold = {fold: same_rows(key, [recipe_of(arm, seeds[0], fold)[0] for arm in reading], routing) for fold in places}
     rows = EvaluationRows.joined([fold_rows for fold_rows, *_ in by_fold.values()])
-    stratum = ALL if vary or (ready and (rows.strata < 0).all() and not {*arms} & {*SEVERITY_PRESETS}) else CRITICAL
+    needing = {*SEVERITY_PRESETS, *COMPOSED}  # arms that need severities, even with ready-made weights
+    stratum = ALL if vary or (ready and rows.strata.max() < 0 and not needing & {*arms}) else CRITICAL
     if stratum == CRITICAL:
         check_test_split(rows, folds)
         if weighted and not all(validates for _, _, validates, _ in by_fold.values()):

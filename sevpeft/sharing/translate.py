@@ -51,7 +51,8 @@ def translate(settings: TranslateSettings, output: Path, console: Console | None
     check_absent(output)
     if not settings.model or output.suffix not in ENDINGS:
         raise UsageError(f"Name an instruction model by model=ID, and end {output.name} in {', '.join(ENDINGS)}.")
-    rows, console = load_consultations(settings.data, keep="all").rows, console or Screen(quiet=True)
+    read, console = load_consultations(settings.data, keep="all"), console or Screen(quiet=True)
+    rows = read.rows
     texts = [*rows["question"], *rows["answer"]]
     keys = [f"{question_key(text, 0):016x}" for text in texts]  # equal texts are translated once
     work = RowFile(output.with_suffix(".translations.jsonl"), settings.model_dump(exclude={"data"}))
@@ -76,7 +77,7 @@ def translate(settings: TranslateSettings, output: Path, console: Console | None
     rejected, new = output.with_suffix(".rejected.jsonl"), datasets.Dataset.from_dict(columns)
     entries = ({**rows[at], "reason": reasons[at], "translation": new[at]} for at in lost.tolist())
     write_atomically(rejected, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-    counts = dict(Counter(reasons[lost].tolist()).most_common())
+    counts = dict((Counter(reasons[lost].tolist()) + Counter(read.rejected)).most_common())
     if not len(kept):
         why = ", ".join(f"{number} {reason}" for reason, number in counts.items())
         raise DataError(f"No row has a valid translation ({why}); see {rejected}, or name another model.")

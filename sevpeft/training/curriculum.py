@@ -53,8 +53,11 @@ def difficulty_of(
     """(n,) difficulty of each part's rows, which are at `places` (n,); placeholders until the loss is measured."""
     column = settings.difficulty
     if column in MEASURED:
-        other = {"length": lengths, "loss": [np.arange(len(part)) for part in places]}
-        return other.get(column, lengths if severity is None else [severity.strata[part] for part in places])
+        strata = [np.full(len(part), -1) if severity is None else severity.strata[part] for part in places]
+        if settings.kind != "none" and column == "severity" and min(map(np.min, strata)) < 0:
+            problem = "The data cannot be ordered by severity: there are rows without one"
+            raise DataError(f"{problem}; write curriculum.difficulty=length, or severity.source=rules.")
+        return {"length": lengths, "severity": strata}.get(column, [np.arange(len(part)) for part in places])
     names = {given: own for own, given in {**table.columns, **table.carried}.items()}
     cells = pd.Series(table.rows[names[column]][:] if column in names else [None])
     values = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=float)

@@ -112,7 +112,6 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
     table = with_sources(own, data, keep or "mapped")
     # Plain cross-entropy needs no severity of the sources in data.mix.
     severity, plain = None, weighting.control == "uniform" and weighting.source == "columns"
-    plain &= recipe.curriculum.kind == "none" or recipe.curriculum.difficulty != "severity"
     if not plain or has_severity(own.rows):
         names = {column: name for name, column in (table.columns | table.carried).items()}
         how = weighting.model_dump(include={"source", "classifier", "temperature", "text"})

@@ -44,7 +44,7 @@ class Plan:
         return {
             **{name: getattr(self, name) for name in names},
             "recipe": self.recipe.model_dump(mode="json"),
-            "weights": self.weights.as_dict(),
+            "weights": vars(self.weights),
             "memory": self.fitting and self.fitting.as_dict(),
         }
 

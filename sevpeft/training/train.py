@@ -245,7 +245,7 @@ def _write_origin(run: Run, resolved: ResolvedRun, rows: Prepared, trainer: Seve
             **({"init_adapter": adapters.init_adapter(recipe)} if recipe.training.init_adapter else {}),
         },
         data=rows.summary,
-        weights=rows.weights.as_dict(),
+        weights=vars(rows.weights),
     )
     # Last, because this file makes the folder a run that can be resumed.
     run.write_text("recipe.yaml", recipe.to_yaml(), shared=not recipe.prompt.examples)

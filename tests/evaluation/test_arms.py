@@ -56,7 +56,6 @@ def test_what_would_differ_in_more_than_the_weights_is_refused(tmp_path: Path, r
         (["training.load_best_model_at_end=true"], tmp_path, ["ce"], UsageError, "training.load_best_model_at_end"),
         (["prompt.severity=gold"], tmp_path, ["ce", "prompt"], UsageError, "prompt.severity"),
         (["training.packing=true"], tmp_path, ["ce", "oversampled"], UsageError, "training.max_steps"),
-        (["severity.weights=mild"], tmp_path, ["ce", "own", "mild", "shuffled"], UsageError, "weights .*mild"),
         # An arm without its control, or a control without its arm.
         ([], tmp_path, ["ce", "balanced"], UsageError, "balanced needs .*shuffled"),
         ([], tmp_path, ["balanced", "shuffled"], UsageError, "balanced needs .*ce"),

@@ -510,6 +510,8 @@ def test_ready_made_weights_are_compared_with_their_controls(
     words = [*settings, unlabeled, "severity.source=weight", "training.max_steps=1"]
     with pytest.raises(RunError, match=r"no severity; .*--arms .*own"):
         compared(words, tmp_path / "out", arms=("ce", "balanced", "shuffled"))
+    with pytest.raises(RunError, match="no severity"):  # the oracle would be plain CE
+        compared(words, tmp_path / "out", arms=("ce", "own", "shuffled", "routed-gold"))
     content = compared(words, tmp_path / "out", arms=("ce", "own", "shuffled"))
     assert (content["chosen"], content["controls_of"]) == ("own", "own")
     assert content["verdict"].startswith("No claim") and list(content["scores"]) == ["all"]

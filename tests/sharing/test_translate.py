@@ -101,11 +101,13 @@ def test_sound_rows_say_which_model_made_them_and_the_others_why_they_are_none(
     english: Path, asked: list[str], tmp_path: Path
 ) -> None:
     output = tmp_path / "arabic.jsonl"
+    with english.open("a", encoding="utf-8") as file:
+        file.write('\n{"question": "What now?", "answer": ""}')
     done = translate(settings(english), output)
     assert done == {
         "rows": 2,
         "rate": 0.5,
-        "rejected": {"residual script": 1, "other numbers": 1},
+        "rejected": {"residual script": 1, "other numbers": 1, "empty answer": 1},
     }
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [(row["question"], row["answer"]) for row in rows] == [

@@ -439,6 +439,26 @@ def test_a_column_of_numbers_orders_the_rows_and_one_of_words_is_refused(tmp_pat
     assert not (tmp_path / "none").exists()
 
 
+def test_rows_without_a_severity_are_not_ordered_by_it(tmp_path: Path) -> None:
+    path, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    rows = [{"question": f"سؤال رقم {n}", "answer": "راجع الطبيب", "weight": 1} for n in range(30)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    other.write_text("\n".join(json.dumps({**row, "severity": "critical"}) for row in rows), encoding="utf-8")
+    uniform, wrong = "severity.control=uniform", []
+    for words in (
+        [f"data.path={path}", uniform],
+        [f"data.path={path}", "severity.source=weight"],
+        [f"data.path={other}", f"data.mix.sources.more={path}", "data.mix.ratios=50-50", uniform],
+    ):
+        recipe = load_recipe(QUICKSTART, [*PLAIN, *words, "curriculum.kind=competence", "training.max_steps=2"])
+        try:
+            train(recipe, tmp_path / "run")
+            wrong.append(words)
+        except DataError as error:
+            wrong += [] if "curriculum.difficulty=length" in str(error) else [str(error)]
+    assert wrong == []
+
+
 def test_a_training_starts_from_an_adapter_and_repeats_that_after_a_kill(
     tmp_path: Path, base: list[str], run: Run
 ) -> None:

@@ -159,6 +159,15 @@ def test_unlabeled_consultations_are_counted_with_what_they_bring(tmp_path: Path
     assert code == 1 and "seen_data=true" in err, "what it was taught on is not other data"
 
 
+def test_rows_that_are_left_out_are_counted_and_the_next_command_is_quoted(tmp_path: Path, verb: Verb) -> None:
+    gaps = write(tmp_path, answer=lambda n, label: "" if n < 2 else "راجع")
+    code, out, err = verb("fit", gaps, "my [1] دليل", "kind=rules")
+    assert code == 0 and "2 rows with empty answer" in " ".join(err.split())
+    assert "'classifier=my [1] دليل'" in out
+    code, out, err = verb("evaluate", gaps, "kind=rules", "--json")
+    assert code == 0 and "2 rows with empty answer" in " ".join(err.split()) and json.loads(out)["kind"] == "rules"
+
+
 def test_help_lists_the_keys(verb: Verb) -> None:
     out = verb("fit", "--help")[1]
     for key in (
