@@ -14,15 +14,13 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from scipy.special import softmax
 
+from sevpeft.data.columns import SUM_TOLERANCE
 from sevpeft.data.mix import SOURCE
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import WeightError
 
 SEVERITIES = ("non_critical", "neutral", "critical")
 PROBABILITY_COLUMNS = tuple(f"p_{name}" for name in SEVERITIES)
-
-# A spreadsheet that rounds to two decimals gives sums of .99 or 1.01. A larger error means other numbers.
-SUM_TOLERANCE = 0.011
 
 _NAMES = (
     "non_critical|noncritical|not_critical|mild|low|غير حرج|غير حرجة|غير خطير|غير خطيرة|بسيط|بسيطة|خفيف|خفيفة",
