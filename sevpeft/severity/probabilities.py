@@ -123,7 +123,8 @@ def severity_positions(rows: Dataset, *, missing: bool = False) -> np.ndarray:
     at = encoded.indices.to_numpy(zero_copy_only=False)
     # The names are not shown, because a wrongly chosen column holds patients' text.
     wrong = ((positions < 0) & ~allowed)[at]
-    check_rows(rows, wrong, "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج).")
+    problem = "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج)"
+    check_rows(rows, wrong, f"{problem}; `sevpeft annotate` with replace=missing fills in empty ones.")
     return np.asarray(positions[at])
 
 

@@ -6,8 +6,8 @@ weights have the same spread without the information, and a constant of the same
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from datasets import Dataset
@@ -113,9 +113,6 @@ class WeightSummary:
             effective_sample_size=float(weights.sum() ** 2 / np.square(weights).sum()),
             histogram=list(zip(lows.tolist(), highs.tolist(), bars.tolist(), strict=True)),
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def histogram_lines(histogram: list[tuple[float, float, int]], width: int = 60) -> list[str]:

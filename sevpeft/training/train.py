@@ -94,7 +94,7 @@ def _train(
     remedy = "set TMPDIR to a folder on another disk"
     disk = plain_disk_errors(scratch.parent, when_full=remedy, remedy=remedy)
     with state.main_process_first(), disk, console.status("Reading and encoding the data"):
-        rows = prepare(recipe, resolved.prompt, scratch)
+        rows = prepare(recipe, resolved.prompt, scratch, resolved.config)
     if resume:
         checkpoints.check_same_data(rows.summary["fingerprint"], rows.summary["source"], run)
     show_data(rows.summary, rows.weights, recipe, console)
@@ -245,7 +245,7 @@ def _write_origin(run: Run, resolved: ResolvedRun, rows: Prepared, trainer: Seve
             **({"init_adapter": adapters.init_adapter(recipe)} if recipe.training.init_adapter else {}),
         },
         data=rows.summary,
-        weights=rows.weights.as_dict(),
+        weights=vars(rows.weights),
     )
     # Last, because this file makes the folder a run that can be resumed.
     run.write_text("recipe.yaml", recipe.to_yaml(), shared=not recipe.prompt.examples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_useless_coefficients_are_refused_whatever_the_control() -> None:
 
 def test_a_summary_says_what_the_weights_amount_to() -> None:
     strata = np.array([0, 1, 1, 2])
-    figures = WeightSummary.of(np.array([0.5, 1.0, 1.0, 1.5]), strata).as_dict()
+    figures = asdict(WeightSummary.of(np.array([0.5, 1.0, 1.0, 1.5]), strata))
     assert figures["consultations"] == 4 and figures["severities"] == {"non_critical": 1, "neutral": 2, "critical": 1}
     assert (figures["minimum"], figures["maximum"], figures["mean"]) == (0.5, 1.5, 1.0)
     assert figures["coefficient_of_variation"] == pytest.approx(np.sqrt(0.125))
@@ -115,7 +116,7 @@ def test_the_effective_sample_size_is_kishs() -> None:
 def test_every_consultation_is_in_a_line_of_the_histogram_that_fits() -> None:
     kinds = [severity_weights(random_probabilities(concentration), BALANCED) for concentration in (1, 500, 5000)]
     for weights in (*kinds, np.ones(7), np.array([0.5, 1, 1.5] * 9)):
-        stored = json.loads(json.dumps(WeightSummary.of(weights, None).as_dict()))["histogram"]
+        stored = json.loads(json.dumps(asdict(WeightSummary.of(weights, None))))["histogram"]
         for width in (30, 60):
             lines = histogram_lines(stored, width)
             assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= width
