@@ -102,7 +102,9 @@ def test_a_latex_table_has_one_unit_for_difference_margin_and_detectable_differe
 def test_figures_are_svg_and_pdf_and_nothing_is_of_a_patient(comparison: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     outputs = {"csv": tmp_path / "csv", "latex": tmp_path / "tex"}
-    assert export(comparison, **outputs) == [f"Export: {path} (contains no patients' text)" for path in outputs.values()]
+    assert export(comparison, **outputs) == [
+        f"Export: {path} (contains no patients' text)" for path in outputs.values()
+    ]
     for output in outputs.values():
         assert {path.stem for path in output.glob("*.svg")} == {path.stem for path in output.glob("*.pdf")} == FIGURES
         assert all(path.read_bytes()[:5] == b"%PDF-" for path in output.glob("*.pdf"))

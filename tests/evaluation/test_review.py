@@ -269,9 +269,7 @@ def test_the_verb_writes_reads_and_shows_a_review(
 ) -> None:
     code, out, err = sevpeft_("report", comparison, "--review", "50", "--arms", "balanced,ce")
     assert (
-        code == 0
-        and "18 pairs, as XLSX and HTML; contains patients' text" in out
-        and "keep it from the raters" in out
+        code == 0 and "18 pairs, as XLSX and HTML; contains patients' text" in out and "keep it from the raters" in out
     ), err
     assert key_of(comparison)["arms"] == ["balanced", "ce"]
     sheet = fill(comparison / "review" / "review.xlsx", rating(comparison, "ce"))
