@@ -28,6 +28,8 @@ TURNS = "turns"  # column with the turns of a conversation in the format of `as_
 INPUT = "question, 2nd"  # second half of a question in Alpaca format
 UNFIT = "\0unfit"  # key with the reason, in a row whose cells do not match the header
 PROBABILITIES = ("p_non_critical", "p_neutral", "p_critical")
+# A spreadsheet that rounds to two decimals gives sums of .99 or 1.01. A larger error means other numbers.
+SUM_TOLERANCE = 0.011
 _NAMES = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text(encoding="utf-8"))
 # Field -> [usual names, names that count only if no usual one is present].
 _ACCEPTED = {
@@ -171,10 +173,10 @@ def as_probability(cell: Any, column: str, place: str) -> float:
 
 
 def as_messages(cell: Any) -> list[Any] | None:
-    """A list, or the list of objects in a JSON text; None for anything else."""
+    """A list of objects, itself or as a JSON text; None for anything else."""
     with contextlib.suppress(ValueError, RecursionError):
         cell = json.loads(cell) if isinstance(cell, str) and re.match(r"\s*\[\s*\{", cell) else cell
-    return cell if isinstance(cell, list) else None
+    return cell if isinstance(cell, list) and all(isinstance(message, dict) for message in cell) else None
 
 
 def _message(message: Mapping[str, Any], column: str, place: str) -> tuple[str, str]:
@@ -239,7 +241,7 @@ def conversation_of(cells: Mapping[str, Any], columns: Names) -> Any:
     prompt = [{"role": "user", "content": question}] if prompt is None else prompt
     completion = [{"role": "assistant", "content": answer}] if completion is None else completion
     # Answers in the prompt are context: TRL trains on the completion only.
-    return [message | {"weight": 0} if isinstance(message, dict) else message for message in prompt] + completion
+    return [message | {"weight": 0} for message in prompt] + completion
 
 
 def canonical_row(

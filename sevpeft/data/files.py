@@ -346,7 +346,7 @@ def _json(path: Path, encoding: str, suffix: str) -> Part:
             raise DataError(f"{path.name}{place} {json_problem(error)}.") from None
         if rows is None or not all(isinstance(cells, dict) for cells in rows):
             remedy = "write rows, in pandas with to_json(FILE, orient='records', lines=True)"
-            raise DataError(f"{path.name} is not valid JSON data: no array of objects, nor one per line: {remedy}.")
+            raise DataError(f"{path.name} is no valid JSON data: not one array of objects, nor one per line: {remedy}.")
         yield from enumerate(rows, start=1)
 
     names = dict.fromkeys(name for _, cells in read(()) for name in cells)
@@ -358,17 +358,17 @@ def _records(document: Any) -> list[Any] | None:
     if not isinstance(document, dict):
         return document if isinstance(document, list) else None
     data, columns, values = document.get("data"), document.get("columns"), list(document.values())
+    tables = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
     if isinstance(data, list):
         if isinstance(columns, list) and all(isinstance(row, list) for row in data):  # orient="split"
             return [dict(zip(map(str, columns), row, strict=False)) for row in data]
-        return data
+        return tables if sum(count_known(table[0]) > 1 for table in tables) > 1 else data  # a validation beside it
     if values and all(isinstance(value, dict) for value in values):
         keys = list(dict.fromkeys(key for value in values for key in value))
         # orient="index" if the inner keys are the column names; a table has more rows than columns.
         if (count_known(document), len(keys)) < (count_known(keys), len(document)):
             return values
         return [{name: column.get(key) for name, column in document.items()} for key in keys]
-    tables = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
     # Rows under another key, such as "questions"; with several such tables the choice is ambiguous.
     if tables and count_known(document) < max(1, count_known(tables[0][0])):
         return tables[0] if len(tables) == 1 else tables

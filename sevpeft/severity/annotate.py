@@ -109,10 +109,10 @@ def _columns(consultations: Consultations, *, replace: bool | str, numbered: boo
     severity = {name: column for name, column in read.items() if name in ("severity", *PROBABILITY_COLUMNS)}
     if not replace and (own or severity):
         present = f"{consultations.source} has severity already ({listed({**severity, **own}.values())})"
-        remedy = "replace=missing for rows without one, or replace=true for all (labels stay as severity_given)"
-        raise DataError(f"{present}: train on it, or add {remedy}.")
+        missing = "replace=missing for rows without one, or " * ([*severity] == ["severity"] and not own)
+        raise DataError(f"{present}: train on it, or add {missing}replace=true for all (labels: severity_given).")
     if replace == "missing" and (own or [*severity] != ["severity"]):
-        remedy = "leave out replace=missing, or use replace=true"
+        remedy = "use replace=true" if own or severity else "leave out replace=missing"
         raise DataError(f"{consultations.source} has no column of severities by people to complete; {remedy}.")
     kept = {"row": "row"} if numbered or "row" in consultations.provenance.get("columns", ()) else {}
     for name in consultations.rows.column_names:

@@ -14,15 +14,13 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from scipy.special import softmax
 
+from sevpeft.data.columns import SUM_TOLERANCE
 from sevpeft.data.mix import SOURCE
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import WeightError
 
 SEVERITIES = ("non_critical", "neutral", "critical")
 PROBABILITY_COLUMNS = tuple(f"p_{name}" for name in SEVERITIES)
-
-# A spreadsheet that rounds to two decimals gives sums of .99 or 1.01. A larger error means other numbers.
-SUM_TOLERANCE = 0.011
 
 _NAMES = (
     "non_critical|noncritical|not_critical|mild|low|غير حرج|غير حرجة|غير خطير|غير خطيرة|بسيط|بسيطة|خفيف|خفيفة",
@@ -125,7 +123,8 @@ def severity_positions(rows: Dataset, *, missing: bool = False) -> np.ndarray:
     at = encoded.indices.to_numpy(zero_copy_only=False)
     # The names are not shown, because a wrongly chosen column holds patients' text.
     wrong = ((positions < 0) & ~allowed)[at]
-    check_rows(rows, wrong, "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج).")
+    problem = "the severity is not non_critical, neutral or critical (غير حرج, متوسط, حرج)"
+    check_rows(rows, wrong, f"{problem}; `sevpeft annotate` with replace=missing fills in empty ones.")
     return np.asarray(positions[at])
 
 

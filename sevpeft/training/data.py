@@ -52,7 +52,7 @@ class Prepared:
     unpacked: Dataset  # the training rows before packing, with severity, source_index and lost_words
 
 
-def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
+def prepare(recipe: Recipe, prompt: Prompt, scratch: Path, config: Any = None) -> Prepared:
     """Loads, splits, encodes and weighs the data. `scratch` holds memory-mapped Arrow files until the training ends."""
     table, splits, severity = load_splits(recipe)
     settings, encoded, reports = recipe.training.settings(), {}, {}
@@ -71,6 +71,12 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path) -> Prepared:
                 mix=recipe.data if recipe.data.mix and name == "train" else None,
                 published=recipe.as_published if name == "train" else AsPublishedSection(),
             )
+        longest, text = max(report["longest"] for report in reports.values()), config and config.get_text_config()
+        # A table of learned positions ends; rotary positions do not.
+        context = not getattr(text, "rope_parameters", None) and getattr(text, "max_position_embeddings", None)
+        if context and longest > context:
+            problem = f"A row has {longest} tokens, and {recipe.model.name_or_path} reads at most {context}"
+            raise DataError(f"{problem}; set training.max_length={context}.")
         kept = source_index(splits.train)[source_index(encoded["train"])]
         if severity is not None and recipe.severity.control == "oversampled":
             drawn = oversample(weigh(recipe, severity, kept, control="none")[0], settings["seed"])
@@ -119,8 +125,7 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
         try:
             severity = severity_of(own.rows if plain else table.rows, weight_column=column, **how)
         except (DataError, WeightError) as error:
-            kind = WeightError if isinstance(error, WeightError) else DataError
-            raise kind(f"{table.source}: {error}") from None
+            raise (WeightError if isinstance(error, WeightError) else DataError)(f"{table.source}: {error}") from None
         unknown = np.full((len(table.rows) - len(severity.probabilities), len(SEVERITIES)), np.nan)
         severity = replace(severity, probabilities=np.concatenate([severity.probabilities, unknown]))
     rows, first = table.rows.add_column("source_index", np.arange(len(table.rows))), range(len(own.rows))
@@ -332,8 +337,7 @@ def check_weights(dataset: Dataset) -> None:
     """
     missing = [name for name in ("input_ids", "labels", "token_weights") if name not in dataset.column_names]
     if missing:
-        remedy = "give token_weights, all ones for plain cross-entropy"
-        raise WeightError(f"The training data has no {', '.join(missing)}, and no weight defaults to 1; {remedy}.")
+        raise WeightError(f"The training data has no {', '.join(missing)}; give weights, all ones for cross-entropy.")
     highest = 0.0
     for table in dataset.select_columns(["token_weights", "labels"]).with_format("arrow").iter(batch_size=2000):
         column, labels = table["token_weights"].combine_chunks(), table["labels"].combine_chunks()

@@ -98,7 +98,7 @@ def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:
         data, rows = summary_of(table, splits, severity, {}), len(splits.train)
     else:
         with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
-            prepared = prepare(recipe, base.prompt, Path(scratch))
+            prepared = prepare(recipe, base.prompt, Path(scratch), base.config)
             weights, data, rows = prepared.weights, prepared.summary, len(prepared.train)
             tokens = int(lengths_of(prepared.train).sum())
         if memory_of is not None:
@@ -128,7 +128,7 @@ def training_rows(recipe: Recipe, most: int) -> list[dict[str, Any]]:
         evidence = classify_rows(table.rows, load_source(by.source, by.classifier, text=by.text))
     words = evidence[EVIDENCE] if EVIDENCE in evidence.column_names else []
     with tempfile.TemporaryDirectory(prefix="sevpeft-") as scratch:
-        encoded = prepare(recipe, base.prompt, Path(scratch)).unpacked
+        encoded = prepare(recipe, base.prompt, Path(scratch), base.config).unpacked
         strata, chosen = np.asarray(encoded["severity"]), list[int]()
         for stratum in (2, 1, 0, -1):
             chosen += sorted(draw.permutation(np.flatnonzero(strata == stratum))[:most])

@@ -79,8 +79,7 @@ def sft_config(recipe: Recipe, precision: Precision, checkpoints: Path) -> SFTCo
     """SFTConfig of a recipe, with `checkpoints` as output_dir. Raises RecipeError: TRL refuses a value."""
     settings = copy.deepcopy(recipe.training.settings())  # transformers writes into accelerator_config
     if settings.get("auto_find_batch_size") and PartialState().num_processes > 1:
-        remedy = "lower per_device_train_batch_size instead"
-        raise RecipeError(f"training.auto_find_batch_size works on one process only; {remedy}.")
+        raise RecipeError("training.auto_find_batch_size needs one process; lower per_device_train_batch_size.")
     if settings.get("activation_offloading") and not uses_gpu(recipe):
         raise RecipeError("training.activation_offloading needs a GPU, and this run has none; leave it out.")
     for key in ("global_batch_size", "init_adapter", "generate_samples"):  # ours, not TRL's

@@ -94,7 +94,7 @@ def _train(
     remedy = "set TMPDIR to a folder on another disk"
     disk = plain_disk_errors(scratch.parent, when_full=remedy, remedy=remedy)
     with state.main_process_first(), disk, console.status("Reading and encoding the data"):
-        rows = prepare(recipe, resolved.prompt, scratch)
+        rows = prepare(recipe, resolved.prompt, scratch, resolved.config)
     if resume:
         checkpoints.check_same_data(rows.summary["fingerprint"], rows.summary["source"], run)
     show_data(rows.summary, rows.weights, recipe, console)

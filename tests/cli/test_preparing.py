@@ -79,6 +79,7 @@ def test_it_says_which_column_it_took_and_the_command_that_it_recommends_works(s
         ("question,answer,x\x1b[2J", right, [], "left out 'x\\u001b[2J'", "annotate"),
         ("question,answer,label", lambda n: f"{n}" * 9, [], "too many different values", "annotate"),
         ("question,answer,label", lambda n: right(n) if n else "#N/A", [], "1 of the kept rows have no", "annotate"),
+        ("question,answer,p_non_critical,p_neutral,p_critical", lambda n: "20,30,50", [], "not sum to 1", "annotate"),
         ("question,answer,label", lambda n: french[n % 4], [], "holds 'Faible', 'Moyen', 'Élevé', which", "annotate"),
     ):
         out, command = prepared(sevpeft_, tmp_path, names, cells, *words)

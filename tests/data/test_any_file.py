@@ -91,6 +91,7 @@ def test_a_row_that_does_not_fit_is_set_aside_with_its_reason(tmp_path: Path) ->
     for content, suffix, rejected in (
         ([good, twice, torn, shown, good], "jsonl", {SEVERAL_TURNS: 1, NO_CONVERSATION: 2}),
         ([{"question": {"ar": Q}, "answer": A}, *[{"question": Q, "answer": A}] * 2], "json", {NOT_TEXT: 1}),
+        ([{"question": Q, "answer": [A, A]}, *[{"question": Q, "answer": A}] * 2], "json", {NOT_TEXT: 1}),
         (f"question,answer\n{Q},{A}\n{Q}, و,{A}\n{Q}\n{Q},{A}\n", "csv", {CELL_COUNT: 2}),
         ({"A": [["question", "answer"], [Q, A], [Q, A, "x"], [Q, A]]}, "xlsx", {CELL_COUNT: 1}),
         (f"question,answer,p_critical\n{Q},{A},0.5\n{Q},{A},high\n{Q},{A},1\n", "csv", None),
@@ -292,3 +293,6 @@ def test_rows_of_a_document_may_stand_under_the_name_of_a_column(tmp_path: Path)
     assert pairs(read(tmp_path / "x.json", {"questions": [{"q": q, "a": a} for q, a in PAIRS]})) == PAIRS
     alone = {"messages": [message("user", Q), message("assistant", A)]}
     assert pairs(read(tmp_path / "y.json", alone)) == [(Q, A)]
+    rows = [{"question": q, "answer": a} for q, a in PAIRS]
+    assert pairs(read(tmp_path / "z.json", {"data": rows, "authors": [{"name": "A"}]})) == PAIRS
+    assert "orient='records'" in refusal(tmp_path / "z.json", {"data": rows, "validation": rows})

@@ -160,8 +160,10 @@ def test_a_prepared_folder_becomes_one_with_severity_and_keeps_where_it_is_from(
 def test_rows_that_have_severity_are_refused_without_replace(tmp_path: Path) -> None:
     for column in ("severity", "label", "p_critical", "severity_method", "severity_evidence"):
         source = jsonl(tmp_path / "in.jsonl", [{**row, column: "0.5"} for row in lines(3)])
-        with pytest.raises(DataError, match="replace=true"):
+        with pytest.raises(DataError, match="replace=true") as refused:
             run(source, tmp_path / "out.jsonl")
+        # A remedy must not lead to the next error.
+        assert ("replace=missing" in str(refused.value)) == (column in ("severity", "label"))
         assert names(tmp_path) == ["in.jsonl"]
 
 

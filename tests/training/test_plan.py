@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from sevpeft.data.read import load_consultations
-from sevpeft.errors import ModelError, UnknownModelError
+from sevpeft.errors import DataError, ModelError, UnknownModelError
 from sevpeft.evaluation.report.page import rows_text
 from sevpeft.modeling.loading import resolve_model
 from sevpeft.recipe import load_recipe
@@ -175,6 +175,13 @@ def test_memory_that_cannot_be_planned_is_told_with_the_reason(model_folder: Cal
     found = plan(load_recipe(QUICKSTART, [f"model.name_or_path={model_folder()}"]))
     assert found.memory_unknown == found.as_dict()["memory_unknown"] == "no numbers"
     assert "Unknown           memory and GPUs: no numbers" in shown(found)
+
+
+def test_a_row_longer_than_the_table_of_positions_is_refused(model_folder: Callable[..., Path]) -> None:
+    words = [f"model.name_or_path={model_folder('gpt2')}"]
+    with pytest.raises(DataError, match=r"training\.max_length=256\.$"):
+        plan(load_recipe(QUICKSTART, words))
+    assert plan(load_recipe(QUICKSTART, [*words, "training.max_length=256"])).tokens
 
 
 def test_without_the_tokenizer_memory_is_planned_and_time_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 import sevpeft
 from sevpeft.console import visible
 from sevpeft.data import columns as naming
-from sevpeft.data.columns import PROBABILITIES, as_text, free_name, free_names, listed
+from sevpeft.data.columns import PROBABILITIES, SUM_TOLERANCE, as_text, free_name, free_names, listed
 from sevpeft.data.prepare import Cleaning, PrepareSettings
 from sevpeft.data.prepare.clean import clean
 from sevpeft.data.prepare.duplicates import Ints, conflicting_groups, duplicate_groups
@@ -195,7 +195,7 @@ def _refine(batch: dict[str, list[str]], settings: PrepareSettings) -> dict[str,
 
 
 def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
-    """Codes (n,) of the severity column, or of the likeliest of three probabilities, -1 for none, and their names.
+    """Codes (n,) of the severity column, or of the likeliest of three probabilities, -1 for none or invalid; and names.
 
     The names are as first written, or None if they are so many or so long that they may be text of patients.
     """
@@ -212,7 +212,7 @@ def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
     if not set(PROBABILITIES) <= set(rows.column_names):
         return np.full(len(rows), -1, np.int64), []
     probabilities = np.stack([np.array(rows[name][:], np.float64) for name in PROBABILITIES], axis=1)
-    whole = np.isfinite(probabilities).all(axis=1)
+    whole = (probabilities >= 0).all(axis=1) & (np.abs(probabilities.sum(axis=1) - 1) <= SUM_TOLERANCE)
     return np.where(whole, probabilities.argmax(axis=1), -1), [name.removeprefix("p_") for name in PROBABILITIES]
 
 
@@ -279,7 +279,7 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
         (carved, "There are too few values to hold out a validation: it was drawn from the training rows."),
         (empty, f"{empty} rows have no value to hold out by; they are trained on."),
         (not splits["labeled"], "The severity column has too many different values for labels: no strata were made."),
-        (unlabeled, f"{unlabeled} of the kept rows have no severity."),
+        (unlabeled, f"{unlabeled} of the kept rows have no severity, or probabilities that do not sum to 1."),
     ]
     for reason, count in rows["rejected"].items():
         checks.append((10 * count > rows["read"], f"{count} of {rows['read']} rows are {reason}: see rejected.jsonl."))

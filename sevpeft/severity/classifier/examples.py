@@ -148,8 +148,7 @@ def labeled_examples(consultations: Consultations, block_column: str | None = No
     table_names = {name: own for own, name in (consultations.carried | consultations.columns).items()}
     column = table_names.get(block_column, block_column)
     if column not in rows.column_names:
-        present = listed(sorted(table_names))
-        raise DataError(f"{source} has no column '{block_column}' for block_column; it has {present}.")
+        raise DataError(f"{source} has no block_column '{block_column}'; it has {listed(sorted(table_names))}.")
     names = ["" if value is None else str(value) for value in rows[column]]
     if column in ("question", "answer") or max(map(len, names)) > LONGEST_BLOCK:
         reason = f"Column '{block_column}' of {source} has text, not names of blocks, which the report would show"
