@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -61,7 +59,6 @@ from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.judge import Judge
 from sevpeft.evaluation.report.claim import Evidence, can_show, claim_of, verdict_of
 from sevpeft.evaluation.scores import ALL, CRITICAL, METRICS, PRIMARY, Scores
-from sevpeft.evaluation.statistics import paired_difference
 from sevpeft.evaluation.tables import COMPARISON
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, file_hash, json_lines, plain_disk_errors, write_atomically
@@ -183,8 +180,7 @@ def compare(
         print_labeled(screen, "Runs", "; ".join([to_do, f"seeds {', '.join(map(str, seeds))}", *equal.values()]))
     critical = rows.strata == SEVERITIES.index(CRITICAL)
     if todo and stratum == CRITICAL:
-        spread = _spread(planned) if weighted else None
-        print_labeled(screen, "Can show", can_show(rows.groups[critical], len(seeds), spread))
+        print_labeled(screen, "Can show", can_show(rows.groups[critical], len(seeds)))
 
     def finish(wanted: list[_Unit], before: int = 0) -> None:
         """Finishes the runs: first those that no other process has locked, then the others when they are free."""
@@ -347,18 +343,6 @@ class _Pace(TrainerCallback):
             step = (self.times[-1] - self.times[0]) / (_STEPS_OF_PACE - 1)
             whole = str(timedelta(seconds=round(step * state.max_steps * self.share)))
             print_labeled(self.screen, "Time", f"{step:.3g} s a step, {whole} for all training; evaluation is extra")
-
-
-def _spread(units: Sequence[_Unit]) -> float | None:
-    """Standard deviation between critical questions of weighted − plain NLL, from the first two runs; None before."""
-    pair = [next(unit for unit in units if unit.arm in of) for of in ((CE,), WEIGHTED)]
-    with suppress(SevpeftError, OSError):  # a fault of a run is raised when the run is finished
-        tokens, scores = _read_scores(pair)
-        at = pair[0].rows.strata == SEVERITIES.index(CRITICAL)
-        plain, weighted = (scores[unit.arm][PRIMARY][:, at] for unit in pair)
-        difference = paired_difference(weighted, plain, pair[0].rows.groups[at], weights=tokens[at])
-        return difference.standard_error * math.sqrt(difference.groups) or None
-    return None
 
 
 def _validation(units: Sequence[_Unit], stratum: str) -> dict[str, dict[str, Any]]:

@@ -47,7 +47,9 @@ def write_card(run: Run) -> Path:
 
 def adapter_card(run: Run, repo_id: str = "ADAPTER", base: str | None = None, license_: str | None = None) -> str:
     """The card of a run's adapter; `base` and `license_` replace the recipe's. RunError if the run lacks figures."""
-    recipe = load_recipe(run.folder / "recipe.yaml")
+    recipe, weights = load_recipe(run.folder / "recipe.yaml"), file_hash(run.adapter / SAFETENSORS_WEIGHTS_NAME)
+    if run.metrics().get("adapter", weights) != weights:
+        raise RunError(f"{run.adapter} has other weights than its training wrote; restore them, or train another run.")
     try:
         model = run.metrics()["model"]
         config = quantization_config(recipe, Precision(getattr(torch, model["dtype"]), bf16=False, fp16=False))
@@ -63,15 +65,13 @@ def adapter_card(run: Run, repo_id: str = "ADAPTER", base: str | None = None, li
         raise RunError(f"{files} is damaged or incomplete; restore it, or finish the run first.") from error
 
 
-def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: Path) -> Path:
-    """Writes FOLDER/README.md from the fields of `Merged` and returns its path."""
+def write_merged_card(run: Run, recipe: Recipe, merged: dict[str, Any], folder: Path) -> None:
+    """Writes FOLDER/README.md from the fields of `Merged`."""
     base = base_id(recipe) or public_name(merged["base"])
     served = adapter_command(base if "/" in base else "BASE", "RUN/adapter", read_adapter_config(run.adapter))
     more = {"merged": merged, "served": served}
     text = _filled_in("merged.md.jinja", run, recipe, base, license_of(recipe), more)
-    path = folder / "README.md"
-    write_atomically(path, text, shared=True)
-    return path
+    write_atomically(folder / "README.md", text, shared=True)
 
 
 def note_figures(run: Run, **figures: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from transformers import PrinterCallback
 
@@ -26,7 +27,7 @@ from sevpeft.modeling.compat import attention_of, requested_engine
 from sevpeft.modeling.loading import load_model, resolved_name, uses_gpu
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
-from sevpeft.runs import Run, check_output, default_output, describe_environment, new_run, plain_disk_errors
+from sevpeft.runs import Run, check_output, default_output, describe_environment, file_hash, new_run, plain_disk_errors
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training import checkpoints
 from sevpeft.training.callbacks import RunProgress, Samples, SignalHandler, StepGuard, resume_command
@@ -255,6 +256,7 @@ def _write_results(trainer: SeveritySFTTrainer, guard: StepGuard, cost: dict, ru
     steps, skipped = trainer.state.global_step, guard.counts["nonfinite"]
     totals, tokens = trainer.exact_resume.totals(), counted(trainer)["tokens"]
     run.update_metrics(
+        adapter=file_hash(run.adapter / SAFETENSORS_WEIGHTS_NAME),  # binds the figures to these weights
         training={
             "steps": steps,
             "epochs": trainer.state.epoch,

@@ -200,13 +200,13 @@ def test_where_there_is_no_gain_the_claim_is_shown_in_five_percent_at_most() -> 
     assert max(shown.values()) <= 4, shown
 
 
-def test_what_gain_can_be_shown_depends_on_questions_seeds_and_the_spread_of_earlier_runs() -> None:
-    def least(questions: int, seeds: int, spread: float | None = None) -> float:
-        text = can_show(np.arange(questions).repeat(2), seeds, spread)
-        assert f"{questions} critical questions" in text and ("a pilot" in text) == (spread is None)
+def test_what_gain_can_be_shown_depends_on_questions_and_seeds() -> None:
+    def least(questions: int, seeds: int) -> float:
+        text = can_show(np.arange(questions).repeat(2), seeds)
+        assert f"{questions} critical questions" in text
         return float(re.search(r"of ([\d.]+)%", text)[1])  # type: ignore[index]
 
-    assert least(40, 3) > least(160, 3) and least(40, 1) > least(40, 3) and least(40, 3, 0.2) > least(40, 3)
+    assert least(40, 3) > least(160, 3) and least(40, 1) > least(40, 3)
     assert least(40, 3) == pytest.approx(100 * (1 - np.exp(-2.54 * 0.0111)), abs=0.2)  # (t.95 + t.80) · SE
     found = claimed(0.1)
     _, more = verdict_of(found.claim, 3)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sevpeft.errors import RunError
+from sevpeft.errors import RunError, UsageError
 from sevpeft.evaluation.report import export as module
 from sevpeft.evaluation.report.export import export
 from sevpeft.evaluation.scores import METRICS
@@ -70,7 +70,9 @@ def test_tables_for_latex_say_in_the_caption_how_they_came(comparison: Path, tmp
     for name, text in tables.items():
         assert text.count("\\toprule") == text.count("\\bottomrule") == 1, name
         caption = text.split("\\caption{")[1].split("\\begin{tabular}")[0]
-        assert "Seeds 0" in caption and "Interval: 90\\% of questions" in caption, name
+        # The interval of a one-sided test at 5 % has 90 %, whatever evaluation.confidence_level is.
+        interval = "90\\% intervals" if name == "claim" else "Interval: 90\\% of questions"
+        assert "Seeds 0" in caption and interval in caption and ("Interval:" in caption) == (name != "claim"), name
         columns = len(re.findall("l", re.search(r"tabular}{(l+)}", text)[1]))  # type: ignore[index]
         rows = [row for row in text.splitlines() if row.endswith(r"\\")]
         assert {row.count(" & ") + 1 for row in rows} == {columns} and len(rows) > 1, name
@@ -127,6 +129,8 @@ def test_nothing_is_overwritten_and_nothing_half_written(comparison: Path, tmp_p
     (tmp_path / "there").mkdir()
     with pytest.raises(RunError, match="there exists already"):
         export(comparison, csv=tmp_path / "new", latex=tmp_path / "there")
+    with pytest.raises(UsageError, match="two folders"):
+        export(comparison, csv=tmp_path / "new", latex=tmp_path / "new")
     with pytest.raises(RunError, match="no comparison"):
         export(write_run(tmp_path / "run"), csv=tmp_path / "new")
     content = json.loads((comparison / "comparison.json").read_text())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
+from sevpeft.errors import RunError
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import recipe_from_values
 from sevpeft.runs import Run, file_hash
@@ -117,6 +119,15 @@ def test_a_card_is_written_anew_until_somebody_edits_it(made_run: Callable[..., 
     card.write_text(f"{card.read_text(encoding='utf-8')}\nAsk me.\n", encoding="utf-8")
     note_figures(run, after={"loss": 3.0})
     assert "3.5000" in card.read_text(encoding="utf-8") and not is_unedited(card)
+
+
+def test_figures_are_not_shown_for_other_weights_than_those_of_the_training(made_run: Callable[..., Run]) -> None:
+    run = made_run()
+    run.update_metrics(adapter=file_hash(run.adapter / "adapter_model.safetensors"))
+    assert "5.0000" in adapter_card(run)
+    run.update_metrics(adapter=file_hash(run.adapter / "adapter_config.json"))
+    with pytest.raises(RunError, match="restore them"):
+        adapter_card(run)
 
 
 def test_a_published_recipe_names_no_folder_host_or_row() -> None:

@@ -24,7 +24,7 @@ from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_model, resolve_model
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import load_recipe
-from sevpeft.runs import Run
+from sevpeft.runs import Run, file_hash
 from sevpeft.sharing.card import write_card
 from sevpeft.training.callbacks import RunProgress, Samples, energy_counters
 from sevpeft.training.checkpoints import as_started
@@ -110,7 +110,7 @@ def test_a_run_folder_is_complete_and_says_what_happened(trained: tuple[Run, str
     environment, metrics = run.read_json("environment.json"), run.metrics()
     assert environment["versions"]["trl"] and environment["seed"] == 42 and environment["processes"] == 1
     assert environment["data_fingerprint"].startswith("sha256:")
-    assert set(metrics) == {"model", "data", "weights", "training", "before", "after"}
+    assert set(metrics) == {"model", "data", "weights", "adapter", "training", "before", "after"}
     assert set(metrics["after"]) == {"loss", "loss_non_critical", "loss_neutral", "loss_critical"}
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
     refused = metrics["data"]["encoding"]["train"]["refused"]
@@ -121,6 +121,7 @@ def test_a_run_folder_is_complete_and_says_what_happened(trained: tuple[Run, str
     assert [entry["step"] for entry in log if "eval_loss_critical" in entry] == [0, 2, 4]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert metrics["training"]["train_loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert metrics["adapter"] == file_hash(run.adapter / "adapter_model.safetensors")
     assert any("loss_critical" in entry for entry in log)
     cost = metrics["training"]
     assert 0 < cost["step_seconds"] < cost["seconds"] and 0 < cost["peak_cpu_gib"] < 1000

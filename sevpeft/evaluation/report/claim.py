@@ -117,12 +117,12 @@ def verdict_of(claim: Mapping[str, Any], seeds: int) -> tuple[str, str]:
     return f"{CLAIM[claim['outcome']]}{CLAIM[safety]}".format(**words), more.format(**words)
 
 
-def can_show(groups: np.ndarray, seeds: int, spread: float | None) -> str:
-    """The smallest true gain that a claim on critical rows in groups (n,) can show. `spread`: from earlier runs."""
+def can_show(groups: np.ndarray, seeds: int) -> str:
+    """The smallest true gain that a claim on critical rows in groups (n,) can show, with the spread of the pilot."""
     questions = len(np.unique(groups))
-    error = math.hypot((spread or PILOT_QUESTIONS) / math.sqrt(questions), PILOT_SEEDS / math.sqrt(seeds))
-    least, by = _percent(-detectable(error, questions - 1, ALPHA)), "finished runs" if spread else "a pilot"
-    return f"a gain of {least}% or more in {questions:,} critical questions ({POWER:.0%} power; spread as in {by})"
+    error = math.hypot(PILOT_QUESTIONS / math.sqrt(questions), PILOT_SEEDS / math.sqrt(seeds))
+    least = _percent(-detectable(error, questions - 1, ALPHA))
+    return f"a gain of {least}% or more in {questions:,} critical questions ({POWER:.0%} power; spread as in a pilot)"
 
 
 def _percent(difference: float | None, *, sign: bool = False) -> str:

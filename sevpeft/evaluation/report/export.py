@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pyarrow.csv import write_csv
 
 from sevpeft.console import number_text, p_text
-from sevpeft.errors import RunError
+from sevpeft.errors import RunError, UsageError
 from sevpeft.evaluation.report.page import COMPARED, TEMPLATES, stored_lines, stored_object
 from sevpeft.evaluation.statistics import estimate_text
 from sevpeft.evaluation.tables import COMPARISON
@@ -34,6 +34,8 @@ def export(folder: Path | str, *, csv: Path | None = None, latex: Path | None = 
     A RunError if there is no comparison, or an output exists.
     """
     folder, outputs, notes = Path(folder), [path for path in (csv, latex) if path], list[str]()
+    if csv and csv == latex:
+        raise UsageError(f"--csv and --latex both name {csv}; name two folders.")
     if not (folder / COMPARISON).is_file():
         raise RunError(f"There is no comparison in {folder}; --csv and --latex need a folder of `sevpeft compare`.")
     content = stored_object(folder / COMPARISON, COMPARED)
