@@ -199,7 +199,7 @@ def source_index(rows: Dataset) -> np.ndarray:
     return np.asarray(rows.with_format("numpy")["source_index"][:])
 
 
-_COUNTS = ("lost_words", "answer_length")
+_COUNTS = ("lost_words", "answer_length", "unknown_tokens")
 # Column of the weight that a conversation gives an answer; multiplied with the severity weight.
 TURN_WEIGHT = "turn_weight"
 _FEATURES = Features(
@@ -266,8 +266,9 @@ def encode_rows(
         "median_length": int(np.median(lengths)),
         "longest": int(lengths.max()),
         "answer_tokens": int(counts["answer_length"].sum()),
+        "unknown_token_share": float(counts["unknown_tokens"].sum() / lengths.sum()),
     }
-    return encoded.remove_columns("answer_length"), report
+    return encoded.remove_columns(["answer_length", "unknown_tokens"]), report
 
 
 def _encode_batch(
@@ -280,7 +281,7 @@ def _encode_batch(
     turns = [(*of, *turn) for of, text in zip(about, texts, strict=True) for turn in trained_turns(*text)]
     places, dialects, severities, questions, replies, weights, earlier = zip(*turns, strict=True)
     prompts, answers = prompt.prompt_ids(questions, dialects, severities, earlier), prompt.answer_ids(replies)
-    rows = []
+    rows, unknown = [], prompt.tokenizer.unk_token_id  # byte-level tokenizers have none, or name EOS
     for n, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
         answer, lost = answer[: -1 if published.no_end_token else None], 0
         if max_length is not None and len(ids) + len(answer) > max_length:
@@ -289,13 +290,14 @@ def _encode_batch(
             if shorter is None:
                 continue
             ids, lost = shorter
+        counted = 0 if unknown in (None, prompt.end_id) else (ids + answer).count(unknown)
         ids, labels, stratum = ids + answer, [IGNORED] * len(ids) + answer, int(strata[places[n]])
         if published.labels == "all":
             # Without an attention mask padding attends to padding, unlike in the notebook. An answer never does.
             ids += [prompt.end_id] * ((max_length or 0) - len(ids))
         if published.labels != "answer":
             labels = [IGNORED, *ids[1:]]  # nothing predicts the first token
-        rows.append((ids, labels, stratum, places[n], lost, len(answer), weights[n]))
+        rows.append((ids, labels, stratum, places[n], lost, len(answer), counted, weights[n]))
     return {name: [row[number] for row in rows] for number, name in enumerate(_FEATURES)}
 
 

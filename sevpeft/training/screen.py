@@ -66,6 +66,8 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
         if report["shortened"]:
             lost = f"words lost: {report['lost_words']:,}, at most {report['most_lost_words']} from one"
             warn("Shortened", f"{name} questions to fit {limit} tokens: {report['shortened']:,} ({lost})")
+        if (share := report.get("unknown_token_share", 0)) > 0.005:
+            warn("Unknown", f"{share:.1%} of the tokens of {name} rows are letters or words that the tokenizer lacks")
         if report["refused"]:
             what = f"{name} rows whose answer leaves no room for a question in {limit} tokens: {report['refused']:,}"
             warn("Refused", f"{what}; raise training.max_length to keep them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,7 @@ def test_a_row_is_the_prompt_ignored_and_the_answer_labeled(encode: Callable, pr
         "rows": 30,
         "refused": 0,
         "shortened": 0,
+        "unknown_token_share": 0.0,
         "lost_words": 0,
         "most_lost_words": 0,
         "median_length": int(np.median(lengths)),
@@ -202,6 +204,13 @@ def test_token_weights_are_zero_on_the_prompt_and_follow_the_reduction(weighted:
         each = weight if reduction == "tokens" else weight / length
         np.testing.assert_allclose(found[labels != IGNORED], each, rtol=1e-6)
         assert found.sum() == pytest.approx(weight * length if reduction == "tokens" else weight, rel=1e-5)
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_counted(encode: Callable, prompt: Prompt) -> None:
+    rows = many_rows()
+    ids = [token for row in encode(rows, None)[0]["input_ids"] for token in row]
+    prompt.tokenizer.unk_token = prompt.tokenizer.convert_ids_to_tokens(common := Counter(ids).most_common(1)[0][0])
+    assert encode(rows, None)[1]["unknown_token_share"] == pytest.approx(ids.count(common) / len(ids))
 
 
 def test_as_many_weights_as_rows_are_needed(encode: Callable, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -90,6 +91,19 @@ def test_a_machine_that_is_too_small_is_warned_about(monkeypatch: pytest.MonkeyP
     small, large = printed(1 * GIB, "quickstart"), printed(16 * GIB, "llama-3.1-8b")
     assert "CPU, 1.0 GiB of the 8.0" in small and ";" not in small
     assert "too much" in large and "hours an epoch" in large
+
+
+def test_a_tokenizer_that_lacks_letters_of_the_data_is_warned_about() -> None:
+    def printed(share: float) -> str:
+        encoding = {"train": {"shortened": 0, "refused": 0, "unknown_token_share": share}}
+        summary = {"source": "x.csv", "columns": {}, "split_by": "random", "rows": {}, "rejected": {}, "severity": None}
+        console = Console(file=io.StringIO(), width=80)
+        recipe = load_recipe(RECIPES / "quickstart.yaml")
+        weights: Any = None
+        screen.show_data(summary | {"questions_in_two_splits": 0, "encoding": encoding}, weights, recipe, console)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+    assert "2.0% of the tokens of train rows" in printed(0.02) and "tokenizer" not in printed(0.001)
 
 
 def test_the_hours_of_an_epoch_are_told_for_a_gpu_and_for_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
