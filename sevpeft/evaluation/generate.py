@@ -20,6 +20,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from sevpeft.data.columns import trained_turns
 from sevpeft.errors import ModelError, RunError
+from sevpeft.modeling.loading import learned_positions
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
 
@@ -255,7 +256,8 @@ def reference_nll(
         question come first, with None and 0. A RunError if a single row does not fit the GPU's memory.
     """
     answers = prompt.answer_ids(rows.references)
-    prompts, _ = fitting_prompts(rows, prompt, max_length, [len(answer) for answer in answers])
+    limit = min(filter(None, (max_length, learned_positions(model.config))), default=None)
+    prompts, _ = fitting_prompts(rows, prompt, limit, [len(answer) for answer in answers])
     if unfit := [identity for identity, ids in zip(rows.ids, prompts, strict=True) if not ids]:
         yield [{"id": identity, "nll": None, "tokens": 0} for identity in unfit]
     lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)]

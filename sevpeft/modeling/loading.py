@@ -85,6 +85,12 @@ def resolve_model(recipe: Recipe, run: Run | None = None) -> ResolvedModel:
     raise ModelError(f"{changed}, or the run's section prompt; restore them, or the copy in {run.tokenizer}.")
 
 
+def learned_positions(config: PretrainedConfig) -> int | None:
+    """Number of learned positions of a model; None for others, such as rotary ones, which have no end."""
+    text = config.get_text_config()
+    return None if getattr(text, "rope_parameters", None) else getattr(text, "max_position_embeddings", None)
+
+
 def uses_gpu(recipe: Recipe) -> bool:
     """Whether the run computes on a CUDA device: one exists, and neither recipe nor launcher requests the CPU."""
     return torch.cuda.is_available() and not recipe.training.settings().get("use_cpu") and not compat.cpu_requested()

@@ -22,6 +22,7 @@ from sevpeft.data.read import Consultations, is_prepared, load_consultations
 from sevpeft.data.split import SIDES, Splits, question_key, question_keys, split_rows, without_questions
 from sevpeft.data.text import fold_for_matching
 from sevpeft.errors import DataError, WeightError
+from sevpeft.modeling.loading import learned_positions
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import AsPublishedSection, Recipe, TrainingDataSection
 from sevpeft.runs import workers_end_with_this_process
@@ -71,9 +72,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path, config: Any = None) -
                 mix=recipe.data if recipe.data.mix and name == "train" else None,
                 published=recipe.as_published if name == "train" else AsPublishedSection(),
             )
-        longest, text = max(report["longest"] for report in reports.values()), config and config.get_text_config()
-        # A table of learned positions ends; rotary positions do not.
-        context = not getattr(text, "rope_parameters", None) and getattr(text, "max_position_embeddings", None)
+        longest, context = max(report["longest"] for report in reports.values()), config and learned_positions(config)
         if context and longest > context:
             problem = f"A row has {longest} tokens, and {recipe.model.name_or_path} reads at most {context}"
             raise DataError(f"{problem}; set training.max_length={context}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+import timeit
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -203,12 +203,8 @@ def show_plan(plan: Plan, console: Console) -> None:
 def _cpu_tflops(dtype: torch.dtype) -> float:
     """TFLOP/s of this CPU in a matrix product of this dtype, the best of three."""
     one, other = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
-    times = list[float]()
-    for _ in range(4):  # the first one also starts the threads
-        began = time.perf_counter()
-        one @ other
-        times.append(time.perf_counter() - began)
-    return float(2 * 1024 * 2048 * 1024 / min(times[1:]) / 1e12)
+    seconds = timeit.repeat(lambda: one @ other, number=1, repeat=4)[1:]  # the first one also starts the threads
+    return 2 * 1024 * 2048 * 1024 / min(seconds) / 1e12
 
 
 def show_fitting(need: Fitting, console: Console) -> None:

@@ -403,6 +403,11 @@ def test_a_row_is_shortened_as_in_training_and_one_that_does_not_fit_has_no_like
     assert report["shortened"] and report["refused"]
     assert scored == {tuple(row["input_ids"]): sum(label != IGNORED for label in row["labels"]) for row in encoded}
     assert np.isnan(nll_of(build_model("gpt2"), trained_prompt, validation, max_length=5)[0]).all()
+    # A table of learned positions that is shorter than max_length sets the limit.
+    short = build_model("gpt2")
+    short.config.n_positions = most
+    short.transformer.wpe = torch.nn.Embedding(most, 48)
+    assert np.array_equal(nll_of(short, trained_prompt, validation)[1], tokens)
 
 
 def test_a_full_gpu_makes_batches_of_the_likelihood_smaller(
