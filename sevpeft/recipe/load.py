@@ -124,7 +124,9 @@ def _checked(
         mistakes.update(failed_checks(values))
     for path, message in mistakes.items():
         by_override = any(path[: len(key)] == key or key[: len(path)] == path for key in overridden)
-        lines.append(f"{_COMMAND_LINE if by_override else source}: {'.'.join(path)}: {message}.")
+        lines.append(
+            ": ".join(filter(None, [_COMMAND_LINE if by_override else str(source), ".".join(path), f"{message}."]))
+        )
     if lines:
         raise RecipeError("\n".join(lines))
     return model
