@@ -68,6 +68,8 @@ def web(
     login = _login(host, auth)
     if find_spec("gradio") is None:
         raise SevpeftError('The page needs gradio: run pip install -e ".[web]".')
+    if comments and comments.suffix != ".jsonl":
+        raise UsageError(f"--comments {comments}: name a file that ends in .jsonl; comments are added to it.")
     if comments:
         with comments.open("a"):  # raises before slow work if it is not writable
             keep_private(comments)

@@ -124,9 +124,8 @@ def _checked(
         mistakes.update(failed_checks(values))
     for path, message in mistakes.items():
         by_override = any(path[: len(key)] == key or key[: len(path)] == path for key in overridden)
-        lines.append(
-            ": ".join(filter(None, [_COMMAND_LINE if by_override else str(source), ".".join(path), f"{message}."]))
-        )
+        place = (_COMMAND_LINE if by_override else str(source), *([".".join(path)] if path else []))
+        lines.append(": ".join((*place, f"{message}.")))
     if lines:
         raise RecipeError("\n".join(lines))
     return model

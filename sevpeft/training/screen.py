@@ -30,8 +30,7 @@ from sevpeft.training.resolve import device_memory, memory_plan, split_here
 
 # Columns of the weight histogram in a terminal of 80, and of the bar of a memory item.
 HISTOGRAM_WIDTH, BAR_WIDTH = 79 - LABEL_WIDTH, 15
-# Share of a CPU's matrix product that a training reaches, by the steps of Gemma-3-270M in tests/README.md: .31 in
-# bfloat16 with AVX512, .46 in float32 with AVX2.
+# Share of a CPU's matrix product that training reached (tests/README.md): .31 in bfloat16, .46 in float32 (AVX2).
 CPU_EFFICIENCY = 0.35
 _COST = {"tokens_per_second": "tokens/s", "peak_gpu_gib": "GiB of the GPU", "peak_cpu_gib": "GiB at most"}
 _COST |= {"gpu_watt_hours": "Wh of the GPU", "cpu_watt_hours": "Wh of the processors"}

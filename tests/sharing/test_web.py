@@ -217,8 +217,11 @@ def test_a_page_for_others_asks_for_a_password(
     from sevpeft.errors import UsageError
     from sevpeft.sharing.web import Page
 
-    code, _, err = sevpeft_("web", tmp_path, "--comments", tmp_path)
-    assert code == 1 and "irectory" in err
+    (tmp_path / "recipe.yaml").write_text("mine: true\n")
+    for place in (tmp_path, tmp_path / "recipe.yaml"):  # comments are appended, and a file of another kind is no place
+        code, _, err = sevpeft_("web", tmp_path, "--comments", place)
+        assert code == 2 and ".jsonl" in err
+    assert (tmp_path / "recipe.yaml").read_text() == "mine: true\n"
     served: list[Any] = []
     chat = Scripted()
     chat.ended.set()  # as if Ctrl-C came at once
