@@ -346,7 +346,7 @@ def _json(path: Path, encoding: str, suffix: str) -> Part:
             raise DataError(f"{path.name}{place} {json_problem(error)}.") from None
         if rows is None or not all(isinstance(cells, dict) for cells in rows):
             remedy = "write rows, in pandas with to_json(FILE, orient='records', lines=True)"
-            raise DataError(f"{path.name} is no valid JSON data: not one array of objects, nor one per line: {remedy}.")
+            raise DataError(f"{path.name} is not valid JSON: no array of objects, nor one per line: {remedy}.")
         yield from enumerate(rows, start=1)
 
     names = dict.fromkeys(name for _, cells in read(()) for name in cells)

@@ -48,10 +48,10 @@ def write_card(run: Run) -> Path:
 def adapter_card(run: Run, repo_id: str = "ADAPTER", base: str | None = None, license_: str | None = None) -> str:
     """The card of a run's adapter; `base` and `license_` replace the recipe's. RunError if the run lacks figures."""
     recipe, weights = load_recipe(run.folder / "recipe.yaml"), file_hash(run.adapter / SAFETENSORS_WEIGHTS_NAME)
-    if run.metrics().get("adapter", weights) != weights:
-        raise RunError(f"{run.adapter} has other weights than its training wrote; restore them, or train another run.")
     try:
         model = run.metrics()["model"]
+        if run.metrics().get("adapter", weights) != weights:
+            raise RunError(f"{run.adapter} has other weights than its training wrote; restore them, or train again.")
         config = quantization_config(recipe, Precision(getattr(torch, model["dtype"]), bf16=False, fp16=False))
         settings = {} if config is None else config.to_diff_dict()
         keys = [key for key in recipe.quantization.model_dump() if key in settings]

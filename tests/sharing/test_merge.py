@@ -436,7 +436,8 @@ def test_the_card_names_a_base_of_the_hub_with_its_license(made_run: MadeRun, tm
     recipe = load_recipe(run.folder / "recipe.yaml")
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": "LiquidAI/LFM2-350M"})})
     figures = asdict(found) | {"base": "LiquidAI/LFM2-350M"}
-    card = ModelCard.load(sevpeft.sharing.merge.write_merged_card(run, recipe, figures, tmp_path / "merged"))
+    sevpeft.sharing.merge.write_merged_card(run, recipe, figures, tmp_path / "merged")
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
     assert (card.data.base_model, card.data.base_model_relation) == ("LiquidAI/LFM2-350M", "finetune")
     assert (card.data.license, card.data.license_name) == ("other", "lfm-1.0")
     assert "the dequantized base" in card.text and "merged into the unquantized base instead" in card.text
