@@ -215,8 +215,8 @@ def compare(
         taken = {unit.arm: f"{unit.arm} {unit.run.metrics()['training']['steps']:,}" for unit in finished}
         _check_equal(finished, ("base weights",) if vary else ("base weights", "tokenizer", "steps", "rows"))
         tokens, scores = _read_scores(finished)
-        routed = {ROUTED_GOLD: critical} if chosen else {}
-        routed |= dict.fromkeys((ROUTED, ROUTED_SHUFFLED), np.concatenate([routes for *_, routes in by_fold.values()]))
+        routes = np.concatenate([of_fold for *_, of_fold in by_fold.values()])
+        routed = {ROUTED: routes, ROUTED_SHUFFLED: routes, ROUTED_GOLD: critical}
         for arm in (arm for arm in COMPOSED if arm in arms):
             special = scores[SHUFFLED if arm == ROUTED_SHUFFLED else str(chosen)]
             scores[arm] = {name: np.where(routed[arm], of, scores[CE][name]) for name, of in special.items()}

@@ -56,7 +56,7 @@ def adapter_card(run: Run, repo_id: str = "ADAPTER", base: str | None = None, li
         settings = {} if config is None else config.to_diff_dict()
         keys = [key for key in recipe.quantization.model_dump() if key in settings]
         base = base or base_id(recipe) or public_name(model["name_or_path"])
-        more: dict[str, Any] = {"repo_id": repo_id, **_measured(run)}
+        more: dict[str, Any] = {"repo_id": repo_id, **_measured(run, weights)}
         more["quantization"] = ", ".join(f"{key}={settings[key]!r}" for key in keys)
         more["served"] = adapter_command(base, repo_id, read_adapter_config(run.adapter))
         return _filled_in("adapter.md.jinja", run, recipe, base, license_ or license_of(recipe), more)
@@ -117,10 +117,10 @@ def public_recipe(recipe: Recipe) -> str:
     return Recipe.model_validate(shown).to_yaml().strip()
 
 
-def _measured(run: Run) -> dict[str, Any]:
-    """Test scores of this adapter, and the verdict of its comparison, as far as they exist."""
+def _measured(run: Run, weights: str) -> dict[str, Any]:
+    """Test scores of the adapter with this hash, and the verdict of its comparison, as far as they exist."""
     evaluation, figures = run.read_json("evaluation.json"), dict[str, Any]()
-    if evaluation.get("adapter") == file_hash(run.adapter / SAFETENSORS_WEIGHTS_NAME):
+    if evaluation.get("adapter") == weights:
         shown = {name: about for name, about in evaluation["metrics"].items() if name in _SCORES}
         figures = {"evaluation": evaluation, "metrics": shown}
     folder = run.folder.resolve()
