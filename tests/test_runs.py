@@ -195,7 +195,20 @@ def test_ctrl_c_is_for_the_parent_of_workers_alone() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_ends_the_launcher_of_one_process_and_no_other_parent() -> None:
-    child = [sys.executable, "-c", "from sevpeft.runs import end_launcher; end_launcher()"]
+    """At the signal, and not after a library that is being loaded has passed it on: the launcher waits for .25 s."""
+    code = """
+import os, signal, sys
+from contextlib import suppress
+from sevpeft.cli import application
+
+def app(**_):
+    with suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+application.app = app
+application.main()
+"""
+    child = [sys.executable, "-c", code]
     parent = [sys.executable, "-c", f"import subprocess, sys; subprocess.run({child}); sys.exit(7)"]
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     for word, processes, code in (("launch", "1", -signal.SIGTERM), ("launch", "2", 7), ("other", "1", 7)):

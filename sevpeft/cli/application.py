@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -63,6 +64,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     guard_output()
+    signal.signal(signal.SIGINT, _interrupt)
     if sys.argv[1:] == ["--version"]:
         print_text(f"sevpeft {__version__}")
         sys.exit(0)
@@ -82,13 +84,18 @@ def main() -> None:
             _print_error(_message(error))
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
-        end_launcher()
         code = 130
     finally:
         sys.excepthook = _show_traceback  # last, because typer sets its own
     if code == 130:
         _print_error("Interrupted.")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Handles Ctrl-C. The launcher ends at once: it waits .25 s for this process, which may be loading a library."""
+    end_launcher()
+    signal.default_int_handler(number, frame)
 
 
 def keys_help(schema: type[BaseModel], *, without: Collection[str] = (), above: str = "") -> str:
