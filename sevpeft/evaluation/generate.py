@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sevpeft.data.columns import trained_turns
@@ -27,6 +29,8 @@ from sevpeft.recipe.schema import GenerationSection
 # Padding tokens of a batch per token of an answer. Measured on a CPU, where a step mostly reads the weights: a step of
 # another batch costs as much as reading 32 tokens.
 _PADDING = 32
+# If prompts are read by length, padding is only kept, not computed: the limit is for memory.
+_PADDING_KEPT = 2**14
 # Limits of a likelihood batch: tokens with padding, enough for a busy GPU without a backward pass; logits (1 GB in
 # float32); and padding, as another batch reads the weights once more.
 NLL_TOKENS, NLL_LOGITS, NLL_PADDING = 4096, 2**28, 128
@@ -35,6 +39,8 @@ _LONG, _SHORT, _STEPS = 24, 9, 3
 # Root mean squares over a vocabulary vary little. Measured in three precisions: harmless shapes differ by up to 1.6
 # yardsticks, and the weakest fault by 17.
 _YARDSTICKS = 4.0
+# Cache: bare model → result of `_batching`. An adapter changes each token by itself, so it needs no measurement.
+_batching_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _LISTS = ("ids", "questions", "references", "dialects", "turns", "severities")  # columns of the rows
 
 
@@ -121,16 +127,21 @@ def generate(
     if not all(prompts):
         problem = f"leaves no room for a question in the model's {context:,} positions"
         raise ModelError(f"generation.max_new_tokens={most} {problem}; lower it.")
-    (model.get_base_model() if hasattr(model, "get_base_model") else model).generation_config = GenerationConfig()
-    if min(size, len(rows)) > 1 and (problem := batching_problem(model, prompt.end_id)):
-        size = 1
-        on_slow(f"Questions are answered one at a time, which is slower: {problem}.")
+    _bare(model).generation_config = GenerationConfig()
+    by_length = False
+    if min(size, len(rows)) > 1:
+        by_length, problem = _batching(model, prompt.end_id)
+        if problem:
+            size = 1
+            on_slow(f"Questions are answered one at a time, which is slower: {problem}.")
     for batch, answers in _run_batches(
         range(len(rows)),
         list(map(len, prompts)),
-        lambda batch: answer_tokens(model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings),
+        lambda batch: answer_tokens(
+            model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings, by_length=by_length and len(batch) > 1
+        ),
         size=lambda _: size,
-        padding=_PADDING * most,
+        padding=_PADDING_KEPT if by_length else _PADDING * most,
         remedy="lower generation.max_new_tokens",
     ):
         yield [
@@ -197,9 +208,20 @@ def _run_batches(
 
 @torch.no_grad()
 def answer_tokens(
-    model: PreTrainedModel, prompt: Prompt, prompts: dict[str, list[int]], settings: GenerationSection, **more: Any
+    model: PreTrainedModel,
+    prompt: Prompt,
+    prompts: dict[str, list[int]],
+    settings: GenerationSection,
+    *,
+    by_length: bool = False,
+    **more: Any,
 ) -> list[list[int]]:
-    """Tokens of the answers, with their end token. `prompts`: row id → tokens; `more`: passed to `model.generate`."""
+    """Tokens of the answers, with their end token. `prompts`: row id → tokens; `more`: passed to `model.generate`.
+
+    `by_length`: read the prompts in groups of similar length first.
+    """
+    if by_length and min(map(len, prompts.values())) > 1:
+        more["cache"] = _read_by_length(model, list(prompts.values()))
     longest = max(map(len, prompts.values()))
     # Padded with a token of the row itself, because a repetition penalty applies to masked tokens too.
     padded = [row[:1] * (longest - len(row)) + row for row in prompts.values()]
@@ -222,6 +244,49 @@ def answer_tokens(
         answer[: answer.index(prompt.end_id) + 1] if prompt.end_id in answer else answer
         for answer in output[:, longest:].tolist()
     ]
+
+
+@torch.no_grad()
+def _read_by_length(model: PreTrainedModel, prompts: list[list[int]], filling: int = 0) -> Cache:
+    """Keys and values of the prompts without their last tokens, aligned on the right, for `model.generate`.
+
+    Padding costs as much as a question while prompts are read, and little afterwards: prompts of similar length are
+    read together, and all answers are written together. `filling`: token of the padding.
+    """
+    rows, states = [ids[:-1] for ids in prompts], list[Any]()
+    widest = max(map(len, rows))
+
+    def read(batch: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        longest = len(rows[batch[0]])
+        ids = [rows[i] + [filling] * (longest - len(rows[i])) for i in batch]
+        mask = [[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch]
+        tensors = {"input_ids": ids, "attention_mask": mask}
+        # Without a config every layer keeps all tokens, also those outside of a sliding window.
+        whole = DynamicCache()
+        given = {name: torch.tensor(value, device=model.device) for name, value in tensors.items()}
+        _bare(model).base_model(**given, cache=whole, use_cache=True)  # without the head
+        return [(layer.keys, layer.values) for layer in whole.layers]
+
+    remedy, limit = "lower generation.per_device_eval_batch_size", lambda longest: max(1, NLL_TOKENS // longest)
+    for batch, layers in _run_batches(
+        range(len(rows)), list(map(len, rows)), read, size=limit, padding=NLL_PADDING, remedy=remedy
+    ):
+        states = states or [
+            [part.new_zeros(len(rows), part.shape[1], widest, part.shape[3]) for part in pair] for pair in layers
+        ]
+        for (number, i), (pair, parts) in product(enumerate(batch), zip(states, layers, strict=True)):
+            for whole, part in zip(pair, parts, strict=True):
+                whole[i, :, widest - len(rows[i]) :] = part[number, :, : len(rows[i])]
+    cache = DynamicCache(config=_bare(model).config.get_text_config(decoder=True))
+    for layer in range(len(states)):
+        cache.update(*states[layer], layer)
+        states[layer] = None
+    return cache
+
+
+def _bare(model: Any) -> Any:
+    """The model without its adapter's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class SeededDraw(LogitsProcessor):
@@ -301,8 +366,19 @@ def _batch_nll(model: PreTrainedModel, prompts: list[list[int]], answers: list[l
     return sums.tolist()
 
 
+def _batching(model: PreTrainedModel, end_id: int) -> tuple[bool, str]:
+    """Whether prompts can be read by length, and the reason why questions cannot share a batch, or ""."""
+    if _bare(model) not in _batching_of:
+        by_length = False
+        # Convolutions and recurrent states are in caches of other kinds; a model's own code may not know `cache`.
+        with suppress(AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            by_length = not batching_problem(model, end_id, by_length=True)
+        _batching_of[_bare(model)] = by_length, "" if by_length else batching_problem(model, end_id)
+    return tuple(_batching_of[_bare(model)])
+
+
 @torch.no_grad()
-def batching_problem(model: PreTrainedModel, end_id: int) -> str:
+def batching_problem(model: PreTrainedModel, end_id: int, *, by_length: bool = False) -> str:
     """The reason why questions cannot share a batch of this model, or "". Measured, because a list of models would age.
 
     Rounding in bfloat16 changes log-probabilities by a nat between harmless shapes, so no fixed tolerance works.
@@ -324,12 +400,15 @@ def batching_problem(model: PreTrainedModel, end_id: int) -> str:
         ids = torch.stack([*others, torch.cat([filling, short])])
         mask = torch.ones_like(ids)
         mask[-1, : len(filling)] = 0
+        prompts = [*(other.tolist() for other in others), short.tolist()]
+        more = {"cache": _read_by_length(model, prompts, int([*filling, 0][-1]))} if by_length and others else {}
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             prefix_allowed_tokens_fn=lambda _, seen: [int(answer[len(seen) - ids.shape[1]])],
             # output_logits: as the model returns them, before the answer is forced.
             generation_config=_config(end_id, _STEPS, output_logits=True, return_dict_in_generate=True),
+            **more,
         )
         return torch.stack([torch.log_softmax(step[-1].float(), dim=-1) for step in output.logits])
 

@@ -128,7 +128,7 @@ def merge(
         with console.status("Running base + adapter in the precision of the training"):
             bare = load_model(recipe, Precision(getattr(torch, about["dtype"]), bf16=False, fp16=False)).eval()
             alone = answer_logits(bare, texts)  # before attaching: trained biases change the base itself
-            adapted = attach_adapter(bare, run.adapter, recipe)
+            adapted = attach_adapter(bare, run.adapter, recipe, keep_float32=True)
             trained = answer_logits(adapted, texts)
             effect = difference(trained, alone)
         if not math.isfinite(effect.kl):
@@ -194,7 +194,7 @@ def _merged(
         model = load_model(recipe, Precision(dtype, bf16=False, fp16=False) if dtype else None).eval()
     if weights == DEQUANTIZED and quantized is not None:
         _dequantize_into(model, quantized)
-    return merge_in_place(attach_adapter(model, run.adapter, recipe))
+    return merge_in_place(attach_adapter(model, run.adapter, recipe, keep_float32=True))
 
 
 @torch.no_grad()

@@ -136,6 +136,8 @@ def _train(
                     curriculum=curriculum,
                     callbacks=[progress, signals, *more],
                 )
+                if trainer.args.device.type == "cpu":
+                    adapters.use_cpu_dropout(trainer.model)
                 if requested_engine() is None:  # so that a wrong setting of the optimizer or schedule fails here
                     trainer.create_optimizer_and_scheduler(num_training_steps=1)
             guard = StepGuard(trainer, recipe.stopping, signals)

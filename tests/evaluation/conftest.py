@@ -42,10 +42,10 @@ def _batching_measured_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Of models that differ in their weights alone; what is measured is test_generate.py's."""
     measure, known = generate.batching_problem, dict[Any, str]()
 
-    def measure_once(model: Any, end_id: int) -> str:
-        key = (type(model), str(model.config), model.dtype, end_id)
+    def measure_once(model: Any, end_id: int, **how: bool) -> str:
+        key = (type(model), str(model.config), model.dtype, end_id, *how)
         if key not in known:
-            known[key] = measure(model, end_id)
+            known[key] = measure(model, end_id, **how)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

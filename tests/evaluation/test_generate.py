@@ -130,6 +130,32 @@ def test_a_batched_answer_is_the_answer_alone_token_for_token(prompt: Prompt) ->
     assert wrong == []
 
 
+def test_prompts_read_by_length_give_the_answers_of_each_prompt_alone(
+    prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In groups of one to three rows, some of them longer than the sliding windows of gemma and cohere."""
+    monkeypatch.setattr(module, "NLL_PADDING", 8)
+    rows, wrong = rows_of([*ROWS.questions, " ".join(SENTENCES)]), []
+    assert max(map(len, prompt.prompt_ids(rows.questions))) > 64
+    for architecture in ("gpt2", "bloom", "llama", "gemma2", "gemma3_text", "gemma3", "cohere2"):
+        model = adapted(build_model(architecture))
+        assert module._batching(model, prompt.end_id) == (True, ""), architecture
+        groups: list[int] = []
+        handle = model.get_base_model().base_model.register_forward_hook(
+            lambda *call, groups=groups: groups.append(len(call[-1][0]))
+        )
+        settings = GREEDY.model_copy(update={"per_device_eval_batch_size": len(rows)})
+        together = answered(model, prompt, settings, rows)
+        handle.remove()
+        read = groups[: groups.index(len(rows))]
+        if sum(read) != len(rows) or len(read) < 3 or max(read) == 1:
+            wrong.append((architecture, str(groups)))
+        for identity, question in zip(rows.ids, rows.questions, strict=True):
+            if together[identity]["token_ids"] != alone(model, prompt, question, GREEDY.max_new_tokens):
+                wrong.append((architecture, identity))
+    assert wrong == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_may_share_a_batch_is_measured_in_every_precision(dtype: torch.dtype) -> None:
     table = {
@@ -147,6 +173,10 @@ def test_what_may_share_a_batch_is_measured_in_every_precision(dtype: torch.dtyp
     found = {name: batching_problem(make().to(dtype), 0) for name, (make, _) in table.items()}
     wrong = {name: found[name] for name, (_, right) in table.items() if found[name].startswith(right) != bool(right)}
     assert not {name: of for name, of in wrong.items() if of or table[name][1]}
+    # Read by length: not with recurrent states, which are not in a cache of keys and values.
+    found = {name: module._batching(build_model(name).to(dtype), 0) for name in ("gpt2", "bloom", "gemma2", "lfm2")}
+    assert {name for name, (by_length, _) in found.items() if not by_length} == {"lfm2"}
+    assert {problem for _, problem in found.values()} == {""}
 
 
 def as_trained(dtype: torch.dtype) -> torch.nn.Module:
@@ -282,7 +312,7 @@ def test_a_full_gpu_makes_batches_smaller_until_a_single_row_does_not_fit(
 ) -> None:
     model = build_model("gpt2")
     expected, run, largest = answered(model, prompt), model.generate, 2
-    monkeypatch.setattr(module, "batching_problem", lambda *_: "")
+    monkeypatch.setattr(module, "batching_problem", lambda *_, **__: "")
 
     def small(**asked: torch.Tensor) -> object:
         if len(asked["input_ids"]) > largest:

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sevpeft.errors import ModelError
-from sevpeft.modeling.adapters import add_empty_adapter, lora_config, sort_target_modules
+from sevpeft.modeling.adapters import CpuDropout, add_empty_adapter, lora_config, sort_target_modules, use_cpu_dropout
 from sevpeft.modeling.compat import on_meta_device
 from sevpeft.modeling.loading import Precision, load_model
 from sevpeft.recipe import Recipe, recipe_from_values
@@ -39,6 +39,33 @@ def test_the_settings_of_the_recipe_arrive() -> None:
     config = lora_config(recipe_with(r=4, lora_alpha=8, use_rslora=True, bias="lora_only"), build_model("llama"))
     assert (config.r, config.lora_alpha, config.use_rslora, config.bias) == (4, 8, True, "lora_only")
     assert (config.lora_dropout, config.target_modules, config.task_type) == (0.05, "all-linear", "CAUSAL_LM")
+
+
+def test_dropout_on_a_cpu_drops_its_share_keeps_the_mean_and_is_drawn_from_the_seed() -> None:
+    values = torch.full((401, 1_003), 2.0, requires_grad=True)  # not a multiple of four
+    for share in (0.05, 0.5):
+        dropout = CpuDropout(share)
+        first, again, other = (torch.manual_seed(seed) and dropout(values) for seed in (1, 1, 2))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        dropped = (first == 0).float()
+        assert float(dropped.mean()) == pytest.approx(share, abs=0.002)
+        assert torch.allclose(first[first != 0], torch.tensor(2 / (1 - share)), rtol=1e-4)
+        (gradient,) = torch.autograd.grad(first.sum(), values)
+        assert torch.equal(gradient * 2, first)
+        # A random number is cut into four: each part drops the same share, and so does each column.
+        parts = dropped.flatten()[:400_000].view(-1, 4).mean(0)
+        assert float(parts.std()) < 0.01 and float(dropped.mean(0).std()) < 0.03
+        assert torch.equal(dropout.eval()(values), values)
+    assert torch.isfinite(CpuDropout(0.999_999)(values)).all() and torch.equal(CpuDropout(0)(values), values)
+
+
+def test_every_dropout_of_an_adapter_is_replaced_and_no_other() -> None:
+    model = get_peft_model(build_model("gpt2"), lora_config(recipe_with(r=2), build_model("gpt2")))
+    before = sum(isinstance(module, torch.nn.Dropout) for module in model.modules())
+    use_cpu_dropout(model)
+    found = [name for name, module in model.named_modules() if isinstance(module, CpuDropout)]
+    assert len(found) == 8 and all(".lora_dropout." in name for name in found)
+    assert sum(isinstance(module, torch.nn.Dropout) for module in model.modules()) == before
 
 
 LINEAR = {

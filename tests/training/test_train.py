@@ -427,6 +427,17 @@ def test_under_autocast_the_adapter_is_written_as_it_was_computed_with(
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, found = (model.eval()(input_ids=ids).logits for model in (trained[-1], again))
     assert torch.equal(found, expected)
+    # On a base in bfloat16, an evaluation computes without autocast what a validation computes with it.
+    half = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
+    as_in_validation, alone = (
+        attach_adapter(load_model(half, choose_precision(half)), run.adapter, half, keep_float32=kept)
+        for kept in (True, False)
+    )
+    with torch.no_grad():
+        found = alone(input_ids=ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = as_in_validation(input_ids=ids).logits
+    assert torch.equal(found, expected) or not rounded
 
 
 def test_full_memory_ends_with_advice_or_the_batch_is_computed_in_parts(
