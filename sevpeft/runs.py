@@ -246,6 +246,9 @@ def file_hash(path: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+_REPEATED = "has an object with the same key twice: keep one of them, or rename one"
+
+
 def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, JSON object) of each line that is not empty.
 
@@ -257,12 +260,19 @@ def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str
         parts = re.split("(?<=})\ufeff(?={)", line) if "\ufeff" in line else [line]
         for part in filter(None, parts):
             try:
-                content = json.loads(part)
+                content = json.loads(part, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{label}, line {number} {json_problem(error)}.") from None
             if not isinstance(content, dict):
                 raise DataError(f"{label}, line {number} is not a JSON object.")
             yield number, content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=...)`: ValueError for a repeated key, of which the parser keeps the last."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(_REPEATED)
+    return found
 
 
 def json_problem(error: ValueError | RecursionError) -> str:
@@ -271,7 +281,7 @@ def json_problem(error: ValueError | RecursionError) -> str:
         return "nests lists or objects too deep: flatten them"
     if isinstance(error, json.JSONDecodeError):
         return f"is not valid JSON ({error.msg})"
-    return "holds a number of thousands of digits: put it in quotes"
+    return _REPEATED if _REPEATED in error.args else "holds a number of thousands of digits: put it in quotes"
 
 
 def cache_folder(kind: str) -> Path:
