@@ -50,7 +50,6 @@ def lines(run: Run) -> list[dict[str, Any]]:
 def plant(run: Run, answer: Callable[[dict[str, Any]], str]) -> None:
     text = [json.dumps({**line, "prediction": answer(line)}, ensure_ascii=False) + "\n" for line in lines(run)]
     (run.folder / "predictions.jsonl").write_text("".join(text), encoding="utf-8")
-    (run.folder / "own_likelihood.jsonl").unlink()
 
 
 def test_each_scorer_chooses_what_it_says(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +98,17 @@ def test_the_published_figure_cannot_lose_and_stands_beside_the_reference(runs: 
     stored = (runs[0].folder / "selection.json").read_text(encoding="utf-8")
     assert json.loads(stored) == json.loads(json.dumps(content)) and lines(runs[0])[0]["question"] not in stored
     assert not (runs[0].folder / "evaluation.json").exists()
+
+
+def test_a_likelihood_is_that_of_the_answer_as_it_is_now(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    select(runs[:2], limit=4)
+    plant(runs[1], lambda line: line["reference"])
+    after = select(runs[:2], limit=4)["published"]["scores"]["likelihood"]["single"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluating, "reference_nll", None)  # nothing is computed again for the same answers
+        assert select(runs[:2], limit=4)["published"]["scores"]["likelihood"]["single"] == after
+    (runs[1].folder / "own_likelihood.jsonl").unlink()
+    assert select(runs[:2], limit=4)["published"]["scores"]["likelihood"]["single"] == after
 
 
 def test_runs_of_other_rows_and_fewer_than_two_answers_are_refused(runs: list[Run]) -> None:
