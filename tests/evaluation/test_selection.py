@@ -89,6 +89,8 @@ def test_the_published_figure_cannot_lose_and_stands_beside_the_reference(runs: 
     assert lines(runs[0])[0]["prediction"] == lines(runs[0])[6]["prediction"]
     likely = content["published"]["scores"]["likelihood"]["single"]
     assert likely["none"] == pytest.approx(likely["base of none"]) and likely["none"] < 0
+    # Of equal answers the first candidate's is taken.
+    assert {content["chosen"][name]["none"] for name in ("agreement", "safety", ORACLE)} == {0}
     for stratum in content["scores"].values():
         found = stratum["metrics"]["chrf"]
         assert set(found["agreement"]["against"]) == set(found[ORACLE]["against"]) == {content["best_single"]}
