@@ -246,9 +246,6 @@ def file_hash(path: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-_REPEATED = "has an object with the same key twice: keep one of them, or rename one"
-
-
 def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, JSON object) of each line that is not empty.
 
@@ -271,7 +268,7 @@ def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads(object_pairs_hook=...)`: ValueError for a repeated key, of which the parser keeps the last."""
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(_REPEATED)
+        raise ValueError("has an object with the same key twice: keep one of them, or rename one")
     return found
 
 
@@ -281,7 +278,7 @@ def json_problem(error: ValueError | RecursionError) -> str:
         return "nests lists or objects too deep: flatten them"
     if isinstance(error, json.JSONDecodeError):
         return f"is not valid JSON ({error.msg})"
-    return _REPEATED if _REPEATED in error.args else "holds a number of thousands of digits: put it in quotes"
+    return str(error) if "same key" in str(error) else "holds a number of thousands of digits: put it in quotes"
 
 
 def cache_folder(kind: str) -> Path:

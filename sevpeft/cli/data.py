@@ -103,9 +103,9 @@ def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:
     elif numbers and "none" in found:
         problem = "Some probabilities are missing or do not sum to 1: divide percentages by 100, or remove these rows"
     elif unknown:
-        held = f"Column {listed([columns['severity']])} holds {listed(unknown[:3])}, which is not a known severity"
-        remedy = "empty these cells" if known else "annotate again"
-        problem = f"{held}: write non_critical, neutral, critical (غير حرج, متوسط, حرج), or {remedy}"
+        problem = f"Column {listed([columns['severity']])} holds {listed(unknown[:3])}, which is not a known severity: "
+        problem += "write non_critical, neutral, critical (غير حرج, متوسط, حرج), or "
+        problem += "empty these cells" if known else "annotate again"
     if problem:
         yield f"Warning: {problem}."
     if problem and (known or len(numbers) == len(PROBABILITIES)):

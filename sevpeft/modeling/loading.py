@@ -86,10 +86,7 @@ def resolve_model(recipe: Recipe, run: Run | None = None) -> ResolvedModel:
 
 
 def learned_positions(config: PretrainedConfig, *, rotary: bool = False) -> int | None:
-    """Number of learned positions; `rotary`: of rotary ones, which have no end, in the pretraining. Else None.
-
-    None also for rotary positions that are scaled, which extends them by an amount that each kind states elsewhere.
-    """
+    """Number of learned positions; with `rotary`, of unscaled rotary ones in the pretraining. None for others."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}  # of the model, or of each kind of layer
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)} - {None}
