@@ -27,12 +27,8 @@ app.add_typer(classifier_verbs, name="classifier")
 _NO_SPLIT = ("data.path", "data.validation_size", "data.test_size", "data.seed")
 _SETTINGS = "sevpeft.severity.settings"
 
-Input = Annotated[
-    str,
-    typer.Argument(
-        metavar="INPUT", help="File, folder or pattern, Hub dataset or builtin:consultations", show_default=False
-    ),
-]
+_INPUT = "File, folder or pattern, Hub dataset or builtin:consultations"
+Input = Annotated[str, typer.Argument(metavar="INPUT", help=_INPUT, show_default=False)]
 
 
 def _settings(schema: type[Any], words: list[str] | None, data: str, output: Path | None = None) -> Any:
