@@ -80,10 +80,7 @@ class Run:
 
     def append_log(self, entry: dict[str, Any]) -> None:
         """Appends one line to log.jsonl; numbers that are not finite become null."""
-        valid = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in entry.items()
-        }
+        valid = {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in entry.items()}
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(valid, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -257,12 +254,19 @@ def json_lines(lines: Iterable[str], label: str) -> Iterator[tuple[int, dict[str
         parts = re.split("(?<=})\ufeff(?={)", line) if "\ufeff" in line else [line]
         for part in filter(None, parts):
             try:
-                content = json.loads(part)
+                content = json.loads(part, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{label}, line {number} {json_problem(error)}.") from None
             if not isinstance(content, dict):
                 raise DataError(f"{label}, line {number} is not a JSON object.")
             yield number, content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=...)`: ValueError for a repeated key, of which the parser keeps the last."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("has an object with the same key twice: keep one of them, or rename one")
+    return found
 
 
 def json_problem(error: ValueError | RecursionError) -> str:
@@ -271,7 +275,7 @@ def json_problem(error: ValueError | RecursionError) -> str:
         return "nests lists or objects too deep: flatten them"
     if isinstance(error, json.JSONDecodeError):
         return f"is not valid JSON ({error.msg})"
-    return "holds a number of thousands of digits: put it in quotes"
+    return str(error) if "same key" in str(error) else "holds a number of thousands of digits: put it in quotes"
 
 
 def cache_folder(kind: str) -> Path:

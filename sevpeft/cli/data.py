@@ -27,12 +27,8 @@ app.add_typer(classifier_verbs, name="classifier")
 _NO_SPLIT = ("data.path", "data.validation_size", "data.test_size", "data.seed")
 _SETTINGS = "sevpeft.severity.settings"
 
-Input = Annotated[
-    str,
-    typer.Argument(
-        metavar="INPUT", help="File, folder or pattern, Hub dataset or builtin:consultations", show_default=False
-    ),
-]
+_INPUT = "File, folder or pattern, Hub dataset or builtin:consultations"
+Input = Annotated[str, typer.Argument(metavar="INPUT", help=_INPUT, show_default=False)]
 
 
 def _settings(schema: type[Any], words: list[str] | None, data: str, output: Path | None = None) -> Any:
@@ -90,23 +86,32 @@ def _command(verb: str, data: object) -> str:
 
 
 def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:
-    """The next command: train, or annotate where a row lacks a known severity."""
+    """The next command: train, or annotate where a row lacks a known severity, but without losing known ones."""
     from sevpeft.data.columns import PROBABILITIES, listed
     from sevpeft.severity.probabilities import is_severity
 
     columns, found = about["input"]["columns"], about["splits"]["severity"]
-    whole = set(PROBABILITIES) <= columns.keys()
-    unknown = [] if whole else [name for name in found if name != "none" and not is_severity(name)]
-    if unknown:
-        held = f"Column {listed([columns['severity']])} holds {listed(unknown[:3])}, which is not a known severity"
-        yield f"Warning: {held}: write non_critical, neutral, critical (غير حرج, متوسط, حرج), or annotate again."
-    if found and not unknown and "none" not in found:
+    numbers = [name for name in PROBABILITIES if name in columns]
+    known = [name for name in found if name != "none" and is_severity(name)]
+    unknown, problem = [name for name in found if name not in ("none", *known)], ""
+    if 0 < len(numbers) < len(PROBABILITIES):
+        problem = f"There is {listed(numbers)}, but not all of {listed(PROBABILITIES)}: add the others, or rename it"
+    elif numbers and "none" in found:
+        problem = "Some probabilities are missing or do not sum to 1: divide percentages by 100, or remove these rows"
+    elif unknown:
+        problem = f"Column {listed([columns['severity']])} holds {listed(unknown[:3])}, which is not a known severity: "
+        problem += "write non_critical, neutral, critical (غير حرج, متوسط, حرج), or "
+        problem += "empty these cells" if known else "annotate again"
+    if problem:
+        yield f"Warning: {problem}."
+    if problem and (known or len(numbers) == len(PROBABILITIES)):
+        yield f"Next: correct this in {about['input']['source']}, and prepare it again"
+    elif known and len(known) == len(found):
         yield f"Next: {_command('train', output)}"
-        return
-    words = ["sevpeft", "annotate", str(output), f"{output.parent / output.name.replace('.', '-')}-annotated"]
-    given = {"severity", *PROBABILITIES} & columns.keys()
-    replace = "missing" if given == {"severity"} and len(found) > 1 and not unknown else "true"
-    yield f"Next: {shlex.join([*words, 'method=rules', *[f'replace={replace}'] * bool(given)])}"
+    else:
+        words = ["sevpeft", "annotate", str(output), f"{output.parent / output.name.replace('.', '-')}-annotated"]
+        replace = [f"replace={'missing' if known else 'true'}"] * bool(numbers or "severity" in columns)
+        yield f"Next: {shlex.join([*words, 'method=rules', *replace])}"
 
 
 def _tables(about: Mapping[str, Any]) -> Iterator[RenderableType]:

@@ -112,7 +112,7 @@ def _converse(chat: Chat, interactive: bool) -> None:
         print_text(_HELP, stderr=True)
         with suppress(ImportError):  # absent on Windows
             importlib.import_module("readline")  # without it a line ends after 4,095 bytes: 2,000 Arabic letters
-    earlier: list[tuple[str, str]] = []
+    earlier, refused = list[tuple[str, str]](), False
     while output_error() is None and (line := _read_line()) is not None:
         command, _, rest = line.partition(" ") if interactive and line.startswith("/") else ("", "", line)
         question = rest.strip() or (earlier[-1][0] if earlier else "")
@@ -129,10 +129,13 @@ def _converse(chat: Chat, interactive: bool) -> None:
                 print_text("")
         except SevpeftError as error:
             print_text(str(error), stderr=True)
+            refused |= not interactive and line != ""  # an empty line asks nothing
         except KeyboardInterrupt:
             if not interactive:
                 raise
             print_text("\nStopped; the question is not part of the conversation.", stderr=True)
+    if refused:  # for scripts: the other lines of the pipe are answered
+        raise typer.Exit(1)
 
 
 def _answer(chat: Chat, question: str, earlier: Exchanges = (), *, adapter: bool = True) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 from sevpeft.data.columns import CELL_COUNT, FILE_COLUMN, UNFIT, count_known, listed, map_columns
 from sevpeft.errors import DataError, WeightError
 from sevpeft.recipe import DataSection
-from sevpeft.runs import json_lines, json_problem
+from sevpeft.runs import json_lines, json_problem, unique_keys
 
 Row = tuple[int, dict[str, Any]]
 
@@ -340,7 +340,7 @@ def _json(path: Path, encoding: str, suffix: str) -> Part:
                 return
             document = re.sub(r"\]\s*\ufeff\s*\[", ",", text.read())  # of concatenated files
         try:
-            rows = _records(json.loads(document))
+            rows = _records(json.loads(document, object_pairs_hook=unique_keys))
         except (ValueError, RecursionError) as error:
             place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise DataError(f"{path.name}{place} {json_problem(error)}.") from None
@@ -360,8 +360,10 @@ def _records(document: Any) -> list[Any] | None:
     data, columns, values = document.get("data"), document.get("columns"), list(document.values())
     tables = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
     if isinstance(data, list):
-        if isinstance(columns, list) and all(isinstance(row, list) for row in data):  # orient="split"
-            return [dict(zip(map(str, columns), row, strict=False)) for row in data]
+        names = [*map(str, columns)] if isinstance(columns, list) else []  # orient="split"
+        # A row of another length, or a name given twice, would lose cells.
+        if names and all(isinstance(row, list) and len(row) == len(names) == len({*names}) for row in data):
+            return [dict(zip(names, row, strict=True)) for row in data]
         return tables if sum(count_known(table[0]) > 1 for table in tables) > 1 else data  # a validation beside it
     if values and all(isinstance(value, dict) for value in values):
         keys = list(dict.fromkeys(key for value in values for key in value))

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from sevpeft.console import Screen, print_labeled, row_progress
 from sevpeft.data.columns import TURNS
 from sevpeft.data.read import Consultations
-from sevpeft.data.split import Splits, question_keys
+from sevpeft.data.split import Splits, question_key, question_keys
 from sevpeft.errors import Interrupted, RunError
 from sevpeft.evaluation import scores as scoring
 from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED, differences, opened_recipe
@@ -192,7 +192,7 @@ class RowFile:
     """Lines {"arm": …, "id": …, …} of one origin in an append-only file, so that a kill loses one batch at most.
 
     `predictions.about.json` beside `predictions.jsonl` holds the origin of the lines: adapter, rows, prompt and
-    settings, as nested plain values. Lines of another origin are a RunError. `lines`: (arm, id) → line.
+    settings, as nested plain values. Lines of another origin are a RunError. `lines`: (arm, id) → the last such line.
     """
 
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
@@ -215,7 +215,7 @@ class RowFile:
             try:
                 line = json.loads(text)
                 if text.endswith(b"\n"):
-                    self.lines.setdefault((str(line["arm"]), str(line["id"])), line)
+                    self.lines[str(line["arm"]), str(line["id"])] = line
                     valid.append(text)
             except (ValueError, KeyError, TypeError):
                 continue
@@ -233,7 +233,7 @@ class RowFile:
                 keep_private(self.path)  # a file from an earlier version, or a copy, may be readable by others
                 file.write(text.encode())
         for line in lines:
-            self.lines.setdefault((line["arm"], line["id"]), line)
+            self.lines[line["arm"], line["id"]] = line
 
 
 class RowWork:
@@ -273,12 +273,16 @@ class RowWork:
 
         SHUFFLED is the adapter with references of other questions. `own`: id → answer in place of the reference.
         """
+        answers, file = {identity: question_key(text, 0) for identity, text in (own or {}).items()}, self.likelihoods
+        if own:  # the answers may have changed since: a line is valid for its own answer only
+            file = RowFile(self._run.folder / OWN_LIKELIHOOD, self.answer_origin)
+            file.lines = {key: of for key, of in file.lines.items() if of.get("answer") == answers.get(key[1])}
 
         def compute(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
             rows = replace(rows, references=[own[identity] for identity in rows.ids]) if own else rows
-            return reference_nll(model, prompt, rows, max_length=self.max_length)
+            for batch in reference_nll(model, prompt, rows, max_length=self.max_length):
+                yield [line | ({"answer": answers[line["id"]]} if own else {}) for line in batch]
 
-        file = RowFile(self._run.folder / OWN_LIKELIHOOD, self.answer_origin) if own else self.likelihoods
         lines = self._lines(file, self.rows, arm, "NLL", compute)
         tokens = np.array([line["tokens"] for line in lines], dtype=np.int64)
         nats = np.array([line["nll"] for line in lines], dtype=np.float64)  # null becomes NaN

@@ -42,7 +42,7 @@ def select(
 ) -> dict[str, Any]:
     """Generates missing answers and selects by each scorer; returns selection.json, which is in the first run.
 
-    `base`: the runs' base models are candidates too. `overrides`, `limit`: as in `evaluate`.
+    `base`: their base models are candidates, each before its run; ties go to the first. Others: as in `evaluate`.
     """
     console = console or Screen(quiet=True)
     folders = [Path(run.folder if isinstance(run, Run) else run).expanduser() for run in runs]

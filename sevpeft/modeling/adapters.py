@@ -13,7 +13,7 @@ import json
 import re
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -216,10 +216,11 @@ def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe, *, keep_
 _UNSEEN = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "trainable_token_indices")
 
 
-def init_adapter(recipe: Recipe, model: PeftModel | None = None) -> str:
+def init_adapter(recipe: Recipe, model: PeftModel | None = None, warn: Callable[[str], None] | None = None) -> str:
     """Checks the adapter of `training.init_adapter`, loads it into `model` if given, and returns its file hash.
 
-    Raises ModelError if it is no adapter or damaged, or has other LoRA settings or another base model.
+    Raises ModelError if it is no adapter or damaged, or has other LoRA settings or another base model. Without its run,
+    only names tell the base model; `warn` is called if they differ.
     """
     name = str(recipe.training.init_adapter)
     folder = adapter_folder(name, "training.init_adapter")
@@ -230,7 +231,9 @@ def init_adapter(recipe: Recipe, model: PeftModel | None = None) -> str:
         raise ModelError(f"The adapter in {name} has other LoRA settings; write {remedy}.")
     try:
         if model is not None:
-            check_base_weights(recipe, Run(folder.parent))
+            base, named = Path(resolved_name(recipe)).name, Path(theirs["base_model_name_or_path"] or "none").name
+            if not check_base_weights(recipe, Run(folder.parent)) and warn and named.lower() != base.lower():
+                warn(f"The adapter in {name} names the base model {named}, not {base}; only its shapes are compared.")
             saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
             wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
             if others := sorted(saved.keys() ^ wanted.keys()):
@@ -269,11 +272,11 @@ def base_commit(recipe: Recipe) -> str | None:
     return None if Path(resolved_name(recipe)).is_dir() else _base_folder(recipe).name
 
 
-def check_base_weights(recipe: Recipe, run: Run) -> None:
-    """Raises ModelError if the recipe's base model is not the one that the run was trained on."""
+def check_base_weights(recipe: Recipe, run: Run) -> bool:
+    """Raises ModelError if the recipe's base model is not the one that the run was trained on; False if unknown."""
     stored = run.metrics().get("model", {})  # empty for an adapter without its run
     if not stored.get("fingerprint") or stored["fingerprint"] == base_fingerprint(recipe):
-        return
+        return bool(stored.get("fingerprint"))
     theirs, ours = public_name(stored["name_or_path"]), public_name(recipe.model.name_or_path)
     commit, remedy = stored.get("commit"), "set model.name_or_path to the base model of the training"
     if theirs == ours:

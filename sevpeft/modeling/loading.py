@@ -85,10 +85,12 @@ def resolve_model(recipe: Recipe, run: Run | None = None) -> ResolvedModel:
     raise ModelError(f"{changed}, or the run's section prompt; restore them, or the copy in {run.tokenizer}.")
 
 
-def learned_positions(config: PretrainedConfig) -> int | None:
-    """Number of learned positions of a model; None for others, such as rotary ones, which have no end."""
+def learned_positions(config: PretrainedConfig, *, rotary: bool = False) -> int | None:
+    """Number of learned positions; with `rotary`, of unscaled rotary ones in the pretraining. None for others."""
     text = config.get_text_config()
-    return None if getattr(text, "rope_parameters", None) else getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}  # of the model, or of each kind of layer
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)} - {None}
+    return getattr(text, "max_position_embeddings", None) if (kinds == {"default"} if rotary else not rope) else None
 
 
 def uses_gpu(recipe: Recipe) -> bool:

@@ -90,6 +90,8 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path, config: Any = None) -
             train = pack_rows(train, settings["max_length"], cache_file=scratch / "packed.arrow")
     datasets.disable_progress_bars()
     data_summary = summary_of(table, splits, severity, reports)
+    if config and longest > (usual := learned_positions(config, rotary=True) or longest):
+        data_summary["pretrained_positions"] = usual
     if recipe.data.mix:
         data_summary["mix"], data_summary["rows"]["train"] = reports["train"].pop("mix"), len(kept)
     # Longest first: batches then need little padding, and too little memory shows in the first one.

@@ -70,6 +70,8 @@ def show_data(summary: dict[str, Any], weights: WeightSummary, recipe: Recipe, c
         if report["refused"]:
             what = f"{name} rows whose answer leaves no room for a question in {limit} tokens: {report['refused']:,}"
             warn("Refused", f"{what}; raise training.max_length to keep them")
+    if usual := summary.get("pretrained_positions"):  # neither TRL nor transformers says so
+        warn("Too long", f"a row exceeds the {usual:,} tokens of the pretraining: set training.max_length={usual}")
     if published := recipe.as_published.model_dump(exclude_defaults=True):
         warn("As published", f"as in the published loops, only for a comparison: {', '.join(published)}")
     if examples := recipe.prompt.examples:

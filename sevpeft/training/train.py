@@ -146,7 +146,7 @@ def _train(
                 trainer.add_callback(Samples(trainer, run, recipe, resolved.prompt))
             trainer.remove_callback(PrinterCallback)
             if init_adapter and not resume:
-                adapters.init_adapter(recipe, trainer.model)
+                adapters.init_adapter(recipe, trainer.model, warn)
             if state.is_main_process and not resume:
                 _write_origin(run, resolved, rows, trainer)
         state.wait_for_everyone()

@@ -170,6 +170,14 @@ def test_a_damaged_file_is_refused_with_its_line_or_row(tmp_path: Path) -> None:
         ("x.json", '[{"q": 1}, 7]', "no array of objects"),
         ("x.json", f'{{"q": {SECRET}', "is not valid JSON"),
         ("x.json", "7", "is not valid JSON"),
+        # The parser keeps the last of several values in silence, also inside of messages.
+        ("x.jsonl", f'{{"q": 1}}\n{{"q": "{SECRET}", "a": 1, "q": 2}}\n', "line 2 has an object with the same key"),
+        ("x.jsonl", '{}\n{"m": [{"role": "user", "content": 1, "content": 2}]}\n', "line 2 has an"),
+        ("x.json", f'[{{"q": 1}}, {{"q": "{SECRET}", "q": 2}}]', "same key"),
+        # As `to_json(orient="split")` writes it, but rows have more or fewer cells than names, or a name is repeated.
+        ("x.json", f'{{"columns": ["q", "a"], "data": [["{SECRET}", 2], [1, 2, 3]]}}', "orient='records'"),
+        ("x.json", f'{{"columns": ["q", "a"], "data": [["{SECRET}"]]}}', "orient='records'"),
+        ("x.json", f'{{"columns": ["q", "q"], "data": [["{SECRET}", 2]]}}', "orient='records'"),
         ("x.json", f"[{good},]", "line 1 is not valid JSON"),
         ("x.json", f"[{good} {good}]", "line 1 is not valid JSON"),
         ("x.json", f"[{good}, {good[:5]}\0{good[5:]}]", "line 1 is not valid JSON"),

@@ -183,6 +183,19 @@ def test_the_csv_of_the_page_is_read_and_what_is_half_filled_is_counted(comparis
     assert [by[name]["ce"]["rows"] for name in ("preferred", "judge_harm")] == [11, 10]
 
 
+def test_ratings_of_an_arabic_keyboard_and_of_check_boxes_are_read(comparison: Path, tmp_path: Path) -> None:
+    sheet, rate = write(comparison, 18), rating(comparison)
+    expected = read(comparison, fill(sheet, rate, tmp_path / "plain.xlsx"))
+    also: dict[Any, Any] = {"no": "لا", "Yes ": "نعم ", 5: "٥", 2.0: "۲"}
+    for words in (also, {"no": False, "Yes ": True}):
+        also.update(words)
+        same = fill(sheet, lambda code, name: also.get(rate(code, name), rate(code, name)), tmp_path / "x.xlsx")
+        assert read(comparison, same)["scores"] == expected["scores"], also
+    wrong = fill(sheet, lambda code, name: True if name == "A urgency" else rate(code, name), tmp_path / "y.xlsx")
+    with pytest.raises(DataError, match="'A urgency' is none of 1, 2, 3, 4, 5"):
+        read(comparison, wrong)
+
+
 def test_two_raters_have_a_weighted_kappa_as_scikit_learn_has_it(comparison: Path, tmp_path: Path) -> None:
     from sklearn.metrics import cohen_kappa_score
 

@@ -50,7 +50,6 @@ def lines(run: Run) -> list[dict[str, Any]]:
 def plant(run: Run, answer: Callable[[dict[str, Any]], str]) -> None:
     text = [json.dumps({**line, "prediction": answer(line)}, ensure_ascii=False) + "\n" for line in lines(run)]
     (run.folder / "predictions.jsonl").write_text("".join(text), encoding="utf-8")
-    (run.folder / "own_likelihood.jsonl").unlink()
 
 
 def test_each_scorer_chooses_what_it_says(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +89,8 @@ def test_the_published_figure_cannot_lose_and_stands_beside_the_reference(runs: 
     assert lines(runs[0])[0]["prediction"] == lines(runs[0])[6]["prediction"]
     likely = content["published"]["scores"]["likelihood"]["single"]
     assert likely["none"] == pytest.approx(likely["base of none"]) and likely["none"] < 0
+    # Of equal answers the first candidate's is taken.
+    assert {content["chosen"][name]["none"] for name in ("agreement", "safety", ORACLE)} == {0}
     for stratum in content["scores"].values():
         found = stratum["metrics"]["chrf"]
         assert set(found["agreement"]["against"]) == set(found[ORACLE]["against"]) == {content["best_single"]}
@@ -99,6 +100,17 @@ def test_the_published_figure_cannot_lose_and_stands_beside_the_reference(runs: 
     stored = (runs[0].folder / "selection.json").read_text(encoding="utf-8")
     assert json.loads(stored) == json.loads(json.dumps(content)) and lines(runs[0])[0]["question"] not in stored
     assert not (runs[0].folder / "evaluation.json").exists()
+
+
+def test_a_likelihood_is_that_of_the_answer_as_it_is_now(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    select(runs[:2], limit=4)
+    plant(runs[1], lambda line: line["reference"])
+    after = select(runs[:2], limit=4)["published"]["scores"]["likelihood"]["single"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluating, "reference_nll", None)  # nothing is computed again for the same answers
+        assert select(runs[:2], limit=4)["published"]["scores"]["likelihood"]["single"] == after
+    (runs[1].folder / "own_likelihood.jsonl").unlink()
+    assert select(runs[:2], limit=4)["published"]["scores"]["likelihood"]["single"] == after
 
 
 def test_runs_of_other_rows_and_fewer_than_two_answers_are_refused(runs: list[Run]) -> None:

@@ -222,6 +222,10 @@ def test_a_conversation_on_a_terminal(
     code, out, err = sevpeft_("chat", run.folder)
     assert code == 0 and out == "جواب a\n\nجواب /base\n\nجواب ضيق تنفس شديد\n\n"
     assert [earlier for _, earlier, _ in calls] == [[], [], []] and EMERGENCY in err
+    # The others are answered, and the exit code tells a script that one was not.
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n…\nb\n"))
+    code, out, err = sevpeft_("chat", run.folder)
+    assert (code, out) == (1, "جواب a\n\nجواب b\n\n") and "empty" in err
     code, out, err = sevpeft_("chat", run.folder, "--question", "ضيق تنفس شديد")
     assert (code, out) == (0, "جواب ضيق تنفس شديد\n") and EMERGENCY in err
     assert sevpeft_("chat", run.folder, "--question", " ")[:2] == (2, "")

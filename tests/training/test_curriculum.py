@@ -492,6 +492,19 @@ def test_a_training_starts_from_an_adapter_and_repeats_that_after_a_kill(
         train(load_recipe(QUICKSTART, words), third.folder, resume=True)
 
 
+def test_an_adapter_without_its_run_names_its_base_model(tmp_path: Path, base: list[str], run: Run) -> None:
+    alone = Path(shutil.copytree(run.adapter, tmp_path / "copied" / "adapter"))
+    own = Path(json.loads((alone / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    build_model("llama", seed=5).save_pretrained(other := tmp_path / "other-base")
+    build_tokenizer().save_pretrained(other)
+    wrong = []
+    for model, warned in ((own, False), (other, True)):
+        words = [*base, "training.max_steps=1", f"training.init_adapter={alone}", f"model.name_or_path={model}"]
+        train(load_recipe(QUICKSTART, words), tmp_path / f"{warned}", console=Console(file=(screen := io.StringIO())))
+        wrong += [] if ("other-base" in screen.getvalue().partition("Warning")[2]) == warned else [screen.getvalue()]
+    assert wrong == []
+
+
 def test_another_adapter_is_no_start(tmp_path: Path, base: list[str], run: Run) -> None:
     other = tmp_path / "other"
     build_model("llama", seed=5).save_pretrained(other)

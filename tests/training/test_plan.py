@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import Gemma3TextConfig, GPT2Config
 
 from sevpeft.data.read import load_consultations
 from sevpeft.errors import DataError, ModelError, UnknownModelError
 from sevpeft.evaluation.report.page import rows_text
-from sevpeft.modeling.loading import resolve_model
+from sevpeft.modeling.loading import learned_positions, resolve_model
 from sevpeft.recipe import load_recipe
 from sevpeft.severity.source import EVIDENCE
 from sevpeft.training import plan as module
@@ -182,6 +183,28 @@ def test_a_row_longer_than_the_table_of_positions_is_refused(model_folder: Calla
     with pytest.raises(DataError, match=r"training\.max_length=256\.$"):
         plan(load_recipe(QUICKSTART, words))
     assert plan(load_recipe(QUICKSTART, [*words, "training.max_length=256"])).tokens
+
+
+def test_a_row_beyond_the_positions_of_the_pretraining_is_named(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder("qwen2")
+    words = [f"model.name_or_path={folder}", "training.max_length=512"]
+    found, small = (plan(load_recipe(QUICKSTART, [*words, *more])) for more in ([], ["training.max_length=256"]))
+    assert found.data["pretrained_positions"] == 256 < found.data["encoding"]["train"]["longest"]
+    assert "training.max_length=256" in " ".join(shown(found).split())
+    assert "pretrained_positions" not in small.data and "training.max_length" not in shown(small)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+    (folder / "config.json").write_text(json.dumps(config | scaled), encoding="utf-8")
+    assert "pretrained_positions" not in plan(load_recipe(QUICKSTART, words)).data
+
+
+def test_positions_of_the_pretraining_are_known_for_every_kind_of_layer() -> None:
+    both = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
+    mixed = both | {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
+    for rope, positions in ((both, 256), (mixed, None)):
+        config = Gemma3TextConfig(rope_parameters=rope, max_position_embeddings=256)
+        assert (learned_positions(config), learned_positions(config, rotary=True)) == (None, positions)
+    assert learned_positions(GPT2Config(n_positions=256), rotary=True) is None
 
 
 def test_without_the_tokenizer_memory_is_planned_and_time_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,25 +195,25 @@ def _refine(batch: dict[str, list[str]], settings: PrepareSettings) -> dict[str,
 
 
 def _labels(rows: datasets.Dataset) -> tuple[Ints, list[str] | None]:
-    """Codes (n,) of the severity column, or of the likeliest of three probabilities, -1 for none or invalid; and names.
+    """Codes (n,) of the likeliest of three probabilities, or of the severity column, -1 for none or invalid; and names.
 
     The names are as first written, or None if they are so many or so long that they may be text of patients.
     """
-    if "severity" in rows.column_names:
-        written = [(cell or "").strip() for cell in rows["severity"][:]]
-        folded = {cell: fold_for_matching(cell) or cell for cell in dict.fromkeys(written) if cell}
-        names: dict[str, str] = {}
-        for cell, fold in folded.items():
-            names.setdefault(fold, cell)
-        number = {fold: index for index, fold in enumerate(names)}
-        codes = np.array([number[folded[cell]] if cell else -1 for cell in written], np.int64)
-        few = len(names) <= 20 and all(len(name) <= 40 for name in names.values())
-        return codes, list(names.values()) if few else None
-    if not set(PROBABILITIES) <= set(rows.column_names):
+    if set(PROBABILITIES) <= set(rows.column_names):  # a training, too, reads these first
+        probabilities = np.stack([np.array(rows[name][:], np.float64) for name in PROBABILITIES], axis=1)
+        whole = (probabilities >= 0).all(axis=1) & (np.abs(probabilities.sum(axis=1) - 1) <= SUM_TOLERANCE)
+        return np.where(whole, probabilities.argmax(axis=1), -1), [name.removeprefix("p_") for name in PROBABILITIES]
+    if "severity" not in rows.column_names:
         return np.full(len(rows), -1, np.int64), []
-    probabilities = np.stack([np.array(rows[name][:], np.float64) for name in PROBABILITIES], axis=1)
-    whole = (probabilities >= 0).all(axis=1) & (np.abs(probabilities.sum(axis=1) - 1) <= SUM_TOLERANCE)
-    return np.where(whole, probabilities.argmax(axis=1), -1), [name.removeprefix("p_") for name in PROBABILITIES]
+    written = [(cell or "").strip() for cell in rows["severity"][:]]
+    folded = {cell: fold_for_matching(cell) or cell for cell in dict.fromkeys(written) if cell}
+    names: dict[str, str] = {}
+    for cell, fold in folded.items():
+        names.setdefault(fold, cell)
+    number = {fold: index for index, fold in enumerate(names)}
+    codes = np.array([number[folded[cell]] if cell else -1 for cell in written], np.int64)
+    few = len(names) <= 20 and all(len(name) <= 40 for name in names.values())
+    return codes, list(names.values()) if few else None
 
 
 def _write_kept(file: Path, rows: datasets.Dataset, refined: datasets.Dataset, sides: Sides, groups: Ints) -> list[str]:

@@ -36,6 +36,8 @@ SHEET, KEY = "review", "review-key.json"
 # Scale → the words of its drop-down list → number; for "better", the number is the share of A.
 _SCALES = {"1-5": {f"{of}": float(of) for of in range(1, 6)}, "yes-no": {"yes": 1.0, "no": 0.0}}
 _SCALES |= {"better": {"A": 1.0, "equal": 0.5, "B": 0.0}}
+# What an Arabic keyboard or a check box writes for them.
+_ALSO = dict(zip("١٢٣٤٥۱۲۳۴۵", "12345" * 2, strict=True)) | {"نعم": "yes", "لا": "no", "true": "yes", "false": "no"}
 _WIDTHS = {"code": 14, "question": 50, "A": 60, "B": 60}
 
 
@@ -126,7 +128,8 @@ def _ratings(path: Path, columns: Mapping[str, tuple[str, str]], codes: Mapping[
         raise DataError(f"{path.name} has no column {listed(missing)}; use a sheet that `report --review` wrote.")
     for number, cells in table.read(table.names):
         place = table.place(number)
-        code, *words = (as_text(cells.get(name), name, place).strip().lower().removesuffix(".0") for name in names)
+        texts = (as_text(cells.get(name), name, place).strip().lower().removesuffix(".0") for name in names)
+        code, *words = (_ALSO.get(text, text) for text in texts)
         if (code := code.upper()) in by_code:
             raise DataError(f"{place}: the code {code} is in two rows; delete one of them.")
         if code not in codes:  # the row of instructions, or a row of another sheet
