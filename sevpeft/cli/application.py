@@ -14,10 +14,11 @@ import sys
 import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
-from types import NoneType, TracebackType
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
 import typer
@@ -69,7 +70,9 @@ def main() -> None:
         print_text(f"sevpeft {__version__}")
         sys.exit(0)
     try:
-        _check_scratch()
+        scratch = os.environ.get("TMPDIR")
+        if scratch and not os.path.isdir(scratch):  # Python would silently write patients' text to another folder
+            raise UsageError(f"TMPDIR={scratch} is not a folder; create it, or unset TMPDIR.")
         # Typer's own handling draws a box around errors, and returns 130 for Ctrl-C without a message.
         code = app(standalone_mode=False)
         lost = output_error()
@@ -86,7 +89,8 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     finally:
-        sys.excepthook = _show_traceback  # last, because typer sets its own
+        # Last, because typer sets its own. `print_text` escapes control characters: the last line may quote data.
+        sys.excepthook = lambda *error: print_text("".join(traceback.format_exception(*error)), stderr=True, end="")
     if code == 130:
         _print_error("Interrupted.")
     sys.exit(code if isinstance(code, int) else 0)
@@ -151,11 +155,6 @@ def command_with_keys(settings: str, *, without: Collection[str] = ()) -> type[T
     return Command
 
 
-def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints a traceback through `print_text`, which escapes control characters: its last line may quote data."""
-    print_text("".join(traceback.format_exception(kind, error, trace)), stderr=True, end="")
-
-
 def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'The output'}: {error.strerror or error}."
@@ -209,8 +208,6 @@ def check_early(recipe: Recipe, verb: str = "train") -> None:
 
 def quiet_libraries(*, models: bool = True) -> None:
     """Hides warnings and progress bars of the libraries; their errors are still shown. models: load PyTorch first."""
-    import warnings
-
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
@@ -225,13 +222,6 @@ def quiet_libraries(*, models: bool = True) -> None:
     datasets.disable_progress_bars()
     # It retries a failed request five times and logs each.
     huggingface_hub.logging.set_verbosity_error()
-
-
-def _check_scratch() -> None:
-    """Refuses a TMPDIR that is absent: Python would silently write patients' text to another folder."""
-    folder = os.environ.get("TMPDIR")
-    if folder and not os.path.isdir(folder):
-        raise UsageError(f"TMPDIR={folder} is not a folder; create it, or unset TMPDIR.")
 
 
 def is_main_process() -> bool:

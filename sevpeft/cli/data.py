@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
 
 from sevpeft.cli.application import AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
+from sevpeft.console import Screen, print_json
 from sevpeft.errors import DataError, UsageError
+from sevpeft.runs import check_absent, whole_folder
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
     from sevpeft.severity.annotate import Annotation
 
 classifier_verbs = typer.Typer(no_args_is_help=True, help="Fit a severity classifier, or evaluate one.")
@@ -35,7 +38,6 @@ def _settings(schema: type[Any], words: list[str] | None, data: str, output: Pat
     """Settings of a verb; data and output are checked before the libraries are loaded."""
     from sevpeft.data.files import check_source
     from sevpeft.recipe import settings_from
-    from sevpeft.runs import check_absent
 
     settings = settings_from(schema, words or [], {"data.path": data})
     if output and is_main_process():
@@ -55,7 +57,6 @@ def prepare(
 
     Example: sevpeft prepare consultations.csv data/prepared split_by=year cleaning.emoji=remove
     """
-    from sevpeft.console import Screen, print_json
     from sevpeft.data.prepare import PrepareSettings
 
     settings = _settings(PrepareSettings, words, data, output)
@@ -116,8 +117,6 @@ def _next_steps(about: Mapping[str, Any], output: Path) -> Iterator[str]:
 
 def _tables(about: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Counts of rows, columns and splits, for one screen."""
-    from rich.table import Table
-
     from sevpeft.data.columns import listed
 
     rows, duplicates, splits = about["rows"], about["duplicates"], about["splits"]
@@ -164,7 +163,6 @@ def annotate(
 
     Example: sevpeft annotate consultations.csv annotated.jsonl method=rules
     """
-    from sevpeft.console import Screen, print_json
     from sevpeft.severity.settings import AnnotateSettings
 
     settings = _settings(AnnotateSettings, words, data, output)
@@ -184,10 +182,7 @@ def annotate(
         _show_annotation(done, Screen())
 
 
-def _show_annotation(done: Annotation, console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-
+def _show_annotation(done: Annotation, console: Screen) -> None:
     from sevpeft.severity.weights import advice, effective_sample, histogram_lines
 
     for reason, count in done.rejected.items():
@@ -220,7 +215,6 @@ def translate(
 
     Example: sevpeft translate english.csv arabic.jsonl model=Qwen/Qwen2.5-7B-Instruct to=ar
     """
-    from sevpeft.console import Screen
     from sevpeft.severity.settings import TranslateSettings
 
     settings, screen = _settings(TranslateSettings, words, data), Screen(stderr=True)
@@ -246,7 +240,6 @@ def fit(
 
     Example: sevpeft classifier fit builtin:consultations severity-linear kind=linear
     """
-    from sevpeft.runs import whole_folder
     from sevpeft.severity.settings import FitSettings
 
     settings = _settings(FitSettings, words, data, output)
@@ -299,8 +292,6 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    from sevpeft.console import Screen
-
     with Screen(stderr=True).status("Loading the libraries") as status:
         quiet_libraries(models=False)
         yield lambda message: status.update(f"Severity classifier: {message}")
@@ -309,7 +300,6 @@ def _progress() -> Iterator[Callable[[str], None]]:
 def _show_classifier(inputs: list[Any], about: dict[str, Any], evaluations: Any, as_json: bool, last: str = "") -> None:
     from rich.markdown import Markdown
 
-    from sevpeft.console import Screen, print_json
     from sevpeft.severity.classifier import store
 
     for read, reason, count in ((one, *of) for one in inputs for of in one.rejected.items()):

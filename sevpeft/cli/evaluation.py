@@ -10,7 +10,9 @@ import typer
 
 from sevpeft.cli.application import AsJson, RunFolder, Words, app, check_early, quiet_libraries
 from sevpeft.cli.training import RecipeFile
+from sevpeft.console import Screen, print_json
 from sevpeft.errors import UsageError
+from sevpeft.runs import Run
 
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Number of random rows.", show_default=False)]
 NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references, no answers.")]
@@ -35,9 +37,7 @@ def evaluate(
 
     Example: sevpeft evaluate runs/quickstart-20260101-120000 generation.max_new_tokens=64 --limit 100
     """
-    from sevpeft.console import Screen, print_json
     from sevpeft.evaluation.arms import opened_recipe
-    from sevpeft.runs import Run
 
     more = [Path(word) for word in overrides or [] if "=" not in word]
     if (not select and (more or base)) or (select and nll_only):
@@ -89,9 +89,7 @@ def choices(
     """
     from rich.markdown import Markdown
 
-    from sevpeft.console import Screen, print_json
     from sevpeft.evaluation.arms import opened_recipe
-    from sevpeft.runs import Run
 
     opened_recipe(run, overrides or [], "choices", "evaluation")
     messages = Screen(stderr=True)
@@ -134,7 +132,6 @@ def compare(
 
     Example: sevpeft compare recipes/quickstart.yaml --arms base,ce,balanced,shuffled --seeds 0,1,2 --nll-only
     """
-    from sevpeft.console import Screen, print_json
     from sevpeft.evaluation.arms import check_arms, parse_arms, parse_seeds, parse_vary
     from sevpeft.recipe import load_recipe
 
@@ -181,8 +178,6 @@ def report(
 
     Example: sevpeft report runs/quickstart-20260101-120000
     """
-    from sevpeft.console import Screen, print_json
-
     with Screen(stderr=True).status("Writing the report"):
         from sevpeft.evaluation.report.export import export
         from sevpeft.evaluation.report.page import write_report

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.table import Table
 
 from sevpeft.cli.application import AsJson, RunFolder, Words, app, command_with_keys, quiet_libraries
 from sevpeft.console import Screen, output_error, print_json, print_labeled, print_text
@@ -270,9 +271,7 @@ def _show(merged: Merged, output: Path) -> None:
     print_labeled(console, "Serve", f"`vllm serve {shlex.quote(str(output))}`; llama.cpp and Ollama: see the card")
 
 
-def _table(merged: Merged) -> object:
-    from rich.table import Table
-
+def _table(merged: Merged) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     base = f"{merged.bits} bit" if merged.bits else "base"
     table.add_column(f"From {base} + adapter to", style="bold")

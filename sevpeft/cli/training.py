@@ -11,16 +11,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.table import Column, Table
+from rich.text import Text
 
 from sevpeft.cli.application import AsJson, Vram, Words, app, check_early, is_main_process, quiet_libraries
+from sevpeft.console import LABEL_WIDTH, Screen, print_json, print_labeled, print_text
 from sevpeft.errors import ModelError, UsageError, first_sentence
 from sevpeft.runs import PACKAGES, check_absent, check_output, write_atomically
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # A line of `doctor`: name, text, command that mends a fault (or ""), whether the fault prevents training.
 Finding = tuple[str, str, str, bool]
@@ -40,7 +40,6 @@ def train(
 
     Example: sevpeft train recipes/qwen2.5-0.5b.yaml data.path=consultations.csv training.num_train_epochs=1
     """
-    from sevpeft.console import Screen
     from sevpeft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -77,7 +76,6 @@ def plan(
 
     Example: sevpeft plan recipes/llama-2-7b.yaml data.path=consultations.csv severity.source=rules --vram 12
     """
-    from sevpeft.console import Screen, print_json, print_text
     from sevpeft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -121,7 +119,6 @@ def recipes(
 
     Example: sevpeft recipes --vram 12
     """
-    from sevpeft.console import Screen, print_json, print_text
     from sevpeft.recipe import recipe_schema
     from sevpeft.recipe.load import recipe_file, text_of
 
@@ -162,8 +159,6 @@ def list_recipes(folder: Path | None = None, vram: float | None = None) -> list[
 
 def recipes_table(recipes: list[dict[str, Any]]) -> Table:
     """The list as a table that fits 80 columns."""
-    from rich.table import Column, Table
-
     columns = [Column(name, overflow="fold", no_wrap=name == "recipe") for name in ("recipe", "size", "GPU", "license")]
     table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for row in recipes:
@@ -181,10 +176,6 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: sevpeft doctor
     """
-    from rich.text import Text
-
-    from sevpeft.console import LABEL_WIDTH, Screen, print_json, print_labeled
-
     found, keys, console = list[Finding](), ("name", "text", "remedy", "fatal"), Screen()
     with Screen(stderr=True).status("Looking at this machine"):
         try:
