@@ -13,7 +13,6 @@ import glob
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -82,7 +81,7 @@ class Run:
         """Appends one line to log.jsonl; numbers that are not finite become null."""
         valid = {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in entry.items()}
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(valid, ensure_ascii=False, allow_nan=False) + "\n")
+            log.write(json.dumps(valid, ensure_ascii=False) + "\n")
 
     def keep_log(self, lines: int) -> None:
         """Cuts log.jsonl back to its first `lines` lines."""
@@ -215,17 +214,11 @@ def _commit() -> str | None:
     checkout = Path(__file__).parent.parent
     if not (checkout / ".git").exists():  # in a virtual environment, git would describe the repository around it
         return None
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return described.stdout.strip() or None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        described = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=10)
+        return described.stdout.strip() or None
+    return None
 
 
 def _umask() -> int:

@@ -11,8 +11,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 
 from sevpeft.data.files import check_source
@@ -21,9 +22,6 @@ from sevpeft.errors import RunError, UsageError
 from sevpeft.recipe import SEVERITY_PRESETS, Recipe, load_recipe
 from sevpeft.runs import Run, check_one_process, check_run
 from sevpeft.severity.probabilities import SEVERITIES
-
-if TYPE_CHECKING:
-    import datasets
 
 # The columns of one run are its base model and its adapter; in an experiment the base model is an arm.
 BASE, ADAPTER = "base", "adapter"

@@ -5,7 +5,6 @@ Each names the version that was read and the upstream issue. `tests/modeling/tes
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft.utils.integrations import dequantize_module_weight
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,11 +35,9 @@ _SMALLEST_BLOCK = 512
 # its engines only inside the trainer. The model is loaded earlier, in a form that the engine can shard.
 
 
-def _requested(name: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
-
-
-fsdp_requested, deepspeed_requested, cpu_requested = (partial(_requested, on) for on in ("FSDP", "DEEPSPEED", "CPU"))
+fsdp_requested, deepspeed_requested, cpu_requested = (
+    partial(parse_flag_from_env, f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED", "CPU")
+)
 zero3 = hf_deepspeed.is_deepspeed_zero3_enabled  # valid after SFTConfig was built, which reads DeepSpeed's config
 
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
@@ -30,14 +30,12 @@ from transformers import GenerationConfig, TrainerCallback, TrainerControl, Trai
 
 from sevpeft.console import SECONDS_BETWEEN_LINES, print_labeled
 from sevpeft.errors import Interrupted, RunError, SevpeftError
+from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe, StoppingSection
 from sevpeft.runs import SAMPLES, Run, end_launcher, json_lines, signal_at_end_of_parent
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.training.compat import IGNORED, pending_loss, replaced, uncount_step
-
-if TYPE_CHECKING:
-    from sevpeft.modeling.prompts import Prompt
-    from sevpeft.training.trainer import SeveritySFTTrainer
+from sevpeft.training.trainer import SeveritySFTTrainer
 
 
 class RunProgress(TrainerCallback):

@@ -26,9 +26,6 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from sevpeft.errors import Interrupted
 
-if TYPE_CHECKING:
-    from sevpeft.training.checkpoints import ExactResume
-
 IGNORED = -100
 # Columns of the vocabulary that a CPU scores at once. TRL's 32,768 do not fit its caches: the LM head then takes up to
 # twice the time and eight times the memory. Another tile size changes the last bit of a log-probability.
@@ -210,10 +207,6 @@ class TrainerWorkarounds(SFTTrainer if TYPE_CHECKING else object):  # type: igno
     """
 
     control: TrainerControl
-    exact_resume: ExactResume
-    sort_within_steps: bool
-    curriculum: Any
-    severity_sums: torch.Tensor
     _total_train_tokens: int
     _epoch_ended_at = -1
 

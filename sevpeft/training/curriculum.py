@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
@@ -34,9 +34,6 @@ from sevpeft.recipe import CurriculumSection
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import Severity
 from sevpeft.training.compat import IGNORED, checkpoint_of, replaced
-
-if TYPE_CHECKING:
-    from sevpeft.training.trainer import SeveritySFTTrainer
 
 MEASURED = {"severity", "length", "loss"}  # values of curriculum.difficulty that are no column
 # Competence: share of the rows that the first step draws from (c₀), and share of the steps until all rows are used (T).
@@ -85,7 +82,7 @@ class Curriculum(TrainerCallback):
     the measurements, and `frozen`, the previous stage's adapter. Raises RecipeError: a stage has no rows or no steps.
     """
 
-    trainer: SeveritySFTTrainer
+    trainer: Any  # SeveritySFTTrainer, which sets it
 
     def __init__(
         self, settings: CurriculumSection, rows: int, difficulty: Iterable[np.ndarray], args: TrainingArguments
@@ -181,7 +178,8 @@ class Curriculum(TrainerCallback):
 
     def _begin(self, step: int) -> None:
         """Draws the rows of the stages up to that of a step. At the start of a stage, measures and resets first."""
-        settings, counts, trainer, number = self.settings, self.counts, self.trainer, self.stage_at(step)
+        settings, counts, trainer = self.settings, self.counts, self.trainer
+        number = sum(step >= stage.end for stage in self.stages[:-1])  # of its stage; after all steps of the last one
         if settings.difficulty == "loss" and not self.drawn:
             if not counts["losses"]:
                 measured = map(self._measure, (trainer.train_dataset, trainer.eval_dataset))
@@ -230,10 +228,6 @@ class Curriculum(TrainerCallback):
         divergence = kl_div(vocabulary(model.train(), inputs), before, reduction="none", log_target=True).sum(-1)
         mask = inputs["labels"][:, 1:] != IGNORED
         return self.settings.consistency * divergence.new_zeros(mask.shape).masked_scatter(mask, divergence)
-
-    def stage_at(self, step: int) -> int:
-        """Index of the stage of a step; of the last stage after all steps."""
-        return sum(step >= stage.end for stage in self.stages[:-1])
 
     def as_dict(self) -> dict[str, Any]:
         """For metrics.json: the stages, and the loss on the held-out rows of each class after every stage."""
