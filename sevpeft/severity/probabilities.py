@@ -7,7 +7,7 @@ row without a severity is an error, because any default would be a weight that n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -32,17 +32,6 @@ _INDEX = {fold_for_matching(name): index for index, names in enumerate(_NAMES) f
 # The text that severity is read from; a passage of "both" is (question, answer).
 Reads = Literal["question", "answer", "both"]
 Passage = str | tuple[str, str]
-
-
-class SeverityClassifier(Protocol):
-    """A classifier of questions; `version` changes whenever its probabilities may."""
-
-    kind: str
-    version: str
-    reads: Reads
-
-    def explained(self, questions: list[str], /) -> tuple[np.ndarray, list[str] | None]:
-        """Probabilities (n, 3), each row summing to one, in the order of `SEVERITIES`, and reasons (n,) or None."""
 
 
 def is_severity(name: str) -> bool:

@@ -6,25 +6,29 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
 from sevpeft.errors import WeightError
+from sevpeft.recipe.schema import SeveritySection
 from sevpeft.runs import workers_end_with_this_process
 from sevpeft.severity.probabilities import (
     PROBABILITY_COLUMNS,
     SEVERITIES,
     Reads,
-    SeverityClassifier,
     check_answers,
     has_severity,
     severity_probabilities,
     sharpened,
 )
 from sevpeft.severity.weights import ready_weights
+
+if TYPE_CHECKING:
+    from sevpeft.severity.classifier.calibrate import Calibrated
+    from sevpeft.severity.rules import Rules
 
 EVIDENCE = "severity_evidence"
 ORACLE = "prompt.severity=gold is an oracle: prompts have the true severity, which is unknown when a patient asks."
@@ -53,33 +57,23 @@ class Severity:
         return np.where(known, self.probabilities.argmax(axis=1), -1)
 
 
-def severity_of(
-    rows: datasets.Dataset,
-    *,
-    source: str = "columns",
-    classifier: str | None = None,
-    temperature: float = 1.0,
-    weight_column: str = "weight",
-    text: Reads | None = None,
-) -> Severity:
-    """Severity of every row; the arguments are those of the recipe's section `severity`.
+def severity_of(rows: datasets.Dataset, settings: SeveritySection) -> Severity:
+    """Severity of every row: of its columns, or by a classifier; `sharpened` at last.
 
-    `source` is "columns" (see `severity_probabilities`), "weight", or the kind of a classifier that reads the `text`.
-    `classifier` is its folder, or None for "rules" without calibration. `temperature` (see `sharpened`) comes last.
-    With "weight" the weights are in `weight_column`, and severity columns, if there are any, give the strata.
+    With ready-made weights, severity columns, if there are any, give the strata.
     """
-    origin: dict[str, Any] = {"source": source, "temperature": temperature}
-    if source == "weight":
+    origin: dict[str, Any] = {"source": settings.source, "temperature": settings.temperature}
+    if settings.source == "weight":
         probabilities = severity_probabilities(rows) if has_severity(rows) else np.full((len(rows), 3), np.nan)
-        return Severity(probabilities, origin, ready_weights(rows, weight_column))
-    if source != "columns":
-        loaded = load_source(source, classifier, text=text)
-        check_answers(rows, text or "question")
+        return Severity(probabilities, origin, ready_weights(rows, settings.weight_column))
+    if settings.source != "columns":
+        loaded = load_source(settings.source, settings.classifier, text=settings.text)
+        check_answers(rows, settings.text or "question")
         origin["version"] = loaded.version
         if loaded.reads != "question":
             origin["text"] = loaded.reads
         rows = classify_rows(rows, loaded)
-    return Severity(sharpened(severity_probabilities(rows), temperature), origin)
+    return Severity(sharpened(severity_probabilities(rows), settings.temperature), origin)
 
 
 def prompt_severity(rows: datasets.Dataset, kind: str, classifier: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -98,7 +92,7 @@ def prompt_severity(rows: datasets.Dataset, kind: str, classifier: str | None) -
 
 def load_source(
     kind: str | None, folder: str | None, lexicon: str | None = None, text: Reads | None = None
-) -> SeverityClassifier:
+) -> Calibrated | Rules:
     """Loads a classifier from a folder, or rules with a lexicon; WeightError if its kind or text differs."""
     if folder is None:
         from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
@@ -117,7 +111,7 @@ def load_source(
 
 
 def classify_rows(
-    rows: datasets.Dataset, classifier: SeverityClassifier, *, rank: int = 0, processes: int = 1
+    rows: datasets.Dataset, classifier: Calibrated | Rules, *, rank: int = 0, processes: int = 1
 ) -> datasets.Dataset:
     """The probability columns of every row, and `EVIDENCE` if the classifier gives its reasons.
 

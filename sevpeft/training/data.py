@@ -121,10 +121,10 @@ def load_splits(recipe: Recipe) -> tuple[Consultations, Splits, Severity | None]
     severity, plain = None, weighting.control == "uniform" and weighting.source == "columns"
     if not plain or has_severity(own.rows):
         names = {column: name for name, column in (table.columns | table.carried).items()}
-        how = weighting.model_dump(include={"source", "classifier", "temperature", "text"})
         column = names.get(weighting.weight_column, weighting.weight_column)
+        how = weighting.model_copy(update={"weight_column": column})
         try:
-            severity = severity_of(own.rows if plain else table.rows, weight_column=column, **how)
+            severity = severity_of(own.rows if plain else table.rows, how)
         except (DataError, WeightError) as error:
             raise (WeightError if isinstance(error, WeightError) else DataError)(f"{table.source}: {error}") from None
         unknown = np.full((len(table.rows) - len(severity.probabilities), len(SEVERITIES)), np.nan)

@@ -40,13 +40,9 @@ class Plan:
     epoch_seconds: float | None  # on an RTX 4090
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("data", "steps", "unknown", "memory_unknown", "tokens", "epoch_seconds")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "recipe": self.recipe.model_dump(mode="json"),
-            "weights": vars(self.weights),
-            "memory": self.fitting and self.fitting.as_dict(),
-        }
+        values = {name: value for name, value in vars(self).items() if name != "fitting"}
+        values |= {"recipe": self.recipe.model_dump(mode="json"), "weights": vars(self.weights)}
+        return {**values, "memory": self.fitting and self.fitting.as_dict()}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 
 from sevpeft.data.read import load_consultations
 from sevpeft.errors import WeightError
+from sevpeft.recipe.schema import SeveritySection
 from sevpeft.severity import source
 from sevpeft.severity.probabilities import Reads, severity_probabilities, sharpened
 from sevpeft.severity.rules import Rules
@@ -47,7 +48,7 @@ def rows(cache: Path) -> Any:
 
 
 def test_columns_are_read_and_then_sharpened(rows: Any) -> None:
-    plain = severity_of(rows)
+    plain = severity_of(rows, SeveritySection())
     np.testing.assert_array_equal(plain.probabilities, severity_probabilities(rows))
     np.testing.assert_array_equal(plain.strata, severity_probabilities(rows).argmax(axis=1))
     assert plain.origin == {"source": "columns", "temperature": 1.0}
@@ -56,9 +57,9 @@ def test_columns_are_read_and_then_sharpened(rows: Any) -> None:
 def test_a_classifier_is_asked_once_for_all_temperatures(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = Judge()
     monkeypatch.setattr(source, "load_source", lambda kind, folder, text: judge)
-    first = severity_of(rows, source="linear", classifier="somewhere")
+    first = severity_of(rows, SeveritySection(source="linear", classifier="somewhere"))
     np.testing.assert_array_equal(first.probabilities, Judge().probabilities(rows["question"]))
-    again = severity_of(rows, source="linear", classifier="somewhere", temperature=0.5)
+    again = severity_of(rows, SeveritySection(source="linear", classifier="somewhere", temperature=0.5))
     assert judge.asked == len(rows)
     np.testing.assert_array_equal(again.probabilities, sharpened(first.probabilities, 0.5))
     assert again.origin == {"source": "linear", "temperature": 0.5, "version": "1"}
@@ -119,4 +120,4 @@ def test_a_classifier_of_another_kind_is_refused(rows: Any, tmp_path: Path, monk
 
     monkeypatch.setattr(store, "load_classifier", lambda folder: Judge(kind="transformer"))
     with pytest.raises(WeightError, match="transformer"):
-        severity_of(rows, source="linear", classifier=str(tmp_path))
+        severity_of(rows, SeveritySection(source="linear", classifier=str(tmp_path)))

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from sevpeft.errors import DataError, SevpeftError, WeightError
 from sevpeft.recipe import settings_from
+from sevpeft.recipe.schema import SeveritySection
 from sevpeft.severity.classifier import calibrate, evaluate
 from sevpeft.severity.classifier.calibrate import Calibrated, Calibration, fit_calibrated, fit_of
 from sevpeft.severity.classifier.evaluate import evaluate_fitted, fit_and_evaluate, unlabeled_curve
@@ -100,7 +101,8 @@ def test_weights_read_both_or_what_the_recipe_says(both: Calibrated, folder: Pat
 
     def found(text: Any = None, data: Dataset | None = None) -> np.ndarray:
         data = table(rows) if data is None else data
-        return severity_of(data, source="linear", classifier=str(folder), text=text).probabilities
+        how = SeveritySection(source="linear", classifier=str(folder), text=text)
+        return severity_of(data, how).probabilities
 
     whole = both.probabilities(rows.questions, rows.answers)
     np.testing.assert_allclose(found(), whole, rtol=1e-12)
@@ -120,7 +122,7 @@ def test_rules_read_what_they_are_told_to_and_the_question_unless_told() -> None
     )
     rules = Rules.load()
     question, answer = rules.probabilities(rows["question"]), rules.probabilities(rows["answer"])
-    np.testing.assert_array_equal(severity_of(rows, source="rules").probabilities, question)
+    np.testing.assert_array_equal(severity_of(rows, SeveritySection(source="rules")).probabilities, question)
     found = severity_probabilities(classify_rows(rows, load_source("rules", None, text="both")))
     assert found[0, 2] > question[0, 2] + 0.2
     np.testing.assert_allclose(found[1], question[1])
