@@ -114,17 +114,6 @@ class Parameters:
         return self.quantized + self.unquantized
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Bytes by item, in display order."""
-
-    items: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.items.values())
-
-
 class MemoryPlan:
     """Memory of training the recipe's adapter. A batch size of `auto` counts as 1.
 
@@ -197,7 +186,7 @@ class MemoryPlan:
 
     def budget(
         self, batch: int | None = None, checkpointing: bool | None = None, eval_batch: int | None = None
-    ) -> Budget:
+    ) -> dict[str, int]:
         """Bytes by item for these batch sizes, with rows of training.max_length; None takes the recipe's value."""
         batch = self.batch if batch is None else batch
         eval_batch = self.eval_batch if eval_batch is None else eval_batch
@@ -222,15 +211,15 @@ class MemoryPlan:
         }
         if self.on_gpu:
             items["CUDA context, fragmentation"] = CUDA_CONTEXT + round(FRAGMENTATION * sum(items.values()))
-        return Budget({name: size for name, size in items.items() if size})
+        return {name: size for name, size in items.items() if size}
 
     def total_of_batch(self, batch: int, checkpointing: bool | None = None) -> int:
         """Bytes with `batch` rows in a training batch and no larger validation batch."""
-        return self.budget(batch, checkpointing, eval_batch=0).total
+        return sum(self.budget(batch, checkpointing, eval_batch=0).values())
 
     def total_of_validation(self, batch: int, checkpointing: bool | None = None) -> int:
         """Bytes with `batch` rows in a validation batch and one in a training batch."""
-        return self.budget(1, checkpointing, eval_batch=batch).total
+        return sum(self.budget(1, checkpointing, eval_batch=batch).values())
 
     def largest_batch(self, available: int) -> int:
         """The largest training batch that fits in `available` bytes: 0 to 1,024 rows."""
@@ -393,7 +382,7 @@ def usable(gb: float) -> int:
 
 
 def verdicts(plan: MemoryPlan) -> list[Gpu]:
-    total = plan.budget().total
+    total = sum(plan.budget().values())
     return [Gpu(gb, total <= usable(gb), plan.largest_batch(usable(gb))) for gb in GPUS]
 
 
@@ -426,7 +415,7 @@ _SAVINGS: tuple[tuple[dict[str, Any] | Callable[[MemoryPlan, int], dict[str, Any
 
 def changes(plan: MemoryPlan, gb: float) -> list[Change]:
     """Settings to change, one after the other, until the plan fits; each must save at least 1 %."""
-    available, before, advised = usable(gb), plan.budget().total, list[Change]()
+    available, before, advised = usable(gb), sum(plan.budget().values()), list[Change]()
     for settings, effect in _SAVINGS * 2:  # a setting may save memory only after a larger item has shrunk
         if before <= available:
             break
@@ -439,7 +428,7 @@ def changes(plan: MemoryPlan, gb: float) -> list[Change]:
             tried = plan.with_recipe(recipe_from_values(values))
         except RecipeError:  # such as 4 bit and 8 bit together, or `orthogonal` in 4 bit
             continue
-        total = tried.budget().total
+        total = sum(tried.budget().values())
         if total <= 0.99 * before:
             plan, before = tried, total
             words = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())

@@ -56,7 +56,7 @@ class Fitting:
     checkpointing: bool
     split_for: float | None  # GB of the GPU that batch and checkpointing were chosen for; None if the recipe sets them
     number_format: str
-    budget: memory.Budget
+    budget: dict[str, int]  # bytes by item
     gpus: list[memory.Gpu]
     vram: float | None  # GB of the requested GPU
     changes: list[memory.Change]  # that make the training fit there
@@ -64,12 +64,12 @@ class Fitting:
 
     @property
     def fits(self) -> bool:
-        return self.vram is None or self.budget.total <= memory.usable(self.vram)
+        return self.vram is None or sum(self.budget.values()) <= memory.usable(self.vram)
 
     def as_dict(self) -> dict[str, Any]:
         values = asdict(self)
         values["parameters"]["base"] = self.parameters.base
-        return {**values, "bytes": {**values.pop("budget")["items"], "total": self.budget.total}, "fits": self.fits}
+        return {**values, "bytes": {**values.pop("budget"), "total": sum(self.budget.values())}, "fits": self.fits}
 
 
 def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:

@@ -121,7 +121,8 @@ def show_machine(recipe: Recipe, console: Console) -> None:
         return
     on_cpu, large = not uses_gpu(recipe), (recipe.about.parameter_count() or 0) > LARGEST_QUANTIZED_ON_CPU
     with suppress(UnknownModelError):
-        needed, most = memory_plan(split_here(recipe), on_gpu=not on_cpu)[0].budget().total, device_memory(recipe)
+        budget, most = memory_plan(split_here(recipe), on_gpu=not on_cpu)[0].budget(), device_memory(recipe)
+        needed = sum(budget.values())
         text = f"{'CPU' if on_cpu else 'GPU'}, {needed / GIB:.1f} GiB of the {most / GIB:.1f} that a training may use"
         text += "; too much: use a smaller model, or a larger machine" * (needed > most)
         text += "; a model of this size needs hours an epoch without a GPU" * (on_cpu and large)
@@ -210,7 +211,7 @@ def _cpu_tflops(dtype: torch.dtype) -> float:
 
 def show_fitting(need: Fitting, console: Console) -> None:
     """Prints parameters, memory items, GPUs, and the changes that make a training fit."""
-    count = need.parameters
+    count, total = need.parameters, sum(need.budget.values())
     share = count.trainable / (count.base + count.trainable)
     targets = ", ".join(f"{name} ×{times}" for name, times in count.targets.items())
     counts = f"{count.trainable:,} trainable parameters beside {count.base:,} frozen ones ({share:.2%})"
@@ -218,14 +219,14 @@ def show_fitting(need: Fitting, console: Console) -> None:
     print_labeled(
         console,
         "GPU memory",
-        f"{need.budget.total / GIB:.1f} GiB at {need.batch} × {need.length} tokens in {need.number_format}, "
+        f"{total / GIB:.1f} GiB at {need.batch} × {need.length} tokens in {need.number_format}, "
         f"{'with' if need.checkpointing else 'without'} gradient checkpointing"
         f"{f' (split chosen for {need.split_for:g} GB)' if need.split_for else ''}, if all rows are that long; the "
         f"model's config is from {need.origin}",
     )
-    for name, size in need.budget.items.items():
+    for name, size in need.budget.items():
         row = Text(f"{'':{min(LABEL_WIDTH, console.width - 59)}}{name:30}{size / GIB:8.2f} GiB ")
-        row.append("█" * round(BAR_WIDTH * size / need.budget.total), style="blue")
+        row.append("█" * round(BAR_WIDTH * size / total), style="blue")
         console.print(row, no_wrap=True, overflow="crop")
     for gpu in need.gpus:
         rows = f"{gpu.largest_batch}{' or more' * (gpu.largest_batch == LARGEST_BATCH)} of {need.length} tokens"

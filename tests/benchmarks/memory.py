@@ -99,7 +99,8 @@ def measure_here(case: str) -> dict[str, float]:
         values[section][field] = json.loads(value)
     recipe = recipe_from_values(values)
     config = AutoConfig.for_model(**{**_LARGE, **_MODELS[name]})
-    planned = MemoryPlan(recipe, config, on_gpu=False, vocabulary_tile=CPU_VOCABULARY_TILE).budget().total
+    plan = MemoryPlan(recipe, config, on_gpu=False, vocabulary_tile=CPU_VOCABULARY_TILE)
+    planned = sum(plan.budget().values())
     small = {**_MODELS[name], **_SMALL, "intermediate_size": 128}
     if "layer_types" in small:
         small["layer_types"] = small["layer_types"][:2]

@@ -189,7 +189,7 @@ def train_steps(
 
 def planned_bytes(recipe: Recipe, *, on_gpu: bool = True) -> int:
     """By the plan, without its allowance for what no allocator counts."""
-    items = memory_plan(recipe, on_gpu=on_gpu)[0].budget().items
+    items = memory_plan(recipe, on_gpu=on_gpu)[0].budget()
     return sum(size for name, size in items.items() if not name.startswith("CUDA context"))
 
 

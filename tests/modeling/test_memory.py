@@ -85,7 +85,7 @@ def test_quantized_weights_take_what_bitsandbytes_keeps(model_folder: Callable[.
         plan = MemoryPlan(recipe, base_config(recipe)[0], on_gpu=True, vocabulary_tile=512)
         assert plan.parameters.quantized == 2 * sum(weight.nbytes for weight in weights)
         # Small matrices end in a block that is not full.
-        assert plan.budget().items["base model, quantized"] == pytest.approx(held, rel=0.02)
+        assert plan.budget()["base model, quantized"] == pytest.approx(held, rel=0.02)
 
 
 def test_the_adapter_is_counted_as_peft_makes_it() -> None:
@@ -105,7 +105,7 @@ def test_the_adapter_is_counted_as_peft_makes_it() -> None:
         trainable, total = adapted.get_nb_trainable_parameters()
         assert (plan.parameters.trainable, plan.parameters.base) == (trainable, total - trainable), lora
         assert sum(plan.parameters.targets.values()) == len(adapted.targeted_module_names), lora
-        items = plan.budget().items
+        items = plan.budget()
         assert items["adapter"] == items["gradients"] == 4 * trainable
         assert items["optimizer state"] == 8 * trainable
 
@@ -119,7 +119,7 @@ def test_dora_holds_every_dequantized_matrix_unless_layers_are_checkpointed() ->
     def activations(checkpointing: bool, dora: bool, bits: int) -> int:
         sections = {"quantization": {"load_in_4bit": bits == 4}, "lora": {"use_dora": dora, "lora_dropout": 0.1}}
         training = {"gradient_checkpointing": checkpointing, "max_length": 16, "per_device_train_batch_size": 1}
-        return plan_of(recipe_of(**sections, training=training), intermediate_size=2048).budget().items["activations"]
+        return plan_of(recipe_of(**sections, training=training), intermediate_size=2048).budget()["activations"]
 
     matrices = 6 * 2 * (3 * 128 * 2048 + 2 * 128 * 128 + 2 * 128 * 64)
     plain, dora = activations(False, False, 4), activations(False, True, 4)
@@ -175,13 +175,11 @@ def test_memory_grows_with_the_rows_as_a_run_of_so_many_finds(monkeypatch: pytes
 
 def test_checkpointing_shorter_rows_and_fewer_of_them_need_less() -> None:
     plan = plan_of(recipe_of(training={"gradient_checkpointing": False}))
-    total = plan.budget().total
-    assert plan.budget(checkpointing=True).total < total
-    assert plan.budget(1).total < total < plan.budget(3).total
-    short, long = (
-        plan.with_recipe(recipe_of(training={"gradient_checkpointing": False, "max_length": length})).budget().total
-        for length in (32, 65)
-    )
+    total = sum(plan.budget().values())
+    assert sum(plan.budget(checkpointing=True).values()) < total
+    assert sum(plan.budget(1).values()) < total < sum(plan.budget(3).values())
+    recipes = [recipe_of(training={"gradient_checkpointing": False, "max_length": length}) for length in (32, 65)]
+    short, long = (sum(plan.with_recipe(recipe).budget().values()) for recipe in recipes)
     assert short < total < long
     assert plan.total_of_validation(500) > total > plan.total_of_validation(1)
 
@@ -190,7 +188,7 @@ def test_keeping_more_for_the_backward_pass_needs_more() -> None:
     plan = plan_of(recipe_of())
 
     def activations(**kwargs: Any) -> int:
-        return plan.with_recipe(recipe_of(training=kwargs)).budget().items["activations"]
+        return plan.with_recipe(recipe_of(training=kwargs)).budget()["activations"]
 
     all_layers, none = activations(), activations(gradient_checkpointing=False)
     attention = activations(gradient_checkpointing_kwargs={"selective": True})
@@ -216,13 +214,13 @@ def test_eager_attention_is_seen_to_grow_with_the_square_of_the_length() -> None
             for length in (512, 1024)
         ]
         short = plan_of(recipes[0], on_gpu=False)
-        growth = short.with_recipe(recipes[1]).budget(1).items["activations"] / short.budget(1).items["activations"]
+        growth = short.with_recipe(recipes[1]).budget(1)["activations"] / short.budget(1)["activations"]
         assert least < growth < most
 
 
 def test_a_cpu_plan_has_no_cuda_and_counts_four_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    gpu, cpu = (plan_of(recipe_of(), on_gpu, alone=True).budget().items for on_gpu in (True, False))
+    gpu, cpu = (plan_of(recipe_of(), on_gpu, alone=True).budget() for on_gpu in (True, False))
     assert "CUDA context, fragmentation" in gpu and "CUDA context, fragmentation" not in cpu
     assert cpu["base model, 32 bit"] == 2 * gpu["base model, 16 bit"]
 
@@ -231,7 +229,7 @@ def test_optimizers_keep_what_they_are_known_to_keep() -> None:
     plan = plan_of(recipe_of())
     sizes = {"adamw_torch_fused": 8, "paged_adamw_8bit": 2.03, "sgd": 0, "paged_lion_8bit": 1.02, "lion_32bit": 4}
     for optim, size in sizes.items():
-        items = plan.with_recipe(recipe_of(training={"optim": optim})).budget().items
+        items = plan.with_recipe(recipe_of(training={"optim": optim})).budget()
         assert items.get("optimizer state", 0) == pytest.approx(size * plan.parameters.trainable, abs=1), optim
 
 
@@ -266,7 +264,7 @@ def eight_billion(*settings: str) -> MemoryPlan:
 def test_an_8b_model_fits_12_gb_in_4_bit_and_wants_more_than_16_in_16() -> None:
     gpus = verdicts(eight_billion())
     assert next(gpu.gb for gpu in gpus if gpu.fits) in (8, 12)
-    assert eight_billion("quantization.load_in_4bit=false").budget().total > usable(16)
+    assert sum(eight_billion("quantization.load_in_4bit=false").budget().values()) > usable(16)
     batches = [gpu.largest_batch for gpu in gpus]
     assert len(batches) == len(GPUS) and batches == sorted(batches) and batches[-1] > 20 * max(batches[0], 1)
     assert changes(eight_billion(), 24) == []
@@ -290,7 +288,7 @@ def test_changes_come_in_the_order_of_least_harm_until_it_fits() -> None:
     assert advice[0].settings == ("training.gradient_checkpointing=true",)
     assert advice[1].settings[1] == "training.gradient_accumulation_steps=8", "the same rows a step"
     assert advice[1].settings[0].endswith("_size=1"), "as nothing else would fit yet"
-    totals = [wasteful.budget().total, *(change.total for change in advice)]
+    totals = [sum(wasteful.budget().values()), *(change.total for change in advice)]
     assert totals == sorted(totals, reverse=True) and totals[-1] <= usable(12)
 
 
@@ -302,7 +300,7 @@ def test_no_more_rows_are_given_up_than_must_be() -> None:
         return plan.with_recipe(recipe_of(training={**training, "gradient_accumulation_steps": 3}))
 
     for rows, left in ((40, 30), (5, 5)):
-        gb = (wasteful(True, rows).budget().total + 2**20) / GIB / USABLE
+        gb = (sum(wasteful(True, rows).budget().values()) + 2**20) / GIB / USABLE
         checkpointing, batch = changes(wasteful(False, 60), gb)
         assert checkpointing.settings == ("training.gradient_checkpointing=true",) and batch.fits
         assert batch.settings == (

@@ -79,7 +79,7 @@ def test_the_base_keeps_its_formats_and_its_bytes_and_only_the_adapter_moves(rec
 
 def test_the_base_takes_what_the_plan_counts(recipe: Recipe, tmp_path: Path) -> None:
     trainer = trainer_of(recipe, BFLOAT16, tmp_path)
-    items = MemoryPlan(recipe, load_config(recipe), on_gpu=True, vocabulary_tile=512).budget().items
+    items = MemoryPlan(recipe, load_config(recipe), on_gpu=True, vocabulary_tile=512).budget()
     packed = sum(p.nbytes for p in base_of(trainer).values() if p.dtype == torch.uint8)
     whole = sum(p.nbytes for p in base_of(trainer).values() if p.dtype != torch.uint8)
     assert items["base model, 16 bit"] == whole

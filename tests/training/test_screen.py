@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sevpeft.modeling.memory import GIB, Budget, Change, usable
+from sevpeft.modeling.memory import GIB, Change, usable
 from sevpeft.recipe import load_recipe
 from sevpeft.runs import Run
 from sevpeft.training import plan as module
@@ -44,7 +44,7 @@ def test_bar_cards_and_verdict_fit_80_columns(eight_billion: Fitting) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "8,030,261,248 frozen" in text and "the recipe" in text and "fits in 24 GB" in text
     assert all(f" {gb} GB" in text for gb in (8, 12, 16, 24, 48, 80))
-    assert all(name in text for name in eight_billion.budget.items)
+    assert all(name in text for name in eight_billion.budget)
 
 
 @pytest.mark.parametrize(("gb", "fits"), [(12, True), (4, False)])
@@ -83,7 +83,7 @@ def test_a_machine_that_is_too_small_is_warned_about(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(screen, "device_memory", lambda recipe: 8 * GIB)
 
     def printed(needed: int, name: str) -> str:
-        console, plan = Console(file=io.StringIO(), width=80), SimpleNamespace(budget=lambda: Budget({"all": needed}))
+        console, plan = Console(file=io.StringIO(), width=80), SimpleNamespace(budget=lambda: {"all": needed})
         monkeypatch.setattr(screen, "memory_plan", lambda recipe, on_gpu: (plan, ""))
         show_machine(load_recipe(RECIPES / f"{name}.yaml", ["training.use_cpu=true"]), console)
         return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
