@@ -79,7 +79,7 @@ class Run:
 
     def append_log(self, entry: dict[str, Any]) -> None:
         """Appends one line to log.jsonl; numbers that are not finite become null."""
-        valid = {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in entry.items()}
+        valid = json.loads(json.dumps(entry), parse_constant=lambda _: None)
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(valid, ensure_ascii=False) + "\n")
 
