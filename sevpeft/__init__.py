@@ -5,8 +5,6 @@
 These are what the verbs of the command line call. Each is imported on first use, so that `import sevpeft` is fast.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

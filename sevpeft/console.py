@@ -4,8 +4,6 @@ File names, recipe keys, rows and model answers come from others. Unescaped, the
 title or reverse a line. Square brackets in them are not markup.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

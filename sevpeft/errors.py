@@ -4,8 +4,6 @@ The command line prints the message without a traceback and exits with `exit_cod
 reason and the remedy. It gives a row's number and never quotes a consultation, because users copy errors into tickets.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ RUN/ holds recipe.yaml, environment.json, metrics.json, log.jsonl, tokenizer/, a
 written under a temporary name and moved into place. An existing run is resumed or refused, never overwritten.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import functools

@@ -1,7 +1,5 @@
 """The verbs evaluate, choices, compare and report. Heavy imports are inside the functions."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated, Any

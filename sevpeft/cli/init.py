@@ -1,7 +1,5 @@
 """The verb init: a commented recipe for a model, its data and a machine, checked as `plan` checks one."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """The verbs train, plan, recipes and doctor. Heavy imports are inside the functions, so that --help is fast."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

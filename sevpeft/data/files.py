@@ -4,8 +4,6 @@ A damaged file is an error with its line or row. Messages give numbers and colum
 Only a JSON document is read into memory as a whole; other formats are streamed.
 """
 
-from __future__ import annotations
-
 import bisect
 import codecs
 import contextlib

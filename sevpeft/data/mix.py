@@ -1,7 +1,5 @@
 """Mixes several sources of training rows by shares of one token budget, which is the same for all shares."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from typing import Any

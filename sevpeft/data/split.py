@@ -4,8 +4,6 @@ Groups of rows are drawn per stratum in the order of a seeded hash. The result d
 library versions, nor on the order of the rows. Whole values of a column can be held out, too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """Normalizes Arabic text for comparison and for models without vowel marks, and recognizes dialects by words."""
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata

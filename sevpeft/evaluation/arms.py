@@ -4,8 +4,6 @@ A gain over plain cross-entropy alone proves nothing about severity. So the weig
 shuffled over the consultations (same spread, no information) and their mean for all rows (same step size).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

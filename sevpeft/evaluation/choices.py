@@ -5,8 +5,6 @@ compares those of letters after a question with its options. `…_norm` divides 
 characters. The harness makes the prompts and scores; this module checks rows, sizes batches and computes intervals.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import logging

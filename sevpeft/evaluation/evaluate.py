@@ -3,8 +3,6 @@
 Likelihoods and answers are slow, so they are stored row by row. The scores are computed from them each time.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

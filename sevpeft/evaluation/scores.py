@@ -4,8 +4,6 @@ metrics.yaml defines the scores. No score means anything alone: an unrelated flu
 tables show four other columns beside the adapter's (`COLUMNS`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from pathlib import Path

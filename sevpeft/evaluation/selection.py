@@ -5,8 +5,6 @@ the question. The mean of maxima is never below a single model's mean, whatever 
 for the selection is reported apart from the scores of the selected answers against the reference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

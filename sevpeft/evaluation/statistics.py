@@ -14,8 +14,6 @@ An outcome needs a corrected p below 5 % and an interval without zero. "Not dist
 the smallest detectable difference is reported with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

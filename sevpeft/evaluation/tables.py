@@ -1,7 +1,5 @@
 """Tables of evaluation.json and comparison.json for the screen, in 80 columns; the report shows all strata."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any

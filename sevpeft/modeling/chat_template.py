@@ -3,8 +3,6 @@
 A template cannot compute them, so `severity` and `dialect` (default: `prompt.dialect`) are its variables.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from contextlib import suppress

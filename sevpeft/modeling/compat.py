@@ -3,8 +3,6 @@
 Each names the version that was read and the upstream issue. `tests/modeling/test_compat.py` fails when one changes.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Only safetensors weights are read, and no code from the Hub runs unless the recipe sets model.trust_remote_code.
 """
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from dataclasses import dataclass

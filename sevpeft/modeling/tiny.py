@@ -4,8 +4,6 @@ Every recipe runs with it, without a network, on a laptop. It is trained only on
 validation figures of a quickstart are honest. It has seen a few hundred sentences and knows no medicine.
 """
 
-from __future__ import annotations
-
 import random
 from itertools import chain
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each message has the reason and a remedy. Settings that TRL, PEFT or transformers refuse clearly have no check here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Importing these classes takes seconds (torch), so the settings are read from lib
 After an upgrade of trl, transformers or peft, write that file again with `python -m tests.recipe.library_fields`.
 """
 
-from __future__ import annotations
-
 import json
 import operator
 from functools import reduce

@@ -4,8 +4,6 @@ All mistakes are reported at once, one line each: file, key path, problem, remed
 PyYAML follows 1.1, where `1e-4` is text, `no` is false, `12:30` is 750 and `010` is 8.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches

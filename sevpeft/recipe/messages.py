@@ -1,7 +1,5 @@
 """Error messages for each key that pydantic rejects: the problem and the remedy in one sentence."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

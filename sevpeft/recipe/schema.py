@@ -1,7 +1,5 @@
 """The recipe sections of sevpeft; `lora` and `training`, with the libraries' settings, are in library.py."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, Literal
 

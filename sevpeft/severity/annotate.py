@@ -1,7 +1,5 @@
 """`sevpeft annotate`: adds the severity to every row and writes the rows to a new file or folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ attaches particles, articles and pronouns to its words, so five hundred patterns
 Therefore the matcher removes prefixes and suffixes from the words of a question.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter, defaultdict

@@ -4,8 +4,6 @@ The columns are `p_non_critical, p_neutral, p_critical`, or one column of names 
 row without a severity is an error, because any default would be a weight that nobody chose.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Letters repeated for emphasis are reduced to one. A negation around its verb ("معنديش") becomes a word ("ما عندي").
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 from itertools import chain

@@ -1,7 +1,5 @@
 """Sharing: model cards, chat, web page, translation, merged models, and push to the Hub."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from sevpeft.recipe import Section

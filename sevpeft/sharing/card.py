@@ -3,8 +3,6 @@
 Every figure on a card was measured. A card contains no data row, no path, and no name of a person or machine.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shlex
 from contextlib import suppress

@@ -3,8 +3,6 @@
 A repository with other files is not changed. After an interruption the same command continues.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

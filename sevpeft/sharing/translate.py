@@ -4,8 +4,6 @@ The published method (arXiv 2501.09825) drops rows with letters of another scrip
 here: equal numbers, a comparable length, and no truncation. No check detects a wrong word.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

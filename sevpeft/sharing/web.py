@@ -4,8 +4,6 @@ The page sends and fetches nothing elsewhere: no analytics, fonts, tunnel or his
 for the browser. All texts are escaped. All users share one queue: one answer at a time.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -4,8 +4,6 @@ Each entry names the version that it was written for, and the upstream issue if 
 tests/training/test_compat.py fails when a library changes what is used here.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

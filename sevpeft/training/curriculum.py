@@ -13,8 +13,6 @@ L_task is the weighted loss of a stage's own rows, L_finetune that of replayed r
 of answer tokens from the adapter at the end of the previous stage.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Training data of a recipe: splits, encoded rows with token weights, batches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """FSDP2, DeepSpeed and several processes: refuses settings that would silently train wrongly or lose the adapter."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from math import prod

@@ -1,7 +1,5 @@
 """Out of memory: computes a batch that does not fit in parts, for the same optimizer step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Terminal output of train and plan: data, weights, batch, memory plan, summary."""
 
-from __future__ import annotations
-
 import re
 import timeit
 from contextlib import suppress

@@ -4,8 +4,6 @@ The marks let a reader see what the lexicons missed. A page has a sample that is
 arms are joined by the id of the question, never by position.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ holds if every part holds, one-sided at α: an intersection–union test (Berger
 mean over tokens, like the loss; the mean over rows is reported too, and decides nothing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

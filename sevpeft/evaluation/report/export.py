@@ -1,7 +1,5 @@
 """Exports a comparison for a paper: tables as CSV or LaTeX (booktabs), figures as SVG and PDF; no text of patients."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter

@@ -5,8 +5,6 @@ Text of patients and models is untrusted: Jinja escapes it, and the page's polic
 elsewhere and all connections.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

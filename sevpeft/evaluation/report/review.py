@@ -4,8 +4,6 @@ The sheet (XLSX, and one HTML file) shows a question and two answers, A and B, i
 has no arm, id or severity. review-key.json unblinds it, and stays in the folder of the comparison.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence

@@ -7,8 +7,6 @@ which corrects the overall shares: on 1,063 labeled questions it reduces the ECE
 probabilities of the linear part (stacking, Wolpert 1992); otherwise the rules would get no weight.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence

@@ -10,8 +10,6 @@ row's bin, with 15 bins of equal mass (Nguyen & O'Connor 2015). Perfect calibrat
 `ece_critical_by_chance` is its mean over labels drawn from the probabilities themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial

@@ -6,8 +6,6 @@ no row, path or name of a person. The version is a hash of all that decides the 
 FOLDER/ itself has the question-only classifier. If that is a twin, both/ or answer/ has the one that reads answers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
