@@ -182,11 +182,12 @@ def _run_batches(
     *,
     size: Callable[[int], int],
     padding: int,
-    remedy: str,
+    remedy: str = "",
 ) -> Iterator[tuple[list[int], Any]]:
     """Batches of rows, the longest first, each with its result; a batch too large for the GPU is halved.
 
     `size`: maximum rows of a batch whose longest row has this length. `padding`: maximum padding tokens of a batch.
+    `remedy`: of the RunError for a single row that is too large; without it, PyTorch's own error is raised.
     """
     order, share = sorted(rows, key=lambda i: -lengths[i]), 1.0
     while order:
@@ -199,6 +200,8 @@ def _run_batches(
             order = order[count:]
             continue
         except torch.OutOfMemoryError as error:
+            if count == 1 and not remedy:
+                raise
             if count == 1:
                 problem = "A single row does not fit the GPU's memory"
                 raise RunError(f"{problem}; {remedy}. Finished rows are kept.") from error
@@ -267,16 +270,16 @@ def _read_by_length(model: PreTrainedModel, prompts: list[list[int]], filling: i
         _bare(model).base_model(**given, cache=whole, use_cache=True)  # without the head
         return [(layer.keys, layer.values) for layer in whole.layers]
 
-    remedy, limit = "lower generation.per_device_eval_batch_size", lambda longest: max(1, NLL_TOKENS // longest)
+    lengths = [len(row) for row in rows]
     for batch, layers in _run_batches(
-        range(len(rows)), list(map(len, rows)), read, size=limit, padding=NLL_PADDING, remedy=remedy
+        range(len(rows)), lengths, read, size=lambda longest: max(1, NLL_TOKENS // longest), padding=NLL_PADDING
     ):
         states = states or [
             [part.new_zeros(len(rows), part.shape[1], widest, part.shape[3]) for part in pair] for pair in layers
         ]
         for (number, i), (pair, parts) in product(enumerate(batch), zip(states, layers, strict=True)):
             for whole, part in zip(pair, parts, strict=True):
-                whole[i, :, widest - len(rows[i]) :] = part[number, :, : len(rows[i])]
+                whole[i, :, widest - lengths[i] :] = part[number, :, : lengths[i]]
     cache = DynamicCache(config=_bare(model).config.get_text_config(decoder=True))
     for layer in range(len(states)):
         cache.update(*states[layer], layer)

@@ -321,6 +321,25 @@ def test_a_full_gpu_makes_batches_smaller_until_a_single_row_does_not_fit(
 
     monkeypatch.setattr(model, "generate", small)
     assert answered(model, prompt) == expected
+    # Also where the keys and values of all rows leave no memory to read a single one.
+    read = module._read_by_length
+    filled: list[int] = []
+
+    def reading(of: Any, prompts: list[list[int]], **more: Any) -> Any:
+        if len(prompts) > largest:
+            filled.append(len(prompts))
+            monkeypatch.setattr(type(model.base_model), "forward", full)
+        try:
+            return read(of, prompts, **more)
+        finally:
+            monkeypatch.setattr(type(model.base_model), "forward", forward)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    forward = type(model.base_model).forward
+    monkeypatch.setattr(module, "_read_by_length", reading)
+    assert answered(model, prompt) == expected and filled
     largest = 0
     with pytest.raises(RunError, match="max_new_tokens"):
         answered(model, prompt)
