@@ -81,7 +81,7 @@ def recipe_text(chosen: dict[str, Any], words: list[str], vram: float | None) ->
                     recipe = choose({path: read_yaml(value, "")})
                     saved |= {path: f"so that it fits: {change.effect}"} if path in chosen else {}
         held = fitting(recipe, gb)[1] if gb else memory_plan(recipe, on_gpu=False)[0].with_recipe(split_here(recipe))
-        size, needed = held.parameters.base, sum(held.budget().values())
+        size, needed = held.parameters.base, held.total
     except UnknownModelError as error:
         Screen(stderr=True).print(f"Note: whether it fits is not known: {error}", soft_wrap=True)
     if needed > room:

@@ -138,7 +138,7 @@ def generate(
         range(len(rows)),
         list(map(len, prompts)),
         lambda batch: answer_tokens(
-            model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings, by_length=by_length and len(batch) > 1
+            model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings, by_length=by_length
         ),
         size=lambda _: size,
         padding=_PADDING_KEPT if by_length else _PADDING * most,
@@ -223,7 +223,7 @@ def answer_tokens(
 
     `by_length`: read the prompts in groups of similar length first.
     """
-    if by_length and min(map(len, prompts.values())) > 1:
+    if by_length and len(prompts) > 1 and min(map(len, prompts.values())) > 1:
         more["cache"] = _read_by_length(model, list(prompts.values()))
     longest = max(map(len, prompts.values()))
     # Padded with a token of the row itself, because a repetition penalty applies to masked tokens too.
@@ -371,13 +371,13 @@ def _batch_nll(model: PreTrainedModel, prompts: list[list[int]], answers: list[l
 
 def _batching(model: PreTrainedModel, end_id: int) -> tuple[bool, str]:
     """Whether prompts can be read by length, and the reason why questions cannot share a batch, or ""."""
-    if _bare(model) not in _batching_of:
+    if (bare := _bare(model)) not in _batching_of:
         by_length = False
         # Convolutions and recurrent states are in caches of other kinds; a model's own code may not know `cache`.
         with suppress(AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             by_length = not batching_problem(model, end_id, by_length=True)
-        _batching_of[_bare(model)] = by_length, "" if by_length else batching_problem(model, end_id)
-    return tuple(_batching_of[_bare(model)])
+        _batching_of[bare] = by_length, "" if by_length else batching_problem(model, end_id)
+    return tuple(_batching_of[bare])
 
 
 @torch.no_grad()

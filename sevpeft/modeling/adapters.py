@@ -37,8 +37,8 @@ from sevpeft.runs import Run, file_hash, write_atomically
 
 # Values of each tensor that the fingerprint reads. Training changes a whole matrix, so a part of it is enough.
 _SAMPLED = 2048
-# Weights that autocast rounds at every use, by their names in a saved adapter.
-_ROUNDED = r"\.lora_[AB]\.weight$"
+# Weights that autocast rounds at every use, by their names in a saved adapter and, with the adapter's name, in a model.
+_ROUNDED = r"\.lora_[AB](\.\w+)?\.weight$"
 
 
 def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
@@ -198,7 +198,8 @@ def attach_adapter(base: PreTrainedModel, folder: Path, recipe: Recipe, *, keep_
             wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
         if stored == {"BF16"} and base.dtype == torch.bfloat16 and not (keep_float32 or config.get("use_dora")):
             for name, weight in model.named_parameters():
-                weight.data = weight.data.bfloat16() if re.search(r"\.lora_[AB]\.\w+\.weight$", name) else weight.data
+                if re.search(_ROUNDED, name):
+                    weight.data = weight.data.bfloat16()
     except SafetensorError as error:
         raise ModelError(f"The adapter in {folder} is damaged ({first_sentence(error)}); {remedy}.") from error
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, OSError) as error:

@@ -213,6 +213,11 @@ class MemoryPlan:
             items["CUDA context, fragmentation"] = CUDA_CONTEXT + round(FRAGMENTATION * sum(items.values()))
         return {name: size for name, size in items.items() if size}
 
+    @property
+    def total(self) -> int:
+        """Bytes of the whole budget."""
+        return sum(self.budget().values())
+
     def total_of_batch(self, batch: int, checkpointing: bool | None = None) -> int:
         """Bytes with `batch` rows in a training batch and no larger validation batch."""
         return sum(self.budget(batch, checkpointing, eval_batch=0).values())
@@ -382,7 +387,7 @@ def usable(gb: float) -> int:
 
 
 def verdicts(plan: MemoryPlan) -> list[Gpu]:
-    total = sum(plan.budget().values())
+    total = plan.total
     return [Gpu(gb, total <= usable(gb), plan.largest_batch(usable(gb))) for gb in GPUS]
 
 
@@ -415,7 +420,7 @@ _SAVINGS: tuple[tuple[dict[str, Any] | Callable[[MemoryPlan, int], dict[str, Any
 
 def changes(plan: MemoryPlan, gb: float) -> list[Change]:
     """Settings to change, one after the other, until the plan fits; each must save at least 1 %."""
-    available, before, advised = usable(gb), sum(plan.budget().values()), list[Change]()
+    available, before, advised = usable(gb), plan.total, list[Change]()
     for settings, effect in _SAVINGS * 2:  # a setting may save memory only after a larger item has shrunk
         if before <= available:
             break
@@ -428,7 +433,7 @@ def changes(plan: MemoryPlan, gb: float) -> list[Change]:
             tried = plan.with_recipe(recipe_from_values(values))
         except RecipeError:  # such as 4 bit and 8 bit together, or `orthogonal` in 4 bit
             continue
-        total = sum(tried.budget().values())
+        total = tried.total
         if total <= 0.99 * before:
             plan, before = tried, total
             words = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())

@@ -63,13 +63,17 @@ class Fitting:
     bits: int | None  # of a quantized base model
 
     @property
+    def total(self) -> int:
+        return sum(self.budget.values())
+
+    @property
     def fits(self) -> bool:
-        return self.vram is None or sum(self.budget.values()) <= memory.usable(self.vram)
+        return self.vram is None or self.total <= memory.usable(self.vram)
 
     def as_dict(self) -> dict[str, Any]:
         values = asdict(self)
         values["parameters"]["base"] = self.parameters.base
-        return {**values, "bytes": {**values.pop("budget"), "total": sum(self.budget.values())}, "fits": self.fits}
+        return {**values, "bytes": {**values.pop("budget"), "total": self.total}, "fits": self.fits}
 
 
 def plan(recipe: Recipe, *, vram: float | None = None) -> Plan:

@@ -119,8 +119,7 @@ def show_machine(recipe: Recipe, console: Console) -> None:
         return
     on_cpu, large = not uses_gpu(recipe), (recipe.about.parameter_count() or 0) > LARGEST_QUANTIZED_ON_CPU
     with suppress(UnknownModelError):
-        budget, most = memory_plan(split_here(recipe), on_gpu=not on_cpu)[0].budget(), device_memory(recipe)
-        needed = sum(budget.values())
+        needed, most = memory_plan(split_here(recipe), on_gpu=not on_cpu)[0].total, device_memory(recipe)
         text = f"{'CPU' if on_cpu else 'GPU'}, {needed / GIB:.1f} GiB of the {most / GIB:.1f} that a training may use"
         text += "; too much: use a smaller model, or a larger machine" * (needed > most)
         text += "; a model of this size needs hours an epoch without a GPU" * (on_cpu and large)
@@ -209,7 +208,7 @@ def _cpu_tflops(dtype: torch.dtype) -> float:
 
 def show_fitting(need: Fitting, console: Console) -> None:
     """Prints parameters, memory items, GPUs, and the changes that make a training fit."""
-    count, total = need.parameters, sum(need.budget.values())
+    count, total = need.parameters, need.total
     share = count.trainable / (count.base + count.trainable)
     targets = ", ".join(f"{name} ×{times}" for name, times in count.targets.items())
     counts = f"{count.trainable:,} trainable parameters beside {count.base:,} frozen ones ({share:.2%})"

@@ -83,7 +83,7 @@ def test_a_machine_that_is_too_small_is_warned_about(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(screen, "device_memory", lambda recipe: 8 * GIB)
 
     def printed(needed: int, name: str) -> str:
-        console, plan = Console(file=io.StringIO(), width=80), SimpleNamespace(budget=lambda: {"all": needed})
+        console, plan = Console(file=io.StringIO(), width=80), SimpleNamespace(total=needed)
         monkeypatch.setattr(screen, "memory_plan", lambda recipe, on_gpu: (plan, ""))
         show_machine(load_recipe(RECIPES / f"{name}.yaml", ["training.use_cpu=true"]), console)
         return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
