@@ -79,7 +79,8 @@ def arms_of(settings: dict[str, Any], part: str, chosen: dict[str, Any] | None) 
     if final or not settings["kinds"]:
         arms += [Arm(name, labels) for name in names for labels in ("gold", "permuted")]
     if final:
-        arms += [arm._replace(labels="predicted") for arm in gold] + [Arm(name, "predicted") for name in names]
+        arms += [arm._replace(labels="predicted") for arm in gold]
+        arms += [Arm(name, labels) for name in names for labels in ("predicted", "permuted-predicted")]
     # As long as a whole training each, so they come last.
     return [*arms, *late, *(arm._replace(labels="permuted") for arm in late if final)]
 

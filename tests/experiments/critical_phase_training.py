@@ -193,6 +193,7 @@ class Part:
             model, folds = make_pipeline(tfidf, LogisticRegression(max_iter=1000)), StratifiedGroupKFold(5)
             predict = partial(cross_val_predict, model, cv=folds, method="predict_proba")
             found["predicted"] = predict([self.rows[i] for i in self.train], gold.argmax(1), groups=groups)
+            found["permuted-predicted"] = self.generator("permute").permutation(found["predicted"])
         return found
 
     def critical(self, labels: str) -> np.ndarray:
