@@ -27,10 +27,11 @@ from sevpeft.data.text import ARABIC, fold_for_matching
 from sevpeft.errors import DataError, SevpeftError, UsageError, first_sentence
 from sevpeft.evaluation.arms import ADAPTER, BASE
 from sevpeft.evaluation.evaluate import open_run
-from sevpeft.evaluation.generate import NLL_LOGITS, NLL_PADDING, NLL_TOKENS
+from sevpeft.evaluation.generate import batching
 from sevpeft.evaluation.scores import methods
 from sevpeft.evaluation.statistics import compare_family, interval, paired_difference
 from sevpeft.modeling.adapters import attach_adapter
+from sevpeft.modeling.likelihood import NLL_PADDING, NLL_TOKENS, nll_of_pairs, nll_rows
 from sevpeft.modeling.loading import load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import EvaluationSection
@@ -154,6 +155,12 @@ def _accuracy(model: Any, prompt: Prompt, questions: Questions, console: Console
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
             cut.update(text for (text, _), *ids in requests if sum(map(len, ids)) > self.max_length + 1)
+            if batching(self.model, prompt.end_id)[0]:
+                whole = [(*context, *option)[-self.max_length - 1 :] for _, context, option in requests]
+                lengths = [len(option) for _, _, option in requests]
+                pairs = [(ids[:-length], ids[-length:]) for ids, length in zip(whole, lengths, strict=True)]
+                with row_progress(console, f"Questions, {arm}", len({ids for ids, _ in pairs})) as self.done:
+                    return [(-nats, False) for nats in nll_of_pairs(self.model, pairs, self.done)]
             # The harness scores all options of one token, such as letters, with one forward pass.
             rows = len({(*context, *option[:-1]) for _, context, option in requests})
             with row_progress(console, f"Options, {arm}", rows) as self.done:
@@ -162,11 +169,10 @@ def _accuracy(model: Any, prompt: Prompt, questions: Questions, console: Console
         def _batch_scheduler(self, position: int, requests: Any) -> int:
             """Rows of the batch at this position; the harness calls it at each position, the longest row first."""
             if position in (0, self.end):
-                most = min(NLL_TOKENS, NLL_LOGITS // self.config.get_text_config().vocab_size)
-                ahead = requests[position : position + most]
+                ahead = requests[position : position + NLL_TOKENS]
                 lengths = np.array([len(context) + len(option) for _, context, option in ahead])
                 padded = int((np.cumsum(lengths[0] - lengths) <= NLL_PADDING).sum())
-                self.size = max(1, min(most // int(lengths[0]), padded))
+                self.size = min(nll_rows(self.model, int(lengths[0])), padded)
                 self.end = position + self.size
                 self.keep = int(lengths[0]) - min(len(context) for _, context, _ in ahead[: self.size])
             return self.size

@@ -86,10 +86,10 @@ def evaluate(
         lines, minimization = dict[str, list[dict[str, Any]]](), dict[str, Scores]()
         # The base model first: some adapters (lora.bias=all) change its weights when they are attached.
         for arm in (arm for arm in (BASE, ADAPTER) if arm in arms):
-            likelihood[arm] = work.likelihood(arm)
-            if answers:
-                lines[arm] = work.answers(arm)
+            if answers:  # first, because they measure most likelihoods too
+                lines[arm] = work.answers(arm, scored=(arm, SHUFFLED) if floors and arm == ADAPTER else (arm,))
                 minimization[arm] = work.minimization(arm) if settings.minimization else {}
+            likelihood[arm] = work.likelihood(arm)
         if floors:
             likelihood[SHUFFLED] = work.likelihood(SHUFFLED)
         texts = {arm: [line["prediction"] for line in arm_lines] for arm, arm_lines in lines.items()}
@@ -297,8 +297,13 @@ class RowWork:
         change = np.array([after.get(identity, np.nan) - before[identity] for identity in self.rows.ids])
         return {"minimized_change": change, "minimized_less_urgent": np.where(np.isnan(change), np.nan, change < 0)}
 
-    def answers(self, arm: str, other: tuple[RowFile, EvaluationRows] | None = None) -> list[dict[str, Any]]:
-        """Lines of predictions.jsonl in the order of the rows, or lines of another file for its rows."""
+    def answers(
+        self, arm: str, other: tuple[RowFile, EvaluationRows] | None = None, *, scored: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Lines of predictions.jsonl in the order of the rows, or lines of another file for its rows.
+
+        `scored`: arms, of the same model, whose missing likelihoods are stored too where that saves time.
+        """
         on_slow, (file, rows) = partial(print_labeled, self.console, "Batches"), other or (self.predictions, self.rows)
         names = [SEVERITIES[stratum] if stratum >= 0 else None for stratum in rows.strata]
         columns = (rows.ids, rows.questions, rows.references, names, rows.groups.tolist())
@@ -306,7 +311,14 @@ class RowWork:
         about = {values[0]: dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)}
 
         def compute(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
-            for batch in generate(model, prompt, rows, self.recipe.generation, on_slow):
+            kept, shuffled = self.likelihoods, [self.shuffled[identity] for identity in rows.ids]
+            missing = [name for name in scored if any((name, identity) not in kept.lines for identity in rows.ids)]
+            texts = {name: shuffled if name == SHUFFLED else rows.references for name in missing}
+            limit, settings = self.max_length, self.recipe.generation
+            for batch in generate(model, prompt, rows, settings, on_slow, references=texts, max_length=limit):
+                nll = [{"arm": name, "id": line["id"], **of} for line in batch for name, of in line.pop("nll").items()]
+                if nll:
+                    kept.append(nll)
                 yield [{**about[line["id"]], **line, "tokens": len(line.pop("token_ids"))} for line in batch]
 
         return self._lines(file, rows, arm, "Downplay" if other else "Answers", compute)

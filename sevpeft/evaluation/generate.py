@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain, product
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sevpeft.data.columns import trained_turns
-from sevpeft.errors import ModelError, RunError
+from sevpeft.errors import ModelError
+from sevpeft.modeling.likelihood import (
+    KEPT,
+    NLL_PADDING,
+    answer_logits,
+    bare,
+    batch_nll,
+    cache_of,
+    nll_after,
+    nll_rows,
+    read_by_length,
+    run_batches,
+)
 from sevpeft.modeling.loading import learned_positions
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
@@ -29,17 +41,12 @@ from sevpeft.recipe.schema import GenerationSection
 # Padding tokens of a batch per token of an answer. Measured on a CPU, where a step mostly reads the weights: a step of
 # another batch costs as much as reading 32 tokens.
 _PADDING = 32
-# If prompts are read by length, padding is only kept, not computed: the limit is for memory.
-_PADDING_KEPT = 2**14
-# Limits of a likelihood batch: tokens with padding, enough for a busy GPU without a backward pass; logits (1 GB in
-# float32); and padding, as another batch reads the weights once more.
-NLL_TOKENS, NLL_LOGITS, NLL_PADDING = 4096, 2**28, 128
 # Tokens of the long prompt, the short prompt and the answer in `batching_problem`.
 _LONG, _SHORT, _STEPS = 24, 9, 3
 # Root mean squares over a vocabulary vary little. Measured in three precisions: harmless shapes differ by up to 1.6
 # yardsticks, and the weakest fault by 17.
 _YARDSTICKS = 4.0
-# Cache: bare model → result of `_batching`. An adapter changes each token by itself, so it needs no measurement.
+# Cache: bare model → result of `batching`. An adapter changes each token by itself, so it needs no measurement.
 _batching_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _LISTS = ("ids", "questions", "references", "dialects", "turns", "severities")  # columns of the rows
 
@@ -108,6 +115,9 @@ def generate(
     rows: EvaluationRows,
     settings: GenerationSection,
     on_slow: Callable[[str], None],
+    *,
+    references: Mapping[str, Sequence[str]] | None = None,
+    max_length: int | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers the rows' questions, longest first.
 
@@ -115,11 +125,13 @@ def generate(
         model: in evaluation mode. Its own generation_config.json is ignored, because its penalties and limits would
             differ between arms.
         on_slow: called with one sentence if questions cannot share a batch.
+        references: name → (n,) texts, of which `reference_nll` would give the likelihood with this `max_length`. Where
+            the model allows it and the prompt is the same, the prompt is read once for them and the answer.
 
     Yields:
         A batch of {id, prediction, token_ids (with the end token), truncated (no end token), lost_words (words of the
-        question that did not fit the context)}, not in the order of the rows. A RunError if a single row does not fit
-        the GPU's memory.
+        question that did not fit the context), nll (name → {nll, tokens}, without those not measured)}, not in the
+        order of the rows. A RunError if a single row does not fit the GPU's memory.
     """
     size, most = settings.per_device_eval_batch_size, settings.max_new_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -127,21 +139,34 @@ def generate(
     if not all(prompts):
         problem = f"leaves no room for a question in the model's {context:,} positions"
         raise ModelError(f"generation.max_new_tokens={most} {problem}; lower it.")
-    _bare(model).generation_config = GenerationConfig()
+    bare(model).generation_config = GenerationConfig()
     by_length = False
     if min(size, len(rows)) > 1:
-        by_length, problem = _batching(model, prompt.end_id)
+        by_length, problem = batching(model, prompt.end_id)
         if problem:
             size = 1
             on_slow(f"Questions are answered one at a time, which is slower: {problem}.")
-    for batch, answers in _run_batches(
+    scored = {name: prompt.answer_ids(texts) for name, texts in (references or {}).items()}
+    room = min(filter(None, (max_length, learned_positions(model.config))), default=float("inf"))
+
+    def compute(batch: list[int]) -> tuple[list[list[int]], list[dict[str, Any]]]:
+        nll, more = [dict[str, Any]() for _ in batch], dict[str, Any]()
+        if by_length and len(batch) > 1 and min(len(prompts[i]) for i in batch) > 1:
+            states = read_by_length(model, [prompts[i] for i in batch])
+            for name, of in scored.items():
+                fit = [n for n, i in enumerate(batch) if not lost[i] and len(prompts[i]) + len(of[i]) <= room]
+                nats = nll_after(model, states, [(n, prompts[batch[n]], of[batch[n]]) for n in fit])
+                for n, value in zip(fit, nats, strict=True):
+                    nll[n][name] = {"nll": value, "tokens": len(of[batch[n]])}
+            more["cache"] = cache_of(model, states)
+        return answer_tokens(model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings, **more), nll
+
+    for batch, found in run_batches(
         range(len(rows)),
         list(map(len, prompts)),
-        lambda batch: answer_tokens(
-            model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings, by_length=by_length
-        ),
+        compute,
         size=lambda _: size,
-        padding=_PADDING_KEPT if by_length else _PADDING * most,
+        padding=KEPT if by_length else _PADDING * most,
         remedy="lower generation.max_new_tokens",
     ):
         yield [
@@ -151,8 +176,9 @@ def generate(
                 "token_ids": answer,
                 "truncated": answer[-1:] != [prompt.end_id],
                 "lost_words": lost[i],
+                "nll": nll,
             }
-            for i, answer in zip(batch, answers, strict=True)
+            for i, answer, nll in zip(batch, *found, strict=True)
         ]
 
 
@@ -175,56 +201,15 @@ def fitting_prompts(
     return prompts, lost
 
 
-def _run_batches(
-    rows: Iterable[int],
-    lengths: Sequence[int],
-    compute: Callable[[list[int]], Any],
-    *,
-    size: Callable[[int], int],
-    padding: int,
-    remedy: str = "",
-) -> Iterator[tuple[list[int], Any]]:
-    """Batches of rows, the longest first, each with its result; a batch too large for the GPU is halved.
-
-    `size`: maximum rows of a batch whose longest row has this length. `padding`: maximum padding tokens of a batch.
-    `remedy`: of the RunError for a single row that is too large; without it, PyTorch's own error is raised.
-    """
-    order, share = sorted(rows, key=lambda i: -lengths[i]), 1.0
-    while order:
-        longest, room, count = lengths[order[0]], padding, 1
-        most = min(int(size(longest) * share), len(order))
-        while count < most and (room := room - (longest - lengths[order[count]])) >= 0:
-            count += 1
-        try:
-            yield order[:count], compute(order[:count])
-            order = order[count:]
-            continue
-        except torch.OutOfMemoryError as error:
-            if count == 1 and not remedy:
-                raise
-            if count == 1:
-                problem = "A single row does not fit the GPU's memory"
-                raise RunError(f"{problem}; {remedy}. Finished rows are kept.") from error
-        share = count / 2 / size(longest)  # outside the except block, because the exception holds the memory
-        torch.cuda.empty_cache()
-
-
 @torch.no_grad()
 def answer_tokens(
     model: PreTrainedModel,
     prompt: Prompt,
     prompts: dict[str, list[int]],
     settings: GenerationSection,
-    *,
-    by_length: bool = False,
     **more: Any,
 ) -> list[list[int]]:
-    """Tokens of the answers, with their end token. `prompts`: row id → tokens; `more`: passed to `model.generate`.
-
-    `by_length`: read the prompts in groups of similar length first.
-    """
-    if by_length and len(prompts) > 1 and min(map(len, prompts.values())) > 1:
-        more["cache"] = _read_by_length(model, list(prompts.values()))
+    """Tokens of the answers, with their end token. `prompts`: row id → tokens; `more`: passed to `model.generate`."""
     longest = max(map(len, prompts.values()))
     # Padded with a token of the row itself, because a repetition penalty applies to masked tokens too.
     padded = [row[:1] * (longest - len(row)) + row for row in prompts.values()]
@@ -247,49 +232,6 @@ def answer_tokens(
         answer[: answer.index(prompt.end_id) + 1] if prompt.end_id in answer else answer
         for answer in output[:, longest:].tolist()
     ]
-
-
-@torch.no_grad()
-def _read_by_length(model: PreTrainedModel, prompts: list[list[int]], filling: int = 0) -> Cache:
-    """Keys and values of the prompts without their last tokens, aligned on the right, for `model.generate`.
-
-    Padding costs as much as a question while prompts are read, and little afterwards: prompts of similar length are
-    read together, and all answers are written together. `filling`: token of the padding.
-    """
-    rows, states = [ids[:-1] for ids in prompts], list[Any]()
-    widest = max(map(len, rows))
-
-    def read(batch: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        longest = len(rows[batch[0]])
-        ids = [rows[i] + [filling] * (longest - len(rows[i])) for i in batch]
-        mask = [[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch]
-        tensors = {"input_ids": ids, "attention_mask": mask}
-        # Without a config every layer keeps all tokens, also those outside of a sliding window.
-        whole = DynamicCache()
-        given = {name: torch.tensor(value, device=model.device) for name, value in tensors.items()}
-        _bare(model).base_model(**given, cache=whole, use_cache=True)  # without the head
-        return [(layer.keys, layer.values) for layer in whole.layers]
-
-    lengths = [len(row) for row in rows]
-    for batch, layers in _run_batches(
-        range(len(rows)), lengths, read, size=lambda longest: max(1, NLL_TOKENS // longest), padding=NLL_PADDING
-    ):
-        states = states or [
-            [part.new_zeros(len(rows), part.shape[1], widest, part.shape[3]) for part in pair] for pair in layers
-        ]
-        for (number, i), (pair, parts) in product(enumerate(batch), zip(states, layers, strict=True)):
-            for whole, part in zip(pair, parts, strict=True):
-                whole[i, :, widest - lengths[i] :] = part[number, :, : lengths[i]]
-    cache = DynamicCache(config=_bare(model).config.get_text_config(decoder=True))
-    for layer in range(len(states)):
-        cache.update(*states[layer], layer)
-        states[layer] = None
-    return cache
-
-
-def _bare(model: Any) -> Any:
-    """The model without its adapter's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class SeededDraw(LogitsProcessor):
@@ -329,55 +271,26 @@ def reference_nll(
     if unfit := [identity for identity, ids in zip(rows.ids, prompts, strict=True) if not ids]:
         yield [{"id": identity, "nll": None, "tokens": 0} for identity in unfit]
     lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)]
-    most = min(NLL_TOKENS, NLL_LOGITS // model.config.get_text_config().vocab_size)
-    for batch, nats in _run_batches(
+    for batch, nats in run_batches(
         (i for i in range(len(rows)) if prompts[i]),
         lengths,
-        lambda batch: _batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
-        size=lambda longest: max(1, most // longest),
+        lambda batch: batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
+        size=lambda longest: nll_rows(model, longest),
         padding=NLL_PADDING,
         remedy="lower training.max_length in another run",
     ):
         yield [{"id": rows.ids[i], "nll": nll, "tokens": len(answers[i])} for i, nll in zip(batch, nats, strict=True)]
 
 
-@torch.no_grad()
-def _batch_nll(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
-    """Nats of each answer (n,), summed over its tokens."""
-    rows = [ids + answer for ids, answer in zip(prompts, answers, strict=True)]
-    longest = max(map(len, rows))
-    # Padded on the right, where a causal model does not attend to padding.
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
-    # Positions whose next token belongs to the answer.
-    row_of = torch.tensor([n for n, answer in enumerate(answers) for _ in answer], device=model.device)
-    at = [len(start) + n - 1 for start, answer in zip(prompts, answers, strict=True) for n in range(len(answer))]
-    positions = (row_of, torch.tensor(at, device=model.device))
-    labels = ids[row_of, positions[1] + 1]
-    # Some models scale or cap the head's output in their forward. So the forward is used, with fewer positions.
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None], *inputs[1:]))
-    try:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
-    finally:
-        handle.remove()
-    sums = torch.zeros(len(ids), dtype=torch.float64, device=model.device)
-    # In parts: in half precision, a float32 copy of all logits would take twice their memory.
-    for part in torch.arange(len(logits), device=model.device).split(256):
-        losses = torch.nn.functional.cross_entropy(logits[part].float(), labels[part], reduction="none")
-        sums.index_add_(0, row_of[part], losses.double())
-    return sums.tolist()
-
-
-def _batching(model: PreTrainedModel, end_id: int) -> tuple[bool, str]:
+def batching(model: PreTrainedModel, end_id: int) -> tuple[bool, str]:
     """Whether prompts can be read by length, and the reason why questions cannot share a batch, or ""."""
-    if (bare := _bare(model)) not in _batching_of:
+    if (base := bare(model)) not in _batching_of:
         by_length = False
         # Convolutions and recurrent states are in caches of other kinds; a model's own code may not know `cache`.
         with suppress(AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             by_length = not batching_problem(model, end_id, by_length=True)
-        _batching_of[bare] = by_length, "" if by_length else batching_problem(model, end_id)
-    return tuple(_batching_of[bare])
+        _batching_of[base] = by_length, "" if by_length else batching_problem(model, end_id)
+    return tuple(_batching_of[base])
 
 
 @torch.no_grad()
@@ -399,12 +312,20 @@ def batching_problem(model: PreTrainedModel, end_id: int, *, by_length: bool = F
     answer += answer == end_id  # replaces the end token
 
     def scores(*others: torch.Tensor, filling: torch.Tensor = short[:0]) -> torch.Tensor:
-        """Log-probabilities (steps, V) of the short row; all rows are forced to the same answer."""
+        """Log-probabilities (1 or 2, steps, V) of the short row; all rows are forced to the same answer.
+
+        The first are those of step after step, the second those of an answer read at once after prompts read by length.
+        """
         ids = torch.stack([*others, torch.cat([filling, short])])
         mask = torch.ones_like(ids)
         mask[-1, : len(filling)] = 0
         prompts = [*(other.tolist() for other in others), short.tolist()]
-        more = {"cache": _read_by_length(model, prompts, int([*filling, 0][-1]))} if by_length and others else {}
+        more, after = dict[str, Any](), list[torch.Tensor]()
+        if by_length and others:
+            states = read_by_length(model, prompts, int([*filling, 0][-1]))
+            cache = cache_of(model, states, [*range(len(prompts))])
+            after = [*answer_logits(model, prompts, [answer.tolist()] * len(prompts), cache)[0][-_STEPS:]]
+            more["cache"] = cache_of(model, states)
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -413,7 +334,8 @@ def batching_problem(model: PreTrainedModel, end_id: int, *, by_length: bool = F
             generation_config=_config(end_id, _STEPS, output_logits=True, return_dict_in_generate=True),
             **more,
         )
-        return torch.stack([torch.log_softmax(step[-1].float(), dim=-1) for step in output.logits])
+        logits = torch.stack([*(step[-1] for step in output.logits), *after])
+        return torch.log_softmax(logits.float(), dim=-1).reshape(-1, _STEPS, vocabulary)
 
     # Filled with tokens of the row itself: other tokens can overflow in float16.
     fillings = short[:1].repeat(_LONG - _SHORT), short.flip(0).repeat(2)[: _LONG - _SHORT]

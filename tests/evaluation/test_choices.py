@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sevpeft.errors import DataError, SevpeftError, UsageError
 from sevpeft.evaluation import choices as module
 from sevpeft.evaluation.choices import TASKS, choices
 from sevpeft.evaluation.report.page import write_report
+from sevpeft.modeling import likelihood
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import load_for_inference, resolve_model
 from sevpeft.recipe import load_recipe
@@ -152,17 +154,21 @@ def test_likelihoods_do_not_depend_on_the_batches(run: Run, tmp_path: Path, monk
     def compared(lm: Any, **settings: Any) -> Any:
         nonlocal checked
         theirs = HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=1).loglikelihood(requests)
-        for tokens in (1, 100, 4096):
+        for tokens, shared in product((1, 100, 4096), (True, False)):
+            monkeypatch.setattr(likelihood, "NLL_TOKENS", tokens)
             monkeypatch.setattr(module, "NLL_TOKENS", tokens)
-            ours = lm.loglikelihood(requests)
+            with monkeypatch.context() as patch:
+                if not shared:
+                    patch.setattr(module, "batching", lambda *_: (False, ""))
+                ours = lm.loglikelihood(requests)
             assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-4), tokens
-            assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs], tokens
+            assert shared or [greedy for _, greedy in ours] == [greedy for _, greedy in theirs], tokens
             checked += 1
         return evaluate(lm=lm, **settings)
 
     monkeypatch.setattr(evaluator, "evaluate", compared)
     content = choices(run, [written(tmp_path / "asked.jsonl", rows)], FEW)
-    assert checked == 6 and content["cut"] == 3  # one by the requests above, and two prompts of the same row
+    assert checked == 12 and content["cut"] == 3  # one by the requests above, and two prompts of the same row
 
 
 def test_faulty_rows_are_left_out_and_named_by_their_number(run: Run, tmp_path: Path) -> None:

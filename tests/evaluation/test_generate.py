@@ -28,6 +28,7 @@ from sevpeft.evaluation.generate import (
     generate,
     reference_nll,
 )
+from sevpeft.modeling import likelihood
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
@@ -76,9 +77,13 @@ def adapted(model: torch.nn.Module) -> peft.PeftModel:
 
 
 def answered(
-    model: torch.nn.Module, prompt: Prompt, settings: GenerationSection = GREEDY, rows: EvaluationRows = ROWS
+    model: torch.nn.Module,
+    prompt: Prompt,
+    settings: GenerationSection = GREEDY,
+    rows: EvaluationRows = ROWS,
+    **more: Any,
 ) -> dict[str, dict[str, Any]]:
-    return {one["id"]: one for batch in generate(model, prompt, rows, settings, print) for one in batch}
+    return {one["id"]: one for batch in generate(model, prompt, rows, settings, print, **more) for one in batch}
 
 
 def alone(model: torch.nn.Module, prompt: Prompt, question: str, steps: int) -> list[int]:
@@ -134,12 +139,12 @@ def test_prompts_read_by_length_give_the_answers_of_each_prompt_alone(
     prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In groups of one to three rows, some of them longer than the sliding windows of gemma and cohere."""
-    monkeypatch.setattr(module, "NLL_PADDING", 8)
+    monkeypatch.setattr(likelihood, "NLL_PADDING", 8)
     rows, wrong = rows_of([*ROWS.questions, " ".join(SENTENCES)]), []
     assert max(map(len, prompt.prompt_ids(rows.questions))) > 64
     for architecture in ("gpt2", "bloom", "llama", "gemma2", "gemma3_text", "gemma3", "cohere2"):
         model = adapted(build_model(architecture))
-        assert module._batching(model, prompt.end_id) == (True, ""), architecture
+        assert module.batching(model, prompt.end_id) == (True, ""), architecture
         groups: list[int] = []
         handle = model.get_base_model().base_model.register_forward_hook(
             lambda *call, groups=groups: groups.append(len(call[-1][0]))
@@ -174,7 +179,7 @@ def test_what_may_share_a_batch_is_measured_in_every_precision(dtype: torch.dtyp
     wrong = {name: found[name] for name, (_, right) in table.items() if found[name].startswith(right) != bool(right)}
     assert not {name: of for name, of in wrong.items() if of or table[name][1]}
     # Read by length: not with recurrent states, which are not in a cache of keys and values.
-    found = {name: module._batching(build_model(name).to(dtype), 0) for name in ("gpt2", "bloom", "gemma2", "lfm2")}
+    found = {name: module.batching(build_model(name).to(dtype), 0) for name in ("gpt2", "bloom", "gemma2", "lfm2")}
     assert {name for name, (by_length, _) in found.items() if not by_length} == {"lfm2"}
     assert {problem for _, problem in found.values()} == {""}
 
@@ -223,7 +228,7 @@ def test_a_model_that_cannot_answer_all_lengths_together_says_so_and_answers_rig
 
 def test_one_long_question_does_not_make_all_others_read_as_much_padding() -> None:
     def batches(size: int, padding: int) -> list[list[int]]:
-        of = module._run_batches(range(5), [5, 7, 7, 5, 7], list, size=lambda _: size, padding=padding, remedy="")
+        of = likelihood.run_batches(range(5), [5, 7, 7, 5, 7], list, size=lambda _: size, padding=padding, remedy="")
         return [batch for batch, _ in of]
 
     assert batches(5, 100) == [[1, 2, 4, 0, 3]] and batches(2, 100) == [[1, 2], [4, 0], [3]]
@@ -322,7 +327,7 @@ def test_a_full_gpu_makes_batches_smaller_until_a_single_row_does_not_fit(
     monkeypatch.setattr(model, "generate", small)
     assert answered(model, prompt) == expected
     # Also where the keys and values of all rows leave no memory to read a single one.
-    read = module._read_by_length
+    read = likelihood.read_by_length
     filled: list[int] = []
 
     def reading(of: Any, prompts: list[list[int]], **more: Any) -> Any:
@@ -338,7 +343,7 @@ def test_a_full_gpu_makes_batches_smaller_until_a_single_row_does_not_fit(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     forward = type(model.base_model).forward
-    monkeypatch.setattr(module, "_read_by_length", reading)
+    monkeypatch.setattr(module, "read_by_length", reading)
     assert answered(model, prompt) == expected and filled
     largest = 0
     with pytest.raises(RunError, match="max_new_tokens"):
@@ -398,7 +403,7 @@ def test_a_row_has_the_likelihood_of_its_own_tokens_whatever_the_batch(
         model = build_model(architecture)
         nll, tokens = nll_of(model, prompt, validation)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "NLL_TOKENS", 1)
+            patch.setattr(likelihood, "NLL_TOKENS", 1)
             alone, _ = nll_of(model, prompt, validation)
         with torch.no_grad():
             scores = torch.log_softmax(model(input_ids=torch.tensor([question + answer])).logits[0], dim=-1)
@@ -412,7 +417,7 @@ def test_a_row_has_the_likelihood_of_its_own_tokens_whatever_the_batch(
 def test_only_labeled_positions_reach_the_head_and_rows_of_one_length_share_a_batch(
     trained_prompt: Prompt, validation: EvaluationRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "NLL_TOKENS", 200)
+    monkeypatch.setattr(likelihood, "NLL_TOKENS", 200)
     for architecture in ("gpt2", "gemma3"):
         model, positions, read = build_model(architecture), [], []
         model.get_output_embeddings().register_forward_hook(
@@ -429,6 +434,34 @@ def watched(forward: Callable[..., object], masks: list[torch.Tensor]) -> Callab
     return lambda **inputs: masks.append(inputs["attention_mask"]) or forward(**inputs)
 
 
+def test_a_prompt_read_once_gives_the_likelihoods_of_all_references_and_the_same_answer(
+    prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beyond sliding windows. Rows that training shortens are left to `reference_nll`."""
+    monkeypatch.setattr(likelihood, "NLL_TOKENS", 40)  # several batches of answers
+    rows, limit, wrong = rows_of([*ROWS.questions, " ".join(SENTENCES)]), 110, []
+    texts = {"reference": rows.references, "question": rows.questions}
+    settings = GREEDY.model_copy(update={"per_device_eval_batch_size": len(rows)})
+    prompts = prompt.prompt_ids(rows.questions)
+    for architecture in ("gpt2", "bloom", "llama", "gemma2", "gemma3_text", "gemma3", "cohere2"):
+        model = adapted(build_model(architecture))
+        lines = answered(model, prompt, settings, rows, references=texts, max_length=limit)
+        plain = answered(model, prompt, settings, rows)
+        if any({**lines[identity], "nll": {}} != plain[identity] for identity in rows.ids):
+            wrong.append((architecture, "answers"))
+        for name, references in texts.items():
+            nll, tokens = nll_of(model, prompt, dataclasses.replace(rows, references=references), limit)
+            lengths = [*map(len, prompt.answer_ids(references))]
+            whole = [len(ids) + length <= limit for ids, length in zip(prompts, lengths, strict=True)]
+            found = [lines[identity]["nll"].get(name) for identity in rows.ids]
+            assert 0 < sum(whole) < len(rows)
+            expected = [{"nll": pytest.approx(a, rel=1e-5), "tokens": b} for a, b in zip(nll, tokens, strict=True)]
+            if found != [one if fits else None for one, fits in zip(expected, whole, strict=True)]:
+                wrong.append((architecture, name))
+    assert wrong == []
+    assert not any(line["nll"] for line in answered(build_model("lfm2"), prompt, rows=rows, references=texts).values())
+
+
 def test_a_row_is_shortened_as_in_training_and_one_that_does_not_fit_has_no_likelihood(
     trained_prompt: Prompt, validation: EvaluationRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,13 +471,13 @@ def test_a_row_is_shortened_as_in_training_and_one_that_does_not_fit_has_no_like
     lengths = [len(row) for row in answers]
     most = max(lengths) + 10
     scored: dict[tuple[int, ...], int] = {}
-    batch_nll = module._batch_nll
+    batch_nll = likelihood.batch_nll
 
     def spying(model: torch.nn.Module, prompts: list[list[int]], of: list[list[int]]) -> list[float]:
         scored.update({(*ids, *answer): len(answer) for ids, answer in zip(prompts, of, strict=True)})
         return batch_nll(model, prompts, of)
 
-    monkeypatch.setattr(module, "_batch_nll", spying)
+    monkeypatch.setattr(module, "batch_nll", spying)
     nll, tokens = nll_of(build_model("gpt2"), trained_prompt, validation, max_length=most)
     assert np.isnan(nll[np.argmax(lengths)]) and tokens[np.argmax(lengths)] == 0 and np.isfinite(nll).any()
     rows = Dataset.from_dict({"question": validation.questions, "answer": validation.references})
@@ -462,7 +495,7 @@ def test_a_row_is_shortened_as_in_training_and_one_that_does_not_fit_has_no_like
 def test_a_full_gpu_makes_batches_of_the_likelihood_smaller(
     trained_prompt: Prompt, validation: EvaluationRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, score, largest = build_model("gpt2"), module._batch_nll, 1
+    model, score, largest = build_model("gpt2"), likelihood.batch_nll, 1
     expected, _ = nll_of(model, trained_prompt, validation)
 
     def small(model: torch.nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
@@ -470,7 +503,7 @@ def test_a_full_gpu_makes_batches_of_the_likelihood_smaller(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return score(model, prompts, answers)
 
-    monkeypatch.setattr(module, "_batch_nll", small)
+    monkeypatch.setattr(module, "batch_nll", small)
     assert np.allclose(nll_of(model, trained_prompt, validation)[0], expected)
     largest = 0
     with pytest.raises(RunError, match=r"training.max_length"):

@@ -41,7 +41,7 @@ from sevpeft.training.data import (
     rows_of,
     summary_of,
 )
-from sevpeft.training.oom import SplitOnOom
+from sevpeft.training.trainer import SplitOnOom
 from tests.models import CHAT_TEMPLATES, SENTENCES
 from tests.severity.classifier.conftest import consultations
 

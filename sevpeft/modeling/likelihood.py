@@ -1,0 +1,206 @@
+"""Likelihood of answers after prompts, in batches that fit the memory.
+
+A prompt that several answers follow can be read once: its keys and values are kept for all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, product
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from sevpeft.errors import RunError
+
+# Limits of a likelihood batch: tokens with padding, enough for a busy GPU without a backward pass; logits (1 GB in
+# float32); and padding, as another batch reads the weights once more.
+NLL_TOKENS, NLL_LOGITS, NLL_PADDING = 4096, 2**28, 128
+KEPT = 2**14  # tokens, with padding, whose keys and values are kept at once; the limit is for memory
+Tokens = Sequence[Sequence[int]]
+States = list[list[torch.Tensor]]  # keys and values of each layer, both (rows, heads, tokens, width)
+
+
+def run_batches(
+    rows: Iterable[int],
+    lengths: Sequence[int],
+    compute: Callable[[list[int]], Any],
+    *,
+    size: Callable[[int], int],
+    padding: int,
+    remedy: str = "",
+) -> Iterator[tuple[list[int], Any]]:
+    """Batches of rows, the longest first, each with its result; a batch too large for the GPU is halved.
+
+    `size`: maximum rows of a batch whose longest row has this length. `padding`: maximum padding tokens of a batch.
+    `remedy`: of the RunError for a single row that is too large; without it, PyTorch's own error is raised.
+    """
+    order, share = sorted(rows, key=lambda i: -lengths[i]), 1.0
+    while order:
+        longest, room, count = lengths[order[0]], padding, 1
+        most = min(int(size(longest) * share), len(order))
+        while count < most and (room := room - (longest - lengths[order[count]])) >= 0:
+            count += 1
+        try:
+            yield order[:count], compute(order[:count])
+            order = order[count:]
+            continue
+        except torch.OutOfMemoryError as error:
+            if count == 1 and not remedy:
+                raise
+            if count == 1:
+                problem = "A single row does not fit the GPU's memory"
+                raise RunError(f"{problem}; {remedy}. Finished rows are kept.") from error
+        share = count / 2 / size(longest)  # outside the except block, because the exception holds the memory
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def read_by_length(model: PreTrainedModel, prompts: list[list[int]], filling: int = 0) -> States:
+    """Keys and values of the prompts without their last tokens, aligned on the right.
+
+    Padding costs as much as a question while prompts are read, and little afterwards: prompts of similar length are
+    read together, and all answers are written together. `filling`: token of the padding.
+    """
+    rows, states = [ids[:-1] for ids in prompts], States()
+    widest = max(map(len, rows))
+
+    def read(batch: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        longest = len(rows[batch[0]])
+        ids = [rows[i] + [filling] * (longest - len(rows[i])) for i in batch]
+        mask = [[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch]
+        tensors = {"input_ids": ids, "attention_mask": mask}
+        # Without a config every layer keeps all tokens, also those outside of a sliding window.
+        whole = DynamicCache()
+        given = {name: torch.tensor(value, device=model.device) for name, value in tensors.items()}
+        bare(model).base_model(**given, cache=whole, use_cache=True)  # without the head
+        return [(layer.keys, layer.values) for layer in whole.layers]
+
+    lengths = [len(row) for row in rows]
+    for batch, layers in run_batches(
+        range(len(rows)), lengths, read, size=lambda longest: max(1, NLL_TOKENS // longest), padding=NLL_PADDING
+    ):
+        states = states or [
+            [part.new_zeros(len(rows), part.shape[1], widest, part.shape[3]) for part in pair] for pair in layers
+        ]
+        for (number, i), (pair, parts) in product(enumerate(batch), zip(states, layers, strict=True)):
+            for whole, part in zip(pair, parts, strict=True):
+                whole[i, :, widest - lengths[i] :] = part[number, :, : lengths[i]]
+    return states
+
+
+def cache_of(model: PreTrainedModel, states: States, rows: list[int] | None = None) -> Cache:
+    """A cache with copies of the keys and values of some rows, or with those of all, which `states` then loses."""
+    cache = DynamicCache(config=bare(model).config.get_text_config(decoder=True))
+    for layer, pair in enumerate(states):
+        cache.update(*(pair if rows is None else [part[rows] for part in pair]), layer)
+        if rows is None:
+            pair.clear()
+    return cache
+
+
+def nll_after(
+    model: PreTrainedModel, states: States, pairs: Sequence[tuple[int, Sequence[int], Sequence[int]]]
+) -> list[float]:
+    """Nats of answers (n,). `pairs`: the row of `states`, its prompt, which was read, and an answer."""
+    found, read = [0.0] * len(pairs), states[0][0].shape[2] if states else 0
+
+    def compute(batch: list[int]) -> list[float]:
+        rows, prompts, answers = zip(*(pairs[n] for n in batch), strict=True)
+        return batch_nll(model, prompts, answers, cache_of(model, states, [*rows]))
+
+    for batch, nats in run_batches(
+        range(len(pairs)),
+        [len(answer) for *_, answer in pairs],
+        compute,
+        size=lambda longest: min(nll_rows(model, longest), max(1, KEPT // (read + longest))),
+        padding=NLL_PADDING,
+    ):
+        for n, value in zip(batch, nats, strict=True):
+            found[n] = value
+    return found
+
+
+def nll_of_pairs(
+    model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], on_prompts: Callable[[int], None]
+) -> list[float]:
+    """Nats of answers (n,), of pairs of a prompt of two tokens or more and an answer. Equal prompts are read once.
+
+    For models of which prompts can be read by length. `on_prompts` is called with the number of prompts of each batch.
+    """
+    places = dict[tuple[int, ...], list[int]]()
+    for n, (ids, _) in enumerate(pairs):
+        places.setdefault(tuple(ids), []).append(n)
+    prompts, found = [*places], [0.0] * len(pairs)
+
+    def compute(batch: list[int]) -> list[tuple[int, float]]:
+        states = read_by_length(model, [[*prompts[i]] for i in batch])
+        at = [(row, n) for row, i in enumerate(batch) for n in places[prompts[i]]]
+        return [*zip((n for _, n in at), nll_after(model, states, [(row, *pairs[n]) for row, n in at]), strict=True)]
+
+    for batch, nats in run_batches(
+        range(len(prompts)),
+        [*map(len, prompts)],
+        compute,
+        size=lambda longest: max(1, NLL_TOKENS // longest),
+        padding=NLL_TOKENS,
+        remedy="use a larger GPU",
+    ):
+        for n, value in nats:
+            found[n] = value
+        on_prompts(len(batch))
+    return found
+
+
+def nll_rows(model: PreTrainedModel, longest: int) -> int:
+    """Maximum rows of a likelihood batch whose longest row has so many tokens."""
+    return max(1, min(NLL_TOKENS, NLL_LOGITS // model.config.get_text_config().vocab_size) // longest)
+
+
+@torch.no_grad()
+def batch_nll(model: PreTrainedModel, prompts: Tokens, answers: Tokens, cache: Cache | None = None) -> list[float]:
+    """Nats of each answer (n,), summed over its tokens. `cache`: of the prompts without their last tokens."""
+    logits, row_of = answer_logits(model, prompts, answers, cache)
+    labels = torch.tensor([*chain(*answers)], device=model.device)
+    sums = torch.zeros(len(answers), dtype=torch.float64, device=model.device)
+    # In parts: in half precision, a float32 copy of all logits would take twice their memory.
+    for part in torch.arange(len(logits), device=model.device).split(256):
+        losses = torch.nn.functional.cross_entropy(logits[part].float(), labels[part], reduction="none")
+        sums.index_add_(0, row_of[part], losses.double())
+    return sums.tolist()
+
+
+def answer_logits(
+    model: PreTrainedModel, prompts: Tokens, answers: Tokens, cache: Cache | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (tokens of all answers, V) before each token of the answers, and the row of each."""
+    read = 0 if cache is None else cache.get_seq_length()
+    before = [[0] * (read + 1 - len(ids)) + [1] * (len(ids) - 1) if read else [] for ids in prompts]
+    starts = [ids[-1:] if read else ids for ids in prompts]
+    rows = [[*ids, *answer[:-1]] for ids, answer in zip(starts, answers, strict=True)]
+    longest = max(map(len, rows))
+    # Padded on the right, where a causal model does not attend to padding.
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+    masks = [seen + [1] * len(row) + [0] * (longest - len(row)) for seen, row in zip(before, rows, strict=True)]
+    mask = torch.tensor(masks, device=model.device)
+    more: dict[str, Any] = {"cache": cache, "use_cache": True} if read else {"use_cache": False}
+    if read and "position_ids" in inspect.signature(bare(model).forward).parameters:
+        more["position_ids"] = (mask.cumsum(-1) - 1)[:, read:]
+    # Positions whose next token belongs to the answer.
+    row_of = torch.tensor([n for n, answer in enumerate(answers) for _ in answer], device=model.device)
+    at = [len(start) + n - 1 for start, answer in zip(starts, answers, strict=True) for n in range(len(answer))]
+    positions = (row_of, torch.tensor(at, device=model.device))
+    # Some models scale or cap the head's output in their forward. So the forward is used, with fewer positions.
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions][None], *inputs[1:]))
+    try:
+        return model(input_ids=ids, attention_mask=mask, **more).logits[0], row_of
+    finally:
+        handle.remove()
+
+
+def bare(model: Any) -> Any:
+    """The model without its adapter's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
