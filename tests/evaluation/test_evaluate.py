@@ -52,9 +52,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     generate, nll = module.generate, module.reference_nll
 
-    def counting(model: Any, prompt: Any, rows: Any, *rest: Any) -> Any:
-        for batch in generate(model, prompt, rows, *rest):
+    def counting(*given: Any, **more: Any) -> Any:
+        for batch in generate(*given, **more):
             seen.extend(f"answer {one['id']}" for one in batch)
+            seen.extend(f"nll {one['id']}" for one in batch for _ in one["nll"])
             yield batch
 
     def counting_nll(model: Any, prompt: Any, rows: Any, **rest: Any) -> Any:
@@ -137,6 +138,33 @@ def test_likelihoods_alone_need_no_answers(run: Run, counted: list[str]) -> None
     assert not any(one.startswith("answer") for one in counted) and set(content["columns"]) == {"adapter", "shuffled"}
 
 
+def test_likelihoods_measured_with_the_answers_are_those_alone_and_outlive_a_kill(
+    run: Run, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored() -> dict[tuple[str, str], tuple[float, int]]:
+        return {(one["arm"], one["id"]): (one["nll"], one["tokens"]) for one in lines(run, "likelihood.jsonl")}
+
+    evaluate(run, answers=False)
+    alone, path = stored(), run.folder / "likelihood.jsonl"
+    assert len(alone) == 3 * ROWS
+    path.unlink()
+    read, measure = list[str](), module.reference_nll
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "reference_nll", lambda *of, **more: read.extend(of[2].ids) or measure(*of, **more))
+        evaluate(run)
+    assert len(read) < ROWS  # those that training shortens
+    assert stored() == {key: (pytest.approx(nll, rel=1e-5), tokens) for key, (nll, tokens) in alone.items()}
+    # Killed after the likelihoods of the last batch, before its answers; and with some likelihoods lost.
+    answers = lines(run)
+    predictions = [one for one in answers if one["arm"] == "base" or one["id"] != answers[-1]["id"]]
+    (run.folder / "predictions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in predictions))
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[2:]), encoding="utf-8")
+    counted.clear()
+    evaluate(run)
+    assert len([one for one in counted if one.startswith("answer")]) == 1 and stored().keys() == alone.keys()
+    assert len([one for one in counted if one.startswith("nll")]) <= 3
+
+
 def test_minimization_asks_critical_questions_again_and_only_once(run: Run, counted: list[str]) -> None:
     how: dict[str, Any] = {"overrides": ["evaluation.minimization=true"], "floors": False}
     evaluate(run, **how)
@@ -193,10 +221,10 @@ def test_a_kill_loses_at_most_one_batch(run: Run, counted: list[str]) -> None:
     os.kill(child.pid or 0, signal.SIGKILL)
     child.join()
     assert len(lines(run)) == 8  # two batches of four
+    measured = len(lines(run, "likelihood.jsonl"))
     content = evaluate(run)
     answered = [one for one in counted if one.startswith("answer")]
-    # The base model comes first, so that the adapter's likelihoods and its floor are what is missing.
-    assert len(answered) == 2 * ROWS - 8 and len(counted) - len(answered) == 2 * ROWS
+    assert len(answered) == 2 * ROWS - 8 and 0 < measured == 3 * ROWS - (len(counted) - len(answered))
     predictions.unlink()
     (run.folder / "evaluation.json").unlink()
     assert evaluate(run) == content
@@ -290,7 +318,7 @@ def test_the_published_prompt_of_an_evaluation_is_asked_with_and_the_training_s_
         (run.folder / f"{name}.jsonl").unlink()
     prompts: list[Any] = []
     generated = module.generate
-    monkeypatch.setattr(module, "generate", lambda *of: prompts.append(of[1]) or generated(*of))
+    monkeypatch.setattr(module, "generate", lambda *of, **more: prompts.append(of[1]) or generated(*of, **more))
     evaluate(run, limit=3)
     assert [prompt.text("Where? أين؟") for prompt in prompts] == ["Where? أين؟"] * 2
     assert module.resolve_model(load_recipe(path)).prompt.text("أين؟") == "السؤال: أين؟\nالجواب:"
