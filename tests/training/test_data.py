@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig
+from trl import SFTConfig, pack_dataset
 
 from sevpeft.data.prepare import PrepareSettings
 from sevpeft.data.prepare.prepare import prepare as prepare_data
@@ -36,7 +36,6 @@ from sevpeft.training.data import (
     add_token_weights,
     encode_rows,
     load_splits,
-    pack_rows,
     prepare,
     rows_of,
     summary_of,
@@ -167,8 +166,7 @@ def test_a_process_whose_rows_are_all_refused_does_no_harm(encode: Callable) -> 
 def test_rows_lie_in_a_mapped_file_and_not_in_memory(encode: Callable, tmp_path: Path) -> None:
     encoded, _ = encode(many_rows(), None)
     weighted = add_token_weights(encoded, np.ones(30), "tokens", cache_file=tmp_path / "weighted.arrow")
-    packed = pack_rows(weighted, 128, cache_file=tmp_path / "packed.arrow")
-    for dataset in (encoded, weighted, packed):
+    for dataset in (encoded, weighted):
         files = [Path(file["filename"]) for file in dataset.cache_files]
         assert files and all(file.parent == tmp_path and file.stat().st_size for file in files)
 
@@ -230,8 +228,8 @@ def test_packing_keeps_documents_whole_and_every_weight_at_its_token(
     weighted: Callable, tmp_path: Path, reduction: str
 ) -> None:
     rows, _ = weighted(reduction)
-    rows = rows.remove_columns(["severity", "source_index"])
-    packed = pack_rows(rows, 128, cache_file=tmp_path / "packed.arrow")
+    rows = rows.select_columns(["input_ids", "labels", "token_weights"])
+    packed = pack_dataset(rows, seq_length=128, strategy="bfd")
     assert len(packed) < len(rows) / 2
 
     def document(ids: list[int], labels: list[int], weights: list[float]) -> tuple:
@@ -317,7 +315,7 @@ def test_a_prompt_names_what_the_question_lets_predict_or_what_the_data_says(tmp
     data = tmp_path / "rows.jsonl"
     rows = [{"question": text, "answer": "جواب", "severity": SEVERITIES[n % 3]} for n, text in enumerate(SENTENCES)]
     data.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    by_rules = dict(zip(SENTENCES, Rules.load().probabilities(SENTENCES).argmax(axis=1), strict=True))
+    by_rules = dict(zip(SENTENCES, Rules().probabilities(SENTENCES).argmax(axis=1), strict=True))
     own = {row["question"]: row["severity"] for row in rows}
 
     def named(asked: str, **severity: Any) -> tuple[dict[str, str], Any]:
@@ -331,7 +329,7 @@ def test_a_prompt_names_what_the_question_lets_predict_or_what_the_data_says(tmp
     predicted = {text: SEVERITIES[at] for text, at in by_rules.items()}
     assert predicted != own
     for severity in ({}, {"source": "rules"}):
-        assert named("predicted", **severity) == (predicted, {"source": "rules", "version": Rules.load().version})
+        assert named("predicted", **severity) == (predicted, {"source": "rules", "version": Rules().version})
     with pytest.raises(DataError, match="sevpeft classifier fit"):
         named("predicted", source="linear", classifier=str(tmp_path))
     data.write_text(data.read_text(encoding="utf-8").replace("severity", "other"), encoding="utf-8")
