@@ -23,10 +23,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from sevpeft.data.text import dialect_of, fold_for_matching
 from sevpeft.evaluation.statistics import Floats
-from sevpeft.severity.lexicon import Matcher, Pattern, load_lexicon
+from sevpeft.severity.lexicon import POINT, Matcher, Pattern, Text, load_lexicon, read
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.rules import Rules
-from sevpeft.severity.words import POINT, Text, read
 
 # Urgency of a referral without a time; a time never lowers that of an emergency.
 REFERRALS = {"emergency_now": 4, "today": 3, "soon": 2, "routine": 1}
@@ -206,7 +205,7 @@ def _places(name: str, text: Text) -> list[_Place]:
     return [_Place(pattern.level, pattern.category, at, at[0], at[-1]) for pattern, at in occurrences]
 
 
-rules = cache(Rules.load)
+rules = cache(Rules)
 
 
 @cache  # an answer is read for its findings and its urgency, and a reference for each column

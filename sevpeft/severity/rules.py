@@ -28,9 +28,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sevpeft.severity.lexicon import PACKAGE_LEXICON, Matcher, load_lexicon
+from sevpeft.severity.lexicon import PACKAGE_LEXICON, POINT, REMEMBERED, WORD_LISTS, Matcher, Text, load_lexicon, read
 from sevpeft.severity.probabilities import SEVERITIES, Passage, Reads
-from sevpeft.severity.words import POINT, REMEMBERED, WORD_LISTS, Text, read
 
 # Increase when a change of matching, contexts, cues or constants changes the probabilities with the same lexicon.
 CODE_VERSION = 4
@@ -71,16 +70,12 @@ class Rules:
     kind = "rules"
     reads: Reads = "question"
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._patterns, digest = load_lexicon(path)
+    def __init__(self, path: Path | str | None = None) -> None:
+        """Rules with a lexicon file, by default the package's; raises DataError as `load_lexicon` does."""
+        self._path = Path(path or PACKAGE_LEXICON).expanduser()
+        self._patterns, digest = load_lexicon(self._path)
         self._matcher = Matcher(self._patterns)
         self.version = f"{CODE_VERSION}-{digest[:12]}"
-
-    @classmethod
-    def load(cls, path: Path | str | None = None) -> Rules:
-        """Rules with a lexicon file, by default the package's; raises DataError as `load_lexicon` does."""
-        return cls(Path(path or PACKAGE_LEXICON).expanduser())
 
     def save(self, folder: Path) -> None:
         shutil.copyfile(self._path, folder / LEXICON)

@@ -98,7 +98,7 @@ def load_source(
         from sevpeft.severity.classifier.calibrate import Calibrated, Calibration
         from sevpeft.severity.rules import Rules
 
-        rules = Rules.load(lexicon)
+        rules = Rules(lexicon)
         return rules if text in (None, "question") else Calibrated([rules], Calibration(), text, rules)
     from sevpeft.severity.classifier.store import load_classifier
 

@@ -208,7 +208,7 @@ def measure_annotate(repetitions: int, rows: int, console: Console) -> None:
 
     title = f"Whole path, rows/s ({rows:,} rows, {os.cpu_count()} cores, best of {repetitions} runs)"
     table = Table("", "one core", "in memory", "with reading", "target", "CPU s per 10,000 rows", title=title)
-    for kind, classifier in (("rules", Rules.load()), ("linear", build_linear())):
+    for kind, classifier in (("rules", Rules()), ("linear", build_linear())):
         alone, memory, reading, spent = [], [], [], []
         judge = getattr(classifier, "explained", classifier.probabilities)
         for repetition in range(repetitions):

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from sevpeft.errors import RunError, SevpeftError
-from sevpeft.evaluation.report.cases import cases, direction, marked
-from sevpeft.evaluation.report.page import write_report
+from sevpeft.evaluation.report.page import cases, direction, marked, write_report
 from sevpeft.evaluation.scores import METRICS
 
 ATTACK = '</p><script>alert("x")</script><img src=http://a.example/x onerror=alert(1)> "\'&'

@@ -26,7 +26,7 @@ from sevpeft.severity.rules import Rules
 from sevpeft.severity.settings import AnnotateSettings
 from tests.conftest import Cli
 
-RULES = Rules.load()
+RULES = Rules()
 TRICKY = [
     'قال الطبيب: "خذ قرصين"، فهل هذا صحيح؟',
     "سطر أول\nسطر ثان\n\nعندي نزيف شديد",
@@ -73,8 +73,7 @@ def table(path: Path | str) -> datasets.Dataset:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And rules that are read once."""
     monkeypatch.setenv("SEVPEFT_CACHE", str(tmp_path / ".cache"))
-    load = Rules.load
-    monkeypatch.setattr(Rules, "load", lambda path=None: RULES if path is None else load(path))
+    monkeypatch.setattr("sevpeft.severity.rules.Rules", lambda path=None: RULES if path is None else Rules(path))
 
 
 def names(folder: Path) -> list[str]:

@@ -20,9 +20,9 @@ from sevpeft.severity.lexicon import (
     Pattern,
     Word,
     load_lexicon,
+    read,
 )
 from sevpeft.severity.probabilities import SEVERITIES
-from sevpeft.severity.words import read
 
 PATTERNS, DIGEST = load_lexicon(PACKAGE_LEXICON)
 MATCHER = Matcher(PATTERNS)

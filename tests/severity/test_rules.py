@@ -14,7 +14,7 @@ from sevpeft.severity.lexicon import COLUMNS, PACKAGE_LEXICON
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.rules import COUNTS, PRIOR, STRENGTH, Match, Rules, probabilities_of
 
-RULES = Rules.load()
+RULES = Rules()
 CRITICAL = SEVERITIES.index("critical")
 
 STATED = [
@@ -513,7 +513,7 @@ def own_rules(folder: Path, *rows: str) -> Rules:
     path.write_text(
         "\n".join(["\t".join(COLUMNS), *(row.replace(" | ", "\t") + "\t" for row in rows)]), encoding="utf-8"
     )
-    return Rules.load(path)
+    return Rules(path)
 
 
 def test_a_stated_expression_counts_in_full_whatever_stands_beside_it() -> None:
@@ -573,7 +573,7 @@ def test_rows_are_distributions_without_zeros_and_do_not_depend_on_the_company()
     assert found.dtype == np.float64 and found.shape == (len(questions), 3)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-12)
     assert found.min() > 0 and found.max() < 1
-    fresh = Rules.load()
+    fresh = Rules()
     np.testing.assert_array_equal(found[:5], np.vstack([fresh.probabilities([question]) for question in questions[:5]]))
     np.testing.assert_array_equal(RULES.probabilities(questions[::-1])[::-1], found)
 
@@ -647,7 +647,7 @@ def test_another_lexicon_may_be_brought_and_the_version_follows_the_content(tmp_
     mine = own_rules(tmp_path, "طنين | critical | ear |  | H")
     assert mine.explained(["عندي طنين ونزيف"])[1] == ["critical: طنين"]
     mine.save(tmp_path)
-    assert Rules.load(tmp_path / rules_module.LEXICON).version == mine.version != RULES.version
+    assert Rules(tmp_path / rules_module.LEXICON).version == mine.version != RULES.version
     same = tmp_path / "same.tsv"
     same.write_bytes(PACKAGE_LEXICON.read_bytes())
-    assert Rules.load(same).version == RULES.version and RULES.kind == "rules"
+    assert Rules(same).version == RULES.version and RULES.kind == "rules"

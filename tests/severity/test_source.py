@@ -103,7 +103,7 @@ def test_the_processes_of_a_launch_share_the_parts(rows: Any, monkeypatch: pytes
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_rules_on_several_cores_give_what_one_gives(rows: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = Rules.load()
+    rules = Rules()
     monkeypatch.setattr(source, "_ROWS_OF_PROCESS", 100)
     monkeypatch.setattr(source.os, "sched_getaffinity", lambda process: {0, 1})
     found = classify_rows(rows, rules)

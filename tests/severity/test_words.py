@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sevpeft.data.text import fold_for_matching
-from sevpeft.severity.words import read, split_word
+from sevpeft.severity.lexicon import read, split_word
 
 FOLDED_AS_A_WHOLE = [
     "أُصِبْتُ بِحُمّى، وقيء!",

@@ -74,9 +74,9 @@ def look_up_once() -> None:
         (runs, "_commit"),
     ):
         setattr(place, name, functools.cache(getattr(place, name)))
-    compiled, loaded, hashed = jinja2.Environment.compile, Rules.load, Hasher.hash
+    compiled, loaded, hashed = jinja2.Environment.compile, Rules.__init__, Hasher.hash
     codes: dict[Any, Any] = {}
-    rules = functools.cache(lambda: loaded())
+    of_package: dict[str, Any] = {}
     of_word = functools.cache(hashed)
 
     def code_of(self: Any, source: Any, *names: Any, **more: Any) -> Any:
@@ -86,8 +86,15 @@ def look_up_once() -> None:
             codes[key] = compiled(self, source, *names, **more)
         return codes[key]
 
+    def load_once(self: Rules, path: Any = None) -> None:
+        if path or not of_package:
+            loaded(self, path)
+        if not path:
+            of_package.update(of_package or vars(self))
+            vars(self).update(of_package)
+
     jinja2.Environment.compile = code_of  # type: ignore[method-assign]
-    Rules.load = staticmethod(lambda path=None: loaded(path) if path else rules())  # type: ignore[assignment,method-assign]
+    Rules.__init__ = load_once  # type: ignore[method-assign]
     Hasher.hash = staticmethod(lambda value: (of_word if type(value) is str else hashed)(value))
 
 

@@ -22,8 +22,7 @@ from sevpeft.evaluation import scores as scoring
 from sevpeft.evaluation.arms import ARMS, CE, WEIGHTED
 from sevpeft.evaluation.generate import EvaluationRows
 from sevpeft.evaluation.judge import PACKAGE_RUBRIC, Rubric
-from sevpeft.evaluation.report.cases import cases, direction
-from sevpeft.evaluation.report.page import REVIEWED, page_of, render, stored_object
+from sevpeft.evaluation.report.page import REVIEWED, cases, direction, page_of, render, stored_object
 from sevpeft.evaluation.safety import quadratic_kappa
 from sevpeft.evaluation.statistics import Floats, estimate_text, interval
 from sevpeft.recipe import EvaluationSection, load_recipe

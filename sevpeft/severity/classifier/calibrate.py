@@ -113,7 +113,7 @@ def fit_of(
         from sevpeft.severity.classifier.transformer import fit_transformer
 
         return lambda examples: [fit_transformer(examples, settings.encoder, seed=settings.seed, progress=progress)]
-    rules = [] if settings.kind == "linear" else [Rules.load(settings.lexicon)]
+    rules = [] if settings.kind == "linear" else [Rules(settings.lexicon)]
     students: dict[bytes, LinearClassifier] = {}  # question classifiers, reused for the classifier of both
 
     def fit(examples: Examples) -> LinearClassifier:

@@ -87,7 +87,7 @@ def _load(folder: Path, about: dict[str, Any]) -> Calibrated:
 
 def _source(kind: str, folder: Path) -> Any:
     if kind == "rules":
-        return Rules.load(folder / LEXICON)
+        return Rules(folder / LEXICON)
     if kind == "linear":
         return LinearClassifier.load(folder)
     from sevpeft.severity.classifier.transformer import TransformerClassifier

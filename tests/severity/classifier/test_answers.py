@@ -120,7 +120,7 @@ def test_rules_read_what_they_are_told_to_and_the_question_unless_told() -> None
     rows = Dataset.from_dict(
         {"question": ["عندي كحه", "عندي نزيف شديد"], "answer": ["هذا نزيف شديد", "…"], "row": [1, 2]}
     )
-    rules = Rules.load()
+    rules = Rules()
     question, answer = rules.probabilities(rows["question"]), rules.probabilities(rows["answer"])
     np.testing.assert_array_equal(severity_of(rows, SeveritySection(source="rules")).probabilities, question)
     found = severity_probabilities(classify_rows(rows, load_source("rules", None, text="both")))

@@ -67,7 +67,7 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 
 
 def test_every_kind_comes_back_the_same_with_its_lexicon(tmp_path: Path, examples: Examples, lexicon: Path) -> None:
-    linear, own = fit_linear(examples), Rules.load(lexicon)
+    linear, own = fit_linear(examples), Rules(lexicon)
     for classifier in (
         Calibrated([linear], Calibration((0.7,))),
         Calibrated([own], Calibration((0.7,), (0.0, 0.3, -1.0))),
@@ -103,7 +103,7 @@ def test_what_is_not_as_it_was_written_is_refused(tmp_path: Path, examples: Exam
 def test_a_lexicon_or_rules_that_changed_are_refused(
     tmp_path: Path, lexicon: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_classifier(Calibrated([Rules.load(lexicon)], Calibration()), tmp_path, {})
+    write_classifier(Calibrated([Rules(lexicon)], Calibration()), tmp_path, {})
     monkeypatch.setattr(rules, "CODE_VERSION", 99)
     with pytest.raises(DataError):
         load_classifier(tmp_path)
