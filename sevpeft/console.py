@@ -20,7 +20,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.status import Status
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 # Width of the labels of `print_labeled`, and seconds between two progress lines in a log.
@@ -107,25 +107,13 @@ class Screen(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
-        return _PlainStatus(_plain(status), console=self, **options)
-
-
-class _PlainStatus(Status):
-    """rich reads markup in the string of a status, whatever the setting of its console."""
-
-    def update(self, status: RenderableType | None = None, **options: Any) -> None:
-        super().update(_plain(status), **options)
-
-
-def _plain(status: Any) -> Any:
-    return Text(visible(status)) if isinstance(status, str) else status
+        # rich reads markup in the string of a status, whatever the setting of its console; `update` needs a `Text` too.
+        return super().status(Text(visible(status)) if isinstance(status, str) else status, **options)
 
 
 def print_labeled(console: Console, label: str, text: str, style: str = "") -> None:
     """Prints `label  text` in two columns, so that long text stays readable on 80 columns."""
-    line = Table.grid(padding=0)
-    line.add_column(width=LABEL_WIDTH, style="bold")
-    line.add_column(overflow="fold", style=style)
+    line = Table.grid(Column(width=LABEL_WIDTH, style="bold"), Column(overflow="fold", style=style))
     line.add_row(label, Text(text))
     console.print(line)
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from sevpeft.cli.application import AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
 from sevpeft.console import Screen, print_json
@@ -31,7 +32,7 @@ _NO_SPLIT = ("data.path", "data.validation_size", "data.test_size", "data.seed")
 _SETTINGS = "sevpeft.severity.settings"
 
 _INPUT = "File, folder or pattern, Hub dataset or builtin:consultations"
-Input = Annotated[str, typer.Argument(metavar="INPUT", help=_INPUT, show_default=False)]
+Input = Annotated[str, typer.Argument(metavar="INPUT", help=_INPUT)]
 
 
 def _settings(schema: type[Any], words: list[str] | None, data: str, output: Path | None = None) -> Any:
@@ -49,7 +50,7 @@ def _settings(schema: type[Any], words: list[str] | None, data: str, output: Pat
 @app.command(cls=command_with_keys("sevpeft.data.prepare:PrepareSettings", without=["data.path"]))
 def prepare(
     data: Input,
-    output: Annotated[Path, typer.Argument(help="New folder", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="New folder")],
     words: Words = None,
     as_json: AsJson = False,
 ) -> None:
@@ -187,10 +188,8 @@ def _show_annotation(done: Annotation, console: Screen) -> None:
 
     for reason, count in done.rejected.items():
         console.print(f"Not in {done.output}: {count:,} rows with {reason}.", style="yellow", soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("severity")
-    table.add_column("likeliest in rows", justify="right")
-    table.add_column("mean probability", justify="right")
+    numbers = (Column(name, justify="right") for name in ("likeliest in rows", "mean probability"))
+    table = Table("severity", *numbers, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for name, count in done.counts.items():
         table.add_row(name, f"{count:,} ({count / done.rows:.0%})", f"{done.mean[name]:.3f}")
     console.print(table)
@@ -294,7 +293,7 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
 def _progress() -> Iterator[Callable[[str], None]]:
     with Screen(stderr=True).status("Loading the libraries") as status:
         quiet_libraries(models=False)
-        yield lambda message: status.update(f"Severity classifier: {message}")
+        yield lambda message: status.update(Text(f"Severity classifier: {message}"))
 
 
 def _show_classifier(inputs: list[Any], about: dict[str, Any], evaluations: Any, as_json: bool, last: str = "") -> None:

@@ -12,7 +12,7 @@ from sevpeft.console import Screen, print_json
 from sevpeft.errors import UsageError
 from sevpeft.runs import Run
 
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Number of random rows.", show_default=False)]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Number of random rows.")]
 NllOnly = Annotated[bool, typer.Option("--nll-only", help="Only the likelihood of the references, no answers.")]
 
 
@@ -109,14 +109,10 @@ def compare(
         str,
         typer.Option(help="Also 1-1-2, own, shuffled-ARM, ce_extra, prompt, oversampled, routed, curriculum (README)."),
     ] = "base,ce,mild,balanced,strong,shuffled,constant",
-    vary: Annotated[
-        str | None, typer.Option(help="KEY=VALUE,VALUE… (the arms, beside base), or ladder.", show_default=False)
-    ] = None,
+    vary: Annotated[str | None, typer.Option(help="KEY=VALUE,VALUE… (the arms, beside base), or ladder.")] = None,
     seeds: Annotated[str, typer.Option(help="Training seeds; the split stays as data.seed sets it.")] = "0,1,2",
-    folds: Annotated[int | None, typer.Option(help="Test all rows by cross-validation.", show_default=False)] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; by default runs/comparison-NAME", show_default=False)
-    ] = None,
+    folds: Annotated[int | None, typer.Option(help="Test all rows by cross-validation.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/comparison-NAME")] = None,
     nll_only: NllOnly = False,
     as_json: AsJson = False,
 ) -> None:
@@ -158,15 +154,15 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of train or compare", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of train or compare")],
     overrides: Words = None,
     answers: Annotated[
         int, typer.Option("--answers", min=0, help="Number of questions shown with answers; 0 shows no patients' text.")
     ] = 120,
-    csv: Annotated[Path | None, typer.Option(help="New folder for tables and figures.", show_default=False)] = None,
-    latex: Annotated[Path | None, typer.Option(help="The same, with tables for LaTeX.", show_default=False)] = None,
+    csv: Annotated[Path | None, typer.Option(help="New folder for tables and figures.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="The same, with tables for LaTeX.")] = None,
     review: Annotated[int | None, typer.Option(min=1, help="Also a blinded sheet of this many pairs.")] = None,
-    arms: Annotated[str, typer.Option(help="The two arms of the sheet, as ce,balanced.", show_default=False)] = "",
+    arms: Annotated[str, typer.Option(help="The two arms of the sheet, as ce,balanced.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML file: verdict, plots, tables, and the answers side by side.

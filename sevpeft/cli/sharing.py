@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from sevpeft.cli.application import AsJson, RunFolder, Words, app, command_with_keys, quiet_libraries
 from sevpeft.console import Screen, output_error, print_json, print_labeled, print_text
@@ -175,7 +175,7 @@ def _read_line() -> str | None:
 @app.command()
 def merge(
     run: RunFolder,
-    output: Annotated[Path, typer.Argument(help="New folder for the merged model", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="New folder for the merged model")],
     base: Annotated[
         Literal["auto", "unquantized", "dequantized"],
         typer.Option("--base", help="Base weights of a 4- or 8-bit run; auto: the closer ones."),
@@ -215,7 +215,7 @@ def merge(
 @app.command(cls=command_with_keys("sevpeft.sharing:PushSettings"))
 def push(
     run: RunFolder,
-    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as NAME/REPOSITORY", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as NAME/REPOSITORY")],
     words: Words = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card; send nothing.")] = False,
     as_json: AsJson = False,
@@ -272,11 +272,9 @@ def _show(merged: Merged, output: Path) -> None:
 
 
 def _table(merged: Merged) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    base = f"{merged.bits} bit" if merged.bits else "base"
-    table.add_column(f"From {base} + adapter to", style="bold")
-    for title in ("KL, nats/token", "largest logit gap", "same next token"):
-        table.add_column(title, justify="right")
+    first = Column(f"From {f'{merged.bits} bit' if merged.bits else 'base'} + adapter to", style="bold")
+    others = (Column(name, justify="right") for name in ("KL, nats/token", "largest logit gap", "same next token"))
+    table = Table(first, *others, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     rows = [(f"{name} ({'' if name == merged.weights else 'not '}merged)", gap) for name, gap in merged.gaps.items()]
     rows = rows if merged.bits else [("the merged model", gap) for _, gap in rows]
     for name, gap in [*rows, ("its base alone", merged.effect)]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sevpeft.console import number_text, p_text
@@ -120,8 +120,6 @@ def _tables(content: Json, headings: Sequence[str], differing: Sequence[str]) ->
 
 
 def table(first: str, *headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column(first, overflow="fold", max_width=22)
-    for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold")
-    return table
+    label = Column(first, overflow="fold", max_width=22)
+    others = (Column(heading, justify="right", overflow="fold") for heading in headings)
+    return Table(label, *others, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)

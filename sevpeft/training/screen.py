@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console, Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sevpeft.console import LABEL_WIDTH, print_labeled
@@ -144,9 +144,7 @@ def run_summary(run: Run) -> Group:
     counts = ", ".join(f"{count:,} {name}" for name, count in reversed(weights["severities"].items()))
     cost = ", ".join(f"{training[name]:,.1f} {unit}" for name, unit in _COST.items() if name in training)
     bits, effective = f", {model['bits']} bit" if model["bits"] else "", weights["effective_sample_size"]
-    facts = Table.grid(padding=0)
-    facts.add_column(width=LABEL_WIDTH, style="bold")
-    facts.add_column(overflow="fold")
+    facts = Table.grid(Column(width=LABEL_WIDTH, style="bold"), Column(overflow="fold"))
     for label, text in {
         "Trained": f"{model['trainable_parameters']:,} LoRA parameters on {model['name_or_path']} "
         f"({model['model_type']}, {model['parameters']:,} parameters, {model['dtype']}{bits})",
@@ -159,9 +157,8 @@ def run_summary(run: Run) -> Group:
         "Adapter": str(run.adapter),
     }.items():
         facts.add_row(label, text)
-    losses = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("severity", "before", "after", "change"):
-        losses.add_column(name, justify="left" if name == "severity" else "right")
+    numbers = (Column(name, justify="right") for name in ("before", "after", "change"))
+    losses = Table("severity", *numbers, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     before, after = metrics["before"], metrics["after"]
     for key, label in [("loss", "all"), *((f"loss_{name}", name) for name in reversed(SEVERITIES))]:
         if key in after:
