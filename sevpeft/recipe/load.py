@@ -15,8 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from sevpeft.errors import RecipeError
 from sevpeft.recipe import schema as sections
-from sevpeft.recipe.checks import MANAGED, KeyPath, failed_checks
-from sevpeft.recipe.library import LoraSection, TrainingSection
+from sevpeft.recipe.library import MANAGED, KeyPath, LoraSection, TrainingSection, failed_checks
 from sevpeft.recipe.messages import field_at, messages_of
 from sevpeft.recipe.schema import SEVERITY_PRESETS, Section, SeverityWeights
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from sevpeft.recipe.checks import LIBRARY, MANAGED, KeyPath, settable
+from sevpeft.recipe.library import LIBRARY, MANAGED, KeyPath, settable
 
 _RENAMED: dict[str, str] = LIBRARY["renamed"]
 # pydantic's error type → text for "must …", where its own message does not use the words of YAML.

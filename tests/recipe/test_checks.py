@@ -9,7 +9,7 @@ import yaml
 
 from sevpeft.errors import RecipeError
 from sevpeft.recipe import Recipe, recipe_from_values
-from sevpeft.recipe.checks import MANAGED
+from sevpeft.recipe.library import MANAGED
 from sevpeft.recipe.messages import _RENAMED
 
 
