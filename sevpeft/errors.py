@@ -62,31 +62,22 @@ def first_sentence(error: BaseException, longest: int = 200) -> str:
 
 @contextmanager
 def loading_errors(
-    name: str,
-    *,
-    setting: str,
-    revision: str | None = None,
-    attention: str | None = None,
-    trust_setting: str | None = None,
+    name: str, *, setting: str, revision: str | None = None, attention: str | None = None
 ) -> Iterator[None]:
     """Translates errors of transformers, tokenizers, safetensors and the Hub while a model or tokenizer loads.
 
-    `name` is the Hub id or folder as the user wrote it in `setting`, such as model.name_or_path. `revision`
-    is that of the Hub, `attention` the value of model.attn_implementation. `trust_setting` is the setting that allows
-    code of the model to run, None if such code never runs. Raises UnknownModelError: one sentence with the remedy.
+    `name` is the Hub id or folder as the user wrote it in `setting`. `revision` is that of the Hub, `attention` the
+    value of model.attn_implementation. Raises UnknownModelError: one sentence with the remedy.
     """
     try:
         yield
     except SevpeftError:
         raise
     except Exception as error:  # damaged files raise errors of any class; tokenizers raises a bare Exception
-        problem = _problem(name, error, setting, revision, attention, trust_setting)
-        raise UnknownModelError(f"{name} {problem}.") from error
+        raise UnknownModelError(f"{name} {_problem(name, error, setting, revision, attention)}.") from error
 
 
-def _problem(
-    name: str, error: Exception, setting: str, revision: str | None, attention: str | None, trust_setting: str | None
-) -> str:
+def _problem(name: str, error: Exception, setting: str, revision: str | None, attention: str | None) -> str:
     from huggingface_hub import errors as hub
 
     folder, reason, short = Path(name).expanduser(), " ".join(str(error).split()), first_sentence(error)
@@ -103,7 +94,8 @@ def _problem(
     if kinds & {hub.RepositoryNotFoundError, hub.HFValidationError}:
         return f"is neither a folder nor a model on the Hub; correct {setting}, or log in with `hf auth login`"
     if "trust_remote_code" in reason or "custom code" in reason:
-        remedy = f"read the code, then set {trust_setting}=true" if trust_setting else "name another model"
+        trusted = setting == "model.name_or_path"  # the code of other models never runs
+        remedy = "read the code, then set model.trust_remote_code=true" if trusted else "name another model"
         return f"needs to run code of its own, which is off; {remedy}"
     if type(error).__name__ == "OutOfMemoryError":
         return "does not fit in the free memory of the GPU; set quantization.load_in_4bit=true, or use a smaller model"
