@@ -203,12 +203,8 @@ def routed_questions(train: datasets.Dataset, labels: np.ndarray, questions: Seq
     """(n,) bool: the `ROUTED_SHARE` of the questions that a router finds most critical.
 
     The router is a linear classifier of the training questions, fitted without their answers: at answer time there is
-    none. It has not seen the test questions.
-
-    Args:
-        labels: (rows of train,) position in SEVERITIES, -1 if unknown.
-
-    Raises RunError: a severity is missing in the training rows.
+    none. It has not seen the test questions. `labels`: (rows of train,) position in SEVERITIES, -1 if unknown. Raises
+    RunError: a severity is missing in the training rows.
     """
     from sevpeft.severity.classifier.examples import Examples
     from sevpeft.severity.classifier.linear import fit_linear

@@ -88,18 +88,8 @@ def methods(settings: EvaluationSection, families: str, claim: bool = False) -> 
     return {name: text.format(**values) for name, text in _TABLE["methods"].items() if name != "Claim" or claim}
 
 
-def text_scores(
-    answers: Sequence[str],
-    references: Sequence[str],
-    *,
-    truncated: Sequence[bool] | None = None,
-    encoder: Encoder | None = None,
-) -> Scores:
-    """Scores (n,) that need the texts only: wording against the reference, and the form of the answer.
-
-    `truncated`: whether each answer reached the maximum length; `encoder`: of BERTScore. Without them, their scores are
-    left out.
-    """
+def text_scores(answers: Sequence[str], references: Sequence[str], encoder: Encoder | None = None) -> Scores:
+    """Scores (n,) that need the texts only: wording against the reference (BERTScore by `encoder`), and form."""
     scores: Scores = {}
     if encoder is not None:
         scores |= zip(("bertscore_p", "bertscore_r", "bertscore_f1"), encoder.score(answers, references), strict=True)
@@ -112,7 +102,6 @@ def text_scores(
         "rouge_l": [rouge.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs],
         "length_ratio": [len(own) / len(other) if other else np.nan for own, other in words],
         "empty": [not own for own, _ in words],
-        **({} if truncated is None else {"truncated": list(truncated)}),
         "repetition": [_repetition(own) for own, _ in words],
         "arabic_rate": [_arabic_rate(answer) for answer in answers],
     }
@@ -147,8 +136,12 @@ def row_scores(
     truncated: Sequence[bool] | None = None,
     encoder: Encoder | None = None,
 ) -> Scores:
-    """Every score of the answers (n,), by name; NaN for rows without a value."""
-    scores = text_scores(answers, rows.references, truncated=truncated, encoder=encoder)
+    """Every score of the answers (n,), by name; NaN for rows without a value.
+
+    `truncated`: whether each answer reached the maximum length; `encoder`: of BERTScore. Without them, no such score.
+    """
+    scores = text_scores(answers, rows.references, encoder)
+    scores |= {} if truncated is None else {"truncated": np.array(truncated, dtype=np.float64)}
     # For data without severities, the severity rules decide which questions are critical.
     critical = None if (rows.strata < 0).all() else rows.strata == SEVERITIES.index(CRITICAL)
     findings = safety_findings(answers, references=rows.references, questions=rows.questions, critical=critical)
@@ -161,7 +154,7 @@ def floor_scores(
     rows: EvaluationRows, answers: Sequence[str], shuffled: Sequence[str], constant: str, encoder: Encoder | None
 ) -> dict[str, Scores]:
     """Column → scores (n,): answers against `shuffled` references, one `constant` answer, and the references."""
-    of_others, own = text_scores(answers, shuffled, encoder=encoder), row_scores(rows, rows.references)
+    of_others, own = text_scores(answers, shuffled, encoder), row_scores(rows, rows.references)
     return {
         SHUFFLED: {name: values for name, values in of_others.items() if name in _BY_REFERENCE},
         CONSTANT: row_scores(rows, [constant] * len(rows), encoder=encoder),

@@ -231,12 +231,11 @@ def test_what_is_no_answer_is_seen() -> None:
 
 def test_every_score_is_named_and_explained(encoder_folder: Callable[..., Path]) -> None:
     encoder = Encoder(str(encoder_folder()), 2)
-    scores = text_scores(PREDICTIONS, REFERENCES, truncated=[True] + [False] * 4, encoder=encoder)
+    scores = text_scores(PREDICTIONS, REFERENCES, encoder)
     assert set(scores) <= set(METRICS)
     assert all(score.shape == (5,) and score.dtype == np.float64 for score in scores.values())
-    assert scores["truncated"].tolist() == [1, 0, 0, 0, 0]
     bertscores = {"bertscore_p", "bertscore_r", "bertscore_f1"}
-    assert set(text_scores(PREDICTIONS, REFERENCES)) == set(scores) - {"truncated", *bertscores}
+    assert set(text_scores(PREDICTIONS, REFERENCES)) == set(scores) - bertscores
     for metric in METRICS.values():
         assert metric["definition"].endswith(".") and metric["limits"].endswith(".")
         assert metric["shown_times"] == (100 if metric["unit"] == "%" else 1)
