@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -374,3 +374,16 @@ def _end_forks_with_parent() -> None:
                 os._exit(1)
 
     os.register_at_fork(after_in_child=set_signal)
+
+
+def differences(stored: Any, now: Any, path: str = "") -> list[str]:
+    """Differences of two nested mappings, as `key is this and was that`; for long values, `key has changed`."""
+    if isinstance(stored, Mapping) and isinstance(now, Mapping):
+        keys = sorted({**stored, **now})
+        nested = (differences(stored.get(key), now.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+        return [change for changes in nested for change in changes]
+    if stored == now:
+        return []
+    before, after = (json.dumps(value, ensure_ascii=False) for value in (stored, now))
+    shown = max(len(before), len(after)) <= 40 and path != "prompt.examples"  # which hold patients' text
+    return [f"{path} is {after} and was {before}" if shown else f"{path} has changed"]

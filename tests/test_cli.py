@@ -536,7 +536,7 @@ def test_resume_is_refused_where_it_would_not_continue_the_same_run(
     assert "continue it with --resume, or choose another --output" in refusal(*words)
     code, out, err = sevpeft_(*words, "--resume")
     assert (code, err) == (0, "") and "is finished; nothing is left to do" in out
-    assert "lora.r (16 then, 4 now)" in refusal(*words, "lora.r=4", "--resume")
+    assert "lora.r is 4 and was 16" in refusal(*words, "lora.r=4", "--resume")
     (run / "adapter" / "adapter_model.safetensors").unlink()
     path.write_text(path.read_text(encoding="utf-8").replace("صداع", "سعال"), encoding="utf-8")
     assert "its content has changed" in refusal(*words, "--resume")

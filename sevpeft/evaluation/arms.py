@@ -4,12 +4,10 @@ A gain over plain cross-entropy alone proves nothing about severity. So the weig
 shuffled over the consultations (same spread, no information) and their mean for all rows (same step size).
 """
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -218,18 +216,6 @@ def routed_questions(train: datasets.Dataset, labels: np.ndarray, questions: Seq
     routed = np.zeros(len(questions), dtype=bool)
     routed[most_critical[: round(ROUTED_SHARE * len(questions))]] = True
     return routed
-
-
-def differences(stored: Any, now: Any, path: str = "") -> list[str]:
-    """Differences of two nested mappings, as `key is this and was that`; for long values, `key has changed`."""
-    if isinstance(stored, Mapping) and isinstance(now, Mapping):
-        keys = sorted({**stored, **now})
-        nested = (differences(stored.get(key), now.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
-        return [change for changes in nested for change in changes]
-    if stored == now:
-        return []
-    before, after = (json.dumps(value, ensure_ascii=False) for value in (stored, now))
-    return [f"{path} is {after} and was {before}" if max(len(before), len(after)) <= 40 else f"{path} has changed"]
 
 
 def check_adapter(run: Run) -> None:

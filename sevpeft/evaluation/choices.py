@@ -155,16 +155,16 @@ def _accuracy(model: Any, prompt: Prompt, questions: Questions, console: Console
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
             cut.update(text for (text, _), *ids in requests if sum(map(len, ids)) > self.max_length + 1)
-            if batching(self.model, prompt.end_id)[0]:
+            shared = batching(self.model, prompt.end_id)[0]
+            # The harness scores all options of one token, such as letters, with one forward pass.
+            rows = len({(*context, *option[: 0 if shared else -1]) for _, context, option in requests})
+            with row_progress(console, f"Choices, {arm}", rows) as self.done:
+                if not shared:
+                    return super()._loglikelihood_tokens(requests, disable_tqdm=True)
                 whole = [(*context, *option)[-self.max_length - 1 :] for _, context, option in requests]
                 lengths = [len(option) for _, _, option in requests]
-                pairs = [(ids[:-length], ids[-length:]) for ids, length in zip(whole, lengths, strict=True)]
-                with row_progress(console, f"Questions, {arm}", len({ids for ids, _ in pairs})) as self.done:
-                    return [(-nats, False) for nats in nll_of_pairs(self.model, pairs, self.done)]
-            # The harness scores all options of one token, such as letters, with one forward pass.
-            rows = len({(*context, *option[:-1]) for _, context, option in requests})
-            with row_progress(console, f"Options, {arm}", rows) as self.done:
-                return super()._loglikelihood_tokens(requests, disable_tqdm=True)
+                pairs = [(ids[:-n], ids[-n:]) for ids, n in zip(whole, lengths, strict=True)]
+                return [(-nats, False) for nats in nll_of_pairs(self.model, pairs, self.done)]
 
         def _batch_scheduler(self, position: int, requests: Any) -> int:
             """Rows of the batch at this position; the harness calls it at each position, the longest row first."""

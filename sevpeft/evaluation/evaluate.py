@@ -23,7 +23,7 @@ from sevpeft.data.read import Consultations
 from sevpeft.data.split import Splits, question_key, question_keys
 from sevpeft.errors import Interrupted, RunError
 from sevpeft.evaluation import scores as scoring
-from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED, differences, opened_recipe
+from sevpeft.evaluation.arms import ADAPTER, BASE, CONSTANT, SHUFFLED, opened_recipe
 from sevpeft.evaluation.bertscore import load_encoder
 from sevpeft.evaluation.generate import EvaluationRows, generate, reference_nll
 from sevpeft.evaluation.judge import JUDGEMENTS, Judge
@@ -34,7 +34,7 @@ from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.loading import choose_precision, load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import Recipe
-from sevpeft.runs import Run, file_hash, keep_private, plain_disk_errors, write_atomically
+from sevpeft.runs import Run, differences, file_hash, keep_private, plain_disk_errors, write_atomically
 from sevpeft.severity.probabilities import SEVERITIES
 from sevpeft.severity.source import ORACLE, Severity
 from sevpeft.training.checkpoints import check_same_data, run_lock

@@ -22,18 +22,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from sevpeft.data.columns import trained_turns
 from sevpeft.errors import ModelError
-from sevpeft.modeling.likelihood import (
-    KEPT,
-    NLL_PADDING,
-    answer_logits,
-    bare,
-    batch_nll,
-    cache_of,
-    nll_after,
-    nll_rows,
-    read_by_length,
-    run_batches,
-)
+from sevpeft.modeling import likelihood
 from sevpeft.modeling.loading import learned_positions
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe.schema import GenerationSection
@@ -139,7 +128,7 @@ def generate(
     if not all(prompts):
         problem = f"leaves no room for a question in the model's {context:,} positions"
         raise ModelError(f"generation.max_new_tokens={most} {problem}; lower it.")
-    bare(model).generation_config = GenerationConfig()
+    likelihood.bare(model).generation_config = GenerationConfig()
     by_length = False
     if min(size, len(rows)) > 1:
         by_length, problem = batching(model, prompt.end_id)
@@ -152,21 +141,21 @@ def generate(
     def compute(batch: list[int]) -> tuple[list[list[int]], list[dict[str, Any]]]:
         nll, more = [dict[str, Any]() for _ in batch], dict[str, Any]()
         if by_length and len(batch) > 1 and min(len(prompts[i]) for i in batch) > 1:
-            states = read_by_length(model, [prompts[i] for i in batch])
+            states = likelihood.read_by_length(model, [prompts[i] for i in batch])
             for name, of in scored.items():
                 fit = [n for n, i in enumerate(batch) if not lost[i] and len(prompts[i]) + len(of[i]) <= room]
-                nats = nll_after(model, states, [(n, prompts[batch[n]], of[batch[n]]) for n in fit])
+                nats = likelihood.nll_after(model, states, [(n, prompts[batch[n]], of[batch[n]]) for n in fit])
                 for n, value in zip(fit, nats, strict=True):
                     nll[n][name] = {"nll": value, "tokens": len(of[batch[n]])}
-            more["cache"] = cache_of(model, states)
+            more["cache"] = likelihood.cache_of(model, states)
         return answer_tokens(model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings, **more), nll
 
-    for batch, found in run_batches(
+    for batch, found in likelihood.run_batches(
         range(len(rows)),
         list(map(len, prompts)),
         compute,
         size=lambda _: size,
-        padding=KEPT if by_length else _PADDING * most,
+        padding=likelihood.KEPT if by_length else _PADDING * most,
         remedy="lower generation.max_new_tokens",
     ):
         yield [
@@ -271,12 +260,12 @@ def reference_nll(
     if unfit := [identity for identity, ids in zip(rows.ids, prompts, strict=True) if not ids]:
         yield [{"id": identity, "nll": None, "tokens": 0} for identity in unfit]
     lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)]
-    for batch, nats in run_batches(
+    for batch, nats in likelihood.run_batches(
         (i for i in range(len(rows)) if prompts[i]),
         lengths,
-        lambda batch: batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
-        size=lambda longest: nll_rows(model, longest),
-        padding=NLL_PADDING,
+        lambda batch: likelihood.batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
+        size=lambda longest: likelihood.nll_rows(model, longest),
+        padding=likelihood.NLL_PADDING,
         remedy="lower training.max_length in another run",
     ):
         yield [{"id": rows.ids[i], "nll": nll, "tokens": len(answers[i])} for i, nll in zip(batch, nats, strict=True)]
@@ -284,7 +273,7 @@ def reference_nll(
 
 def batching(model: PreTrainedModel, end_id: int) -> tuple[bool, str]:
     """Whether prompts can be read by length, and the reason why questions cannot share a batch, or ""."""
-    if (base := bare(model)) not in _batching_of:
+    if (base := likelihood.bare(model)) not in _batching_of:
         by_length = False
         # Convolutions and recurrent states are in caches of other kinds; a model's own code may not know `cache`.
         with suppress(AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -322,10 +311,10 @@ def batching_problem(model: PreTrainedModel, end_id: int, *, by_length: bool = F
         prompts = [*(other.tolist() for other in others), short.tolist()]
         more, after = dict[str, Any](), list[torch.Tensor]()
         if by_length and others:
-            states = read_by_length(model, prompts, int([*filling, 0][-1]))
-            cache = cache_of(model, states, [*range(len(prompts))])
-            after = [*answer_logits(model, prompts, [answer.tolist()] * len(prompts), cache)[0][-_STEPS:]]
-            more["cache"] = cache_of(model, states)
+            states = likelihood.read_by_length(model, prompts, int([*filling, 0][-1]))
+            cache = likelihood.cache_of(model, states, [*range(len(prompts))])
+            after = [*likelihood.answer_logits(model, prompts, [answer.tolist()] * len(prompts), cache)[0][-_STEPS:]]
+            more["cache"] = likelihood.cache_of(model, states)
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, product
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -105,7 +106,7 @@ def nll_after(
     model: PreTrainedModel, states: States, pairs: Sequence[tuple[int, Sequence[int], Sequence[int]]]
 ) -> list[float]:
     """Nats of answers (n,). `pairs`: the row of `states`, its prompt, which was read, and an answer."""
-    found, read = [0.0] * len(pairs), states[0][0].shape[2] if states else 0
+    found, read = np.zeros(len(pairs)), states[0][0].shape[2]
 
     def compute(batch: list[int]) -> list[float]:
         rows, prompts, answers = zip(*(pairs[n] for n in batch), strict=True)
@@ -118,9 +119,8 @@ def nll_after(
         size=lambda longest: min(nll_rows(model, longest), max(1, KEPT // (read + longest))),
         padding=NLL_PADDING,
     ):
-        for n, value in zip(batch, nats, strict=True):
-            found[n] = value
-    return found
+        found[batch] = nats
+    return found.tolist()
 
 
 def nll_of_pairs(
@@ -133,14 +133,14 @@ def nll_of_pairs(
     places = dict[tuple[int, ...], list[int]]()
     for n, (ids, _) in enumerate(pairs):
         places.setdefault(tuple(ids), []).append(n)
-    prompts, found = [*places], [0.0] * len(pairs)
+    prompts, found = [*places], np.zeros(len(pairs))
 
-    def compute(batch: list[int]) -> list[tuple[int, float]]:
+    def compute(batch: list[int]) -> tuple[list[int], list[float]]:
         states = read_by_length(model, [[*prompts[i]] for i in batch])
         at = [(row, n) for row, i in enumerate(batch) for n in places[prompts[i]]]
-        return [*zip((n for _, n in at), nll_after(model, states, [(row, *pairs[n]) for row, n in at]), strict=True)]
+        return [n for _, n in at], nll_after(model, states, [(row, *pairs[n]) for row, n in at])
 
-    for batch, nats in run_batches(
+    for batch, (numbers, nats) in run_batches(
         range(len(prompts)),
         [*map(len, prompts)],
         compute,
@@ -148,10 +148,9 @@ def nll_of_pairs(
         padding=NLL_TOKENS,
         remedy="use a larger GPU",
     ):
-        for n, value in nats:
-            found[n] = value
+        found[numbers] = nats
         on_prompts(len(batch))
-    return found
+    return found.tolist()
 
 
 def nll_rows(model: PreTrainedModel, longest: int) -> int:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from sevpeft.errors import RunError
 from sevpeft.recipe import AUTO, Recipe, load_recipe
-from sevpeft.runs import Run, cache_folder, file_hash, write_atomically
+from sevpeft.runs import Run, cache_folder, differences, file_hash, write_atomically
 from sevpeft.training.compat import checkpoint_of, counted, logged_loss, recount
 from sevpeft.training.distributed import check_engine_of_model
 from sevpeft.training.resolve import CHOSEN_WITH, with_training
@@ -200,15 +200,9 @@ def as_started(recipe: Recipe, run: Run) -> Recipe:
 
 def check_same_recipe(recipe: Recipe, run: Run) -> None:
     """Raises RunError with every setting that differs from the run's, with both values."""
-    stored, changed = load_recipe(run.folder / "recipe.yaml").model_dump(), []
-    for section, settings in recipe.model_dump().items():
-        for key in {**stored[section], **settings}:
-            then, now = stored[section].get(key), settings.get(key)
-            if then != now:
-                # prompt.examples hold patients' text.
-                changed.append(f"{section}.{key}" + (f" ({then} then, {now} now)" if key != "examples" else ""))
-    if changed:
-        what = f"The recipe differs from that of {run.folder} in {', '.join(changed)}"
+    stored = load_recipe(run.folder / "recipe.yaml")
+    if changed := differences(stored.model_dump(), recipe.model_dump()):
+        what = f"The recipe differs from that of {run.folder}: {'; '.join(changed)}"
         raise RunError(f"{what}; resume with its own recipe.yaml, or start another run.")
 
 

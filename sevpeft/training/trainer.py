@@ -227,13 +227,11 @@ class SplitOnOom:
     Args:
         collate: makes a batch of rows. enabled: if False, an out-of-memory error is raised again.
         on_message: called with a sentence for the screen.
-
-    Attributes:
-        most_rows: consultations that are computed at once, in training and in validation; None for whole batches.
     """
 
     def __init__(self, args: SFTConfig, collate: Callable, enabled: bool, on_message: Callable) -> None:
         self.args, self.collate, self.enabled, self.on_message = args, collate, enabled, on_message
+        # Consultations that are computed at once, in training and in validation; None for whole batches.
         self.most_rows: dict[str, int | None] = {"train": None, "eval": None}
 
     def compute(self, kind: str, batch: Batch, take: Callable[[Batch], Any], undo: Callable[[], list[Batch]]) -> list:

@@ -343,7 +343,7 @@ def test_a_full_gpu_makes_batches_smaller_until_a_single_row_does_not_fit(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     forward = type(model.base_model).forward
-    monkeypatch.setattr(module, "read_by_length", reading)
+    monkeypatch.setattr(likelihood, "read_by_length", reading)
     assert answered(model, prompt) == expected and filled
     largest = 0
     with pytest.raises(RunError, match="max_new_tokens"):
@@ -477,7 +477,7 @@ def test_a_row_is_shortened_as_in_training_and_one_that_does_not_fit_has_no_like
         scored.update({(*ids, *answer): len(answer) for ids, answer in zip(prompts, of, strict=True)})
         return batch_nll(model, prompts, of)
 
-    monkeypatch.setattr(module, "batch_nll", spying)
+    monkeypatch.setattr(likelihood, "batch_nll", spying)
     nll, tokens = nll_of(build_model("gpt2"), trained_prompt, validation, max_length=most)
     assert np.isnan(nll[np.argmax(lengths)]) and tokens[np.argmax(lengths)] == 0 and np.isfinite(nll).any()
     rows = Dataset.from_dict({"question": validation.questions, "answer": validation.references})
@@ -503,7 +503,7 @@ def test_a_full_gpu_makes_batches_of_the_likelihood_smaller(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return score(model, prompts, answers)
 
-    monkeypatch.setattr(module, "batch_nll", small)
+    monkeypatch.setattr(likelihood, "batch_nll", small)
     assert np.allclose(nll_of(model, trained_prompt, validation)[0], expected)
     largest = 0
     with pytest.raises(RunError, match=r"training.max_length"):

@@ -151,7 +151,7 @@ def test_a_recipe_with_other_settings_is_refused_with_each_as_it_was_and_is(run:
     with pytest.raises(RunError) as refused:
         check_same_recipe(load_recipe(QUICKSTART, words), run)
     rate = load_recipe(QUICKSTART).training.learning_rate
-    assert f"training.learning_rate ({rate} then, 1e-05 now)" in str(refused.value)
+    assert f"training.learning_rate is 1e-05 and was {rate}" in str(refused.value)
     assert "severity.weights (balanced then, " in str(refused.value)
 
 
