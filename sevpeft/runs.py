@@ -385,5 +385,5 @@ def differences(stored: Any, now: Any, path: str = "") -> list[str]:
     if stored == now:
         return []
     before, after = (json.dumps(value, ensure_ascii=False) for value in (stored, now))
-    shown = max(len(before), len(after)) <= 40 and path != "prompt.examples"  # which hold patients' text
+    shown = max(len(before), len(after)) <= 80 and path != "prompt.examples"  # which hold patients' text
     return [f"{path} is {after} and was {before}" if shown else f"{path} has changed"]
