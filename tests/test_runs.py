@@ -21,6 +21,7 @@ from sevpeft.runs import (
     check_run,
     default_output,
     describe_environment,
+    differences,
     new_run,
     plain_disk_errors,
     workers_end_with_this_process,
@@ -214,3 +215,15 @@ application.main()
     for word, processes, code in (("launch", "1", -signal.SIGTERM), ("launch", "2", 7), ("other", "1", 7)):
         ended = subprocess.run([*parent, word], env={**environment, "WORLD_SIZE": processes})
         assert ended.returncode == code
+
+
+def test_what_differs_is_named_by_its_path() -> None:
+    stored = {"a": {"b": 1, "c": 2}, "text": "س" * 90}
+    now = {"a": {"b": 1, "c": 3, "d": 4}, "text": "ص" * 90}
+    stored["prompt"], now["prompt"] = {"examples": [{"question": "ألم"}]}, {"examples": []}
+    assert differences(stored, now) == [
+        "a.c is 3 and was 2",
+        "a.d is 4 and was null",
+        "prompt.examples has changed",
+        "text has changed",
+    ]

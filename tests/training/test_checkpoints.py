@@ -152,7 +152,7 @@ def test_a_recipe_with_other_settings_is_refused_with_each_as_it_was_and_is(run:
         check_same_recipe(load_recipe(QUICKSTART, words), run)
     rate = load_recipe(QUICKSTART).training.learning_rate
     assert f"training.learning_rate is 1e-05 and was {rate}" in str(refused.value)
-    assert "severity.weights is {" in str(refused.value) and "} and was \"balanced\"" in str(refused.value)
+    assert "severity.weights is {" in str(refused.value) and '} and was "balanced"' in str(refused.value)
 
 
 def test_other_data_is_refused_where_its_content_is_known(run: Run) -> None:
