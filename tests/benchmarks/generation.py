@@ -1,7 +1,8 @@
 """Seconds of `sevpeft evaluate` on a finished run: this checkout against another, through the real command.
 
 The two are started in turn on copies of the run, so that a busy machine slows both, and the least time of each part
-counts. Likelihoods must agree to rounding; how many answers are equal token for token is printed.
+counts. Likelihoods must agree to rounding; how many answers are equal token for token is printed. A checkout that reads
+a prompt once for both has the likelihoods in the time of its answers.
 
     sevpeft train recipe.yaml --output RUN           # once, with either checkout
     git worktree add ../before 2672e40
