@@ -107,8 +107,18 @@ class Screen(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
-        # rich reads markup in the string of a status, whatever the setting of its console; `update` needs a `Text` too.
-        return super().status(Text(visible(status)) if isinstance(status, str) else status, **options)
+        return _PlainStatus(_plain(status), console=self, **options)
+
+
+class _PlainStatus(Status):
+    """rich reads markup in the string of a status, whatever the setting of its console."""
+
+    def update(self, status: RenderableType | None = None, **options: Any) -> None:
+        super().update(_plain(status), **options)
+
+
+def _plain(status: Any) -> Any:
+    return Text(visible(status)) if isinstance(status, str) else status
 
 
 def print_labeled(console: Console, label: str, text: str, style: str = "") -> None:

@@ -62,7 +62,7 @@ def _table(cell: str | Text) -> Table:
 
 def _status(screen: Screen, text: str) -> None:
     with screen.status(text) as status:
-        status.update(Text(text))
+        status.update(text)
         screen.print(status)
 
 

@@ -14,7 +14,6 @@ import typer
 from rich import box
 from rich.console import RenderableType
 from rich.table import Column, Table
-from rich.text import Text
 
 from sevpeft.cli.application import AsJson, Words, app, command_with_keys, is_main_process, quiet_libraries
 from sevpeft.console import Screen, print_json
@@ -293,7 +292,7 @@ def evaluate(data: Input, words: Words = None, as_json: AsJson = False) -> None:
 def _progress() -> Iterator[Callable[[str], None]]:
     with Screen(stderr=True).status("Loading the libraries") as status:
         quiet_libraries(models=False)
-        yield lambda message: status.update(Text(f"Severity classifier: {message}"))
+        yield lambda message: status.update(f"Severity classifier: {message}")
 
 
 def _show_classifier(inputs: list[Any], about: dict[str, Any], evaluations: Any, as_json: bool, last: str = "") -> None:

@@ -282,11 +282,9 @@ def resolved_name(recipe: Recipe) -> str:
 
 def _from_pretrained(kind: Any, recipe: Recipe, **arguments: Any) -> Any:
     """Loads config, tokenizer or model of the recipe; translates every library error to ModelError."""
-    model, setting = recipe.model, "model.name_or_path"
+    model, name = recipe.model, "model.name_or_path"
     arguments |= {"revision": model.revision} if model.revision else {}
-    with loading_errors(
-        model.name_or_path, setting=setting, revision=model.revision, attention=model.attn_implementation
-    ):
+    with loading_errors(model.name_or_path, setting=name, revision=model.revision, attention=model.attn_implementation):
         return kind.from_pretrained(resolved_name(recipe), trust_remote_code=model.trust_remote_code, **arguments)
 
 

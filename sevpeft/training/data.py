@@ -85,8 +85,7 @@ def prepare(recipe: Recipe, prompt: Prompt, scratch: Path, config: Any = None) -
         weighted = add_token_weights(encoded["train"], weights, recipe.severity.reduction, cache_file=cache_file)
         train = weighted.select_columns(_TRAINED_ON)
         if settings.get("packing"):
-            file = {"cache_file_name": str(scratch / "packed.arrow"), "load_from_cache_file": False, "desc": "Packing"}
-            train = pack_dataset(train, seq_length=settings["max_length"], strategy="bfd", map_kwargs=file)
+            train = pack_rows(train, settings["max_length"], cache_file=scratch / "packed.arrow")
     datasets.disable_progress_bars()
     data_summary = summary_of(table, splits, severity, reports)
     if config and longest > (usual := learned_positions(config, rotary=True) or longest):
@@ -353,6 +352,12 @@ def check_weights(dataset: Dataset) -> None:
         highest = max(highest, values.max(initial=0.0))
     if not highest:
         raise WeightError("All token_weights of the training data are zero, so nothing would be learned.")
+
+
+def pack_rows(encoded: Dataset, max_length: int, *, cache_file: Path) -> Dataset:
+    """Packs rows into blocks of at most `max_length` tokens with TRL's best-fit-decreasing packer."""
+    file = {"cache_file_name": str(cache_file), "load_from_cache_file": False, "desc": "Packing"}
+    return pack_dataset(encoded.select_columns(_TRAINED_ON), max_length, strategy="bfd", map_kwargs=file)
 
 
 @dataclass

@@ -254,6 +254,9 @@ def test_an_answer_that_refers_everybody_wins_no_figure_that_counts() -> None:
         "right": [says[int(EXPECTED[stratum])] for stratum in strata],
     }
     scores = {name: row_scores(rows, given) for name, given in answers.items()}
+    assert "truncated" not in scores["right"]
+    cut = row_scores(rows, answers["right"], truncated=[True] + [False] * (len(rows) - 1))["truncated"]
+    assert cut.tolist() == [1] + [0] * (len(rows) - 1)
     settings = EvaluationSection(n_resamples=100)
     found = summarize(rows, scores, settings, tokens={}, pairs={"right": ("refer all", "never refer")})
     metrics = {stratum: of["metrics"] for stratum, of in found.items()}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, pack_dataset
+from trl import SFTConfig
 
 from sevpeft.data.prepare import PrepareSettings
 from sevpeft.data.prepare.prepare import prepare as prepare_data
@@ -36,6 +36,7 @@ from sevpeft.training.data import (
     add_token_weights,
     encode_rows,
     load_splits,
+    pack_rows,
     prepare,
     rows_of,
     summary_of,
@@ -166,7 +167,8 @@ def test_a_process_whose_rows_are_all_refused_does_no_harm(encode: Callable) -> 
 def test_rows_lie_in_a_mapped_file_and_not_in_memory(encode: Callable, tmp_path: Path) -> None:
     encoded, _ = encode(many_rows(), None)
     weighted = add_token_weights(encoded, np.ones(30), "tokens", cache_file=tmp_path / "weighted.arrow")
-    for dataset in (encoded, weighted):
+    packed = pack_rows(weighted, 128, cache_file=tmp_path / "packed.arrow")
+    for dataset in (encoded, weighted, packed):
         files = [Path(file["filename"]) for file in dataset.cache_files]
         assert files and all(file.parent == tmp_path and file.stat().st_size for file in files)
 
@@ -228,8 +230,8 @@ def test_packing_keeps_documents_whole_and_every_weight_at_its_token(
     weighted: Callable, tmp_path: Path, reduction: str
 ) -> None:
     rows, _ = weighted(reduction)
-    rows = rows.select_columns(["input_ids", "labels", "token_weights"])
-    packed = pack_dataset(rows, seq_length=128, strategy="bfd")
+    rows = rows.remove_columns(["severity", "source_index"])
+    packed = pack_rows(rows, 128, cache_file=tmp_path / "packed.arrow")
     assert len(packed) < len(rows) / 2
 
     def document(ids: list[int], labels: list[int], weights: list[float]) -> tuple:
