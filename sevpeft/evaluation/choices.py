@@ -16,7 +16,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 import yaml
 from rich.console import Console
 
@@ -31,7 +30,7 @@ from sevpeft.evaluation.generate import batching
 from sevpeft.evaluation.scores import methods
 from sevpeft.evaluation.statistics import compare_family, interval, paired_difference
 from sevpeft.modeling.adapters import attach_adapter
-from sevpeft.modeling.likelihood import NLL_PADDING, NLL_TOKENS, nll_of_pairs, nll_rows
+from sevpeft.modeling.likelihood import nll_of_pairs, nll_of_shared
 from sevpeft.modeling.loading import load_for_inference, resolve_model
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import EvaluationSection
@@ -151,37 +150,16 @@ def _accuracy(model: Any, prompt: Prompt, questions: Questions, console: Console
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
-        size, end, keep = 0, 0, 0
-
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
             cut.update(text for (text, _), *ids in requests if sum(map(len, ids)) > self.max_length + 1)
-            shared = batching(self.model, prompt.end_id)[0]
-            # The harness scores all options of one token, such as letters, with one forward pass.
-            rows = len({(*context, *option[: 0 if shared else -1]) for _, context, option in requests})
-            with row_progress(console, f"Choices, {arm}", rows) as self.done:
-                if not shared:
-                    return super()._loglikelihood_tokens(requests, disable_tqdm=True)
-                whole = [(*context, *option)[-self.max_length - 1 :] for _, context, option in requests]
-                lengths = [len(option) for _, _, option in requests]
-                pairs = [(ids[:-n], ids[-n:]) for ids, n in zip(whole, lengths, strict=True)]
-                return [(-nats, False) for nats in nll_of_pairs(self.model, pairs, self.done)]
-
-        def _batch_scheduler(self, position: int, requests: Any) -> int:
-            """Rows of the batch at this position; the harness calls it at each position, the longest row first."""
-            if position in (0, self.end):
-                ahead = requests[position : position + NLL_TOKENS]
-                lengths = np.array([len(context) + len(option) for _, context, option in ahead])
-                padded = int((np.cumsum(lengths[0] - lengths) <= NLL_PADDING).sum())
-                self.size = min(nll_rows(self.model, int(lengths[0])), padded)
-                self.end = position + self.size
-                self.keep = int(lengths[0]) - min(len(context) for _, context, _ in ahead[: self.size])
-            return self.size
-
-        def _model_call(self, inps: torch.Tensor, **_: Any) -> torch.Tensor:
-            self.done(len(inps))
-            # The harness indexes positions from the end, so the logits of the first positions are not needed.
-            with torch.no_grad():
-                return self.model(input_ids=inps, logits_to_keep=self.keep, use_cache=False).logits
+            whole = [((*context, *option)[-self.max_length - 1 :], len(option)) for _, context, option in requests]
+            pairs, found = [(ids[:-length], ids[-length:]) for ids, length in whole], np.zeros((len(whole), 2))
+            measure = nll_of_shared if batching(self.model, prompt.end_id)[0] else nll_of_pairs
+            with row_progress(console, f"Options, {arm}", len(pairs)) as done:
+                for numbers, values in measure(self.model, pairs, "use a larger one"):
+                    found[numbers] = values
+                    done(len(numbers))
+            return [(-nats, not missed) for nats, missed in found.tolist()]
 
     harness.task.tqdm = harness.model.tqdm = lambda prompts, **_: prompts  # no option turns these bars off
     tasks = {}

@@ -311,14 +311,13 @@ class RowWork:
         about = {values[0]: dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)}
 
         def compute(model: PreTrainedModel, prompt: Prompt, rows: EvaluationRows) -> Iterator[list[dict[str, Any]]]:
-            kept, shuffled = self.likelihoods, [self.shuffled[identity] for identity in rows.ids]
-            missing = [name for name in scored if any((name, identity) not in kept.lines for identity in rows.ids)]
-            texts = {name: shuffled if name == SHUFFLED else rows.references for name in missing}
+            missing = [name for name in scored if any((name, one) not in self.likelihoods.lines for one in rows.ids)]
+            texts = {name: self._references(name, rows) for name in missing}
             limit, settings = self.max_length, self.recipe.generation
             for batch in generate(model, prompt, rows, settings, on_slow, references=texts, max_length=limit):
                 nll = [{"arm": name, "id": line["id"], **of} for line in batch for name, of in line.pop("nll").items()]
                 if nll:
-                    kept.append(nll)
+                    self.likelihoods.append(nll)
                 yield [{**about[line["id"]], **line, "tokens": len(line.pop("token_ids"))} for line in batch]
 
         return self._lines(file, rows, arm, "Downplay" if other else "Answers", compute)
@@ -328,8 +327,7 @@ class RowWork:
     ) -> list[dict[str, Any]]:
         """Lines of an arm in the order of the rows; `compute` gets the model, the prompt and the missing rows."""
         rows = every.take([at for at, identity in enumerate(every.ids) if (arm, identity) not in file.lines])
-        if arm == SHUFFLED:
-            rows = replace(rows, references=[self.shuffled[identity] for identity in rows.ids])
+        rows = replace(rows, references=self._references(arm, rows))
         if len(rows):
             model, prompt = self._model(arm)
             with row_progress(self.console, f"{label}, {arm}", len(rows)) as done:
@@ -337,6 +335,9 @@ class RowWork:
                     file.append([{"arm": arm, **line} for line in batch])
                     done(len(batch))
         return [file.lines[arm, identity] for identity in every.ids]
+
+    def _references(self, arm: str, rows: EvaluationRows) -> list[str]:
+        return [self.shuffled[identity] for identity in rows.ids] if arm == SHUFFLED else rows.references
 
     def _model(self, arm: str) -> tuple[PreTrainedModel, Prompt]:
         """The model in evaluation mode and the prompt. The adapter is attached at its first use, and stays attached."""

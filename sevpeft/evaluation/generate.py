@@ -144,9 +144,9 @@ def generate(
             states = likelihood.read_by_length(model, [prompts[i] for i in batch])
             for name, of in scored.items():
                 fit = [n for n, i in enumerate(batch) if not lost[i] and len(prompts[i]) + len(of[i]) <= room]
-                nats = likelihood.nll_after(model, states, [(n, prompts[batch[n]], of[batch[n]]) for n in fit])
-                for n, value in zip(fit, nats, strict=True):
-                    nll[n][name] = {"nll": value, "tokens": len(of[batch[n]])}
+                found = likelihood.nll_after(model, states, [(n, prompts[batch[n]], of[batch[n]]) for n in fit])
+                for n, (nats, _) in zip(fit, found, strict=True):
+                    nll[n][name] = {"nll": nats, "tokens": len(of[batch[n]])}
             more["cache"] = likelihood.cache_of(model, states)
         return answer_tokens(model, prompt, {rows.ids[i]: prompts[i] for i in batch}, settings, **more), nll
 
@@ -259,16 +259,10 @@ def reference_nll(
     prompts, _ = fitting_prompts(rows, prompt, limit, [len(answer) for answer in answers])
     if unfit := [identity for identity, ids in zip(rows.ids, prompts, strict=True) if not ids]:
         yield [{"id": identity, "nll": None, "tokens": 0} for identity in unfit]
-    lengths = [len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True)]
-    for batch, nats in likelihood.run_batches(
-        (i for i in range(len(rows)) if prompts[i]),
-        lengths,
-        lambda batch: likelihood.batch_nll(model, [prompts[i] for i in batch], [answers[i] for i in batch]),
-        size=lambda longest: likelihood.nll_rows(model, longest),
-        padding=likelihood.NLL_PADDING,
-        remedy="lower training.max_length in another run",
-    ):
-        yield [{"id": rows.ids[i], "nll": nll, "tokens": len(answers[i])} for i, nll in zip(batch, nats, strict=True)]
+    fit, remedy = [i for i, ids in enumerate(prompts) if ids], "lower training.max_length in another run"
+    for batch, found in likelihood.nll_of_pairs(model, [(prompts[i], answers[i]) for i in fit], remedy):
+        values = zip((fit[n] for n in batch), found, strict=True)
+        yield [{"id": rows.ids[i], "nll": nats, "tokens": len(answers[i])} for i, (nats, _) in values]
 
 
 def batching(model: PreTrainedModel, end_id: int) -> tuple[bool, str]:

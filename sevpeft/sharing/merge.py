@@ -36,6 +36,7 @@ from sevpeft.evaluation.arms import check_adapter
 from sevpeft.modeling.adapters import attach_adapter
 from sevpeft.modeling.chat_template import generation_config, save_tokenizer
 from sevpeft.modeling.compat import dequantize_module_weight
+from sevpeft.modeling.likelihood import answer_logits
 from sevpeft.modeling.loading import Precision, load_config, load_model, resolve_model, resolved_name
 from sevpeft.modeling.prompts import Prompt
 from sevpeft.recipe import QuantizationSection, Recipe, load_recipe
@@ -127,9 +128,9 @@ def merge(
         print_labeled(console, "Compared on", f"{len(texts)} {rows}")
         with console.status("Running base + adapter in the precision of the training"):
             bare = load_model(recipe, Precision(getattr(torch, about["dtype"]), bf16=False, fp16=False)).eval()
-            alone = answer_logits(bare, texts)  # before attaching: trained biases change the base itself
+            alone = logits_of(bare, texts)  # before attaching: trained biases change the base itself
             adapted = attach_adapter(bare, run.adapter, recipe, keep_float32=True)
-            trained = answer_logits(adapted, texts)
+            trained = logits_of(adapted, texts)
             effect = difference(trained, alone)
         if not math.isfinite(effect.kl):
             raise ModelError("Base + adapter gives logits that are not finite; copy base and adapter again.")
@@ -142,7 +143,7 @@ def merge(
             model = None  # free memory for the next one
             with console.status(f"Merging into the {weights} base model"):
                 model, matrices = _merged(run, plain, weights, dtype, quantized)
-                gaps[weights] = difference(trained, answer_logits(model, texts))
+                gaps[weights] = difference(trained, logits_of(model, texts))
         chosen = min(gaps, key=lambda each: gaps[each].kl) if base == "auto" else base
         if chosen != weights:
             model = None
@@ -156,7 +157,7 @@ def merge(
             gc.collect()  # free memory for the reloaded model
             written = plain.model.model_copy(update={"name_or_path": str(folder)})
             reloaded = load_model(plain.model_copy(update={"model": written}), None).eval()
-            gaps[chosen] = difference(trained, answer_logits(reloaded, texts))
+            gaps[chosen] = difference(trained, logits_of(reloaded, texts))
         if gaps[chosen].kl > effect.kl:
             remedy = "" if number_format == "float32" else "merge with --dtype float32, or "
             gap = f"{gaps[chosen].kl:.2g} nats per token from the trained one, more than the adapter ({effect.kl:.2g})"
@@ -283,16 +284,14 @@ def sample_texts(recipe: Recipe, prompt: Prompt) -> tuple[list[_Text], str]:
         return [(row["input_ids"], int(np.argmax(np.array(row["labels"]) != IGNORED))) for row in encoded], source
 
 
-@torch.no_grad()
-def answer_logits(model: PreTrainedModel, texts: Sequence[_Text]) -> list[torch.Tensor]:
+def logits_of(model: PreTrainedModel, texts: Sequence[_Text]) -> list[torch.Tensor]:
     """Logits (answer tokens, vocabulary) of every text, in the model's precision, on the CPU."""
     # One text at a time, because padding would cause differences.
-    rows = ((torch.tensor([ids], device=model.device), answer) for ids, answer in texts)
-    return [model(input_ids=ids, use_cache=False).logits[0, answer - 1 : -1].cpu().clone() for ids, answer in rows]
+    return [answer_logits(model, [ids[:answer]], [ids[answer:]])[0].cpu() for ids, answer in texts]
 
 
 def difference(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> Difference:
-    """Difference between the `answer_logits` of two models."""
+    """Difference between the logits of two models, each from `logits_of`."""
     kl, largest, equal, tokens = 0.0, 0.0, 0, 0
     for ours, theirs in zip(first, second, strict=True):
         # In float64, because differences can be smaller than the float32 rounding of a logarithm.

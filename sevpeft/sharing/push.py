@@ -36,7 +36,7 @@ from sevpeft.recipe import JUDGE_KEY, Recipe, load_recipe
 from sevpeft.runs import Run
 from sevpeft.sharing import PushSettings
 from sevpeft.sharing.card import HUB, adapter_card, base_id, is_unedited, license_of, public_recipe, rendered
-from sevpeft.sharing.merge import answer_logits, sample_texts
+from sevpeft.sharing.merge import logits_of, sample_texts
 
 _CARD = "README.md"
 # Keys of the Hub, OpenAI-compatible services, GitHub and AWS, and private keys.
@@ -175,7 +175,7 @@ def check_contents(files: Mapping[str, bytes], run: Run, recipe: Recipe) -> str 
 
 
 def _logits(recipe: Recipe, adapter: Path, texts: Any) -> list[torch.Tensor]:
-    return answer_logits(attach_adapter(load_for_inference(recipe), adapter, recipe), texts)
+    return logits_of(attach_adapter(load_for_inference(recipe), adapter, recipe), texts)
 
 
 def _head(api: HfApi, repo_id: str, settings: PushSettings, files: Mapping[str, bytes]) -> tuple[str | None, bool]:
